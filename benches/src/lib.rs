@@ -1,0 +1,1 @@
+//! vmm-bench: boot, fork and hand-off measured beside peers.

@@ -1,0 +1,1 @@
+//! Builds the guest kernel, initramfs and root file systems that Hearth boots.

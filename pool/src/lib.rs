@@ -1,0 +1,1 @@
+//! A pool that keeps microVMs warm, checks them and hands them out.

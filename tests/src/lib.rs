@@ -1,0 +1,1 @@
+//! Integration tests of Hearth on real guests.

@@ -1,0 +1,339 @@
+//! Guest memory: a memfd, mapped once, in at most two regions around the MMIO gap.
+//!
+//! A cold VM maps its own memfd shared, so that it can become a template without a copy. A clone
+//! maps the template's memfd `MAP_PRIVATE`: what it writes is its own, what it reads is shared.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
+
+/// Start of the hole below 4 GiB in which devices and interrupt controllers live.
+pub const GAP_START: u64 = 0xC000_0000;
+/// End of the hole; guest memory beyond [`GAP_START`] continues here.
+pub const GAP_END: u64 = 0x1_0000_0000;
+/// Bytes in a guest page.
+pub const PAGE_SIZE: u64 = 4096;
+/// Bytes in a MiB.
+pub const MIB: u64 = 1 << 20;
+
+/// Why guest memory could not be made, or could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size is zero, not whole pages, or does not fit the host's address space.
+    #[error("guest memory of {0} bytes is not possible; use whole MiB")]
+    Size(u64),
+    /// The host refused the memory file.
+    #[error("the host could not create guest memory of {bytes} bytes")]
+    Create {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// The host refused to map the memory file.
+    #[error("the host could not map guest memory; check vm.overcommit_memory and ulimit -v")]
+    Map(#[from] vm_memory::mmap::FromRangesError),
+    /// The host refused to map one region of the memory file.
+    #[error(
+        "the host could not map a region of guest memory; check ulimit -v and vm.max_map_count"
+    )]
+    MapRegion(#[from] vm_memory::mmap::MmapRegionError),
+    /// A range that the guest named is not inside one region of its memory.
+    #[error("range of {len} bytes at {addr:#x} is not inside guest memory")]
+    OutOfRange {
+        /// Guest physical address.
+        addr: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// The host could not take pages back.
+    #[error("the host could not release guest pages")]
+    Discard(#[source] std::io::Error),
+}
+
+/// How the pages of a [`GuestRam`] relate to its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Writes go to the file (a VM that booted by itself).
+    Shared,
+    /// Writes go to private copies; the file is a template's (a clone).
+    Private,
+}
+
+/// A guest's physical memory. Cheap to clone; unmapped when the last clone goes.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    map: Arc<GuestMemoryMmap>,
+    file: Arc<File>,
+    sharing: Sharing,
+    bytes: u64,
+}
+
+/// The (guest address, length) pairs that `bytes` of memory occupy.
+#[must_use]
+pub fn ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
+    if bytes <= GAP_START {
+        vec![(GuestAddress(0), bytes)]
+    } else {
+        vec![
+            (GuestAddress(0), GAP_START),
+            (GuestAddress(GAP_END), bytes - GAP_START),
+        ]
+    }
+}
+
+impl GuestRam {
+    /// Fresh zeroed memory of `bytes` bytes in a memfd of its own. Pages are allocated when first
+    /// touched; no swap or overcommit reservation is made (`MAP_NORESERVE`).
+    ///
+    /// # Errors
+    /// [`MemoryError`] when `bytes` is zero, not whole pages, or the host refuses.
+    pub fn new(bytes: u64) -> Result<Self, MemoryError> {
+        if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) || i64::try_from(bytes).is_err() {
+            return Err(MemoryError::Size(bytes));
+        }
+        let file = memfd().map_err(|source| MemoryError::Create { bytes, source })?;
+        file.set_len(bytes)
+            .map_err(|source| MemoryError::Create { bytes, source })?;
+        Self::map_file(Arc::new(file), bytes, Sharing::Shared)
+    }
+
+    /// Maps `bytes` bytes of `file` from its start. The file must be at least that long and must
+    /// never shrink while mapped (a template's memfd is sealed).
+    ///
+    /// # Errors
+    /// [`MemoryError`] when the file is shorter or the host refuses the mapping.
+    pub fn map_file(file: Arc<File>, bytes: u64, sharing: Sharing) -> Result<Self, MemoryError> {
+        let len = file
+            .metadata()
+            .map_err(|source| MemoryError::Create { bytes, source })?
+            .len();
+        if len < bytes {
+            return Err(MemoryError::Size(bytes));
+        }
+        let share_flag = match sharing {
+            Sharing::Shared => libc::MAP_SHARED,
+            Sharing::Private => libc::MAP_PRIVATE,
+        };
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for (start, len) in ranges(bytes) {
+            let size = usize::try_from(len).map_err(|_| MemoryError::Size(bytes))?;
+            let mapping = MmapRegionBuilder::new(size)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_NORESERVE | share_flag)
+                .build()?;
+            let region = GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Size(bytes))?;
+            regions.push(region);
+            offset += len;
+        }
+        let map = GuestMemoryMmap::from_regions(regions).map_err(|_| MemoryError::Size(bytes))?;
+        Ok(Self {
+            map: Arc::new(map),
+            file,
+            sharing,
+            bytes,
+        })
+    }
+
+    /// The mapped memory, for reads and writes that are checked against its regions.
+    #[must_use]
+    pub fn map(&self) -> &GuestMemoryMmap {
+        &self.map
+    }
+
+    /// The file behind the memory.
+    #[must_use]
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Total bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// How pages relate to the file.
+    #[must_use]
+    pub fn sharing(&self) -> Sharing {
+        self.sharing
+    }
+
+    /// Whether `[addr, addr + len)` lies inside one region. An empty range is inside if `addr` is.
+    #[must_use]
+    pub fn contains(&self, addr: u64, len: u64) -> bool {
+        self.map
+            .find_region(GuestAddress(addr))
+            .is_some_and(|region| len <= region.len() - (addr - region.start_addr().raw_value()))
+    }
+
+    /// Gives the pages of `[addr, addr + len)` back to the host. The guest reads zeroes there
+    /// afterwards (shared), or what the template held (private): never another VM's data. Only
+    /// whole pages inside the range are released.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`] when the range is not inside one region;
+    /// [`MemoryError::Discard`] when the host refuses.
+    pub fn discard(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
+        if !self.contains(addr, len) {
+            return Err(MemoryError::OutOfRange { addr, len });
+        }
+        let start = addr.next_multiple_of(PAGE_SIZE);
+        let end = (addr + len) & !(PAGE_SIZE - 1);
+        if start >= end {
+            return Ok(());
+        }
+        let Some(region) = self.map.find_region(GuestAddress(start)) else {
+            return Err(MemoryError::OutOfRange { addr, len });
+        };
+        let in_region = start - region.start_addr().raw_value();
+        let done = match self.sharing {
+            Sharing::Shared => {
+                let base = region.file_offset().map_or(0, FileOffset::start);
+                // SAFETY: plain system call on an fd that `self.file` keeps open; it touches
+                // memory only through the kernel's page cache.
+                unsafe {
+                    libc::fallocate(
+                        self.file.as_raw_fd(),
+                        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                        (base + in_region).cast_signed(),
+                        (end - start).cast_signed(),
+                    )
+                }
+            }
+            Sharing::Private => {
+                let Ok(host) = region.get_host_address(vm_memory::MemoryRegionAddress(in_region))
+                else {
+                    return Err(MemoryError::OutOfRange { addr, len });
+                };
+                // SAFETY: `[start, end)` was checked to lie inside this region's mapping, which
+                // `self.map` keeps alive; guest memory is only ever accessed volatilely.
+                unsafe {
+                    libc::madvise(
+                        host.cast(),
+                        usize::try_from(end - start).unwrap_or(0),
+                        libc::MADV_DONTNEED,
+                    )
+                }
+            }
+        };
+        if done == 0 {
+            Ok(())
+        } else {
+            Err(MemoryError::Discard(std::io::Error::last_os_error()))
+        }
+    }
+}
+
+fn memfd() -> std::io::Result<File> {
+    // SAFETY: the name is a NUL-terminated literal; the returned fd is checked before it is owned.
+    let fd = unsafe {
+        libc::memfd_create(
+            c"hearth-guest".as_ptr(),
+            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+        )
+    };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just returned to us and nobody else owns it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn memory_below_the_gap_is_one_region() {
+        assert_eq!(ranges(GAP_START), vec![(GuestAddress(0), GAP_START)]);
+        assert_eq!(
+            ranges(GAP_START + MIB),
+            vec![(GuestAddress(0), GAP_START), (GuestAddress(GAP_END), MIB)]
+        );
+    }
+
+    #[test]
+    fn contains_checks_the_whole_range_not_only_its_start() {
+        let ram = GuestRam::new(2 * MIB).unwrap();
+        assert!(ram.contains(0, 2 * MIB));
+        assert!(ram.contains(2 * MIB - 1, 1));
+        assert!(!ram.contains(2 * MIB - 1, 2));
+        assert!(!ram.contains(2 * MIB, 0));
+        assert!(!ram.contains(0, u64::MAX));
+        assert!(!ram.contains(u64::MAX, u64::MAX));
+    }
+
+    #[test]
+    fn a_range_across_the_gap_is_not_inside() {
+        let ram = GuestRam::new(GAP_START + MIB).unwrap();
+        assert!(ram.contains(GAP_END, MIB));
+        assert!(!ram.contains(GAP_START - 4096, 8192));
+        assert!(!ram.contains(GAP_START, 1));
+        ram.map().write_obj(7u8, GuestAddress(GAP_END)).unwrap();
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        for bytes in [0, 1, 4095, 4097, u64::MAX, u64::MAX - 4095] {
+            assert!(
+                matches!(GuestRam::new(bytes), Err(MemoryError::Size(_))),
+                "{bytes}"
+            );
+        }
+    }
+
+    #[test]
+    fn discard_frees_a_shared_page_and_reads_back_zero() {
+        let ram = GuestRam::new(MIB).unwrap();
+        ram.map().write_obj(0xAAu8, GuestAddress(8192)).unwrap();
+        ram.map().write_obj(0xBBu8, GuestAddress(4096)).unwrap();
+        ram.discard(8192, 4096).unwrap();
+        assert_eq!(ram.map().read_obj::<u8>(GuestAddress(8192)).unwrap(), 0);
+        assert_eq!(ram.map().read_obj::<u8>(GuestAddress(4096)).unwrap(), 0xBB);
+    }
+
+    #[test]
+    fn discard_in_a_clone_shows_the_template_and_leaves_it_alone() {
+        let template = GuestRam::new(MIB).unwrap();
+        template.map().write_obj(1u8, GuestAddress(4096)).unwrap();
+        let clone = GuestRam::map_file(Arc::clone(template.file()), MIB, Sharing::Private).unwrap();
+        clone.map().write_obj(2u8, GuestAddress(4096)).unwrap();
+        assert_eq!(
+            template.map().read_obj::<u8>(GuestAddress(4096)).unwrap(),
+            1
+        );
+        clone.discard(4096, 4096).unwrap();
+        assert_eq!(clone.map().read_obj::<u8>(GuestAddress(4096)).unwrap(), 1);
+    }
+
+    #[test]
+    fn discard_outside_memory_is_an_error() {
+        let ram = GuestRam::new(MIB).unwrap();
+        assert!(matches!(
+            ram.discard(MIB - 4096, 8192),
+            Err(MemoryError::OutOfRange { .. })
+        ));
+        assert!(matches!(
+            ram.discard(u64::MAX, 1),
+            Err(MemoryError::OutOfRange { .. })
+        ));
+        ram.discard(100, 200).unwrap();
+    }
+
+    #[test]
+    fn a_file_shorter_than_the_vm_is_refused() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(4096).unwrap();
+        assert!(GuestRam::map_file(file, MIB, Sharing::Private).is_err());
+    }
+}

@@ -1,0 +1,78 @@
+//! A virtio-mmio device's interrupt line and its `InterruptStatus` register
+//! (virtio 1.2 section 4.2.2).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// `InterruptStatus` bit 0: the device used a buffer.
+pub const USED_BUFFER: u32 = 1;
+/// `InterruptStatus` bit 1: the configuration changed.
+pub const CONFIG_CHANGE: u32 = 2;
+
+/// Raises a device's interrupt. Cheap to clone; never blocks.
+#[derive(Clone, Debug)]
+pub struct Interrupt(Arc<Line>);
+
+#[derive(Debug)]
+struct Line {
+    fd: EventFd,
+    status: AtomicU32,
+    generation: AtomicU32,
+}
+
+impl Interrupt {
+    /// A line that is not wired to a vCPU yet (see [`Interrupt::fd`]).
+    ///
+    /// # Errors
+    /// The host's error when it has no file descriptors left.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self(Arc::new(Line {
+            fd: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            status: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+        })))
+    }
+
+    /// Tells the driver that the device used a buffer. Ask the queue first whether the driver wants
+    /// to know (`needs_notification`).
+    pub fn used(&self) {
+        self.raise(USED_BUFFER);
+    }
+
+    /// Tells the driver that the device's configuration changed.
+    pub fn config_changed(&self) {
+        self.0.generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(CONFIG_CHANGE);
+    }
+
+    fn raise(&self, bit: u32) {
+        self.0.status.fetch_or(bit, Ordering::SeqCst);
+        // A full counter means that the interrupt is pending already.
+        let _ = self.0.fd.write(1);
+    }
+
+    /// The `InterruptStatus` register.
+    #[must_use]
+    pub fn status(&self) -> u32 {
+        self.0.status.load(Ordering::SeqCst)
+    }
+
+    /// Clears the bits that the driver wrote to `InterruptACK`.
+    pub fn acknowledge(&self, bits: u32) {
+        self.0.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// The `ConfigGeneration` register; changes whenever the configuration did.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.0.generation.load(Ordering::SeqCst)
+    }
+
+    /// The eventfd that KVM turns into an interrupt (irqfd); in tests, what was raised.
+    #[must_use]
+    pub fn fd(&self) -> &EventFd {
+        &self.0.fd
+    }
+}

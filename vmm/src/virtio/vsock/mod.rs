@@ -1,0 +1,1 @@
+//! The virtio socket device (virtio 1.2 section 5.10).

@@ -1,1 +1,27 @@
-//! The guest side of Hearth: wire protocol, host client, and PID 1.
+//! The guest side of Hearth: the wire protocol ([`proto`]), the host's client ([`client`]), and PID 1 (the binary
+//! `hearth-init`).
+//!
+//! ```no_run
+//! # #[cfg(feature = "client")]
+//! # async fn example<S>(stream: S) -> Result<(), Box<dyn std::error::Error>>
+//! # where S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send {
+//! use hearth_agent::client::{AgentClient, Command, OutputLimits};
+//!
+//! let mut agent = AgentClient::handshake(stream).await?;
+//! println!("up for {:?}", agent.ping(1).await?.uptime);
+//! let output = agent.exec(Command::new("uname").arg("-r")).await?.output(OutputLimits::default()).await?;
+//! println!("{}: {}", output.status, String::from_utf8_lossy(&output.stdout));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Deliberately absent: no host file, socket or VM is opened here (the caller brings the stream), no task is spawned,
+//! and neither side trusts a size that the other sent.
+
+#[cfg(feature = "client")]
+pub mod client;
+pub mod proto;
+
+#[cfg(feature = "client")]
+pub use client::{AgentClient, Command, Exec};
+pub use proto::ExitStatus;

@@ -1,0 +1,154 @@
+//! A program to run in a guest.
+
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde_bytes::ByteBuf;
+
+use crate::proto::{Exec, Input, Leftover, Limits, MAX_LINGER_MS, OutputMode, User, WallClock};
+
+/// A program to run in a guest, built as `std::process::Command` is.
+///
+/// Defaults: environment PATH and HOME, working directory `/`, no stdin, separate outputs, no timeout, 2 s of grace, 500 ms
+/// of linger, the agent's user, no limits.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Command {
+    pub(super) exec: Exec,
+    pub(super) host_margin: Duration,
+}
+
+impl Command {
+    /// A command that runs `program`, searched in the guest's PATH unless it has a slash.
+    pub fn new(program: impl AsRef<OsStr>) -> Self {
+        let exec = Exec {
+            argv: vec![bytes(program)],
+            grace_ms: 2_000,
+            linger_ms: 500,
+            ..Exec::default()
+        };
+        Self {
+            exec,
+            host_margin: Duration::from_secs(30),
+        }
+    }
+
+    /// Adds an argument.
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.exec.argv.push(bytes(arg));
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args(mut self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        self.exec.argv.extend(args.into_iter().map(bytes));
+        self
+    }
+
+    /// Sets an environment variable.
+    pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.exec.env.push((bytes(key), bytes(value)));
+        self
+    }
+
+    /// Starts from an empty environment.
+    pub fn env_clear(mut self) -> Self {
+        self.exec.env.clear();
+        self.exec.clear_env = true;
+        self
+    }
+
+    /// Sets the working directory, a path in the guest.
+    pub fn current_dir(mut self, dir: impl AsRef<OsStr>) -> Self {
+        self.exec.cwd = Some(bytes(dir));
+        self
+    }
+
+    /// Says where stdin comes from.
+    pub fn stdin(mut self, input: Input) -> Self {
+        self.exec.stdin = input;
+        self
+    }
+
+    /// Says whether stdout and stderr are one stream.
+    pub fn output_mode(mut self, mode: OutputMode) -> Self {
+        self.exec.output = mode;
+        self
+    }
+
+    /// Ends the program after this time: SIGTERM, [`grace`](Self::grace), SIGKILL to all that it started.
+    /// Rounded up to whole milliseconds.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.exec.timeout_ms =
+            Some(u64::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX));
+        self
+    }
+
+    /// Sets the time between SIGTERM and SIGKILL, up to 49 days.
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.exec.grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+        self
+    }
+
+    /// Sets how long to wait for the end of output that processes hold open which outlive the program, up to one minute.
+    pub fn linger(mut self, linger: Duration) -> Self {
+        self.exec.linger_ms = u32::try_from(linger.as_millis())
+            .unwrap_or(u32::MAX)
+            .min(MAX_LINGER_MS);
+        self
+    }
+
+    /// Says what happens to processes that outlive the program.
+    pub fn leftover(mut self, leftover: Leftover) -> Self {
+        self.exec.leftover = leftover;
+        self
+    }
+
+    /// Runs the program as this user.
+    pub fn user(mut self, user: User) -> Self {
+        self.exec.user = Some(user);
+        self
+    }
+
+    /// Limits the program's resources.
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.exec.limits = limits;
+        self
+    }
+
+    /// Sets the guest's wall clock before the program starts. Times before 1970 are taken as 1970.
+    pub fn wall_clock(mut self, now: SystemTime) -> Self {
+        self.exec.wall_clock = Some(now.into());
+        self
+    }
+
+    /// Sets how late the guest may be with the end of a program that has a [`timeout`](Self::timeout) before the host
+    /// gives up with [`Overdue`](super::ExecError::Overdue). Default 30 s.
+    pub fn host_margin(mut self, margin: Duration) -> Self {
+        self.host_margin = margin;
+        self
+    }
+
+    /// When the guest has to be done, counted from the start; none without a timeout.
+    pub(super) fn guest_bound(&self) -> Option<Duration> {
+        let timeout = Duration::from_millis(self.exec.timeout_ms?);
+        let rest = u64::from(self.exec.grace_ms) + u64::from(self.exec.linger_ms);
+        timeout.checked_add(Duration::from_millis(rest))
+    }
+}
+
+impl From<SystemTime> for WallClock {
+    fn from(time: SystemTime) -> Self {
+        let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            since_epoch_ns: u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+fn bytes(text: impl AsRef<OsStr>) -> ByteBuf {
+    ByteBuf::from(text.as_ref().as_bytes())
+}

@@ -1,0 +1,126 @@
+//! A stream with the frames that are under way on it. Every method may be cancelled and called again.
+
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::error::ConnectionError;
+use crate::proto::{FrameBuffer, FrameError, Hello, Request, Response, encode};
+
+#[derive(Debug)]
+pub(super) struct Connection<S> {
+    stream: S,
+    input: FrameBuffer,
+    output: Vec<u8>,
+    /// How much of `output` the stream has taken.
+    sent: usize,
+}
+
+impl<S> Connection<S> {
+    pub(super) fn new(stream: S) -> Self {
+        Self {
+            stream,
+            input: FrameBuffer::new(),
+            output: Vec::new(),
+            sent: 0,
+        }
+    }
+
+    pub(super) fn into_stream(self) -> S {
+        self.stream
+    }
+
+    /// Queues a hello; it leaves with the next flush.
+    pub(super) fn queue_hello(&mut self) -> Result<(), FrameError> {
+        Hello::default().encode(&mut self.output)
+    }
+
+    /// Queues a request; it leaves with the next flush.
+    pub(super) fn queue(&mut self, request: &Request<'_>) -> Result<(), FrameError> {
+        encode(request, &mut self.output)
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    /// Writes out what is queued.
+    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        while let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            match ready!(Pin::new(&mut self.stream).poll_write(cx, rest))? {
+                0 => return Poll::Ready(Err(ConnectionError::Closed)),
+                count => self.sent += count,
+            }
+        }
+        self.output.clear();
+        self.sent = 0;
+        Pin::new(&mut self.stream)
+            .poll_flush(cx)
+            .map_err(ConnectionError::from)
+    }
+
+    /// Reads once.
+    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        let mut buffer = ReadBuf::new(self.input.spare()?);
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer))?;
+        match buffer.filled().len() {
+            0 => Poll::Ready(Err(ConnectionError::Closed)),
+            count => {
+                self.input.filled(count);
+                Poll::Ready(Ok(()))
+            }
+        }
+    }
+
+    /// Waits until a whole frame is there, writing out what is queued meanwhile.
+    pub(super) async fn frame(&mut self) -> Result<(), ConnectionError> {
+        poll_fn(|cx| {
+            // Output that does not move must not keep input from being read: the peer may wait for the same.
+            if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
+                // What the agent said last explains the hang-up better than the failed write does.
+                if self.input.peek()?.is_none()
+                    && !matches!(self.poll_fill(cx), Poll::Ready(Ok(())))
+                {
+                    return Poll::Ready(Err(error));
+                }
+            }
+            loop {
+                if self.input.peek()?.is_some() {
+                    return Poll::Ready(Ok(()));
+                }
+                ready!(self.poll_fill(cx))?;
+            }
+        })
+        .await
+    }
+
+    /// Writes out all that is queued.
+    pub(super) async fn flush(&mut self) -> Result<(), ConnectionError> {
+        poll_fn(|cx| self.poll_flush(cx)).await
+    }
+
+    /// The payload of the next frame, if a whole one is there.
+    pub(super) fn take_frame(&mut self) -> Result<Option<&[u8]>, FrameError> {
+        self.input.next_frame()
+    }
+
+    /// Takes the next response, if a whole one is there.
+    pub(super) fn take(&mut self) -> Result<Option<Response<'_>>, ConnectionError> {
+        accept(self.input.next_frame()?)
+    }
+
+    /// Looks at the next response, if a whole one is there.
+    pub(super) fn peek(&self) -> Result<Option<Response<'_>>, ConnectionError> {
+        accept(self.input.peek()?)
+    }
+}
+
+/// Decodes a response; the agent's refusal is an error.
+fn accept(payload: Option<&[u8]>) -> Result<Option<Response<'_>>, ConnectionError> {
+    match payload.map(Response::decode).transpose()? {
+        Some(Response::Rejected(reason)) => Err(ConnectionError::Rejected(reason)),
+        other => Ok(other),
+    }
+}

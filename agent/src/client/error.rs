@@ -1,0 +1,117 @@
+//! What can go wrong on the host's side, one error per operation.
+
+use std::{io, sync::Arc, time::Duration};
+
+use crate::proto::{FrameError, HelloError, MAX_FRAME, Rejection, SpawnFailure};
+
+/// Why a connection to the agent is of no use any more.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectionError {
+    /// The agent, or the VM, is gone.
+    #[error("the agent closed the connection: the guest ended or was killed")]
+    Closed,
+    /// The stream failed.
+    #[error("the connection to the agent failed")]
+    Io(#[source] Arc<io::Error>),
+    /// The agent sent what the protocol does not allow. Do not trust this guest.
+    #[error("the agent broke the protocol: {0}")]
+    Protocol(&'static str),
+    /// The agent sent a bad frame. Do not trust this guest.
+    #[error("the agent sent a bad frame")]
+    Frame(#[source] FrameError),
+    /// The agent says that this side broke the protocol.
+    #[error("the agent refused the connection")]
+    Rejected(#[source] Rejection),
+}
+
+impl From<io::Error> for ConnectionError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::BrokenPipe => Self::Closed,
+            _ => Self::Io(Arc::new(error)),
+        }
+    }
+}
+
+impl From<FrameError> for ConnectionError {
+    fn from(error: FrameError) -> Self {
+        Self::Frame(error)
+    }
+}
+
+impl From<ConnectionError> for io::Error {
+    fn from(error: ConnectionError) -> Self {
+        let kind = match &error {
+            ConnectionError::Closed => io::ErrorKind::ConnectionReset,
+            ConnectionError::Io(inner) => inner.kind(),
+            _ => io::ErrorKind::InvalidData,
+        };
+        Self::new(kind, error)
+    }
+}
+
+/// Why no client could be made of a stream.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandshakeError {
+    /// The agent's greeting is not one that this side can go on from.
+    #[error(transparent)]
+    Hello(#[from] HelloError),
+    /// The connection failed before the greeting was complete.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+}
+
+/// Why a ping has no good answer.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PingError {
+    /// A ping with this nonce still waits for its answer: use another.
+    #[error("nonce {0} is still unanswered: use another")]
+    NonceInUse(u64),
+    /// So many pings went unanswered that another makes no sense.
+    #[error("{0} pings are unanswered: the agent does not respond")]
+    Unanswered(usize),
+    /// The connection failed, or the agent broke the protocol.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+}
+
+impl PingError {
+    /// Whether the agent answered something that no healthy agent answers (a nonce never sent, one answered twice,
+    /// garbage): do not retry.
+    #[must_use]
+    pub fn is_protocol(&self) -> bool {
+        matches!(
+            self,
+            Self::Connection(ConnectionError::Protocol(_) | ConnectionError::Frame(_))
+        )
+    }
+}
+
+/// Why a program could not be run, or its end is not known.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExecError {
+    /// The guest could not start it.
+    #[error(transparent)]
+    Failed(#[from] SpawnFailure),
+    /// Arguments and environment do not fit in a frame.
+    #[error(
+        "arguments and environment take {bytes} bytes, at most {MAX_FRAME} are allowed: pass large data as stdin"
+    )]
+    TooLarge {
+        /// Their encoded size.
+        bytes: u64,
+    },
+    /// The guest did not report the end although the program's timeout, grace and linger time are over by this much.
+    #[error("the guest is overdue by {0:?} with the end of a program")]
+    Overdue(Duration),
+    /// The connection failed, or the agent broke the protocol.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+}

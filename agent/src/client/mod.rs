@@ -1,0 +1,220 @@
+//! The host's side of a connection to an agent.
+//!
+//! An [`AgentClient`] asks one thing at a time; [`exec`](AgentClient::exec) turns it into an [`Exec`] for as long as a
+//! program runs. Several connections to one agent are independent of each other: ping on one while programs run on others.
+//!
+//! No task is spawned: whoever awaits drives the connection. Deadlines are the caller's: wrap any future here in
+//! `tokio::time::timeout`. Everything that the guest sends is bounded: frames by the protocol, output by the readers' pace.
+
+mod command;
+mod connection;
+mod error;
+mod exec;
+mod output;
+mod shared;
+
+use std::{io, time::Duration};
+
+use tokio::io::{AsyncRead, AsyncWrite};
+
+pub use self::{
+    command::Command,
+    error::{ConnectionError, ExecError, HandshakeError, PingError},
+    exec::{Exec, ExecOutput, ExecStdin},
+    output::{Output, OutputLimits},
+};
+use self::{connection::Connection, shared::Shared};
+use crate::proto::{
+    self, FrameError, Hello, InstanceId, Memory, Refresh, Refreshed, Request, Response,
+    ShutdownKind,
+};
+
+/// Pings that may wait for their answers; a healthy agent never comes near.
+const MAX_UNANSWERED: usize = 64;
+
+/// A connection to an agent, ready for a request.
+#[derive(Debug)]
+pub struct AgentClient<S> {
+    connection: Connection<S>,
+    hello: Hello,
+    /// Nonces of pings that were given up before their answers came.
+    unanswered: Vec<u64>,
+}
+
+/// The answer to a ping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Pong {
+    /// The guest's identity.
+    pub instance: InstanceId,
+    /// Time since the guest booted.
+    pub uptime: Duration,
+    /// The guest's memory.
+    pub memory: Memory,
+    /// Programs that run in the guest.
+    pub execs: u32,
+    /// Whether the guest has set up its file systems: it does so after its first pong.
+    pub prepared: bool,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
+    /// Reads the agent's greeting from a fresh connection and checks its version. This side's greeting leaves with the first
+    /// request.
+    ///
+    /// # Errors
+    /// [`HandshakeError::Hello`] if the agent has another version or is none; [`HandshakeError::Connection`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the stream.
+    pub async fn handshake(stream: S) -> Result<Self, HandshakeError> {
+        let mut connection = Connection::new(stream);
+        connection.frame().await?;
+        let payload = connection
+            .take_frame()
+            .map_err(ConnectionError::from)?
+            .unwrap_or_default();
+        let hello = Hello::decode(payload)?;
+        connection.queue_hello().map_err(ConnectionError::from)?;
+        Ok(Self {
+            connection,
+            hello,
+            unanswered: Vec::new(),
+        })
+    }
+
+    /// The agent's greeting: identity and boot times.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// Asks whether the agent is alive. Answers to earlier pings that were given up are discarded.
+    ///
+    /// # Errors
+    /// [`PingError::NonceInUse`] and [`PingError::Unanswered`] before anything is sent; [`PingError::Connection`] with
+    /// `Protocol` for an answer to a nonce that was never sent or was answered before.
+    ///
+    /// # Cancel safety
+    /// Safe: the client stays usable, the late answer is discarded.
+    pub async fn ping(&mut self, nonce: u64) -> Result<Pong, PingError> {
+        if self.unanswered.contains(&nonce) {
+            return Err(PingError::NonceInUse(nonce));
+        }
+        if self.unanswered.len() >= MAX_UNANSWERED {
+            return Err(PingError::Unanswered(self.unanswered.len()));
+        }
+        self.unanswered.push(nonce);
+        self.connection
+            .queue(&Request::Ping { nonce })
+            .map_err(ConnectionError::from)?;
+        loop {
+            self.connection.frame().await?;
+            match self.connection.take()? {
+                Some(Response::Pong(pong)) => {
+                    strike(&mut self.unanswered, pong.nonce)?;
+                    if pong.nonce == nonce {
+                        return Ok(pong.into());
+                    }
+                }
+                Some(_) => return Err(unexpected().into()),
+                None => {}
+            }
+        }
+    }
+
+    /// Starts a program and waits until it runs.
+    ///
+    /// # Errors
+    /// [`ExecError::Failed`] with the reason if the guest could not start it; [`ExecError::TooLarge`] before anything is
+    /// sent; [`ExecError::Connection`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection; a program that has started is killed with all that it started.
+    pub async fn exec(mut self, command: Command) -> Result<Exec<S>, ExecError> {
+        let bound = command.guest_bound();
+        let Command { exec, host_margin } = command;
+        let piped = exec.stdin == proto::Input::Pipe;
+        self.connection
+            .queue(&Request::Exec(Box::new(exec)))
+            .map_err(|error| match error {
+                FrameError::TooLong(bytes) => ExecError::TooLarge { bytes },
+                other => ConnectionError::from(other).into(),
+            })?;
+        loop {
+            self.connection.frame().await?;
+            match self.connection.take()? {
+                Some(Response::Started { pid }) => {
+                    return Ok(Exec::new(Shared::new(self, piped), pid, bound, host_margin));
+                }
+                Some(Response::Failed(failure)) => return Err(failure.into()),
+                Some(Response::Pong(pong)) => strike(&mut self.unanswered, pong.nonce)?,
+                Some(_) => return Err(unexpected().into()),
+                None => {}
+            }
+        }
+    }
+
+    /// Makes a clone a stranger to its siblings: entropy, wall clock, identity, host name.
+    ///
+    /// # Errors
+    /// [`ConnectionError`]. What the guest's kernel refused is in the answer, not an error.
+    ///
+    /// # Cancel safety
+    /// Not safe: the answer would be taken for another request's. Drop the client, too.
+    pub async fn refresh(&mut self, refresh: Refresh) -> Result<Refreshed, ConnectionError> {
+        self.connection
+            .queue(&Request::Refresh(Box::new(refresh)))?;
+        loop {
+            self.connection.frame().await?;
+            match self.connection.take()? {
+                Some(Response::Refreshed(refreshed)) => return Ok(refreshed),
+                Some(Response::Pong(pong)) => strike(&mut self.unanswered, pong.nonce)?,
+                Some(_) => return Err(unexpected()),
+                None => {}
+            }
+        }
+    }
+
+    /// Asks the guest to end. Resolves when the request has left; how the VM ends is the answer.
+    ///
+    /// # Errors
+    /// [`ConnectionError`] if the request could not be sent.
+    ///
+    /// # Cancel safety
+    /// The request may or may not have been sent.
+    pub async fn shutdown(mut self, kind: ShutdownKind) -> Result<S, ConnectionError> {
+        self.connection.queue(&Request::Shutdown(kind))?;
+        self.connection.flush().await?;
+        Ok(self.connection.into_stream())
+    }
+}
+
+impl From<proto::Pong> for Pong {
+    fn from(pong: proto::Pong) -> Self {
+        Self {
+            instance: pong.instance,
+            uptime: Duration::from_micros(pong.uptime_us),
+            memory: pong.memory,
+            execs: pong.execs,
+            prepared: pong.prepared,
+        }
+    }
+}
+
+/// Crosses a nonce off; an answer to one that is not outstanding is no agent's of ours.
+fn strike(unanswered: &mut Vec<u64>, nonce: u64) -> Result<(), ConnectionError> {
+    let known = unanswered.iter().position(|&sent| sent == nonce);
+    let place = known.ok_or(ConnectionError::Protocol(
+        "pong with a nonce that was not sent or was answered before",
+    ))?;
+    unanswered.swap_remove(place);
+    Ok(())
+}
+
+fn unexpected() -> ConnectionError {
+    ConnectionError::Protocol("answer to a question that was not asked")
+}
+
+/// An error for a stream of a program that has been cancelled.
+fn cancelled() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the program was cancelled")
+}

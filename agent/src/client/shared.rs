@@ -1,0 +1,318 @@
+//! The state that the handles of one running program share, driven by whichever of them is polled.
+//!
+//! The stream knows one waker, which wakes every handle that waits: a handle that was dropped in the middle of a wait never
+//! takes the others' wake-up with it.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Wake, Waker},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::Instant,
+};
+
+use super::{AgentClient, error::ConnectionError, strike, unexpected};
+use crate::proto::{Exited, MAX_CHUNK, Request, Response, STDIN_WINDOW};
+
+/// Output that is held for a reader; above it the connection is not read on.
+const QUEUE: usize = MAX_CHUNK;
+
+/// The handles of a program, as places for their wakers.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Handle {
+    Stdin,
+    Stdout,
+    Stderr,
+    Main,
+}
+
+/// The state of a running program. Lock order: state, then wakers.
+pub(super) struct Shared<S> {
+    state: Mutex<State<S>>,
+    wakers: Arc<Wakers>,
+}
+
+impl<S> fmt::Debug for Shared<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+/// What the lock guards.
+pub(super) struct State<S> {
+    /// None once the program was cancelled or its connection was handed on.
+    pub(super) client: Option<AgentClient<S>>,
+    pub(super) stdin: StdinState,
+    pub(super) stdout: Queue,
+    pub(super) stderr: Queue,
+    /// How it all ended.
+    pub(super) end: Option<Result<Exited, ConnectionError>>,
+    /// When the guest was last heard.
+    pub(super) heard: Instant,
+}
+
+/// The host's view of the program's stdin.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum StdinState {
+    /// So many bytes may be sent.
+    Open { window: usize },
+    /// No more input: it was ended here, or the program closed it (or never had one).
+    Closed { by_guest: bool },
+}
+
+/// Output between the connection and its reader.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    pub(super) bytes: VecDeque<u8>,
+    /// The reader is gone: what comes is dropped.
+    pub(super) discard: bool,
+}
+
+impl Queue {
+    fn full(&self) -> bool {
+        !self.discard && self.bytes.len() >= QUEUE
+    }
+
+    fn push(&mut self, chunk: &[u8]) {
+        if !self.discard {
+            self.bytes.extend(chunk);
+        }
+    }
+
+    pub(super) fn drop_reader(&mut self) {
+        self.discard = true;
+        self.bytes = VecDeque::new();
+    }
+}
+
+enum Step {
+    /// Something happened; look again.
+    Progress,
+    /// Nothing can happen before the stream or a reader moves.
+    Blocked,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Shared<S> {
+    pub(super) fn new(client: AgentClient<S>, piped: bool) -> Arc<Self> {
+        let stdin = if piped {
+            StdinState::Open {
+                window: STDIN_WINDOW,
+            }
+        } else {
+            StdinState::Closed { by_guest: true }
+        };
+        let state = State {
+            client: Some(client),
+            stdin,
+            stdout: Queue::default(),
+            stderr: Queue::default(),
+            end: None,
+            heard: Instant::now(),
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            wakers: Arc::default(),
+        })
+    }
+
+    /// Moves the connection on until `check` has a result or nothing more can happen now.
+    pub(super) fn poll_until<T>(
+        &self,
+        handle: Handle,
+        cx: &mut Context<'_>,
+        mut check: impl FnMut(&mut State<S>, &mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        self.wakers.set(handle, cx.waker());
+        let all = Waker::from(self.wakers.clone());
+        let cx = &mut Context::from_waker(&all);
+        let mut moved = false;
+        let result = {
+            let mut state = self.lock();
+            loop {
+                if let Poll::Ready(result) = check(&mut state, cx) {
+                    moved = true;
+                    break Poll::Ready(result);
+                }
+                match state.step(cx) {
+                    Ok(Step::Progress) => moved = true,
+                    Ok(Step::Blocked) => break Poll::Pending,
+                    Err(error) => {
+                        moved = true;
+                        state.end.get_or_insert(Err(error));
+                        // `check` sees the end; a check that still waits has nothing to wait for.
+                        break check(&mut state, cx);
+                    }
+                }
+            }
+        };
+        if moved {
+            self.wakers.wake_others(handle);
+        }
+        result
+    }
+}
+
+impl<S> Shared<S> {
+    /// Changes the state outside of a poll and wakes whoever may have waited for that.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut State<S>) -> T) -> T {
+        let result = change(&mut self.lock());
+        self.wakers.wake_by_ref_all();
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<S>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
+    /// Writes what can be written, then takes one frame or reads once.
+    fn step(&mut self, cx: &mut Context<'_>) -> Result<Step, ConnectionError> {
+        if self.end.is_some() {
+            return Ok(Step::Blocked);
+        }
+        let Some(client) = &mut self.client else {
+            return Ok(Step::Blocked);
+        };
+        let AgentClient {
+            connection,
+            unanswered,
+            ..
+        } = client;
+        // A failed write is not the end yet: what the guest said before it hung up is still to be read.
+        let flushed = connection.poll_flush(cx);
+        let Some(response) = connection.peek()? else {
+            return Ok(match connection.poll_fill(cx) {
+                Poll::Ready(filled) => {
+                    filled?;
+                    self.heard = Instant::now();
+                    Step::Progress
+                }
+                Poll::Pending => match flushed {
+                    Poll::Ready(Err(error)) => return Err(error),
+                    _ => Step::Blocked,
+                },
+            });
+        };
+        match response {
+            Response::Stdout(chunk) => {
+                if self.stdout.full() {
+                    return Ok(Step::Blocked);
+                }
+                self.stdout.push(chunk);
+            }
+            Response::Stderr(chunk) => {
+                if self.stderr.full() {
+                    return Ok(Step::Blocked);
+                }
+                self.stderr.push(chunk);
+            }
+            Response::StdinTaken(count) => self.stdin.taken(count)?,
+            Response::StdinClosed => self.stdin = StdinState::Closed { by_guest: true },
+            Response::Exited(exited) => self.end = Some(Ok(exited)),
+            Response::Pong(pong) => strike(unanswered, pong.nonce)?,
+            _ => return Err(unexpected()),
+        }
+        let _ = connection.take_frame()?;
+        Ok(Step::Progress)
+    }
+
+    /// Queues a request and tries to write it out.
+    pub(super) fn send(
+        &mut self,
+        request: &Request<'_>,
+        cx: &mut Context<'_>,
+    ) -> Result<(), ConnectionError> {
+        let Some(AgentClient { connection, .. }) = &mut self.client else {
+            return Err(ConnectionError::Closed);
+        };
+        connection.queue(request)?;
+        match connection.poll_flush(cx) {
+            Poll::Ready(Err(error)) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes out what is queued.
+    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        match &mut self.client {
+            Some(client) => client.connection.poll_flush(cx),
+            None => Poll::Ready(Err(ConnectionError::Closed)),
+        }
+    }
+}
+
+impl StdinState {
+    fn taken(&mut self, count: u32) -> Result<(), ConnectionError> {
+        let Self::Open { window } = self else {
+            return Ok(());
+        };
+        let opened = usize::try_from(count)
+            .ok()
+            .and_then(|count| window.checked_add(count));
+        match opened {
+            Some(opened) if opened <= STDIN_WINDOW => {
+                *window = opened;
+                Ok(())
+            }
+            _ => Err(ConnectionError::Protocol("more input taken than was sent")),
+        }
+    }
+}
+
+/// The wakers of all handles that wait, and a waker that wakes them all.
+#[derive(Debug, Default)]
+struct Wakers(Mutex<[Option<Waker>; 4]>);
+
+impl Wakers {
+    fn set(&self, handle: Handle, waker: &Waker) {
+        let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(slot) = slots.get_mut(handle as usize) {
+            match slot {
+                Some(old) => old.clone_from(waker),
+                None => *slot = Some(waker.clone()),
+            }
+        }
+    }
+
+    fn wake_others(&self, handle: Handle) {
+        let taken = {
+            let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let own = slots.get_mut(handle as usize).and_then(Option::take);
+            let taken = std::mem::take(&mut *slots);
+            if let Some(slot) = slots.get_mut(handle as usize) {
+                *slot = own;
+            }
+            taken
+        };
+        taken.into_iter().flatten().for_each(Waker::wake);
+    }
+
+    fn wake_by_ref_all(&self) {
+        let taken = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        taken.into_iter().flatten().for_each(Waker::wake);
+    }
+}
+
+impl Wake for Wakers {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref_all();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.wake_by_ref_all();
+    }
+}
+
+impl<S> fmt::Debug for State<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State")
+            .field("stdin", &self.stdin)
+            .field("end", &self.end)
+            .finish_non_exhaustive()
+    }
+}

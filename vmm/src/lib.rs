@@ -4,6 +4,49 @@
 //! Hearth needs (vsock, balloon). Exactly one value owns it; dropping that value at any moment is
 //! safe and ends the guest. What the guest does can never be more to the host program than a typed
 //! error: a bad driver gets its device marked `DEVICE_NEEDS_RESET`, a bad vCPU ends its own VM.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use hearth_vmm::{Vm, VmConfig};
+//!
+//! let config = VmConfig::builder("vmlinux").initramfs("initramfs.cpio").console(true).build()?;
+//! let vm = Vm::boot(&config)?;
+//! println!("{}", vm.exited().await);
+//! print!("{}", vm.console().text());
+//! # Ok(())
+//! # }
+//! ```
 
+mod board;
+mod boot;
+mod config;
+mod cpu;
+mod ending;
+pub mod host;
+mod kvm;
+mod layout;
+mod legacy;
+mod machine;
 pub mod memory;
+mod reactor;
+mod state;
+mod vcpu;
 pub mod virtio;
+mod vm;
+
+pub use boot::{CmdlineError, EntryChoice, KernelError, KernelFormat, LoadError};
+pub use config::{
+    ConfigError, DEFAULT_MEMORY_MIB, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, VmConfig,
+    VmConfigBuilder,
+};
+pub use host::{CpuProfile, Host, HostError};
+pub use kvm::KvmError;
+pub use legacy::console::{Chunk, Console};
+pub use machine::{BootError, CreateTimes, GUEST_CID, leaked_vms};
+pub use reactor::ReactorError;
+pub use state::{Exit, InternalError, VmStatus};
+pub use vcpu::kick::kick_signal;
+pub use vcpu::{ExitCounters, VcpuError};
+pub use virtio::balloon::{Balloon, BalloonError, BalloonStats};
+pub use virtio::vsock::VsockHost;
+pub use vm::{PauseError, Vm};

@@ -5,7 +5,9 @@
 //! bounded amount of work over all the device's queues. Queues move into the device when the driver
 //! says `DRIVER_OK` and are dropped at reset, so that nothing can reconfigure them in between.
 
+pub mod balloon;
 pub mod interrupt;
+pub mod mmio;
 pub mod vsock;
 
 use std::sync::Arc;
@@ -126,6 +128,10 @@ impl Bell {
     #[must_use]
     pub fn answer(&self) -> bool {
         self.0.read().is_ok()
+    }
+
+    pub(crate) fn downgrade(&self) -> std::sync::Weak<EventFd> {
+        Arc::downgrade(&self.0)
     }
 
     /// The eventfd, for KVM and the event threads.

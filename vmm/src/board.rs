@@ -1,0 +1,145 @@
+//! All devices of one VM, as its vCPUs and the event threads reach them.
+//!
+//! Lock order: a transport's lock is the outermost; serial port and console have their own and call
+//! nothing.
+
+use std::sync::{Arc, Mutex};
+
+use crate::layout;
+use crate::legacy::report;
+use crate::legacy::serial::{self, SerialPort};
+use crate::state::Exit;
+use crate::virtio::mmio::MmioTransport;
+
+/// A virtio device behind its transport's lock.
+pub(crate) type SharedTransport = Arc<Mutex<MmioTransport>>;
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Board {
+    pub(crate) serial: Option<SerialPort>,
+    pub(crate) virtio: Vec<SharedTransport>,
+}
+
+impl Board {
+    /// A guest wrote to a port. Says how the guest ended if that was the meaning.
+    pub(crate) fn pio_write(&self, port: u16, data: &[u8]) -> Option<Exit> {
+        let value = *data.first()?;
+        match port {
+            report::PORT => return report::reported(value),
+            report::I8042_COMMAND => return report::i8042(value),
+            _ => {}
+        }
+        if let (Some(offset), Some(serial)) = (serial_offset(port), &self.serial) {
+            // A string instruction brings many bytes for the one port.
+            for value in data {
+                serial.write(offset, *value);
+            }
+        }
+        None
+    }
+
+    /// A guest reads a port; what nobody answers reads as all ones, as on a real bus.
+    pub(crate) fn pio_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        match (port, serial_offset(port), &self.serial) {
+            // Keyboard controller: nothing to read, ready for commands.
+            (report::I8042_COMMAND | report::I8042_DATA, ..) => data.fill(0),
+            (_, Some(offset), Some(serial)) => {
+                for value in data {
+                    *value = serial.read(offset);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A guest reads memory that is not RAM.
+    pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some((transport, offset)) = self.transport(address) {
+            lock(transport).read(offset, data);
+        }
+    }
+
+    /// A guest writes memory that is not RAM.
+    pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some((transport, offset)) = self.transport(address) {
+            lock(transport).write(offset, data);
+        }
+    }
+
+    fn transport(&self, address: u64) -> Option<(&SharedTransport, u64)> {
+        let offset = address.checked_sub(layout::MMIO_BASE)?;
+        let index = usize::try_from(offset / layout::MMIO_SIZE).ok()?;
+        Some((self.virtio.get(index)?, offset % layout::MMIO_SIZE))
+    }
+}
+
+/// Locks a transport; a panic under the lock has poisoned the VM, not the lock.
+pub(crate) fn lock(transport: &SharedTransport) -> std::sync::MutexGuard<'_, MmioTransport> {
+    transport.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn serial_offset(port: u16) -> Option<u16> {
+    port.checked_sub(serial::BASE)
+        .filter(|offset| *offset < serial::PORTS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::legacy::console::Console;
+
+    fn board(console: &Console) -> Board {
+        let (serial, _) = SerialPort::new(console.clone()).unwrap();
+        Board {
+            serial: Some(serial),
+            virtio: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn every_port_at_every_width_is_answered() {
+        let board = board(&Console::default());
+        for port in 0..=u16::MAX {
+            for width in [0, 1, 2, 4, 64] {
+                let mut data = vec![0x55; width];
+                board.pio_read(port, &mut data);
+                let _ = board.pio_write(port, &data);
+            }
+        }
+    }
+
+    #[test]
+    fn serial_output_reaches_the_console() {
+        let console = Console::default();
+        let board = board(&console);
+        board.pio_write(0x3f8, b"hi");
+        board.pio_write(0x3f8, b"!");
+        assert_eq!(console.text(), "hi!");
+        let mut status = [0];
+        board.pio_read(0x3fd, &mut status);
+        assert_eq!(status[0] & 0x20, 0x20, "transmitter empty");
+    }
+
+    #[test]
+    fn a_reset_and_a_report_end_the_guest() {
+        let board = board(&Console::default());
+        assert_eq!(board.pio_write(0x64, &[0xfe]), Some(Exit::Reboot));
+        assert_eq!(board.pio_write(0x5f0, &[1]), Some(Exit::PowerOff));
+        assert_eq!(board.pio_write(0x5f0, &[]), None);
+        assert_eq!(board.pio_write(0x5f0, &[0]), None);
+    }
+
+    #[test]
+    fn memory_without_a_device_reads_as_zero() {
+        let board = board(&Console::default());
+        for address in [0, layout::MMIO_BASE, u64::MAX] {
+            let mut data = [1; 8];
+            board.mmio_read(address, &mut data);
+            assert_eq!(data, [0; 8]);
+            board.mmio_write(address, &data);
+        }
+    }
+}

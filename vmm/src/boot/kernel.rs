@@ -1,0 +1,329 @@
+//! Kernel files: what they are (by content, never by name) and how they get into guest memory.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::{Elf, KernelLoader};
+use vm_memory::GuestAddress;
+
+use super::{Entry, EntryChoice, EntryMode};
+use crate::layout;
+use crate::memory::{GAP_START, GuestRam};
+
+/// What a file's first bytes say it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KernelFormat {
+    /// A 64-bit x86 ELF executable (`vmlinux`).
+    Elf,
+    /// A Linux `bzImage`.
+    BzImage,
+    /// An ELF file for another processor or of another class.
+    ForeignElf,
+    /// A compressed file of the named kind.
+    Compressed(&'static str),
+    /// Nothing known.
+    Unknown,
+}
+
+impl std::fmt::Display for KernelFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Elf => f.write_str("a 64-bit x86 ELF file"),
+            Self::BzImage => f.write_str("a bzImage"),
+            Self::ForeignElf => f.write_str("an ELF file that is not 64-bit x86"),
+            Self::Compressed(kind) => write!(f, "a {kind}-compressed file"),
+            Self::Unknown => f.write_str("no kernel format that we know"),
+        }
+    }
+}
+
+/// Why a kernel file is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// It could not be opened or read.
+    #[error("cannot be read; check that it exists and is readable")]
+    Read(#[from] std::io::Error),
+    /// It is empty.
+    #[error("is empty")]
+    Empty,
+    /// It is not a regular file.
+    #[error("is not a regular file")]
+    NotAFile,
+    /// It is something else.
+    #[error("is {0}; an uncompressed 64-bit ELF vmlinux is needed")]
+    Format(KernelFormat),
+    /// It is an ELF file that cannot be loaded (truncated, no segments, damaged header).
+    #[error("is damaged or truncated: {0}")]
+    Elf(String),
+    /// A segment lies outside guest memory.
+    #[error("needs memory up to {end:#x} and the guest has {memory:#x} bytes; give it more memory")]
+    DoesNotFit {
+        /// First byte after the highest segment.
+        end: u64,
+        /// Bytes of guest memory.
+        memory: u64,
+    },
+    /// PVH was asked for and the kernel has no PVH note.
+    #[error("has no PVH entry point; build it with CONFIG_PVH=y or use the 64-bit entry")]
+    NoPvh,
+}
+
+pub(super) struct Loaded {
+    pub(super) entry: Entry,
+    /// First free byte after the kernel and its bss.
+    pub(super) end: u64,
+}
+
+/// Most program headers that a kernel may have; real ones have about five.
+const MAX_SEGMENTS: u16 = 64;
+const PT_LOAD: u32 = 1;
+
+/// Tells a kernel's format from its first bytes.
+pub(super) fn sniff(head: &[u8]) -> KernelFormat {
+    match head {
+        // ELF specification: magic, class 2 (64-bit), little endian; machine 62 (x86-64).
+        [0x7f, b'E', b'L', b'F', 2, 1, ..] if head.get(18..20) == Some(&[62, 0]) => {
+            KernelFormat::Elf
+        }
+        [0x7f, b'E', b'L', b'F', ..] => KernelFormat::ForeignElf,
+        [0x1f, 0x8b, ..] => KernelFormat::Compressed("gzip"),
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => KernelFormat::Compressed("xz"),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => KernelFormat::Compressed("zstd"),
+        [b'B', b'Z', b'h', ..] => KernelFormat::Compressed("bzip2"),
+        // boot.rst: the setup header's magic.
+        _ if head.get(0x202..0x206) == Some(b"HdrS") => KernelFormat::BzImage,
+        _ => KernelFormat::Unknown,
+    }
+}
+
+/// Loads the kernel at `path` into `ram`.
+pub(super) fn load(
+    path: &Path,
+    ram: &GuestRam,
+    choice: EntryChoice,
+) -> Result<Loaded, KernelError> {
+    let mut file = File::open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(KernelError::NotAFile);
+    }
+    if metadata.len() == 0 {
+        return Err(KernelError::Empty);
+    }
+    let mut head = Vec::new();
+    (&mut file).take(0x400).read_to_end(&mut head)?;
+    match sniff(&head) {
+        KernelFormat::Elf => {}
+        other => return Err(KernelError::Format(other)),
+    }
+    let end = check_segments(&mut file, &head, metadata.len(), ram)?;
+    file.seek(SeekFrom::Start(0))?;
+    let loaded = Elf::load(
+        ram.map(),
+        None,
+        &mut file,
+        Some(GuestAddress(layout::HIGH_START)),
+    )
+    .map_err(|e| KernelError::Elf(e.to_string()))?;
+    let pvh = match loaded.pvh_boot_cap {
+        PvhBootCapability::PvhEntryPresent(address) => Some(address.0),
+        _ => None,
+    };
+    let entry = match (choice, pvh) {
+        (EntryChoice::Pvh, Some(address)) => Entry {
+            address,
+            mode: EntryMode::Pvh,
+        },
+        (EntryChoice::Pvh, None) => return Err(KernelError::NoPvh),
+        (EntryChoice::Auto | EntryChoice::Linux64, _) => Entry {
+            address: loaded.kernel_load.0,
+            mode: EntryMode::Linux64,
+        },
+    };
+    Ok(Loaded { entry, end })
+}
+
+fn bytes_at<const N: usize>(bytes: &[u8], offset: usize) -> Result<[u8; N], KernelError> {
+    bytes
+        .get(offset..)
+        .and_then(|rest| rest.first_chunk::<N>())
+        .copied()
+        .ok_or_else(|| KernelError::Elf("the file ends inside its header".into()))
+}
+
+/// Checks every loadable segment before anything is written: inside the file, inside guest memory,
+/// above 1 MiB. Returns the first byte after the highest one, whatever their order.
+fn check_segments(
+    file: &mut File,
+    head: &[u8],
+    file_len: u64,
+    ram: &GuestRam,
+) -> Result<u64, KernelError> {
+    // Elf64_Ehdr and Elf64_Phdr (ELF-64 object file format, version 1.5).
+    let table = u64::from_le_bytes(bytes_at(head, 32)?);
+    let entry_size = u16::from_le_bytes(bytes_at(head, 54)?);
+    let count = u16::from_le_bytes(bytes_at(head, 56)?);
+    if entry_size != 56 || count == 0 || count > MAX_SEGMENTS {
+        return Err(KernelError::Elf(format!(
+            "{count} program headers of {entry_size} bytes"
+        )));
+    }
+    file.seek(SeekFrom::Start(table))?;
+    let mut headers = vec![0u8; usize::from(entry_size) * usize::from(count)];
+    file.read_exact(&mut headers)
+        .map_err(|_| KernelError::Elf("the file ends inside its program headers".into()))?;
+    let memory_end = ram.bytes().min(GAP_START);
+    let mut kernel_end = 0;
+    for header in headers.chunks_exact(56) {
+        if u32::from_le_bytes(bytes_at(header, 0)?) != PT_LOAD {
+            continue;
+        }
+        let offset = u64::from_le_bytes(bytes_at(header, 8)?);
+        let address = u64::from_le_bytes(bytes_at(header, 24)?);
+        let in_file = u64::from_le_bytes(bytes_at(header, 32)?);
+        let in_memory = u64::from_le_bytes(bytes_at(header, 40)?);
+        if offset.checked_add(in_file).is_none_or(|end| end > file_len) {
+            return Err(KernelError::Elf(
+                "a segment reaches beyond the end of the file".into(),
+            ));
+        }
+        let end = address
+            .checked_add(in_memory.max(in_file))
+            .ok_or_else(|| KernelError::Elf("a segment wraps the address space".into()))?;
+        if address < layout::HIGH_START {
+            return Err(KernelError::Elf(format!(
+                "a segment at {address:#x}, below 1 MiB"
+            )));
+        }
+        if end > memory_end {
+            return Err(KernelError::DoesNotFit {
+                end,
+                memory: ram.bytes(),
+            });
+        }
+        kernel_end = kernel_end.max(end);
+    }
+    if kernel_end == 0 {
+        return Err(KernelError::Elf("no loadable segment".into()));
+    }
+    Ok(kernel_end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::MIB;
+    use std::io::Write;
+
+    /// An ELF file with the given (address, content, bytes in memory) segments.
+    fn elf(segments: &[(u64, &[u8], u64)]) -> Vec<u8> {
+        let mut file = vec![0u8; 64];
+        file[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1]);
+        file[6] = 1;
+        file[16..18].copy_from_slice(&2u16.to_le_bytes());
+        file[18..20].copy_from_slice(&62u16.to_le_bytes());
+        file[24..32].copy_from_slice(&(16 * MIB).to_le_bytes());
+        file[32..40].copy_from_slice(&64u64.to_le_bytes());
+        file[52..54].copy_from_slice(&64u16.to_le_bytes());
+        file[54..56].copy_from_slice(&56u16.to_le_bytes());
+        file[56..58].copy_from_slice(&(segments.len() as u16).to_le_bytes());
+        let mut offset = 64 + 56 * segments.len() as u64;
+        for (address, content, in_memory) in segments {
+            let mut header = [0u8; 56];
+            header[..4].copy_from_slice(&1u32.to_le_bytes());
+            header[8..16].copy_from_slice(&offset.to_le_bytes());
+            header[16..24].copy_from_slice(&address.to_le_bytes());
+            header[24..32].copy_from_slice(&address.to_le_bytes());
+            header[32..40].copy_from_slice(&(content.len() as u64).to_le_bytes());
+            header[40..48].copy_from_slice(&in_memory.to_le_bytes());
+            file.extend_from_slice(&header);
+            offset += content.len() as u64;
+        }
+        for (_, content, _) in segments {
+            file.extend_from_slice(content);
+        }
+        file
+    }
+
+    fn try_load(bytes: &[u8]) -> Result<Loaded, KernelError> {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        load(
+            file.path(),
+            &GuestRam::new(32 * MIB).unwrap(),
+            EntryChoice::Auto,
+        )
+    }
+
+    #[test]
+    fn unsorted_segments_still_give_the_true_end() {
+        let loaded = try_load(&elf(&[
+            (18 * MIB, b"data", 2 * MIB),
+            (16 * MIB, b"text", 4),
+        ]))
+        .unwrap();
+        assert_eq!(loaded.end, 20 * MIB);
+        assert_eq!(loaded.entry.address, 16 * MIB);
+    }
+
+    #[test]
+    fn a_truncated_kernel_is_refused_at_every_length() {
+        let whole = elf(&[(16 * MIB, &[0x90; 300], 300)]);
+        for len in 1..whole.len() {
+            assert!(
+                try_load(&whole[..len]).is_err(),
+                "{len} bytes were accepted"
+            );
+        }
+        assert!(try_load(&whole).is_ok());
+    }
+
+    #[test]
+    fn segments_outside_memory_are_refused_before_anything_is_written() {
+        assert!(matches!(
+            try_load(&elf(&[(16 * MIB, b"x", 17 * MIB)])),
+            Err(KernelError::DoesNotFit { .. })
+        ));
+        assert!(matches!(
+            try_load(&elf(&[(u64::MAX, b"x", 4)])),
+            Err(KernelError::Elf(_))
+        ));
+        assert!(matches!(
+            try_load(&elf(&[(0x1000, b"x", 4)])),
+            Err(KernelError::Elf(_))
+        ));
+        assert!(matches!(try_load(&elf(&[])), Err(KernelError::Elf(_))));
+    }
+
+    #[test]
+    fn formats_are_told_by_content() {
+        let mut bz = vec![0u8; 0x400];
+        bz[0x202..0x206].copy_from_slice(b"HdrS");
+        for (bytes, name) in [
+            (bz, "bzImage"),
+            (vec![0x1f, 0x8b, 8], "gzip"),
+            (b"#!/bin/sh\n".to_vec(), "no kernel"),
+            (
+                vec![
+                    0x7f, b'E', b'L', b'F', 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 3, 0,
+                ],
+                "not 64-bit",
+            ),
+        ] {
+            let error = try_load(&bytes).err().unwrap();
+            assert!(error.to_string().contains(name), "{error}");
+        }
+        assert!(matches!(try_load(b""), Err(KernelError::Empty)));
+    }
+
+    #[test]
+    fn a_kernel_without_a_pvh_note_cannot_be_entered_by_pvh() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&elf(&[(16 * MIB, b"text", 4)])).unwrap();
+        let ram = GuestRam::new(32 * MIB).unwrap();
+        let refused = load(file.path(), &ram, EntryChoice::Pvh);
+        assert!(matches!(refused, Err(KernelError::NoPvh)));
+    }
+}

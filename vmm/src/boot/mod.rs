@@ -1,0 +1,304 @@
+//! From a kernel file to a guest whose first instruction can run.
+//!
+//! [`load`] puts kernel, initramfs, command line, memory map, MP table and boot parameters into
+//! guest memory and says where the first vCPU starts.
+
+mod cmdline;
+mod kernel;
+mod linux64;
+pub(crate) mod long_mode;
+mod mptable;
+mod pvh;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
+
+pub use self::cmdline::CmdlineError;
+pub use self::kernel::{KernelError, KernelFormat};
+use crate::layout;
+use crate::memory::{GAP_START, GuestRam, PAGE_SIZE};
+
+/// How the kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EntryChoice {
+    /// PVH where the kernel has no Linux boot header of its own but a PVH note; 64-bit otherwise.
+    #[default]
+    Auto,
+    /// The Linux 64-bit boot protocol.
+    Linux64,
+    /// The PVH boot protocol; the kernel needs a PVH note.
+    Pvh,
+}
+
+/// The processor mode that an entry point expects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EntryMode {
+    Linux64,
+    Pvh,
+}
+
+/// Where the first vCPU starts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    pub(crate) address: u64,
+    pub(crate) mode: EntryMode,
+}
+
+/// Why a guest could not be put into memory.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The kernel file is not usable.
+    #[error("kernel {path}")]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: KernelError,
+    },
+    /// The initramfs could not be read.
+    #[error("initramfs {path} could not be read; check that it exists and is readable")]
+    Initramfs {
+        /// The file.
+        path: PathBuf,
+        /// The host's error.
+        source: std::io::Error,
+    },
+    /// Kernel and initramfs do not fit into memory together.
+    #[error(
+        "kernel (to {kernel_end:#x}) and an initramfs of {initramfs} bytes do not fit into {memory} bytes of memory; give the guest more memory"
+    )]
+    DoesNotFit {
+        /// First free byte after the kernel.
+        kernel_end: u64,
+        /// Bytes of the initramfs.
+        initramfs: u64,
+        /// Bytes of guest memory.
+        memory: u64,
+    },
+    /// The command line is not usable.
+    #[error(transparent)]
+    Cmdline(#[from] CmdlineError),
+    /// The boot structures do not fit (never, from 32 MiB on).
+    #[error("guest memory is too small for the boot structures")]
+    TooSmall(#[from] vm_memory::GuestMemoryError),
+    /// The host gave no random seed.
+    #[error("the host gave no random seed")]
+    Seed(#[source] std::io::Error),
+}
+
+/// What to load.
+pub(crate) struct Source<'a> {
+    pub(crate) payload: &'a Payload,
+    pub(crate) words: &'a [String],
+    pub(crate) vcpus: u8,
+    pub(crate) entry: EntryChoice,
+}
+
+/// What a guest boots.
+#[derive(Clone, Debug)]
+pub enum Payload {
+    /// A kernel file and, optionally, an initramfs file.
+    Linux {
+        /// Path of the kernel.
+        kernel: PathBuf,
+        /// Path of the initramfs (uncompressed cpio is fastest).
+        initramfs: Option<PathBuf>,
+    },
+    /// Machine code that starts in 64-bit mode at 1 MiB, with the first GiB mapped to itself. For
+    /// probes and tests of the monitor.
+    Flat(Vec<u8>),
+}
+
+/// A stretch of guest memory and whether the guest may use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MapEntry {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    pub(crate) usable: bool,
+}
+
+/// The memory map that guests are told (e820): conventional memory ends below the MP table, so that
+/// kernels look for it there.
+pub(crate) fn memory_map(bytes: u64) -> Vec<MapEntry> {
+    let usable = |start: u64, end: u64| MapEntry {
+        start,
+        len: end - start,
+        usable: true,
+    };
+    let mut map = vec![
+        usable(0, layout::MPTABLE),
+        MapEntry {
+            start: layout::MPTABLE,
+            len: layout::LOW_END - layout::MPTABLE,
+            usable: false,
+        },
+    ];
+    for (start, len) in crate::memory::ranges(bytes) {
+        let start = start.0.max(layout::HIGH_START);
+        let end = if start < GAP_START {
+            bytes.min(GAP_START)
+        } else {
+            start + len
+        };
+        if end > start {
+            map.push(usable(start, end));
+        }
+    }
+    map
+}
+
+/// Fills guest memory; see the module's text.
+pub(crate) fn load(ram: &GuestRam, source: &Source<'_>) -> Result<Entry, LoadError> {
+    let (kernel, initramfs) = match source.payload {
+        Payload::Linux { kernel, initramfs } => (kernel, initramfs.as_deref()),
+        Payload::Flat(code) => {
+            ram.map()
+                .write_slice(code, GuestAddress(layout::HIGH_START))?;
+            return Ok(Entry {
+                address: layout::HIGH_START,
+                mode: EntryMode::Linux64,
+            });
+        }
+    };
+    let loaded = kernel::load(kernel, ram, source.entry).map_err(|source| LoadError::Kernel {
+        path: kernel.clone(),
+        source,
+    })?;
+    let initrd = match initramfs {
+        Some(path) => Some(load_initramfs(ram, path, loaded.end)?),
+        None => None,
+    };
+    let cmdline_len = cmdline::write(ram.map(), source.words)?;
+    mptable::write(ram.map(), source.vcpus)?;
+    let map = memory_map(ram.bytes());
+    match loaded.entry.mode {
+        EntryMode::Linux64 => {
+            let mut seed = [0u8; linux64::SEED_BYTES];
+            fill_random(&mut seed).map_err(LoadError::Seed)?;
+            linux64::write(ram.map(), &map, initrd, cmdline_len, &seed)?;
+        }
+        EntryMode::Pvh => pvh::write(ram.map(), &map, initrd)?,
+    }
+    Ok(loaded.entry)
+}
+
+fn fill_random(buffer: &mut [u8]) -> std::io::Result<()> {
+    let got = rustix::rand::getrandom(&mut *buffer, rustix::rand::GetRandomFlags::empty())?;
+    // Up to 256 bytes never come short (getrandom(2)).
+    if got == buffer.len() {
+        Ok(())
+    } else {
+        Err(std::io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+/// Where an initramfs lies: guest address and bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Initrd {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+}
+
+/// The highest whole page below the gap that leaves the kernel alone.
+fn place_initramfs(memory: u64, kernel_end: u64, len: u64) -> Option<u64> {
+    // `initrd_addr_max` of 64-bit kernels is 2 GiB - 1 (arch/x86/boot/header.S).
+    let top = memory.min(GAP_START).min(1 << 31);
+    let start = top.checked_sub(len)? & !(PAGE_SIZE - 1);
+    (start >= kernel_end).then_some(start)
+}
+
+fn load_initramfs(ram: &GuestRam, path: &Path, kernel_end: u64) -> Result<Initrd, LoadError> {
+    let unreadable = |source| LoadError::Initramfs {
+        path: path.to_owned(),
+        source,
+    };
+    let mut file = File::open(path).map_err(unreadable)?;
+    let metadata = file.metadata().map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err(unreadable(std::io::Error::other("not a regular file")));
+    }
+    let len = metadata.len();
+    let start = place_initramfs(ram.bytes(), kernel_end, len).ok_or(LoadError::DoesNotFit {
+        kernel_end,
+        initramfs: len,
+        memory: ram.bytes(),
+    })?;
+    read_exact_at(&mut file, ram.map(), start, len).map_err(unreadable)?;
+    Ok(Initrd { start, len })
+}
+
+/// Reads exactly `len` bytes of `file`, from its position, into guest memory.
+fn read_exact_at<F: ReadVolatile>(
+    file: &mut F,
+    ram: &GuestMemoryMmap,
+    start: u64,
+    len: u64,
+) -> std::io::Result<()> {
+    let len = usize::try_from(len).map_err(|_| std::io::ErrorKind::InvalidData)?;
+    ram.read_exact_volatile_from(GuestAddress(start), file, len)
+        .map_err(|e| std::io::Error::new(std::io::ErrorKind::UnexpectedEof, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{GAP_END, MIB};
+
+    #[test]
+    fn the_map_ends_low_memory_below_the_mp_table() {
+        let map = memory_map(128 * MIB);
+        assert_eq!(
+            map[0],
+            MapEntry {
+                start: 0,
+                len: 0x9_fc00,
+                usable: true
+            }
+        );
+        assert!(!map[1].usable);
+        assert_eq!(
+            map[2],
+            MapEntry {
+                start: MIB,
+                len: 127 * MIB,
+                usable: true
+            }
+        );
+        assert_eq!(map.len(), 3);
+    }
+
+    #[test]
+    fn the_map_covers_exactly_the_memory_at_every_boundary() {
+        for mib in [32, 33, 128, 3071, 3072, 3073, 4095, 4096, 4097, 5120, 65536] {
+            let map = memory_map(mib * MIB);
+            let hole = layout::HIGH_START - layout::LOW_END;
+            let total: u64 = map.iter().map(|e| e.len).sum();
+            assert_eq!(total + hole, mib * MIB, "{mib} MiB");
+            for pair in map.windows(2) {
+                assert!(pair[0].start + pair[0].len <= pair[1].start);
+            }
+            assert_eq!(map.len(), if mib > 3072 { 4 } else { 3 });
+            if mib > 3072 {
+                assert_eq!(map[2].start + map[2].len, GAP_START);
+                assert_eq!(map[3].start, GAP_END);
+            }
+        }
+    }
+
+    #[test]
+    fn an_initramfs_lies_at_the_top_and_never_on_the_kernel() {
+        assert_eq!(
+            place_initramfs(128 * MIB, 32 * MIB, 5000),
+            Some(128 * MIB - 8192)
+        );
+        assert_eq!(
+            place_initramfs(128 * MIB, 32 * MIB, 96 * MIB),
+            Some(32 * MIB)
+        );
+        assert_eq!(place_initramfs(128 * MIB, 32 * MIB, 96 * MIB + 1), None);
+        assert_eq!(place_initramfs(128 * MIB, 32 * MIB, u64::MAX), None);
+        assert_eq!(place_initramfs(8192 * MIB, 32 * MIB, MIB), Some(2047 * MIB));
+    }
+}

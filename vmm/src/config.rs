@@ -1,0 +1,291 @@
+//! What a VM is made of, checked as a whole before anything is made.
+
+use std::path::PathBuf;
+
+use crate::boot::{EntryChoice, Payload};
+use crate::host::CpuProfile;
+
+/// Least guest memory in MiB.
+pub const MIN_MEMORY_MIB: u64 = 32;
+/// Most guest memory in MiB (1 TiB, what 40 physical address bits allow any guest).
+pub const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Most vCPUs of one VM.
+pub const MAX_VCPUS: u8 = 32;
+/// Guest memory in MiB when not said.
+pub const DEFAULT_MEMORY_MIB: u64 = 128;
+
+/// Why a configuration is refused. Nothing was started.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Less than the least memory.
+    #[error("{0} bytes of guest memory are too few; give it at least {MIN_MEMORY_MIB} MiB")]
+    MemoryTooSmall(u64),
+    /// Not whole MiB.
+    #[error("{0} bytes of guest memory are not whole MiB; round to a multiple of 1048576")]
+    MemoryNotWhole(u64),
+    /// More than the host or any guest has.
+    #[error("{asked} MiB of guest memory are more than this host's {host} MiB")]
+    MemoryTooLarge {
+        /// MiB asked for.
+        asked: u64,
+        /// MiB that the host has.
+        host: u64,
+    },
+    /// Zero vCPUs, or more than are supported.
+    #[error("{asked} vCPUs are not possible; choose 1 to {most}")]
+    Vcpus {
+        /// vCPUs asked for.
+        asked: u8,
+        /// Most that this host and Hearth support.
+        most: u8,
+    },
+}
+
+/// A VM's configuration. Build one with [`VmConfig::builder`].
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    pub(crate) payload: Payload,
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: u8,
+    pub(crate) words: Vec<String>,
+    pub(crate) plain_cmdline: bool,
+    pub(crate) console: bool,
+    pub(crate) pit: bool,
+    pub(crate) entry: EntryChoice,
+    pub(crate) profile: Option<CpuProfile>,
+}
+
+/// Collects a [`VmConfig`]. Every method takes and returns the builder; the last of equal calls wins.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct VmConfigBuilder(VmConfig);
+
+impl VmConfig {
+    /// A guest that boots `kernel` (an uncompressed ELF vmlinux) with 128 MiB and one vCPU.
+    pub fn builder(kernel: impl Into<PathBuf>) -> VmConfigBuilder {
+        Self::with_payload(Payload::Linux {
+            kernel: kernel.into(),
+            initramfs: None,
+        })
+    }
+
+    /// A guest that runs `code` from 1 MiB on, in 64-bit mode with the first GiB mapped to itself.
+    /// For probes and tests of the monitor.
+    pub fn flat(code: impl Into<Vec<u8>>) -> VmConfigBuilder {
+        Self::with_payload(Payload::Flat(code.into()))
+    }
+
+    fn with_payload(payload: Payload) -> VmConfigBuilder {
+        VmConfigBuilder(VmConfig {
+            payload,
+            memory_bytes: DEFAULT_MEMORY_MIB << 20,
+            vcpus: 1,
+            words: Vec::new(),
+            plain_cmdline: false,
+            console: false,
+            pit: false,
+            entry: EntryChoice::Auto,
+            profile: None,
+        })
+    }
+
+    /// Guest memory in bytes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn vcpus(&self) -> u8 {
+        self.vcpus
+    }
+
+    /// Checks everything that can be checked without the host's KVM.
+    fn check(&self, host_mib: u64) -> Result<(), ConfigError> {
+        let mib = self.memory_bytes >> 20;
+        if mib < MIN_MEMORY_MIB {
+            return Err(ConfigError::MemoryTooSmall(self.memory_bytes));
+        }
+        if !self.memory_bytes.is_multiple_of(1 << 20) {
+            return Err(ConfigError::MemoryNotWhole(self.memory_bytes));
+        }
+        let host = host_mib.min(MAX_MEMORY_MIB);
+        if mib > host {
+            return Err(ConfigError::MemoryTooLarge { asked: mib, host });
+        }
+        self.check_vcpus(MAX_VCPUS)
+    }
+
+    pub(crate) fn check_vcpus(&self, most: u8) -> Result<(), ConfigError> {
+        if self.vcpus == 0 || self.vcpus > most {
+            return Err(ConfigError::Vcpus {
+                asked: self.vcpus,
+                most,
+            });
+        }
+        Ok(())
+    }
+
+    /// The kernel command line as words, with those that the monitor adds.
+    pub(crate) fn cmdline(&self, profile: CpuProfile, devices: &[String]) -> Vec<String> {
+        let mut words: Vec<String> = Vec::new();
+        if !self.plain_cmdline {
+            // End at once and by ways that the monitor sees; say why on our port.
+            words.extend(["reboot=k", "panic=-1", "hearth.report=0x5f0"].map(String::from));
+            if self.console {
+                words.push("console=ttyS0".into());
+            } else {
+                words.extend(["quiet", "8250.nr_uarts=0"].map(String::from));
+            }
+            words.extend(profile.kernel_words().iter().map(|w| (*w).to_owned()));
+        }
+        words.extend(devices.iter().cloned());
+        words.extend(self.words.iter().cloned());
+        words
+    }
+}
+
+impl VmConfigBuilder {
+    /// An initramfs file; uncompressed cpio is fastest by far.
+    pub fn initramfs(mut self, path: impl Into<PathBuf>) -> Self {
+        if let Payload::Linux { initramfs, .. } = &mut self.0.payload {
+            *initramfs = Some(path.into());
+        }
+        self
+    }
+
+    /// Guest memory in MiB, 32 or more.
+    pub fn memory_mib(self, mib: u64) -> Self {
+        self.memory_bytes(mib.saturating_mul(1 << 20))
+    }
+
+    /// Guest memory in bytes; whole MiB.
+    pub fn memory_bytes(mut self, bytes: u64) -> Self {
+        self.0.memory_bytes = bytes;
+        self
+    }
+
+    /// Number of vCPUs, 1 to 32.
+    pub fn vcpus(mut self, vcpus: u8) -> Self {
+        self.0.vcpus = vcpus;
+        self
+    }
+
+    /// Adds words to the end of the kernel command line.
+    pub fn append(mut self, words: &str) -> Self {
+        self.0
+            .words
+            .extend(words.split_whitespace().map(String::from));
+        self
+    }
+
+    /// Leaves out the words that the monitor would add, but for the devices'.
+    pub fn plain_cmdline(mut self) -> Self {
+        self.0.plain_cmdline = true;
+        self
+    }
+
+    /// Gives the guest a serial console whose output [`Vm::console`](crate::Vm::console) keeps. Costs
+    /// an exit per byte printed.
+    pub fn console(mut self, on: bool) -> Self {
+        self.0.console = on;
+        self
+    }
+
+    /// Gives the guest a programmable interval timer. Kernels with KVM guest support do without.
+    pub fn pit(mut self, on: bool) -> Self {
+        self.0.pit = on;
+        self
+    }
+
+    /// How the kernel is entered.
+    pub fn entry(mut self, entry: EntryChoice) -> Self {
+        self.0.entry = entry;
+        self
+    }
+
+    /// Forces the CPU profile, for a kernel of your own; the host's probed one when not said.
+    pub fn profile(mut self, profile: CpuProfile) -> Self {
+        self.0.profile = Some(profile);
+        self
+    }
+
+    /// Checks the configuration.
+    ///
+    /// # Errors
+    /// [`ConfigError`] says which value is not possible and what would be.
+    pub fn build(self) -> Result<VmConfig, ConfigError> {
+        self.0.check(host_memory_mib())?;
+        Ok(self.0)
+    }
+}
+
+fn host_memory_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) >> 20
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn impossible_memory_is_refused_with_the_reason() {
+        let with = |bytes| {
+            VmConfig::builder("k")
+                .memory_bytes(bytes)
+                .build()
+                .map(|_| ())
+        };
+        assert_eq!(with(0), Err(ConfigError::MemoryTooSmall(0)));
+        assert_eq!(with(31 << 20), Err(ConfigError::MemoryTooSmall(31 << 20)));
+        assert_eq!(
+            with((64 << 20) + 1),
+            Err(ConfigError::MemoryNotWhole((64 << 20) + 1))
+        );
+        assert!(matches!(
+            with(1 << 60),
+            Err(ConfigError::MemoryTooLarge { .. })
+        ));
+        assert!(matches!(
+            VmConfig::builder("k").memory_mib(u64::MAX).build(),
+            Err(ConfigError::MemoryTooLarge { .. } | ConfigError::MemoryNotWhole(_))
+        ));
+        assert_eq!(with(32 << 20), Ok(()));
+    }
+
+    #[test]
+    fn impossible_vcpus_are_refused() {
+        for (vcpus, ok) in [(0, false), (1, true), (32, true), (33, false), (255, false)] {
+            assert_eq!(
+                VmConfig::builder("k").vcpus(vcpus).build().is_ok(),
+                ok,
+                "{vcpus}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_native_profile_adds_no_emulation_words() {
+        let config = VmConfig::builder("k").append("a  b=c").build().unwrap();
+        let native = config.cmdline(CpuProfile::Native, &["dev".into()]);
+        assert!(
+            !native
+                .iter()
+                .any(|w| w.contains("emulated") || w.contains("clearcpuid"))
+        );
+        assert_eq!(native[native.len() - 3..], ["dev", "a", "b=c"]);
+        let emulated = config.cmdline(CpuProfile::Emulated, &[]);
+        assert!(emulated.contains(&"hearth.emulated".to_owned()));
+        let plain = VmConfig::builder("k")
+            .plain_cmdline()
+            .append("x")
+            .build()
+            .unwrap();
+        assert_eq!(
+            plain.cmdline(CpuProfile::Emulated, &["dev".into()]),
+            ["dev", "x"]
+        );
+    }
+}

@@ -1,0 +1,272 @@
+//! What this process knows about its host: access to KVM, the host's kind, supported CPUID and MSRs.
+//! Probed once; a failure is not remembered, so that a fixed permission is seen.
+
+mod probe;
+
+use std::sync::{Mutex, OnceLock};
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm};
+
+pub(crate) use probe::Probe;
+
+/// Environment variable that forces the CPU profile: `native`, `emulated` or `auto`.
+pub const PROFILE_VARIABLE: &str = "HEARTH_CPU_PROFILE";
+
+/// Why this host cannot run guests, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// There is no `/dev/kvm`.
+    #[error(
+        "/dev/kvm does not exist: enable virtualisation in the firmware, load the kvm_intel or kvm_amd \
+         module, or, inside a virtual machine, enable nested virtualisation"
+    )]
+    NoKvm,
+    /// The caller may not open `/dev/kvm`.
+    #[error(
+        "user {user} may not open /dev/kvm: run `sudo usermod -aG kvm {user}` and log in again"
+    )]
+    NoAccess {
+        /// Name or number of the user who lacks access.
+        user: String,
+    },
+    /// `/dev/kvm` opened, but does not speak the stable API.
+    #[error("/dev/kvm speaks API version {0}, expected 12: use a Linux kernel of this century")]
+    ApiVersion(i32),
+    /// The host's KVM lacks something that Hearth needs.
+    #[error("this host's KVM lacks {0}: use Linux 5.10 or later")]
+    Missing(&'static str),
+    /// The forced profile is not a known word.
+    #[error("HEARTH_CPU_PROFILE is {0:?}: use native, emulated or auto")]
+    BadProfile(String),
+    /// An ioctl failed.
+    #[error("{call} on /dev/kvm failed")]
+    Ioctl {
+        /// The ioctl's name.
+        call: &'static str,
+        /// The host's error.
+        source: std::io::Error,
+    },
+    /// The probe guest could not run.
+    #[error("the probe guest did not run as expected: {0}")]
+    Probe(String),
+}
+
+/// How the host runs a guest's ring 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CpuProfile {
+    /// On the processor (VT-x, AMD-V, or a paravirtual kernel).
+    Native,
+    /// In KVM's instruction emulator, about a thousand times slower and with instructions missing.
+    Emulated,
+}
+
+impl CpuProfile {
+    /// What to multiply a timeout by that was chosen for hardware.
+    #[must_use]
+    pub fn timeout_factor(self) -> u32 {
+        match self {
+            Self::Native => 1,
+            Self::Emulated => 10,
+        }
+    }
+
+    /// Kernel command-line words that this profile needs. The emulator lacks the instructions that
+    /// the kernel patches in when it sees these features; `hearth.emulated` switches on our kernel
+    /// patches.
+    #[must_use]
+    pub fn kernel_words(self) -> &'static [&'static str] {
+        match self {
+            Self::Native => &[],
+            Self::Emulated => &[
+                "hearth.emulated",
+                "no_timer_check",
+                "noxsave",
+                "nofsgsbase",
+                "clearcpuid=smap,smep,umip,pcid,invpcid,erms,fsrm,popcnt,rdrand,rdseed,rdpid,clflushopt,clwb,la57,cx16",
+            ],
+        }
+    }
+}
+
+/// The probed host. Lives as long as the process.
+#[derive(Debug)]
+pub struct Host {
+    kvm: Kvm,
+    profile: CpuProfile,
+    probe: Option<Probe>,
+    cpuid: CpuId,
+    msr_indices: Vec<u32>,
+    max_vcpus: usize,
+}
+
+impl Host {
+    /// The host of this process, probed at the first call (8 to 20 ms where ring 0 is emulated).
+    ///
+    /// # Errors
+    /// [`HostError`] says what is missing and how to mend it.
+    pub fn get() -> Result<&'static Host, HostError> {
+        static HOST: OnceLock<Host> = OnceLock::new();
+        static PROBING: Mutex<()> = Mutex::new(());
+        if let Some(host) = HOST.get() {
+            return Ok(host);
+        }
+        let _one_at_a_time = PROBING.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(host) = HOST.get() {
+            return Ok(host);
+        }
+        let host = Host::probe()?;
+        Ok(HOST.get_or_init(|| host))
+    }
+
+    fn probe() -> Result<Host, HostError> {
+        let kvm = open()?;
+        let forced = forced_profile()?;
+        let probe = match forced {
+            Some(_) => None,
+            None => Some(Probe::run(&kvm)?),
+        };
+        let profile = forced
+            .or(probe.map(|p| p.profile()))
+            .unwrap_or(CpuProfile::Native);
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|e| ioctl("KVM_GET_SUPPORTED_CPUID", e))?;
+        let msr_indices = kvm
+            .get_msr_index_list()
+            .map_err(|e| ioctl("KVM_GET_MSR_INDEX_LIST", e))?
+            .as_slice()
+            .to_vec();
+        let max_vcpus = kvm.get_max_vcpus();
+        tracing::debug!(?profile, ?probe, "host probed");
+        Ok(Host {
+            kvm,
+            profile,
+            probe,
+            cpuid,
+            msr_indices,
+            max_vcpus,
+        })
+    }
+
+    /// The open `/dev/kvm`.
+    #[must_use]
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+
+    /// The CPU profile in force.
+    #[must_use]
+    pub fn profile(&self) -> CpuProfile {
+        self.profile
+    }
+
+    /// What the probe guest measured; `None` when the profile was forced.
+    #[must_use]
+    pub fn probed(&self) -> Option<std::time::Duration> {
+        self.probe.map(|p| p.best)
+    }
+
+    /// CPUID leaves that KVM can give a guest.
+    #[must_use]
+    pub fn cpuid(&self) -> &CpuId {
+        &self.cpuid
+    }
+
+    /// MSRs that a snapshot must save.
+    #[must_use]
+    pub fn msr_indices(&self) -> &[u32] {
+        &self.msr_indices
+    }
+
+    /// Most vCPUs of one VM that the host supports.
+    #[must_use]
+    pub fn max_vcpus(&self) -> usize {
+        self.max_vcpus
+    }
+}
+
+pub(crate) fn ioctl(call: &'static str, e: kvm_ioctls::Error) -> HostError {
+    HostError::Ioctl {
+        call,
+        source: std::io::Error::from_raw_os_error(e.errno()),
+    }
+}
+
+fn forced_profile() -> Result<Option<CpuProfile>, HostError> {
+    match std::env::var(PROFILE_VARIABLE) {
+        Err(_) => Ok(None),
+        Ok(word) => match word.as_str() {
+            "" | "auto" => Ok(None),
+            "native" => Ok(Some(CpuProfile::Native)),
+            "emulated" => Ok(Some(CpuProfile::Emulated)),
+            _ => Err(HostError::BadProfile(word)),
+        },
+    }
+}
+
+fn open() -> Result<Kvm, HostError> {
+    let kvm = Kvm::new().map_err(|e| match e.errno() {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => HostError::NoKvm,
+        libc::EACCES | libc::EPERM => HostError::NoAccess { user: user() },
+        _ => ioctl("open", e),
+    })?;
+    let version = kvm.get_api_version();
+    if version.cast_unsigned() != KVM_API_VERSION {
+        return Err(HostError::ApiVersion(version));
+    }
+    for (cap, name) in [
+        (
+            Cap::Irqchip,
+            "an in-kernel interrupt controller (KVM_CAP_IRQCHIP)",
+        ),
+        (Cap::Ioeventfd, "ioeventfd (KVM_CAP_IOEVENTFD)"),
+        (Cap::Irqfd, "irqfd (KVM_CAP_IRQFD)"),
+        (Cap::UserMemory, "user memory slots (KVM_CAP_USER_MEMORY)"),
+        (
+            Cap::ImmediateExit,
+            "immediate exit (KVM_CAP_IMMEDIATE_EXIT)",
+        ),
+    ] {
+        if !kvm.check_extension(cap) {
+            return Err(HostError::Missing(name));
+        }
+    }
+    Ok(kvm)
+}
+
+fn user() -> String {
+    let uid = rustix::process::geteuid().as_raw();
+    std::fs::read_to_string("/etc/passwd")
+        .ok()
+        .and_then(|passwd| {
+            passwd.lines().find_map(|line| {
+                let mut fields = line.split(':');
+                let name = fields.next()?;
+                (fields.nth(1)?.parse::<u32>().ok()? == uid).then(|| name.to_owned())
+            })
+        })
+        .unwrap_or_else(|| format!("with id {uid}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn native_adds_no_kernel_word() {
+        assert!(CpuProfile::Native.kernel_words().is_empty());
+        assert!(
+            CpuProfile::Emulated
+                .kernel_words()
+                .contains(&"hearth.emulated")
+        );
+    }
+
+    #[test]
+    fn errors_say_what_to_do() {
+        let text = HostError::NoAccess { user: "ada".into() }.to_string();
+        assert!(text.contains("usermod -aG kvm ada"), "{text}");
+    }
+}

@@ -1,0 +1,100 @@
+//! Making a KVM virtual machine: creation with retries, memory slots, interrupt controllers.
+
+use std::time::Duration;
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::layout;
+use crate::memory::GuestRam;
+
+/// How often `KVM_CREATE_VM` is tried when a signal or a busy host interrupts it.
+const CREATE_ATTEMPTS: u32 = 8;
+
+/// An ioctl on a VM or vCPU failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{call} failed")]
+pub struct KvmError {
+    /// The ioctl's name.
+    pub call: &'static str,
+    /// The host's error.
+    pub source: std::io::Error,
+}
+
+impl KvmError {
+    pub(crate) fn of(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+        move |e| KvmError {
+            call,
+            source: std::io::Error::from_raw_os_error(e.errno()),
+        }
+    }
+
+    pub(crate) fn io(call: &'static str) -> impl FnOnce(std::io::Error) -> KvmError {
+        move |source| KvmError { call, source }
+    }
+}
+
+/// `KVM_CREATE_VM`; retried while interrupted (a busy host answers EINTR) or short of memory.
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    let mut attempt = 0;
+    loop {
+        match kvm.create_vm() {
+            Ok(vm) => return Ok(vm),
+            Err(e)
+                if attempt < CREATE_ATTEMPTS
+                    && matches!(e.errno(), libc::EINTR | libc::EAGAIN | libc::ENOMEM) =>
+            {
+                attempt += 1;
+                std::thread::sleep(Duration::from_micros(u64::from(100 * attempt)));
+            }
+            Err(e) => return Err(KvmError::of("KVM_CREATE_VM")(e)),
+        }
+    }
+}
+
+/// One memory slot for each region of `ram`. Before [`create_irqchip`]: after it, each slot waits
+/// out a grace period of several milliseconds.
+pub(crate) fn set_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
+    for (slot, region) in (0u32..).zip(ram.map().iter()) {
+        let host = region
+            .get_host_address(vm_memory::MemoryRegionAddress(0))
+            .map_err(|_| KvmError {
+                call: "memory slot",
+                source: std::io::ErrorKind::InvalidInput.into(),
+            })?;
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the region is mapped for as long as `ram` lives, and the owner of this VM keeps
+        // `ram` until the VM's last fd is closed (see `Machine`'s field order).
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// In-kernel interrupt controllers and, where asked, the PIT. The PIT has a worker thread that must
+/// stop at destruction, so guests that can do without get none.
+pub(crate) fn create_irqchip(vm: &VmFd, pit: bool) -> Result<(), KvmError> {
+    // Intel needs the TSS and the identity map for its real mode; AMD ignores them.
+    vm.set_tss_address(layout::TSS)
+        .map_err(KvmError::of("KVM_SET_TSS_ADDR"))?;
+    vm.set_identity_map_address(layout::IDENTITY_MAP)
+        .map_err(KvmError::of("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.create_irq_chip()
+        .map_err(KvmError::of("KVM_CREATE_IRQCHIP"))?;
+    if pit {
+        let config = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        vm.create_pit2(config)
+            .map_err(KvmError::of("KVM_CREATE_PIT2"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,56 @@
+//! COM1: a 16550A whose output goes to the [`Console`].
+
+use std::sync::{Mutex, MutexGuard};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::console::Console;
+
+/// First of the eight ports of COM1.
+pub(crate) const BASE: u16 = 0x3f8;
+/// Ports of a 16550A.
+pub(crate) const PORTS: u16 = 8;
+
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = std::io::Error;
+
+    fn trigger(&self) -> std::io::Result<()> {
+        // A full counter means that the interrupt is pending already.
+        let _ = self.0.write(1);
+        Ok(())
+    }
+}
+
+/// The serial port.
+pub(crate) struct SerialPort(Mutex<Serial<Line, NoEvents, Console>>);
+
+impl std::fmt::Debug for SerialPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SerialPort")
+    }
+}
+
+impl SerialPort {
+    pub(crate) fn new(console: Console) -> std::io::Result<(Self, EventFd)> {
+        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let irq = fd.try_clone()?;
+        Ok((Self(Mutex::new(Serial::new(Line(fd), console))), irq))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Serial<Line, NoEvents, Console>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub(crate) fn read(&self, offset: u16) -> u8 {
+        self.lock().read(offset as u8)
+    }
+
+    pub(crate) fn write(&self, offset: u16, value: u8) {
+        // The console takes every byte, so that the only error left is an interrupt that is pending.
+        let _ = self.lock().write(offset as u8, value);
+    }
+}

@@ -1,0 +1,97 @@
+//! What a VM is doing, and how it ended.
+
+use std::fmt;
+
+/// How a guest ended. The first cause wins; later ones are consequences.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exit {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset. A stock kernel that panics with `panic=-1` looks the same; ours
+    /// is told apart.
+    Reboot,
+    /// The guest's kernel halted without powering off.
+    Halt,
+    /// The guest's kernel panicked (told by our kernel only).
+    Panic,
+    /// The processor shut down after a triple fault.
+    TripleFault,
+    /// KVM could not go on, mostly because it cannot emulate an instruction.
+    InternalError(InternalError),
+    /// The host program killed it.
+    Killed,
+    /// The monitor failed or its thread panicked; the text says where. The VM is poisoned.
+    Failed(String),
+}
+
+/// What KVM tells about an internal error (Documentation/virt/kvm/api.rst,
+/// KVM_EXIT_INTERNAL_ERROR).
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct InternalError {
+    /// KVM's number; 1 is a failed emulation.
+    pub suberror: u32,
+    /// Bytes at the instruction pointer, where KVM gives them; at most 15.
+    pub instruction: Vec<u8>,
+    /// The instruction pointer.
+    pub rip: u64,
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("the guest powered off"),
+            Self::Reboot => f.write_str("the guest rebooted"),
+            Self::Halt => f.write_str("the guest halted"),
+            Self::Panic => f.write_str("the guest's kernel panicked"),
+            Self::TripleFault => f.write_str("the guest's processor shut down (triple fault)"),
+            Self::InternalError(error) => {
+                write!(f, "KVM could not go on (internal error {}", error.suberror)?;
+                if !error.instruction.is_empty() {
+                    f.write_str(", instruction")?;
+                    for byte in &error.instruction {
+                        write!(f, " {byte:02x}")?;
+                    }
+                }
+                write!(f, " at {:#x})", error.rip)
+            }
+            Self::Killed => f.write_str("the guest was killed"),
+            Self::Failed(what) => write!(f, "the monitor failed: {what}"),
+        }
+    }
+}
+
+/// What a VM is doing.
+///
+/// ```text
+/// Running <-> Paused
+///    |           |
+///    +-> Ended <-+      (Failed poisons: nothing but dropping it is left)
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmStatus {
+    /// Its vCPUs may run.
+    Running,
+    /// Its vCPUs are stopped and can go on.
+    Paused,
+    /// It will never run again.
+    Ended(Exit),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_internal_error_shows_its_instruction() {
+        let exit = Exit::InternalError(InternalError {
+            suberror: 1,
+            instruction: vec![0x0f, 0x01, 0xca],
+            rip: 0x1000,
+        });
+        assert_eq!(
+            exit.to_string(),
+            "KVM could not go on (internal error 1, instruction 0f 01 ca at 0x1000)"
+        );
+    }
+}

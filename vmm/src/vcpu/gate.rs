@@ -1,0 +1,177 @@
+//! The gate between a VM's owner and its vCPU threads: run, pause, stop.
+//!
+//! ```text
+//! Run <-> Pause        Stop is final.
+//!   \      /
+//!    Stop
+//! ```
+//!
+//! A thread that finds the gate closed hands its vCPU over (into its [`Seat`]) and waits; whoever
+//! closed the gate may then look at the vCPU. Lock order: `Gate.state`, then a seat.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::VcpuFd;
+
+use super::kick::Kicker;
+
+/// How long to wait for acknowledgement before kicking again.
+const KICK_INTERVAL: Duration = Duration::from_millis(5);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Want {
+    Run,
+    Pause,
+    Stop,
+}
+
+#[derive(Debug)]
+struct State {
+    want: Want,
+    /// Threads that wait at the closed gate.
+    waiting: usize,
+    /// Threads that have not ended.
+    alive: usize,
+}
+
+/// One vCPU's place: its kicker and, while the gate is closed, the vCPU itself.
+#[derive(Debug, Default)]
+pub(crate) struct Seat {
+    pub(super) kicker: Kicker,
+    vcpu: Mutex<Option<VcpuFd>>,
+}
+
+impl Seat {
+    fn lock(&self) -> MutexGuard<'_, Option<VcpuFd>> {
+        self.vcpu.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Set while `want` is not `Run`; lets running threads check without the lock.
+    closed: AtomicBool,
+    seats: Vec<Seat>,
+}
+
+impl Gate {
+    /// A gate for `vcpus` threads.
+    pub(crate) fn new(vcpus: usize, want: Want) -> Self {
+        Self {
+            state: Mutex::new(State {
+                want,
+                waiting: 0,
+                alive: 0,
+            }),
+            changed: Condvar::new(),
+            closed: AtomicBool::new(want != Want::Run),
+            seats: (0..vcpus).map(|_| Seat::default()).collect(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub(super) fn seat(&self, index: usize) -> Option<&Seat> {
+        self.seats.get(index)
+    }
+
+    /// A vCPU thread begins; counted before it is spawned, so that a stop waits for it.
+    pub(super) fn enter(&self) {
+        self.lock().alive += 1;
+    }
+
+    /// A vCPU thread ends.
+    pub(super) fn leave(&self) {
+        self.lock().alive -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Whether a running thread must come to the gate.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Waits while the gate is closed. Gives the vCPU back when it may run, `None` at a stop (the
+    /// vCPU is then closed here).
+    pub(super) fn pass(&self, index: usize, vcpu: VcpuFd) -> Option<VcpuFd> {
+        let seat = self.seats.get(index)?;
+        *seat.lock() = Some(vcpu);
+        let mut state = self.lock();
+        state.waiting += 1;
+        self.changed.notify_all();
+        while state.want == Want::Pause {
+            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        state.waiting -= 1;
+        let want = state.want;
+        drop(state);
+        let vcpu = seat.lock().take();
+        if want == Want::Stop { None } else { vcpu }
+    }
+
+    /// Sets what the threads shall do and kicks those that run. Does not wait. A stop is final.
+    /// Returns whether the wish was accepted.
+    pub(crate) fn set(&self, want: Want) -> bool {
+        {
+            let mut state = self.lock();
+            if state.want == Want::Stop && want != Want::Stop {
+                return false;
+            }
+            state.want = want;
+            self.closed.store(want != Want::Run, Ordering::Release);
+            self.changed.notify_all();
+        }
+        if want != Want::Run {
+            self.kick();
+        }
+        true
+    }
+
+    /// What the threads shall do.
+    pub(crate) fn want(&self) -> Want {
+        self.lock().want
+    }
+
+    fn kick(&self) {
+        for seat in &self.seats {
+            seat.kicker.kick();
+        }
+    }
+
+    /// Kicks until every thread waits at the gate or has ended; false at `deadline`.
+    pub(crate) fn settle(&self, deadline: Instant) -> bool {
+        loop {
+            let state = self.lock();
+            let settled = match state.want {
+                Want::Run => true,
+                Want::Pause => state.waiting >= state.alive,
+                Want::Stop => state.alive == 0,
+            };
+            if settled {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            let _ = self.changed.wait_timeout(state, KICK_INTERVAL);
+            self.kick();
+        }
+    }
+
+    /// Looks at vCPU `index` while it waits at the closed gate; `None` when it does not.
+    #[allow(dead_code)] // Snapshots look at paused vCPUs.
+    pub(crate) fn with_vcpu<R>(
+        &self,
+        index: usize,
+        look: impl FnOnce(&mut VcpuFd) -> R,
+    ) -> Option<R> {
+        self.seats.get(index)?.lock().as_mut().map(look)
+    }
+}

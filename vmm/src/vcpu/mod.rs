@@ -1,0 +1,245 @@
+//! A vCPU's thread: it runs the guest, answers its exits, and comes to the [`gate`] when told.
+
+pub(crate) mod gate;
+pub mod kick;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use self::gate::Gate;
+use self::kick::Running;
+use crate::board::Board;
+use crate::ending::Ending;
+use crate::state::{Exit, InternalError};
+
+/// Stack of a vCPU thread. Exits are handled without recursion.
+const STACK_BYTES: usize = 256 << 10;
+/// How often `KVM_RUN` is tried again after a spurious ENOMEM (busy hosts answer it at the first run).
+const RUN_ATTEMPTS: u32 = 10;
+
+/// Why a vCPU thread could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// The kick signal's handler could not be installed.
+    #[error("the handler of the kick signal could not be installed")]
+    Signal(#[source] std::io::Error),
+    /// The host has no thread left.
+    #[error("the host refused a vCPU thread; check ulimit -u and kernel.threads-max")]
+    Thread(#[source] std::io::Error),
+}
+
+/// How often a VM's vCPUs left the guest, by kind. Relaxed counters: exact once the VM is paused.
+#[derive(Debug, Default)]
+pub struct ExitCounters {
+    /// Port reads and writes.
+    pub pio: AtomicU64,
+    /// Memory-mapped device accesses.
+    pub mmio: AtomicU64,
+    /// Kicks and other signals.
+    pub interrupted: AtomicU64,
+    /// Anything else.
+    pub other: AtomicU64,
+}
+
+impl ExitCounters {
+    /// Sum over all kinds.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        [&self.pio, &self.mmio, &self.interrupted, &self.other]
+            .iter()
+            .map(|c| c.load(Ordering::Relaxed))
+            .sum()
+    }
+}
+
+/// What a vCPU thread works with.
+pub(crate) struct Vcpu {
+    pub(crate) index: usize,
+    pub(crate) fd: VcpuFd,
+    pub(crate) board: Arc<Board>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) ending: Arc<Ending>,
+    pub(crate) exits: Arc<ExitCounters>,
+}
+
+enum Step {
+    Continue,
+    Interrupted,
+    End(Exit),
+}
+
+impl Vcpu {
+    /// Starts the thread. It comes to the gate first.
+    pub(crate) fn spawn(self) -> Result<JoinHandle<()>, VcpuError> {
+        kick::install()?;
+        let gate = Arc::clone(&self.gate);
+        gate.enter();
+        std::thread::Builder::new()
+            .name(format!("hearth-vcpu{}", self.index))
+            .stack_size(STACK_BYTES)
+            .spawn(move || self.live())
+            .map_err(|e| {
+                gate.leave();
+                VcpuError::Thread(e)
+            })
+    }
+
+    fn live(self) {
+        let Vcpu {
+            index,
+            fd,
+            board,
+            gate,
+            ending,
+            exits,
+        } = self;
+        let Some(seat) = gate.seat(index) else {
+            return gate.leave();
+        };
+        seat.kicker.enlist();
+        let run = AssertUnwindSafe(|| run_until_stopped(index, fd, &board, &gate, &ending, &exits));
+        if catch_unwind(run).is_err() {
+            ending.report(Exit::Failed("a vCPU thread panicked".into()));
+        }
+        seat.kicker.discharge();
+        // The board holds guest memory; whoever waits for this thread must find it released.
+        drop(board);
+        gate.leave();
+    }
+}
+
+fn run_until_stopped(
+    index: usize,
+    mut fd: VcpuFd,
+    board: &Board,
+    gate: &Gate,
+    ending: &Ending,
+    exits: &ExitCounters,
+) {
+    let mut no_memory = 0;
+    loop {
+        if gate.is_closed() {
+            finish_exit(&mut fd);
+            match gate.pass(index, fd) {
+                Some(back) => fd = back,
+                None => return,
+            }
+        }
+        let running = Running::new(&mut fd);
+        let step = loop {
+            match run_once(&mut fd, board, exits) {
+                Ok(Step::Continue) if gate.is_closed() => break Step::Interrupted,
+                Ok(Step::Continue) => no_memory = 0,
+                Ok(step) => break step,
+                Err(e) if e.errno() == libc::ENOMEM && no_memory < RUN_ATTEMPTS => {
+                    no_memory += 1;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(e) => {
+                    let e = std::io::Error::from_raw_os_error(e.errno());
+                    break Step::End(Exit::Failed(format!("KVM_RUN failed: {e}")));
+                }
+            }
+        };
+        drop(running);
+        if let Step::End(exit) = step {
+            // Closes the gate with a stop; the next round ends this thread.
+            ending.report(exit);
+        }
+    }
+}
+
+/// Completes an exit that KVM has not finished (port reads, MMIO) without running the guest.
+fn finish_exit(fd: &mut VcpuFd) {
+    fd.set_kvm_immediate_exit(1);
+    // EINTR is the expected answer; nothing else can happen before the guest runs.
+    let _ = fd.run();
+    fd.set_kvm_immediate_exit(0);
+}
+
+fn run_once(
+    fd: &mut VcpuFd,
+    board: &Board,
+    exits: &ExitCounters,
+) -> Result<Step, kvm_ioctls::Error> {
+    let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
+    let exit = match fd.run() {
+        Ok(exit) => exit,
+        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+            count(&exits.interrupted);
+            fd.set_kvm_immediate_exit(0);
+            return Ok(Step::Continue);
+        }
+        Err(e) => return Err(e),
+    };
+    match exit {
+        VcpuExit::IoOut(port, data) => {
+            count(&exits.pio);
+            if let Some(end) = board.pio_write(port, data) {
+                return Ok(Step::End(end));
+            }
+        }
+        VcpuExit::IoIn(port, data) => {
+            count(&exits.pio);
+            board.pio_read(port, data);
+        }
+        VcpuExit::MmioRead(address, data) => {
+            count(&exits.mmio);
+            board.mmio_read(address, data);
+        }
+        VcpuExit::MmioWrite(address, data) => {
+            count(&exits.mmio);
+            board.mmio_write(address, data);
+        }
+        VcpuExit::Shutdown => return Ok(Step::End(Exit::TripleFault)),
+        VcpuExit::InternalError => return Ok(Step::End(Exit::InternalError(internal_error(fd)))),
+        VcpuExit::FailEntry(reason, _) => {
+            return Ok(Step::End(Exit::Failed(format!(
+                "the processor refused to enter the guest (reason {reason:#x})"
+            ))));
+        }
+        VcpuExit::Hlt => return Ok(Step::End(Exit::Halt)),
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen => {
+            count(&exits.interrupted);
+        }
+        other => {
+            return Ok(Step::End(Exit::Failed(format!(
+                "unexpected exit {other:?}"
+            ))));
+        }
+    }
+    Ok(Step::Continue)
+}
+
+fn internal_error(fd: &mut VcpuFd) -> InternalError {
+    let rip = fd.get_regs().map_or(0, |r| r.rip);
+    // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, for which `internal` is the member in use;
+    // all its bit patterns are valid.
+    let internal = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };
+    // data[0] holds flags, data[1] the length and the first seven bytes, data[2] the rest
+    // (struct kvm_run, emulation_failure).
+    let words = internal
+        .data
+        .iter()
+        .take((internal.ndata as usize).min(3))
+        .skip(1);
+    let bytes: Vec<u8> = words.flat_map(|w| w.to_le_bytes()).collect();
+    let instruction = match bytes.split_first() {
+        Some((len, bytes)) if internal.suberror == 1 => bytes
+            .iter()
+            .take(usize::from(*len).min(15))
+            .copied()
+            .collect(),
+        _ => Vec::new(),
+    };
+    InternalError {
+        suberror: internal.suberror,
+        instruction,
+        rip,
+    }
+}

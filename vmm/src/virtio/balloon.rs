@@ -1,0 +1,525 @@
+//! The memory balloon (virtio 1.2 section 5.5): the guest hands pages back to the host.
+//!
+//! Queues: inflate, deflate, statistics, free page reporting. Pages that the guest gives up leave
+//! the host at once ([`GuestRam::discard`]). Free page hinting is not offered: it can free pages in
+//! use.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestMemoryMmap};
+
+use super::{Activation, Bell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress, VirtioDevice};
+use crate::memory::{GuestRam, MIB, PAGE_SIZE};
+
+/// Device id (virtio 1.2 section 5.5.1).
+const DEVICE_TYPE: u32 = 5;
+/// Feature bits (virtio 1.2 section 5.5.3).
+const F_STATS_VQ: u64 = 1 << 1;
+const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+const F_REPORTING: u64 = 1 << 5;
+const QUEUE_SIZE: u16 = 128;
+/// Pages of one balloon unit and of a MiB.
+const PAGES_PER_MIB: u32 = (MIB / PAGE_SIZE) as u32;
+/// Page numbers that one chain may carry; Linux sends 256.
+const MAX_PFNS: usize = 4096;
+/// Bytes of one statistics report that are looked at; Linux sends 10 to 18 entries of 10 bytes.
+const MAX_STATS_BYTES: usize = 640;
+/// Chains served per run, over all queues.
+const BUDGET: usize = 64;
+/// Guest memory that a balloon must leave.
+pub const FLOOR_MIB: u32 = 16;
+
+/// Why a balloon operation was refused or did not finish.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BalloonError {
+    /// The target leaves the guest less than the floor.
+    #[error(
+        "a balloon of {asked} MiB leaves less than {FLOOR_MIB} MiB of the guest's {memory} MiB"
+    )]
+    TooLarge {
+        /// MiB asked for.
+        asked: u32,
+        /// MiB of guest memory.
+        memory: u32,
+    },
+    /// The guest did not get there in time; it keeps what it reached.
+    #[error("the balloon reached {actual} of {asked} MiB in time; it keeps that")]
+    Deadline {
+        /// MiB asked for.
+        asked: u32,
+        /// MiB reached.
+        actual: u32,
+    },
+    /// The guest has no balloon driver, or did not answer.
+    #[error("the guest's balloon driver did not answer in time")]
+    NoAnswer,
+}
+
+/// What the guest says about its memory, in bytes where not said otherwise; `None` where it does not
+/// say (virtio 1.2 section 5.5.6.4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BalloonStats {
+    /// Memory swapped in.
+    pub swap_in: Option<u64>,
+    /// Memory swapped out.
+    pub swap_out: Option<u64>,
+    /// Major page faults (a count).
+    pub major_faults: Option<u64>,
+    /// Minor page faults (a count).
+    pub minor_faults: Option<u64>,
+    /// Memory that is not used for anything.
+    pub free: Option<u64>,
+    /// All memory of the guest.
+    pub total: Option<u64>,
+    /// Memory that can be given to programs without swapping.
+    pub available: Option<u64>,
+    /// Page cache.
+    pub disk_caches: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Pages that the host wants in the balloon.
+    target: AtomicU32,
+    /// Pages that the guest says are in the balloon.
+    actual: AtomicU32,
+    /// The host asked for statistics.
+    stats_wanted: AtomicBool,
+    stats: Mutex<Option<BalloonStats>>,
+    /// `actual` or `stats` changed.
+    changed: Notify,
+    /// Bytes released by free page reporting, in pages.
+    reported: AtomicU32,
+}
+
+/// The host's hand on a guest's balloon. Cheap to clone; does not keep the VM alive.
+#[derive(Clone, Debug)]
+pub struct Balloon {
+    shared: Arc<Shared>,
+    bell: Bell,
+    memory_mib: u32,
+}
+
+impl Balloon {
+    /// Asks the guest for a balloon of `mib` MiB; does not wait.
+    ///
+    /// # Errors
+    /// [`BalloonError::TooLarge`] when less than [`FLOOR_MIB`] would be left.
+    pub fn set_target(&self, mib: u32) -> Result<(), BalloonError> {
+        if mib > self.memory_mib.saturating_sub(FLOOR_MIB) {
+            return Err(BalloonError::TooLarge {
+                asked: mib,
+                memory: self.memory_mib,
+            });
+        }
+        self.shared
+            .target
+            .store(mib * PAGES_PER_MIB, Ordering::SeqCst);
+        self.bell.ring();
+        Ok(())
+    }
+
+    /// The target in MiB.
+    #[must_use]
+    pub fn target(&self) -> u32 {
+        self.shared.target.load(Ordering::SeqCst) / PAGES_PER_MIB
+    }
+
+    /// The balloon's size in MiB, as the guest says. A guest can lie; it then only deceives itself.
+    #[must_use]
+    pub fn actual(&self) -> u32 {
+        self.shared.actual.load(Ordering::SeqCst) / PAGES_PER_MIB
+    }
+
+    /// Sets the target and waits until the guest is there. When `within` passes first, the target
+    /// becomes what was reached, so that the guest does not go on. Cancel-safe: the target stays.
+    ///
+    /// # Errors
+    /// [`BalloonError::TooLarge`], or [`BalloonError::Deadline`] with the size that was reached.
+    pub async fn resize(&self, mib: u32, within: Duration) -> Result<(), BalloonError> {
+        self.set_target(mib)?;
+        let pages = mib * PAGES_PER_MIB;
+        let reached = async {
+            loop {
+                let changed = self.shared.changed.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                if self.shared.actual.load(Ordering::SeqCst) == pages {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        if tokio::time::timeout(within, reached).await.is_ok() {
+            return Ok(());
+        }
+        let actual = self.shared.actual.load(Ordering::SeqCst);
+        self.shared.target.store(actual, Ordering::SeqCst);
+        self.bell.ring();
+        Err(BalloonError::Deadline {
+            asked: mib,
+            actual: actual / PAGES_PER_MIB,
+        })
+    }
+
+    /// Asks the guest for fresh statistics. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`BalloonError::NoAnswer`] when the guest does not answer within `within`.
+    pub async fn stats(&self, within: Duration) -> Result<BalloonStats, BalloonError> {
+        *self.shared.stats() = None;
+        self.shared.stats_wanted.store(true, Ordering::SeqCst);
+        self.bell.ring();
+        let answered = async {
+            loop {
+                let changed = self.shared.changed.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                if let Some(stats) = *self.shared.stats() {
+                    return stats;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(within, answered)
+            .await
+            .map_err(|_| BalloonError::NoAnswer)
+    }
+
+    /// MiB that free page reporting returned to the host so far.
+    #[must_use]
+    pub fn reported(&self) -> u32 {
+        self.shared.reported.load(Ordering::Relaxed) / PAGES_PER_MIB
+    }
+}
+
+impl Shared {
+    fn stats(&self) -> MutexGuard<'_, Option<BalloonStats>> {
+        self.stats.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+struct Active {
+    ram: GuestRam,
+    interrupt: Interrupt,
+    inflate: Queue,
+    deflate: Queue,
+    stats: Option<Queue>,
+    reporting: Option<Queue>,
+    /// The statistics buffer that the device holds until it wants new figures.
+    stats_held: Option<u16>,
+}
+
+/// The device.
+pub struct BalloonDevice {
+    shared: Arc<Shared>,
+    /// `num_pages` as the guest's configuration space shows it.
+    shown_target: u32,
+    active: Option<Active>,
+}
+
+impl std::fmt::Debug for BalloonDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BalloonDevice")
+            .field("shown_target", &self.shown_target)
+            .finish_non_exhaustive()
+    }
+}
+
+impl BalloonDevice {
+    /// A balloon for a guest of `memory_mib` MiB that starts with `target_mib` (0 for most).
+    #[must_use]
+    pub fn new(memory_mib: u32, bell: Bell) -> (Self, Balloon) {
+        let shared = Arc::new(Shared::default());
+        let device = Self {
+            shared: Arc::clone(&shared),
+            shown_target: 0,
+            active: None,
+        };
+        (
+            device,
+            Balloon {
+                shared,
+                bell,
+                memory_mib,
+            },
+        )
+    }
+
+    fn show_target(&mut self) {
+        let target = self.shared.target.load(Ordering::SeqCst);
+        if self.shown_target != target
+            && let Some(active) = &self.active
+        {
+            self.shown_target = target;
+            active.interrupt.config_changed();
+        }
+    }
+}
+
+impl VirtioDevice for BalloonDevice {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        F_VERSION_1 | F_EVENT_IDX | F_STATS_VQ | F_DEFLATE_ON_OOM | F_REPORTING
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE; 4]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // struct virtio_balloon_config: num_pages, actual (section 5.5.4); the rest belongs to
+        // features that are not offered.
+        let mut config = [0u8; 8];
+        let (num_pages, actual) = config.split_at_mut(4);
+        num_pages.copy_from_slice(&self.shown_target.to_le_bytes());
+        actual.copy_from_slice(&self.shared.actual.load(Ordering::SeqCst).to_le_bytes());
+        for (i, byte) in (0u64..).zip(data) {
+            let at = usize::try_from(offset.saturating_add(i)).unwrap_or(usize::MAX);
+            *byte = config.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        // Only `actual` is the driver's to write.
+        if offset == 4
+            && let Ok(bytes) = <[u8; 4]>::try_from(data)
+        {
+            self.shared
+                .actual
+                .store(u32::from_le_bytes(bytes), Ordering::SeqCst);
+            self.shared.changed.notify_waiters();
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), Fault> {
+        let Activation {
+            ram,
+            queues,
+            features,
+            interrupt,
+        } = activation;
+        // Queues of features that were not negotiated do not take a number (section 5.5.2 and
+        // Linux, drivers/virtio/virtio_balloon.c: init_vqs).
+        let mut queues = queues.into_iter();
+        let mut next = |wanted: bool| {
+            if wanted {
+                queues.next().flatten()
+            } else {
+                None
+            }
+        };
+        let inflate = next(true).ok_or(Fault::Request("balloon without an inflate queue"))?;
+        let deflate = next(true).ok_or(Fault::Request("balloon without a deflate queue"))?;
+        let stats = next(features & F_STATS_VQ != 0);
+        let reporting = next(features & F_REPORTING != 0);
+        self.active = Some(Active {
+            ram,
+            interrupt,
+            inflate,
+            deflate,
+            stats,
+            reporting,
+            stats_held: None,
+        });
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<Progress, Fault> {
+        self.show_target();
+        let Some(active) = &mut self.active else {
+            return Ok(Progress::Idle);
+        };
+        let mut budget = BUDGET;
+        active.serve_stats(&self.shared, &mut budget)?;
+        let Active {
+            ram,
+            inflate,
+            deflate,
+            reporting,
+            interrupt,
+            ..
+        } = active;
+        serve(inflate, ram, interrupt, &mut budget, |chain| {
+            release_pfns(ram, chain)
+        })?;
+        // Deflated pages come back by being touched.
+        serve(deflate, ram, interrupt, &mut budget, |_| Ok(()))?;
+        if let Some(reporting) = reporting {
+            serve(reporting, ram, interrupt, &mut budget, |chain| {
+                let pages = release_ranges(ram, chain);
+                self.shared.reported.fetch_add(pages, Ordering::Relaxed);
+                Ok(())
+            })?;
+        }
+        Ok(if budget == 0 {
+            Progress::More
+        } else {
+            Progress::Idle
+        })
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.shown_target = 0;
+        self.shared.actual.store(0, Ordering::SeqCst);
+        self.shared.changed.notify_waiters();
+    }
+}
+
+type Chain<'a> = DescriptorChain<&'a GuestMemoryMmap>;
+
+/// Serves chains of one queue until it is empty or the budget is gone. Notifications stay off while
+/// serving; the last look after switching them on again closes the race with the driver.
+fn serve(
+    queue: &mut Queue,
+    ram: &GuestRam,
+    interrupt: &Interrupt,
+    budget: &mut usize,
+    mut handle: impl FnMut(Chain<'_>) -> Result<(), Fault>,
+) -> Result<(), Fault> {
+    let mem = ram.map();
+    let mut used = false;
+    loop {
+        queue.disable_notification(mem)?;
+        while *budget > 0 {
+            let Some(chain) = queue.iter(mem)?.next() else {
+                break;
+            };
+            let head = chain.head_index();
+            handle(chain)?;
+            queue.add_used(mem, head, 0)?;
+            used = true;
+            *budget -= 1;
+        }
+        if *budget == 0 || !queue.enable_notification(mem)? {
+            break;
+        }
+    }
+    if used && queue.needs_notification(mem)? {
+        interrupt.used();
+    }
+    Ok(())
+}
+
+/// The inflate queue: arrays of 32-bit page numbers. Runs of neighbours are released together;
+/// numbers outside memory are ignored, as the page is not ours to give.
+fn release_pfns(ram: &GuestRam, chain: Chain<'_>) -> Result<(), Fault> {
+    let mut left = MAX_PFNS;
+    let mut run: Option<(u64, u64)> = None;
+    for descriptor in chain.readable() {
+        let count = (descriptor.len() / 4) as usize;
+        left = left.checked_sub(count).ok_or(Fault::Request(
+            "more page numbers than a balloon chain may carry",
+        ))?;
+        let mut bytes = vec![0u8; count * 4];
+        ram.map().read_slice(&mut bytes, descriptor.addr())?;
+        for pfn in bytes.as_chunks::<4>().0 {
+            let pfn = u64::from(u32::from_le_bytes(*pfn));
+            run = match run {
+                Some((start, len)) if pfn == start + len => Some((start, len + 1)),
+                // Linux hands out pages from high to low.
+                Some((start, len)) if pfn + 1 == start => Some((pfn, len + 1)),
+                Some(done) => {
+                    release(ram, done);
+                    Some((pfn, 1))
+                }
+                None => Some((pfn, 1)),
+            };
+        }
+    }
+    if let Some(done) = run {
+        release(ram, done);
+    }
+    Ok(())
+}
+
+fn release(ram: &GuestRam, (pfn, count): (u64, u64)) {
+    if let Err(error) = ram.discard(pfn * PAGE_SIZE, count * PAGE_SIZE) {
+        tracing::debug!(pfn, count, %error, "balloon pages not released");
+    }
+}
+
+/// Free page reporting: each descriptor is a free range. Returns the pages released.
+fn release_ranges(ram: &GuestRam, chain: Chain<'_>) -> u32 {
+    let mut pages = 0u32;
+    for descriptor in chain.writable() {
+        let (addr, len) = (descriptor.addr().0, u64::from(descriptor.len()));
+        match ram.discard(addr, len) {
+            Ok(()) => pages = pages.saturating_add((len / PAGE_SIZE) as u32),
+            Err(error) => tracing::debug!(addr, len, %error, "free pages not released"),
+        }
+    }
+    pages
+}
+
+impl Active {
+    /// The statistics queue works backwards: the driver offers a filled buffer, the device keeps it
+    /// and returns it when it wants fresh figures (section 5.5.6.3).
+    fn serve_stats(&mut self, shared: &Shared, budget: &mut usize) -> Result<(), Fault> {
+        let Some(queue) = &mut self.stats else {
+            return Ok(());
+        };
+        let mem = self.ram.map();
+        while *budget > 0 {
+            let Some(chain) = queue.iter(mem)?.next() else {
+                break;
+            };
+            *budget -= 1;
+            if self.stats_held.is_some() {
+                return Err(Fault::Request("a second statistics buffer"));
+            }
+            self.stats_held = Some(chain.head_index());
+            let stats = parse_stats(mem, chain)?;
+            // The first buffer comes unasked, with figures from driver start.
+            *shared.stats() = Some(stats);
+            shared.changed.notify_waiters();
+        }
+        if let Some(head) = self.stats_held
+            && shared.stats_wanted.swap(false, Ordering::SeqCst)
+        {
+            self.stats_held = None;
+            *shared.stats() = None;
+            queue.add_used(mem, head, 0)?;
+            if queue.needs_notification(mem)? {
+                self.interrupt.used();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `struct virtio_balloon_stat { le16 tag; le64 val; }`, packed. Unknown tags are skipped.
+fn parse_stats(mem: &GuestMemoryMmap, chain: Chain<'_>) -> Result<BalloonStats, Fault> {
+    let mut bytes = Vec::new();
+    for descriptor in chain.readable() {
+        let room = MAX_STATS_BYTES.saturating_sub(bytes.len());
+        let mut part = vec![0u8; (descriptor.len() as usize).min(room)];
+        mem.read_slice(&mut part, descriptor.addr())?;
+        bytes.append(&mut part);
+    }
+    let mut stats = BalloonStats::default();
+    for entry in bytes.as_chunks::<10>().0 {
+        let [t0, t1, value @ ..] = *entry;
+        let value = Some(u64::from_le_bytes(value));
+        match u16::from_le_bytes([t0, t1]) {
+            0 => stats.swap_in = value,
+            1 => stats.swap_out = value,
+            2 => stats.major_faults = value,
+            3 => stats.minor_faults = value,
+            4 => stats.free = value,
+            5 => stats.total = value,
+            6 => stats.available = value,
+            7 => stats.disk_caches = value,
+            _ => {}
+        }
+    }
+    Ok(stats)
+}

@@ -1,0 +1,204 @@
+//! [`Vm`]: the one value that owns a guest.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::config::VmConfig;
+use crate::host::CpuProfile;
+use crate::legacy::console::Console;
+use crate::machine::{BootError, CreateTimes, Machine, Undertaker};
+use crate::state::{Exit, VmStatus};
+use crate::vcpu::ExitCounters;
+use crate::vcpu::gate::Want;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::vsock::VsockHost;
+
+/// A running guest. Exactly one value owns it; dropping that ends the guest.
+///
+/// Dropping is safe at any moment and returns at once: the guest's vCPUs are told to stop, and a
+/// thread of the library joins them and releases all that the VM held. [`Vm::destroy`] waits for
+/// that.
+#[derive(Debug)]
+pub struct Vm {
+    /// Taken only by drop and destroy.
+    machine: Option<Machine>,
+    /// What outlives the machine: cheap handles.
+    handles: Handles,
+}
+
+#[derive(Debug)]
+struct Handles {
+    vsock: VsockHost,
+    balloon: Balloon,
+    console: Console,
+    exits: Arc<ExitCounters>,
+    ending: Arc<crate::ending::Ending>,
+    gate: Arc<crate::vcpu::gate::Gate>,
+    times: CreateTimes,
+    profile: CpuProfile,
+}
+
+/// A pause that is not over yet. See [`Vm::pause`].
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// The VM has ended.
+    #[error("the VM has ended: {0}")]
+    Ended(Exit),
+    /// A vCPU did not stop in time; the VM goes on.
+    #[error("a vCPU did not stop in time; the VM goes on")]
+    Deadline,
+}
+
+/// How long a pause waits for the vCPUs. They leave the guest within a signal's delivery.
+const PAUSE_BOUND: Duration = Duration::from_secs(5);
+
+impl Vm {
+    /// Makes the VM and lets it run. Blocks for a few milliseconds (files are read and copied).
+    ///
+    /// # Errors
+    /// [`BootError`] says what is missing or impossible; nothing is left behind.
+    pub fn boot(config: &VmConfig) -> Result<Vm, BootError> {
+        let vm = Self::create(config)?;
+        vm.handles.gate.set(Want::Run);
+        Ok(vm)
+    }
+
+    /// Makes the VM without letting it run; [`Vm::resume`] starts it.
+    ///
+    /// # Errors
+    /// As [`Vm::boot`].
+    pub fn create(config: &VmConfig) -> Result<Vm, BootError> {
+        let machine = Machine::create(config)?;
+        let handles = Handles {
+            vsock: machine.vsock.clone(),
+            balloon: machine.balloon.clone(),
+            console: machine.console.clone(),
+            exits: Arc::clone(&machine.exits),
+            ending: Arc::clone(&machine.ending),
+            gate: Arc::clone(&machine.gate),
+            times: machine.times,
+            profile: machine.profile,
+        };
+        Ok(Vm {
+            machine: Some(machine),
+            handles,
+        })
+    }
+
+    /// What the VM is doing.
+    #[must_use]
+    pub fn status(&self) -> VmStatus {
+        match self.handles.ending.known() {
+            Some(exit) => VmStatus::Ended(exit),
+            None if self.handles.gate.want() == Want::Run => VmStatus::Running,
+            None => VmStatus::Paused,
+        }
+    }
+
+    /// Resolves when the guest has ended. Any number of tasks may wait; the future does not keep
+    /// the VM alive. Cancel-safe.
+    pub fn exited(&self) -> impl Future<Output = Exit> + Send + 'static {
+        let mut watch = self.handles.ending.watch();
+        async move {
+            match watch
+                .wait_for(Option::is_some)
+                .await
+                .map(|exit| exit.clone())
+            {
+                Ok(Some(exit)) => exit,
+                // The VM's last part went without a word; that is its end too.
+                _ => Exit::Killed,
+            }
+        }
+    }
+
+    /// Stops the vCPUs until [`Vm::resume`]. Returns once none runs. Blocks for a signal's delivery.
+    ///
+    /// # Errors
+    /// [`PauseError`]; on `Deadline` the VM goes on running.
+    pub fn pause(&self) -> Result<(), PauseError> {
+        let ended = |vm: &Vm| vm.handles.ending.known().unwrap_or(Exit::Killed);
+        if !self.handles.gate.set(Want::Pause) {
+            return Err(PauseError::Ended(ended(self)));
+        }
+        if !self.handles.gate.settle(Instant::now() + PAUSE_BOUND) {
+            self.handles.gate.set(Want::Run);
+            return Err(PauseError::Deadline);
+        }
+        match self.status() {
+            VmStatus::Ended(exit) => Err(PauseError::Ended(exit)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the vCPUs go on.
+    ///
+    /// # Errors
+    /// [`PauseError::Ended`] when the VM has ended.
+    pub fn resume(&self) -> Result<(), PauseError> {
+        if self.handles.gate.set(Want::Run) {
+            return Ok(());
+        }
+        Err(PauseError::Ended(
+            self.handles.ending.known().unwrap_or(Exit::Killed),
+        ))
+    }
+
+    /// Ends the guest at once. Does not wait; [`Vm::exited`] resolves right away.
+    pub fn kill(&self) {
+        self.handles.ending.report(Exit::Killed);
+    }
+
+    /// The host's end of the guest's sockets.
+    #[must_use]
+    pub fn vsock(&self) -> &VsockHost {
+        &self.handles.vsock
+    }
+
+    /// The host's hand on the guest's balloon.
+    #[must_use]
+    pub fn balloon(&self) -> &Balloon {
+        &self.handles.balloon
+    }
+
+    /// What the guest printed on its serial console (if it was given one).
+    #[must_use]
+    pub fn console(&self) -> &Console {
+        &self.handles.console
+    }
+
+    /// How often the vCPUs left the guest.
+    #[must_use]
+    pub fn exits(&self) -> &ExitCounters {
+        &self.handles.exits
+    }
+
+    /// How long the steps of making this VM took.
+    #[must_use]
+    pub fn times(&self) -> CreateTimes {
+        self.handles.times
+    }
+
+    /// The CPU profile that this VM runs with.
+    #[must_use]
+    pub fn profile(&self) -> CpuProfile {
+        self.handles.profile
+    }
+
+    /// Ends the guest and waits until everything that it held is released (bounded: a vCPU thread
+    /// that does not stop in 5 s is leaked and counted). Blocks; from async code use
+    /// `spawn_blocking` or simply drop.
+    pub fn destroy(mut self) {
+        drop(self.machine.take());
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(machine) = self.machine.take() {
+            machine.ending.report(Exit::Killed);
+            Undertaker::bury(machine);
+        }
+    }
+}

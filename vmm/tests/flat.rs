@@ -1,0 +1,109 @@
+//! The monitor without Linux: guests of a few instructions.
+
+use std::time::{Duration, Instant};
+
+use hearth_vmm::{Exit, Vm, VmConfig, VmStatus};
+
+/// `mov al, value; mov dx, port; out dx, al; hlt`
+fn report(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0xb0, value, 0x66, 0xba, low, high, 0xee, 0xf4]
+}
+
+fn kvm() -> bool {
+    let there = std::path::Path::new("/dev/kvm").exists();
+    if !there {
+        eprintln!("NOT MEASURED: no /dev/kvm");
+    }
+    there
+}
+
+fn boot(code: impl Into<Vec<u8>>) -> Vm {
+    Vm::boot(
+        &VmConfig::flat(code)
+            .memory_mib(32)
+            .console(true)
+            .build()
+            .unwrap(),
+    )
+    .unwrap()
+}
+
+async fn exit_of(vm: &Vm) -> Exit {
+    tokio::time::timeout(Duration::from_secs(10), vm.exited())
+        .await
+        .expect("the guest did not end")
+}
+
+#[tokio::test]
+async fn every_way_to_end_is_told_apart() {
+    if !kvm() {
+        return;
+    }
+    for (code, exit) in [
+        (report(0x5f0, 1), Exit::PowerOff),
+        (report(0x5f0, 2), Exit::Reboot),
+        (report(0x5f0, 3), Exit::Halt),
+        (report(0x5f0, 4), Exit::Panic),
+        (report(0x64, 0xfe), Exit::Reboot),
+        // lidt of an empty table, then an interrupt: a triple fault.
+        (
+            vec![0x0f, 0x01, 0x1c, 0x25, 0x00, 0x00, 0x20, 0x00, 0x0f, 0x0b],
+            Exit::TripleFault,
+        ),
+    ] {
+        let vm = boot(code);
+        assert_eq!(exit_of(&vm).await, exit);
+        assert_eq!(vm.status(), VmStatus::Ended(exit));
+        vm.destroy();
+    }
+}
+
+#[tokio::test]
+async fn console_output_is_kept_after_the_end() {
+    if !kvm() {
+        return;
+    }
+    // mov dx, 0x3f8; mov al, 'h'; out; mov al, 'i'; out; then power off.
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03, 0xb0, b'h', 0xee, 0xb0, b'i', 0xee];
+    code.extend(report(0x5f0, 1));
+    let vm = boot(code);
+    assert_eq!(exit_of(&vm).await, Exit::PowerOff);
+    assert_eq!(vm.console().text(), "hi");
+    assert!(vm.exits().total() >= 3);
+}
+
+#[tokio::test]
+async fn a_spinning_guest_is_paused_resumed_and_killed_at_once() {
+    if !kvm() {
+        return;
+    }
+    let vm = boot(vec![0xeb, 0xfe]);
+    assert_eq!(vm.status(), VmStatus::Running);
+    for _ in 0..20 {
+        vm.pause().unwrap();
+        assert_eq!(vm.status(), VmStatus::Paused);
+        vm.resume().unwrap();
+    }
+    let start = Instant::now();
+    vm.kill();
+    assert_eq!(exit_of(&vm).await, Exit::Killed);
+    vm.destroy();
+    assert!(
+        start.elapsed() < Duration::from_secs(4),
+        "a kill is bounded"
+    );
+    assert_eq!(hearth_vmm::leaked_vms(), 0);
+}
+
+#[tokio::test]
+async fn a_killed_vm_stays_dead() {
+    if !kvm() {
+        return;
+    }
+    let vm = boot(vec![0xeb, 0xfe]);
+    vm.kill();
+    assert!(vm.resume().is_err());
+    assert!(vm.pause().is_err());
+    assert_eq!(vm.status(), VmStatus::Ended(Exit::Killed));
+}

@@ -1,1 +1,50 @@
-//! The virtio socket device (virtio 1.2 section 5.10).
+//! virtio-vsock (virtio 1.2 section 5.10): stream sockets between the guest and its host program.
+//!
+//! ```text
+//!  VsockHost ──► VsockStream ──► conn (buffers, credit) ──► muxer (turns) ──► device ──► virtqueues
+//! ```
+//!
+//! A [`VsockStream`] is two bounded buffers in memory, not a socket pair: a slow reader on either
+//! side throttles its peer by credit, and a thousand connections cost no file descriptors. Host
+//! tasks touch only their connection's buffers and ring the device's bell when it has to act; all
+//! queue work is done by [`VsockDevice::run`](super::VirtioDevice::run), a bounded amount at a time.
+//!
+//! Bounds: at most [`MAX_CONNECTIONS`] connections. The first [`WIDE_CONNECTIONS`] that are alive
+//! may buffer [`WIDE_WINDOW`] bytes in each direction, the others [`NARROW_WINDOW`]: a hostile guest
+//! can make its host hold 184 MiB, if the host program accepts that many connections and reads none.
+//! Buffers take memory only while they hold bytes.
+//!
+//! What is deliberately absent: datagrams, seqpacket, traffic between guests, and any socket of the
+//! host's kernel (the opt-in Unix-socket bridge is a client of [`VsockHost`] like any other).
+
+mod buffer;
+mod conn;
+mod credit;
+mod device;
+mod host;
+mod hub;
+mod muxer;
+pub mod packet;
+mod state;
+mod stream;
+#[cfg(test)]
+#[doc(hidden)]
+pub mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub use self::conn::{CLOSE_TIMEOUT, CreditState, Fate};
+pub use self::device::VsockDevice;
+pub use self::host::{CONNECT_TIMEOUT, ConnectError, ListenError, VsockHost};
+pub use self::muxer::{
+    BACKLOG, MAX_CONNECTIONS, MAX_LISTENERS, NARROW_WINDOW, WIDE_CONNECTIONS, WIDE_WINDOW,
+};
+pub use self::state::{ConnState, RawVsockState, StateError, VsockState};
+pub use self::stream::{VsockListener, VsockStream};
+
+/// Locks, also after a panic elsewhere: nothing here is left half-changed by one.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

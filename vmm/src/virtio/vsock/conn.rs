@@ -1,0 +1,712 @@
+//! One connection as a state machine. It knows neither queues nor locks' neighbours: the muxer feeds
+//! it the guest's packets and asks it for the next one to send, a [`super::VsockStream`] reads,
+//! writes and closes.
+//!
+//! ```text
+//!  connect() ──► Connecting ──RESPONSE──► Open ──dropped and flushed──► Closing
+//!                    │                    ▲  │                             │
+//!                    │       REQUEST,     │  │ RST, SHUTDOWN of both,      │ RST, SHUTDOWN
+//!     RST, cancelled │       listener ────┘  │ violation, 8 s              │ of both, 8 s
+//!                    ▼                       ▼                             ▼
+//!                  Ended ◄───────────────────┴─────────────────────────────┘
+//! ```
+//!
+//! `Open` covers both half-closes: what each side has closed only accumulates. `Ended` keeps what the
+//! reader has not read yet and whether the guest is still owed a reset; the muxer forgets the
+//! connection once it is not.
+
+use std::io::{self, Read, Write};
+use std::sync::{Arc, Mutex, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use tokio::io::ReadBuf;
+
+use super::buffer::Buffer;
+use super::credit::{Inbound, Outbound};
+use super::hub::Hub;
+use super::lock;
+use super::packet::{Header, MAX_PAYLOAD, Op, Shut};
+
+/// How long a connection that its host side dropped may make no progress before the guest gets a
+/// reset: Linux's `VSOCK_CLOSE_TIMEOUT`.
+pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// The two ports that name a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Key {
+    pub(super) host: u32,
+    pub(super) guest: u32,
+}
+
+/// Why a connection is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The guest closed both directions, in good order.
+    Finished,
+    /// The guest reset it or broke the protocol.
+    Reset,
+    /// The guest has no listener on that port.
+    Refused,
+    /// The host side gave it up.
+    Dropped,
+    /// The VM has ended.
+    VmEnded,
+}
+
+impl End {
+    fn error(self) -> io::Error {
+        match self {
+            Self::Finished | Self::Dropped => io::Error::new(
+                io::ErrorKind::BrokenPipe,
+                "the guest closed this vsock connection",
+            ),
+            Self::Reset | Self::Refused => io::Error::new(
+                io::ErrorKind::ConnectionReset,
+                "the guest reset this vsock connection",
+            ),
+            Self::VmEnded => io::Error::new(io::ErrorKind::ConnectionAborted, "the VM has ended"),
+        }
+    }
+}
+
+#[derive(Debug)]
+enum State {
+    Connecting {
+        sent: bool,
+    },
+    Open(Open),
+    Closing {
+        /// What the guest closed.
+        guest: Shut,
+    },
+    Ended {
+        why: End,
+        unread: Buffer,
+        reset_owed: bool,
+    },
+}
+
+#[derive(Debug)]
+struct Open {
+    /// From the guest to the host's reader.
+    rx: Buffer,
+    /// From the host's writer to the guest.
+    tx: Buffer,
+    inbound: Inbound,
+    outbound: Outbound,
+    /// The guest's REQUEST is not answered yet.
+    response_owed: bool,
+    /// The guest asked for our credit.
+    update_owed: bool,
+    /// We asked for the guest's credit since it last had none.
+    asked: bool,
+    /// What the host side closed: `send` by a shutdown, `receive` only by the drop.
+    host: Shut,
+    /// What of it the guest has heard.
+    told: Shut,
+    /// What the guest closed.
+    guest: Shut,
+}
+
+impl Open {
+    fn new(window: u32, header: &Header, response_owed: bool) -> Self {
+        Self {
+            rx: Buffer::default(),
+            tx: Buffer::default(),
+            inbound: Inbound::new(window),
+            outbound: Outbound::new(header),
+            response_owed,
+            update_owed: false,
+            asked: false,
+            host: Shut::default(),
+            told: Shut::default(),
+            guest: Shut::default(),
+        }
+    }
+
+    /// What can be told to the guest by now: no end of data before the data.
+    fn tellable(&self) -> Shut {
+        Shut {
+            receive: self.host.receive,
+            send: self.host.send && self.tx.is_empty(),
+        }
+    }
+
+    /// Writes `owed`, and its payload, if it has one.
+    fn emit(&mut self, owed: Owed, mut header: Header, out: &mut impl Write) -> io::Result<()> {
+        let mut len = 0;
+        let op = match owed {
+            Owed::Data(n) => {
+                len = n;
+                Op::Data
+            }
+            Owed::Shutdown => {
+                self.told = self.tellable();
+                header.flags = self.told.flags();
+                Op::Shutdown
+            }
+            Owed::CreditRequest => {
+                self.asked = true;
+                Op::CreditRequest
+            }
+            Owed::Response => {
+                self.response_owed = false;
+                Op::Response
+            }
+            Owed::CreditUpdate | Owed::Request | Owed::Reset => Op::CreditUpdate,
+        };
+        // Every packet carries our credit.
+        self.update_owed = false;
+        self.inbound.announce(&mut header);
+        header.op = op.to_wire();
+        header.len = len;
+        out.write_all(&header.encode())?;
+        self.outbound.send(len);
+        let mut left = usize::try_from(len).unwrap_or(usize::MAX);
+        while left > 0 && !self.tx.is_empty() {
+            let front = self.tx.front();
+            let n = front.len().min(left);
+            out.write_all(front.get(..n).unwrap_or_default())?;
+            self.tx.consume(n);
+            left -= n;
+        }
+        Ok(())
+    }
+
+    /// The next packet that the guest is owed, with the payload that fits `room`. Data comes before
+    /// a shutdown so that a writer that drops its stream costs one packet, not two.
+    fn owed(&self, room: u32) -> Option<Owed> {
+        let credit = self.outbound.room();
+        if self.response_owed {
+            Some(Owed::Response)
+        } else if !self.tx.is_empty() && credit > 0 {
+            let held = u32::try_from(self.tx.len()).unwrap_or(u32::MAX);
+            Some(Owed::Data(held.min(credit).min(room).min(MAX_PAYLOAD)))
+        } else if self.tellable() != self.told {
+            Some(Owed::Shutdown)
+        } else if self.update_owed || (!self.host.receive && self.inbound.update_due()) {
+            Some(Owed::CreditUpdate)
+        } else if !self.tx.is_empty() && !self.asked {
+            Some(Owed::CreditRequest)
+        } else {
+            None
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owed {
+    Request,
+    Response,
+    Reset,
+    Data(u32),
+    Shutdown,
+    CreditUpdate,
+    CreditRequest,
+}
+
+/// The machine: a state and who waits for it to change.
+#[derive(Debug)]
+pub(super) struct Machine {
+    state: State,
+    window: u32,
+    reader: Option<Waker>,
+    /// Also who waits for the connection to be established.
+    writer: Option<Waker>,
+    /// In the muxer's queue of turns, or on the way there.
+    pub(super) scheduled: bool,
+    /// Survives a save and restore when nothing is in flight.
+    pub(super) durable: bool,
+    /// When a dropped connection that makes no progress ends.
+    pub(super) deadline: Option<Instant>,
+}
+
+/// The counters from which a quiescent connection goes on after a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct CreditState {
+    /// Bytes that the host may buffer.
+    pub window: u32,
+    /// Bytes received from the guest, all consumed.
+    pub consumed: u32,
+    /// How many of them the guest knows to be consumed.
+    pub announced: u32,
+    /// Bytes sent to the guest.
+    pub sent: u32,
+    /// Size of the guest's buffer.
+    pub allocated: u32,
+    /// Bytes that the guest said it consumed.
+    pub forwarded: u32,
+}
+
+/// What becomes of the guest's end of a connection after a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Fate {
+    /// It goes on from these counters.
+    Durable(CreditState),
+    /// It is reset, by a packet or together with all others by the transport's reset.
+    Lost,
+    /// It gets a reset packet in any case: for all the host knows the guest still waits for the
+    /// answer to its request, and a transport reset does not end that.
+    Refused,
+}
+
+impl Machine {
+    fn new(state: State, window: u32) -> Self {
+        Self {
+            state,
+            window,
+            reader: None,
+            writer: None,
+            scheduled: false,
+            durable: false,
+            deadline: None,
+        }
+    }
+
+    /// A connection that the host asks for.
+    pub(super) fn connecting(window: u32) -> Self {
+        Self::new(State::Connecting { sent: false }, window)
+    }
+
+    /// A connection that the guest asked for with `request`.
+    pub(super) fn accepted(window: u32, request: &Header) -> Self {
+        Self::new(State::Open(Open::new(window, request, true)), window)
+    }
+
+    /// A durable connection, restored.
+    pub(super) fn resumed(saved: &CreditState) -> Self {
+        let mut open = Open::new(saved.window, &Header::default(), false);
+        open.inbound = Inbound::resume(saved.window, saved.consumed, saved.announced);
+        open.outbound = Outbound {
+            sent: saved.sent,
+            allocated: saved.allocated,
+            forwarded: saved.forwarded,
+        };
+        let mut machine = Self::new(State::Open(open), saved.window);
+        machine.durable = true;
+        machine
+    }
+
+    /// A connection that did not survive a restore: the guest is owed a reset.
+    pub(super) fn lost() -> Self {
+        let mut machine = Self::connecting(0);
+        machine.end(End::Dropped, true);
+        machine
+    }
+
+    /// The counters of a connection that may survive a restore: durable, open both ways, and
+    /// nothing in flight on our side.
+    fn quiescent(&self) -> Option<CreditState> {
+        let State::Open(open) = &self.state else {
+            return None;
+        };
+        let quiet = self.durable
+            && open.rx.is_empty()
+            && open.tx.is_empty()
+            && !open.response_owed
+            && !open.update_owed
+            && (open.host, open.guest) == (Shut::default(), Shut::default());
+        let (consumed, announced) = open.inbound.settled().filter(|_| quiet)?;
+        Some(CreditState {
+            window: self.window,
+            consumed,
+            announced,
+            sent: open.outbound.sent,
+            allocated: open.outbound.allocated,
+            forwarded: open.outbound.forwarded,
+        })
+    }
+
+    /// Bytes that this connection may buffer in each direction.
+    pub(super) fn window(&self) -> u32 {
+        self.window
+    }
+
+    /// Whether the muxer may forget the connection.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(
+            self.state,
+            State::Ended {
+                reset_owed: false,
+                ..
+            }
+        )
+    }
+
+    /// Whether no packet of this connection ever reached the guest.
+    pub(super) fn is_unsent(&self) -> bool {
+        matches!(self.state, State::Connecting { sent: false })
+    }
+
+    /// What becomes of the guest's end in a VM restored from now.
+    pub(super) fn fate(&self) -> Fate {
+        match (&self.state, self.quiescent()) {
+            (_, Some(credit)) => Fate::Durable(credit),
+            (State::Open(open), None) if open.response_owed => Fate::Refused,
+            (State::Ended { .. }, None) => Fate::Refused,
+            _ => Fate::Lost,
+        }
+    }
+
+    /// Ends the connection; what the guest sent before stays readable. No change if it is over. One
+    /// that was never established is refused, not reset.
+    pub(super) fn end(&mut self, mut why: End, reset_owed: bool) {
+        if why == End::Reset && matches!(self.state, State::Connecting { .. }) {
+            why = End::Refused;
+        }
+        let unread = match &mut self.state {
+            State::Open(open) if !open.host.receive => std::mem::take(&mut open.rx),
+            State::Ended { .. } => return,
+            _ => Buffer::default(),
+        };
+        self.deadline = None;
+        self.state = State::Ended {
+            why,
+            unread,
+            reset_owed,
+        };
+    }
+
+    /// The guest must not hear of this connection again (its driver was reset).
+    pub(super) fn forgive(&mut self) {
+        if let State::Ended { reset_owed, .. } = &mut self.state {
+            *reset_owed = false;
+        }
+    }
+
+    /// Ends a dropped connection whose time is up.
+    pub(super) fn expire(&mut self, now: Instant) {
+        if self.deadline.is_some_and(|at| at <= now) {
+            self.end(End::Dropped, true);
+        }
+    }
+
+    // The guest's side.
+
+    /// Takes a packet from the guest. `op` is `None` where the header is not one that section 5.10
+    /// allows; `payload` holds the header's `len` bytes.
+    ///
+    /// # Errors
+    /// When `payload` cannot be read; the device is faulty then.
+    pub(super) fn receive(
+        &mut self,
+        op: Option<Op>,
+        header: &Header,
+        payload: &mut impl Read,
+    ) -> io::Result<()> {
+        match (&mut self.state, op) {
+            (State::Ended { reset_owed, .. }, Some(Op::Reset)) => *reset_owed = false,
+            (State::Ended { .. }, _) => {}
+            (_, Some(Op::Reset)) => self.end(End::Reset, false),
+            (State::Connecting { sent: true }, Some(Op::Response)) => {
+                self.state = State::Open(Open::new(self.window, header, false));
+            }
+            (State::Closing { guest }, Some(Op::Shutdown)) => {
+                *guest = guest.with(Shut::from_flags(header.flags));
+                if *guest == Shut::BOTH {
+                    self.end(End::Dropped, true);
+                }
+            }
+            (State::Closing { .. }, Some(Op::Data | Op::CreditUpdate | Op::CreditRequest)) => {}
+            (State::Open(open), Some(op)) => {
+                open.outbound.update(header);
+                open.asked &= open.outbound.room() == 0;
+                return self.receive_open(op, header, payload);
+            }
+            _ => self.end(End::Reset, true),
+        }
+        Ok(())
+    }
+
+    fn receive_open(&mut self, op: Op, header: &Header, payload: &mut impl Read) -> io::Result<()> {
+        let State::Open(open) = &mut self.state else {
+            return Ok(());
+        };
+        match op {
+            Op::CreditUpdate => {}
+            Op::CreditRequest => open.update_owed = true,
+            // The host side is gone: what was under way is read and forgotten.
+            Op::Data if open.host.receive && !open.guest.send => {}
+            Op::Data if !open.guest.send && open.inbound.receive(header.len) => {
+                let len = usize::try_from(header.len).unwrap_or(usize::MAX);
+                open.rx.fill(payload, len)?;
+            }
+            Op::Shutdown => {
+                open.guest = open.guest.with(Shut::from_flags(header.flags));
+                if open.guest.receive {
+                    open.tx.clear();
+                }
+                if open.guest == Shut::BOTH {
+                    // The guest waits for this reset before it lets go of the port.
+                    self.end(End::Finished, true);
+                }
+            }
+            Op::Data | Op::Request | Op::Response | Op::Reset => self.end(End::Reset, true),
+        }
+        Ok(())
+    }
+
+    fn owed(&self, room: u32) -> Option<Owed> {
+        match &self.state {
+            State::Connecting { sent: false } => Some(Owed::Request),
+            State::Open(open) => open.owed(room),
+            State::Ended {
+                reset_owed: true, ..
+            } => Some(Owed::Reset),
+            State::Connecting { .. } | State::Closing { .. } | State::Ended { .. } => None,
+        }
+    }
+
+    /// Whether the guest is owed a packet now.
+    pub(super) fn owes(&self) -> bool {
+        self.owed(MAX_PAYLOAD).is_some()
+    }
+
+    /// Writes the next packet that the guest is owed: `header` has the addresses, `room` is how much
+    /// payload fits. Returns the payload's length, or `None` if nothing is owed.
+    ///
+    /// # Errors
+    /// When `out` is too short or fails; the device is faulty then.
+    pub(super) fn emit(
+        &mut self,
+        mut header: Header,
+        room: u32,
+        out: &mut impl Write,
+    ) -> io::Result<Option<u32>> {
+        let Some(owed) = self.owed(room) else {
+            return Ok(None);
+        };
+        match (&mut self.state, owed) {
+            (State::Connecting { sent }, _) => {
+                *sent = true;
+                header.op = Op::Request.to_wire();
+                Inbound::new(self.window).announce(&mut header);
+                out.write_all(&header.encode())?;
+            }
+            (State::Open(open), owed) => {
+                open.emit(owed, header, out)?;
+                if matches!(owed, Owed::Data(_)) && self.deadline.is_some() {
+                    self.deadline = Some(Instant::now() + CLOSE_TIMEOUT);
+                }
+                if open.told == Shut::BOTH {
+                    self.deadline = Some(Instant::now() + CLOSE_TIMEOUT);
+                    self.state = State::Closing { guest: open.guest };
+                }
+            }
+            (State::Ended { reset_owed, .. }, _) => {
+                *reset_owed = false;
+                header.op = Op::Reset.to_wire();
+                out.write_all(&header.encode())?;
+            }
+            (State::Closing { .. }, _) => {}
+        }
+        Ok(Some(match owed {
+            Owed::Data(len) => len,
+            _ => 0,
+        }))
+    }
+
+    // The host's side.
+
+    /// Resolves when the guest answered the request.
+    pub(super) fn poll_connected(&mut self, cx: &Context<'_>) -> Poll<Result<(), End>> {
+        match &self.state {
+            State::Connecting { .. } => {
+                self.writer = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            State::Open(_) | State::Closing { .. } => Poll::Ready(Ok(())),
+            // Established and over before anyone looked.
+            State::Ended {
+                why: End::Finished | End::Reset,
+                ..
+            } => Poll::Ready(Ok(())),
+            State::Ended { why, .. } => Poll::Ready(Err(*why)),
+        }
+    }
+
+    pub(super) fn poll_read(
+        &mut self,
+        cx: &Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if into.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        match &mut self.state {
+            State::Open(open) if !open.rx.is_empty() => {
+                let n = drain(&mut open.rx, into);
+                open.inbound.consume(n);
+            }
+            State::Open(open) if open.guest.send => {}
+            State::Ended { unread, .. } if !unread.is_empty() => {
+                drain(unread, into);
+            }
+            State::Ended {
+                why: End::Finished | End::Dropped,
+                ..
+            }
+            | State::Closing { .. } => {}
+            State::Ended { why, .. } => return Poll::Ready(Err(why.error())),
+            State::Open(_) | State::Connecting { .. } => {
+                self.reader = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    pub(super) fn poll_write(
+        &mut self,
+        cx: &Context<'_>,
+        mut from: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.state {
+            State::Open(open) if open.host.send || open.guest.receive => {
+                Poll::Ready(Err(End::Finished.error()))
+            }
+            State::Open(open) => {
+                let window = usize::try_from(self.window).unwrap_or(usize::MAX);
+                let n = from.len().min(window.saturating_sub(open.tx.len()));
+                if n == 0 && !from.is_empty() {
+                    self.writer = Some(cx.waker().clone());
+                    return Poll::Pending;
+                }
+                Poll::Ready(open.tx.fill(&mut from, n).map(|()| n))
+            }
+            State::Connecting { .. } => {
+                self.writer = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            State::Closing { .. } => Poll::Ready(Err(End::Dropped.error())),
+            State::Ended { why, .. } => Poll::Ready(Err(why.error())),
+        }
+    }
+
+    /// The host side sends no more; what it wrote before is still delivered.
+    pub(super) fn shut_send(&mut self) {
+        if let State::Open(open) = &mut self.state {
+            open.host.send = true;
+        }
+    }
+
+    /// The host side is gone; what it wrote before is still delivered, if the guest takes it. Returns
+    /// whether the muxer has to know: not when the connection was over before.
+    pub(super) fn hang_up(&mut self, now: Instant) -> bool {
+        match &mut self.state {
+            State::Connecting { sent } => {
+                let reset_owed = *sent;
+                self.end(End::Dropped, reset_owed);
+            }
+            State::Open(open) => {
+                open.host = Shut::BOTH;
+                let unread = open.rx.clear();
+                open.inbound.consume(unread);
+                self.deadline = Some(now + CLOSE_TIMEOUT);
+            }
+            State::Closing { .. } => {}
+            State::Ended { unread, .. } => {
+                unread.clear();
+                return false;
+            }
+        }
+        true
+    }
+
+    fn readable(&self) -> bool {
+        match &self.state {
+            State::Open(open) => !open.rx.is_empty() || open.guest.send,
+            State::Connecting { .. } => false,
+            State::Closing { .. } | State::Ended { .. } => true,
+        }
+    }
+
+    /// A writer that waits is woken when a good part of the buffer is free, not for every packet.
+    fn writable(&self) -> bool {
+        match &self.state {
+            State::Open(open) => {
+                let window = usize::try_from(self.window).unwrap_or(usize::MAX);
+                open.tx.len() <= window - window / 4 || open.host.send || open.guest.receive
+            }
+            State::Connecting { .. } => false,
+            State::Closing { .. } | State::Ended { .. } => true,
+        }
+    }
+
+    /// Takes who waited for the state as it is now.
+    fn woken(&mut self) -> [Option<Waker>; 2] {
+        let reader = if self.readable() {
+            self.reader.take()
+        } else {
+            None
+        };
+        let writer = if self.writable() {
+            self.writer.take()
+        } else {
+            None
+        };
+        [reader, writer]
+    }
+}
+
+/// Moves what fits from `buffer` to `into`.
+fn drain(buffer: &mut Buffer, into: &mut ReadBuf<'_>) -> usize {
+    let before = into.remaining();
+    while into.remaining() > 0 && !buffer.is_empty() {
+        let front = buffer.front();
+        let n = front.len().min(into.remaining());
+        into.put_slice(front.get(..n).unwrap_or_default());
+        buffer.consume(n);
+    }
+    before - into.remaining()
+}
+
+/// A connection as the muxer and its stream share it.
+#[derive(Debug)]
+pub(super) struct Conn {
+    pub(super) key: Key,
+    hub: Weak<Hub>,
+    machine: Mutex<Machine>,
+}
+
+impl Conn {
+    pub(super) fn new(key: Key, hub: Weak<Hub>, machine: Machine) -> Arc<Self> {
+        Arc::new(Self {
+            key,
+            hub,
+            machine: Mutex::new(machine),
+        })
+    }
+
+    pub(super) fn hub(&self) -> Option<Arc<Hub>> {
+        self.hub.upgrade()
+    }
+
+    /// Looks at the machine without changing it.
+    pub(super) fn look<R>(&self, at: impl FnOnce(&Machine) -> R) -> R {
+        at(&lock(&self.machine))
+    }
+
+    /// Changes the machine and, with its lock released, wakes whom the change concerns. The second
+    /// value is true if the connection needs a turn and the caller must queue it.
+    pub(super) fn change<R>(&self, by: impl FnOnce(&mut Machine) -> R) -> (R, bool) {
+        let mut machine = lock(&self.machine);
+        let result = by(&mut machine);
+        let woken = machine.woken();
+        let needs_turn = machine.owes() && !machine.scheduled;
+        machine.scheduled |= needs_turn;
+        drop(machine);
+        woken.into_iter().flatten().for_each(Waker::wake);
+        (result, needs_turn)
+    }
+
+    /// A change from the host's side: the device is told when it has to act.
+    pub(super) fn change_from_host<R>(self: &Arc<Self>, by: impl FnOnce(&mut Machine) -> R) -> R {
+        let (result, needs_turn) = self.change(by);
+        if needs_turn && let Some(hub) = self.hub() {
+            hub.request_turn(Arc::clone(self));
+        }
+        result
+    }
+}

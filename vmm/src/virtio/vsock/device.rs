@@ -1,0 +1,317 @@
+//! The device: moves packets between the queues and the muxer.
+
+use std::io::Read;
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT, Reader, Writer};
+
+use super::host::VsockHost;
+use super::hub::Hub;
+use super::lock;
+use super::muxer::Muxer;
+use super::packet::{HEADER_BYTES, Header, MAX_PAYLOAD};
+use super::state::VsockState;
+use crate::memory::GuestRam;
+use crate::virtio::{
+    Activation, Bell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress, VirtioDevice,
+};
+
+/// Device id of a socket device (virtio 1.2 section 5).
+const DEVICE_TYPE: u32 = 19;
+/// RX, TX, event. Linux fills the RX queue with buffers of 4 KiB at boot: 64 of them hold one
+/// connection's window, and a guest that never uses vsock loses no more than that. It keeps 8 event
+/// buffers.
+const QUEUE_SIZES: [u16; 3] = [64, 128, 8];
+/// Most packets in each direction, and most bytes together, in one run.
+const RUN_PACKETS: u32 = 256;
+const RUN_BYTES: u32 = 1 << 20;
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, the only event there is.
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
+
+/// The virtio-vsock device of one VM. Dropping it ends all its streams.
+#[derive(Debug)]
+pub struct VsockDevice {
+    hub: Arc<Hub>,
+    guest_cid: u64,
+    active: Option<Active>,
+    /// The guest must hear that all its connections are gone.
+    reset_event_owed: bool,
+}
+
+#[derive(Debug)]
+struct Active {
+    ram: GuestRam,
+    rx: Queue,
+    tx: Queue,
+    events: Queue,
+    interrupt: Interrupt,
+}
+
+/// What a run may still do.
+struct Budget {
+    packets: u32,
+    bytes: u32,
+}
+
+impl Budget {
+    fn is_spent(&self) -> bool {
+        self.packets == 0 || self.bytes == 0
+    }
+
+    fn spend(&mut self, bytes: u32) {
+        self.packets = self.packets.saturating_sub(1);
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+}
+
+impl VsockDevice {
+    /// A device for a guest with context id `guest_cid` (3 to 2^32 - 2) that is woken by `bell`, and
+    /// the host's handle on it.
+    #[must_use]
+    pub fn new(guest_cid: u64, bell: Bell) -> (Self, VsockHost) {
+        Self::with(guest_cid, bell, |hub| Muxer::new(guest_cid, hub), false)
+    }
+
+    /// The state from which [`VsockDevice::restore`] continues. The device must not run meanwhile.
+    #[must_use]
+    pub fn save(&self) -> VsockState {
+        lock(&self.hub.muxer).save()
+    }
+
+    /// A device that continues from `state` once it is activated with the queues that were saved
+    /// with it. Durable connections go on (see [`VsockHost::reattach`]); the guest sees every other
+    /// one end: by the reset of the whole transport if none is durable, else one by one.
+    #[must_use]
+    pub fn restore(state: &VsockState, bell: Bell) -> (Self, VsockHost) {
+        let reset_event_owed = state.resets_transport();
+        Self::with(
+            state.guest_cid(),
+            bell,
+            |hub| Muxer::restore(state, hub),
+            reset_event_owed,
+        )
+    }
+
+    fn with(
+        guest_cid: u64,
+        bell: Bell,
+        muxer: impl FnOnce(Weak<Hub>) -> Muxer,
+        reset_event_owed: bool,
+    ) -> (Self, VsockHost) {
+        let hub = Arc::new_cyclic(|hub| Hub::new(bell, muxer(Weak::clone(hub))));
+        let host = VsockHost::new(&hub);
+        let device = Self {
+            hub,
+            guest_cid,
+            active: None,
+            reset_event_owed,
+        };
+        (device, host)
+    }
+}
+
+impl VirtioDevice for VsockDevice {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn features(&self) -> u64 {
+        F_VERSION_1 | F_EVENT_IDX
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        let space = self.guest_cid.to_le_bytes();
+        let mut bytes = space.iter().skip(offset);
+        data.fill_with(|| bytes.next().copied().unwrap_or(0));
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), Fault> {
+        let mut queues = activation.queues.into_iter().flatten();
+        let (Some(rx), Some(tx), Some(events), None) =
+            (queues.next(), queues.next(), queues.next(), queues.next())
+        else {
+            return Err(Fault::Request("vsock needs its three queues"));
+        };
+        self.active = Some(Active {
+            ram: activation.ram,
+            rx,
+            tx,
+            events,
+            interrupt: activation.interrupt,
+        });
+        drop(self.hub.take_inbox().ready);
+        lock(&self.hub.muxer).activate();
+        // A restored guest may have kicked before it was saved; a new one may be waited for.
+        self.hub.ring();
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<Progress, Fault> {
+        let mut muxer = lock(&self.hub.muxer);
+        muxer.take_in(self.hub.take_inbox());
+        muxer.expire(Instant::now());
+        let Some(active) = &mut self.active else {
+            return Ok(Progress::Idle);
+        };
+        if self.reset_event_owed {
+            self.reset_event_owed = !active.send_event(TRANSPORT_RESET)?;
+        }
+        // TX first: what it frees or asks for goes out in the same run.
+        let received = active.receive(&mut muxer)?;
+        let sent = active.send(&mut muxer)?;
+        let again = received == Progress::More || sent == Progress::More;
+        Ok(if again {
+            Progress::More
+        } else {
+            Progress::Idle
+        })
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        lock(&self.hub.muxer).deadline()
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.reset_event_owed = false;
+        let mut muxer = lock(&self.hub.muxer);
+        muxer.take_in(self.hub.take_inbox());
+        muxer.deactivate();
+    }
+}
+
+impl Drop for VsockDevice {
+    fn drop(&mut self) {
+        self.hub.close();
+    }
+}
+
+impl Active {
+    /// Takes the guest's packets from the TX queue, as long as their answers have a place.
+    fn receive(&mut self, muxer: &mut Muxer) -> Result<Progress, Fault> {
+        let ram = self.ram.map();
+        let mut budget = Budget {
+            packets: RUN_PACKETS,
+            bytes: RUN_BYTES,
+        };
+        let mut used = false;
+        let progress = loop {
+            self.tx.disable_notification(ram)?;
+            while !budget.is_spent() && muxer.can_receive() {
+                let Some(chain) = self.tx.iter(ram)?.next() else {
+                    break;
+                };
+                let head = chain.head_index();
+                let mut reader: Reader<'_> = Reader::new(ram, chain)?;
+                let mut wire = [0; HEADER_BYTES];
+                reader
+                    .read_exact(&mut wire)
+                    .map_err(|_| Fault::Request("TX packet shorter than its header"))?;
+                let header = Header::decode(&wire);
+                let available = reader.available_bytes();
+                muxer
+                    .receive(&header, available, &mut reader)
+                    .map_err(|_| Fault::Request("TX packet cannot be read"))?;
+                budget.spend(header.len.min(MAX_PAYLOAD));
+                self.tx.add_used(ram, head, 0)?;
+                used = true;
+            }
+            if budget.is_spent() {
+                break Progress::More;
+            }
+            if !muxer.can_receive() {
+                // Goes on when the guest took the refusals: its RX kick rings the bell.
+                break Progress::Idle;
+            }
+            if !self.tx.enable_notification(ram)? {
+                break Progress::Idle;
+            }
+        };
+        if used && self.tx.needs_notification(ram)? {
+            self.interrupt.used();
+        }
+        Ok(progress)
+    }
+
+    /// Fills the guest's RX buffers, as long as there are buffers and packets for them. The guest is
+    /// asked to kick only when there is a packet without a buffer.
+    fn send(&mut self, muxer: &mut Muxer) -> Result<Progress, Fault> {
+        let ram = self.ram.map();
+        let mut budget = Budget {
+            packets: RUN_PACKETS,
+            bytes: RUN_BYTES,
+        };
+        let mut used = false;
+        let stalled = !muxer.can_receive();
+        self.rx.disable_notification(ram)?;
+        let progress = loop {
+            if !muxer.has_packet() {
+                break Progress::Idle;
+            }
+            if budget.is_spent() {
+                break Progress::More;
+            }
+            let Some(chain) = self.rx.iter(ram)?.next() else {
+                if self.rx.enable_notification(ram)? {
+                    self.rx.disable_notification(ram)?;
+                    continue;
+                }
+                break Progress::Idle;
+            };
+            let head = chain.head_index();
+            let mut writer: Writer<'_> = Writer::new(ram, chain)?;
+            let room = writer
+                .available_bytes()
+                .checked_sub(HEADER_BYTES)
+                .filter(|room| *room > 0)
+                .ok_or(Fault::Request("RX buffer without space for a packet"))?;
+            let room = u32::try_from(room).unwrap_or(MAX_PAYLOAD);
+            let sent = muxer
+                .send(room, &mut writer)
+                .map_err(|_| Fault::Request("RX buffer cannot be written"))?;
+            budget.spend(sent);
+            let written = u32::try_from(writer.bytes_written()).unwrap_or(u32::MAX);
+            self.rx.add_used(ram, head, written)?;
+            used = true;
+        };
+        if used && self.rx.needs_notification(ram)? {
+            self.interrupt.used();
+        }
+        // TX stopped for want of space among the refusals, and now there is some.
+        if stalled && muxer.can_receive() {
+            return Ok(Progress::More);
+        }
+        Ok(progress)
+    }
+
+    /// Puts an event into the guest's event queue; false if it has no buffer there.
+    fn send_event(&mut self, event: [u8; 4]) -> Result<bool, Fault> {
+        use std::io::Write;
+
+        let ram = self.ram.map();
+        let chain = loop {
+            if let Some(chain) = self.events.iter(ram)?.next() {
+                break chain;
+            }
+            if !self.events.enable_notification(ram)? {
+                return Ok(false);
+            }
+        };
+        let head = chain.head_index();
+        let mut writer: Writer<'_> = Writer::new(ram, chain)?;
+        writer
+            .write_all(&event)
+            .map_err(|_| Fault::Request("event buffer shorter than an event"))?;
+        self.events.add_used(ram, head, 4)?;
+        if self.events.needs_notification(ram)? {
+            self.interrupt.used();
+        }
+        Ok(true)
+    }
+}

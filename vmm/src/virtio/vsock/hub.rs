@@ -1,0 +1,65 @@
+//! What a device and its host handles share.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex};
+
+use super::conn::Conn;
+use super::lock;
+use super::muxer::Muxer;
+use crate::virtio::Bell;
+
+/// The meeting point. Lock order: `muxer`, then a connection's machine or `inbox`, never both of
+/// these. Streams take only the last two, so that bulk I/O never waits for a device's run.
+#[derive(Debug)]
+pub(super) struct Hub {
+    bell: Bell,
+    pub(super) muxer: Mutex<Muxer>,
+    inbox: Mutex<Inbox>,
+}
+
+/// What host tasks left for the device's next run. Each connection is in each list at most once.
+#[derive(Debug, Default)]
+pub(super) struct Inbox {
+    /// Owe the guest a packet.
+    pub(super) ready: VecDeque<Arc<Conn>>,
+    /// Were dropped by their host side.
+    pub(super) dropped: Vec<Arc<Conn>>,
+}
+
+impl Hub {
+    pub(super) fn new(bell: Bell, muxer: Muxer) -> Self {
+        Self {
+            bell,
+            muxer: Mutex::new(muxer),
+            inbox: Mutex::default(),
+        }
+    }
+
+    pub(super) fn ring(&self) {
+        self.bell.ring();
+    }
+
+    /// `conn`, just marked as scheduled, wants a turn.
+    pub(super) fn request_turn(&self, conn: Arc<Conn>) {
+        lock(&self.inbox).ready.push_back(conn);
+        self.ring();
+    }
+
+    /// `conn`'s host side is gone.
+    pub(super) fn report_drop(&self, conn: Arc<Conn>) {
+        lock(&self.inbox).dropped.push(conn);
+        self.ring();
+    }
+
+    pub(super) fn take_inbox(&self) -> Inbox {
+        std::mem::take(&mut lock(&self.inbox))
+    }
+
+    /// The VM has ended: every stream gets an error, every pending connect and accept fails.
+    pub(super) fn close(&self) {
+        let listeners = lock(&self.muxer).close();
+        // Outside the lock: queued streams hang up here.
+        drop::<HashMap<_, _>>(listeners);
+        drop(self.take_inbox());
+    }
+}

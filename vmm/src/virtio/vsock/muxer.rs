@@ -1,0 +1,416 @@
+//! The table of connections, whose turn it is to send to the guest, and what happens to packets that
+//! belong to no connection.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::conn::{Conn, End, Fate, Key, Machine};
+use super::host::{ConnectError, ListenError};
+use super::hub::{Hub, Inbox};
+use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
+use super::state::{ConnState, RawVsockState, VsockState};
+use super::stream::VsockStream;
+
+/// Most connections of one device, in every state together.
+pub const MAX_CONNECTIONS: usize = 4096;
+/// Most ports of one device that the host listens on.
+pub const MAX_LISTENERS: usize = 1024;
+/// Most connections of one listener that wait to be accepted; the guest's next one is refused.
+pub const BACKLOG: usize = 128;
+/// How many connections get a [`WIDE_WINDOW`].
+pub const WIDE_CONNECTIONS: usize = 256;
+/// Bytes that a connection may buffer in each direction.
+pub const WIDE_WINDOW: u32 = 256 * 1024;
+/// The same for connections beyond [`WIDE_CONNECTIONS`].
+pub const NARROW_WINDOW: u32 = 32 * 1024;
+/// Most resets that wait for the guest's RX buffers. TX stops while there are so many: each packet
+/// of the guest makes at most one.
+pub(super) const MAX_REFUSALS: usize = 64;
+/// Host ports of connections that the host opens; the low ones are for listeners.
+pub(super) const HOST_PORTS: std::ops::Range<u32> = 1 << 30..u32::MAX;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub(super) struct Muxer {
+    pub(super) guest_cid: u64,
+    hub: Weak<Hub>,
+    /// The device has queues.
+    active: bool,
+    /// The VM has ended.
+    closed: bool,
+    conns: HashMap<Key, Arc<Conn>>,
+    listeners: HashMap<u32, mpsc::Sender<VsockStream>>,
+    /// Connections that owe the guest a packet, each at most once, served in turn. Empty while the
+    /// device is not active.
+    turns: VecDeque<Arc<Conn>>,
+    /// Resets for packets that belong to no connection.
+    refusals: VecDeque<Header>,
+    /// Dropped connections in the order in which they time out.
+    closing: VecDeque<(Instant, Arc<Conn>)>,
+    next_port: u32,
+    wide: usize,
+    /// Restored connections that nobody has taken up again yet.
+    detached: HashMap<Key, VsockStream>,
+}
+
+impl Muxer {
+    pub(super) fn new(guest_cid: u64, hub: Weak<Hub>) -> Self {
+        Self {
+            guest_cid,
+            hub,
+            active: false,
+            closed: false,
+            conns: HashMap::new(),
+            listeners: HashMap::new(),
+            turns: VecDeque::new(),
+            refusals: VecDeque::new(),
+            closing: VecDeque::new(),
+            next_port: HOST_PORTS.start,
+            wide: 0,
+            detached: HashMap::new(),
+        }
+    }
+
+    /// What a snapshot keeps.
+    pub(super) fn save(&self) -> VsockState {
+        let refused = self
+            .refusals
+            .iter()
+            .filter(|refusal| refusal.src_cid == HOST_CID && refusal.kind == TYPE_STREAM)
+            .map(|refusal| Key {
+                host: refusal.src_port,
+                guest: refusal.dst_port,
+            })
+            .map(|key| (key, Fate::Refused));
+        let known = self.conns.iter().filter_map(|(key, conn)| {
+            conn.look(|machine| (!machine.is_unsent()).then(|| (*key, machine.fate())))
+        });
+        let fates: BTreeMap<_, _> = refused.chain(known).collect();
+        let conns = fates.into_iter().map(|(key, fate)| ConnState {
+            host_port: key.host,
+            guest_port: key.guest,
+            fate,
+        });
+        VsockState::of_live(RawVsockState {
+            guest_cid: self.guest_cid,
+            next_port: self.next_port,
+            conns: conns.collect(),
+        })
+    }
+
+    /// Continues from a snapshot: durable connections wait to be reattached, the guest is owed a
+    /// reset for every other one unless the whole transport is reset.
+    pub(super) fn restore(state: &VsockState, hub: Weak<Hub>) -> Self {
+        let mut muxer = Self::new(state.guest_cid(), hub);
+        muxer.next_port = state.next_port();
+        for saved in state.conns() {
+            let key = Key {
+                host: saved.host_port,
+                guest: saved.guest_port,
+            };
+            match saved.fate {
+                Fate::Durable(credit) => {
+                    let conn = muxer.insert(key, Machine::resumed(&credit));
+                    muxer.detached.insert(key, VsockStream::new(conn));
+                }
+                Fate::Lost if state.resets_transport() => {}
+                Fate::Lost | Fate::Refused => {
+                    muxer.insert(key, Machine::lost());
+                }
+            }
+        }
+        muxer
+    }
+
+    // The host's requests.
+
+    /// A new connection that waits for the guest's answer.
+    pub(super) fn connect(&mut self, guest_port: u32) -> Result<VsockStream, ConnectError> {
+        if self.closed {
+            return Err(ConnectError::VmEnded);
+        }
+        if self.conns.len() >= MAX_CONNECTIONS {
+            return Err(ConnectError::TooMany);
+        }
+        let host = self.free_port(guest_port).ok_or(ConnectError::TooMany)?;
+        let key = Key {
+            host,
+            guest: guest_port,
+        };
+        let machine = Machine::connecting(self.next_window());
+        let conn = self.insert(key, machine);
+        self.changed(&conn, |_| ());
+        Ok(VsockStream::new(conn))
+    }
+
+    /// The next host port in sequence that this guest port has no connection with. The sequence
+    /// comes round after 3 billion connects: the guest has long let go of the earlier ones.
+    fn free_port(&mut self, guest: u32) -> Option<u32> {
+        for _ in 0..=MAX_CONNECTIONS {
+            let host = self.next_port;
+            let next = Some(host + 1).filter(|port| HOST_PORTS.contains(port));
+            self.next_port = next.unwrap_or(HOST_PORTS.start);
+            if !self.conns.contains_key(&Key { host, guest }) {
+                return Some(host);
+            }
+        }
+        None
+    }
+
+    pub(super) fn listen(&mut self, port: u32) -> Result<mpsc::Receiver<VsockStream>, ListenError> {
+        if self.closed {
+            return Err(ListenError::VmEnded);
+        }
+        if self.listeners.contains_key(&port) {
+            return Err(ListenError::InUse(port));
+        }
+        if self.listeners.len() >= MAX_LISTENERS {
+            return Err(ListenError::TooMany);
+        }
+        let (sender, receiver) = mpsc::channel(BACKLOG);
+        self.listeners.insert(port, sender);
+        Ok(receiver)
+    }
+
+    pub(super) fn unlisten(&mut self, port: u32) {
+        self.listeners.remove(&port);
+    }
+
+    pub(super) fn reattach(&mut self, key: Key) -> Option<VsockStream> {
+        self.detached.remove(&key)
+    }
+
+    // The table.
+
+    fn next_window(&self) -> u32 {
+        if self.wide < WIDE_CONNECTIONS {
+            WIDE_WINDOW
+        } else {
+            NARROW_WINDOW
+        }
+    }
+
+    fn insert(&mut self, key: Key, machine: Machine) -> Arc<Conn> {
+        self.wide += usize::from(machine.window() > NARROW_WINDOW);
+        let conn = Conn::new(key, Weak::clone(&self.hub), machine);
+        self.conns.insert(key, Arc::clone(&conn));
+        conn
+    }
+
+    /// Changes a connection; gives it a turn or forgets it if the change asks for that.
+    fn changed<R>(&mut self, conn: &Arc<Conn>, by: impl FnOnce(&mut Machine) -> R) -> R {
+        let (result, needs_turn) = conn.change(by);
+        if needs_turn && self.active {
+            self.turns.push_back(Arc::clone(conn));
+        }
+        self.forget_if_over(conn);
+        result
+    }
+
+    fn forget_if_over(&mut self, conn: &Arc<Conn>) {
+        let (over, window) = conn.look(|machine| (machine.is_over(), machine.window()));
+        let known = self.conns.get(&conn.key);
+        if over && known.is_some_and(|known| Arc::ptr_eq(known, conn)) {
+            self.conns.remove(&conn.key);
+            self.wide -= usize::from(window > NARROW_WINDOW);
+        }
+    }
+
+    // The device's life.
+
+    /// The device has queues: everything that waited for them gets its turn.
+    pub(super) fn activate(&mut self) {
+        self.active = true;
+        self.turns.clear();
+        for conn in self.conns.values() {
+            let ((), needs_turn) = conn.change(|machine| machine.scheduled = false);
+            if needs_turn {
+                self.turns.push_back(Arc::clone(conn));
+            }
+        }
+    }
+
+    /// The driver was reset: the guest knows no connection any more. Those that it never heard of
+    /// go on waiting.
+    pub(super) fn deactivate(&mut self) {
+        self.active = false;
+        self.turns.clear();
+        self.refusals.clear();
+        let conns: Vec<_> = self.conns.values().cloned().collect();
+        for conn in conns {
+            self.changed(&conn, |machine| {
+                if !machine.is_unsent() {
+                    machine.end(End::Reset, false);
+                    machine.forgive();
+                }
+            });
+        }
+        self.closing.clear();
+        self.detached.clear();
+    }
+
+    /// Ends everything for good. Returns what has to be dropped outside the lock.
+    pub(super) fn close(&mut self) -> HashMap<u32, mpsc::Sender<VsockStream>> {
+        self.closed = true;
+        self.turns.clear();
+        self.refusals.clear();
+        self.closing.clear();
+        for conn in std::mem::take(&mut self.conns).into_values() {
+            conn.change(|machine| machine.end(End::VmEnded, false));
+        }
+        self.wide = 0;
+        self.detached.clear();
+        std::mem::take(&mut self.listeners)
+    }
+
+    /// Takes what host tasks left since the last run.
+    pub(super) fn take_in(&mut self, inbox: Inbox) {
+        if self.active {
+            self.turns.extend(inbox.ready);
+        }
+        for conn in inbox.dropped {
+            if let Some(at) = conn.look(|machine| machine.deadline) {
+                self.closing.push_back((at, Arc::clone(&conn)));
+            }
+            self.forget_if_over(&conn);
+        }
+        if self.closing.len() > 2 * MAX_CONNECTIONS {
+            // Most of these closed in good order long before their time.
+            self.closing
+                .retain(|(_, conn)| conn.look(|machine| machine.deadline.is_some()));
+        }
+    }
+
+    /// When [`Muxer::expire`] has something to do next.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.closing.front().map(|(at, _)| *at)
+    }
+
+    /// Ends dropped connections that made no progress for too long. All wait equally long, so the
+    /// queue is in order; one that made progress since goes to its end.
+    pub(super) fn expire(&mut self, now: Instant) {
+        while let Some((_, conn)) = self.closing.pop_front_if(|(at, _)| *at <= now) {
+            match conn.look(|machine| machine.deadline) {
+                Some(later) if later > now => self.closing.push_back((later, conn)),
+                Some(_) => self.changed(&conn, |machine| machine.expire(now)),
+                None => {}
+            }
+        }
+    }
+
+    // The guest's packets.
+
+    /// Whether another packet of the guest may be looked at: its refusal must have a place.
+    pub(super) fn can_receive(&self) -> bool {
+        self.refusals.len() < MAX_REFUSALS
+    }
+
+    /// Takes a packet from the guest. `available` is how many bytes of payload follow in `payload`.
+    ///
+    /// # Errors
+    /// When the payload cannot be read.
+    pub(super) fn receive(
+        &mut self,
+        header: &Header,
+        available: usize,
+        payload: &mut impl Read,
+    ) -> io::Result<()> {
+        if header.src_cid != self.guest_cid {
+            // Nobody to answer: the guest speaks for somebody else.
+            return Ok(());
+        }
+        if header.dst_cid != HOST_CID || header.kind != TYPE_STREAM {
+            self.refuse(header);
+            return Ok(());
+        }
+        let key = Key {
+            host: header.dst_port,
+            guest: header.src_port,
+        };
+        let whole = header.len <= super::packet::MAX_PAYLOAD
+            && usize::try_from(header.len).is_ok_and(|len| len <= available);
+        let op = Op::from_wire(header.op).filter(|_| whole);
+        if let Some(conn) = self.conns.get(&key).cloned() {
+            self.changed(&conn, |machine| machine.receive(op, header, payload))
+        } else {
+            if op != Some(Op::Request) || !self.accept(key, header) {
+                self.refuse(header);
+            }
+            Ok(())
+        }
+    }
+
+    /// Hands the guest's request to a listener, if one has room for it.
+    fn accept(&mut self, key: Key, request: &Header) -> bool {
+        if self.conns.len() >= MAX_CONNECTIONS {
+            return false;
+        }
+        let Some(place) = self
+            .listeners
+            .get(&key.host)
+            .and_then(|backlog| backlog.clone().try_reserve_owned().ok())
+        else {
+            return false;
+        };
+        let machine = Machine::accepted(self.next_window(), request);
+        let conn = self.insert(key, machine);
+        self.changed(&conn, |_| ());
+        place.send(VsockStream::new(conn));
+        true
+    }
+
+    fn refuse(&mut self, header: &Header) {
+        self.refusals.extend(header.refusal());
+    }
+
+    // Packets to the guest.
+
+    /// Whether [`Muxer::send`] has a packet. Drops turns that became needless.
+    pub(super) fn has_packet(&mut self) -> bool {
+        while self.refusals.is_empty()
+            && let Some(conn) = self.turns.front()
+        {
+            if conn.look(Machine::owes) {
+                return true;
+            }
+            let conn = Arc::clone(conn);
+            self.turns.pop_front();
+            self.end_turn(&conn);
+        }
+        !self.refusals.is_empty()
+    }
+
+    /// Writes one packet to `out`, which has space for `room` bytes of payload. Returns the
+    /// payload's length; nothing is written where [`Muxer::has_packet`] is false.
+    ///
+    /// # Errors
+    /// When `out` is too short.
+    pub(super) fn send(&mut self, room: u32, out: &mut impl Write) -> io::Result<u32> {
+        if let Some(refusal) = self.refusals.pop_front() {
+            return out.write_all(&refusal.encode()).map(|()| 0);
+        }
+        let Some(conn) = self.turns.pop_front() else {
+            return Ok(0);
+        };
+        let header = Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            src_port: conn.key.host,
+            dst_port: conn.key.guest,
+            kind: TYPE_STREAM,
+            ..Header::default()
+        };
+        let (sent, _) = conn.change(|machine| machine.emit(header, room, out));
+        self.end_turn(&conn);
+        Ok(sent?.unwrap_or(0))
+    }
+
+    /// The connection is no longer queued; queues it again, behind the others, if it owes more.
+    fn end_turn(&mut self, conn: &Arc<Conn>) {
+        self.changed(conn, |machine| machine.scheduled = false);
+    }
+}

@@ -1,0 +1,142 @@
+//! The host program's ends of connections.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::mpsc;
+
+use super::conn::{Conn, End, Machine};
+use super::host::ListenError;
+use super::hub::Hub;
+use super::lock;
+
+/// A connection with a program in the guest: reads and writes like a TCP or Unix stream.
+///
+/// - End of file comes after the guest closed its sending direction and everything was read.
+/// - `shutdown` closes this side's sending direction; what was written before is still delivered.
+/// - Dropping the stream closes it; what was written before is still delivered unless the guest
+///   takes none of it for [`CLOSE_TIMEOUT`](super::CLOSE_TIMEOUT).
+/// - Errors: [`BrokenPipe`](io::ErrorKind::BrokenPipe) on a write when the guest takes no more,
+///   [`ConnectionReset`](io::ErrorKind::ConnectionReset) when the guest reset the connection (after
+///   what it sent before was read), [`ConnectionAborted`](io::ErrorKind::ConnectionAborted) when the
+///   VM has ended.
+///
+/// A write returns when the bytes are in this side's buffer, not when the guest has read them.
+#[derive(Debug)]
+pub struct VsockStream {
+    conn: Arc<Conn>,
+}
+
+impl VsockStream {
+    pub(super) fn new(conn: Arc<Conn>) -> Self {
+        Self { conn }
+    }
+
+    /// The port on the host's side.
+    #[must_use]
+    pub fn host_port(&self) -> u32 {
+        self.conn.key.host
+    }
+
+    /// The port on the guest's side.
+    #[must_use]
+    pub fn guest_port(&self) -> u32 {
+        self.conn.key.guest
+    }
+
+    /// Asks that this connection survive a snapshot: in a VM restored from it, the guest's end goes
+    /// on as if nothing had happened, and [`VsockHost::reattach`](super::VsockHost::reattach) gives
+    /// the host's end. That holds only where nothing is in flight on the host's side at the moment of
+    /// the snapshot (both buffers empty, neither direction closed); else the restored guest sees a
+    /// reset like for every other connection.
+    pub fn mark_durable(&self) {
+        self.conn.change_from_host(|machine| machine.durable = true);
+    }
+
+    pub(super) fn poll_connected(&self, cx: &Context<'_>) -> Poll<Result<(), End>> {
+        self.conn
+            .change_from_host(|machine| machine.poll_connected(cx))
+    }
+}
+
+impl AsyncRead for VsockStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.conn
+            .change_from_host(|machine| machine.poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for VsockStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.conn
+            .change_from_host(|machine| machine.poll_write(cx, buf))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.conn.change_from_host(Machine::shut_send);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for VsockStream {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let news = self.conn.change_from_host(|machine| machine.hang_up(now));
+        if news && let Some(hub) = self.conn.hub() {
+            hub.report_drop(Arc::clone(&self.conn));
+        }
+    }
+}
+
+/// A port of the host on which programs in the guest connect. Dropping it closes the connections
+/// that nobody accepted and frees the port.
+#[derive(Debug)]
+pub struct VsockListener {
+    port: u32,
+    backlog: mpsc::Receiver<VsockStream>,
+    hub: Weak<Hub>,
+}
+
+impl VsockListener {
+    pub(super) fn new(port: u32, backlog: mpsc::Receiver<VsockStream>, hub: Weak<Hub>) -> Self {
+        Self { port, backlog, hub }
+    }
+
+    /// The port.
+    #[must_use]
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// The next connection of the guest; it is established already. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`ListenError::VmEnded`].
+    pub async fn accept(&mut self) -> Result<VsockStream, ListenError> {
+        self.backlog.recv().await.ok_or(ListenError::VmEnded)
+    }
+}
+
+impl Drop for VsockListener {
+    fn drop(&mut self) {
+        if let Some(hub) = self.hub.upgrade() {
+            lock(&hub.muxer).unlisten(self.port);
+        }
+    }
+}

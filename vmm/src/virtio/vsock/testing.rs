@@ -1,0 +1,519 @@
+//! Plays the guest's driver on real guest memory: split rings, `EVENT_IDX`, kicks and interrupts as
+//! the specification has them. Shared by unit tests, integration tests and fuzz targets.
+//!
+//! The device runs only when its bell rang or it asked to go on, and the guest looks at its used
+//! rings only after an interrupt: a lost kick or interrupt is a test that does not get its packet.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::VecDeque;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::packet::{HEADER_BYTES, HOST_CID, Header, Op, Shut, TYPE_STREAM};
+use super::{VsockDevice, VsockHost};
+use crate::memory::{GuestRam, MIB};
+use crate::virtio::{
+    Activation, Bell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress, VirtioDevice,
+};
+
+pub const GUEST_CID: u64 = 3;
+pub const RX: usize = 0;
+pub const TX: usize = 1;
+pub const EVENT: usize = 2;
+
+/// Guest memory of one test: rings first, then a page of buffer for each RX descriptor, then TX.
+const RAM_BYTES: u64 = 4 * MIB;
+const RING_STRIDE: u64 = 0x1_0000;
+const RX_BUFFERS: u64 = 0x10_0000;
+const EVENT_BUFFERS: u64 = 0x8_0000;
+const TX_BUFFERS: u64 = 0x20_0000;
+const TX_STRIDE: u64 = 80 * 1024;
+/// TX chains in flight at once.
+const TX_CHAINS: u64 = 16;
+const F_NEXT: u16 = 1;
+const F_WRITE: u16 = 2;
+
+/// One split virtqueue, from the driver's side.
+#[derive(Clone, Debug)]
+pub struct Ring {
+    base: u64,
+    size: u16,
+    avail: u16,
+    used: u16,
+    event_idx: bool,
+}
+
+impl Ring {
+    fn new(index: u64, size: u16, event_idx: bool) -> Self {
+        Self {
+            base: index * RING_STRIDE + 0x1000,
+            size,
+            avail: 0,
+            used: 0,
+            event_idx,
+        }
+    }
+
+    fn avail_ring(&self) -> u64 {
+        self.base + 0x4000
+    }
+
+    fn used_ring(&self) -> u64 {
+        self.base + 0x8000
+    }
+
+    /// The queue as the transport would hand it to the device, `avail` and `used` so far included.
+    fn queue(&self, next: (u16, u16)) -> Queue {
+        let mut queue = Queue::new(self.size).unwrap();
+        queue
+            .try_set_desc_table_address(GuestAddress(self.base))
+            .unwrap();
+        queue
+            .try_set_avail_ring_address(GuestAddress(self.avail_ring()))
+            .unwrap();
+        queue
+            .try_set_used_ring_address(GuestAddress(self.used_ring()))
+            .unwrap();
+        queue.set_event_idx(self.event_idx);
+        queue.set_next_avail(next.0);
+        queue.set_next_used(next.1);
+        queue.set_ready(true);
+        queue
+    }
+
+    pub fn write_desc(&self, ram: &GuestRam, at: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        let mut desc = [0; 16];
+        desc[..8].copy_from_slice(&addr.to_le_bytes());
+        desc[8..12].copy_from_slice(&len.to_le_bytes());
+        desc[12..14].copy_from_slice(&flags.to_le_bytes());
+        desc[14..].copy_from_slice(&next.to_le_bytes());
+        let slot = GuestAddress(self.base + u64::from(at) * 16);
+        ram.map().write_slice(&desc, slot).unwrap();
+    }
+
+    /// Makes `head` available; true if the device wants a kick for it.
+    pub fn push(&mut self, ram: &GuestRam, head: u16) -> bool {
+        let slot = self.avail_ring() + 4 + u64::from(self.avail % self.size) * 2;
+        ram.map().write_obj(head, GuestAddress(slot)).unwrap();
+        let old = self.avail;
+        self.avail = self.avail.wrapping_add(1);
+        ram.map()
+            .store(
+                self.avail,
+                GuestAddress(self.avail_ring() + 2),
+                Ordering::Release,
+            )
+            .unwrap();
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let at = self.used_ring() + 4 + u64::from(self.size) * 8;
+            let event: u16 = ram.map().load(GuestAddress(at), Ordering::Relaxed).unwrap();
+            // vring_need_event() of the specification.
+            self.avail.wrapping_sub(event).wrapping_sub(1) < self.avail.wrapping_sub(old)
+        } else {
+            let flags: u16 = ram
+                .map()
+                .load(GuestAddress(self.used_ring()), Ordering::Relaxed)
+                .unwrap();
+            flags & 1 == 0
+        }
+    }
+
+    /// The next used chain (head, bytes written), and asks to be interrupted for the one after.
+    fn pop(&mut self, ram: &GuestRam) -> Option<(u16, u32)> {
+        if self.event_idx {
+            let at = self.avail_ring() + 4 + u64::from(self.size) * 2;
+            ram.map()
+                .store(self.used, GuestAddress(at), Ordering::Relaxed)
+                .unwrap();
+            fence(Ordering::SeqCst);
+        }
+        let used: u16 = ram
+            .map()
+            .load(GuestAddress(self.used_ring() + 2), Ordering::Acquire)
+            .unwrap();
+        if used == self.used {
+            return None;
+        }
+        let slot = self.used_ring() + 4 + u64::from(self.used % self.size) * 8;
+        let head: u32 = ram.map().read_obj(GuestAddress(slot)).unwrap();
+        let len: u32 = ram.map().read_obj(GuestAddress(slot + 4)).unwrap();
+        self.used = self.used.wrapping_add(1);
+        Some((u16::try_from(head).unwrap(), len))
+    }
+}
+
+/// How a [`Guest`] sets itself up.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    pub event_idx: bool,
+    /// Sizes of the descriptors of each RX buffer; at most 4096 bytes together.
+    pub rx_pieces: &'static [u32],
+    /// How many RX buffers the guest provides from the start.
+    pub rx_buffers: u16,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            event_idx: true,
+            rx_pieces: &[4096],
+            rx_buffers: 16,
+        }
+    }
+}
+
+/// A guest's driver with its device.
+pub struct Guest {
+    pub device: VsockDevice,
+    pub host: VsockHost,
+    pub bell: Bell,
+    pub interrupt: Interrupt,
+    pub ram: GuestRam,
+    pub rings: [Ring; 3],
+    /// Packets that came, in order.
+    pub inbox: VecDeque<(Header, Vec<u8>)>,
+    /// Events that came.
+    pub events: Vec<u32>,
+    /// Whether an RX buffer goes back to the device once its packet was taken.
+    pub refill: bool,
+    /// How often the device ran.
+    pub runs: usize,
+    /// How often the guest kicked.
+    pub kicks: usize,
+    setup: Setup,
+    tx_free: Vec<u64>,
+    tx_busy: VecDeque<(u16, u64)>,
+}
+
+impl Guest {
+    /// A guest whose driver is up.
+    pub fn new(setup: Setup) -> Self {
+        let mut guest = Self::inactive(setup);
+        guest.activate();
+        guest
+    }
+
+    /// A guest whose driver is not up yet.
+    pub fn inactive(setup: Setup) -> Self {
+        let bell = Bell::new().unwrap();
+        let (device, host) = VsockDevice::new(GUEST_CID, bell.clone());
+        Self::with(setup, device, host, bell, GuestRam::new(RAM_BYTES).unwrap())
+    }
+
+    fn with(setup: Setup, device: VsockDevice, host: VsockHost, bell: Bell, ram: GuestRam) -> Self {
+        let sizes = device.queue_sizes().to_vec();
+        let ring = |at: usize| Ring::new(at as u64, sizes[at], setup.event_idx);
+        Self {
+            rings: [ring(RX), ring(TX), ring(EVENT)],
+            device,
+            host,
+            bell,
+            interrupt: Interrupt::new().unwrap(),
+            ram,
+            inbox: VecDeque::new(),
+            events: Vec::new(),
+            refill: true,
+            runs: 0,
+            kicks: 0,
+            setup,
+            tx_free: (0..TX_CHAINS).map(|n| TX_BUFFERS + n * TX_STRIDE).collect(),
+            tx_busy: VecDeque::new(),
+        }
+    }
+
+    fn activation(&self, next: [(u16, u16); 3]) -> Activation {
+        let event_idx = if self.setup.event_idx { F_EVENT_IDX } else { 0 };
+        Activation {
+            ram: self.ram.clone(),
+            queues: self
+                .rings
+                .iter()
+                .zip(next)
+                .map(|(ring, next)| Some(ring.queue(next)))
+                .collect(),
+            features: F_VERSION_1 | event_idx,
+            interrupt: self.interrupt.clone(),
+        }
+    }
+
+    /// The driver sets itself up: `DRIVER_OK`, then buffers.
+    pub fn activate(&mut self) {
+        let activation = self.activation([(0, 0); 3]);
+        self.device.activate(activation).unwrap();
+        for at in 0..self.setup.rx_buffers {
+            self.post_rx(at);
+        }
+        for at in 0..8 {
+            let addr = EVENT_BUFFERS + u64::from(at) * 64;
+            self.rings[EVENT].write_desc(&self.ram, at, addr, 4, F_WRITE, 0);
+            self.push(EVENT, at);
+        }
+    }
+
+    /// The same guest in a device restored from a snapshot taken now. Packets in flight in the rings
+    /// stay in flight.
+    pub fn restored(mut self) -> Self {
+        let state = self.device.save();
+        let next = self.rings.clone().map(|ring| {
+            // All that was made available is used in these tests, up to what the device left.
+            let used: u16 = self
+                .ram
+                .map()
+                .load(GuestAddress(ring.used_ring() + 2), Ordering::Relaxed)
+                .unwrap();
+            (used, used)
+        });
+        let bell = Bell::new().unwrap();
+        let (device, host) = VsockDevice::restore(&state, bell.clone());
+        self.device = device;
+        self.host = host;
+        self.bell = bell;
+        let activation = self.activation(next);
+        self.device.activate(activation).unwrap();
+        self
+    }
+
+    fn push(&mut self, queue: usize, head: u16) {
+        if self.rings[queue].push(&self.ram, head) {
+            self.kicks += 1;
+            self.bell.ring();
+        }
+    }
+
+    /// Provides RX buffer number `at` (0 to 15).
+    pub fn post_rx(&mut self, at: u16) {
+        let pieces = self.setup.rx_pieces;
+        let head = at * u16::try_from(pieces.len()).unwrap();
+        let mut addr = RX_BUFFERS + u64::from(at) * 4096;
+        for (n, len) in pieces.iter().enumerate() {
+            let n = u16::try_from(n).unwrap();
+            let last = usize::from(n) + 1 == pieces.len();
+            let flags = if last { F_WRITE } else { F_WRITE | F_NEXT };
+            self.rings[RX].write_desc(&self.ram, head + n, addr, *len, flags, head + n + 1);
+            addr += u64::from(*len);
+        }
+        self.push(RX, head);
+    }
+
+    /// Kicks whatever the device said: a guest may.
+    pub fn kick(&self) {
+        self.bell.ring();
+    }
+
+    /// Runs the device as its event thread would, until nothing is left to do.
+    ///
+    /// # Errors
+    /// The device's fault.
+    pub fn try_pump(&mut self) -> Result<(), Fault> {
+        loop {
+            let rung = self.bell.answer();
+            if rung {
+                // A device that always asks for more would never end here; none may.
+                for turn in 0.. {
+                    self.runs += 1;
+                    if self.device.run()? == Progress::Idle {
+                        break;
+                    }
+                    assert!(turn < 10_000, "the device spins");
+                    self.take_interrupt();
+                }
+            }
+            if !self.take_interrupt() && !rung {
+                return Ok(());
+            }
+        }
+    }
+
+    pub fn pump(&mut self) {
+        self.try_pump().unwrap();
+    }
+
+    /// Looks at the used rings if there was an interrupt; true if there was.
+    fn take_interrupt(&mut self) -> bool {
+        if self.interrupt.fd().read().is_err() {
+            return false;
+        }
+        self.interrupt.acknowledge(u32::MAX);
+        while let Some((head, len)) = self.rings[RX].pop(&self.ram) {
+            let pieces = u16::try_from(self.setup.rx_pieces.len()).unwrap();
+            let at = head / pieces;
+            let mut bytes = vec![0; usize::try_from(len).unwrap()];
+            let addr = GuestAddress(RX_BUFFERS + u64::from(at) * 4096);
+            self.ram.map().read_slice(&mut bytes, addr).unwrap();
+            let payload = bytes.split_off(HEADER_BYTES);
+            let header = Header::decode(&bytes.try_into().unwrap());
+            assert_eq!(header.len as usize, payload.len());
+            assert_eq!(
+                (header.src_cid == HOST_CID, header.dst_cid),
+                (true, GUEST_CID)
+            );
+            self.inbox.push_back((header, payload));
+            if self.refill {
+                self.post_rx(at);
+            }
+        }
+        while let Some((head, len)) = self.rings[TX].pop(&self.ram) {
+            let (posted, addr) = self.tx_busy.pop_front().unwrap();
+            assert_eq!((posted, len), (head, 0));
+            self.tx_free.push(addr);
+        }
+        while let Some((head, len)) = self.rings[EVENT].pop(&self.ram) {
+            assert_eq!(len, 4);
+            let addr = EVENT_BUFFERS + u64::from(head) * 64;
+            self.events
+                .push(self.ram.map().read_obj(GuestAddress(addr)).unwrap());
+            self.push(EVENT, head);
+        }
+        true
+    }
+
+    /// Whether a packet can be sent now.
+    pub fn can_send(&self) -> bool {
+        !self.tx_free.is_empty()
+    }
+
+    /// Posts raw bytes as one TX chain whose descriptors have at most `piece` bytes each.
+    pub fn post_tx(&mut self, bytes: &[u8], piece: usize) {
+        let addr = self.tx_free.pop().expect("a free TX buffer");
+        let slot = u16::try_from((addr - TX_BUFFERS) / TX_STRIDE).unwrap();
+        self.ram
+            .map()
+            .write_slice(bytes, GuestAddress(addr))
+            .unwrap();
+        // Each chain has its own eighth of the descriptors.
+        let per_chain = self.rings[TX].size / u16::try_from(TX_CHAINS).unwrap();
+        let head = slot * per_chain;
+        let piece = piece.max(bytes.len().div_ceil(usize::from(per_chain)));
+        let mut chunks = bytes.chunks(piece).peekable();
+        let (mut at, mut chunk_addr) = (head, addr);
+        while let Some(chunk) = chunks.next() {
+            let flags = if chunks.peek().is_some() { F_NEXT } else { 0 };
+            let len = u32::try_from(chunk.len()).unwrap();
+            self.rings[TX].write_desc(&self.ram, at, chunk_addr, len, flags, at + 1);
+            at += 1;
+            chunk_addr += u64::from(len);
+        }
+        self.tx_busy.push_back((head, addr));
+        self.push(TX, head);
+    }
+
+    /// Sends one packet as it is.
+    pub fn send(&mut self, header: Header, payload: &[u8]) {
+        let mut bytes = header.encode().to_vec();
+        bytes.extend(payload);
+        self.post_tx(&bytes, usize::MAX);
+    }
+
+    /// The next packet from the host.
+    pub fn recv(&mut self) -> Option<(Header, Vec<u8>)> {
+        self.pump();
+        self.inbox.pop_front()
+    }
+
+    /// The next packet, which must have this operation.
+    #[track_caller]
+    pub fn expect(&mut self, op: Op) -> (Header, Vec<u8>) {
+        let (header, payload) = self.recv().expect("a packet");
+        assert_eq!(Op::from_wire(header.op), Some(op), "{header:?}");
+        (header, payload)
+    }
+
+    /// No packet is there.
+    #[track_caller]
+    pub fn expect_nothing(&mut self) {
+        let packet = self.recv();
+        assert!(packet.is_none(), "{packet:?}");
+    }
+
+    /// A socket of the guest's; it buffers `window` bytes.
+    pub fn socket(&self, guest_port: u32, host_port: u32, window: u32) -> Socket {
+        Socket {
+            guest_port,
+            host_port,
+            window,
+            sent: 0,
+            consumed: 0,
+            host_window: 0,
+            host_consumed: 0,
+        }
+    }
+}
+
+/// The guest's end of a connection: its ports and credit, no policy.
+#[derive(Clone, Copy, Debug)]
+pub struct Socket {
+    pub guest_port: u32,
+    pub host_port: u32,
+    pub window: u32,
+    pub sent: u32,
+    pub consumed: u32,
+    pub host_window: u32,
+    pub host_consumed: u32,
+}
+
+impl Socket {
+    /// A socket that answers the host's request.
+    pub fn answering(request: &Header, window: u32) -> Self {
+        let mut socket = Self {
+            guest_port: request.dst_port,
+            host_port: request.src_port,
+            window,
+            sent: 0,
+            consumed: 0,
+            host_window: 0,
+            host_consumed: 0,
+        };
+        socket.hear(request);
+        socket
+    }
+
+    pub fn header(&self, op: Op) -> Header {
+        Header {
+            src_cid: GUEST_CID,
+            dst_cid: HOST_CID,
+            src_port: self.guest_port,
+            dst_port: self.host_port,
+            kind: TYPE_STREAM,
+            op: op.to_wire(),
+            buf_alloc: self.window,
+            fwd_cnt: self.consumed,
+            ..Header::default()
+        }
+    }
+
+    pub fn shutdown(&self, shut: Shut) -> Header {
+        Header {
+            flags: shut.flags(),
+            ..self.header(Op::Shutdown)
+        }
+    }
+
+    pub fn data(&mut self, len: usize) -> Header {
+        let len = u32::try_from(len).unwrap();
+        self.sent = self.sent.wrapping_add(len);
+        Header {
+            len,
+            ..self.header(Op::Data)
+        }
+    }
+
+    /// Learns the host's credit.
+    pub fn hear(&mut self, header: &Header) {
+        self.host_window = header.buf_alloc;
+        self.host_consumed = header.fwd_cnt;
+    }
+
+    /// Bytes that the host still takes.
+    pub fn room(&self) -> usize {
+        let flying = self.sent.wrapping_sub(self.host_consumed);
+        usize::try_from(self.host_window.saturating_sub(flying)).unwrap()
+    }
+
+    pub fn is_for(&self, header: &Header) -> bool {
+        (header.src_port, header.dst_port) == (self.host_port, self.guest_port)
+    }
+}

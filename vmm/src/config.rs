@@ -131,8 +131,11 @@ impl VmConfig {
     pub(crate) fn cmdline(&self, profile: CpuProfile, devices: &[String]) -> Vec<String> {
         let mut words: Vec<String> = Vec::new();
         if !self.plain_cmdline {
-            // End at once and by ways that the monitor sees; say why on our port.
-            words.extend(["reboot=k", "panic=-1", "hearth.report=0x5f0"].map(String::from));
+            // End at once and by ways that the monitor sees; say why on our port; our kernel's short
+            // boot. Kernels that do not know our words ignore them.
+            words.extend(
+                ["reboot=k", "panic=-1", "hearth.report=0x5f0", "hearth.fast"].map(String::from),
+            );
             if self.console {
                 words.push("console=ttyS0".into());
             } else {

@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use tokio::sync::watch;
 
+use crate::legacy::console::Console;
 use crate::state::Exit;
 use crate::vcpu::gate::{Gate, Want};
 use crate::virtio::vsock::VsockHost;
@@ -13,14 +14,16 @@ use crate::virtio::vsock::VsockHost;
 pub(crate) struct Ending {
     exit: watch::Sender<Option<Exit>>,
     gate: Arc<Gate>,
+    console: Console,
     vsock: OnceLock<VsockHost>,
 }
 
 impl Ending {
-    pub(crate) fn new(gate: Arc<Gate>) -> Self {
+    pub(crate) fn new(gate: Arc<Gate>, console: Console) -> Self {
         Self {
             exit: watch::Sender::new(None),
             gate,
+            console,
             vsock: OnceLock::new(),
         }
     }
@@ -41,8 +44,11 @@ impl Ending {
             first
         });
         self.gate.set(Want::Stop);
-        if first && let Some(vsock) = self.vsock.get() {
-            vsock.close();
+        if first {
+            self.console.close();
+            if let Some(vsock) = self.vsock.get() {
+                vsock.close();
+            }
         }
     }
 

@@ -29,10 +29,6 @@ impl KvmError {
             source: std::io::Error::from_raw_os_error(e.errno()),
         }
     }
-
-    pub(crate) fn io(call: &'static str) -> impl FnOnce(std::io::Error) -> KvmError {
-        move |source| KvmError { call, source }
-    }
 }
 
 /// `KVM_CREATE_VM`; retried while interrupted (a busy host answers EINTR) or short of memory.

@@ -169,7 +169,7 @@ impl Machine {
             virtio: transports.clone(),
         });
         let gate = Arc::new(Gate::new(fds.len(), Want::Pause));
-        let ending = Arc::new(Ending::new(Arc::clone(&gate)));
+        let ending = Arc::new(Ending::new(Arc::clone(&gate), console.clone()));
         ending.ends_streams(vsock.clone());
         let attachment = reactor.attach(transports, Arc::clone(&ending))?;
         let exits = Arc::new(ExitCounters::default());
@@ -210,7 +210,6 @@ impl Machine {
 
     fn take_apart(&mut self) {
         self.ending.report(Exit::Killed);
-        self.console.close();
         let stopped = self.gate.settle(Instant::now() + STOP_BOUND);
         if stopped {
             for thread in self.threads.drain(..) {

@@ -1,3 +1,8 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
 //! The monitor without Linux: guests of a few instructions.
 
 use std::time::{Duration, Instant};

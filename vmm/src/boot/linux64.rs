@@ -13,6 +13,8 @@ pub(super) const SEED_BYTES: usize = 32;
 /// `setup_header` fields (boot.rst).
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
+/// Protocol 2.15; the kernel reads `setup_data` from 2.09 on.
+const VERSION: u16 = 0x20f;
 /// "Undefined" boot loader.
 const LOADER_TYPE: u8 = 0xff;
 const LOADED_HIGH: u8 = 1;
@@ -33,6 +35,7 @@ pub(super) fn write(
     let mut params = boot_params::default();
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
+    params.hdr.version = VERSION;
     params.hdr.type_of_loader = LOADER_TYPE;
     params.hdr.loadflags = LOADED_HIGH;
     params.hdr.kernel_alignment = 0x20_0000;

@@ -98,7 +98,7 @@ pub(crate) struct Source<'a> {
 
 /// What a guest boots.
 #[derive(Clone, Debug)]
-pub enum Payload {
+pub(crate) enum Payload {
     /// A kernel file and, optionally, an initramfs file.
     Linux {
         /// Path of the kernel.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 /// Bytes kept.
-pub const WINDOW: usize = 256 << 10;
+const WINDOW: usize = 256 << 10;
 
 /// A guest's console output. Cheap to clone; outlives its VM.
 #[derive(Clone, Debug, Default)]

@@ -1,7 +1,7 @@
 //! A vCPU's thread: it runs the guest, answers its exits, and comes to the [`gate`] when told.
 
 pub(crate) mod gate;
-pub mod kick;
+pub(crate) mod kick;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

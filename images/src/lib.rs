@@ -1,1 +1,202 @@
 //! Builds the guest kernel, initramfs and root file systems that Hearth boots.
+//!
+//! Everything is built from source on the user's machine and kept in a cache
+//! under the hash of what it was built from; nothing here needs root. The
+//! kernel comes from Debian's `linux-source` package, our configuration and
+//! our patches; the initramfs holds the statically linked agent and nothing
+//! else.
+//!
+//! ```no_run
+//! use hearth_images::{Images, Silent};
+//!
+//! # fn main() -> Result<(), hearth_images::ImagesError> {
+//! let images = Images::open(None)?;
+//! if let Some(missing) = images.missing_tools() {
+//!     eprintln!("to build a kernel, first run: {}", missing.install_command());
+//! }
+//! let guest = images.base(&Silent)?;
+//! println!("{} {}", guest.kernel.display(), guest.initramfs.display());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Calls block: a first kernel build takes minutes. Two processes that want
+//! the same image build it once; the second waits for the first.
+
+mod agent;
+mod cache;
+mod command;
+mod initramfs;
+mod kernel;
+mod progress;
+mod tools;
+
+use std::path::{Path, PathBuf};
+
+pub use agent::AgentError;
+pub use cache::CacheError;
+pub use command::CommandError;
+pub use initramfs::InitramfsError;
+pub use kernel::{KernelError, Wrong};
+pub use progress::{Event, Progress, Silent, Stage};
+pub use tools::MissingTools;
+
+use cache::Cache;
+
+/// Words of the kernel command line that only our kernel knows and that every
+/// guest with it should get, whatever the host. Other kernels ignore them.
+///
+/// The words that depend on the host or on the monitor's devices
+/// (`hearth.emulated`, `hearth.report=PORT`) are the monitor's to add.
+pub const KERNEL_WORDS: &[&str] = &["hearth.fast"];
+
+/// What a guest boots from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestImage {
+    /// An uncompressed ELF `vmlinux`, or the user's own kernel.
+    pub kernel: PathBuf,
+    /// An uncompressed cpio archive whose `/init` is the agent.
+    pub initramfs: PathBuf,
+    /// Command-line words that go with the kernel.
+    pub words: Vec<String>,
+}
+
+/// What the cache holds of what this version would use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cached {
+    /// The kernel that [`Images::kernel`] would return without building.
+    pub kernel: Option<PathBuf>,
+    /// The initramfs that [`Images::base`] would return without building.
+    pub initramfs: Option<PathBuf>,
+}
+
+/// Why an image could not be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImagesError {
+    /// The cache directory cannot be used.
+    #[error("the image cache is not usable")]
+    Cache(#[from] CacheError),
+    /// The kernel could not be built.
+    #[error("the guest kernel could not be built")]
+    Kernel(#[from] KernelError),
+    /// The agent could not be built.
+    #[error("the guest agent could not be built")]
+    Agent(#[from] AgentError),
+    /// The initramfs could not be written.
+    #[error("the initramfs could not be written")]
+    Initramfs(#[from] InitramfsError),
+    /// The user's own kernel is not a readable file.
+    #[error("cannot read the kernel {}: check the path and its permissions", path.display())]
+    OwnKernel {
+        /// The path as given.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// The guest images of this user: what is cached, and how to build the rest.
+#[derive(Debug)]
+pub struct Images {
+    cache: Cache,
+}
+
+impl Images {
+    /// Opens the cache in `dir`, or in `$XDG_CACHE_HOME/hearth` or
+    /// `~/.cache/hearth`. The directory is created if it does not exist.
+    ///
+    /// # Errors
+    /// [`ImagesError::Cache`] if no place for the cache is known, or if it
+    /// cannot be created.
+    pub fn open(dir: Option<PathBuf>) -> Result<Self, ImagesError> {
+        Ok(Self {
+            cache: Cache::open(dir)?,
+        })
+    }
+
+    /// The directory that the cache lives in.
+    #[must_use]
+    pub fn cache_dir(&self) -> &Path {
+        self.cache.root()
+    }
+
+    /// What is there already. Reads the cache and the agent's sources; builds
+    /// nothing and does not use the network.
+    #[must_use]
+    pub fn cached(&self) -> Cached {
+        Cached {
+            kernel: kernel::cached(&self.cache),
+            initramfs: agent::find()
+                .ok()
+                .and_then(|agent| initramfs::cached(&self.cache, &agent)),
+        }
+    }
+
+    /// Programs and headers that a kernel build needs and this machine lacks,
+    /// or `None` if it lacks nothing.
+    #[must_use]
+    pub fn missing_tools(&self) -> Option<MissingTools> {
+        tools::missing()
+    }
+
+    /// The guest kernel, built if it is not cached: an uncompressed, stripped
+    /// ELF `vmlinux`.
+    ///
+    /// # Errors
+    /// [`ImagesError::Kernel`] if something that the build needs is missing,
+    /// or if it fails; nothing half-built is left in the cache.
+    pub fn kernel(&self, progress: &dyn Progress) -> Result<PathBuf, ImagesError> {
+        Ok(kernel::get(&self.cache, progress)?)
+    }
+
+    /// The base guest: our kernel, and an initramfs that holds the agent.
+    ///
+    /// The agent is built from the sources of this workspace, or taken from
+    /// the path in the environment variable `HEARTH_AGENT`.
+    ///
+    /// # Errors
+    /// As [`Images::kernel`], and [`ImagesError::Agent`] or
+    /// [`ImagesError::Initramfs`] for the other half.
+    pub fn base(&self, progress: &dyn Progress) -> Result<GuestImage, ImagesError> {
+        let kernel = self.kernel(progress)?;
+        Ok(GuestImage {
+            kernel,
+            initramfs: self.initramfs(progress)?,
+            words: KERNEL_WORDS.iter().map(|word| (*word).to_owned()).collect(),
+        })
+    }
+
+    /// As [`Images::base`], with a kernel of the user's own. It must have what
+    /// the guest needs built in; the format is the monitor's to judge.
+    ///
+    /// # Errors
+    /// [`ImagesError::OwnKernel`] if the file cannot be read, otherwise as
+    /// [`Images::base`].
+    pub fn with_kernel(
+        &self,
+        kernel: &Path,
+        progress: &dyn Progress,
+    ) -> Result<GuestImage, ImagesError> {
+        std::fs::File::open(kernel).map_err(|source| ImagesError::OwnKernel {
+            path: kernel.to_owned(),
+            source,
+        })?;
+        Ok(GuestImage {
+            kernel: kernel.to_owned(),
+            initramfs: self.initramfs(progress)?,
+            words: Vec::new(),
+        })
+    }
+
+    fn initramfs(&self, progress: &dyn Progress) -> Result<PathBuf, ImagesError> {
+        let agent = agent::find()?;
+        Ok(match initramfs::cached(&self.cache, &agent) {
+            Some(path) => path,
+            None => {
+                let program = agent::build(&self.cache, &agent, progress)?;
+                initramfs::write(&self.cache, &agent, &program, progress)?
+            }
+        })
+    }
+}

@@ -1,0 +1,148 @@
+//! Runs one program of a build: no terminal, its output kept for the error.
+
+use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, ExitStatus, Stdio};
+
+/// How many of the last lines an error carries, and how long each may be.
+const TAIL_LINES: usize = 30;
+const LINE_BYTES: u64 = 4096;
+
+/// Why a program of the build did not do its work.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CommandError {
+    /// It could not be started.
+    #[error("cannot run {program}: is it installed?")]
+    Start {
+        /// The program's name.
+        program: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It ran and failed.
+    #[error("{program} failed ({status}); its last output:\n{tail}")]
+    Failed {
+        /// The program and its first arguments.
+        program: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// The end of what it said.
+        tail: String,
+    },
+}
+
+/// Runs to the end and hands each line of output (both streams) to `line`.
+pub(crate) fn run(command: &mut Command, mut line: impl FnMut(&str)) -> Result<(), CommandError> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let start = |source| CommandError::Start {
+        program: program.clone(),
+        source,
+    };
+    // One pipe for both streams keeps their order, and one reader suffices.
+    let (reader, writer) = std::io::pipe().map_err(start)?;
+    let other = writer.try_clone().map_err(start)?;
+    tracing::debug!(?command, "run");
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(writer)
+        .stderr(other)
+        .spawn()
+        .map_err(start)?;
+    // Our copies of the pipe's end must go, or its end is never seen.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+
+    let mut tail = VecDeque::with_capacity(TAIL_LINES);
+    let mut reader = BufReader::new(reader);
+    let mut bytes = Vec::new();
+    loop {
+        bytes.clear();
+        match (&mut reader).take(LINE_BYTES).read_until(b'\n', &mut bytes) {
+            Ok(0) | Err(_) => break,
+            Ok(_) => {}
+        }
+        let text = String::from_utf8_lossy(&bytes);
+        let text = text.trim_end();
+        line(text);
+        if tail.len() == TAIL_LINES {
+            tail.pop_front();
+        }
+        tail.push_back(text.to_owned());
+    }
+
+    let status = child.wait().map_err(start)?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(CommandError::Failed {
+        program: describe(command),
+        status,
+        tail: Vec::from(tail).join("\n"),
+    })
+}
+
+/// Runs to the end and returns all that it said on standard output.
+pub(crate) fn output(command: &mut Command) -> Result<String, CommandError> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    tracing::debug!(?command, "run");
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| CommandError::Start { program, source })?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    Err(CommandError::Failed {
+        program: describe(command),
+        status: output.status,
+        tail: String::from_utf8_lossy(&output.stderr)
+            .trim_end()
+            .to_owned(),
+    })
+}
+
+fn describe(command: &Command) -> String {
+    std::iter::once(command.get_program())
+        .chain(command.get_args().take(3))
+        .map(OsStr::to_string_lossy)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_both_streams_are_heard() {
+        let mut heard = Vec::new();
+        run(
+            Command::new("sh").args(["-c", "echo one; echo two >&2; printf three"]),
+            |line| heard.push(line.to_owned()),
+        )
+        .unwrap();
+        assert_eq!(heard, ["one", "two", "three"]);
+    }
+
+    #[test]
+    fn a_failure_carries_the_end_of_the_output() {
+        let error = run(
+            Command::new("sh").args(["-c", "seq 100; echo broken >&2; exit 3"]),
+            |_| {},
+        )
+        .unwrap_err();
+        let CommandError::Failed { status, tail, .. } = &error else {
+            panic!("{error:?}");
+        };
+        assert_eq!(status.code(), Some(3));
+        assert_eq!(tail.lines().count(), TAIL_LINES);
+        assert!(tail.ends_with("100\nbroken"), "{tail}");
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_named() {
+        let error = run(&mut Command::new("no-such-program"), |_| {}).unwrap_err();
+        assert!(error.to_string().contains("no-such-program"));
+    }
+}

@@ -1,0 +1,136 @@
+//! The initramfs: an uncompressed cpio archive that holds the agent as
+//! `/init`.
+//!
+//! It is copied into the memory of every cold guest and unpacked there, entry
+//! by entry, so it holds nothing else: `/dev/console` comes from the archive
+//! that is built into every kernel, and the agent makes its mount points. The
+//! same agent gives the same bytes: no times, no inode numbers of this
+//! machine.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use cpio::newc::Builder;
+
+use crate::agent::Agent;
+use crate::cache::{Cache, CacheError, io_error};
+use crate::progress::{Progress, Stage, stage};
+
+const KIND: &str = "base";
+const FILE: &str = "initramfs.cpio";
+/// Raised when the archive's content changes for the same agent.
+const LAYOUT: &str = "1";
+
+/// Why there is no initramfs.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum InitramfsError {
+    /// The agent's program cannot be read.
+    #[error("cannot read the agent {}", path.display())]
+    Agent {
+        /// The program.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The archive cannot be written.
+    #[error("the image cache is not usable")]
+    Cache(#[from] CacheError),
+}
+
+fn name(agent: &Agent) -> String {
+    agent.key.clone().part("layout", LAYOUT.as_bytes()).name()
+}
+
+pub(crate) fn cached(cache: &Cache, agent: &Agent) -> Option<PathBuf> {
+    let file = cache.entry(KIND, &name(agent))?.join(FILE);
+    file.is_file().then_some(file)
+}
+
+/// Writes the archive for `program`, which is what `agent` was built to.
+pub(crate) fn write(
+    cache: &Cache,
+    agent: &Agent,
+    program: &Path,
+    progress: &dyn Progress,
+) -> Result<PathBuf, InitramfsError> {
+    let program = fs::read(program).map_err(|source| InitramfsError::Agent {
+        path: program.to_owned(),
+        source,
+    })?;
+    let lock = cache.lock(KIND, progress)?;
+    if let Some(path) = cached(cache, agent) {
+        return Ok(path);
+    }
+    let scratch = cache.scratch(KIND, &lock)?;
+    let entry = stage(progress, Stage::Initramfs, || {
+        let entry = scratch.join("entry");
+        fs::create_dir(&entry).map_err(io_error("create", &entry))?;
+        let path = entry.join(FILE);
+        File::create(&path)
+            .and_then(|file| {
+                let mut out = BufWriter::new(file);
+                archive(&program, &mut out)?;
+                out.flush()
+            })
+            .map_err(io_error("write", &path))?;
+        cache.publish(KIND, &name(agent), &entry)
+    })?;
+    Ok(entry.join(FILE))
+}
+
+fn archive(init: &[u8], out: &mut impl Write) -> io::Result<()> {
+    let size = u32::try_from(init.len())
+        .map_err(|_| io::Error::new(io::ErrorKind::FileTooLarge, "the agent exceeds 4 GiB"))?;
+    let mut file = Builder::new("init")
+        .ino(1)
+        .mode(0o100_755)
+        .nlink(1)
+        .mtime(0)
+        .write(&mut *out, size);
+    file.write_all(init)?;
+    file.finish()?;
+    cpio::newc::trailer(out)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn made(init: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        archive(init, &mut out).unwrap();
+        out
+    }
+
+    #[test]
+    fn it_holds_the_agent_and_nothing_else() {
+        let agent = b"\x7fELF and more";
+        let bytes = made(agent);
+        let mut reader = cpio::newc::Reader::new(bytes.as_slice()).unwrap();
+        let entry = reader.entry();
+        assert_eq!((entry.name(), entry.mode()), ("init", 0o100_755));
+        assert_eq!((entry.uid(), entry.gid(), entry.mtime()), (0, 0, 0));
+        let mut content = Vec::new();
+        reader.read_to_end(&mut content).unwrap();
+        assert_eq!(content, agent);
+        let rest = reader.finish().unwrap();
+        assert!(cpio::newc::Reader::new(rest).unwrap().entry().is_trailer());
+    }
+
+    #[test]
+    fn a_kernel_can_take_it() {
+        // The header's magic without a checksum, and data padded to words.
+        assert!(made(b"agent").starts_with(b"070701"));
+        assert_eq!(made(b"agent").len() % 4, 0);
+    }
+
+    #[test]
+    fn the_same_agent_gives_the_same_bytes() {
+        assert_eq!(made(b"agent"), made(b"agent"));
+        assert_ne!(made(b"agent"), made(b"other"));
+    }
+}

@@ -1,0 +1,192 @@
+//! One cgroup per program, so that killing reaches all that it started, whatever session that moved to.
+//!
+//! Making a cgroup costs the kernel some forty files. So the first is made ahead of need, and an empty one is used again
+//! unless it had limits.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use hearth_agent::proto::{Limits, Resource, SpawnFailure};
+use rustix::{
+    fs::{AtFlags, Mode, OFlags, mkdir, open, openat, unlinkat},
+    io::{Errno, read, write},
+};
+
+/// Cgroups that exist at most; beyond that processes that programs left behind fill them all.
+const MOST: u32 = 512;
+
+/// All cgroups of ours.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    root: Option<OwnedFd>,
+    path: PathBuf,
+    /// Programs have ended in these; processes that they left may live on in them.
+    used: Vec<Cgroup>,
+    /// Numbers given out, which are never given out again.
+    made: u32,
+    alive: u32,
+    controllers: bool,
+}
+
+/// A cgroup.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    dir: OwnedFd,
+    number: u32,
+    limited: bool,
+}
+
+impl Cgroups {
+    /// At the place where the agent mounts the file system.
+    pub(crate) fn at_usual_place() -> Self {
+        Self::at(PathBuf::from(crate::mounts::CGROUP_ROOT))
+    }
+
+    /// Below an existing cgroup.
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self { root: None, path, used: Vec::new(), made: 0, alive: 0, controllers: false }
+    }
+
+    /// None: programs are killed by process group and descent.
+    pub(crate) fn none() -> Self {
+        Self::at(PathBuf::new())
+    }
+
+    /// Opens the root, and makes the first cgroup ahead of need. Without cgroups in the kernel there are none.
+    pub(crate) fn prepare(&mut self) {
+        if self.path.as_os_str().is_empty() || self.root.is_some() {
+            return;
+        }
+        self.root = open(&self.path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok();
+        // On anything else than cgroup2 that file is missing.
+        let usable = self.root.as_ref().is_some_and(|root| openat(root, "cgroup.procs", READ, Mode::empty()).is_ok());
+        if !usable {
+            self.root = None;
+        } else if let Ok(Some(first)) = self.make() {
+            self.used.push(first);
+        }
+    }
+
+    /// A cgroup with these limits for one program; none if the kernel has none and no limit needs one.
+    ///
+    /// # Errors
+    /// [`SpawnFailure::Limit`] if a limit cannot be set.
+    pub(crate) fn acquire(&mut self, limits: &Limits) -> Result<Option<Cgroup>, SpawnFailure> {
+        let empty = self.used.iter().position(|group| !group.is_populated());
+        let group = match empty.map(|index| self.used.swap_remove(index)) {
+            Some(group) if !group.limited => Some(group),
+            Some(group) => {
+                self.remove(group);
+                self.make()?
+            }
+            None => self.make()?,
+        };
+        let wanted = [
+            (Resource::Memory, "memory.max", limits.memory_bytes),
+            (Resource::Processes, "pids.max", limits.processes.map(u64::from)),
+        ];
+        if !limits.need_controllers() {
+            return Ok(group);
+        }
+        let Some(mut group) = group else {
+            let limit = if limits.memory_bytes.is_some() { Resource::Memory } else { Resource::Processes };
+            return Err(SpawnFailure::Limit { limit, errno: Errno::OPNOTSUPP.raw_os_error() });
+        };
+        self.enable_controllers();
+        group.limited = true;
+        for (limit, file, value) in wanted {
+            if let Some(value) = value
+                && let Err(errno) = group.put(file, &value.to_string())
+            {
+                self.remove(group);
+                return Err(SpawnFailure::Limit { limit, errno: errno.raw_os_error() });
+            }
+        }
+        // Without this one a program whose memory is limited would swap instead; there is no swap, so it may be missing.
+        let _ = group.put("memory.swap.max", "0");
+        Ok(Some(group))
+    }
+
+    /// Takes back the cgroup of a program that has ended.
+    pub(crate) fn release(&mut self, group: Option<Cgroup>) {
+        self.used.extend(group);
+    }
+
+    fn make(&mut self) -> Result<Option<Cgroup>, SpawnFailure> {
+        if self.root.is_none() {
+            return Ok(None);
+        }
+        if self.alive >= MOST {
+            return Err(SpawnFailure::Exhausted(Resource::Processes));
+        }
+        let number = self.made;
+        self.made = self.made.wrapping_add(1);
+        let path = self.place(number);
+        let made = mkdir(&path, Mode::from_raw_mode(0o755))
+            .and_then(|()| open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()));
+        match made {
+            Ok(dir) => {
+                self.alive += 1;
+                Ok(Some(Cgroup { dir, number, limited: false }))
+            }
+            Err(Errno::MFILE | Errno::NFILE) => Err(SpawnFailure::Exhausted(Resource::OpenFiles)),
+            Err(Errno::NOMEM) => Err(SpawnFailure::Exhausted(Resource::Memory)),
+            Err(errno) => Err(SpawnFailure::Other { errno: errno.raw_os_error() }),
+        }
+    }
+
+    fn remove(&mut self, group: Cgroup) {
+        if unlinkat(rustix::fs::CWD, self.place(group.number), AtFlags::REMOVEDIR).is_ok() {
+            self.alive = self.alive.saturating_sub(1);
+        }
+    }
+
+    fn place(&self, number: u32) -> PathBuf {
+        self.path.join(Path::new(&format!("exec-{number}")))
+    }
+
+    fn enable_controllers(&mut self) {
+        if !self.controllers
+            && let Some(root) = &self.root
+        {
+            self.controllers = true;
+            // One by one: a kernel may have only one of them. What is missing shows when the limit is set.
+            for controller in ["+memory", "+pids"] {
+                let _ = put(root.as_fd(), "cgroup.subtree_control", controller);
+            }
+        }
+    }
+}
+
+impl Cgroup {
+    /// The directory, for a child to be born in.
+    pub(crate) fn dir(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+
+    /// Kills all processes in it; false if the kernel cannot.
+    pub(crate) fn kill(&self) -> bool {
+        self.put("cgroup.kill", "1").is_ok()
+    }
+
+    fn is_populated(&self) -> bool {
+        let mut text = [0; 128];
+        let events = openat(&self.dir, "cgroup.events", READ, Mode::empty());
+        let count = events.and_then(|file| read(&file, &mut text)).unwrap_or(0);
+        // Unreadable counts as in use: it is then never used again.
+        !text.get(..count).is_some_and(|text| text.starts_with(b"populated 0"))
+    }
+
+    fn put(&self, file: &str, value: &str) -> Result<(), Errno> {
+        put(self.dir.as_fd(), file, value)
+    }
+}
+
+const READ: OFlags = OFlags::RDONLY.union(OFlags::CLOEXEC);
+
+fn put(dir: BorrowedFd<'_>, file: &str, value: &str) -> Result<(), Errno> {
+    let file = openat(dir, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    write(&file, value.as_bytes()).map(drop)
+}

@@ -1,0 +1,101 @@
+//! A connection's socket with what is under way in both directions.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use hearth_agent::proto::{FrameBuffer, FrameError, Hello, Response, encode};
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, SendFlags, recv, send, sockopt::socket_error},
+};
+
+/// Unsent output above which nothing more is made: the peer does not read.
+const HIGH_WATER: usize = 64 * 1024;
+
+/// A socket and its buffers. Bounded: input by the longest frame, output by [`HIGH_WATER`] and one frame.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    socket: OwnedFd,
+    pub(crate) input: FrameBuffer,
+    pub(crate) output: Output,
+}
+
+/// What is to be sent.
+#[derive(Debug, Default)]
+pub(crate) struct Output {
+    bytes: Vec<u8>,
+    sent: usize,
+}
+
+/// The connection is no more: its peer closed it (no number) or the system says why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lost(pub(crate) Option<Errno>);
+
+impl Channel {
+    pub(crate) fn new(socket: OwnedFd) -> Self {
+        Self { socket, input: FrameBuffer::new(), output: Output::default() }
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// How an attempt to connect ended, once the socket is writable.
+    pub(crate) fn connected(&self) -> Result<(), Lost> {
+        socket_error(&self.socket).and_then(|result| result).map_err(|errno| Lost(Some(errno)))
+    }
+
+    /// Reads once; false if there was nothing.
+    pub(crate) fn read(&mut self) -> Result<bool, Lost> {
+        let room = self.input.spare().map_err(|_| Lost(None))?;
+        if room.is_empty() {
+            return Ok(false);
+        }
+        match recv(&self.socket, room, RecvFlags::DONTWAIT) {
+            Ok((0, _)) => Err(Lost(None)),
+            Ok((count, _)) => {
+                self.input.filled(count);
+                Ok(true)
+            }
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(errno) => Err(Lost(Some(errno))),
+        }
+    }
+
+    /// Sends what can be sent.
+    pub(crate) fn flush(&mut self) -> Result<(), Lost> {
+        let Output { bytes, sent } = &mut self.output;
+        while let Some(rest) = bytes.get(*sent..).filter(|rest| !rest.is_empty()) {
+            match send(&self.socket, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(count) => *sent += count,
+                Err(Errno::INTR) => {}
+                // Nothing more now: the kernel has no room.
+                Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) => return Ok(()),
+                Err(errno) => return Err(Lost(Some(errno))),
+            }
+        }
+        bytes.clear();
+        *sent = 0;
+        Ok(())
+    }
+}
+
+impl Output {
+    /// Whether more may be made.
+    pub(crate) fn has_room(&self) -> bool {
+        self.unsent() < HIGH_WATER
+    }
+
+    pub(crate) fn unsent(&self) -> usize {
+        self.bytes.len().saturating_sub(self.sent)
+    }
+
+    /// Queues a response.
+    pub(crate) fn push(&mut self, response: &Response<'_>) -> Result<(), FrameError> {
+        encode(response, &mut self.bytes)
+    }
+
+    /// Queues the greeting.
+    pub(crate) fn greet(&mut self, hello: &Hello) -> Result<(), FrameError> {
+        hello.encode(&mut self.bytes)
+    }
+}

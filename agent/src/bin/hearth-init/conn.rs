@@ -1,0 +1,286 @@
+//! A connection: greeting, requests, and the program that it runs.
+
+use std::{os::fd::OwnedFd, time::Instant};
+
+use hearth_agent::proto::{FrameError, Hello, HelloError, Rejection, Request, Response, ShutdownKind, VERSION};
+
+use rustix::io::Errno;
+
+use crate::{
+    channel::{Channel, Lost, Output},
+    exec::{Program, Which},
+    guest::Guest,
+    hygiene,
+    reaper::Reaped,
+};
+
+/// A connection to the host.
+#[derive(Debug)]
+pub(crate) struct Conn {
+    pub(crate) channel: Channel,
+    phase: Phase,
+    program: Option<Program>,
+    dialled: bool,
+    greeted: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// We dialled, and wait for the host to answer.
+    Connecting,
+    /// The host has not said its hello.
+    Greeting,
+    Ready,
+    /// To be dropped.
+    Over(Lost),
+}
+
+/// How a dialled connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hangup {
+    /// The host did not take the call.
+    NotTaken(Errno),
+    /// It broke under a host that had greeted, as it does when the guest becomes a clone.
+    Broken,
+    /// The host hung up.
+    Wanted,
+}
+
+/// Why the connection cannot go on; a bad frame is one reason.
+#[derive(Clone, Copy, Debug)]
+struct Refused(Rejection);
+
+/// A pipe of the program's on which something happened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Pipe {
+    Stdin,
+    Output { which: Which, hung_up: bool },
+}
+
+/// What a connection asks of the loop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Asked {
+    pub(crate) shutdown: Option<ShutdownKind>,
+    /// A pong was made.
+    pub(crate) ponged: bool,
+}
+
+impl From<FrameError> for Refused {
+    fn from(_: FrameError) -> Self {
+        Self(Rejection::Malformed)
+    }
+}
+
+impl From<Rejection> for Refused {
+    fn from(reason: Rejection) -> Self {
+        Self(reason)
+    }
+}
+
+impl Conn {
+    /// A connection that the host made.
+    pub(crate) fn accepted(socket: OwnedFd, guest: &Guest) -> Self {
+        let mut conn = Self { channel: Channel::new(socket), phase: Phase::Greeting, program: None, dialled: false, greeted: false };
+        conn.greet(guest);
+        conn
+    }
+
+    /// A connection that is being made to the host.
+    pub(crate) fn dialled(socket: OwnedFd) -> Self {
+        Self { channel: Channel::new(socket), phase: Phase::Connecting, program: None, dialled: true, greeted: false }
+    }
+
+    pub(crate) fn is_connecting(&self) -> bool {
+        self.phase == Phase::Connecting
+    }
+
+    /// How the connection ended, if it has.
+    pub(crate) fn over(&self) -> Option<Lost> {
+        if let Phase::Over(lost) = self.phase { Some(lost) } else { None }
+    }
+
+    /// How it ended, if it has and is one that we dialled.
+    pub(crate) fn hangup(&self) -> Option<Hangup> {
+        let lost = self.over().filter(|_| self.dialled)?;
+        Some(match lost.0 {
+            Some(_) if self.greeted => Hangup::Broken,
+            Some(errno) => Hangup::NotTaken(errno),
+            None => Hangup::Wanted,
+        })
+    }
+
+    /// Whether requests are read: not while the host does not read the answers.
+    pub(crate) fn wants_input(&self) -> bool {
+        self.channel.output.has_room()
+    }
+
+    pub(crate) fn program(&self) -> Option<&Program> {
+        self.program.as_ref()
+    }
+
+    /// Refuses the connection; the reason is sent if the socket takes it.
+    pub(crate) fn refuse(&mut self, reason: Rejection) {
+        let _ = self.channel.output.push(&Response::Rejected(reason));
+        let _ = self.channel.flush();
+        self.lose(Lost(None));
+    }
+
+    /// The attempt to connect has ended.
+    pub(crate) fn connected(&mut self, guest: &Guest) {
+        match self.channel.connected() {
+            Ok(()) => {
+                self.phase = Phase::Greeting;
+                self.greet(guest);
+            }
+            Err(lost) => self.lose(lost),
+        }
+    }
+
+    fn greet(&mut self, guest: &Guest) {
+        let _ = self.channel.output.greet(&guest.hello());
+    }
+
+    /// Reads once.
+    pub(crate) fn read(&mut self) {
+        if let Err(lost) = self.channel.read() {
+            self.lose(lost);
+        }
+    }
+
+    /// Moves input, or output, of the program.
+    pub(crate) fn pump(&mut self, pipe: Pipe, scratch: &mut Vec<u8>) {
+        let Self { channel: Channel { output, .. }, program: Some(program), .. } = self else { return };
+        let moved = match pipe {
+            Pipe::Stdin => program.pump_input(output),
+            Pipe::Output { which, hung_up } => program.pump_output(which, hung_up, scratch, output),
+        };
+        if moved.is_err() {
+            self.lose(Lost(None));
+        }
+    }
+
+    /// Tells the program of a death, if it is its own.
+    pub(crate) fn reaped(&mut self, dead: &Reaped, now: Instant, scratch: &mut Vec<u8>) -> bool {
+        let mine = self.program.as_mut().is_some_and(|program| program.reaped(dead, now));
+        if mine {
+            // The end of the output has mostly come by now; seeing it here saves a turn of the loop.
+            self.pump(Pipe::Output { which: Which::Stdout, hung_up: true }, scratch);
+            self.pump(Pipe::Output { which: Which::Stderr, hung_up: true }, scratch);
+        }
+        mine
+    }
+
+    /// Does all that can be done now: requests that have come, what is due, what is to be sent.
+    pub(crate) fn settle(&mut self, guest: &mut Guest, now: Instant) -> Asked {
+        let mut asked = Asked::default();
+        if let Some(program) = &mut self.program {
+            program.tick(now);
+        }
+        loop {
+            if matches!(self.phase, Phase::Over(_) | Phase::Connecting) {
+                break;
+            }
+            let before = self.channel.input.pending();
+            if let Err(Refused(reason)) = self.serve(guest, &mut asked) {
+                self.refuse(reason);
+                break;
+            }
+            if let Err(lost) = self.channel.flush() {
+                self.lose(lost);
+                break;
+            }
+            // Requests that waited for room may go on now.
+            if self.channel.input.pending() == before {
+                break;
+            }
+        }
+        self.retire(guest);
+        asked
+    }
+
+    /// Serves the requests that have come, as long as there is room for answers.
+    fn serve(&mut self, guest: &mut Guest, asked: &mut Asked) -> Result<(), Refused> {
+        let Self { channel: Channel { input, output, .. }, phase, program, greeted, .. } = self;
+        loop {
+            if let Some(end) = program.as_ref().and_then(Program::ended) {
+                output.push(&Response::Exited(end))?;
+                guest.ended(program.take().and_then(Program::into_cgroup));
+            }
+            if !output.has_room() {
+                return Ok(());
+            }
+            let Some(payload) = input.next_frame()? else { return Ok(()) };
+            match phase {
+                Phase::Greeting => {
+                    Hello::decode(payload).map_err(|error| match error {
+                        HelloError::Version { peer } => Rejection::Version { agent: VERSION, host: peer },
+                        _ => Rejection::NotHello,
+                    })?;
+                    *phase = Phase::Ready;
+                    *greeted = true;
+                }
+                _ => answer(Request::decode(payload)?, program, output, guest, asked)?,
+            }
+        }
+    }
+
+    /// Lets go of the program of a connection that is over.
+    fn retire(&mut self, guest: &mut Guest) {
+        if self.over().is_some()
+            && let Some(program) = self.program.take()
+        {
+            program.kill_all();
+            guest.ended(program.into_cgroup());
+        }
+    }
+
+    fn lose(&mut self, lost: Lost) {
+        if !matches!(self.phase, Phase::Over(_)) {
+            self.phase = Phase::Over(lost);
+        }
+    }
+}
+
+/// Carries out one request.
+fn answer(
+    request: Request<'_>,
+    program: &mut Option<Program>,
+    output: &mut Output,
+    guest: &mut Guest,
+    asked: &mut Asked,
+) -> Result<(), Refused> {
+    match request {
+        Request::Ping { nonce } => {
+            asked.ponged = true;
+            output.push(&Response::Pong(guest.pong(nonce)))?;
+        }
+        Request::Exec(_) if program.is_some() => return Err(Rejection::ExecRunning.into()),
+        Request::Exec(exec) => match guest.start(&exec) {
+            Ok(started) => {
+                output.push(&Response::Started { pid: started.pid() })?;
+                *program = Some(started);
+            }
+            Err(failure) => output.push(&Response::Failed(failure))?,
+        },
+        Request::Stdin(bytes) => {
+            if let Some(program) = program {
+                program.input(bytes, output)?;
+            }
+        }
+        Request::StdinEof => {
+            if let Some(program) = program {
+                program.end_input();
+            }
+        }
+        Request::Signal(signal @ 1..=64) => {
+            if let Some(program) = program {
+                program.signal(signal);
+            }
+        }
+        Request::Signal(_) => return Err(Rejection::OutOfRange.into()),
+        Request::Refresh(refresh) if !hygiene::in_range(&refresh) => return Err(Rejection::OutOfRange.into()),
+        Request::Refresh(refresh) => output.push(&Response::Refreshed(guest.refresh(&refresh)))?,
+        Request::Shutdown(kind) => asked.shutdown = Some(kind),
+    }
+    Ok(())
+}

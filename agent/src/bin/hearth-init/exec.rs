@@ -1,0 +1,352 @@
+//! A program that runs: its pipes, its time, its end.
+//!
+//! ```text
+//! running --- main process reaped ---> draining --- both outputs closed ---> ended
+//!    |                                    |  linger time over: read what is in the pipes, then close
+//!    | timeout: TERM, grace, KILL         |
+//! ```
+
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use hearth_agent::proto::{
+    Exec, ExitStatus, Exited, FrameError, Leftover, MAX_CHUNK, OutputEnd, Rejection, Response, STDIN_WINDOW, Usage,
+};
+use rustix::{
+    io::{Errno, ioctl_fionread, read, write},
+    process::Pid,
+};
+
+use crate::{
+    cgroup::Cgroup,
+    channel::Output,
+    kill::{KILL, TERM, kill_tree},
+    reaper::Reaped,
+    sys,
+};
+
+/// Input taken is reported when this much is unreported, so that small writes cost no message each.
+const REPORT: usize = STDIN_WINDOW / 4;
+/// Reads from one pipe before other events have their turn.
+const READS: usize = 4;
+
+/// The agent's ends of a program's pipes; none of them blocks.
+#[derive(Debug)]
+pub(crate) struct Pipes {
+    pub(crate) stdin: Option<OwnedFd>,
+    pub(crate) stdout: OwnedFd,
+    /// None if stderr goes where stdout goes.
+    pub(crate) stderr: Option<OwnedFd>,
+}
+
+/// A running program.
+#[derive(Debug)]
+pub(crate) struct Program {
+    pid: Pid,
+    started: Instant,
+    stdin: Stdin,
+    stdout: Stream,
+    stderr: Stream,
+    timeout: Timeout,
+    linger: Duration,
+    leftover: Leftover,
+    cgroup: Option<Cgroup>,
+    exit: Option<Exit>,
+}
+
+/// The two outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    Stdout,
+    Stderr,
+}
+
+#[derive(Debug)]
+enum Stream {
+    Open(OwnedFd),
+    /// The linger time is over; so many bytes are still to be read.
+    Last { pipe: OwnedFd, rest: usize },
+    Closed { end: OutputEnd },
+}
+
+#[derive(Debug)]
+struct Stdin {
+    pipe: Option<OwnedFd>,
+    /// What the pipe had no room for.
+    waiting: Vec<u8>,
+    /// What the program took and the host does not know.
+    unreported: usize,
+    eof: bool,
+}
+
+#[derive(Debug)]
+enum Timeout {
+    Never,
+    Running { term_at: Instant, grace: Duration },
+    Terminated { kill_at: Instant },
+    Killed,
+}
+
+#[derive(Debug)]
+struct Exit {
+    status: ExitStatus,
+    usage: Usage,
+    give_up_at: Instant,
+}
+
+impl Program {
+    pub(crate) fn new(exec: &Exec, pid: Pid, now: Instant, pipes: Pipes, cgroup: Option<Cgroup>) -> Self {
+        let term_at = exec.timeout_ms.and_then(|ms| now.checked_add(Duration::from_millis(ms)));
+        let grace = Duration::from_millis(exec.grace_ms.into());
+        Self {
+            pid,
+            started: now,
+            stdin: Stdin { pipe: pipes.stdin, waiting: Vec::new(), unreported: 0, eof: false },
+            stdout: Stream::Open(pipes.stdout),
+            stderr: pipes.stderr.map_or(Stream::Closed { end: OutputEnd::Complete }, Stream::Open),
+            timeout: term_at.map_or(Timeout::Never, |term_at| Timeout::Running { term_at, grace }),
+            linger: Duration::from_millis(exec.linger_ms.into()),
+            leftover: exec.leftover,
+            cgroup,
+            exit: None,
+        }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid.as_raw_pid().unsigned_abs()
+    }
+
+    /// The descriptors to wait for: input only while some waits, output only while the connection has room.
+    pub(crate) fn waits_for(&self, room: bool) -> [Option<BorrowedFd<'_>>; 3] {
+        let stdin = self.stdin.pipe.as_ref().filter(|_| !self.stdin.waiting.is_empty()).map(AsFd::as_fd);
+        let [stdout, stderr] = [&self.stdout, &self.stderr].map(|stream| stream.pipe().filter(|_| room));
+        [stdin, stdout, stderr]
+    }
+
+    /// Takes input; what the program has no room for waits.
+    pub(crate) fn input(&mut self, bytes: &[u8], out: &mut Output) -> Result<(), Rejection> {
+        let Stdin { pipe, waiting, unreported, eof } = &mut self.stdin;
+        if pipe.is_none() {
+            return Ok(());
+        }
+        if *eof || waiting.len() + *unreported + bytes.len() > STDIN_WINDOW {
+            return Err(Rejection::StdinOverrun);
+        }
+        waiting.extend_from_slice(bytes);
+        self.pump_input(out).map_err(|_| Rejection::Malformed)
+    }
+
+    /// Ends the input, once all of it is written.
+    pub(crate) fn end_input(&mut self) {
+        self.stdin.eof = true;
+        if self.stdin.waiting.is_empty() {
+            self.stdin.pipe = None;
+        }
+    }
+
+    /// Writes waiting input and reports what was taken.
+    pub(crate) fn pump_input(&mut self, out: &mut Output) -> Result<(), FrameError> {
+        let Stdin { pipe, waiting, unreported, eof } = &mut self.stdin;
+        let Some(fd) = pipe else { return Ok(()) };
+        if !waiting.is_empty() {
+            match write(&*fd, waiting) {
+                Ok(count) => {
+                    waiting.drain(..count.min(waiting.len()));
+                    *unreported += count;
+                }
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(_) => {
+                    *pipe = None;
+                    waiting.clear();
+                    return out.push(&Response::StdinClosed);
+                }
+            }
+        }
+        if waiting.is_empty() && *eof {
+            *pipe = None;
+        } else if *unreported >= REPORT {
+            let taken = std::mem::take(unreported);
+            out.push(&Response::StdinTaken(u32::try_from(taken).unwrap_or(u32::MAX)))?;
+        }
+        Ok(())
+    }
+
+    /// Reads output that is there; `scratch` grows with what programs write. When all writers have hung up, or may have,
+    /// the end is worth a read more.
+    pub(crate) fn pump_output(
+        &mut self,
+        which: Which,
+        hung_up: bool,
+        scratch: &mut Vec<u8>,
+        out: &mut Output,
+    ) -> Result<(), FrameError> {
+        let stream = match which {
+            Which::Stdout => &mut self.stdout,
+            Which::Stderr => &mut self.stderr,
+        };
+        for _ in 0..READS {
+            let (Some(pipe), true) = (stream.pipe(), out.has_room()) else { break };
+            let limit = if let Stream::Last { rest, .. } = &*stream { *rest } else { MAX_CHUNK };
+            let room = scratch.len().min(limit);
+            let chunk = scratch.get_mut(..room).unwrap_or_default();
+            match read(pipe, &mut *chunk) {
+                Ok(0) => *stream = Stream::Closed { end: OutputEnd::Complete },
+                Ok(count) => {
+                    let data = chunk.get(..count).unwrap_or_default();
+                    out.push(&if which == Which::Stdout { Response::Stdout(data) } else { Response::Stderr(data) })?;
+                    stream.passed(count);
+                    if count < room && !hung_up {
+                        break;
+                    }
+                    if count == scratch.len() && count < MAX_CHUNK {
+                        scratch.resize((count * 4).min(MAX_CHUNK), 0);
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    stream.emptied();
+                    break;
+                }
+                Err(_) => *stream = Stream::Closed { end: OutputEnd::Complete },
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a signal to the program's process group, as long as the program is there.
+    pub(crate) fn signal(&self, signal: u8) {
+        if self.exit.is_none() {
+            sys::kill_group(self.pid, signal);
+        }
+    }
+
+    /// Takes note that the main process is dead, if it is this one.
+    pub(crate) fn reaped(&mut self, dead: &Reaped, now: Instant) -> bool {
+        if dead.pid != self.pid.as_raw_pid() || self.exit.is_some() {
+            return false;
+        }
+        let wall = now.saturating_duration_since(self.started);
+        self.exit = Some(Exit {
+            status: dead.status,
+            usage: Usage {
+                wall_us: u64::try_from(wall.as_micros()).unwrap_or(u64::MAX),
+                user_us: dead.user_us,
+                system_us: dead.system_us,
+                max_rss_kib: dead.max_rss_kib,
+            },
+            give_up_at: now.checked_add(self.linger).unwrap_or(now),
+        });
+        self.stdin.pipe = None;
+        self.stdin.waiting = Vec::new();
+        if self.leftover == Leftover::Kill || matches!(self.timeout, Timeout::Terminated { .. } | Timeout::Killed) {
+            self.kill_all();
+        }
+        true
+    }
+
+    /// Does what is due at `now`.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        match (&self.exit, &self.timeout) {
+            (Some(exit), _) if now >= exit.give_up_at => {
+                self.stdout.give_up();
+                self.stderr.give_up();
+            }
+            (None, Timeout::Running { term_at, grace }) if now >= *term_at => {
+                self.timeout = match now.checked_add(*grace) {
+                    Some(kill_at) => Timeout::Terminated { kill_at },
+                    None => Timeout::Killed,
+                };
+                sys::kill_group(self.pid, TERM);
+            }
+            (None, Timeout::Terminated { kill_at }) if now >= *kill_at => {
+                self.timeout = Timeout::Killed;
+                self.kill_all();
+            }
+            _ => {}
+        }
+    }
+
+    /// When [`tick`](Self::tick) has something to do next.
+    pub(crate) fn next_tick(&self) -> Option<Instant> {
+        match (&self.exit, &self.timeout) {
+            (Some(exit), _) => {
+                [&self.stdout, &self.stderr].iter().any(|s| matches!(s, Stream::Open(_))).then_some(exit.give_up_at)
+            }
+            (None, Timeout::Running { term_at: at, .. } | Timeout::Terminated { kill_at: at }) => Some(*at),
+            (None, Timeout::Never | Timeout::Killed) => None,
+        }
+    }
+
+    /// The end, once it has come and all output was read.
+    pub(crate) fn ended(&self) -> Option<Exited> {
+        let exit = self.exit.as_ref()?;
+        let (Stream::Closed { end: stdout }, Stream::Closed { end: stderr }) = (&self.stdout, &self.stderr) else {
+            return None;
+        };
+        Some(Exited {
+            status: exit.status,
+            timed_out: matches!(self.timeout, Timeout::Terminated { .. } | Timeout::Killed),
+            output: if *stdout == OutputEnd::Complete { *stderr } else { *stdout },
+            usage: exit.usage,
+        })
+    }
+
+    /// Kills the program and all that it started.
+    pub(crate) fn kill_all(&self) {
+        if self.cgroup.as_ref().is_some_and(Cgroup::kill) {
+            return;
+        }
+        match self.exit {
+            None => kill_tree(self.pid),
+            // The number may belong to another process by now; the group's is not given out while the group lives.
+            Some(_) => {
+                sys::kill_group(self.pid, KILL);
+            }
+        }
+    }
+
+    /// Gives up the program's cgroup.
+    pub(crate) fn into_cgroup(self) -> Option<Cgroup> {
+        self.cgroup
+    }
+}
+
+impl Stream {
+    fn pipe(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Open(pipe) | Self::Last { pipe, .. } => Some(pipe.as_fd()),
+            Self::Closed { .. } => None,
+        }
+    }
+
+    fn passed(&mut self, count: usize) {
+        if let Self::Last { rest, .. } = self {
+            *rest = rest.saturating_sub(count);
+            if *rest == 0 {
+                *self = Self::Closed { end: OutputEnd::StillOpen };
+            }
+        }
+    }
+
+    /// Somebody else read from the pipe: what was promised is not there.
+    fn emptied(&mut self) {
+        if let Self::Last { .. } = self {
+            *self = Self::Closed { end: OutputEnd::StillOpen };
+        }
+    }
+
+    /// Settles for what is in the pipe now, which includes all that the main process wrote.
+    fn give_up(&mut self) {
+        if let Self::Open(pipe) = self {
+            let rest = ioctl_fionread(&*pipe).ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
+            let closed = Self::Closed { end: OutputEnd::StillOpen };
+            if let Self::Open(pipe) = std::mem::replace(self, closed)
+                && rest > 0
+            {
+                *self = Self::Last { pipe, rest };
+            }
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! What the agent knows of the guest, and does for all connections alike.
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    time::Instant,
+};
+
+use hearth_agent::proto::{Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed, SpawnFailure};
+use rustix::{
+    fs::{Mode, OFlags, fcntl_setfl, open},
+    io::Errno,
+    pipe::{PipeFlags, pipe_with},
+    system::sysinfo,
+    time::{ClockId, clock_gettime},
+};
+
+use crate::{
+    cgroup::{Cgroup, Cgroups},
+    diagnose,
+    exec::{Pipes, Program},
+    hygiene, mounts,
+    plan::Plan,
+    spawn::{Image, Refusal, Step, spawn},
+};
+
+/// The guest.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    instance: InstanceId,
+    started_us: u64,
+    /// Whether this process is PID 1, and so may change the machine.
+    init: bool,
+    prepared: bool,
+    pub(crate) cgroups: Cgroups,
+    /// Programs that run.
+    pub(crate) programs: u32,
+}
+
+/// CLOCK_BOOTTIME in microseconds.
+pub(crate) fn uptime_us() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000).saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0) / 1000)
+}
+
+impl Guest {
+    pub(crate) fn booted(started_us: u64, init: bool, cgroups: Cgroups) -> Self {
+        Self { instance: hygiene::draw_instance(), started_us, init, prepared: false, cgroups, programs: 0 }
+    }
+
+    pub(crate) fn hello(&self) -> Hello {
+        Hello { instance: self.instance, started_us: self.started_us, greeted_us: uptime_us() }
+    }
+
+    pub(crate) fn pong(&self, nonce: u64) -> Pong {
+        let info = sysinfo();
+        let unit = u64::from(info.mem_unit.max(1));
+        Pong {
+            nonce,
+            instance: self.instance,
+            uptime_us: uptime_us(),
+            memory: Memory {
+                total_bytes: info.totalram.saturating_mul(unit),
+                free_bytes: info.freeram.saturating_mul(unit),
+            },
+            execs: self.programs,
+            prepared: self.prepared,
+        }
+    }
+
+    /// Sets up what programs need, once.
+    pub(crate) fn prepare(&mut self) {
+        if self.prepared {
+            return;
+        }
+        self.prepared = true;
+        if self.init {
+            let failed = mounts::prepare();
+            // The console costs an exit per byte: silent unless the boot words say `hearth_log=1`.
+            if std::env::var_os("hearth_log").is_some() {
+                for (place, errno) in failed {
+                    eprintln!("hearth-init: cannot mount {place}: {errno}");
+                }
+            }
+        }
+        self.cgroups.prepare();
+    }
+
+    pub(crate) fn refresh(&mut self, refresh: &Refresh) -> Refreshed {
+        self.prepare();
+        self.instance = refresh.instance.unwrap_or(self.instance);
+        hygiene::refresh(refresh, self.init)
+    }
+
+    /// Starts a program.
+    pub(crate) fn start(&mut self, exec: &Exec) -> Result<Program, SpawnFailure> {
+        self.prepare();
+        if let Some(time) = exec.wall_clock
+            && self.init
+        {
+            hygiene::set_clock(time).map_err(|errno| SpawnFailure::Other { errno: errno.raw_os_error() })?;
+        }
+        let plan = Plan::new(exec)?;
+        let cgroup = self.cgroups.acquire(&exec.limits)?;
+        match launch(exec, &plan, cgroup.as_ref()) {
+            Ok((pid, pipes)) => {
+                self.programs += 1;
+                Ok(Program::new(exec, pid, Instant::now(), pipes, cgroup))
+            }
+            Err(refusal) => {
+                self.cgroups.release(cgroup);
+                Err(diagnose::failure(&plan, refusal))
+            }
+        }
+    }
+
+    /// Takes note of a program's end.
+    pub(crate) fn ended(&mut self, cgroup: Option<Cgroup>) {
+        self.programs = self.programs.saturating_sub(1);
+        self.cgroups.release(cgroup);
+    }
+}
+
+fn launch(exec: &Exec, plan: &Plan, cgroup: Option<&Cgroup>) -> Result<(rustix::process::Pid, Pipes), Refusal> {
+    let refused = |errno| Refusal { step: Step::Stdio, errno };
+    let (stdin, stdin_ours) = match exec.stdin {
+        Input::Pipe => {
+            let (theirs, ours) = our_end_last(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
+            (theirs, Some(ours))
+        }
+        Input::Null => (null().map_err(refused)?, None),
+    };
+    let (stdout_ours, stdout) = our_end_first(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
+    let (stderr_ours, stderr) = match exec.output {
+        OutputMode::Merged => (None, None),
+        OutputMode::Separate => {
+            let (ours, theirs) = our_end_first(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
+            (Some(ours), Some(theirs))
+        }
+    };
+    let image = Image {
+        candidates: &plan.candidates,
+        argv: &plan.argv,
+        env: &plan.env,
+        cwd: &plan.cwd,
+        stdio: [stdin.as_fd(), stdout.as_fd(), stderr.as_ref().unwrap_or(&stdout).as_fd()],
+        limits: &plan.limits,
+        user: plan.user.as_ref(),
+        cgroup: cgroup.map(Cgroup::dir),
+    };
+    let pid = spawn(&image)?;
+    Ok((pid, Pipes { stdin: stdin_ours, stdout: stdout_ours, stderr: stderr_ours }))
+}
+
+/// Only our end must never block: the program's end is its own open file.
+fn our_end_first((ours, theirs): (OwnedFd, OwnedFd)) -> Result<(OwnedFd, OwnedFd), Errno> {
+    fcntl_setfl(&ours, OFlags::NONBLOCK)?;
+    Ok((ours, theirs))
+}
+
+fn our_end_last((theirs, ours): (OwnedFd, OwnedFd)) -> Result<(OwnedFd, OwnedFd), Errno> {
+    fcntl_setfl(&ours, OFlags::NONBLOCK)?;
+    Ok((theirs, ours))
+}
+
+/// An empty input. Without a /dev/null, a pipe that nobody writes to serves.
+fn null() -> Result<OwnedFd, Errno> {
+    open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .or_else(|_| pipe_with(PipeFlags::CLOEXEC).map(|(reader, _)| reader))
+}

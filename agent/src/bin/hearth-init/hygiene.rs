@@ -1,0 +1,116 @@
+//! What makes a clone a stranger to its siblings: random state, time, names.
+
+use std::path::Path;
+
+use hearth_agent::proto::{Applied, InstanceId, MAX_ENTROPY, MAX_HOSTNAME, MIN_ENTROPY, Refresh, Refreshed, WallClock};
+use rustix::{
+    fs::{Mode, OFlags, open},
+    io::{Errno, write},
+    mount::mount_bind,
+    rand::{GetRandomFlags, getrandom},
+    system::sethostname,
+    time::{ClockId, Timespec, clock_settime},
+};
+
+use crate::sys;
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// Covers the kernel's boot id where that cannot be written.
+const BOOT_ID_COVER: &str = "/run/boot_id";
+const MACHINE_ID: &str = "/etc/machine-id";
+
+/// Random bytes for a name. Never waits for entropy: a guest that has none yet must come up all the same, and its host
+/// gives it another name before it matters.
+fn draw() -> [u8; 16] {
+    let mut bytes = [0; 16];
+    if getrandom(&mut bytes, GetRandomFlags::INSECURE).is_err() {
+        bytes = u128::from(crate::guest::uptime_us()).to_ne_bytes();
+    }
+    bytes
+}
+
+/// An instance id for a guest that was just booted.
+pub(crate) fn draw_instance() -> InstanceId {
+    InstanceId(draw())
+}
+
+/// Whether a request's sizes are in range.
+pub(crate) fn in_range(refresh: &Refresh) -> bool {
+    let entropy = refresh.entropy.len();
+    let name = refresh.hostname.as_ref().map_or(1, String::len);
+    (entropy == 0 || (MIN_ENTROPY..=MAX_ENTROPY).contains(&entropy)) && (1..=MAX_HOSTNAME).contains(&name)
+}
+
+/// Does what was asked for, each part on its own. An ordinary process does not touch the machine that it runs on.
+pub(crate) fn refresh(refresh: &Refresh, init: bool) -> Refreshed {
+    let part = |asked: bool, run: &dyn Fn() -> Result<(), Errno>| match (asked, init) {
+        (false, _) => Applied::NotAsked,
+        (true, false) => Applied::Failed { errno: Errno::PERM.raw_os_error() },
+        (true, true) => match run() {
+            Ok(()) => Applied::Done,
+            Err(errno) => Applied::Failed { errno: errno.raw_os_error() },
+        },
+    };
+    // Entropy first: the boot id is drawn from it.
+    Refreshed {
+        entropy: part(!refresh.entropy.is_empty(), &|| sys::reseed(&refresh.entropy)),
+        wall_clock: part(refresh.wall_clock.is_some(), &|| set_clock(refresh.wall_clock.unwrap_or_default())),
+        machine_id: part(refresh.instance.is_some(), &|| {
+            put(MACHINE_ID, &format!("{}\n", refresh.instance.unwrap_or_default()), OFlags::CREATE | OFlags::TRUNC)
+        }),
+        boot_id: part(refresh.instance.is_some(), &renew_boot_id),
+        hostname: part(refresh.hostname.is_some(), &|| {
+            sethostname(refresh.hostname.as_deref().unwrap_or_default().as_bytes())
+        }),
+    }
+}
+
+/// Steps the wall clock.
+pub(crate) fn set_clock(time: WallClock) -> Result<(), Errno> {
+    let seconds = i64::try_from(time.since_epoch_ns / 1_000_000_000).map_err(|_| Errno::INVAL)?;
+    let nanos = i64::try_from(time.since_epoch_ns % 1_000_000_000).map_err(|_| Errno::INVAL)?;
+    clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: nanos })
+}
+
+/// Kernels of ours take a new boot id; others keep theirs, and a file of ours covers it.
+fn renew_boot_id() -> Result<(), Errno> {
+    let id = uuid(draw());
+    // Where the file covers it already, this writes to the file.
+    if put(BOOT_ID, &id, OFlags::empty()).is_ok() {
+        return Ok(());
+    }
+    put(BOOT_ID_COVER, &id, OFlags::CREATE | OFlags::TRUNC)?;
+    mount_bind(BOOT_ID_COVER, BOOT_ID)
+}
+
+/// A random (version 4) UUID and a newline, as the kernel writes it.
+fn uuid(bytes: [u8; 16]) -> String {
+    const VERSION: u128 = 0x4 << 76;
+    const VARIANT: u128 = 0x2 << 62;
+    let number = u128::from_be_bytes(bytes) & !(0xf << 76) & !(0x3 << 62) | VERSION | VARIANT;
+    let field = |shift: u32, bits: u32| (number >> shift) & ((1 << bits) - 1);
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}\n",
+        field(96, 32),
+        field(80, 16),
+        field(64, 16),
+        field(48, 16),
+        field(0, 48)
+    )
+}
+
+fn put(path: &str, text: &str, extra: OFlags) -> Result<(), Errno> {
+    let file = open(Path::new(path), OFlags::WRONLY | OFlags::CLOEXEC | extra, Mode::from_raw_mode(0o444))?;
+    write(&file, text.as_bytes()).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uuids_have_their_version_and_variant() {
+        assert_eq!(uuid([0xff; 16]), "ffffffff-ffff-4fff-bfff-ffffffffffff\n");
+        assert_eq!(uuid([0; 16]), "00000000-0000-4000-8000-000000000000\n");
+    }
+}

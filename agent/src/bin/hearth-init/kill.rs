@@ -1,0 +1,61 @@
+//! Killing all that a program started, where no cgroup knows: its process group, its session, and its descendants.
+
+use std::{collections::BTreeSet, fs};
+
+use rustix::process::Pid;
+
+use crate::sys;
+
+/// Processes looked at in one pass.
+const MOST: usize = 65_536;
+/// Passes before giving up on a program that forks as fast as it is killed.
+const PASSES: usize = 16;
+
+/// SIGKILL.
+pub(crate) const KILL: u8 = 9;
+/// SIGTERM.
+pub(crate) const TERM: u8 = 15;
+
+/// Kills a program, its process group and session, and whatever still descends from it. What left the session and lost its
+/// parent is out of reach; that is what cgroups are for.
+pub(crate) fn kill_tree(main: Pid) {
+    let mut known = BTreeSet::from([main.as_raw_pid()]);
+    for pass in 0..PASSES {
+        let before = known.len();
+        let group_lives = sys::kill_group(main, KILL);
+        for process in processes() {
+            if process.session == main.as_raw_pid() || known.contains(&process.parent) {
+                known.insert(process.pid);
+            }
+        }
+        for pid in known.iter().copied().filter(|&pid| pid != main.as_raw_pid()).filter_map(Pid::from_raw) {
+            sys::kill(pid, KILL);
+        }
+        if pass > 0 && known.len() == before || !group_lives && known.len() == 1 {
+            break;
+        }
+    }
+}
+
+struct Process {
+    pid: i32,
+    parent: i32,
+    session: i32,
+}
+
+fn processes() -> impl Iterator<Item = Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten().take(MOST);
+    entries.filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        parse(pid, &fs::read_to_string(entry.path().join("stat")).ok()?)
+    })
+}
+
+/// Parses `pid (name) state ppid pgrp session …`; the name may hold anything, parentheses included.
+fn parse(pid: i32, stat: &str) -> Option<Process> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_ascii_whitespace().skip(1);
+    let parent = fields.next()?.parse().ok()?;
+    let session = fields.nth(1)?.parse().ok()?;
+    Some(Process { pid, parent, session })
+}

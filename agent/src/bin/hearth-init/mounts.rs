@@ -1,0 +1,67 @@
+//! The guest's file systems. None is needed to answer a ping, so they come after the first pong.
+
+use rustix::{
+    fs::{Mode, chmod, mkdir, symlink},
+    io::Errno,
+    mount::{MountFlags, mount},
+};
+
+/// Where the cgroup file system is mounted.
+pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// Type, place, whether it holds devices or programs, options.
+type Entry = (&'static std::ffi::CStr, &'static str, MountFlags, Option<&'static std::ffi::CStr>);
+
+const SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
+
+/// In order: some lie inside others. The temporary directories are limited to half of the memory each, the default.
+const TABLE: [Entry; 7] = [
+    (c"devtmpfs", "/dev", MountFlags::NOSUID, None),
+    (c"proc", "/proc", SAFE, None),
+    (c"sysfs", "/sys", SAFE, None),
+    (c"cgroup2", CGROUP_ROOT, SAFE, None),
+    (c"devpts", "/dev/pts", MountFlags::NOSUID.union(MountFlags::NOEXEC), Some(c"mode=620,ptmxmode=666")),
+    (c"tmpfs", "/dev/shm", PLAIN, Some(c"mode=1777")),
+    (c"tmpfs", "/tmp", PLAIN, Some(c"mode=1777")),
+];
+
+/// Directories that programs expect; they lie in the root file system.
+const DIRECTORIES: [(&str, u32); 4] = [("/run", 0o755), ("/etc", 0o755), ("/root", 0o700), ("/var", 0o755)];
+
+/// What devtmpfs leaves to user space.
+const LINKS: [(&str, &str); 4] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+];
+
+/// Mounts everything; gives what failed. A kernel without one of them, or a root that is read-only, is no reason to stop:
+/// what needs the missing part says so itself.
+pub(crate) fn prepare() -> Vec<(&'static str, Errno)> {
+    let mut failed = Vec::new();
+    for (kind, place, flags, options) in TABLE {
+        make_dir(place, 0o755);
+        match mount(kind, place, kind, flags, options) {
+            // Already there: the kernel or an image has mounted it.
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(errno) => failed.push((place, errno)),
+        }
+    }
+    for (place, mode) in DIRECTORIES {
+        make_dir(place, mode);
+    }
+    for (target, place) in LINKS {
+        let _ = symlink(target, place);
+    }
+    // Where /tmp could not be mounted it is a plain directory, for everybody all the same.
+    if failed.iter().any(|&(place, _)| place == "/tmp") {
+        let _ = chmod("/tmp", Mode::from_raw_mode(0o1777));
+    }
+    failed
+}
+
+fn make_dir(place: &str, mode: u32) {
+    let _ = mkdir(place, Mode::from_raw_mode(mode));
+}

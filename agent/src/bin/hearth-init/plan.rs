@@ -1,0 +1,114 @@
+//! From a request to what the child needs: checked strings, the environment, the paths to try.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{CStr, CString},
+};
+
+use hearth_agent::proto::{Exec, SpawnFailure};
+use rustix::process::Resource;
+
+use crate::applets;
+
+const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Directories of PATH that are searched.
+const MAX_PATH_ENTRIES: usize = 64;
+
+/// A checked command.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) candidates: Vec<CString>,
+    pub(crate) argv: Vec<CString>,
+    pub(crate) env: Vec<CString>,
+    pub(crate) cwd: CString,
+    pub(crate) limits: Vec<(Resource, u64)>,
+    pub(crate) user: Option<Ids>,
+}
+
+/// User, group and supplementary groups.
+pub(crate) type Ids = (rustix::process::Uid, rustix::process::Gid, Vec<rustix::process::Gid>);
+
+impl Plan {
+    /// Checks a request.
+    ///
+    /// # Errors
+    /// [`SpawnFailure::BadArgument`] that says which part is bad.
+    pub(crate) fn new(exec: &Exec) -> Result<Self, SpawnFailure> {
+        let argv = exec.argv.iter().map(|arg| text(arg, "argument")).collect::<Result<Vec<_>, _>>()?;
+        let program = argv.first().ok_or_else(|| bad("no program given"))?;
+        let home: &[u8] = if exec.user.as_ref().is_none_or(|user| user.uid == 0) { b"/root" } else { b"/" };
+        let mut env = BTreeMap::new();
+        if !exec.clear_env {
+            env.insert(&b"PATH"[..], DEFAULT_PATH);
+            env.insert(&b"HOME"[..], home);
+        }
+        for (key, value) in &exec.env {
+            if key.is_empty() || key.contains(&b'=') {
+                return Err(bad("environment variable with an empty name or a '=' in it"));
+            }
+            env.insert(key, value);
+        }
+        let candidates = candidates(program, env.get(&b"PATH"[..]).copied().unwrap_or(DEFAULT_PATH))?;
+        let env = env
+            .iter()
+            .map(|(key, value)| text(&[key, &b"="[..], value].concat(), "environment variable"))
+            .collect::<Result<Vec<_>, _>>()?;
+        let cwd = text(exec.cwd.as_ref().map_or(b"/", |cwd| cwd.as_slice()), "working directory")?;
+        let limits = [
+            (Resource::Nofile, exec.limits.open_files.map(u64::from)),
+            (Resource::Fsize, exec.limits.file_bytes),
+        ];
+        let limits = limits.into_iter().filter_map(|(resource, value)| Some((resource, value?))).collect();
+        let user = exec.user.as_ref().map(ids).transpose()?;
+        Ok(Self { candidates, argv, env, cwd, limits, user })
+    }
+
+    /// The program as it was asked for, for messages.
+    pub(crate) fn program(&self) -> String {
+        self.argv.first().map(|program| lossy(program)).unwrap_or_default()
+    }
+}
+
+/// The paths to try for `program`, as `execvp` does; after them, the agent itself if the name is an applet's.
+fn candidates(program: &CStr, path: &[u8]) -> Result<Vec<CString>, SpawnFailure> {
+    let name = program.to_bytes();
+    if name.is_empty() {
+        return Err(bad("empty program name"));
+    }
+    if name.contains(&b'/') {
+        return Ok(vec![program.to_owned()]);
+    }
+    let mut found = path
+        .split(|&byte| byte == b':')
+        .take(MAX_PATH_ENTRIES)
+        .map(|dir| if dir.is_empty() { &b"."[..] } else { dir })
+        .map(|dir| text(&[dir, &b"/"[..], name].concat(), "PATH"))
+        .collect::<Result<Vec<_>, _>>()?;
+    if applets::has(name) {
+        found.push(c"/proc/self/exe".to_owned());
+    }
+    Ok(found)
+}
+
+fn ids(user: &hearth_agent::proto::User) -> Result<Ids, SpawnFailure> {
+    use rustix::process::{Gid, Uid};
+    // All ones means "leave as it is" to the system calls.
+    let ids = [user.uid, user.gid];
+    if ids.iter().chain(&user.groups).any(|&id| id == u32::MAX) {
+        return Err(bad("user or group id 4294967295"));
+    }
+    Ok((Uid::from_raw(user.uid), Gid::from_raw(user.gid), user.groups.iter().map(|&gid| Gid::from_raw(gid)).collect()))
+}
+
+fn text(bytes: &[u8], what: &str) -> Result<CString, SpawnFailure> {
+    CString::new(bytes).map_err(|_| bad(&["NUL byte in ", what].concat()))
+}
+
+pub(crate) fn bad(reason: &str) -> SpawnFailure {
+    SpawnFailure::BadArgument(reason.to_owned())
+}
+
+/// Text for a message.
+pub(crate) fn lossy(text: &CStr) -> String {
+    text.to_string_lossy().into_owned()
+}

@@ -1,0 +1,71 @@
+//! The one place where children are waited for, ours and the orphans that PID 1 inherits.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use hearth_agent::proto::ExitStatus;
+use rustix::io::Errno;
+
+use crate::sys;
+
+/// Children reaped before other events have their turn.
+const BATCH: usize = 256;
+
+/// Knows when a child has died.
+#[derive(Debug)]
+pub(crate) struct Reaper {
+    signals: OwnedFd,
+    /// The last batch was full: more may be dead without another signal.
+    more: bool,
+}
+
+/// A child's end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reaped {
+    pub(crate) pid: i32,
+    pub(crate) status: ExitStatus,
+    pub(crate) user_us: u64,
+    pub(crate) system_us: u64,
+    pub(crate) max_rss_kib: u64,
+}
+
+impl Reaper {
+    pub(crate) fn start() -> Result<Self, Errno> {
+        Ok(Self { signals: sys::child_signals()?, more: false })
+    }
+
+    /// Readable when a child has died.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.signals.as_fd()
+    }
+
+    /// Whether [`reap`](Self::reap) is to be called again without waiting.
+    pub(crate) fn has_more(&self) -> bool {
+        self.more
+    }
+
+    /// Reaps what is dead.
+    pub(crate) fn reap(&mut self) -> Vec<Reaped> {
+        // One pending SIGCHLD stands for any number of deaths; taking it before the waits loses none.
+        let _ = rustix::io::read(&self.signals, &mut [0; size_of::<libc::signalfd_siginfo>()]);
+        let dead: Vec<_> = std::iter::from_fn(sys::reap).take(BATCH).collect();
+        self.more = dead.len() == BATCH;
+        dead.iter().map(Reaped::from).collect()
+    }
+}
+
+impl From<&sys::Dead> for Reaped {
+    fn from(dead: &sys::Dead) -> Self {
+        let status = if libc::WIFSIGNALED(dead.status) {
+            ExitStatus::Signal(u8::try_from(libc::WTERMSIG(dead.status)).unwrap_or(u8::MAX))
+        } else {
+            ExitStatus::Code(u8::try_from(libc::WEXITSTATUS(dead.status)).unwrap_or(u8::MAX))
+        };
+        Self {
+            pid: dead.pid,
+            status,
+            user_us: dead.user_us,
+            system_us: dead.system_us,
+            max_rss_kib: dead.max_rss_kib,
+        }
+    }
+}

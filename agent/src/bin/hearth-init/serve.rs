@@ -1,0 +1,273 @@
+//! The event loop: one thread, one poll, everything else is called from here.
+//!
+//! What to wait for is computed afresh each time, so that nothing is armed which cannot make progress, and no event is lost.
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use hearth_agent::proto::{Rejection, ShutdownKind};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    system::RebootCommand,
+};
+
+use crate::{conn::{Conn, Hangup, Pipe}, exec::Which, guest::Guest, reaper::Reaper, transport::Transport};
+
+/// Connections at once.
+const MAX_CONNECTIONS: usize = 128;
+/// Connections accepted before other events have their turn.
+const ACCEPTS: usize = 8;
+/// Pause after the guest ran out of what a new connection needs.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// First pause before the host is dialled again; doubles each time.
+const REDIAL_PAUSE: Duration = Duration::from_millis(100);
+/// Dials in a row that fail for another reason than a refusal.
+const REDIALS: u32 = 8;
+/// What a read takes at first: one page.
+const SMALL_READ: usize = 4096;
+
+/// Why the loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct End(ShutdownKind);
+
+impl End {
+    pub(crate) fn reboot_command(self) -> RebootCommand {
+        match self.0 {
+            ShutdownKind::PowerOff => RebootCommand::PowerOff,
+            ShutdownKind::Reboot => RebootCommand::Restart,
+        }
+    }
+}
+
+/// The server.
+#[derive(Debug)]
+pub(crate) struct Server {
+    guest: Guest,
+    reaper: Reaper,
+    transport: Transport,
+    listener: Option<OwnedFd>,
+    conns: Vec<Conn>,
+    /// Not before then is the listener looked at.
+    accept_at: Option<Instant>,
+    /// When to dial, and to listen if that failed, again.
+    redial_at: Option<Instant>,
+    failed_dials: u32,
+    scratch: Vec<u8>,
+}
+
+/// What a descriptor is waited for.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Children,
+    Listener,
+    Conn(usize),
+    Stdin(usize),
+    Output(usize, Which),
+}
+
+impl Server {
+    pub(crate) fn new(guest: Guest, reaper: Reaper, transport: Transport) -> Self {
+        Self {
+            guest,
+            reaper,
+            transport,
+            listener: None,
+            conns: Vec::new(),
+            accept_at: None,
+            redial_at: None,
+            failed_dials: 0,
+            scratch: vec![0; SMALL_READ],
+        }
+    }
+
+    /// Dials the host. If there is no way to it yet, the loop tries again.
+    pub(crate) fn dial(&mut self) {
+        match self.transport.dial() {
+            Ok(socket) => self.conns.extend(socket.map(Conn::dialled)),
+            Err(errno) => self.dial_failed(errno),
+        }
+    }
+
+    /// Listens for connections. Failing that, the loop tries again when it dials again.
+    pub(crate) fn listen(&mut self) {
+        match self.transport.listen() {
+            Ok(socket) => self.listener = Some(socket),
+            Err(errno) => self.dial_failed(errno),
+        }
+    }
+
+    /// A host that refuses is there and does not listen: it will connect when it wants to.
+    fn dial_failed(&mut self, errno: Errno) {
+        if matches!(errno, Errno::CONNREFUSED | Errno::CONNRESET) || self.failed_dials >= REDIALS {
+            return;
+        }
+        self.redial_at = Instant::now().checked_add(REDIAL_PAUSE.saturating_mul(1 << self.failed_dials));
+        self.failed_dials += 1;
+    }
+
+    /// Serves until a request ends the guest.
+    pub(crate) fn run(&mut self) -> End {
+        loop {
+            let now = Instant::now();
+            for (source, flags) in self.wait(now) {
+                self.dispatch(source, flags);
+            }
+            if self.reaper.has_more() {
+                self.reap();
+            }
+            if let Some(end) = self.settle() {
+                return end;
+            }
+        }
+    }
+
+    /// Waits for events or for what is due next.
+    fn wait(&self, now: Instant) -> Vec<(Source, PollFlags)> {
+        let mut sources = vec![Source::Children];
+        let mut fds = vec![PollFd::from_borrowed_fd(self.reaper.fd(), PollFlags::IN)];
+        if let (Some(listener), None) = (&self.listener, self.accept_at) {
+            sources.push(Source::Listener);
+            fds.push(PollFd::new(listener, PollFlags::IN));
+        }
+        for (index, conn) in self.conns.iter().enumerate() {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, !conn.is_connecting() && conn.wants_input());
+            flags.set(PollFlags::OUT, conn.is_connecting() || conn.channel.output.unsent() > 0);
+            sources.push(Source::Conn(index));
+            fds.push(PollFd::from_borrowed_fd(conn.channel.fd(), flags));
+            if let Some(program) = conn.program() {
+                let [stdin, stdout, stderr] = program.waits_for(conn.channel.output.has_room());
+                let wanted = [
+                    (Source::Stdin(index), stdin, PollFlags::OUT),
+                    (Source::Output(index, Which::Stdout), stdout, PollFlags::IN),
+                    (Source::Output(index, Which::Stderr), stderr, PollFlags::IN),
+                ];
+                for (source, fd, flags) in wanted {
+                    if let Some(fd) = fd {
+                        sources.push(source);
+                        fds.push(PollFd::from_borrowed_fd(fd, flags));
+                    }
+                }
+            }
+        }
+        match poll(&mut fds, self.time_to_wait(now).as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Vec::new(),
+            // Out of memory, or more descriptors than allowed: try again when something has ended, do not spin.
+            Err(_) => {
+                std::thread::sleep(ACCEPT_PAUSE);
+                return vec![(Source::Children, PollFlags::IN)];
+            }
+        }
+        sources.into_iter().zip(fds.iter().map(PollFd::revents)).filter(|(_, flags)| !flags.is_empty()).collect()
+    }
+
+    /// Time until something is due; none: wait for events alone.
+    fn time_to_wait(&self, now: Instant) -> Option<Timespec> {
+        if self.reaper.has_more() {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        }
+        let programs = self.conns.iter().filter_map(|conn| conn.program()?.next_tick());
+        let due = programs.chain(self.accept_at).chain(self.redial_at).min()?;
+        Timespec::try_from(due.saturating_duration_since(now)).ok()
+    }
+
+    fn dispatch(&mut self, source: Source, flags: PollFlags) {
+        let Self { guest, conns, scratch, .. } = self;
+        match source {
+            Source::Children => self.reap(),
+            Source::Listener => self.accept(),
+            Source::Conn(index) => {
+                let Some(conn) = conns.get_mut(index) else { return };
+                if conn.is_connecting() {
+                    conn.connected(guest);
+                } else if flags.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
+                    conn.read();
+                }
+            }
+            Source::Stdin(index) => {
+                if let Some(conn) = conns.get_mut(index) {
+                    conn.pump(Pipe::Stdin, scratch);
+                }
+            }
+            Source::Output(index, which) => {
+                if let Some(conn) = conns.get_mut(index) {
+                    conn.pump(Pipe::Output { which, hung_up: flags.contains(PollFlags::HUP) }, scratch);
+                }
+            }
+        }
+    }
+
+    /// Reaps the dead and tells their connections.
+    fn reap(&mut self) {
+        let dead = self.reaper.reap();
+        let now = Instant::now();
+        for dead in &dead {
+            // Nobody's: an orphan, a child that could not execute its program, a program of a connection that is gone.
+            let _ = self.conns.iter_mut().any(|conn| conn.reaped(dead, now, &mut self.scratch));
+        }
+    }
+
+    fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        for _ in 0..ACCEPTS {
+            match self.transport.accept(listener.as_fd()) {
+                Ok(Some(socket)) => {
+                    let mut conn = Conn::accepted(socket, &self.guest);
+                    if self.conns.len() >= MAX_CONNECTIONS {
+                        conn.refuse(Rejection::TooManyConnections);
+                    } else {
+                        self.conns.push(conn);
+                    }
+                }
+                Ok(None) | Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(Errno::AGAIN) => break,
+                // Out of descriptors or memory: the connection stays in the queue, looking at it again at once would spin.
+                Err(_) => {
+                    self.accept_at = Instant::now().checked_add(ACCEPT_PAUSE);
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Lets every connection do what it can, then what is due.
+    fn settle(&mut self) -> Option<End> {
+        let now = Instant::now();
+        let (mut shutdown, mut ponged, mut hangup) = (None, false, None);
+        for conn in &mut self.conns {
+            let asked = conn.settle(&mut self.guest, now);
+            shutdown = shutdown.or(asked.shutdown);
+            ponged |= asked.ponged;
+            hangup = hangup.or(conn.hangup());
+        }
+        self.conns.retain(|conn| conn.over().is_none());
+        match hangup {
+            Some(Hangup::NotTaken(errno)) => self.dial_failed(errno),
+            Some(Hangup::Broken) => self.redial_at = Some(now),
+            Some(Hangup::Wanted) | None => {}
+        }
+        if let Some(kind) = shutdown {
+            return Some(End(kind));
+        }
+        if ponged {
+            // The host has its answer: now is the time for what programs will need.
+            self.failed_dials = 0;
+            self.guest.prepare();
+        }
+        if self.accept_at.is_some_and(|at| now >= at) {
+            self.accept_at = None;
+        }
+        if self.redial_at.is_some_and(|at| now >= at) {
+            self.redial_at = None;
+            if self.listener.is_none() {
+                self.listen();
+            }
+            self.dial();
+        }
+        None
+    }
+}

@@ -1,0 +1,73 @@
+//! Where connections come from: vsock in a guest, a Unix socket in tests without one.
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+};
+
+use hearth_agent::proto::{AGENT_PORT, READY_PORT};
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, connect, listen, socket_with},
+};
+
+use crate::sys::{VsockAddr, peer_cid};
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
+
+/// A way to the host.
+#[derive(Debug)]
+pub(crate) enum Transport {
+    Vsock,
+    Unix(PathBuf),
+}
+
+impl Transport {
+    pub(crate) fn vsock() -> Self {
+        Self::Vsock
+    }
+
+    pub(crate) fn unix(path: PathBuf) -> Self {
+        Self::Unix(path)
+    }
+
+    /// Starts listening.
+    pub(crate) fn listen(&self) -> Result<OwnedFd, Errno> {
+        let socket = match self {
+            Self::Vsock => {
+                let socket = socket_with(AddressFamily::VSOCK, SocketType::STREAM, FLAGS, None)?;
+                bind(&socket, &VsockAddr { cid: VsockAddr::ANY_CID, port: AGENT_PORT })?;
+                socket
+            }
+            Self::Unix(path) => {
+                let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)?;
+                bind(&socket, &SocketAddrUnix::new(path)?)?;
+                socket
+            }
+        };
+        listen(&socket, BACKLOG)?;
+        Ok(socket)
+    }
+
+    /// Starts a connection to the host; it is writable when established. None if there is no host to dial.
+    pub(crate) fn dial(&self) -> Result<Option<OwnedFd>, Errno> {
+        let Self::Vsock = self else { return Ok(None) };
+        let socket = socket_with(AddressFamily::VSOCK, SocketType::STREAM, FLAGS, None)?;
+        match connect(&socket, &VsockAddr { cid: VsockAddr::HOST_CID, port: READY_PORT }) {
+            Ok(()) | Err(Errno::INPROGRESS) => Ok(Some(socket)),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Takes a connection that waits; none if its peer is not the host: programs in the guest have no business here.
+    pub(crate) fn accept(&self, listener: impl AsFd) -> Result<Option<OwnedFd>, Errno> {
+        let (socket, peer) = acceptfrom_with(listener, FLAGS)?;
+        let from_host = match self {
+            Self::Vsock => peer.as_ref().and_then(peer_cid) == Some(VsockAddr::HOST_CID),
+            Self::Unix(_) => true,
+        };
+        Ok(from_host.then_some(socket))
+    }
+}

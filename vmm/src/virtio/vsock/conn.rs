@@ -513,7 +513,7 @@ impl Machine {
     pub(super) fn poll_connected(&mut self, cx: &Context<'_>) -> Poll<Result<(), End>> {
         match &self.state {
             State::Connecting { .. } => {
-                self.writer = Some(cx.waker().clone());
+                park(&mut self.writer, cx);
                 Poll::Pending
             }
             State::Open(_) | State::Closing { .. } => Poll::Ready(Ok(())),
@@ -550,7 +550,7 @@ impl Machine {
             | State::Closing { .. } => {}
             State::Ended { why, .. } => return Poll::Ready(Err(why.error())),
             State::Open(_) | State::Connecting { .. } => {
-                self.reader = Some(cx.waker().clone());
+                park(&mut self.reader, cx);
                 return Poll::Pending;
             }
         }
@@ -570,13 +570,13 @@ impl Machine {
                 let window = usize::try_from(self.window).unwrap_or(usize::MAX);
                 let n = from.len().min(window.saturating_sub(open.tx.len()));
                 if n == 0 && !from.is_empty() {
-                    self.writer = Some(cx.waker().clone());
+                    park(&mut self.writer, cx);
                     return Poll::Pending;
                 }
                 Poll::Ready(open.tx.fill(&mut from, n).map(|()| n))
             }
             State::Connecting { .. } => {
-                self.writer = Some(cx.waker().clone());
+                park(&mut self.writer, cx);
                 Poll::Pending
             }
             State::Closing { .. } => Poll::Ready(Err(End::Dropped.error())),
@@ -616,7 +616,7 @@ impl Machine {
 
     fn readable(&self) -> bool {
         match &self.state {
-            State::Open(open) => !open.rx.is_empty() || open.guest.send,
+            State::Open(open) => !open.rx.is_empty() || open.guest.send || open.host.receive,
             State::Connecting { .. } => false,
             State::Closing { .. } | State::Ended { .. } => true,
         }
@@ -647,6 +647,14 @@ impl Machine {
             None
         };
         [reader, writer]
+    }
+}
+
+/// Whoever polled last is woken.
+fn park(slot: &mut Option<Waker>, cx: &Context<'_>) {
+    match slot {
+        Some(waker) => waker.clone_from(cx.waker()),
+        None => *slot = Some(cx.waker().clone()),
     }
 }
 

@@ -93,6 +93,12 @@ impl VsockDevice {
         )
     }
 
+    /// Connections of this device, those that are closing included.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        lock(&self.hub.muxer).connections()
+    }
+
     fn with(
         guest_cid: u64,
         bell: Bell,
@@ -145,17 +151,47 @@ impl VirtioDevice for VsockDevice {
             events,
             interrupt: activation.interrupt,
         });
-        drop(self.hub.take_inbox().ready);
-        lock(&self.hub.muxer).activate();
+        let mut muxer = lock(&self.hub.muxer);
+        muxer.take_in(self.hub.take_inbox());
+        muxer.activate();
+        drop(muxer);
         // A restored guest may have kicked before it was saved; a new one may be waited for.
         self.hub.ring();
         Ok(())
     }
 
     fn run(&mut self) -> Result<Progress, Fault> {
+        self.run_at(Instant::now())
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        lock(&self.hub.muxer).deadline()
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.reset_event_owed = false;
         let mut muxer = lock(&self.hub.muxer);
         muxer.take_in(self.hub.take_inbox());
-        muxer.expire(Instant::now());
+        muxer.deactivate();
+    }
+}
+
+impl VsockDevice {
+    /// [`VirtioDevice::run`], with the time that it is.
+    pub(super) fn run_at(&mut self, now: Instant) -> Result<Progress, Fault> {
+        let outcome = self.serve(now);
+        if outcome.is_err() {
+            // No packet will move again: the host's streams must not wait for one.
+            self.reset();
+        }
+        outcome
+    }
+
+    fn serve(&mut self, now: Instant) -> Result<Progress, Fault> {
+        let mut muxer = lock(&self.hub.muxer);
+        muxer.take_in(self.hub.take_inbox());
+        muxer.expire(now);
         let Some(active) = &mut self.active else {
             return Ok(Progress::Idle);
         };
@@ -171,18 +207,6 @@ impl VirtioDevice for VsockDevice {
         } else {
             Progress::Idle
         })
-    }
-
-    fn deadline(&self) -> Option<Instant> {
-        lock(&self.hub.muxer).deadline()
-    }
-
-    fn reset(&mut self) {
-        self.active = None;
-        self.reset_event_owed = false;
-        let mut muxer = lock(&self.hub.muxer);
-        muxer.take_in(self.hub.take_inbox());
-        muxer.deactivate();
     }
 }
 

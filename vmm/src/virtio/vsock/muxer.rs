@@ -186,6 +186,10 @@ impl Muxer {
 
     // The table.
 
+    pub(super) fn connections(&self) -> usize {
+        self.conns.len()
+    }
+
     fn next_window(&self) -> u32 {
         if self.wide < WIDE_CONNECTIONS {
             WIDE_WINDOW

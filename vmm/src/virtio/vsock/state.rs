@@ -138,9 +138,10 @@ impl VsockState {
         &self.0.conns
     }
 
-    /// Whether nothing survives, so that one event can tell the guest that all is gone.
+    /// Whether one event tells the guest of all that it lost: if there is something to tell and
+    /// nothing that survives, which the event would end too.
     pub(super) fn resets_transport(&self) -> bool {
-        let durable = |conn: &ConnState| matches!(conn.fate, Fate::Durable(_));
-        !self.0.conns.iter().any(durable)
+        let any = |test: fn(&Fate) -> bool| self.0.conns.iter().any(|conn| test(&conn.fate));
+        any(|fate| *fate == Fate::Lost) && !any(|fate| matches!(fate, Fate::Durable(_)))
     }
 }

@@ -111,7 +111,7 @@ async fn a_packet_may_lie_in_any_number_of_descriptors() {
             rx_pieces,
             ..Setup::default()
         };
-        both_ways(setup, 200_000, 5000, tx_piece).await;
+        both_ways(setup, 30_000, 5000, tx_piece).await;
     }
 }
 

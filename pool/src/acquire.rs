@@ -1,0 +1,295 @@
+//! The ways to a lease: at once, in a burst, or in a queue.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout_at};
+
+use crate::backend::Backend;
+use crate::error::{AcquireError, Ineligible};
+use crate::event::EventKind;
+use crate::lease::Lease;
+use crate::ledger::{Event, ProfileId, Refusal, WaiterId};
+use crate::pool::Pool;
+use crate::profile::Request;
+use crate::shared::{Shared, State};
+
+impl<B: Backend> Pool<B> {
+    /// A ready VM, now. Never waits for a boot, nor for the pool's tasks: it takes a lock for a
+    /// moment, moves ownership and signals resume.
+    ///
+    /// # Errors
+    /// [`AcquireError::Exhausted`] if none is ready; [`AcquireError::NotEligible`] if no profile
+    /// serves the request; others as they say.
+    pub fn acquire(&self, request: impl Into<Request>) -> Result<Lease<B>, AcquireError> {
+        let now = Instant::now();
+        let shared = self.shared();
+        let profile = shared.matching(&request.into())?;
+        let taken = shared.take(&mut shared.state(), now, profile);
+        shared.nudge.wake();
+        match taken {
+            Ok(lease) => {
+                let lease = lease.hand_off();
+                shared.emit(Some(profile), Some(lease.id()), EventKind::Leased);
+                if let Some(kept) = shared.profile(profile) {
+                    kept.metrics.hits.increment(1);
+                    kept.metrics.acquire.record(now.elapsed());
+                }
+                Ok(lease)
+            }
+            Err(refusal) => Err(shared.missed(profile, refusal)),
+        }
+    }
+
+    /// `count` ready VMs of one profile at once, or none.
+    ///
+    /// # Errors
+    /// As [`acquire`](Self::acquire); `Exhausted` if fewer are ready.
+    pub fn acquire_many(
+        &self,
+        request: impl Into<Request>,
+        count: usize,
+    ) -> Result<Vec<Lease<B>>, AcquireError> {
+        let now = Instant::now();
+        let shared = self.shared();
+        let profile = shared.matching(&request.into())?;
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let taken = shared.take_many(&mut shared.state(), now, profile, count);
+        shared.nudge.wake();
+        let leases = taken.map_err(|refusal| shared.missed(profile, refusal))?;
+        let leases: Vec<_> = leases.into_iter().map(Lease::hand_off).collect();
+        for lease in &leases {
+            shared.emit(Some(profile), Some(lease.id()), EventKind::Leased);
+            if let Some(kept) = shared.profile(profile) {
+                kept.metrics.hits.increment(1);
+                kept.metrics.acquire.record(now.elapsed());
+            }
+        }
+        Ok(leases)
+    }
+
+    /// A ready VM, or the first that becomes ready within `patience`. Callers are served in the order
+    /// in which they came, before stock is refilled.
+    ///
+    /// # Errors
+    /// [`AcquireError::Timeout`] with the reason; others as for [`acquire`](Self::acquire).
+    ///
+    /// # Cancel safety
+    /// The future may be dropped at any await point: a VM that was meant for it is parked again.
+    pub async fn acquire_timeout(
+        &self,
+        request: impl Into<Request>,
+        patience: Duration,
+    ) -> Result<Lease<B>, AcquireError> {
+        let began = Instant::now();
+        let shared = self.shared();
+        let profile = shared.matching(&request.into())?;
+        let until = began + patience;
+        let lease = shared.wait(profile, began, until).await?;
+        shared.emit(Some(profile), Some(lease.id()), EventKind::Leased);
+        if let Some(kept) = shared.profile(profile) {
+            kept.metrics.hits.increment(1);
+            kept.metrics.wait.record(began.elapsed());
+        }
+        Ok(lease)
+    }
+}
+
+impl<B: Backend> Shared<B> {
+    /// The first profile that serves `request`.
+    fn matching(&self, request: &Request) -> Result<ProfileId, AcquireError> {
+        let mut refused = Vec::new();
+        let mut known = false;
+        for (index, kept) in self.profiles.iter().enumerate() {
+            if request.named().is_some_and(|name| name != kept.spec.name) {
+                continue;
+            }
+            known = true;
+            let mismatches = request.mismatches(&kept.spec);
+            if mismatches.is_empty() {
+                return Ok(ProfileId(index));
+            }
+            refused.push(Ineligible {
+                profile: kept.spec.name.clone(),
+                mismatches,
+            });
+        }
+        match request.named() {
+            Some(name) if !known => Err(AcquireError::UnknownProfile {
+                name: name.to_owned(),
+                known: self.names(),
+            }),
+            _ => Err(AcquireError::NotEligible(refused)),
+        }
+    }
+
+    fn take(
+        self: &Arc<Self>,
+        state: &mut State<B>,
+        now: Instant,
+        profile: ProfileId,
+    ) -> Result<Lease<B>, Refusal> {
+        // Each round but the last retires a dead VM.
+        while let Ok(id) = state.ledger.peek(now, profile)
+            && !state.is_alive(&self.backend, id)
+        {
+            state.tell(now, Event::Ended(id));
+        }
+        let id = state.ledger.take(now, profile)?;
+        self.lease(state, profile, id).ok_or(Refusal::Stopping)
+    }
+
+    fn take_many(
+        self: &Arc<Self>,
+        state: &mut State<B>,
+        now: Instant,
+        profile: ProfileId,
+        count: usize,
+    ) -> Result<Vec<Lease<B>>, Refusal> {
+        let parked: Vec<_> = state.ledger.parked(profile).collect();
+        for id in parked {
+            if !state.is_alive(&self.backend, id) {
+                state.tell(now, Event::Ended(id));
+            }
+        }
+        let taken = state.ledger.take_many(now, profile, count)?;
+        Ok(taken
+            .into_iter()
+            .filter_map(|id| self.lease(state, profile, id))
+            .collect())
+    }
+
+    fn lease(
+        self: &Arc<Self>,
+        state: &mut State<B>,
+        profile: ProfileId,
+        id: crate::slot::VmId,
+    ) -> Option<Lease<B>> {
+        let home = state.inbox.clone()?;
+        let held = state.take_out(id)?;
+        Some(Lease::untouched(Arc::clone(self), home, id, profile, held))
+    }
+
+    async fn wait(
+        self: &Arc<Self>,
+        profile: ProfileId,
+        began: Instant,
+        until: Instant,
+    ) -> Result<Lease<B>, AcquireError> {
+        let (waiter, mut served) = {
+            let mut state = self.state();
+            match self.take(&mut state, began, profile) {
+                Ok(lease) => {
+                    drop(state);
+                    self.nudge.wake();
+                    return Ok(lease.hand_off());
+                }
+                Err(Refusal::Exhausted(_)) => {}
+                Err(refusal) => {
+                    drop(state);
+                    return Err(self.missed(profile, refusal));
+                }
+            }
+            let (reply, served) = oneshot::channel();
+            let waiter = state.next_waiter();
+            state.waiters.insert(waiter, reply);
+            state.tell(began, Event::Wait(profile, waiter));
+            (
+                Waiting {
+                    shared: self,
+                    waiter,
+                },
+                served,
+            )
+        };
+        self.nudge.wake();
+        if let Some(kept) = self.profile(profile) {
+            kept.metrics.misses.increment(1);
+        }
+        loop {
+            let answer = match timeout_at(until, &mut served).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    let why = self.state().ledger.shortage(Instant::now(), profile);
+                    drop(waiter);
+                    // Served in the last moment: no reason to refuse it.
+                    match served.try_recv() {
+                        Ok(Ok(lease)) if lease.is_alive() => return Ok(lease.hand_off()),
+                        _ => {
+                            let profile = self.name(profile);
+                            return Err(AcquireError::Timeout {
+                                profile,
+                                waited: began.elapsed(),
+                                why,
+                            });
+                        }
+                    }
+                }
+            };
+            match answer {
+                Ok(Ok(lease)) if lease.is_alive() => return Ok(lease.hand_off()),
+                Ok(Ok(dead)) => {
+                    // It died on its way here: back to the head of the queue.
+                    let (reply, again) = oneshot::channel();
+                    served = again;
+                    let mut state = self.state();
+                    state.waiters.insert(waiter.waiter, reply);
+                    state.tell(
+                        Instant::now(),
+                        Event::Unserved(profile, waiter.waiter, dead.id()),
+                    );
+                    drop(state);
+                    drop(dead);
+                    self.nudge.wake();
+                }
+                Ok(Err(refusal)) => return Err(self.refused(profile, refusal)),
+                Err(_) => return Err(AcquireError::Stopping),
+            }
+        }
+    }
+
+    fn name(&self, profile: ProfileId) -> String {
+        self.profile(profile)
+            .map_or_else(String::new, |kept| kept.spec.name.clone())
+    }
+
+    fn missed(&self, profile: ProfileId, refusal: Refusal) -> AcquireError {
+        if let Some(kept) = self.profile(profile) {
+            kept.metrics.misses.increment(1);
+        }
+        self.refused(profile, refusal)
+    }
+
+    fn refused(&self, profile: ProfileId, refusal: Refusal) -> AcquireError {
+        match refusal {
+            Refusal::NotStarted => AcquireError::NotStarted,
+            Refusal::Stopping => AcquireError::Stopping,
+            Refusal::Draining => AcquireError::Draining(self.name(profile)),
+            Refusal::Exhausted(why) => AcquireError::Exhausted {
+                profile: self.name(profile),
+                why,
+            },
+        }
+    }
+}
+
+/// Takes the waiter out of the queue when it is dropped. If it was served, the lease lies in its
+/// channel and comes home with that.
+struct Waiting<'a, B: Backend> {
+    shared: &'a Shared<B>,
+    waiter: WaiterId,
+}
+
+impl<B: Backend> Drop for Waiting<'_, B> {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        if let Some(reply) = state.waiters.remove(&self.waiter) {
+            state.tell(Instant::now(), Event::Leave(self.waiter));
+            drop(state);
+            drop(reply);
+        }
+    }
+}

@@ -1,0 +1,625 @@
+//! The loop that does what the ledger asks for.
+//!
+//! One task per started pool. It owns all other tasks (boots, checks, destructions, watches), takes
+//! in their results and the leases that come home, and never waits for anything but its inbox, a
+//! nudge, or the time that the ledger names: no profile can hold up another.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+
+use crate::backend::{Backend, ProbeError};
+use crate::boot::Failed;
+use crate::error::{BootFailure, OfferError, OfferRefusal, Replenished};
+use crate::event::EventKind;
+use crate::lease::Held;
+use crate::ledger::{Event, Outcome, PassId, Phase, ProfileId, TicketId};
+use crate::permit::Denial;
+use crate::shared::{Shared, State};
+use crate::slot::{Slot, VmId};
+
+/// What the actor is sent. Everything that owns a VM travels by value.
+pub(crate) enum Message<B: Backend> {
+    Booted(VmId, Instant, Result<B::Vm, Failed<B>>),
+    Joined(VmId, Result<(), OfferRefusal>),
+    Checked(VmId, u64, PassId, Verdict),
+    Ended(VmId),
+    Retired(VmId, Option<oneshot::Sender<()>>),
+    Killed(VmId),
+    Returned {
+        id: VmId,
+        held: Held<B>,
+        untouched: bool,
+        done: Option<oneshot::Sender<()>>,
+    },
+    Withdrawn(VmId),
+    Replenish(ProfileId, TicketId, oneshot::Sender<Replenished>),
+    Offer(ProfileId, TicketId, B::Vm, OfferReply<B>),
+    Forget(TicketId),
+    Check(ProfileId, usize, PassId, oneshot::Sender<CheckReport>),
+    AbandonPass(PassId),
+}
+
+pub(crate) type OfferReply<B> = oneshot::Sender<Result<VmId, OfferError<<B as Backend>::Vm>>>;
+
+/// How one check went.
+pub(crate) enum Verdict {
+    Healthy(std::time::Duration),
+    Unhealthy(ProbeError),
+    /// The VM was handed out or destroyed meanwhile.
+    Dropped,
+}
+
+/// How one health pass went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CheckReport {
+    /// VMs that proved healthy and are parked again.
+    pub healthy: usize,
+    /// VMs that did not and were destroyed.
+    pub unhealthy: usize,
+    /// VMs that were handed out or destroyed in the middle of their check.
+    pub dropped: usize,
+}
+
+struct Pass {
+    left: usize,
+    report: CheckReport,
+    reply: oneshot::Sender<CheckReport>,
+}
+
+struct Offered<B: Backend> {
+    vm: Option<B::Vm>,
+    id: Option<VmId>,
+    reply: OfferReply<B>,
+}
+
+pub(crate) struct Actor<B: Backend> {
+    pub(crate) shared: Arc<Shared<B>>,
+    pub(crate) home: mpsc::UnboundedSender<Message<B>>,
+    pub(crate) tasks: JoinSet<()>,
+    tickets: HashMap<TicketId, oneshot::Sender<Replenished>>,
+    offers: HashMap<TicketId, Offered<B>>,
+    passes: HashMap<PassId, Pass>,
+    /// Told when the VM is destroyed.
+    released: HashMap<VmId, oneshot::Sender<()>>,
+    /// Why the boot or offer that was taken in last failed.
+    failure: Option<BootFailure>,
+    refusal: Option<OfferRefusal>,
+    /// Which limit refused last.
+    denial: Option<Denial>,
+    pressure_read: Option<Instant>,
+    /// Dropped when the lock is no longer held.
+    trash: Vec<Slot<B>>,
+    stopped: bool,
+}
+
+/// Messages taken in before the loop looks at the clock again.
+const BATCH: usize = 64;
+
+impl<B: Backend> Actor<B> {
+    pub(crate) fn new(shared: Arc<Shared<B>>, home: mpsc::UnboundedSender<Message<B>>) -> Self {
+        Self {
+            shared,
+            home,
+            tasks: JoinSet::new(),
+            tickets: HashMap::new(),
+            offers: HashMap::new(),
+            passes: HashMap::new(),
+            released: HashMap::new(),
+            failure: None,
+            refusal: None,
+            denial: None,
+            pressure_read: None,
+            trash: Vec::new(),
+            stopped: false,
+        }
+    }
+
+    pub(crate) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Message<B>>) {
+        let shared = Arc::clone(&self.shared);
+        let _ending = Ending(Arc::clone(&shared));
+        while !self.stopped {
+            let wake = self.wake_at();
+            let message = tokio::select! {
+                message = inbox.recv() => message,
+                () = shared.nudge.woken() => None,
+                () = at(wake) => None,
+                Some(_) = self.tasks.join_next() => continue,
+            };
+            self.read_pressure();
+            self.step(message, &mut inbox);
+        }
+        // Late leases still come home; what they hold is destroyed like the rest.
+        inbox.close();
+        while let Ok(message) = inbox.try_recv() {
+            self.receive_late(message);
+        }
+        while self.tasks.join_next().await.is_some() {}
+    }
+
+    fn wake_at(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let state = self.shared.state();
+        let ledger = state.ledger.wake_at(now);
+        let recheck = self
+            .pressure_read
+            .filter(|_| state.pressed && state.ledger.is_hungry(now));
+        let recheck = recheck.map(|read| read + self.recheck());
+        [ledger, recheck].into_iter().flatten().min()
+    }
+
+    fn recheck(&self) -> std::time::Duration {
+        std::time::Duration::from_millis(self.shared.config.pressure.recheck_ms)
+    }
+
+    /// Looks at the host's memory before anything is booted, at most once per `recheck_ms`.
+    fn read_pressure(&mut self) {
+        let limit = self.shared.config.pressure.stall_percent;
+        let now = Instant::now();
+        if limit == 0
+            || self
+                .pressure_read
+                .is_some_and(|read| now < read + self.recheck())
+        {
+            return;
+        }
+        self.pressure_read = Some(now);
+        let stall = self.shared.host.memory_stall_percent().unwrap_or(0.0);
+        let pressed = stall > f64::from(limit);
+        let mut state = self.shared.state();
+        if state.pressed != pressed {
+            state.pressed = pressed;
+            state.tell(now, Event::Pressure(pressed));
+            drop(state);
+            if pressed {
+                tracing::warn!(stall, limit, "the host is short of memory: refill stops");
+            } else {
+                tracing::info!(stall, limit, "the host has memory again: refill goes on");
+            }
+            self.shared
+                .emit(None, None, EventKind::MemoryPressure(pressed));
+        }
+    }
+
+    fn step(&mut self, first: Option<Message<B>>, inbox: &mut mpsc::UnboundedReceiver<Message<B>>) {
+        let shared = Arc::clone(&self.shared);
+        let now = Instant::now();
+        let mut state = shared.state();
+        if shared.nudge.take_capacity_freed() {
+            state.tell(now, Event::CapacityFreed);
+        }
+        state.tell(now, Event::Tick);
+        self.perform(&mut state, now);
+        let mut next = first;
+        for _ in 0..BATCH {
+            let Some(message) = next else { break };
+            self.receive(&mut state, now, message);
+            self.perform(&mut state, now);
+            next = inbox.try_recv().ok();
+        }
+        if let Some(message) = next {
+            self.receive(&mut state, now, message);
+            self.perform(&mut state, now);
+        }
+        for (index, profile) in shared.profiles.iter().enumerate() {
+            profile.metrics.show(&state.ledger.counts(ProfileId(index)));
+        }
+        drop(state);
+        self.trash.clear();
+        shared.step.send_modify(|step| *step = step.wrapping_add(1));
+    }
+
+    fn receive(&mut self, state: &mut State<B>, now: Instant, message: Message<B>) {
+        match message {
+            Message::Booted(id, began, result) => self.booted(state, now, id, began, result),
+            Message::Joined(id, result) => self.joined(state, now, id, result),
+            Message::Checked(id, check, pass, verdict) => {
+                self.checked(state, now, id, check, pass, verdict);
+            }
+            Message::Ended(id) => {
+                let parked = state.slots.get(&id).filter(|slot| slot.vm.is_some());
+                if let Some(profile) = parked.map(|slot| slot.profile) {
+                    tracing::warn!(vm = %id, "a parked VM ended by itself");
+                    if let Some(kept) = self.shared.profile(profile) {
+                        kept.metrics.died.increment(1);
+                    }
+                    self.shared.emit(Some(profile), Some(id), EventKind::Ended);
+                }
+                state.tell(now, Event::Ended(id));
+            }
+            Message::Retired(id, done) => {
+                let profile = state.slots.get(&id).map(|slot| slot.profile);
+                self.shared.emit(profile, Some(id), EventKind::Destroyed);
+                state.tell(now, Event::Retired(id));
+                for waiting in [done, self.released.remove(&id)].into_iter().flatten() {
+                    // Nobody has to wait for it.
+                    let _ = waiting.send(());
+                }
+            }
+            Message::Killed(id) => state.tell(now, Event::Killed(id)),
+            Message::Returned {
+                id,
+                held,
+                untouched,
+                done,
+            } => {
+                self.returned(state, now, id, held, untouched, done);
+            }
+            Message::Withdrawn(id) => {
+                let profile = state.slots.get(&id).map(|slot| slot.profile);
+                self.shared.emit(profile, Some(id), EventKind::Withdrawn);
+                state.tell(now, Event::Withdrawn(id));
+            }
+            Message::Replenish(profile, ticket, reply) => {
+                self.tickets.insert(ticket, reply);
+                state.tell(now, Event::Replenish(profile, ticket));
+            }
+            Message::Offer(profile, ticket, vm, reply) => {
+                self.offers.insert(
+                    ticket,
+                    Offered {
+                        vm: Some(vm),
+                        id: None,
+                        reply,
+                    },
+                );
+                state.tell(now, Event::Offer(profile, ticket));
+            }
+            Message::Forget(ticket) => {
+                self.tickets.remove(&ticket);
+                state.tell(now, Event::Forget(ticket));
+            }
+            Message::Check(profile, most, pass, reply) => {
+                let report = CheckReport::default();
+                self.passes.insert(
+                    pass,
+                    Pass {
+                        left: 0,
+                        report,
+                        reply,
+                    },
+                );
+                state.tell(now, Event::BeginCheck(profile, most, pass));
+                self.perform(state, now);
+                self.settle_pass(pass);
+            }
+            Message::AbandonPass(pass) => {
+                self.passes.remove(&pass);
+                state.tell(now, Event::AbandonPass(pass));
+            }
+        }
+    }
+
+    fn booted(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        id: VmId,
+        began: Instant,
+        result: Result<B::Vm, Failed<B>>,
+    ) {
+        let Some(slot) = state.slots.get_mut(&id) else {
+            // The ledger keeps the slot of a boot until it is answered; do not lose the VM if not.
+            return self.retire_stray(result.map_or_else(|failed| failed.vm, Some), None);
+        };
+        let profile = slot.profile;
+        slot.job = None;
+        let was_open = state.ledger.counts(profile).breaker_open;
+        match result {
+            Ok(vm) => {
+                slot.remote = Some(Arc::new(self.shared.backend.remote(&vm)));
+                let private = self.shared.backend.private_bytes(&vm);
+                slot.vm = Some(vm);
+                let took = began.elapsed();
+                if let Some(kept) = self.shared.profile(profile) {
+                    kept.metrics.boots.increment(1);
+                    kept.metrics.boot.record(took);
+                    if let Some(bytes) = private.and_then(|bytes| u32::try_from(bytes).ok()) {
+                        kept.metrics.private.record(f64::from(bytes));
+                    }
+                }
+                tracing::debug!(vm = %id, ?took, "booted");
+                self.shared
+                    .emit(Some(profile), Some(id), EventKind::Ready(took));
+                state.tell(now, Event::Booted(id));
+            }
+            Err(Failed { why, kind, vm }) => {
+                let has_vm = vm.is_some();
+                slot.vm = vm;
+                if let Some(kept) = self.shared.profile(profile) {
+                    kept.metrics.boot_failed(&why, kind);
+                }
+                if !matches!(why, BootFailure::Cancelled) {
+                    self.note_failure(state, profile, id, &why);
+                }
+                self.failure = Some(why);
+                state.tell(now, Event::BootFailed(id, has_vm));
+                self.perform(state, now);
+            }
+        }
+        let counts = state.ledger.counts(profile);
+        if counts.breaker_open != was_open {
+            if counts.breaker_open {
+                let failures = counts.failures_in_a_row;
+                tracing::error!(failures, "boots keep failing: the breaker is open");
+                self.shared
+                    .emit(Some(profile), None, EventKind::BreakerOpened(failures));
+            } else {
+                self.shared
+                    .emit(Some(profile), None, EventKind::BreakerClosed);
+            }
+        }
+    }
+
+    pub(crate) fn note_failure(
+        &self,
+        state: &mut State<B>,
+        profile: ProfileId,
+        id: VmId,
+        why: &BootFailure,
+    ) {
+        let cause = std::error::Error::source(why)
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        tracing::warn!(vm = %id, error = %why, cause, "a boot failed");
+        if let Some(last) = state.last_failure.get_mut(profile.0) {
+            *last = Some(why.clone());
+        }
+        self.shared
+            .emit(Some(profile), Some(id), EventKind::BootFailed(why.clone()));
+    }
+
+    fn joined(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        id: VmId,
+        result: Result<(), OfferRefusal>,
+    ) {
+        let Some(slot) = state.slots.get_mut(&id) else {
+            return;
+        };
+        slot.job = None;
+        match result {
+            Ok(()) => state.tell(now, Event::Booted(id)),
+            Err(why) => {
+                let owner = self.offers.values_mut().find(|offer| offer.id == Some(id));
+                let back = owner.filter(|offer| !offer.reply.is_closed());
+                let has_vm = match back {
+                    // The one who offered it still wants it.
+                    Some(offer) => {
+                        offer.vm = slot.vm.take();
+                        false
+                    }
+                    None => slot.vm.is_some(),
+                };
+                self.refusal = Some(why);
+                state.tell(now, Event::BootFailed(id, has_vm));
+                self.perform(state, now);
+            }
+        }
+    }
+
+    fn checked(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        id: VmId,
+        check: u64,
+        pass: PassId,
+        verdict: Verdict,
+    ) {
+        let current = state.ledger.is_checking(id, check);
+        if current && let Some(slot) = state.slots.get_mut(&id) {
+            slot.job = None;
+            let kept = self.shared.profile(slot.profile);
+            match &verdict {
+                Verdict::Healthy(took) => {
+                    if let Some(kept) = kept {
+                        kept.metrics.ping.record(*took);
+                    }
+                }
+                Verdict::Unhealthy(error) => {
+                    tracing::warn!(vm = %id, %error, "a parked VM is unhealthy");
+                    if let Some(kept) = kept {
+                        kept.metrics.unhealthy(error);
+                    }
+                    let kind = EventKind::Unhealthy(error.clone());
+                    self.shared.emit(Some(slot.profile), Some(id), kind);
+                }
+                Verdict::Dropped => {}
+            }
+        }
+        let healthy = matches!(verdict, Verdict::Healthy(_));
+        state.tell(now, Event::Checked(id, check, healthy));
+        if let Some(entry) = self.passes.get_mut(&pass) {
+            entry.left = entry.left.saturating_sub(1);
+            match verdict {
+                Verdict::Healthy(_) if current => entry.report.healthy += 1,
+                Verdict::Unhealthy(_) if current => entry.report.unhealthy += 1,
+                _ => entry.report.dropped += 1,
+            }
+        }
+        self.perform(state, now);
+        self.settle_pass(pass);
+    }
+
+    pub(crate) fn count_check(&mut self, pass: PassId) {
+        if let Some(pass) = self.passes.get_mut(&pass) {
+            pass.left += 1;
+        }
+    }
+
+    fn settle_pass(&mut self, id: PassId) {
+        if self.passes.get(&id).is_some_and(|pass| pass.left == 0)
+            && let Some(pass) = self.passes.remove(&id)
+        {
+            // The one who asked may have gone.
+            let _ = pass.reply.send(pass.report);
+        }
+    }
+
+    fn returned(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        id: VmId,
+        held: Held<B>,
+        untouched: bool,
+        done: Option<oneshot::Sender<()>>,
+    ) {
+        let Some(slot) = state.slots.get_mut(&id) else {
+            // Its pool has been stopped, maybe started again: it is no longer on the books.
+            return self.retire_stray(Some(held.vm), done);
+        };
+        let profile = slot.profile;
+        slot.vm = Some(held.vm);
+        slot.reservation = held.reservation;
+        if let Some(done) = done {
+            self.released.insert(id, done);
+        }
+        state.tell(
+            now,
+            if untouched {
+                Event::Untouched(id)
+            } else {
+                Event::Returned(id)
+            },
+        );
+        let untouched = state.ledger.is_ready(id);
+        self.shared
+            .emit(Some(profile), Some(id), EventKind::Returned { untouched });
+    }
+
+    /// Does all that the ledger has asked for, and what that leads to.
+    pub(crate) fn perform(&mut self, state: &mut State<B>, now: Instant) {
+        let mut todo = VecDeque::from(std::mem::take(&mut state.pending));
+        while let Some(action) = todo.pop_front() {
+            self.act(state, now, action);
+            todo.extend(state.pending.drain(..));
+        }
+    }
+
+    pub(crate) fn settle(&mut self, state: &State<B>, ticket: TicketId, outcome: Outcome) {
+        if let Some(reply) = self.tickets.remove(&ticket) {
+            let answer = match outcome {
+                Outcome::Booted(id) => Replenished::Booted(id),
+                Outcome::Full => Replenished::Full,
+                Outcome::Failed => {
+                    Replenished::Failed(self.failure.clone().unwrap_or(BootFailure::Cancelled))
+                }
+                Outcome::Denied => Replenished::Failed(
+                    self.denial
+                        .map_or(BootFailure::Cancelled, BootFailure::Denied),
+                ),
+                Outcome::Stopping => Replenished::Failed(BootFailure::Stopping),
+            };
+            // The one who asked may have gone.
+            let _ = reply.send(answer);
+        }
+        let Some(offer) = self.offers.remove(&ticket) else {
+            return;
+        };
+        let answer = match outcome {
+            Outcome::Booted(id) => Ok(id),
+            Outcome::Full => Err(OfferRefusal::Full),
+            Outcome::Stopping => Err(OfferRefusal::Stopping),
+            Outcome::Failed => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),
+            Outcome::Denied => Err(self.denial.map_or(OfferRefusal::Full, OfferRefusal::Denied)),
+        };
+        let answer = match answer {
+            Ok(id) => offer.reply.send(Ok(id)),
+            Err(why) => offer.reply.send(Err(OfferError { vm: offer.vm, why })),
+        };
+        match answer {
+            Err(Err(OfferError { vm, .. })) => self.retire_stray(vm, None),
+            // Adopted, though nobody hears of it.
+            Err(Ok(id)) => debug_assert!(state.slots.contains_key(&id)),
+            Ok(()) => {}
+        }
+    }
+
+    pub(crate) fn take_offered(&mut self, ticket: TicketId, id: VmId) -> Option<B::Vm> {
+        let offer = self.offers.get_mut(&ticket)?;
+        offer.id = Some(id);
+        offer.vm.take()
+    }
+
+    /// The host's limits refused `id`.
+    pub(crate) fn deny(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        profile: ProfileId,
+        id: VmId,
+        denial: Denial,
+    ) {
+        if let Some(last) = state.last_failure.get_mut(profile.0) {
+            *last = Some(BootFailure::Denied(denial));
+        }
+        tracing::warn!(vm = %id, %denial, "a boot was refused");
+        self.denial = Some(denial);
+        state.tell(now, Event::Denied(id));
+    }
+
+    pub(crate) fn discard(&mut self, slot: Option<Slot<B>>) {
+        self.trash.extend(slot);
+    }
+
+    pub(crate) fn stopped(&mut self, state: &State<B>) {
+        debug_assert!(state.ledger.phase() == Phase::Stopped);
+        self.stopped = true;
+    }
+
+    /// After the end: only leases are of interest.
+    fn receive_late(&mut self, message: Message<B>) {
+        match message {
+            Message::Returned { held, done, .. } => self.retire_stray(Some(held.vm), done),
+            Message::Offer(.., vm, reply) => {
+                let refusal = OfferError {
+                    vm: Some(vm),
+                    why: OfferRefusal::Stopping,
+                };
+                if let Err(Err(OfferError { vm, .. })) = reply.send(Err(refusal)) {
+                    self.retire_stray(vm, None);
+                }
+            }
+            Message::Replenish(.., reply) => {
+                // The one who asked may have gone.
+                let _ = reply.send(Replenished::Failed(BootFailure::Stopping));
+            }
+            _ => {}
+        }
+    }
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Leaves a stopped pool behind, also when the runtime drops the actor in the middle of its work.
+struct Ending<B: Backend>(Arc<Shared<B>>);
+
+impl<B: Backend> Drop for Ending<B> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.inbox = None;
+        state.pending.clear();
+        let killed = state.ledger.phase() != Phase::Stopped;
+        if killed {
+            state.ledger.abort();
+        }
+        let slots: Vec<_> = state.slots.drain().collect();
+        let waiters: Vec<_> = state.waiters.drain().collect();
+        drop(state);
+        drop((slots, waiters));
+        self.0.step.send_modify(|step| *step = step.wrapping_add(1));
+        self.0.emit(None, None, EventKind::Stopped);
+    }
+}

@@ -1,0 +1,133 @@
+//! What a pool needs from whatever makes its VMs.
+//!
+//! The pool decides *when*; a backend knows *how*. [`crate::fake::FakeBackend`] scripts every answer
+//! for tests, the KVM backend boots or forks real guests.
+
+use std::future::Future;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+
+use crate::profile::{Demand, Parking, Profile};
+use crate::slot::VmId;
+
+/// Makes, proves, parks and destroys the VMs of a pool.
+///
+/// # Rules for implementors
+/// - Methods that return no future ([`alive`](Self::alive), [`pause`](Self::pause),
+///   [`resume`](Self::resume), [`hand_off`](Self::hand_off), [`remote`](Self::remote)) and the part of
+///   [`probe`](Self::probe) and [`ended`](Self::ended) that makes the future run under the pool's
+///   lock: they must not block, and must not call back into the pool.
+/// - `pause` and `resume` are *requests* and keep their order: the last one wins.
+/// - Dropping any future, or a VM, at any moment is safe and leaves nothing behind.
+pub trait Backend: Send + Sync + 'static {
+    /// One VM. Its owner is the only one: the slot while parked, the lease while out.
+    type Vm: Send + Sync + 'static;
+    /// A handle that does not keep the VM alive; see [`Remote`].
+    type Remote: Remote;
+    /// Why a VM could not be made.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Gets ready to make VMs of `profile` (image, template). Called once per start, before the
+    /// first [`create`](Self::create) of that profile; a second call should find its work done.
+    fn prepare(&self, profile: &Profile) -> impl Future<Output = Result<(), Self::Error>> + Send;
+
+    /// Makes one VM and does all that a fresh VM needs (boot or fork, handshake, random state,
+    /// identity, warm-up command). The pool bounds it in time and probes the VM before parking it.
+    fn create(
+        &self,
+        profile: &Profile,
+        id: VmId,
+    ) -> impl Future<Output = Result<Self::Vm, Self::Error>> + Send;
+
+    /// Asks the VM once whether it works. The future must not borrow the VM: the VM may be handed
+    /// out, and the probe dropped, at any moment. The pool adds the timeout and the retries.
+    fn probe(&self, vm: &Self::Vm) -> BoxFuture<'static, Result<(), ProbeError>>;
+
+    /// Destroys the VM and resolves when nothing of it remains. Runs off every caller's path.
+    fn retire(&self, vm: Self::Vm) -> impl Future<Output = ()> + Send;
+
+    /// Resolves when the VM has ended by itself or was killed, at once if it already has.
+    fn ended(&self, vm: &Self::Vm) -> BoxFuture<'static, ()>;
+
+    /// Whether the VM still runs, as far as one can tell without asking it. Called on the acquire
+    /// path: a load, not a system call.
+    fn alive(&self, vm: &Self::Vm) -> bool;
+
+    /// The handle by which the pool ends a VM that somebody else owns.
+    fn remote(&self, vm: &Self::Vm) -> Self::Remote;
+
+    /// Asks for the vCPUs to stop, because the VM is parked and the policy says paused.
+    fn pause(&self, _vm: &Self::Vm) {}
+
+    /// Asks for the vCPUs to go on, because the VM is about to be checked.
+    fn resume(&self, vm: &Self::Vm);
+
+    /// Signals that the VM now belongs to a caller: resume, start to deflate, return.
+    fn hand_off(&self, vm: &Self::Vm) {
+        self.resume(vm);
+    }
+
+    /// How VMs of `profile` wait when neither the profile nor the pool's configuration says.
+    fn parking(&self, _profile: &Profile) -> Parking {
+        Parking::Running
+    }
+
+    /// What one VM of `profile` takes from the host's limits.
+    fn demand(&self, profile: &Profile) -> Demand {
+        profile.demand()
+    }
+
+    /// Factor on every timeout; more than 1 where guests run slowly.
+    fn time_scale(&self) -> u32 {
+        1
+    }
+
+    /// A short, fixed label for the kind of `error` (metrics).
+    fn failure_kind(&self, _error: &Self::Error) -> &'static str {
+        "backend"
+    }
+
+    /// Memory in bytes that this VM shares with nobody, if cheap to tell (metrics).
+    fn private_bytes(&self, _vm: &Self::Vm) -> Option<u64> {
+        None
+    }
+}
+
+/// A weak handle to one VM, wherever it is.
+pub trait Remote: Send + Sync + 'static {
+    /// Ends the VM; resolves when its guest runs no more. Ending an ended VM is fine.
+    fn kill(&self) -> impl Future<Output = ()> + Send;
+
+    /// A number that changes whenever the VM does something for its owner; the idle limit of
+    /// leases compares two readings. A constant means "cannot tell" and makes every lease idle.
+    fn activity(&self) -> u64;
+}
+
+/// Why a probe did not prove a VM healthy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ProbeError {
+    /// No answer, or the connection was lost: may be bad luck, so it is tried again.
+    #[error("the guest did not answer")]
+    Lost,
+    /// No answer within the ping timeout (set by the pool): tried again.
+    #[error("the guest did not answer within {0:?}")]
+    TimedOut(Duration),
+    /// The guest answered something it must not: not tried again.
+    #[error("the guest answered wrongly: {0}")]
+    Wrong(&'static str),
+    /// The VM is gone: not tried again.
+    #[error("the guest has ended")]
+    Dead,
+}
+
+impl ProbeError {
+    /// Whether another attempt may tell otherwise.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Lost | Self::TimedOut(_) => true,
+            Self::Wrong(_) | Self::Dead => false,
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! What can go wrong, one enum for each operation.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::backend::ProbeError;
+use crate::ledger::Shortage;
+use crate::permit::Denial;
+use crate::profile::Mismatch;
+use crate::slot::VmId;
+
+/// Why no VM was handed out.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum AcquireError {
+    /// None is ready; boot one, or wait with `acquire_timeout`.
+    #[error("no VM of profile {profile:?} is ready: {why}")]
+    Exhausted {
+        /// The profile.
+        profile: String,
+        /// Why.
+        why: Shortage,
+    },
+    /// No profile serves the request.
+    #[error("no profile serves the request: {}", Listed(.0))]
+    NotEligible(Vec<Ineligible>),
+    /// There is no such profile.
+    #[error("unknown profile {name:?}; known are: {}", known.join(", "))]
+    UnknownProfile {
+        /// The name asked for.
+        name: String,
+        /// All names.
+        known: Vec<String>,
+    },
+    /// None became ready in time.
+    #[error("no VM of profile {profile:?} became ready within {waited:?}: {why}")]
+    Timeout {
+        /// The profile.
+        profile: String,
+        /// How long the caller waited.
+        waited: Duration,
+        /// Why there still is none.
+        why: Shortage,
+    },
+    /// The profile is being drained.
+    #[error("profile {0:?} is being drained; undrain it first")]
+    Draining(String),
+    /// The pool stops or has stopped.
+    #[error("the pool is stopping")]
+    Stopping,
+    /// The pool was not started.
+    #[error("the pool has not been started")]
+    NotStarted,
+}
+
+/// Why one profile does not serve a request.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{profile}: {}", Listed(.mismatches))]
+pub struct Ineligible {
+    /// The profile.
+    pub profile: String,
+    /// All that the request needs and the profile has not.
+    pub mismatches: Vec<Mismatch>,
+}
+
+/// Why a boot added no VM to the pool.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum BootFailure {
+    /// The backend could not make it; see [`source`](Error::source).
+    Backend(Arc<dyn Error + Send + Sync>),
+    /// It took longer than this.
+    TimedOut(Duration),
+    /// It was made but did not prove healthy.
+    Unhealthy(ProbeError),
+    /// The backend panicked.
+    Panicked,
+    /// The host's limits are reached.
+    Denied(Denial),
+    /// It was given up: nobody wants it any more.
+    Cancelled,
+    /// The pool stops.
+    Stopping,
+}
+
+impl fmt::Display for BootFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Backend(_) => f.write_str("the VM could not be made"),
+            Self::TimedOut(limit) => write!(
+                f,
+                "the VM was not up within {limit:?}; raise boot.timeout_ms if its image is slow"
+            ),
+            Self::Unhealthy(_) => f.write_str("the fresh VM did not prove healthy"),
+            Self::Panicked => f.write_str("the backend panicked while it made the VM"),
+            Self::Denied(_) => f.write_str("the host's limits are reached"),
+            Self::Cancelled => f.write_str("the boot was given up"),
+            Self::Stopping => f.write_str("the pool is stopping"),
+        }
+    }
+}
+
+impl Error for BootFailure {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Backend(cause) => Some(cause.as_ref()),
+            Self::Unhealthy(cause) => Some(cause),
+            Self::Denied(cause) => Some(cause),
+            Self::TimedOut(_) | Self::Panicked | Self::Cancelled | Self::Stopping => None,
+        }
+    }
+}
+
+/// What one call of `replenish` did.
+#[derive(Debug, Clone)]
+pub enum Replenished {
+    /// One VM was added.
+    Booted(VmId),
+    /// The pool holds as many as it should.
+    Full,
+    /// The one boot failed.
+    Failed(BootFailure),
+}
+
+/// Why an offered VM was not adopted. The VM comes back with it.
+#[derive(Debug)]
+pub struct OfferError<V> {
+    /// The VM, unless it was lost on the way (a backend that panicked in its check).
+    pub vm: Option<V>,
+    /// Why.
+    pub why: OfferRefusal,
+}
+
+/// Why an offered VM was not adopted.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum OfferRefusal {
+    /// The pool holds as many as it should.
+    #[error("the pool is full")]
+    Full,
+    /// It did not prove healthy.
+    #[error("the VM did not prove healthy")]
+    Unhealthy(#[source] ProbeError),
+    /// The host's limits are reached.
+    #[error("the host's limits are reached")]
+    Denied(#[source] Denial),
+    /// Its check panicked.
+    #[error("the backend panicked while it checked the VM")]
+    Panicked,
+    /// The pool does not run.
+    #[error("the pool is stopping or has not been started")]
+    Stopping,
+    /// There is no such profile.
+    #[error("unknown profile {0:?}")]
+    UnknownProfile(String),
+}
+
+impl<V> fmt::Display for OfferError<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the offered VM was refused: {}", self.why)
+    }
+}
+
+/// Why a pool did not start. All that was made is destroyed.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// It has been started already.
+    #[error("the pool is running already")]
+    Running,
+    /// It is being stopped.
+    #[error("the pool is stopping; await stop before starting again")]
+    Stopping,
+    /// A profile has not a single VM.
+    #[error("no VM at all could be booted for: {}", names(.0))]
+    NoVm(StartReport),
+    /// There is no tokio runtime to run on.
+    #[error("a pool must be started within a tokio runtime")]
+    NoRuntime,
+}
+
+/// How a start went, profile by profile.
+#[derive(Debug, Clone, Default)]
+pub struct StartReport {
+    /// In the order of the configuration.
+    pub profiles: Vec<ProfileStart>,
+}
+
+/// How the start of one profile went.
+#[derive(Debug, Clone)]
+pub struct ProfileStart {
+    /// The profile.
+    pub profile: String,
+    /// VMs that are ready.
+    pub booted: usize,
+    /// Why the others are not.
+    pub failures: Vec<BootFailure>,
+}
+
+/// The profile has no such name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown profile {name:?}; known are: {}", known.join(", "))]
+pub struct UnknownProfile {
+    /// The name asked for.
+    pub name: String,
+    /// All names.
+    pub known: Vec<String>,
+}
+
+/// The deadline passed first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotReady {
+    /// Some profile was not full.
+    #[error("the pool was not full within {0:?}")]
+    Timeout(Duration),
+    /// The pool stops or has not been started.
+    #[error("the pool is stopping or has not been started")]
+    NotRunning,
+}
+
+fn names(report: &StartReport) -> String {
+    let empty = report.profiles.iter().filter(|profile| profile.booted == 0);
+    let names: Vec<_> = empty
+        .map(|profile| match profile.failures.first() {
+            Some(BootFailure::Backend(cause)) => format!("{} ({cause})", profile.profile),
+            Some(failure) => format!("{} ({failure})", profile.profile),
+            None => profile.profile.clone(),
+        })
+        .collect();
+    names.join(", ")
+}
+
+struct Listed<'a, T>(&'a [T]);
+
+impl<T: fmt::Display> fmt::Display for Listed<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, item) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "; " };
+            write!(f, "{comma}{item}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,415 @@
+//! A backend whose every answer is scripted: for tests of pools, and of programs that use one.
+//!
+//! ```
+//! use hearth_pool::fake::{Boot, FakeBackend};
+//! let fake = FakeBackend::new();
+//! fake.script("python", [Boot::Fail("no such image"), Boot::Fine]);
+//! ```
+
+mod gate;
+mod vm;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+pub use gate::Gate;
+use tokio::time::sleep;
+use vm::Life;
+pub use vm::{FakeRemote, FakeVm, FakeVmError, FakeVmHandle};
+
+use crate::backend::{Backend, ProbeError};
+use crate::host::Host;
+use crate::profile::{Parking, Profile};
+use crate::slot::VmId;
+
+/// How one boot goes.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Boot {
+    /// At once.
+    Fine,
+    /// After so long.
+    After(Duration),
+    /// As soon as the gate lets it through.
+    Gate(Gate),
+    /// It fails.
+    Fail(&'static str),
+    /// It fails after so long.
+    FailAfter(Duration, &'static str),
+    /// It never ends.
+    Hang,
+    /// The backend panics.
+    Panic,
+    /// It yields a VM that has ended already.
+    Dead,
+    /// It yields a VM that answers nothing.
+    Frozen,
+}
+
+/// How one ping goes.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Ping {
+    /// Answered.
+    Pong,
+    /// Answered after so long.
+    After(Duration),
+    /// Answered as soon as the gate lets it through.
+    Gate(Gate),
+    /// Lost at once.
+    Lost,
+    /// Never answered.
+    Silence,
+    /// Answered in a way that no healthy guest answers.
+    Wrong(&'static str),
+    /// The VM ends while it is asked.
+    Dies,
+    /// The backend panics.
+    Panic,
+}
+
+/// The error of [`Boot::Fail`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct FakeError(pub &'static str);
+
+/// How often things happened, for one profile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tally {
+    /// Boots begun.
+    pub boots: usize,
+    /// Boots under way now.
+    pub booting: usize,
+    /// Most boots under way at a time.
+    pub most_booting: usize,
+    /// VMs made.
+    pub created: usize,
+    /// VMs destroyed through [`Backend::retire`].
+    pub retired: usize,
+    /// VMs that were dropped otherwise.
+    pub dropped: usize,
+    /// VMs that exist now, with callers or without.
+    pub live: usize,
+}
+
+#[derive(Default)]
+struct World {
+    tallies: HashMap<String, Tally>,
+    scripts: HashMap<String, VecDeque<Boot>>,
+    defaults: HashMap<String, Boot>,
+    prepare: HashMap<String, VecDeque<Boot>>,
+    pings: HashMap<String, VecDeque<Ping>>,
+    /// Percent of boots that fail, and the state of the generator that draws them.
+    failing: (u64, u64),
+    retire: Option<Gate>,
+    vms: BTreeMap<VmId, Weak<Life>>,
+}
+
+/// See the [module](self). Clones are the same backend.
+#[derive(Clone, Default)]
+pub struct FakeBackend {
+    world: Arc<Mutex<World>>,
+    parking: Option<Parking>,
+}
+
+impl FakeBackend {
+    /// Every boot succeeds at once, every ping is answered.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How VMs wait unless configured.
+    #[must_use]
+    pub fn with_parking(mut self, parking: Parking) -> Self {
+        self.parking = Some(parking);
+        self
+    }
+
+    fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next boots of `profile`, in order.
+    pub fn script(&self, profile: &str, boots: impl IntoIterator<Item = Boot>) {
+        self.world()
+            .scripts
+            .entry(profile.to_owned())
+            .or_default()
+            .extend(boots);
+    }
+
+    /// All boots of `profile` that are not scripted.
+    pub fn by_default(&self, profile: &str, boot: Boot) {
+        self.world().defaults.insert(profile.to_owned(), boot);
+    }
+
+    /// The next preparations of `profile`, in order.
+    pub fn script_prepare(&self, profile: &str, steps: impl IntoIterator<Item = Boot>) {
+        self.world()
+            .prepare
+            .entry(profile.to_owned())
+            .or_default()
+            .extend(steps);
+    }
+
+    /// The first pings of all VMs of `profile` that are made from now on.
+    pub fn script_pings(&self, profile: &str, pings: impl IntoIterator<Item = Ping>) {
+        self.world()
+            .pings
+            .insert(profile.to_owned(), pings.into_iter().collect());
+    }
+
+    /// Lets so many percent of the boots that are not scripted fail, drawn from `seed`.
+    pub fn fail_percent(&self, percent: u64, seed: u64) {
+        self.world().failing = (percent, seed | 1);
+    }
+
+    /// Every destruction waits for this gate.
+    pub fn gate_retire(&self, gate: Option<Gate>) {
+        self.world().retire = gate;
+    }
+
+    /// How often things happened.
+    #[must_use]
+    pub fn tally(&self, profile: &str) -> Tally {
+        self.world()
+            .tallies
+            .get(profile)
+            .copied()
+            .unwrap_or_default()
+    }
+
+    /// VMs that exist now.
+    #[must_use]
+    pub fn live(&self) -> Vec<FakeVmHandle> {
+        let world = self.world();
+        world
+            .vms
+            .values()
+            .filter_map(Weak::upgrade)
+            .map(FakeVmHandle::new)
+            .collect()
+    }
+
+    /// One VM that exists now.
+    #[must_use]
+    pub fn vm(&self, id: VmId) -> Option<FakeVmHandle> {
+        self.world()
+            .vms
+            .get(&id)
+            .and_then(Weak::upgrade)
+            .map(FakeVmHandle::new)
+    }
+
+    /// Makes a VM outside of any pool, to offer it to one.
+    #[must_use]
+    pub fn make(&self, profile: &str) -> FakeVm {
+        self.make_as(
+            profile,
+            VmId(u64::MAX - u64::try_from(self.world().vms.len()).unwrap_or(0)),
+        )
+    }
+
+    fn make_as(&self, profile: &str, id: VmId) -> FakeVm {
+        let mut world = self.world();
+        let pings = world.pings.get(profile).cloned().unwrap_or_default();
+        let life = Life::new(id, profile, pings);
+        world.vms.insert(id, Arc::downgrade(&life));
+        let tally = world.tallies.entry(profile.to_owned()).or_default();
+        tally.created += 1;
+        tally.live += 1;
+        FakeVm {
+            life,
+            backend: self.clone(),
+            retired: false,
+        }
+    }
+
+    fn next_boot(&self, profile: &str) -> Boot {
+        let mut world = self.world();
+        if let Some(boot) = world.scripts.get_mut(profile).and_then(VecDeque::pop_front) {
+            return boot;
+        }
+        let (percent, state) = &mut world.failing;
+        if *percent > 0 {
+            *state ^= *state << 13;
+            *state ^= *state >> 7;
+            *state ^= *state << 17;
+            if *state % 100 < *percent {
+                return Boot::Fail("drawn to fail");
+            }
+        }
+        world.defaults.get(profile).cloned().unwrap_or(Boot::Fine)
+    }
+
+    /// Called by the VM's drop.
+    fn gone(&self, life: &Life, retired: bool) {
+        let mut world = self.world();
+        world.vms.remove(&life.id);
+        if let Some(tally) = world.tallies.get_mut(&life.profile) {
+            tally.live -= 1;
+            if retired {
+                tally.retired += 1;
+            } else {
+                tally.dropped += 1;
+            }
+        }
+    }
+}
+
+/// Counts a boot as under way, however it ends.
+struct UnderWay<'a>(&'a FakeBackend, &'a str);
+
+impl<'a> UnderWay<'a> {
+    fn new(backend: &'a FakeBackend, profile: &'a str) -> Self {
+        let mut world = backend.world();
+        let tally = world.tallies.entry(profile.to_owned()).or_default();
+        tally.boots += 1;
+        tally.booting += 1;
+        tally.most_booting = tally.most_booting.max(tally.booting);
+        drop(world);
+        Self(backend, profile)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        if let Some(tally) = self.0.world().tallies.get_mut(self.1) {
+            tally.booting -= 1;
+        }
+    }
+}
+
+async fn follow(boot: &Boot) -> Result<(), FakeError> {
+    match boot {
+        Boot::Fine | Boot::Dead | Boot::Frozen => Ok(()),
+        Boot::After(time) => {
+            sleep(*time).await;
+            Ok(())
+        }
+        Boot::Gate(gate) => {
+            gate.pass().await;
+            Ok(())
+        }
+        Boot::Fail(why) => Err(FakeError(why)),
+        Boot::FailAfter(time, why) => {
+            sleep(*time).await;
+            Err(FakeError(why))
+        }
+        Boot::Hang => std::future::pending().await,
+        Boot::Panic => std::panic::panic_any("a scripted panic of the fake backend"),
+    }
+}
+
+impl Backend for FakeBackend {
+    type Vm = FakeVm;
+    type Remote = FakeRemote;
+    type Error = FakeError;
+
+    async fn prepare(&self, profile: &Profile) -> Result<(), FakeError> {
+        let step = self
+            .world()
+            .prepare
+            .get_mut(&profile.name)
+            .and_then(VecDeque::pop_front);
+        follow(&step.unwrap_or(Boot::Fine)).await
+    }
+
+    async fn create(&self, profile: &Profile, id: VmId) -> Result<FakeVm, FakeError> {
+        let _under_way = UnderWay::new(self, &profile.name);
+        let boot = self.next_boot(&profile.name);
+        follow(&boot).await?;
+        let vm = self.make_as(&profile.name, id);
+        match boot {
+            Boot::Dead => vm.handle().kill(),
+            Boot::Frozen => vm.handle().freeze(),
+            _ => {}
+        }
+        Ok(vm)
+    }
+
+    fn probe(&self, vm: &FakeVm) -> BoxFuture<'static, Result<(), ProbeError>> {
+        vm.life.clone().probe().boxed()
+    }
+
+    async fn retire(&self, mut vm: FakeVm) {
+        let gate = self.world().retire.clone();
+        if let Some(gate) = gate {
+            gate.pass().await;
+        }
+        vm.retired = true;
+    }
+
+    fn ended(&self, vm: &FakeVm) -> BoxFuture<'static, ()> {
+        vm.life.ended().boxed()
+    }
+
+    fn alive(&self, vm: &FakeVm) -> bool {
+        vm.life.is_alive()
+    }
+
+    fn remote(&self, vm: &FakeVm) -> FakeRemote {
+        FakeRemote(Arc::downgrade(&vm.life))
+    }
+
+    fn pause(&self, vm: &FakeVm) {
+        vm.life.set_paused(true);
+    }
+
+    fn resume(&self, vm: &FakeVm) {
+        vm.life.set_paused(false);
+    }
+
+    fn hand_off(&self, vm: &FakeVm) {
+        vm.life.hand_off();
+    }
+
+    fn parking(&self, _profile: &Profile) -> Parking {
+        self.parking.unwrap_or(Parking::Running)
+    }
+}
+
+/// A host whose memory is what a test says.
+#[derive(Debug, Clone, Default)]
+pub struct FakeHost {
+    available_mib: Option<u64>,
+    stall_percent: Arc<Mutex<f64>>,
+}
+
+impl FakeHost {
+    /// A host with so much memory available; none: not known.
+    #[must_use]
+    pub fn new(available_mib: Option<u64>) -> Self {
+        Self {
+            available_mib,
+            ..Self::default()
+        }
+    }
+
+    /// Sets the memory stall.
+    pub fn stall(&self, percent: f64) {
+        *self
+            .stall_percent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = percent;
+    }
+}
+
+impl Host for FakeHost {
+    fn memory_available_mib(&self) -> Option<u64> {
+        self.available_mib
+    }
+
+    fn memory_stall_percent(&self) -> Option<f64> {
+        Some(
+            *self
+                .stall_percent
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        )
+    }
+}

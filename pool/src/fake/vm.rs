@@ -1,0 +1,252 @@
+//! The VMs of the fake backend.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::{Future, pending};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use super::{FakeBackend, Ping};
+use crate::backend::{ProbeError, Remote};
+use crate::slot::VmId;
+
+/// What the VM, its handles and its probes share.
+#[derive(Debug)]
+pub(super) struct Life {
+    pub(super) id: VmId,
+    pub(super) profile: String,
+    state: watch::Sender<Now>,
+    pings: Mutex<VecDeque<Ping>>,
+    probes: AtomicUsize,
+    hand_offs: AtomicUsize,
+    activity: AtomicU64,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Now {
+    ended: bool,
+    frozen: bool,
+    paused: bool,
+}
+
+impl Life {
+    pub(super) fn new(id: VmId, profile: &str, pings: VecDeque<Ping>) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            profile: profile.to_owned(),
+            state: watch::channel(Now::default()).0,
+            pings: Mutex::new(pings),
+            probes: AtomicUsize::new(0),
+            hand_offs: AtomicUsize::new(0),
+            activity: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        !self.state.borrow().ended
+    }
+
+    pub(super) fn set_paused(&self, paused: bool) {
+        self.state.send_modify(|now| now.paused = paused);
+    }
+
+    pub(super) fn hand_off(&self) {
+        self.hand_offs.fetch_add(1, Ordering::SeqCst);
+        self.set_paused(false);
+    }
+
+    fn end(&self) {
+        self.state.send_modify(|now| now.ended = true);
+    }
+
+    pub(super) fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut state = self.state.subscribe();
+        async move {
+            // An error means that the VM was destroyed: an end, too.
+            let _ = state.wait_for(|now| now.ended).await.map(|_| ());
+        }
+    }
+
+    /// A frozen or paused guest answers when it runs again.
+    async fn runs(&self) {
+        let mut state = self.state.subscribe();
+        if state
+            .wait_for(|now| !now.frozen && !now.paused)
+            .await
+            .is_err()
+        {
+            pending::<()>().await;
+        }
+    }
+
+    pub(super) async fn probe(self: Arc<Self>) -> Result<(), ProbeError> {
+        self.probes.fetch_add(1, Ordering::SeqCst);
+        let next = self
+            .pings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop_front();
+        tokio::select! {
+            biased;
+            () = self.ended() => Err(ProbeError::Dead),
+            answer = self.answer(next.unwrap_or(Ping::Pong)) => answer,
+        }
+    }
+
+    async fn answer(&self, ping: Ping) -> Result<(), ProbeError> {
+        self.runs().await;
+        match ping {
+            Ping::Pong => Ok(()),
+            Ping::After(time) => {
+                sleep(time).await;
+                Ok(())
+            }
+            Ping::Gate(gate) => {
+                gate.pass().await;
+                Ok(())
+            }
+            Ping::Lost => Err(ProbeError::Lost),
+            Ping::Silence => pending().await,
+            Ping::Wrong(what) => Err(ProbeError::Wrong(what)),
+            Ping::Dies => {
+                self.end();
+                Err(ProbeError::Dead)
+            }
+            Ping::Panic => std::panic::panic_any("a scripted panic of the fake backend"),
+        }
+    }
+}
+
+/// A VM of the fake backend.
+pub struct FakeVm {
+    pub(super) life: Arc<Life>,
+    pub(super) backend: FakeBackend,
+    pub(super) retired: bool,
+}
+
+impl FakeVm {
+    /// A handle to see and disturb it.
+    #[must_use]
+    pub fn handle(&self) -> FakeVmHandle {
+        FakeVmHandle::new(Arc::clone(&self.life))
+    }
+
+    /// Does something for its owner.
+    ///
+    /// # Errors
+    /// If the VM has ended or cannot answer.
+    pub fn work(&self) -> Result<u64, FakeVmError> {
+        let now = *self.life.state.borrow();
+        if now.ended {
+            Err(FakeVmError::Ended)
+        } else if now.paused || now.frozen {
+            Err(FakeVmError::Stuck)
+        } else {
+            Ok(self.life.activity.fetch_add(1, Ordering::SeqCst) + 1)
+        }
+    }
+}
+
+/// Why a fake VM did not work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FakeVmError {
+    /// It has ended.
+    #[error("the VM has ended")]
+    Ended,
+    /// Its vCPUs do not run.
+    #[error("the VM does not run")]
+    Stuck,
+}
+
+impl Drop for FakeVm {
+    fn drop(&mut self) {
+        self.life.end();
+        self.backend.gone(&self.life, self.retired);
+    }
+}
+
+impl fmt::Debug for FakeVm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.life.fmt(f)
+    }
+}
+
+/// Sees and disturbs a VM, whoever owns it.
+#[derive(Debug, Clone)]
+pub struct FakeVmHandle(Arc<Life>);
+
+impl FakeVmHandle {
+    pub(super) fn new(life: Arc<Life>) -> Self {
+        Self(life)
+    }
+
+    /// The number that it was made under.
+    #[must_use]
+    pub fn id(&self) -> VmId {
+        self.0.id
+    }
+
+    /// Ends it, as a panic, a power-off or a kill would.
+    pub fn kill(&self) {
+        self.0.end();
+    }
+
+    /// Freezes its vCPUs; resuming does not help.
+    pub fn freeze(&self) {
+        self.0.state.send_modify(|now| now.frozen = true);
+    }
+
+    /// Says how its next pings go, in order.
+    pub fn script_pings(&self, pings: impl IntoIterator<Item = Ping>) {
+        self.0
+            .pings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(pings);
+    }
+
+    /// Whether it has not ended.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.0.is_alive()
+    }
+
+    /// Whether its vCPUs are paused.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.0.state.borrow().paused
+    }
+
+    /// How often it was probed.
+    #[must_use]
+    pub fn probes(&self) -> usize {
+        self.0.probes.load(Ordering::SeqCst)
+    }
+
+    /// How often it was handed out.
+    #[must_use]
+    pub fn hand_offs(&self) -> usize {
+        self.0.hand_offs.load(Ordering::SeqCst)
+    }
+}
+
+/// The weak handle of the fake backend.
+#[derive(Debug)]
+pub struct FakeRemote(pub(super) Weak<Life>);
+
+impl Remote for FakeRemote {
+    async fn kill(&self) {
+        if let Some(life) = self.0.upgrade() {
+            life.end();
+        }
+    }
+
+    fn activity(&self) -> u64 {
+        self.0
+            .upgrade()
+            .map_or(0, |life| life.activity.load(Ordering::SeqCst))
+    }
+}

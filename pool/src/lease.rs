@@ -1,0 +1,181 @@
+//! A VM that belongs to a caller, until it is dropped.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::actor::Message;
+use crate::backend::{Backend, ProbeError};
+use crate::health;
+use crate::ledger::ProfileId;
+use crate::permit::Reservation;
+use crate::shared::Shared;
+use crate::slot::VmId;
+
+/// A VM on lease: used once, then destroyed.
+///
+/// Dereferences to the backend's VM. Dropping it, anywhere and at any moment, gives the VM back: the
+/// drop only sends on a path that was reserved when the VM was acquired; destruction happens in the
+/// pool's own tasks. Use [`release`](Self::release) to wait for that, and
+/// [`into_inner`](Self::into_inner) to keep the VM.
+#[must_use = "dropping a lease destroys its VM"]
+pub struct Lease<B: Backend> {
+    shared: Arc<Shared<B>>,
+    /// Unbounded, and so never full: at most one message for each lease out.
+    home: mpsc::UnboundedSender<Message<B>>,
+    id: VmId,
+    profile: ProfileId,
+    since: Instant,
+    /// Present until the lease is over.
+    held: Option<Held<B>>,
+    /// Whether a caller has it; before that, it goes back as good as new.
+    touched: bool,
+}
+
+/// What a lease owns.
+pub(crate) struct Held<B: Backend> {
+    pub(crate) vm: B::Vm,
+    pub(crate) reservation: Option<Reservation>,
+}
+
+impl<B: Backend> Lease<B> {
+    pub(crate) fn untouched(
+        shared: Arc<Shared<B>>,
+        home: mpsc::UnboundedSender<Message<B>>,
+        id: VmId,
+        profile: ProfileId,
+        held: Held<B>,
+    ) -> Self {
+        let since = Instant::now();
+        Self {
+            shared,
+            home,
+            id,
+            profile,
+            since,
+            held: Some(held),
+            touched: false,
+        }
+    }
+
+    /// From here on the VM is the caller's.
+    pub(crate) fn hand_off(mut self) -> Self {
+        if let Some(held) = &self.held {
+            self.shared.backend.hand_off(&held.vm);
+        }
+        self.touched = true;
+        self
+    }
+
+    pub(crate) fn is_alive(&self) -> bool {
+        self.held
+            .as_ref()
+            .is_some_and(|held| self.shared.backend.alive(&held.vm))
+    }
+
+    /// The VM's number.
+    #[must_use]
+    pub fn id(&self) -> VmId {
+        self.id
+    }
+
+    /// The name of its profile.
+    #[must_use]
+    pub fn profile(&self) -> &str {
+        self.shared
+            .profile(self.profile)
+            .map_or("", |profile| &profile.spec.name)
+    }
+
+    /// Checks the VM as the pool does: same probes, same retries, same verdict.
+    ///
+    /// # Errors
+    /// Why it is not healthy.
+    pub async fn ping(&self) -> Result<(), ProbeError> {
+        let probe = || {
+            self.held
+                .as_ref()
+                .map(|held| self.shared.backend.probe(&held.vm))
+        };
+        health::check(self.shared.check_rules, probe)
+            .await
+            .map(|_| ())
+    }
+
+    /// Takes the VM out of the pool for good. The pool refills; the reservation keeps the VM counted
+    /// in the pool's limits and must live as long as the VM.
+    pub fn into_inner(mut self) -> (B::Vm, Option<Reservation>) {
+        let Some(Held { vm, reservation }) = self.held.take() else {
+            // Every method that empties a lease also consumes it.
+            unreachable!("a lease that was given up is used again")
+        };
+        // If nobody listens, the pool has stopped and keeps no account.
+        let _ = self.home.send(Message::Withdrawn(self.id));
+        (vm, reservation)
+    }
+
+    /// Gives the VM back and resolves when it is destroyed. Cancelling the future is fine: the VM is
+    /// destroyed all the same.
+    pub async fn release(mut self) {
+        let (done, destroyed) = oneshot::channel();
+        self.give_back(Some(done));
+        drop(self);
+        // An error means that the pool is gone, and the VM with it.
+        let _ = destroyed.await;
+    }
+
+    fn give_back(&mut self, done: Option<oneshot::Sender<()>>) {
+        let Some(held) = self.held.take() else { return };
+        if self.touched
+            && let Some(profile) = self.shared.profile(self.profile)
+        {
+            profile.metrics.lease.record(self.since.elapsed());
+        }
+        let untouched = !self.touched;
+        // If nobody listens, the pool has stopped: the VM comes back in the error and is dropped.
+        let _ = self.home.send(Message::Returned {
+            id: self.id,
+            held,
+            untouched,
+            done,
+        });
+    }
+}
+
+impl<B: Backend> Drop for Lease<B> {
+    fn drop(&mut self) {
+        self.give_back(None);
+    }
+}
+
+impl<B: Backend> Deref for Lease<B> {
+    type Target = B::Vm;
+
+    fn deref(&self) -> &B::Vm {
+        match &self.held {
+            Some(held) => &held.vm,
+            None => unreachable!("a lease that was given up is used again"),
+        }
+    }
+}
+
+impl<B: Backend> DerefMut for Lease<B> {
+    fn deref_mut(&mut self) -> &mut B::Vm {
+        match &mut self.held {
+            Some(held) => &mut held.vm,
+            None => unreachable!("a lease that was given up is used again"),
+        }
+    }
+}
+
+impl<B: Backend> fmt::Debug for Lease<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease")
+            .field("vm", &self.id)
+            .field("profile", &self.profile())
+            .finish()
+    }
+}

@@ -1,0 +1,195 @@
+//! When boots that fail may be tried again: backoff first, then a circuit breaker.
+//!
+//! ```text
+//!            failure                     failures in a row reach the limit
+//!  Closed ------------> Closed, waits ---------------------------------------> Open, waits
+//!    ^                                                                           |   ^
+//!    |  success                                                     wait is over |   | failure,
+//!    +------------------------------------------------------------- Half open <--+   | waits twice
+//!                                                                   (one boot) ------+ as long
+//! ```
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// The limits that a [`Breaker`] goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BreakerRules {
+    /// Shortest wait after a failure.
+    pub backoff_min: Duration,
+    /// Longest wait while closed.
+    pub backoff_max: Duration,
+    /// Failures in a row that open it.
+    pub failures: u32,
+    /// First wait of an open breaker; doubles with each failure that follows.
+    pub cooldown: Duration,
+    /// Longest wait.
+    pub cooldown_max: Duration,
+}
+
+/// The record of one profile's boots.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Breaker {
+    rules: BreakerRules,
+    /// Failures since the last success.
+    failures: u32,
+    /// Times that it opened since the last success.
+    trips: u32,
+    until: Option<Instant>,
+    jitter: Jitter,
+}
+
+impl Breaker {
+    pub(crate) fn new(rules: BreakerRules, seed: u64) -> Self {
+        Self {
+            rules,
+            failures: 0,
+            trips: 0,
+            until: None,
+            jitter: Jitter::new(seed),
+        }
+    }
+
+    pub(crate) fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.trips > 0
+    }
+
+    /// When the wait ends, if one is on.
+    pub(crate) fn waits_until(&self, now: Instant) -> Option<Instant> {
+        self.until.filter(|until| now < *until)
+    }
+
+    /// How many boots may run, of the `normal` number.
+    pub(crate) fn permits(&self, now: Instant, normal: usize) -> usize {
+        if self.waits_until(now).is_some() {
+            0
+        } else if self.is_open() {
+            normal.min(1)
+        } else {
+            normal
+        }
+    }
+
+    pub(crate) fn succeeded(&mut self) {
+        self.failures = 0;
+        self.trips = 0;
+        self.until = None;
+    }
+
+    pub(crate) fn failed(&mut self, now: Instant) {
+        self.failures = self.failures.saturating_add(1);
+        if self.is_open() && self.waits_until(now).is_some() {
+            // Began before it opened: says nothing new.
+            return;
+        }
+        let wait = if self.is_open() || self.failures >= self.rules.failures {
+            self.trips = self.trips.saturating_add(1);
+            doubled(self.rules.cooldown, self.trips - 1, self.rules.cooldown_max)
+        } else {
+            let longest = doubled(
+                self.rules.backoff_min,
+                self.failures,
+                self.rules.backoff_max,
+            );
+            self.jitter.between(self.rules.backoff_min, longest)
+        };
+        self.until = Some(now + wait);
+    }
+}
+
+/// `base x 2^times`, at most `max`.
+pub(crate) fn doubled(base: Duration, times: u32, max: Duration) -> Duration {
+    let factor = 1_u32.checked_shl(times).unwrap_or(u32::MAX);
+    base.saturating_mul(factor).min(max)
+}
+
+/// A small generator (xorshift64*): spreads retries, decides nothing that matters.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Jitter(u64);
+
+impl Jitter {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed | 1)
+    }
+
+    /// Uniform between `low` and `high`, both included; `low` if they are the wrong way round.
+    pub(crate) fn between(&mut self, low: Duration, high: Duration) -> Duration {
+        let span = high.saturating_sub(low).as_micros();
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        let drawn = u128::from(self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)) % (span + 1);
+        low + Duration::from_micros(u64::try_from(drawn).unwrap_or(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULES: BreakerRules = BreakerRules {
+        backoff_min: Duration::from_millis(200),
+        backoff_max: Duration::from_secs(10),
+        failures: 3,
+        cooldown: Duration::from_secs(30),
+        cooldown_max: Duration::from_secs(100),
+    };
+
+    #[test]
+    fn backs_off_then_opens_then_lets_one_try_and_recovers() {
+        let start = Instant::now();
+        let mut breaker = Breaker::new(RULES, 7);
+        assert_eq!(breaker.permits(start, 4), 4);
+        breaker.failed(start);
+        let wait = breaker.waits_until(start).unwrap() - start;
+        assert!(
+            (RULES.backoff_min..=RULES.backoff_min * 2).contains(&wait),
+            "{wait:?}"
+        );
+        assert_eq!(breaker.permits(start, 4), 0);
+        assert_eq!(breaker.permits(start + wait, 4), 4);
+
+        breaker.failed(start);
+        assert!(!breaker.is_open());
+        breaker.failed(start);
+        assert!(breaker.is_open());
+        let mut now = start;
+        for seconds in [30, 60, 100, 100] {
+            assert_eq!(
+                breaker.waits_until(now),
+                Some(now + Duration::from_secs(seconds))
+            );
+            breaker.failed(now); // a late one changes nothing
+            now += Duration::from_secs(seconds);
+            assert_eq!(breaker.permits(now, 4), 1);
+            breaker.failed(now);
+        }
+        breaker.succeeded();
+        assert!(!breaker.is_open());
+        assert_eq!(breaker.permits(now, 4), 4);
+    }
+
+    #[test]
+    fn jitter_stays_between_its_bounds() {
+        let mut jitter = Jitter::new(0);
+        let (low, high) = (Duration::from_millis(100), Duration::from_millis(400));
+        let drawn: Vec<_> = (0..1000).map(|_| jitter.between(low, high)).collect();
+        assert!(drawn.iter().all(|wait| (low..=high).contains(wait)));
+        assert!(
+            drawn
+                .iter()
+                .any(|wait| *wait < low + Duration::from_millis(30))
+        );
+        assert!(
+            drawn
+                .iter()
+                .any(|wait| *wait > high - Duration::from_millis(30))
+        );
+        assert_eq!(jitter.between(high, low), high);
+    }
+}

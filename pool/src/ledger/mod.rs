@@ -1,0 +1,504 @@
+//! The policy of a pool, as a value: it is told what happened and says what to do.
+//!
+//! It never reads a clock, spawns, waits or logs, so every rule of the pool can be tested by calling
+//! it: at random against its invariants, and exhaustively for small cases.
+//!
+//! ```text
+//!             Booted                    take / Serve              Returned
+//!  Booting ------------> Ready <-----------------------> Leased -----------> Retiring --> (gone)
+//!     |                  |   ^ \         Untouched         |                  ^
+//!     | BootFailed       |   |  +------- Ended, Resize ----|------------------+
+//!     v          Check   v   | healthy                     | Withdrawn        | unhealthy
+//!   (gone)             Checking ---------------------------|------------------+
+//!                        +---------------- take ---------->+--> (gone, the caller's)
+//! ```
+//!
+//! Invariants, at every moment and for each profile:
+//! - ready + checking + booting <= size (0 while draining);
+//! - boots that hold a permit <= the permits of the size, cancelled ones that have not ended included;
+//! - nobody waits while a VM is ready and a lease is free; waiters are served in order of arrival;
+//! - leases <= the limit;
+//! - a VM is in one state, and leaves `Leased` for nothing but `Retiring`, the caller's ownership,
+//!   or, untouched, `Ready`.
+
+mod autoscale;
+mod book;
+pub(crate) mod breaker;
+mod event;
+mod steps;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+pub use autoscale::ScaleRules;
+use book::Book;
+pub use book::Rules;
+pub use breaker::BreakerRules;
+pub use event::{Action, Event, Outcome, Overdue, Refusal, Shortage};
+
+use crate::slot::VmId;
+
+/// A profile, by its place in the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProfileId(pub usize);
+
+/// A caller that waits; smaller came earlier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WaiterId(pub u64);
+
+/// A request for one boot, or an offer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TicketId(pub u64);
+
+/// A health pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PassId(pub u64);
+
+impl PassId {
+    /// The pass that the loop makes by itself.
+    pub const PERIODIC: Self = Self(0);
+}
+
+/// Where the pool is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Nothing runs.
+    Stopped,
+    /// First boots; nobody is served yet.
+    Starting,
+    /// In service.
+    Running,
+    /// Being emptied.
+    Stopping,
+}
+
+/// Why a boot was begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Origin {
+    Refill,
+    Ticket(TicketId),
+    Offer(TicketId),
+}
+
+impl Origin {
+    fn holds_permit(self) -> bool {
+        !matches!(self, Self::Offer(_))
+    }
+
+    fn ticket(self) -> Option<TicketId> {
+        match self {
+            Self::Refill => None,
+            Self::Ticket(ticket) | Self::Offer(ticket) => Some(ticket),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Stage {
+    Booting { origin: Origin, cancelled: bool },
+    Ready,
+    Checking { check: u64, pass: PassId },
+    Leased(Hold),
+    Retiring,
+}
+
+/// What holds of a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Hold {
+    /// The VM is the caller's.
+    Held,
+    /// The pool is ending the VM.
+    Ending,
+    /// The VM has ended; the lease is still out.
+    Ended,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Entry {
+    profile: ProfileId,
+    stage: Stage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Limit {
+    Deadline,
+    Idle,
+}
+
+/// What holds for the pool as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct PoolRules {
+    /// Most leases at a time.
+    pub lease_limit: usize,
+    /// Time between health passes; none: no passes by itself.
+    pub health_interval: Option<Duration>,
+    /// Longest lease.
+    pub lease_deadline: Option<Duration>,
+    /// Longest time that a lease may go unused.
+    pub lease_idle: Option<Duration>,
+}
+
+/// See the [module](self).
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Ledger {
+    rules: PoolRules,
+    phase: Phase,
+    books: Vec<Book>,
+    entries: BTreeMap<VmId, Entry>,
+    leased: usize,
+    pressed: bool,
+    /// Where the round over profiles begins next.
+    turn: usize,
+    next_vm: u64,
+    next_check: u64,
+    next_pass_at: Option<Instant>,
+    stop_at: Option<Instant>,
+    limits: BTreeSet<(Instant, VmId, Limit)>,
+    /// Became ready in this step.
+    fresh: Vec<VmId>,
+    out: Vec<Action>,
+}
+
+/// Counts of one profile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// VMs to keep warm (not lowered by a drain).
+    pub size: usize,
+    /// Parked and not under check.
+    pub ready: usize,
+    /// Under check.
+    pub checking: usize,
+    /// Booting, or offered and under their first check.
+    pub booting: usize,
+    /// With callers.
+    pub leased: usize,
+    /// Being destroyed.
+    pub retiring: usize,
+    /// Callers that wait.
+    pub waiting: usize,
+    /// Callers served, ever.
+    pub hits: u64,
+    /// Times a caller found nothing, ever.
+    pub misses: u64,
+    /// Boots that succeeded, ever.
+    pub boots: u64,
+    /// Boots that failed, ever.
+    pub boot_failures: u64,
+    /// Boots that failed since the last that succeeded.
+    pub failures_in_a_row: u32,
+    /// Whether the breaker is open.
+    pub breaker_open: bool,
+    /// Whether the profile is being drained.
+    pub draining: bool,
+}
+
+impl Ledger {
+    /// A stopped pool of these profiles, in this order.
+    #[must_use]
+    pub fn new(rules: PoolRules, profiles: impl IntoIterator<Item = Rules>) -> Self {
+        Self {
+            rules,
+            phase: Phase::Stopped,
+            books: profiles.into_iter().map(Book::new).collect(),
+            entries: BTreeMap::new(),
+            leased: 0,
+            pressed: false,
+            turn: 0,
+            next_vm: 1,
+            next_check: 1,
+            next_pass_at: None,
+            stop_at: None,
+            limits: BTreeSet::new(),
+            fresh: Vec::new(),
+            out: Vec::new(),
+        }
+    }
+
+    /// Takes in an event and returns all that is to be done now, in order.
+    #[must_use]
+    pub fn apply(&mut self, now: Instant, event: Event) -> Vec<Action> {
+        self.take_in(now, event);
+        self.reconcile(now);
+        std::mem::take(&mut self.out)
+    }
+
+    /// The VM that [`take`](Self::take) would take.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn peek(&self, now: Instant, profile: ProfileId) -> Result<VmId, Refusal> {
+        self.takeable(now, profile)
+    }
+
+    /// All parked VMs of `profile`, under check or not.
+    pub fn parked(&self, profile: ProfileId) -> impl Iterator<Item = VmId> + '_ {
+        let books = self.books.get(profile.0).into_iter();
+        books.flat_map(|book| book.ready.iter().chain(book.checking.keys()).copied())
+    }
+
+    /// Takes the best VM of `profile` for a caller, without waiting. The next [`apply`](Self::apply)
+    /// refills.
+    ///
+    /// # Errors
+    /// Why there is none. Nothing changes but the count of misses.
+    pub fn take(&mut self, now: Instant, profile: ProfileId) -> Result<VmId, Refusal> {
+        match self.takeable(now, profile) {
+            Ok(id) => {
+                self.lease(now, id);
+                Ok(id)
+            }
+            Err(refusal) => {
+                if let Some(book) = self.books.get_mut(profile.0) {
+                    book.missed();
+                }
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Takes `count` VMs, or none.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take), if there are fewer.
+    pub fn take_many(
+        &mut self,
+        now: Instant,
+        profile: ProfileId,
+        count: usize,
+    ) -> Result<Vec<VmId>, Refusal> {
+        let refusal = match self.takeable(now, profile) {
+            Err(refusal) => Some(refusal),
+            Ok(_) if count > self.rules.lease_limit.saturating_sub(self.leased) => Some(
+                Refusal::Exhausted(Shortage::LeaseLimit(self.rules.lease_limit)),
+            ),
+            Ok(_) => match self.books.get(profile.0) {
+                Some(book) if count > book.parked() => {
+                    Some(Refusal::Exhausted(book.shortage(now, self.pressed)))
+                }
+                _ => None,
+            },
+        };
+        if let Some(refusal) = refusal {
+            if let Some(book) = self.books.get_mut(profile.0) {
+                book.missed();
+            }
+            return Err(refusal);
+        }
+        let mut taken = Vec::with_capacity(count);
+        for _ in 0..count {
+            taken.push(self.take(now, profile)?);
+        }
+        Ok(taken)
+    }
+
+    /// Forgets all VMs, callers and tickets: whoever acted for the ledger has ended.
+    pub fn abort(&mut self) {
+        self.phase = Phase::Stopped;
+        self.stop_at = None;
+        self.next_pass_at = None;
+        self.limits.clear();
+        for id in self.entries.keys().copied().collect::<Vec<_>>() {
+            self.shift(id, None);
+        }
+        for book in &mut self.books {
+            book.waiters.clear();
+            book.tickets.clear();
+        }
+        self.fresh.clear();
+        self.out.clear();
+    }
+
+    /// Where the pool is in its life.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// When the next event must come at the latest (a [`Event::Tick`] if there is no other).
+    #[must_use]
+    pub fn wake_at(&self, now: Instant) -> Option<Instant> {
+        if self.phase == Phase::Stopped {
+            return None;
+        }
+        let limit = self.limits.first().map(|(at, ..)| *at);
+        let books = self.books.iter().flat_map(|book| {
+            let retry = book
+                .breaker
+                .waits_until(now)
+                .filter(|_| book.refill && book.has_room());
+            [retry, book.scale.as_ref().and_then(autoscale::Scale::ends)]
+        });
+        let running = self.phase == Phase::Running;
+        let books = books.flatten().filter(|_| running).min();
+        let pass = self.next_pass_at.filter(|_| running);
+        let stop = self.stop_at.filter(|at| now < *at);
+        [limit, books, pass, stop].into_iter().flatten().min()
+    }
+
+    /// Whether a boot would begin if the host were not short of memory.
+    #[must_use]
+    pub fn is_hungry(&self, now: Instant) -> bool {
+        self.phase == Phase::Running && self.books.iter().any(|book| book.may_refill(now))
+    }
+
+    /// Whether every profile holds as many VMs as it should.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.books.iter().all(|book| book.parked() >= book.target())
+    }
+
+    /// Leases out.
+    #[must_use]
+    pub fn leased(&self) -> usize {
+        self.leased
+    }
+
+    /// Why a caller of `profile` would find nothing.
+    #[must_use]
+    pub fn shortage(&self, now: Instant, profile: ProfileId) -> Shortage {
+        if self.leased >= self.rules.lease_limit {
+            return Shortage::LeaseLimit(self.rules.lease_limit);
+        }
+        self.books
+            .get(profile.0)
+            .map_or(Shortage::Empty, |book| book.shortage(now, self.pressed))
+    }
+
+    /// Counts of `profile`; zeros if there is none.
+    #[must_use]
+    pub fn counts(&self, profile: ProfileId) -> Counts {
+        self.books
+            .get(profile.0)
+            .map_or_else(Counts::default, |book| Counts {
+                size: book.size,
+                ready: book.ready.len(),
+                checking: book.checking.len(),
+                booting: book.booting.len(),
+                leased: book.leased,
+                retiring: book.retiring,
+                waiting: book.waiters.len(),
+                hits: book.hits,
+                misses: book.misses,
+                boots: book.boots,
+                boot_failures: book.boot_failures,
+                failures_in_a_row: book.breaker.failures(),
+                breaker_open: book.breaker.is_open(),
+                draining: book.draining,
+            })
+    }
+
+    /// Whether the VM is parked and not under check.
+    #[must_use]
+    pub fn is_ready(&self, id: VmId) -> bool {
+        self.entries
+            .get(&id)
+            .is_some_and(|entry| entry.stage == Stage::Ready)
+    }
+
+    /// Whether the VM is under that check.
+    #[must_use]
+    pub fn is_checking(&self, id: VmId, check: u64) -> bool {
+        matches!(self.stage(id), Some(Stage::Checking { check: current, .. }) if current == check)
+    }
+
+    fn takeable(&self, now: Instant, profile: ProfileId) -> Result<VmId, Refusal> {
+        match self.phase {
+            Phase::Stopped | Phase::Starting => return Err(Refusal::NotStarted),
+            Phase::Stopping => return Err(Refusal::Stopping),
+            Phase::Running => {}
+        }
+        let Some(book) = self.books.get(profile.0) else {
+            return Err(Refusal::Exhausted(Shortage::Empty));
+        };
+        if book.draining {
+            return Err(Refusal::Draining);
+        }
+        if self.leased >= self.rules.lease_limit {
+            return Err(Refusal::Exhausted(Shortage::LeaseLimit(
+                self.rules.lease_limit,
+            )));
+        }
+        if !book.waiters.is_empty() {
+            return Err(Refusal::Exhausted(Shortage::Queue(book.waiters.len())));
+        }
+        book.best()
+            .ok_or_else(|| Refusal::Exhausted(book.shortage(now, self.pressed)))
+    }
+
+    fn lease(&mut self, now: Instant, id: VmId) {
+        self.shift(id, Some(Stage::Leased(Hold::Held)));
+        if let Some(book) = self
+            .entries
+            .get(&id)
+            .and_then(|e| self.books.get_mut(e.profile.0))
+        {
+            book.hits = book.hits.saturating_add(1);
+        }
+        if let Some(longest) = self.rules.lease_deadline {
+            self.limits.insert((now + longest, id, Limit::Deadline));
+        }
+        if let Some(longest) = self.rules.lease_idle {
+            self.limits.insert((now + longest, id, Limit::Idle));
+        }
+    }
+
+    fn stage(&self, id: VmId) -> Option<Stage> {
+        self.entries.get(&id).map(|entry| entry.stage)
+    }
+
+    /// The one place where a VM changes its state; `None`: it is gone.
+    fn shift(&mut self, id: VmId, to: Option<Stage>) {
+        let Some(entry) = self.entries.get_mut(&id) else {
+            return;
+        };
+        let Some(book) = self.books.get_mut(entry.profile.0) else {
+            return;
+        };
+        book.leave(id, entry.stage);
+        if matches!(entry.stage, Stage::Leased(_)) {
+            self.leased -= 1;
+            if self.rules.lease_deadline.is_some() || self.rules.lease_idle.is_some() {
+                self.limits.retain(|(_, other, _)| *other != id);
+            }
+        }
+        match to {
+            Some(stage) => {
+                entry.stage = stage;
+                book.join(id, stage);
+                self.leased += usize::from(matches!(stage, Stage::Leased(_)));
+                if stage == Stage::Ready {
+                    self.fresh.push(id);
+                }
+            }
+            None => {
+                self.entries.remove(&id);
+                self.out.push(Action::Drop(id));
+            }
+        }
+    }
+
+    fn begin_boot(&mut self, profile: ProfileId, origin: Origin) {
+        let id = VmId(self.next_vm);
+        self.next_vm = self.next_vm.saturating_add(1);
+        let stage = Stage::Booting {
+            origin,
+            cancelled: false,
+        };
+        let Some(book) = self.books.get_mut(profile.0) else {
+            return;
+        };
+        book.join(id, stage);
+        self.entries.insert(id, Entry { profile, stage });
+        self.out.push(match origin {
+            Origin::Offer(ticket) => Action::Join(profile, id, ticket),
+            Origin::Refill | Origin::Ticket(_) => Action::Boot(profile, id),
+        });
+    }
+
+    fn retire(&mut self, id: VmId) {
+        self.shift(id, Some(Stage::Retiring));
+        self.out.push(Action::Retire(id));
+    }
+}

@@ -1,0 +1,548 @@
+//! What each event changes, and what the loop does about the difference between is and should be.
+
+use tokio::time::Instant;
+
+use super::event::{Action, Event, Outcome, Overdue, Refusal};
+use super::{Hold, Ledger, Limit, Origin, PassId, Phase, ProfileId, Stage, TicketId, WaiterId};
+use crate::slot::VmId;
+
+impl Ledger {
+    pub(super) fn take_in(&mut self, now: Instant, event: Event) {
+        match event {
+            Event::Start => {
+                if self.phase == Phase::Stopped {
+                    self.phase = Phase::Starting;
+                    self.stop_at = None;
+                }
+            }
+            Event::Run => self.run(now),
+            Event::Stop(by) => self.stop(by),
+            Event::Replenish(profile, ticket) => self.replenish(profile, ticket),
+            Event::Offer(profile, ticket) => self.offer(profile, ticket),
+            Event::Forget(ticket) => self.forget(ticket),
+            Event::Booted(id) => self.booted(id),
+            Event::BootFailed(id, has_vm) => self.boot_failed(now, id, has_vm),
+            Event::Denied(id) => self.denied(id),
+            Event::CapacityFreed => self.books.iter_mut().for_each(|book| book.denied = false),
+            Event::Wait(profile, waiter) => self.wait(profile, waiter),
+            Event::Leave(waiter) => {
+                self.books
+                    .iter_mut()
+                    .for_each(|book| book.waiters.retain(|w| *w != waiter));
+            }
+            Event::Unserved(profile, waiter, id) => self.unserved(profile, waiter, id),
+            Event::Returned(id) => self.returned(id),
+            Event::Untouched(id) => self.untouched(id),
+            Event::Withdrawn(id) => {
+                if matches!(self.stage(id), Some(Stage::Leased(_))) {
+                    self.shift(id, None);
+                }
+            }
+            Event::Ended(id) => {
+                if matches!(self.stage(id), Some(Stage::Ready | Stage::Checking { .. })) {
+                    self.retire(id);
+                }
+            }
+            Event::BeginCheck(profile, most, pass) => self.begin_check(profile, most, pass),
+            Event::Checked(id, check, healthy) => self.checked(id, check, healthy),
+            Event::AbandonPass(pass) => self.abandon(pass),
+            Event::Retired(id) => {
+                if self.stage(id) == Some(Stage::Retiring) {
+                    self.shift(id, None);
+                }
+            }
+            Event::Killed(id) => {
+                if self.stage(id) == Some(Stage::Leased(Hold::Ending)) {
+                    self.shift(id, Some(Stage::Leased(Hold::Ended)));
+                }
+            }
+            Event::Active(id) => {
+                if let (Some(Stage::Leased(Hold::Held)), Some(longest)) =
+                    (self.stage(id), self.rules.lease_idle)
+                {
+                    self.limits.insert((now + longest, id, Limit::Idle));
+                }
+            }
+            Event::Idle(id) => self.kill(id, Overdue::Idle),
+            Event::Resize(profile, size) => {
+                if let Some(book) = self.books.get_mut(profile.0) {
+                    book.size = size;
+                }
+                self.shrink(profile);
+            }
+            Event::Drain(profile) => self.drain(profile),
+            Event::Undrain(profile) => {
+                if let Some(book) = self.books.get_mut(profile.0) {
+                    book.draining = false;
+                }
+            }
+            Event::Pressure(pressed) => self.pressed = pressed,
+            Event::Tick => self.tick(now),
+        }
+    }
+
+    /// Level-triggered: looks at what is, not at what happened.
+    pub(super) fn reconcile(&mut self, now: Instant) {
+        match self.phase {
+            Phase::Stopped => {}
+            Phase::Starting => self.serve_tickets(),
+            Phase::Running => {
+                self.serve_waiters(now);
+                self.serve_tickets();
+                self.refill(now);
+            }
+            Phase::Stopping => self.finish(now),
+        }
+        for id in std::mem::take(&mut self.fresh) {
+            if self.is_ready(id) {
+                self.out.push(Action::Park(id));
+            }
+        }
+    }
+
+    fn run(&mut self, now: Instant) {
+        if self.phase != Phase::Starting {
+            return;
+        }
+        self.phase = Phase::Running;
+        self.next_pass_at = self.rules.health_interval.map(|every| now + every);
+        for book in &mut self.books {
+            let parked = book.parked();
+            if let Some(scale) = &mut book.scale {
+                scale.begin(now, parked);
+            }
+        }
+    }
+
+    fn stop(&mut self, by: Instant) {
+        if self.phase == Phase::Stopped {
+            return;
+        }
+        self.phase = Phase::Stopping;
+        self.next_pass_at = None;
+        self.stop_at = Some(self.stop_at.map_or(by, |at| at.min(by)));
+        for profile in (0..self.books.len()).map(ProfileId) {
+            self.turn_away(profile, Refusal::Stopping, Outcome::Stopping);
+            self.empty(profile, 0);
+        }
+    }
+
+    fn drain(&mut self, profile: ProfileId) {
+        if let Some(book) = self.books.get_mut(profile.0) {
+            book.draining = true;
+        }
+        self.turn_away(profile, Refusal::Draining, Outcome::Full);
+        self.empty(profile, 0);
+    }
+
+    fn turn_away(&mut self, profile: ProfileId, refusal: Refusal, outcome: Outcome) {
+        let Some(book) = self.books.get_mut(profile.0) else {
+            return;
+        };
+        self.out.extend(
+            book.waiters
+                .drain(..)
+                .map(|waiter| Action::Reject(waiter, refusal)),
+        );
+        self.out.extend(
+            book.tickets
+                .drain(..)
+                .map(|ticket| Action::Settle(ticket, outcome)),
+        );
+    }
+
+    fn replenish(&mut self, profile: ProfileId, ticket: TicketId) {
+        let open = matches!(self.phase, Phase::Starting | Phase::Running);
+        match self.books.get_mut(profile.0).filter(|_| open) {
+            Some(book) => book.tickets.push_back(ticket),
+            None => self.out.push(Action::Settle(ticket, Outcome::Stopping)),
+        }
+    }
+
+    fn offer(&mut self, profile: ProfileId, ticket: TicketId) {
+        let open = matches!(self.phase, Phase::Starting | Phase::Running);
+        match self.books.get(profile.0).filter(|_| open) {
+            None => self.out.push(Action::Settle(ticket, Outcome::Stopping)),
+            Some(book) if !book.has_room() => self.out.push(Action::Settle(ticket, Outcome::Full)),
+            Some(_) => self.begin_boot(profile, Origin::Offer(ticket)),
+        }
+    }
+
+    fn forget(&mut self, ticket: TicketId) {
+        for book in &mut self.books {
+            book.tickets.retain(|other| *other != ticket);
+        }
+        let boot = self.books.iter().flat_map(|book| &book.booting);
+        let boot = boot
+            .filter(|(_, origin)| origin.ticket() == Some(ticket))
+            .map(|(id, _)| *id);
+        if let Some(id) = boot.min() {
+            self.cancel_boot(id);
+        }
+    }
+
+    fn cancel_boot(&mut self, id: VmId) {
+        if let Some(Stage::Booting {
+            origin,
+            cancelled: false,
+        }) = self.stage(id)
+        {
+            self.shift(
+                id,
+                Some(Stage::Booting {
+                    origin,
+                    cancelled: true,
+                }),
+            );
+            self.out.push(Action::CancelBoot(id));
+        }
+    }
+
+    fn booted(&mut self, id: VmId) {
+        let Some(Stage::Booting { origin, cancelled }) = self.stage(id) else {
+            return;
+        };
+        if cancelled {
+            self.settle(origin, self.given_up());
+            self.retire(id);
+            return;
+        }
+        self.shift(id, Some(Stage::Ready));
+        if origin.holds_permit()
+            && let Some(book) = self.book_of(id)
+        {
+            book.boots = book.boots.saturating_add(1);
+            book.breaker.succeeded();
+        }
+        self.settle(origin, Outcome::Booted(id));
+    }
+
+    fn boot_failed(&mut self, now: Instant, id: VmId, has_vm: bool) {
+        let Some(Stage::Booting { origin, cancelled }) = self.stage(id) else {
+            return;
+        };
+        if !cancelled
+            && origin.holds_permit()
+            && let Some(book) = self.book_of(id)
+        {
+            book.boot_failures = book.boot_failures.saturating_add(1);
+            book.breaker.failed(now);
+        }
+        self.settle(
+            origin,
+            if cancelled {
+                self.given_up()
+            } else {
+                Outcome::Failed
+            },
+        );
+        if has_vm {
+            self.retire(id);
+        } else {
+            self.shift(id, None);
+        }
+    }
+
+    fn denied(&mut self, id: VmId) {
+        let Some(Stage::Booting { origin, .. }) = self.stage(id) else {
+            return;
+        };
+        if let Some(book) = self.book_of(id) {
+            book.denied = true;
+        }
+        // Whoever was refused is first to ask when something is given back.
+        self.turn = self.entries.get(&id).map_or(0, |entry| entry.profile.0);
+        self.settle(origin, Outcome::Denied);
+        self.shift(id, None);
+    }
+
+    /// What the ticket of a cancelled boot is told.
+    fn given_up(&self) -> Outcome {
+        if self.phase == Phase::Stopping {
+            Outcome::Stopping
+        } else {
+            Outcome::Full
+        }
+    }
+
+    fn settle(&mut self, origin: Origin, outcome: Outcome) {
+        if let Some(ticket) = origin.ticket() {
+            self.out.push(Action::Settle(ticket, outcome));
+        }
+    }
+
+    fn wait(&mut self, profile: ProfileId, waiter: WaiterId) {
+        let refusal = match self.phase {
+            Phase::Stopped | Phase::Starting => Some(Refusal::NotStarted),
+            Phase::Stopping => Some(Refusal::Stopping),
+            Phase::Running => None,
+        };
+        match (refusal, self.books.get_mut(profile.0)) {
+            (None, Some(book)) if !book.draining => book.waiters.push_back(waiter),
+            (refusal, _) => {
+                let refusal = refusal.unwrap_or(Refusal::Draining);
+                self.out.push(Action::Reject(waiter, refusal));
+            }
+        }
+    }
+
+    fn unserved(&mut self, profile: ProfileId, waiter: WaiterId, id: VmId) {
+        self.returned(id);
+        self.wait(profile, waiter);
+        if let Some(book) = self.books.get_mut(profile.0)
+            && book.waiters.back() == Some(&waiter)
+        {
+            // It came before all that wait now.
+            book.waiters.rotate_right(1);
+        }
+    }
+
+    fn returned(&mut self, id: VmId) {
+        if matches!(self.stage(id), Some(Stage::Leased(_))) {
+            self.retire(id);
+        }
+    }
+
+    fn untouched(&mut self, id: VmId) {
+        if !matches!(self.stage(id), Some(Stage::Leased(Hold::Held))) {
+            return self.returned(id);
+        }
+        let Some(profile) = self.entries.get(&id).map(|entry| entry.profile) else {
+            return;
+        };
+        let Some(book) = self.books.get(profile.0) else {
+            return;
+        };
+        let serving = self.phase == Phase::Running && !book.draining;
+        if serving && !book.has_room() {
+            // Its place is being filled: a VM in the hand is worth more than one that boots.
+            self.give_up_a_boot(profile);
+        }
+        if serving && self.books.get(profile.0).is_some_and(super::Book::has_room) {
+            self.shift(id, Some(Stage::Ready));
+        } else {
+            self.retire(id);
+        }
+    }
+
+    /// Cancels the youngest boot, one of our own if there is any. Its ticket is told `Full` in time.
+    fn give_up_a_boot(&mut self, profile: ProfileId) -> bool {
+        let Some(book) = self.books.get(profile.0) else {
+            return false;
+        };
+        let newest = |own: bool| {
+            let mut boots = book.booting.iter().rev();
+            boots.find(|(_, origin)| (**origin == Origin::Refill) == own)
+        };
+        let Some((id, origin)) = newest(true).or_else(|| newest(false)) else {
+            return false;
+        };
+        let (id, origin) = (*id, *origin);
+        if let Origin::Ticket(ticket) = origin {
+            // The boot is no longer the ticket's: the ticket goes back to the head of its queue.
+            self.shift(
+                id,
+                Some(Stage::Booting {
+                    origin: Origin::Refill,
+                    cancelled: false,
+                }),
+            );
+            if let Some(book) = self.books.get_mut(profile.0) {
+                book.tickets.push_front(ticket);
+            }
+        }
+        self.cancel_boot(id);
+        true
+    }
+
+    fn shrink(&mut self, profile: ProfileId) {
+        let target = self.books.get(profile.0).map_or(0, super::Book::target);
+        self.empty(profile, target);
+    }
+
+    /// Leaves at most `target` VMs: gives up boots first, then what was proven longest ago.
+    fn empty(&mut self, profile: ProfileId, target: usize) {
+        while let Some(book) = self.books.get(profile.0)
+            && book.occupied() > target
+        {
+            let oldest = book
+                .ready
+                .front()
+                .or_else(|| book.checking.keys().next())
+                .copied();
+            if self.give_up_a_boot(profile) {
+                continue;
+            }
+            let Some(id) = oldest else { return };
+            self.retire(id);
+        }
+        if self.phase == Phase::Stopping {
+            self.turn_away(profile, Refusal::Stopping, Outcome::Stopping);
+        }
+    }
+
+    fn begin_check(&mut self, profile: ProfileId, most: usize, pass: PassId) {
+        if self.phase != Phase::Running {
+            return;
+        }
+        for _ in 0..most {
+            let oldest = self
+                .books
+                .get(profile.0)
+                .and_then(|book| book.ready.front().copied());
+            let Some(id) = oldest else { return };
+            let check = self.next_check;
+            self.next_check = self.next_check.saturating_add(1);
+            self.shift(id, Some(Stage::Checking { check, pass }));
+            self.out.push(Action::Check(profile, id, check, pass));
+        }
+    }
+
+    fn checked(&mut self, id: VmId, check: u64, healthy: bool) {
+        match self.stage(id) {
+            Some(Stage::Checking { check: current, .. }) if current == check => {
+                if healthy {
+                    self.shift(id, Some(Stage::Ready));
+                } else {
+                    self.retire(id);
+                }
+            }
+            // Handed out or destroyed since: the answer is about the past.
+            _ => {}
+        }
+    }
+
+    fn abandon(&mut self, pass: PassId) {
+        let held = |stage: Stage| matches!(stage, Stage::Checking { pass: p, .. } if p == pass);
+        let held: Vec<_> = self
+            .entries
+            .iter()
+            .filter(|(_, e)| held(e.stage))
+            .map(|(id, _)| *id)
+            .collect();
+        held.into_iter().for_each(|id| self.retire(id));
+    }
+
+    fn kill(&mut self, id: VmId, why: Overdue) {
+        if self.stage(id) == Some(Stage::Leased(Hold::Held)) {
+            self.shift(id, Some(Stage::Leased(Hold::Ending)));
+            self.out.push(Action::Kill(id, why));
+        }
+    }
+
+    fn tick(&mut self, now: Instant) {
+        while let Some((at, id, limit)) = self.limits.first().copied()
+            && at <= now
+        {
+            self.limits.pop_first();
+            match limit {
+                Limit::Deadline => self.kill(id, Overdue::Deadline),
+                Limit::Idle => self.out.push(Action::AskIdle(id)),
+            }
+        }
+        if self.phase != Phase::Running {
+            return;
+        }
+        if let (Some(at), Some(every)) = (self.next_pass_at, self.rules.health_interval)
+            && at <= now
+        {
+            self.next_pass_at = Some(now + every);
+            for profile in (0..self.books.len()).map(ProfileId) {
+                let all = self.books.get(profile.0).map_or(0, |book| book.ready.len());
+                self.begin_check(profile, all, PassId::PERIODIC);
+            }
+        }
+        for profile in (0..self.books.len()).map(ProfileId) {
+            let Some(book) = self.books.get_mut(profile.0) else {
+                return;
+            };
+            let (size, parked) = (book.size, book.parked());
+            let scale = book.scale.as_mut().filter(|_| !book.draining);
+            if let Some(next) = scale.and_then(|scale| scale.decide(now, size, parked))
+                && next != size
+            {
+                book.size = next;
+                self.out.push(Action::Resized(profile, next));
+                self.shrink(profile);
+            }
+        }
+    }
+
+    fn serve_waiters(&mut self, now: Instant) {
+        while self.leased < self.rules.lease_limit {
+            let served = self.books.iter().enumerate().filter_map(|(index, book)| {
+                Some((*book.waiters.front()?, ProfileId(index), book.best()?))
+            });
+            // Over all profiles: a lease that came free goes to whoever waits longest.
+            let Some((waiter, profile, id)) = served.min() else {
+                return;
+            };
+            if let Some(book) = self.books.get_mut(profile.0) {
+                book.waiters.pop_front();
+            }
+            self.lease(now, id);
+            self.out.push(Action::Serve(profile, waiter, id));
+        }
+    }
+
+    fn serve_tickets(&mut self) {
+        for profile in (0..self.books.len()).map(ProfileId) {
+            while let Some(book) = self.books.get_mut(profile.0)
+                && let Some(ticket) = book.tickets.front().copied()
+            {
+                if book.parked() >= book.target() {
+                    book.tickets.pop_front();
+                    self.out.push(Action::Settle(ticket, Outcome::Full));
+                } else if book.has_room() && book.boots_running() < book.permits() {
+                    book.tickets.pop_front();
+                    self.begin_boot(profile, Origin::Ticket(ticket));
+                } else {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let (count, first) = (self.books.len(), self.turn);
+        for only_owed in [true, false] {
+            if self.pressed && !only_owed {
+                return;
+            }
+            for profile in (0..count).map(|step| ProfileId((first + step) % count)) {
+                while self
+                    .books
+                    .get(profile.0)
+                    .is_some_and(|book| book.may_refill(now) && (!only_owed || book.is_owed()))
+                {
+                    self.begin_boot(profile, Origin::Refill);
+                }
+            }
+        }
+    }
+
+    /// Stops when all is gone; at the deadline ends the leases that are still out.
+    fn finish(&mut self, now: Instant) {
+        if self.stop_at.is_some_and(|at| at <= now) {
+            for id in self.entries.keys().copied().collect::<Vec<_>>() {
+                match self.stage(id) {
+                    Some(Stage::Leased(Hold::Held)) => self.kill(id, Overdue::Stopping),
+                    // The lease keeps a dead VM; the pool waits for it no longer.
+                    Some(Stage::Leased(Hold::Ended)) => self.shift(id, None),
+                    _ => {}
+                }
+            }
+        }
+        if self.entries.is_empty() {
+            self.phase = Phase::Stopped;
+            self.stop_at = None;
+            self.limits.clear();
+            self.out.push(Action::Stopped);
+        }
+    }
+
+    fn book_of(&mut self, id: VmId) -> Option<&mut super::Book> {
+        let profile = self.entries.get(&id)?.profile;
+        self.books.get_mut(profile.0)
+    }
+}

@@ -1,0 +1,202 @@
+//! Admission: what all profiles together may take from the host.
+//!
+//! A [`Reservation`] covers the number of VMs, vCPUs and memory in one step, is made before a boot
+//! begins and lives as long as the VM does, wherever the VM goes.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::profile::Demand;
+
+/// Upper bounds on everything that lives, parked VMs included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// VMs.
+    pub vms: usize,
+    /// Virtual CPUs.
+    pub vcpus: u64,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+}
+
+/// What is taken now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// VMs.
+    pub vms: usize,
+    /// Virtual CPUs.
+    pub vcpus: u64,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+}
+
+/// Which limit said no.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Denial {
+    /// On the number of VMs.
+    #[error("limits.vms = {0} are alive; raise it or make pools smaller")]
+    Vms(usize),
+    /// On vCPUs.
+    #[error("limits.vcpus = {0} would be exceeded; raise it or make pools smaller")]
+    Vcpus(u64),
+    /// On memory.
+    #[error(
+        "{0} MiB of guest memory would be exceeded; raise limits.memory_mib or \
+         limits.memory_overcommit_percent, or make pools smaller"
+    )]
+    Memory(u64),
+}
+
+impl Limits {
+    /// `usage` after one more VM, or which limit forbids it.
+    pub(crate) fn admit(self, usage: Usage, demand: Demand) -> Result<Usage, Denial> {
+        let next = Usage {
+            vms: usage.vms.saturating_add(1),
+            vcpus: usage.vcpus.saturating_add(demand.vcpus.into()),
+            memory_mib: usage.memory_mib.saturating_add(demand.memory_mib),
+        };
+        if next.vms > self.vms {
+            Err(Denial::Vms(self.vms))
+        } else if next.vcpus > self.vcpus {
+            Err(Denial::Vcpus(self.vcpus))
+        } else if next.memory_mib > self.memory_mib {
+            Err(Denial::Memory(self.memory_mib))
+        } else {
+            Ok(next)
+        }
+    }
+}
+
+/// The account of one pool. Its lock is taken last and never held across anything else.
+pub(crate) struct Admission {
+    limits: Limits,
+    usage: Mutex<Usage>,
+    freed: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Admission {
+    /// `freed` is called after each release; it must not block.
+    pub(crate) fn new(limits: Limits, freed: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self {
+            limits,
+            usage: Mutex::default(),
+            freed: Box::new(freed),
+        })
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        *self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn reserve(self: &Arc<Self>, demand: Demand) -> Result<Reservation, Denial> {
+        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        *usage = self.limits.admit(*usage, demand)?;
+        Ok(Reservation {
+            admission: Arc::clone(self),
+            demand,
+        })
+    }
+}
+
+/// One VM's share of the limits, given back when dropped.
+///
+/// It comes out of a lease with the VM ([`crate::Lease::into_inner`]): keep it as long as the VM.
+#[must_use = "dropping it gives the VM's share of the limits back"]
+pub struct Reservation {
+    admission: Arc<Admission>,
+    demand: Demand,
+}
+
+impl Reservation {
+    /// What it covers.
+    #[must_use]
+    pub fn demand(&self) -> Demand {
+        self.demand
+    }
+}
+
+impl std::fmt::Debug for Reservation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Reservation").field(&self.demand).finish()
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        {
+            let mut usage = self
+                .admission
+                .usage
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            usage.vms = usage.vms.saturating_sub(1);
+            usage.vcpus = usage.vcpus.saturating_sub(self.demand.vcpus.into());
+            usage.memory_mib = usage.memory_mib.saturating_sub(self.demand.memory_mib);
+        }
+        (self.admission.freed)();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn all_three_are_reserved_together_or_not_at_all_and_come_back_on_drop() {
+        let freed = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&freed);
+        let limits = Limits {
+            vms: 3,
+            vcpus: 4,
+            memory_mib: 1000,
+        };
+        let admission = Admission::new(limits, move || {
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        let small = Demand {
+            vcpus: 1,
+            memory_mib: 100,
+        };
+        let first = admission.reserve(small).unwrap();
+        assert_eq!(
+            admission
+                .reserve(Demand {
+                    vcpus: 4,
+                    memory_mib: 1
+                })
+                .unwrap_err(),
+            Denial::Vcpus(4)
+        );
+        assert_eq!(
+            admission
+                .reserve(Demand {
+                    vcpus: 1,
+                    memory_mib: 901
+                })
+                .unwrap_err(),
+            Denial::Memory(1000)
+        );
+        assert_eq!(
+            admission.usage(),
+            Usage {
+                vms: 1,
+                vcpus: 1,
+                memory_mib: 100
+            }
+        );
+        let rest = [
+            admission.reserve(small).unwrap(),
+            admission.reserve(small).unwrap(),
+        ];
+        assert_eq!(admission.reserve(small).unwrap_err(), Denial::Vms(3));
+        drop((first, rest));
+        assert_eq!(admission.usage(), Usage::default());
+        assert_eq!(freed.load(Ordering::SeqCst), 3);
+    }
+}

@@ -1,0 +1,72 @@
+//! The numbers that a pool goes by unless told otherwise, and how it sizes itself.
+
+use std::time::Duration;
+
+/// Warm VMs per profile, in percent of `max_concurrent_vms`.
+pub const WARM_POOL_PERCENT: u32 = 25;
+/// Boots at a time per profile, in percent of the pool size.
+pub const CONCURRENT_BOOTS_PERCENT: u32 = 50;
+/// Time between two health passes.
+pub const HEALTH_INTERVAL: Duration = Duration::from_secs(10);
+/// Probes per check before a silent VM is given up.
+pub const HEALTH_ATTEMPTS: u32 = 3;
+/// Shortest wait between two probes of one check.
+pub const HEALTH_BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// Longest wait between two probes of one check.
+pub const HEALTH_BACKOFF_MAX: Duration = Duration::from_millis(2_000);
+/// Longest wait for a pong; scaled by the backend.
+pub const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for a connection to the agent; scaled by the backend.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest boot; scaled by the backend.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Shortest wait after a failed boot.
+pub const BOOT_BACKOFF_MIN: Duration = Duration::from_millis(200);
+/// Longest wait after a failed boot while the breaker is closed.
+pub const BOOT_BACKOFF_MAX: Duration = Duration::from_secs(10);
+/// Boots that fail in a row before the breaker opens.
+pub const BREAKER_FAILURES: u32 = 5;
+/// How long an open breaker waits before it lets one boot try; doubles while that fails.
+pub const BREAKER_COOLDOWN: Duration = Duration::from_secs(30);
+/// Longest such wait.
+pub const BREAKER_COOLDOWN_MAX: Duration = Duration::from_secs(300);
+/// Guest memory that an idle, cold-booted VM is left with.
+pub const BALLOON_IDLE_TARGET_MIB: u32 = 64;
+/// Longest balloon operation; scaled by the backend.
+pub const BALLOON_TIMEOUT: Duration = Duration::from_secs(5);
+/// Guest memory that the host may promise, in percent of what it has available.
+pub const MEMORY_OVERCOMMIT_PERCENT: u32 = 100;
+/// Memory stall (`some avg10` of the host's pressure file, percent) above which refill stops.
+pub const PRESSURE_STALL_PERCENT: u32 = 10;
+/// How often a stopped refill looks at the pressure again; also how long one reading counts.
+pub const PRESSURE_RECHECK: Duration = Duration::from_secs(1);
+/// How long `stop` waits for leases unless told otherwise.
+pub const STOP_DEADLINE: Duration = Duration::from_secs(30);
+/// Longest destruction of one VM before the pool stops waiting for it; scaled by the backend.
+pub const RETIRE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Smallest guest memory in MiB.
+pub const MEMORY_MIN_MIB: u32 = 32;
+/// Most vCPUs of one VM.
+pub const VCPUS_MAX: u8 = 32;
+/// Most VMs in one pool: a bound for every table, far above what one host runs.
+pub const VMS_MAX: usize = 100_000;
+/// Events that a slow subscriber may fall behind before it loses the oldest.
+pub const EVENT_BACKLOG: usize = 1_024;
+
+/// Warm VMs of a profile for which no size is given.
+#[must_use]
+pub fn warm_pool_size(max_concurrent_vms: usize, percent: u32) -> usize {
+    share(max_concurrent_vms, percent)
+}
+
+/// Boots at a time for a pool of `size`.
+#[must_use]
+pub fn concurrent_boots(size: usize, percent: u32) -> usize {
+    share(size, percent)
+}
+
+/// `max(1, floor(whole x percent / 100))`.
+fn share(whole: usize, percent: u32) -> usize {
+    let percent = usize::try_from(percent).unwrap_or(usize::MAX);
+    (whole.saturating_mul(percent) / 100).max(1)
+}

@@ -1,0 +1,456 @@
+//! The pool, as its users see it.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::join_all;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::time::{Instant, timeout};
+
+use crate::actor::{Actor, CheckReport, Message};
+use crate::backend::Backend;
+use crate::config::{ConfigError, PoolConfig, Refill};
+use crate::error::{
+    BootFailure, NotReady, OfferError, OfferRefusal, ProfileStart, Replenished, StartError,
+    StartReport, UnknownProfile,
+};
+use crate::event::{EventKind, PoolEvent};
+use crate::host::{Host, ThisHost};
+use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
+use crate::shared::{Shared, State};
+use crate::slot::VmId;
+use crate::status::{PoolStatus, ProfileStatus};
+
+/// Keeps VMs warm, checks them and hands them out. Cheap to clone; clones are the same pool.
+///
+/// Dropping the last clone stops the pool in the background.
+pub struct Pool<B: Backend> {
+    owner: Arc<Owner<B>>,
+}
+
+impl<B: Backend> Clone for Pool<B> {
+    fn clone(&self) -> Self {
+        Self {
+            owner: Arc::clone(&self.owner),
+        }
+    }
+}
+
+struct Owner<B: Backend>(Arc<Shared<B>>);
+
+impl<B: Backend> Drop for Owner<B> {
+    fn drop(&mut self) {
+        self.0
+            .begin_stop(Instant::now() + Duration::from_millis(self.0.config.stop_deadline_ms));
+    }
+}
+
+impl<B: Backend> Pool<B> {
+    /// A pool that is not started yet, on this host.
+    ///
+    /// # Errors
+    /// Every problem of the configuration, pools that cannot fit into the limits included.
+    pub fn new(backend: B, config: PoolConfig) -> Result<Self, ConfigError> {
+        Self::with_host(backend, config, ThisHost)
+    }
+
+    /// The same with another view of the host's memory.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_host(backend: B, config: PoolConfig, host: impl Host) -> Result<Self, ConfigError> {
+        let shared = Shared::new(backend, config, Box::new(host))?;
+        Ok(Self {
+            owner: Arc::new(Owner(shared)),
+        })
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared<B>> {
+        &self.owner.0
+    }
+
+    /// The backend.
+    #[must_use]
+    pub fn backend(&self) -> &B {
+        &self.shared().backend
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &PoolConfig {
+        &self.shared().config
+    }
+
+    /// Prepares and boots all profiles in parallel, then serves. Missing VMs are reported and, with
+    /// automatic refill, made up for. A stopped pool can be started again.
+    ///
+    /// # Errors
+    /// If a profile has not a single VM; everything made is then destroyed.
+    ///
+    /// # Cancel safety
+    /// Dropping the future stops the pool in the background and destroys everything made.
+    pub async fn start(&self) -> Result<StartReport, StartError> {
+        let shared = self.shared();
+        let runtime = tokio::runtime::Handle::try_current().map_err(|_| StartError::NoRuntime)?;
+        {
+            let mut state = shared.state();
+            match state.ledger.phase() {
+                Phase::Starting | Phase::Running => return Err(StartError::Running),
+                Phase::Stopping => return Err(StartError::Stopping),
+                Phase::Stopped if state.inbox.is_some() => return Err(StartError::Stopping),
+                Phase::Stopped => {}
+            }
+            let (home, inbox) = mpsc::unbounded_channel();
+            state.inbox = Some(home.clone());
+            state.tell(Instant::now(), Event::Start);
+            drop(state);
+            runtime.spawn(Actor::new(Arc::clone(shared), home).run(inbox));
+        }
+        let unfinished = Unfinished(Some(shared));
+        let profiles = (0..shared.profiles.len()).map(|index| self.start_profile(ProfileId(index)));
+        let report = StartReport {
+            profiles: join_all(profiles).await,
+        };
+        if shared.state().ledger.phase() != Phase::Starting {
+            return Err(StartError::Stopping);
+        }
+        if report.profiles.iter().any(|profile| profile.booted == 0)
+            && (shared.config.refill != Refill::Manual
+                || report
+                    .profiles
+                    .iter()
+                    .any(|profile| !profile.failures.is_empty()))
+        {
+            drop(unfinished);
+            self.stopped().await;
+            return Err(StartError::NoVm(report));
+        }
+        shared.state().tell(Instant::now(), Event::Run);
+        shared.nudge.wake();
+        unfinished.complete();
+        shared.emit(None, None, EventKind::Started);
+        Ok(report)
+    }
+
+    async fn start_profile(&self, id: ProfileId) -> ProfileStart {
+        let shared = self.shared();
+        let mut start = ProfileStart {
+            profile: String::new(),
+            booted: 0,
+            failures: Vec::new(),
+        };
+        let Some(kept) = shared.profile(id) else {
+            return start;
+        };
+        start.profile.clone_from(&kept.spec.name);
+        let prepare = AssertUnwindSafe(shared.backend.prepare(&kept.spec)).catch_unwind();
+        match prepare.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                start.failures.push(BootFailure::Backend(Arc::new(error)));
+                return start;
+            }
+            Err(_) => {
+                start.failures.push(BootFailure::Panicked);
+                return start;
+            }
+        }
+        if shared.config.refill == Refill::Manual {
+            return start;
+        }
+        let size = shared.state().ledger.counts(id).size;
+        for step in join_all((0..size).map(|_| self.replenish_profile(id))).await {
+            match step {
+                Replenished::Booted(_) => start.booted += 1,
+                Replenished::Full => {}
+                Replenished::Failed(why) => start.failures.push(why),
+            }
+        }
+        start
+    }
+
+    /// Makes at most one VM, if the profile has room: the step that the refill loop makes too.
+    /// Resolves when that is done, or when others have filled the pool meanwhile.
+    ///
+    /// # Errors
+    /// If there is no such profile. A boot that fails is a value, not an error.
+    ///
+    /// # Cancel safety
+    /// Dropping the future gives the boot up; its VM, if there is one already, is destroyed.
+    pub async fn replenish(&self, profile: &str) -> Result<Replenished, UnknownProfile> {
+        Ok(self.replenish_profile(self.find(profile)?).await)
+    }
+
+    async fn replenish_profile(&self, profile: ProfileId) -> Replenished {
+        let (reply, answer) = oneshot::channel();
+        let Some((home, ticket)) = self.ticket() else {
+            return Replenished::Failed(BootFailure::Stopping);
+        };
+        let forget = Forget {
+            home: &home,
+            ticket,
+        };
+        // An error shows in the answer: its other end is then dropped.
+        let _ = home.send(Message::Replenish(profile, ticket, reply));
+        let answer = answer
+            .await
+            .unwrap_or(Replenished::Failed(BootFailure::Stopping));
+        forget.complete();
+        answer
+    }
+
+    /// Adopts a VM made elsewhere, after a check.
+    ///
+    /// # Errors
+    /// Why it was refused, and the VM.
+    ///
+    /// # Cancel safety
+    /// Dropping the future destroys the VM, unless it was adopted already.
+    pub async fn offer(&self, profile: &str, vm: B::Vm) -> Result<VmId, OfferError<B::Vm>> {
+        let Ok(id) = self.find(profile) else {
+            let why = OfferRefusal::UnknownProfile(profile.to_owned());
+            return Err(OfferError { vm: Some(vm), why });
+        };
+        let Some((home, ticket)) = self.ticket() else {
+            return Err(OfferError {
+                vm: Some(vm),
+                why: OfferRefusal::Stopping,
+            });
+        };
+        let (reply, answer) = oneshot::channel();
+        let forget = Forget {
+            home: &home,
+            ticket,
+        };
+        if let Err(mpsc::error::SendError(Message::Offer(_, _, vm, _))) =
+            home.send(Message::Offer(id, ticket, vm, reply))
+        {
+            return Err(OfferError {
+                vm: Some(vm),
+                why: OfferRefusal::Stopping,
+            });
+        }
+        let stopping = || {
+            Err(OfferError {
+                vm: None,
+                why: OfferRefusal::Stopping,
+            })
+        };
+        let answer = answer.await.unwrap_or_else(|_| stopping());
+        forget.complete();
+        answer
+    }
+
+    /// Checks at most `most` parked VMs of a profile, those proven longest ago first, in parallel.
+    /// The pool does this for all by itself; a call makes it happen now.
+    ///
+    /// # Errors
+    /// If there is no such profile.
+    ///
+    /// # Cancel safety
+    /// Dropping the future destroys (and replaces) the VMs whose check was not over.
+    pub async fn check(&self, profile: &str, most: usize) -> Result<CheckReport, UnknownProfile> {
+        let profile = self.find(profile)?;
+        let (home, pass) = {
+            let mut state = self.shared().state();
+            let Some(home) = state.inbox.clone() else {
+                return Ok(CheckReport::default());
+            };
+            (home, state.next_pass())
+        };
+        let (reply, answer) = oneshot::channel();
+        let abandon = Abandon { home: &home, pass };
+        // An error shows in the answer: its other end is then dropped.
+        let _ = home.send(Message::Check(profile, most, pass, reply));
+        let report = answer.await.unwrap_or_default();
+        abandon.complete();
+        Ok(report)
+    }
+
+    /// All numbers at this moment.
+    #[must_use]
+    pub fn status(&self) -> PoolStatus {
+        let shared = self.shared();
+        let state = shared.state();
+        let failures = state.last_failure.iter().chain(std::iter::repeat(&None));
+        let profiles = shared.profiles.iter().zip(failures).enumerate();
+        PoolStatus {
+            phase: state.ledger.phase(),
+            leased: state.ledger.leased(),
+            limits: shared.admission.limits(),
+            usage: shared.admission.usage(),
+            memory_pressure: state.pressed,
+            profiles: profiles
+                .map(|(index, (kept, last_failure))| ProfileStatus {
+                    name: kept.spec.name.clone(),
+                    counts: state.ledger.counts(ProfileId(index)),
+                    last_failure: last_failure.clone(),
+                })
+                .collect(),
+        }
+    }
+
+    /// Everything that happens from now on. A subscriber that falls far behind loses the oldest.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<PoolEvent> {
+        self.shared().events.subscribe()
+    }
+
+    /// Changes how many VMs are kept warm. Shrinking gives up boots first, then destroys what was
+    /// proven longest ago; leases are left alone.
+    ///
+    /// # Errors
+    /// If there is no such profile.
+    pub fn resize(&self, profile: &str, size: usize) -> Result<(), UnknownProfile> {
+        let id = self.find(profile)?;
+        let size = size.min(crate::policy::VMS_MAX);
+        self.tell(Event::Resize(id, size));
+        self.shared().emit(Some(id), None, EventKind::Resized(size));
+        Ok(())
+    }
+
+    /// Empties a profile for maintenance: no new leases, no boots, parked VMs destroyed. Waits up to
+    /// `patience` for leases to come back and returns how many are still out. The profile stays
+    /// empty until [`undrain`](Self::undrain).
+    ///
+    /// # Errors
+    /// If there is no such profile.
+    pub async fn drain(&self, profile: &str, patience: Duration) -> Result<usize, UnknownProfile> {
+        let id = self.find(profile)?;
+        self.tell(Event::Drain(id));
+        let shared = self.shared();
+        let empty = shared.wait_for(|state| {
+            let counts = state.ledger.counts(id);
+            let left =
+                counts.ready + counts.checking + counts.booting + counts.leased + counts.retiring;
+            (left == 0).then_some(())
+        });
+        if timeout(patience, empty).await.is_ok() {
+            return Ok(0);
+        }
+        Ok(shared.state().ledger.counts(id).leased)
+    }
+
+    /// Ends [`drain`](Self::drain): the profile fills and serves again.
+    ///
+    /// # Errors
+    /// If there is no such profile.
+    pub fn undrain(&self, profile: &str) -> Result<(), UnknownProfile> {
+        let id = self.find(profile)?;
+        self.tell(Event::Undrain(id));
+        Ok(())
+    }
+
+    /// Resolves when every profile holds as many VMs as it should.
+    ///
+    /// # Errors
+    /// If that does not happen within `patience`, or the pool does not run.
+    pub async fn wait_ready(&self, patience: Duration) -> Result<(), NotReady> {
+        let ready = self.shared().wait_for(|state| match state.ledger.phase() {
+            Phase::Stopping | Phase::Stopped => Some(Err(NotReady::NotRunning)),
+            Phase::Running if state.ledger.is_full() => Some(Ok(())),
+            Phase::Running | Phase::Starting => None,
+        });
+        timeout(patience, ready)
+            .await
+            .unwrap_or(Err(NotReady::Timeout(patience)))
+    }
+
+    /// Stops the pool with the configured deadline; see [`stop_within`](Self::stop_within).
+    pub async fn stop(&self) {
+        self.stop_within(Duration::from_millis(self.config().stop_deadline_ms))
+            .await;
+    }
+
+    /// Ends boots, checks and waiting callers, destroys every parked VM, waits up to `patience` for
+    /// leases, ends the VMs of those that are still out, and resolves when nothing is left. Calling
+    /// it again, or cancelling it, changes nothing but the deadline: the earliest one counts.
+    pub async fn stop_within(&self, patience: Duration) {
+        self.shared().begin_stop(Instant::now() + patience);
+        self.stopped().await;
+    }
+
+    async fn stopped(&self) {
+        let over = |state: &State<B>| {
+            let over = state.ledger.phase() == Phase::Stopped && state.inbox.is_none();
+            over.then_some(())
+        };
+        self.shared().wait_for(over).await;
+    }
+
+    fn find(&self, name: &str) -> Result<ProfileId, UnknownProfile> {
+        let shared = self.shared();
+        shared.find(name).ok_or_else(|| UnknownProfile {
+            name: name.to_owned(),
+            known: shared.names(),
+        })
+    }
+
+    fn tell(&self, event: Event) {
+        self.shared().state().tell(Instant::now(), event);
+        self.shared().nudge.wake();
+    }
+
+    fn ticket(&self) -> Option<(mpsc::UnboundedSender<Message<B>>, TicketId)> {
+        let mut state = self.shared().state();
+        let home = state.inbox.clone()?;
+        Some((home, state.next_ticket()))
+    }
+}
+
+/// A start that was not completed stops the pool.
+struct Unfinished<'a, B: Backend>(Option<&'a Arc<Shared<B>>>);
+
+impl<B: Backend> Unfinished<'_, B> {
+    fn complete(mut self) {
+        self.0 = None;
+    }
+}
+
+impl<B: Backend> Drop for Unfinished<'_, B> {
+    fn drop(&mut self) {
+        if let Some(shared) = self.0 {
+            shared.begin_stop(Instant::now());
+        }
+    }
+}
+
+/// Gives up the ticket of a caller that went away.
+struct Forget<'a, B: Backend> {
+    home: &'a mpsc::UnboundedSender<Message<B>>,
+    ticket: TicketId,
+}
+
+impl<B: Backend> Forget<'_, B> {
+    fn complete(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl<B: Backend> Drop for Forget<'_, B> {
+    fn drop(&mut self) {
+        // If nobody listens, there is nothing to give up.
+        let _ = self.home.send(Message::Forget(self.ticket));
+    }
+}
+
+/// Gives up the pass of a caller that went away.
+struct Abandon<'a, B: Backend> {
+    home: &'a mpsc::UnboundedSender<Message<B>>,
+    pass: PassId,
+}
+
+impl<B: Backend> Abandon<'_, B> {
+    fn complete(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl<B: Backend> Drop for Abandon<'_, B> {
+    fn drop(&mut self) {
+        // If nobody listens, the checks have ended already.
+        let _ = self.home.send(Message::AbandonPass(self.pass));
+    }
+}

@@ -1,0 +1,297 @@
+//! What the pool's handles, leases and tasks share.
+//!
+//! Locks: `Shared::state` first, then the account inside [`Admission`]; neither is held across an
+//! await. Whatever the ledger asks for is done by the actor; others only add to `State::pending` and
+//! nudge it. VMs are never dropped under the lock.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use crate::actor::Message;
+use crate::backend::{Backend, ProbeError};
+use crate::config::{ConfigError, PoolConfig, Refill};
+use crate::error::BootFailure;
+use crate::event::{EventKind, PoolEvent};
+use crate::health::CheckRules;
+use crate::host::Host;
+use crate::lease::{Held, Lease};
+use crate::ledger::{
+    Action, BreakerRules, Event, Ledger, Phase, PoolRules, ProfileId, Refusal, Rules, ScaleRules,
+    TicketId, WaiterId,
+};
+use crate::metrics::ProfileMetrics;
+use crate::permit::Admission;
+use crate::policy;
+use crate::profile::{Parking, Profile};
+use crate::slot::{Slot, VmId};
+
+pub(crate) struct Shared<B: Backend> {
+    pub(crate) backend: B,
+    pub(crate) config: PoolConfig,
+    pub(crate) profiles: Vec<Kept>,
+    pub(crate) check_rules: CheckRules,
+    pub(crate) times: Times,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) host: Box<dyn Host>,
+    pub(crate) nudge: Arc<Nudge>,
+    pub(crate) events: broadcast::Sender<PoolEvent>,
+    /// Counts the steps of the actor; whoever waits for a condition looks again at each.
+    pub(crate) step: watch::Sender<u64>,
+    state: Mutex<State<B>>,
+}
+
+/// A profile and what goes with it.
+pub(crate) struct Kept {
+    pub(crate) spec: Profile,
+    pub(crate) name: Arc<str>,
+    pub(crate) parking: Parking,
+    pub(crate) metrics: ProfileMetrics,
+}
+
+/// Bounds on what the backend does, scaled.
+pub(crate) struct Times {
+    pub(crate) boot: Duration,
+    pub(crate) retire: Duration,
+}
+
+/// Wakes the actor.
+#[derive(Default)]
+pub(crate) struct Nudge {
+    notify: Notify,
+    capacity_freed: AtomicBool,
+}
+
+impl Nudge {
+    pub(crate) fn wake(&self) {
+        self.notify.notify_one();
+    }
+
+    pub(crate) async fn woken(&self) {
+        self.notify.notified().await;
+    }
+
+    fn capacity_freed(&self) {
+        self.capacity_freed.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    pub(crate) fn take_capacity_freed(&self) -> bool {
+        self.capacity_freed.swap(false, Ordering::AcqRel)
+    }
+}
+
+pub(crate) type Served<B> = oneshot::Sender<Result<Lease<B>, Refusal>>;
+
+pub(crate) struct State<B: Backend> {
+    pub(crate) ledger: Ledger,
+    pub(crate) slots: HashMap<VmId, Slot<B>>,
+    pub(crate) waiters: HashMap<WaiterId, Served<B>>,
+    /// Asked for by the ledger, not yet done.
+    pub(crate) pending: Vec<Action>,
+    /// The way home for leases; present from start until the actor ends.
+    pub(crate) inbox: Option<mpsc::UnboundedSender<Message<B>>>,
+    /// By profile.
+    pub(crate) last_failure: Vec<Option<BootFailure>>,
+    pub(crate) pressed: bool,
+    next_id: u64,
+}
+
+impl<B: Backend> State<B> {
+    /// Lets the ledger know; the actor does the rest.
+    pub(crate) fn tell(&mut self, now: Instant, event: Event) {
+        let actions = self.ledger.apply(now, event);
+        self.pending.extend(actions);
+    }
+
+    fn next_id(&mut self) -> u64 {
+        self.next_id = self.next_id.saturating_add(1);
+        self.next_id
+    }
+
+    pub(crate) fn next_waiter(&mut self) -> WaiterId {
+        WaiterId(self.next_id())
+    }
+
+    pub(crate) fn next_ticket(&mut self) -> TicketId {
+        TicketId(self.next_id())
+    }
+
+    pub(crate) fn next_pass(&mut self) -> crate::ledger::PassId {
+        crate::ledger::PassId(self.next_id())
+    }
+
+    pub(crate) fn is_alive(&self, backend: &B, id: VmId) -> bool {
+        let vm = self.slots.get(&id).and_then(|slot| slot.vm.as_ref());
+        vm.is_some_and(|vm| backend.alive(vm))
+    }
+
+    /// Moves a VM that the ledger counts as leased out of its slot.
+    pub(crate) fn take_out(&mut self, id: VmId) -> Option<Held<B>> {
+        let slot = self.slots.get_mut(&id)?;
+        if let Some(check) = slot.job.take() {
+            check.cancel();
+        }
+        let vm = slot.vm.take()?;
+        Some(Held {
+            vm,
+            reservation: slot.reservation.take(),
+        })
+    }
+}
+
+impl<B: Backend> Shared<B> {
+    pub(crate) fn new(
+        backend: B,
+        config: PoolConfig,
+        host: Box<dyn Host>,
+    ) -> Result<Arc<Self>, ConfigError> {
+        let demand = |profile: &Profile| backend.demand(profile);
+        let limits = config.limits_on(host.memory_available_mib(), demand)?;
+        let scale = backend.time_scale().max(1);
+        let nudge = Arc::new(Nudge::default());
+        let freed = Arc::clone(&nudge);
+        let kept = |spec: &Profile| Kept {
+            name: spec.name.as_str().into(),
+            parking: spec
+                .park
+                .or(config.park)
+                .unwrap_or_else(|| backend.parking(spec)),
+            metrics: ProfileMetrics::new(&spec.name),
+            spec: spec.clone(),
+        };
+        let profiles: Vec<_> = config.profiles.iter().map(kept).collect();
+        Ok(Arc::new(Self {
+            check_rules: CheckRules::new(&config.health, scale),
+            times: Times {
+                boot: Duration::from_millis(config.boot.timeout_ms).saturating_mul(scale),
+                retire: Duration::from_millis(config.retire_timeout_ms).saturating_mul(scale),
+            },
+            admission: Admission::new(limits, move || freed.capacity_freed()),
+            host,
+            nudge,
+            events: broadcast::channel(policy::EVENT_BACKLOG).0,
+            step: watch::channel(0).0,
+            state: Mutex::new(State {
+                ledger: ledger_of(&config),
+                slots: HashMap::new(),
+                waiters: HashMap::new(),
+                pending: Vec::new(),
+                inbox: None,
+                last_failure: vec![None; profiles.len()],
+                pressed: false,
+                next_id: 0,
+            }),
+            profiles,
+            backend,
+            config,
+        }))
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State<B>> {
+        // A panic of the backend under the lock leaves the ledger as it was: go on.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn profile(&self, id: ProfileId) -> Option<&Kept> {
+        self.profiles.get(id.0)
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.profiles
+            .iter()
+            .map(|profile| profile.spec.name.clone())
+            .collect()
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Option<ProfileId> {
+        self.profiles
+            .iter()
+            .position(|profile| profile.spec.name == name)
+            .map(ProfileId)
+    }
+
+    pub(crate) fn emit(&self, profile: Option<ProfileId>, vm: Option<VmId>, kind: EventKind) {
+        if self.events.receiver_count() > 0 {
+            let profile = profile
+                .and_then(|id| self.profile(id))
+                .map(|kept| kept.name.clone());
+            // An error means that the last subscriber has just gone.
+            let _ = self.events.send(PoolEvent { profile, vm, kind });
+        }
+    }
+
+    /// Begins one probe of a parked VM; none if it has gone elsewhere.
+    pub(crate) fn probe(&self, id: VmId) -> Option<BoxFuture<'static, Result<(), ProbeError>>> {
+        let state = self.state();
+        let vm = state.slots.get(&id)?.vm.as_ref()?;
+        Some(self.backend.probe(vm))
+    }
+
+    /// Asks the pool to stop by `by`; from here on nothing is handed out.
+    pub(crate) fn begin_stop(&self, by: Instant) {
+        let mut state = self.state();
+        if state.ledger.phase() == Phase::Stopped {
+            return;
+        }
+        let first = state.ledger.phase() != Phase::Stopping;
+        state.tell(Instant::now(), Event::Stop(by));
+        drop(state);
+        self.nudge.wake();
+        if first {
+            self.emit(None, None, EventKind::Stopping);
+        }
+    }
+
+    /// Resolves as soon as `met` says something, looking again after each step of the actor.
+    pub(crate) async fn wait_for<T>(&self, mut met: impl FnMut(&State<B>) -> Option<T>) -> T {
+        let mut steps = self.step.subscribe();
+        loop {
+            steps.borrow_and_update();
+            if let Some(value) = met(&self.state()) {
+                return value;
+            }
+            // The sender lives in `self`: no error.
+            if steps.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+fn ledger_of(config: &PoolConfig) -> Ledger {
+    let some_ms = |ms: u64| (ms > 0).then(|| Duration::from_millis(ms));
+    let breaker = BreakerRules {
+        backoff_min: Duration::from_millis(config.boot.backoff_min_ms),
+        backoff_max: Duration::from_millis(config.boot.backoff_max_ms),
+        failures: config.boot.breaker_failures,
+        cooldown: Duration::from_millis(config.boot.breaker_cooldown_ms),
+        cooldown_max: Duration::from_millis(config.boot.breaker_cooldown_max_ms),
+    };
+    let rules = (1_u64..)
+        .zip(&config.profiles)
+        .map(|(seed, profile)| Rules {
+            size: config.size_of(profile),
+            boots_percent: config.concurrent_boots_percent,
+            refill: config.refill == Refill::Automatic,
+            breaker,
+            scale: profile.autoscale.as_ref().map(|scale| ScaleRules {
+                min: scale.min,
+                max: scale.max,
+                window: Duration::from_millis(scale.window_ms),
+            }),
+            seed: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15),
+        });
+    let pool = PoolRules {
+        lease_limit: config.max_concurrent_vms,
+        health_interval: some_ms(config.health.interval_ms),
+        lease_deadline: some_ms(config.lease.deadline_ms),
+        lease_idle: some_ms(config.lease.idle_ms),
+    };
+    Ledger::new(pool, rules)
+}

@@ -1,0 +1,58 @@
+//! One VM that the pool keeps account of.
+
+use std::fmt;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::backend::Backend;
+use crate::ledger::ProfileId;
+use crate::permit::Reservation;
+
+/// The number of a VM, unique in its pool and never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VmId(pub u64);
+
+impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vm-{}", self.0)
+    }
+}
+
+/// What belongs to a VM from its reservation to its end. Dropping it releases everything.
+pub(crate) struct Slot<B: Backend> {
+    pub(crate) profile: ProfileId,
+    /// Absent while it boots and while it is leased.
+    pub(crate) vm: Option<B::Vm>,
+    /// Present from the moment there is a VM.
+    pub(crate) remote: Option<std::sync::Arc<B::Remote>>,
+    /// Given back when the VM is gone.
+    pub(crate) reservation: Option<Reservation>,
+    /// Ends the boot or the check that is under way.
+    pub(crate) job: Option<CancellationToken>,
+    /// Ends the task that watches for the VM's end.
+    pub(crate) watch: Option<CancellationToken>,
+    /// What [`crate::backend::Remote::activity`] said last.
+    pub(crate) activity: Option<u64>,
+}
+
+impl<B: Backend> Slot<B> {
+    pub(crate) fn new(profile: ProfileId, reservation: Reservation) -> Self {
+        Self {
+            profile,
+            vm: None,
+            remote: None,
+            reservation: Some(reservation),
+            job: None,
+            watch: None,
+            activity: None,
+        }
+    }
+}
+
+impl<B: Backend> Drop for Slot<B> {
+    fn drop(&mut self) {
+        for task in [&self.job, &self.watch].into_iter().flatten() {
+            task.cancel();
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! The actor's hands: one function for each thing that the ledger can ask for.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use futures::FutureExt;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use crate::actor::{Actor, Message, Verdict};
+use crate::backend::{Backend, ProbeError, Remote};
+use crate::boot;
+use crate::error::OfferRefusal;
+use crate::event::EventKind;
+use crate::health;
+use crate::lease::Lease;
+use crate::ledger::{Action, Event, Overdue, PassId, ProfileId, Refusal, TicketId, WaiterId};
+use crate::profile::Parking;
+use crate::shared::State;
+use crate::slot::{Slot, VmId};
+
+impl<B: Backend> Actor<B> {
+    pub(crate) fn act(&mut self, state: &mut State<B>, now: Instant, action: Action) {
+        match action {
+            Action::Boot(profile, id) => self.boot(state, now, profile, id),
+            Action::Join(profile, id, ticket) => self.join(state, now, profile, id, ticket),
+            Action::CancelBoot(id) => {
+                if let Some(job) = state.slots.get(&id).and_then(|slot| slot.job.as_ref()) {
+                    job.cancel();
+                }
+            }
+            Action::Park(id) => self.park(state, id),
+            Action::Check(profile, id, check, pass) => self.check(state, profile, id, check, pass),
+            Action::Serve(profile, waiter, id) => self.serve(state, now, profile, waiter, id),
+            Action::Reject(waiter, refusal) => reject(state, waiter, refusal),
+            Action::Settle(ticket, outcome) => self.settle(state, ticket, outcome),
+            Action::Retire(id) => self.retire(state, now, id),
+            Action::Drop(id) => {
+                let slot = state.slots.remove(&id);
+                self.discard(slot);
+            }
+            Action::Kill(id, why) => self.kill(state, now, id, why),
+            Action::AskIdle(id) => ask_idle(state, now, id),
+            Action::Resized(profile, size) => {
+                self.shared
+                    .emit(Some(profile), None, EventKind::Resized(size));
+            }
+            Action::Stopped => self.stopped(state),
+        }
+    }
+
+    fn boot(&mut self, state: &mut State<B>, now: Instant, profile: ProfileId, id: VmId) {
+        let Some(kept) = self.shared.profile(profile) else {
+            return;
+        };
+        let demand = self.shared.backend.demand(&kept.spec);
+        let reservation = match self.shared.admission.reserve(demand) {
+            Ok(reservation) => reservation,
+            Err(denial) => return self.deny(state, now, profile, id, denial),
+        };
+        let cancelled = CancellationToken::new();
+        let mut slot = Slot::new(profile, reservation);
+        slot.job = Some(cancelled.clone());
+        state.slots.insert(id, slot);
+        self.shared
+            .emit(Some(profile), Some(id), EventKind::Booting);
+        let span = tracing::info_span!("boot", vm = %id, profile = %kept.name);
+        let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
+        let task = async move {
+            let result = boot::boot(shared, profile, id, cancelled).await;
+            // The actor outlives its tasks, save when the runtime itself ends.
+            let _ = home.send(Message::Booted(id, now, result));
+        };
+        self.tasks.spawn(task.instrument(span));
+    }
+
+    fn join(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        profile: ProfileId,
+        id: VmId,
+        ticket: TicketId,
+    ) {
+        let Some(kept) = self.shared.profile(profile) else {
+            return;
+        };
+        let demand = self.shared.backend.demand(&kept.spec);
+        let reservation = match self.shared.admission.reserve(demand) {
+            Ok(reservation) => reservation,
+            Err(denial) => return self.deny(state, now, profile, id, denial),
+        };
+        let cancelled = CancellationToken::new();
+        let mut slot = Slot::new(profile, reservation);
+        slot.job = Some(cancelled.clone());
+        slot.vm = self.take_offered(ticket, id);
+        let remote = slot.vm.as_ref().map(|vm| self.shared.backend.remote(vm));
+        slot.remote = remote.map(Arc::new);
+        state.slots.insert(id, slot);
+        let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
+        self.tasks.spawn(async move {
+            let check = health::check(shared.check_rules, || shared.probe(id));
+            let check = AssertUnwindSafe(check).catch_unwind();
+            let result = tokio::select! {
+                biased;
+                () = cancelled.cancelled() => Err(OfferRefusal::Full),
+                verdict = check => match verdict {
+                    Ok(Ok(_)) => Ok(()),
+                    Ok(Err(error)) => Err(OfferRefusal::Unhealthy(error)),
+                    Err(_) => Err(OfferRefusal::Panicked),
+                },
+            };
+            let _ = home.send(Message::Joined(id, result));
+        });
+    }
+
+    fn park(&mut self, state: &mut State<B>, id: VmId) {
+        if !state.ledger.is_ready(id) {
+            return;
+        }
+        let Some(slot) = state.slots.get_mut(&id) else {
+            return;
+        };
+        let Some(vm) = &slot.vm else { return };
+        if self.shared.profile(slot.profile).map(|kept| kept.parking) == Some(Parking::Paused) {
+            self.shared.backend.pause(vm);
+        }
+        if slot.watch.is_some() {
+            return;
+        }
+        let ended = self.shared.backend.ended(vm);
+        let unwatched = CancellationToken::new();
+        slot.watch = Some(unwatched.clone());
+        let home = self.home.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = unwatched.cancelled() => {}
+                () = ended => { let _ = home.send(Message::Ended(id)); }
+            }
+        });
+    }
+
+    fn check(
+        &mut self,
+        state: &mut State<B>,
+        profile: ProfileId,
+        id: VmId,
+        check: u64,
+        pass: PassId,
+    ) {
+        if !state.ledger.is_checking(id, check) {
+            return;
+        }
+        let Some(slot) = state.slots.get_mut(&id) else {
+            return;
+        };
+        let Some(kept) = self.shared.profile(profile) else {
+            return;
+        };
+        if kept.parking == Parking::Paused
+            && let Some(vm) = &slot.vm
+        {
+            self.shared.backend.resume(vm);
+        }
+        let dropped = CancellationToken::new();
+        slot.job = Some(dropped.clone());
+        let span = tracing::debug_span!("check", vm = %id, profile = %kept.name);
+        self.count_check(pass);
+        let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
+        let task = async move {
+            let check_vm = health::check(shared.check_rules, || shared.probe(id));
+            let check_vm = AssertUnwindSafe(check_vm).catch_unwind();
+            let verdict = tokio::select! {
+                biased;
+                () = dropped.cancelled() => Verdict::Dropped,
+                verdict = check_vm => match verdict {
+                    Ok(Ok(took)) => Verdict::Healthy(took),
+                    Ok(Err(error)) => Verdict::Unhealthy(error),
+                    Err(_) => Verdict::Unhealthy(ProbeError::Wrong("the probe panicked")),
+                },
+            };
+            let _ = home.send(Message::Checked(id, check, pass, verdict));
+        };
+        self.tasks.spawn(task.instrument(span));
+    }
+
+    fn serve(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        profile: ProfileId,
+        waiter: WaiterId,
+        id: VmId,
+    ) {
+        let Some(reply) = state.waiters.remove(&waiter) else {
+            // Gone, and its VM never left the slot.
+            return state.tell(now, Event::Untouched(id));
+        };
+        if !state.is_alive(&self.shared.backend, id) {
+            state.waiters.insert(waiter, reply);
+            return state.tell(now, Event::Unserved(profile, waiter, id));
+        }
+        let Some(held) = state.take_out(id) else {
+            state.waiters.insert(waiter, reply);
+            return state.tell(now, Event::Unserved(profile, waiter, id));
+        };
+        let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
+        let lease = Lease::untouched(shared, home, id, profile, held);
+        // If the waiter has gone, the lease comes home by its own drop.
+        let _ = reply.send(Ok(lease));
+    }
+
+    fn retire(&mut self, state: &mut State<B>, now: Instant, id: VmId) {
+        let Some(slot) = state.slots.get_mut(&id) else {
+            return state.tell(now, Event::Retired(id));
+        };
+        for task in [slot.job.take(), slot.watch.take()].into_iter().flatten() {
+            task.cancel();
+        }
+        let profile = slot.profile;
+        match slot.vm.take() {
+            Some(vm) => self.destroy(Some((profile, id)), vm, None),
+            None => state.tell(now, Event::Retired(id)),
+        }
+    }
+
+    /// Destroys a VM that is on no book.
+    pub(crate) fn retire_stray(&mut self, vm: Option<B::Vm>, done: Option<oneshot::Sender<()>>) {
+        match (vm, done) {
+            (Some(vm), done) => self.destroy(None, vm, done),
+            // Nobody has to wait for it.
+            (None, Some(done)) => {
+                let _ = done.send(());
+            }
+            (None, None) => {}
+        }
+    }
+
+    fn destroy(
+        &mut self,
+        known: Option<(ProfileId, VmId)>,
+        vm: B::Vm,
+        done: Option<oneshot::Sender<()>>,
+    ) {
+        let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
+        let span = match known {
+            Some((_, id)) => tracing::debug_span!("destroy", vm = %id),
+            None => tracing::debug_span!("destroy"),
+        };
+        let task = async move {
+            let began = Instant::now();
+            let retire = AssertUnwindSafe(shared.backend.retire(vm)).catch_unwind();
+            let ended = timeout(shared.times.retire, retire).await;
+            let kept = known.and_then(|(profile, _)| shared.profile(profile));
+            match ended {
+                Ok(Ok(())) => {
+                    if let Some(kept) = kept {
+                        kept.metrics.destroy.record(began.elapsed());
+                    }
+                }
+                Ok(Err(_)) => tracing::error!("the backend panicked while it destroyed a VM"),
+                Err(_) => {
+                    tracing::error!("destroying a VM takes too long: it is no longer waited for");
+                    if let Some(kept) = kept {
+                        kept.metrics.abandoned.increment(1);
+                    }
+                }
+            }
+            match known {
+                Some((_, id)) => {
+                    let _ = home.send(Message::Retired(id, done));
+                }
+                None => {
+                    if let Some(done) = done {
+                        let _ = done.send(());
+                    }
+                }
+            }
+        };
+        self.tasks.spawn(task.instrument(span));
+    }
+
+    fn kill(&mut self, state: &mut State<B>, now: Instant, id: VmId, why: Overdue) {
+        let Some(slot) = state.slots.get(&id) else {
+            return state.tell(now, Event::Killed(id));
+        };
+        tracing::warn!(vm = %id, ?why, "the pool ends the VM of a lease");
+        if let Some(kept) = self.shared.profile(slot.profile) {
+            kept.metrics.overdue(why);
+        }
+        self.shared
+            .emit(Some(slot.profile), Some(id), EventKind::Overdue(why));
+        let Some(remote) = slot.remote.clone() else {
+            return state.tell(now, Event::Killed(id));
+        };
+        let (limit, home) = (self.shared.times.retire, self.home.clone());
+        self.tasks.spawn(async move {
+            let kill = AssertUnwindSafe(remote.kill()).catch_unwind();
+            if !matches!(timeout(limit, kill).await, Ok(Ok(()))) {
+                tracing::error!(vm = %id, "the VM of a lease does not end");
+            }
+            let _ = home.send(Message::Killed(id));
+        });
+    }
+}
+
+fn reject<B: Backend>(state: &mut State<B>, waiter: WaiterId, refusal: Refusal) {
+    if let Some(reply) = state.waiters.remove(&waiter) {
+        // It may have gone.
+        let _ = reply.send(Err(refusal));
+    }
+}
+
+fn ask_idle<B: Backend>(state: &mut State<B>, now: Instant, id: VmId) {
+    let Some(slot) = state.slots.get_mut(&id) else {
+        return;
+    };
+    let activity = slot.remote.as_ref().map(|remote| remote.activity());
+    let idle = activity == slot.activity;
+    slot.activity = activity;
+    state.tell(
+        now,
+        if idle {
+            Event::Idle(id)
+        } else {
+            Event::Active(id)
+        },
+    );
+}

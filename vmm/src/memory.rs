@@ -73,6 +73,8 @@ pub struct GuestRam {
     file: Arc<File>,
     sharing: Sharing,
     bytes: u64,
+    /// Stretches that are private copies of another file (see [`GuestRam::overlay`]).
+    overlays: Vec<(u64, u64)>,
 }
 
 /// The (guest address, length) pairs that `bytes` of memory occupy.
@@ -140,7 +142,70 @@ impl GuestRam {
             file,
             sharing,
             bytes,
+            overlays: Vec::new(),
         })
+    }
+
+    /// Lets `[addr, addr + len)` show `file` from `offset` on, as a private copy that is made page
+    /// by page when the guest writes. Nothing is copied now. `file` must never shrink or change (a
+    /// sealed memfd). All three numbers are whole pages.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`] when the range is not inside one region or not whole pages;
+    /// [`MemoryError::Create`] when the host refuses.
+    pub(crate) fn overlay(
+        &mut self,
+        addr: u64,
+        file: &File,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), MemoryError> {
+        let whole = [addr, offset, len]
+            .iter()
+            .all(|n| n.is_multiple_of(PAGE_SIZE));
+        if len == 0 || !whole || !self.contains(addr, len) {
+            return Err(MemoryError::OutOfRange { addr, len });
+        }
+        let host = self.host_address(addr, len)?;
+        // SAFETY: `[addr, addr + len)` was checked to lie inside one mapping of ours, so the fixed
+        // mapping replaces only pages that this value owns; nobody holds Rust references to guest
+        // memory, and dropping the region unmaps the whole range whatever lies in it.
+        let mapped = unsafe {
+            libc::mmap(
+                host.cast(),
+                usize::try_from(len).unwrap_or(0),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                offset.cast_signed(),
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            let source = std::io::Error::last_os_error();
+            return Err(MemoryError::Create { bytes: len, source });
+        }
+        self.overlays.push((addr, len));
+        Ok(())
+    }
+
+    /// Where in the file the page at guest address `addr` (inside memory) lies.
+    fn file_offset(&self, addr: u64) -> u64 {
+        if addr < GAP_END {
+            addr
+        } else {
+            addr - GAP_END + GAP_START
+        }
+    }
+
+    fn host_address(&self, addr: u64, len: u64) -> Result<*mut u8, MemoryError> {
+        let outside = MemoryError::OutOfRange { addr, len };
+        let Some(region) = self.map.find_region(GuestAddress(addr)) else {
+            return Err(outside);
+        };
+        let in_region = addr - region.start_addr().raw_value();
+        region
+            .get_host_address(vm_memory::MemoryRegionAddress(in_region))
+            .map_err(|_| outside)
     }
 
     /// The mapped memory, for reads and writes that are checked against its regions.
@@ -176,7 +241,7 @@ impl GuestRam {
     }
 
     /// Gives the pages of `[addr, addr + len)` back to the host. The guest reads zeroes there
-    /// afterwards (shared), or what the template held (private): never another VM's data. Only
+    /// afterwards, or what the template or kernel image held there: never another VM's data. Only
     /// whole pages inside the range are released.
     ///
     /// # Errors
@@ -191,40 +256,25 @@ impl GuestRam {
         if start >= end {
             return Ok(());
         }
-        let Some(region) = self.map.find_region(GuestAddress(start)) else {
-            return Err(MemoryError::OutOfRange { addr, len });
+        let host = self.host_address(start, end - start)?;
+        // SAFETY: `[start, end)` was checked to lie inside one region's mapping, which `self.map`
+        // keeps alive; guest memory is only ever accessed volatilely.
+        let mut done = unsafe {
+            let len = usize::try_from(end - start).unwrap_or(0);
+            libc::madvise(host.cast(), len, libc::MADV_DONTNEED)
         };
-        let in_region = start - region.start_addr().raw_value();
-        let done = match self.sharing {
-            Sharing::Shared => {
-                let base = region.file_offset().map_or(0, FileOffset::start);
-                // SAFETY: plain system call on an fd that `self.file` keeps open; it touches
-                // memory only through the kernel's page cache.
-                unsafe {
-                    libc::fallocate(
-                        self.file.as_raw_fd(),
-                        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-                        (base + in_region).cast_signed(),
-                        (end - start).cast_signed(),
-                    )
-                }
-            }
-            Sharing::Private => {
-                let Ok(host) = region.get_host_address(vm_memory::MemoryRegionAddress(in_region))
-                else {
-                    return Err(MemoryError::OutOfRange { addr, len });
-                };
-                // SAFETY: `[start, end)` was checked to lie inside this region's mapping, which
-                // `self.map` keeps alive; guest memory is only ever accessed volatilely.
-                unsafe {
-                    libc::madvise(
-                        host.cast(),
-                        usize::try_from(end - start).unwrap_or(0),
-                        libc::MADV_DONTNEED,
-                    )
-                }
-            }
-        };
+        if done == 0 && self.sharing == Sharing::Shared {
+            // SAFETY: plain system call on an fd that `self.file` keeps open; it touches memory
+            // only through the kernel's page cache.
+            done = unsafe {
+                libc::fallocate(
+                    self.file.as_raw_fd(),
+                    libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                    self.file_offset(start).cast_signed(),
+                    (end - start).cast_signed(),
+                )
+            };
+        }
         if done == 0 {
             Ok(())
         } else {
@@ -233,7 +283,8 @@ impl GuestRam {
     }
 }
 
-fn memfd() -> std::io::Result<File> {
+/// A memfd that can be sealed.
+pub(crate) fn memfd() -> std::io::Result<File> {
     // SAFETY: the name is a NUL-terminated literal; the returned fd is checked before it is owned.
     let fd = unsafe {
         libc::memfd_create(
@@ -246,6 +297,16 @@ fn memfd() -> std::io::Result<File> {
     }
     // SAFETY: `fd` was just returned to us and nobody else owns it.
     Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Makes a memfd immutable: it can then be mapped by any number of VMs without a check.
+///
+/// # Errors
+/// The host's error; `EBUSY` while a writable mapping exists.
+pub(crate) fn seal(file: &File) -> std::io::Result<()> {
+    use rustix::fs::SealFlags;
+    let all = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(file, all).map_err(Into::into)
 }
 
 #[cfg(test)]
@@ -328,6 +389,34 @@ mod tests {
             Err(MemoryError::OutOfRange { .. })
         ));
         ram.discard(100, 200).unwrap();
+    }
+
+    #[test]
+    fn an_overlay_shows_its_file_and_keeps_writes_private() {
+        let image = memfd().unwrap();
+        image.set_len(8192).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&image, &[5; 8192], 0).unwrap();
+        seal(&image).unwrap();
+        let mut ram = GuestRam::new(MIB).unwrap();
+        ram.overlay(4096, &image, 0, 8192).unwrap();
+        let at = |ram: &GuestRam, addr| ram.map().read_obj::<u8>(GuestAddress(addr)).unwrap();
+        assert_eq!(
+            [
+                at(&ram, 4095),
+                at(&ram, 4096),
+                at(&ram, 12287),
+                at(&ram, 12288)
+            ],
+            [0, 5, 5, 0]
+        );
+        ram.map().write_obj(9u8, GuestAddress(4096)).unwrap();
+        let mut other = GuestRam::new(MIB).unwrap();
+        other.overlay(4096, &image, 0, 8192).unwrap();
+        assert_eq!((at(&ram, 4096), at(&other, 4096)), (9, 5));
+        ram.discard(4096, 4096).unwrap();
+        assert_eq!(at(&ram, 4096), 5);
+        assert!(ram.overlay(MIB - 4096, &image, 0, 8192).is_err());
+        assert!(ram.overlay(1, &image, 0, 4096).is_err());
     }
 
     #[test]

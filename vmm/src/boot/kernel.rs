@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{Elf, KernelLoader};
@@ -10,7 +12,7 @@ use vm_memory::GuestAddress;
 
 use super::{Entry, EntryChoice, EntryMode};
 use crate::layout;
-use crate::memory::{GAP_START, GuestRam};
+use crate::memory::{GAP_START, GuestRam, MemoryError, PAGE_SIZE};
 
 /// What a file's first bytes say it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,23 +59,44 @@ pub enum KernelError {
     /// It is an ELF file that cannot be loaded (truncated, no segments, damaged header).
     #[error("is damaged or truncated: {0}")]
     Elf(String),
-    /// A segment lies outside guest memory.
-    #[error("needs memory up to {end:#x} and the guest has {memory:#x} bytes; give it more memory")]
-    DoesNotFit {
-        /// First byte after the highest segment.
-        end: u64,
-        /// Bytes of guest memory.
-        memory: u64,
-    },
+    /// The host has no memory to hold it.
+    #[error("cannot be held in memory")]
+    Memory(#[source] MemoryError),
     /// PVH was asked for and the kernel has no PVH note.
     #[error("has no PVH entry point; build it with CONFIG_PVH=y or use the 64-bit entry")]
     NoPvh,
 }
 
+/// A kernel in a memory file whose offsets are guest addresses.
+#[derive(Debug)]
 pub(super) struct Loaded {
-    pub(super) entry: Entry,
-    /// First free byte after the kernel and its bss.
+    /// The file; its length is `end`, in whole pages.
+    pub(super) file: Arc<File>,
+    /// Address of the first instruction by the 64-bit protocol.
+    pub(super) start: u64,
+    /// Address of the first instruction by PVH, where the kernel has such an entry.
+    pub(super) pvh: Option<u64>,
+    /// Page-aligned, sorted stretches of the file that hold something.
+    pub(super) extents: Vec<Range<u64>>,
+    /// First free page after the kernel and its bss.
     pub(super) end: u64,
+}
+
+impl Loaded {
+    /// Where the first vCPU starts.
+    pub(super) fn entry(&self, choice: EntryChoice) -> Result<Entry, KernelError> {
+        match (choice, self.pvh) {
+            (EntryChoice::Pvh, Some(address)) => Ok(Entry {
+                address,
+                mode: EntryMode::Pvh,
+            }),
+            (EntryChoice::Pvh, None) => Err(KernelError::NoPvh),
+            (EntryChoice::Auto | EntryChoice::Linux64, _) => Ok(Entry {
+                address: self.start,
+                mode: EntryMode::Linux64,
+            }),
+        }
+    }
 }
 
 /// Most program headers that a kernel may have; real ones have about five.
@@ -98,12 +121,8 @@ pub(super) fn sniff(head: &[u8]) -> KernelFormat {
     }
 }
 
-/// Loads the kernel at `path` into `ram`.
-pub(super) fn load(
-    path: &Path,
-    ram: &GuestRam,
-    choice: EntryChoice,
-) -> Result<Loaded, KernelError> {
+/// Reads the kernel at `path` into a memory file.
+pub(super) fn load(path: &Path) -> Result<Loaded, KernelError> {
     let mut file = File::open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() {
@@ -118,10 +137,11 @@ pub(super) fn load(
         KernelFormat::Elf => {}
         other => return Err(KernelError::Format(other)),
     }
-    let end = check_segments(&mut file, &head, metadata.len(), ram)?;
+    let (extents, end) = check_segments(&mut file, &head, metadata.len())?;
+    let memory = GuestRam::new(end).map_err(KernelError::Memory)?;
     file.seek(SeekFrom::Start(0))?;
     let loaded = Elf::load(
-        ram.map(),
+        memory.map(),
         None,
         &mut file,
         Some(GuestAddress(layout::HIGH_START)),
@@ -131,18 +151,14 @@ pub(super) fn load(
         PvhBootCapability::PvhEntryPresent(address) => Some(address.0),
         _ => None,
     };
-    let entry = match (choice, pvh) {
-        (EntryChoice::Pvh, Some(address)) => Entry {
-            address,
-            mode: EntryMode::Pvh,
-        },
-        (EntryChoice::Pvh, None) => return Err(KernelError::NoPvh),
-        (EntryChoice::Auto | EntryChoice::Linux64, _) => Entry {
-            address: loaded.kernel_load.0,
-            mode: EntryMode::Linux64,
-        },
-    };
-    Ok(Loaded { entry, end })
+    let file = Arc::clone(memory.file());
+    Ok(Loaded {
+        file,
+        start: loaded.kernel_load.0,
+        pvh,
+        extents,
+        end,
+    })
 }
 
 fn bytes_at<const N: usize>(bytes: &[u8], offset: usize) -> Result<[u8; N], KernelError> {
@@ -153,14 +169,14 @@ fn bytes_at<const N: usize>(bytes: &[u8], offset: usize) -> Result<[u8; N], Kern
         .ok_or_else(|| KernelError::Elf("the file ends inside its header".into()))
 }
 
-/// Checks every loadable segment before anything is written: inside the file, inside guest memory,
-/// above 1 MiB. Returns the first byte after the highest one, whatever their order.
+/// Checks every loadable segment before anything is written: inside the file, above 1 MiB, below
+/// the gap. Returns the stretches that hold content and the first page after all, whatever the
+/// segments' order.
 fn check_segments(
     file: &mut File,
     head: &[u8],
     file_len: u64,
-    ram: &GuestRam,
-) -> Result<u64, KernelError> {
+) -> Result<(Vec<Range<u64>>, u64), KernelError> {
     // Elf64_Ehdr and Elf64_Phdr (ELF-64 object file format, version 1.5).
     let table = u64::from_le_bytes(bytes_at(head, 32)?);
     let entry_size = u16::from_le_bytes(bytes_at(head, 54)?);
@@ -174,7 +190,7 @@ fn check_segments(
     let mut headers = vec![0u8; usize::from(entry_size) * usize::from(count)];
     file.read_exact(&mut headers)
         .map_err(|_| KernelError::Elf("the file ends inside its program headers".into()))?;
-    let memory_end = ram.bytes().min(GAP_START);
+    let mut extents: Vec<Range<u64>> = Vec::new();
     let mut kernel_end = 0;
     for header in headers.chunks_exact(56) {
         if u32::from_le_bytes(bytes_at(header, 0)?) != PT_LOAD {
@@ -191,24 +207,36 @@ fn check_segments(
         }
         let end = address
             .checked_add(in_memory.max(in_file))
-            .ok_or_else(|| KernelError::Elf("a segment wraps the address space".into()))?;
+            .filter(|end| *end <= GAP_START)
+            .ok_or_else(|| KernelError::Elf(format!("a segment at {address:#x} beyond 3 GiB")))?;
         if address < layout::HIGH_START {
             return Err(KernelError::Elf(format!(
                 "a segment at {address:#x}, below 1 MiB"
             )));
         }
-        if end > memory_end {
-            return Err(KernelError::DoesNotFit {
-                end,
-                memory: ram.bytes(),
-            });
+        if in_file > 0 {
+            let page = address & !(PAGE_SIZE - 1);
+            extents.push(page..(address + in_file).next_multiple_of(PAGE_SIZE));
         }
-        kernel_end = kernel_end.max(end);
+        kernel_end = kernel_end.max(end.next_multiple_of(PAGE_SIZE));
     }
-    if kernel_end == 0 {
+    if extents.is_empty() {
         return Err(KernelError::Elf("no loadable segment".into()));
     }
-    Ok(kernel_end)
+    Ok((merge(extents), kernel_end))
+}
+
+/// Sorts stretches and joins those that touch.
+fn merge(mut extents: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    extents.sort_by_key(|e| e.start);
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for extent in extents {
+        match merged.last_mut() {
+            Some(last) if extent.start <= last.end => last.end = last.end.max(extent.end),
+            _ => merged.push(extent),
+        }
+    }
+    merged
 }
 
 #[cfg(test)]
@@ -250,11 +278,7 @@ mod tests {
     fn try_load(bytes: &[u8]) -> Result<Loaded, KernelError> {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(bytes).unwrap();
-        load(
-            file.path(),
-            &GuestRam::new(32 * MIB).unwrap(),
-            EntryChoice::Auto,
-        )
+        load(file.path())
     }
 
     #[test]
@@ -265,7 +289,12 @@ mod tests {
         ]))
         .unwrap();
         assert_eq!(loaded.end, 20 * MIB);
-        assert_eq!(loaded.entry.address, 16 * MIB);
+        assert_eq!(loaded.start, 16 * MIB);
+        let page = |at| at..at + PAGE_SIZE;
+        assert_eq!(loaded.extents, [page(16 * MIB), page(18 * MIB)]);
+        let mut text = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(&*loaded.file, &mut text, 16 * MIB).unwrap();
+        assert_eq!(&text, b"text");
     }
 
     #[test]
@@ -283,8 +312,8 @@ mod tests {
     #[test]
     fn segments_outside_memory_are_refused_before_anything_is_written() {
         assert!(matches!(
-            try_load(&elf(&[(16 * MIB, b"x", 17 * MIB)])),
-            Err(KernelError::DoesNotFit { .. })
+            try_load(&elf(&[(16 * MIB, b"x", GAP_START)])),
+            Err(KernelError::Elf(_))
         ));
         assert!(matches!(
             try_load(&elf(&[(u64::MAX, b"x", 4)])),
@@ -320,10 +349,11 @@ mod tests {
 
     #[test]
     fn a_kernel_without_a_pvh_note_cannot_be_entered_by_pvh() {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(&elf(&[(16 * MIB, b"text", 4)])).unwrap();
-        let ram = GuestRam::new(32 * MIB).unwrap();
-        let refused = load(file.path(), &ram, EntryChoice::Pvh);
-        assert!(matches!(refused, Err(KernelError::NoPvh)));
+        let loaded = try_load(&elf(&[(16 * MIB, b"text", 4)])).unwrap();
+        assert!(matches!(
+            loaded.entry(EntryChoice::Pvh),
+            Err(KernelError::NoPvh)
+        ));
+        assert!(loaded.entry(EntryChoice::Auto).is_ok());
     }
 }

@@ -4,21 +4,22 @@
 //! guest memory and says where the first vCPU starts.
 
 mod cmdline;
+mod image;
 mod kernel;
 mod linux64;
 pub(crate) mod long_mode;
 mod mptable;
 mod pvh;
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
+use vm_memory::{Bytes, GuestAddress};
 
 pub use self::cmdline::CmdlineError;
+pub(crate) use self::image::ImageFiles;
 pub use self::kernel::{KernelError, KernelFormat};
 use crate::layout;
-use crate::memory::{GAP_START, GuestRam, PAGE_SIZE};
+use crate::memory::{GAP_START, GuestRam, MemoryError};
 
 /// How the kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,6 +84,9 @@ pub enum LoadError {
     /// The boot structures do not fit (never, from 32 MiB on).
     #[error("guest memory is too small for the boot structures")]
     TooSmall(#[from] vm_memory::GuestMemoryError),
+    /// The host could not hold or map the kernel image.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// The host gave no random seed.
     #[error("the host gave no random seed")]
     Seed(#[source] std::io::Error),
@@ -99,13 +103,8 @@ pub(crate) struct Source<'a> {
 /// What a guest boots.
 #[derive(Clone, Debug)]
 pub(crate) enum Payload {
-    /// A kernel file and, optionally, an initramfs file.
-    Linux {
-        /// Path of the kernel.
-        kernel: PathBuf,
-        /// Path of the initramfs (uncompressed cpio is fastest).
-        initramfs: Option<PathBuf>,
-    },
+    /// Kernel and initramfs files.
+    Linux(ImageFiles),
     /// Machine code that starts in 64-bit mode at 1 MiB, with the first GiB mapped to itself. For
     /// probes and tests of the monitor.
     Flat(Vec<u8>),
@@ -150,9 +149,9 @@ pub(crate) fn memory_map(bytes: u64) -> Vec<MapEntry> {
 }
 
 /// Fills guest memory; see the module's text.
-pub(crate) fn load(ram: &GuestRam, source: &Source<'_>) -> Result<Entry, LoadError> {
-    let (kernel, initramfs) = match source.payload {
-        Payload::Linux { kernel, initramfs } => (kernel, initramfs.as_deref()),
+pub(crate) fn load(ram: &mut GuestRam, source: &Source<'_>) -> Result<Entry, LoadError> {
+    let image = match source.payload {
+        Payload::Linux(files) => files.image()?,
         Payload::Flat(code) => {
             ram.map()
                 .write_slice(code, GuestAddress(layout::HIGH_START))?;
@@ -162,18 +161,12 @@ pub(crate) fn load(ram: &GuestRam, source: &Source<'_>) -> Result<Entry, LoadErr
             });
         }
     };
-    let loaded = kernel::load(kernel, ram, source.entry).map_err(|source| LoadError::Kernel {
-        path: kernel.clone(),
-        source,
-    })?;
-    let initrd = match initramfs {
-        Some(path) => Some(load_initramfs(ram, path, loaded.end)?),
-        None => None,
-    };
+    let entry = image.entry(source.entry)?;
+    let initrd = image.map_into(ram)?;
     let cmdline_len = cmdline::write(ram.map(), source.words)?;
     mptable::write(ram.map(), source.vcpus)?;
     let map = memory_map(ram.bytes());
-    match loaded.entry.mode {
+    match entry.mode {
         EntryMode::Linux64 => {
             let mut seed = [0u8; linux64::SEED_BYTES];
             fill_random(&mut seed).map_err(LoadError::Seed)?;
@@ -181,7 +174,7 @@ pub(crate) fn load(ram: &GuestRam, source: &Source<'_>) -> Result<Entry, LoadErr
         }
         EntryMode::Pvh => pvh::write(ram.map(), &map, initrd)?,
     }
-    Ok(loaded.entry)
+    Ok(entry)
 }
 
 fn fill_random(buffer: &mut [u8]) -> std::io::Result<()> {
@@ -199,46 +192,6 @@ fn fill_random(buffer: &mut [u8]) -> std::io::Result<()> {
 pub(crate) struct Initrd {
     pub(crate) start: u64,
     pub(crate) len: u64,
-}
-
-/// The highest whole page below the gap that leaves the kernel alone.
-fn place_initramfs(memory: u64, kernel_end: u64, len: u64) -> Option<u64> {
-    // `initrd_addr_max` of 64-bit kernels is 2 GiB - 1 (arch/x86/boot/header.S).
-    let top = memory.min(GAP_START).min(1 << 31);
-    let start = top.checked_sub(len)? & !(PAGE_SIZE - 1);
-    (start >= kernel_end).then_some(start)
-}
-
-fn load_initramfs(ram: &GuestRam, path: &Path, kernel_end: u64) -> Result<Initrd, LoadError> {
-    let unreadable = |source| LoadError::Initramfs {
-        path: path.to_owned(),
-        source,
-    };
-    let mut file = File::open(path).map_err(unreadable)?;
-    let metadata = file.metadata().map_err(unreadable)?;
-    if !metadata.is_file() {
-        return Err(unreadable(std::io::Error::other("not a regular file")));
-    }
-    let len = metadata.len();
-    let start = place_initramfs(ram.bytes(), kernel_end, len).ok_or(LoadError::DoesNotFit {
-        kernel_end,
-        initramfs: len,
-        memory: ram.bytes(),
-    })?;
-    read_exact_at(&mut file, ram.map(), start, len).map_err(unreadable)?;
-    Ok(Initrd { start, len })
-}
-
-/// Reads exactly `len` bytes of `file`, from its position, into guest memory.
-fn read_exact_at<F: ReadVolatile>(
-    file: &mut F,
-    ram: &GuestMemoryMmap,
-    start: u64,
-    len: u64,
-) -> std::io::Result<()> {
-    let len = usize::try_from(len).map_err(|_| std::io::ErrorKind::InvalidData)?;
-    ram.read_exact_volatile_from(GuestAddress(start), file, len)
-        .map_err(|e| std::io::Error::new(std::io::ErrorKind::UnexpectedEof, e))
 }
 
 #[cfg(test)]
@@ -285,20 +238,5 @@ mod tests {
                 assert_eq!(map[3].start, GAP_END);
             }
         }
-    }
-
-    #[test]
-    fn an_initramfs_lies_at_the_top_and_never_on_the_kernel() {
-        assert_eq!(
-            place_initramfs(128 * MIB, 32 * MIB, 5000),
-            Some(128 * MIB - 8192)
-        );
-        assert_eq!(
-            place_initramfs(128 * MIB, 32 * MIB, 96 * MIB),
-            Some(32 * MIB)
-        );
-        assert_eq!(place_initramfs(128 * MIB, 32 * MIB, 96 * MIB + 1), None);
-        assert_eq!(place_initramfs(128 * MIB, 32 * MIB, u64::MAX), None);
-        assert_eq!(place_initramfs(8192 * MIB, 32 * MIB, MIB), Some(2047 * MIB));
     }
 }

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -115,9 +116,17 @@ impl Image {
     }
 }
 
+/// Opens a file that is only wanted if it is a regular one: a pipe without a writer must not block.
+pub(super) fn open(path: &Path) -> std::io::Result<File> {
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+}
+
 /// Appends the file at `path` to `file` at `offset`, filled up to whole pages. Returns its bytes.
 fn append(file: &File, offset: u64, path: &Path) -> std::io::Result<u64> {
-    let mut source = File::open(path)?;
+    let mut source = open(path)?;
     let metadata = source.metadata()?;
     if !metadata.is_file() {
         return Err(std::io::Error::other("not a regular file"));

@@ -123,7 +123,7 @@ pub(super) fn sniff(head: &[u8]) -> KernelFormat {
 
 /// Reads the kernel at `path` into a memory file.
 pub(super) fn load(path: &Path) -> Result<Loaded, KernelError> {
-    let mut file = File::open(path)?;
+    let mut file = super::image::open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() {
         return Err(KernelError::NotAFile);

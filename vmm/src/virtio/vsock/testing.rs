@@ -181,6 +181,8 @@ pub struct Guest {
     pub events: Vec<u32>,
     /// Whether an RX buffer goes back to the device once its packet was taken.
     pub refill: bool,
+    /// RX buffers that did not.
+    pub rx_idle: Vec<u16>,
     /// How often the device ran.
     pub runs: usize,
     /// How often the guest kicked.
@@ -219,6 +221,7 @@ impl Guest {
             inbox: VecDeque::new(),
             events: Vec::new(),
             refill: true,
+            rx_idle: Vec::new(),
             runs: 0,
             kicks: 0,
             foreign_ok: false,
@@ -285,6 +288,12 @@ impl Guest {
     /// The same guest in a device restored from a snapshot taken now. Packets in flight in the rings
     /// stay in flight.
     pub fn restored(mut self) -> Self {
+        self.restore();
+        self
+    }
+
+    /// See [`Guest::restored`].
+    pub fn restore(&mut self) {
         let state = self.device.save();
         let next = self.rings.clone().map(|ring| {
             // All that was made available is used in these tests, up to what the device left.
@@ -302,7 +311,6 @@ impl Guest {
         self.bell = bell;
         let activation = self.activation(next);
         self.device.activate(activation).unwrap();
-        self
     }
 
     /// Makes the chain at `head` available, and kicks if the device wants that.
@@ -388,6 +396,8 @@ impl Guest {
             self.inbox.push_back((header, payload));
             if self.refill {
                 self.post_rx(at);
+            } else {
+                self.rx_idle.push(at);
             }
         }
         while let Some((head, len)) = self.rings[TX].pop(&self.ram) {

@@ -33,7 +33,7 @@ fn shut(header: &Header) -> Shut {
 }
 
 /// Polls once.
-fn poll<F: Future>(future: Pin<&mut F>) -> Option<F::Output> {
+fn poll<F: Future + ?Sized>(future: Pin<&mut F>) -> Option<F::Output> {
     match future.poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(output) => Some(output),
         Poll::Pending => None,

@@ -10,9 +10,10 @@ use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use crate::board::{Board, SharedTransport};
+use crate::board::{Board, SharedTransport, lock};
 use crate::boot::{self, LoadError};
 use crate::config::{ConfigError, MAX_VCPUS, VmConfig};
 use crate::cpu::{cpuid, setup};
@@ -22,15 +23,18 @@ use crate::kvm::{self, KvmError};
 use crate::layout;
 use crate::legacy::console::Console;
 use crate::legacy::serial::SerialPort;
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError, Sharing};
 use crate::reactor::{Attachment, Reactor, ReactorError};
+use crate::snapshot::chips::ChipState;
+use crate::snapshot::cpu::VcpuState;
+use crate::snapshot::{SnapshotError, VmState};
 use crate::state::Exit;
 use crate::vcpu::gate::{Gate, Want};
 use crate::vcpu::{ExitCounters, Vcpu, VcpuError};
 use crate::virtio::balloon::{Balloon, BalloonDevice};
 use crate::virtio::mmio::{MmioTransport, register};
 use crate::virtio::vsock::{VsockDevice, VsockHost};
-use crate::virtio::{Bell, Interrupt, VirtioDevice};
+use crate::virtio::{Bell, DeviceState, Interrupt, VirtioDevice};
 
 /// The guest's vsock address. Every VM has its own socket space, so that one number serves all.
 pub const GUEST_CID: u64 = 3;
@@ -52,6 +56,9 @@ pub enum BootError {
     /// Kernel, initramfs or command line could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// A saved state is not one that a VM can have.
+    #[error("the saved state cannot be used: {0}")]
+    State(String),
     /// A KVM ioctl failed.
     #[error("KVM refused to make the VM")]
     Kvm(#[from] KvmError),
@@ -90,7 +97,7 @@ pub(crate) struct Machine {
     pub(crate) balloon: Balloon,
     pub(crate) board: Arc<Board>,
     pub(crate) times: CreateTimes,
-    pub(crate) profile: CpuProfile,
+    pub(crate) hardware: Hardware,
     threads: Vec<JoinHandle<()>>,
     attachment: Option<Attachment>,
     /// Closed after the threads are gone; vCPU fds are owned by the threads.
@@ -99,8 +106,18 @@ pub(crate) struct Machine {
     ram: Option<GuestRam>,
 }
 
+/// What a VM is made of, apart from what is in its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Hardware {
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: u8,
+    pub(crate) console: bool,
+    pub(crate) pit: bool,
+    pub(crate) profile: CpuProfile,
+}
+
 impl Machine {
-    /// Makes a VM whose vCPUs wait at the gate (`Want::Pause`).
+    /// Makes a VM that boots `config`; its vCPUs wait at the gate.
     pub(crate) fn create(config: &VmConfig) -> Result<Machine, BootError> {
         let host = Host::get()?;
         config.check_vcpus(
@@ -108,17 +125,23 @@ impl Machine {
                 .unwrap_or(u8::MAX)
                 .min(MAX_VCPUS),
         )?;
-        let profile = config.profile.unwrap_or(host.profile());
-        let reactor = Reactor::get()?;
+        let hardware = Hardware {
+            memory_bytes: config.memory_bytes,
+            vcpus: config.vcpus,
+            console: config.console,
+            pit: config.pit,
+            profile: config.profile.unwrap_or(host.profile()),
+        };
+        let mut times = CreateTimes::default();
 
         let start = Instant::now();
         config.preload()?;
-        let image = start.elapsed();
+        times.image = start.elapsed();
 
         let start = Instant::now();
         let mut ram = GuestRam::new(config.memory_bytes)?;
         let devices: Vec<String> = (0..DEVICES).map(device_word).collect();
-        let words = config.cmdline(profile, &devices);
+        let words = config.cmdline(hardware.profile, &devices);
         let source = boot::Source {
             payload: &config.payload,
             words: &words,
@@ -126,76 +149,97 @@ impl Machine {
             entry: config.entry,
         };
         let entry = boot::load(&mut ram, &source)?;
-        let load = start.elapsed();
+        times.load = start.elapsed();
 
         let start = Instant::now();
-        let vm = kvm::create_vm(host.kvm())?;
-        kvm::set_memory(&vm, &ram)?;
-        kvm::create_irqchip(&vm, config.pit)?;
-        let mut fds = Vec::with_capacity(usize::from(config.vcpus));
-        for index in 0..config.vcpus {
-            let fd = vm
-                .create_vcpu(u64::from(index))
-                .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
-            let cpuid =
-                cpuid::for_vcpu(host.cpuid(), profile, index, config.vcpus).map_err(|_| {
-                    KvmError {
-                        call: "KVM_SET_CPUID2",
-                        source: std::io::ErrorKind::InvalidInput.into(),
-                    }
-                })?;
-            fd.set_cpuid2(&cpuid)
-                .map_err(KvmError::of("KVM_SET_CPUID2"))?;
-            setup::boot(&fd, index, ram.map(), &entry)?;
-            fds.push(fd);
+        let (vm, vcpus) = make_kvm(host, hardware, &ram)?;
+        for (index, vcpu) in (0u8..).zip(&vcpus) {
+            setup::boot(vcpu, index, ram.map(), &entry)?;
         }
-        let kvm_time = start.elapsed();
+        times.kvm = start.elapsed();
 
         let start = Instant::now();
-        let memory_mib = u32::try_from(config.memory_bytes >> 20).unwrap_or(u32::MAX);
-        let vsock_bell = Bell::new().map_err(BootError::Descriptors)?;
-        let (vsock_device, vsock) = VsockDevice::new(GUEST_CID, vsock_bell.clone());
-        let balloon_bell = Bell::new().map_err(BootError::Descriptors)?;
-        let (balloon_device, balloon) = BalloonDevice::new(memory_mib, balloon_bell.clone());
-        let transports = vec![
-            attach_device(&vm, &ram, 0, Box::new(vsock_device), vsock_bell)?,
-            attach_device(&vm, &ram, 1, Box::new(balloon_device), balloon_bell)?,
-        ];
-        let console = Console::default();
-        let serial = if config.console {
-            let (port, irq) = SerialPort::new(console.clone()).map_err(BootError::Descriptors)?;
-            vm.register_irqfd(&irq, layout::SERIAL_IRQ)
-                .map_err(KvmError::of("KVM_IRQFD"))?;
-            Some(port)
-        } else {
-            None
+        let devices = Devices::new(hardware)?;
+        let mut machine = Self::assemble(hardware, ram, vm, vcpus, devices)?;
+        times.devices = start.elapsed();
+        machine.times = times;
+        Ok(machine)
+    }
+
+    /// Makes a VM that goes on from `state` in `ram`; its vCPUs wait at the gate.
+    pub(crate) fn restore(state: &VmState, ram: GuestRam) -> Result<Machine, BootError> {
+        let host = Host::get()?;
+        let mut times = CreateTimes::default();
+        let start = Instant::now();
+        let (vm, vcpus) = make_kvm(host, state.hardware, &ram)?;
+        state.chips.restore(&vm)?;
+        if state.vcpus.len() != vcpus.len() || state.transports.len() != DEVICES as usize {
+            return Err(BootError::State(
+                "not as many vCPUs or devices as the VM has".into(),
+            ));
+        }
+        for (saved, vcpu) in state.vcpus.iter().zip(&vcpus) {
+            saved.restore(vcpu)?;
+        }
+        times.kvm = start.elapsed();
+
+        let start = Instant::now();
+        let devices = Devices::restore(state)?;
+        let mut machine = Self::assemble(state.hardware, ram, vm, vcpus, devices)?;
+        for (transport, saved) in machine.board.virtio.iter().zip(&state.transports) {
+            lock(transport)
+                .restore(saved)
+                .map_err(|e| BootError::State(e.to_string()))?;
+        }
+        times.devices = start.elapsed();
+        machine.times = times;
+        Ok(machine)
+    }
+
+    fn assemble(
+        hardware: Hardware,
+        ram: GuestRam,
+        vm: VmFd,
+        vcpus: Vec<VcpuFd>,
+        devices: Devices,
+    ) -> Result<Machine, BootError> {
+        let mut virtio = Vec::with_capacity(DEVICES as usize);
+        for (index, (device, bell)) in (0u32..).zip(devices.virtio) {
+            virtio.push(attach_device(&vm, &ram, index, device, bell)?);
+        }
+        let serial = match devices.serial {
+            Some((port, irq)) => {
+                vm.register_irqfd(&irq, layout::SERIAL_IRQ)
+                    .map_err(KvmError::of("KVM_IRQFD"))?;
+                Some(port)
+            }
+            None => None,
         };
         let board = Arc::new(Board {
             serial,
-            virtio: transports.clone(),
+            virtio: virtio.clone(),
         });
-        let gate = Arc::new(Gate::new(fds.len(), Want::Pause));
-        let ending = Arc::new(Ending::new(Arc::clone(&gate), console.clone()));
-        ending.ends_streams(vsock.clone());
-        let attachment = reactor.attach(transports, Arc::clone(&ending))?;
-        let exits = Arc::new(ExitCounters::default());
+        let gate = Arc::new(Gate::new(vcpus.len(), Want::Pause));
+        let ending = Arc::new(Ending::new(Arc::clone(&gate), devices.console.clone()));
+        ending.ends_streams(devices.vsock.clone());
+        let attachment = Reactor::get()?.attach(virtio, Arc::clone(&ending))?;
         // From here on a failure takes the half-made machine apart by dropping it.
         let mut machine = Machine {
+            hardware,
             gate,
             ending,
-            exits,
-            console,
-            vsock,
-            balloon,
+            exits: Arc::new(ExitCounters::default()),
+            console: devices.console,
+            vsock: devices.vsock,
+            balloon: devices.balloon,
             board,
             times: CreateTimes::default(),
-            profile,
-            threads: Vec::with_capacity(fds.len()),
+            threads: Vec::with_capacity(vcpus.len()),
             attachment: Some(attachment),
             vm: Some(vm),
             ram: Some(ram),
         };
-        for (index, fd) in fds.into_iter().enumerate() {
+        for (index, fd) in vcpus.into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
                 fd,
@@ -206,13 +250,51 @@ impl Machine {
             };
             machine.threads.push(vcpu.spawn()?);
         }
-        machine.times = CreateTimes {
-            image,
-            load,
-            kvm: kvm_time,
-            devices: start.elapsed(),
-        };
         Ok(machine)
+    }
+
+    /// The state of a VM whose vCPUs wait at the gate, and what `with_memory` makes of its memory
+    /// while no device can write to it. Devices are saved before KVM's state, so that an interrupt
+    /// that a device raised is in the controllers when they are saved.
+    pub(crate) fn save<T>(
+        &self,
+        with_memory: impl FnOnce(&GuestRam) -> std::io::Result<T>,
+    ) -> Result<(VmState, T), SnapshotError> {
+        let (Some(vm), Some(ram)) = (&self.vm, &self.ram) else {
+            return Err(SnapshotError::Running);
+        };
+        let transports: Vec<_> = self.board.virtio.iter().map(lock).collect();
+        let saved = transports
+            .iter()
+            .map(|transport| transport.save())
+            .collect();
+        let serial = self.board.serial.as_ref().map(SerialPort::save);
+        let indices = Host::get()?.msr_indices();
+        let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
+        for index in 0..usize::from(self.hardware.vcpus) {
+            let vcpu = self
+                .gate
+                .with_vcpu(index, |vcpu| VcpuState::save(vcpu, indices))
+                .ok_or(SnapshotError::Running)??;
+            vcpus.push(vcpu);
+        }
+        let chips = ChipState::save(vm, self.hardware.pit)?;
+        let memory = with_memory(ram).map_err(SnapshotError::Memory)?;
+        let state = VmState {
+            hardware: self.hardware,
+            vcpus,
+            chips,
+            transports: saved,
+            serial,
+        };
+        Ok((state, memory))
+    }
+
+    /// Whether the memory is a clone's.
+    pub(crate) fn memory_is_private(&self) -> bool {
+        self.ram
+            .as_ref()
+            .is_some_and(|ram| ram.sharing() == Sharing::Private)
     }
 
     fn take_apart(&mut self) {
@@ -262,6 +344,107 @@ fn device_word(index: u32) -> String {
         "virtio_mmio.device=4K@{base:#x}:{}",
         layout::FIRST_IRQ + index
     )
+}
+
+/// KVM's part of a VM: memory slots before the interrupt controllers (see [`kvm::set_memory`]),
+/// vCPUs with their CPUID, which must be there before any MSR that depends on it.
+fn make_kvm(
+    host: &Host,
+    hardware: Hardware,
+    ram: &GuestRam,
+) -> Result<(VmFd, Vec<VcpuFd>), BootError> {
+    let vm = kvm::create_vm(host.kvm())?;
+    kvm::set_memory(&vm, ram)?;
+    kvm::create_irqchip(&vm, hardware.pit)?;
+    let mut vcpus = Vec::with_capacity(usize::from(hardware.vcpus));
+    for index in 0..hardware.vcpus {
+        let vcpu = vm
+            .create_vcpu(u64::from(index))
+            .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+        let cpuid = cpuid::for_vcpu(host.cpuid(), hardware.profile, index, hardware.vcpus)
+            .map_err(|_| KvmError {
+                call: "KVM_SET_CPUID2",
+                source: std::io::ErrorKind::InvalidInput.into(),
+            })?;
+        vcpu.set_cpuid2(&cpuid)
+            .map_err(KvmError::of("KVM_SET_CPUID2"))?;
+        vcpus.push(vcpu);
+    }
+    Ok((vm, vcpus))
+}
+
+/// The devices of one VM, not wired yet.
+struct Devices {
+    /// In the order of their windows.
+    virtio: [(Box<dyn VirtioDevice>, Bell); DEVICES as usize],
+    serial: Option<(SerialPort, EventFd)>,
+    console: Console,
+    vsock: VsockHost,
+    balloon: Balloon,
+}
+
+impl Devices {
+    fn new(hardware: Hardware) -> Result<Self, BootError> {
+        let (vsock_bell, balloon_bell) = (bell()?, bell()?);
+        let vsock = VsockDevice::new(GUEST_CID, vsock_bell.clone());
+        let balloon = BalloonDevice::new(memory_mib(hardware), balloon_bell.clone());
+        let console = Console::default();
+        let serial = hardware.console.then(|| SerialPort::new(console.clone()));
+        Self::with(
+            (vsock, vsock_bell),
+            (balloon, balloon_bell),
+            serial,
+            console,
+        )
+    }
+
+    fn restore(state: &VmState) -> Result<Self, BootError> {
+        let parts: Vec<_> = state.transports.iter().map(|t| &t.device).collect();
+        let [DeviceState::Vsock(vsock), DeviceState::Balloon(balloon)] = parts.as_slice() else {
+            return Err(BootError::State("devices in another order".into()));
+        };
+        let (vsock_bell, balloon_bell) = (bell()?, bell()?);
+        let vsock = VsockDevice::restore(vsock, vsock_bell.clone());
+        let balloon =
+            BalloonDevice::restore(balloon, memory_mib(state.hardware), balloon_bell.clone());
+        let console = Console::default();
+        let serial = state
+            .serial
+            .as_ref()
+            .map(|saved| SerialPort::restore(saved, console.clone()));
+        Self::with(
+            (vsock, vsock_bell),
+            (balloon, balloon_bell),
+            serial,
+            console,
+        )
+    }
+
+    fn with(
+        ((vsock_device, vsock), vsock_bell): ((VsockDevice, VsockHost), Bell),
+        ((balloon_device, balloon), balloon_bell): ((BalloonDevice, Balloon), Bell),
+        serial: Option<std::io::Result<(SerialPort, EventFd)>>,
+        console: Console,
+    ) -> Result<Self, BootError> {
+        Ok(Self {
+            virtio: [
+                (Box::new(vsock_device), vsock_bell),
+                (Box::new(balloon_device), balloon_bell),
+            ],
+            serial: serial.transpose().map_err(BootError::Descriptors)?,
+            console,
+            vsock,
+            balloon,
+        })
+    }
+}
+
+fn bell() -> Result<Bell, BootError> {
+    Bell::new().map_err(BootError::Descriptors)
+}
+
+fn memory_mib(hardware: Hardware) -> u32 {
+    u32::try_from(hardware.memory_bytes >> 20).unwrap_or(u32::MAX)
 }
 
 fn attach_device(

@@ -197,6 +197,24 @@ impl GuestRam {
         }
     }
 
+    /// Stretches (guest address, bytes) that are private copies of another file.
+    pub(crate) fn overlays(&self) -> &[(u64, u64)] {
+        &self.overlays
+    }
+
+    /// Each region's guest address, bytes and host address.
+    pub(crate) fn host_regions(&self) -> Vec<(u64, u64, u64)> {
+        self.map
+            .iter()
+            .map(|region| {
+                let host = region
+                    .get_host_address(vm_memory::MemoryRegionAddress(0))
+                    .map_or(0, |host| host as u64);
+                (region.start_addr().raw_value(), region.len(), host)
+            })
+            .collect()
+    }
+
     fn host_address(&self, addr: u64, len: u64) -> Result<*mut u8, MemoryError> {
         let outside = MemoryError::OutOfRange { addr, len };
         let Some(region) = self.map.find_region(GuestAddress(addr)) else {

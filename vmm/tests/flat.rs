@@ -112,3 +112,52 @@ async fn a_killed_vm_stays_dead() {
     assert!(vm.pause().is_err());
     assert_eq!(vm.status(), VmStatus::Ended(Exit::Killed));
 }
+
+/// Counts up in memory at 2 MiB for ever: `inc dword [0x200000]; jmp`.
+const COUNTER: [u8; 9] = [0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0xeb, 0xf7];
+
+#[tokio::test]
+async fn a_template_is_forked_any_number_of_times_and_clones_of_clones_too() {
+    if !kvm() {
+        return;
+    }
+    let vm = boot(COUNTER);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let branch = vm.snapshot().unwrap();
+    assert_eq!(
+        vm.status(),
+        VmStatus::Running,
+        "a snapshot lets the VM go on"
+    );
+    let template = vm.into_template().unwrap();
+    for template in [&branch, &template] {
+        let clones: Vec<Vm> = (0..5).map(|_| template.fork().unwrap()).collect();
+        let again = clones[0].snapshot().unwrap();
+        let grandchild = again.fork().unwrap();
+        for vm in clones.iter().chain([&grandchild]) {
+            assert_eq!(vm.status(), VmStatus::Running);
+        }
+        let third = grandchild.into_template().unwrap();
+        assert!(third.footprint() > 0);
+        third.fork().unwrap().destroy();
+    }
+}
+
+#[tokio::test]
+async fn an_exit_that_was_under_way_is_finished_before_the_capture() {
+    if !kvm() {
+        return;
+    }
+    // in al, 0x64 for ever: most pauses come in the middle of an exit.
+    let vm = boot(vec![0xe4, 0x64, 0xeb, 0xfc]);
+    for _ in 0..10 {
+        let template = vm.snapshot().unwrap();
+        let clone = template.fork().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while clone.exits().total() < 3 {
+            assert_eq!(clone.status(), VmStatus::Running);
+            assert!(Instant::now() < deadline, "the clone does not run");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard};
 
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial};
+use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::console::Console;
@@ -39,6 +39,23 @@ impl SerialPort {
         let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let irq = fd.try_clone()?;
         Ok((Self(Mutex::new(Serial::new(Line(fd), console))), irq))
+    }
+
+    /// The registers, for a snapshot.
+    pub(crate) fn save(&self) -> SerialState {
+        self.lock().state()
+    }
+
+    /// A port that goes on from `state`.
+    pub(crate) fn restore(
+        state: &SerialState,
+        console: Console,
+    ) -> std::io::Result<(Self, EventFd)> {
+        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let irq = fd.try_clone()?;
+        let port = Serial::from_state(state, Line(fd), NoEvents, console)
+            .map_err(|_| std::io::Error::from(std::io::ErrorKind::InvalidData))?;
+        Ok((Self(Mutex::new(port)), irq))
     }
 
     fn lock(&self) -> MutexGuard<'_, Serial<Line, NoEvents, Console>> {

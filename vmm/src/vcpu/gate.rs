@@ -166,7 +166,6 @@ impl Gate {
     }
 
     /// Looks at vCPU `index` while it waits at the closed gate; `None` when it does not.
-    #[allow(dead_code)] // Snapshots look at paused vCPUs.
     pub(crate) fn with_vcpu<R>(
         &self,
         index: usize,

@@ -12,7 +12,10 @@ use tokio::sync::Notify;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
-use super::{Activation, Bell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress, VirtioDevice};
+use super::{
+    Activation, Bell, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
+    QueuePosition, VirtioDevice,
+};
 use crate::memory::{GuestRam, MIB, PAGE_SIZE};
 
 /// Device id (virtio 1.2 section 5.5.1).
@@ -219,6 +222,8 @@ pub struct BalloonDevice {
     shared: Arc<Shared>,
     /// `num_pages` as the guest's configuration space shows it.
     shown_target: u32,
+    /// A restored statistics buffer, until activation takes it.
+    stats_held: Option<u16>,
     active: Option<Active>,
 }
 
@@ -230,7 +235,28 @@ impl std::fmt::Debug for BalloonDevice {
     }
 }
 
+/// What a snapshot keeps of a balloon; sizes in pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct BalloonState {
+    target: u32,
+    actual: u32,
+    shown_target: u32,
+    stats_held: Option<u16>,
+}
+
 impl BalloonDevice {
+    /// A balloon that continues from `state` once it is activated with the queues that were saved
+    /// with it. Nothing in a state can hurt the host: sizes only say what the guest is told.
+    #[must_use]
+    pub fn restore(state: &BalloonState, memory_mib: u32, bell: Bell) -> (Self, Balloon) {
+        let (mut device, balloon) = Self::new(memory_mib, bell);
+        device.shared.target.store(state.target, Ordering::SeqCst);
+        device.shared.actual.store(state.actual, Ordering::SeqCst);
+        device.shown_target = state.shown_target;
+        device.stats_held = state.stats_held;
+        (device, balloon)
+    }
+
     /// A balloon for a guest of `memory_mib` MiB that starts with `target_mib` (0 for most).
     #[must_use]
     pub fn new(memory_mib: u32, bell: Bell) -> (Self, Balloon) {
@@ -238,6 +264,7 @@ impl BalloonDevice {
         let device = Self {
             shared: Arc::clone(&shared),
             shown_target: 0,
+            stats_held: None,
             active: None,
         };
         (
@@ -327,7 +354,7 @@ impl VirtioDevice for BalloonDevice {
             deflate,
             stats,
             reporting,
-            stats_held: None,
+            stats_held: self.stats_held.take(),
         });
         Ok(())
     }
@@ -371,6 +398,26 @@ impl VirtioDevice for BalloonDevice {
         self.shown_target = 0;
         self.shared.actual.store(0, Ordering::SeqCst);
         self.shared.changed.notify_waiters();
+    }
+
+    fn positions(&self) -> Vec<Option<QueuePosition>> {
+        let Some(active) = &self.active else {
+            return Vec::new();
+        };
+        let optional = [active.stats.as_ref(), active.reporting.as_ref()];
+        let queues = [&active.inflate, &active.deflate]
+            .into_iter()
+            .chain(optional.into_iter().flatten());
+        queues.map(|queue| Some(QueuePosition::of(queue))).collect()
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Balloon(BalloonState {
+            target: self.shared.target.load(Ordering::SeqCst),
+            actual: self.shared.actual.load(Ordering::SeqCst),
+            shown_target: self.shown_target,
+            stats_held: self.active.as_ref().and_then(|active| active.stats_held),
+        })
     }
 }
 

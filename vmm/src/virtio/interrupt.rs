@@ -59,6 +59,14 @@ impl Interrupt {
         self.0.status.load(Ordering::SeqCst)
     }
 
+    /// Sets the register to what a snapshot kept. What was raised then is in the interrupt
+    /// controllers' own state.
+    pub(crate) fn restore(&self, status: u32) {
+        self.0
+            .status
+            .store(status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
+    }
+
     /// Clears the bits that the driver wrote to `InterruptACK`.
     pub fn acknowledge(&self, bits: u32) {
         self.0.status.fetch_and(!bits, Ordering::SeqCst);

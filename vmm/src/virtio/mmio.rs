@@ -6,7 +6,9 @@
 
 use virtio_queue::{Queue, QueueT};
 
-use super::{Activation, Bell, Fault, Interrupt, Progress, VirtioDevice};
+use super::{
+    Activation, Bell, DeviceState, Fault, Interrupt, Progress, QueuePosition, VirtioDevice,
+};
 use crate::memory::GuestRam;
 
 /// Register offsets (virtio 1.2 section 4.2.2).
@@ -60,13 +62,29 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = 0x4854_5248;
 
 /// A queue as the driver is setting it up.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
 struct QueueSetup {
     size: u16,
     ready: bool,
     desc: u64,
     driver: u64,
     device: u64,
+}
+
+/// What a snapshot keeps of a transport and its device. Untrusted: everything is checked again by
+/// the ways that a driver's own writes take.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct TransportState {
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+    interrupt_status: u32,
+    queues: Vec<QueueSetup>,
+    positions: Vec<Option<QueuePosition>>,
+    /// The device's own part.
+    pub device: DeviceState,
 }
 
 /// See the module's text.
@@ -116,6 +134,64 @@ impl MmioTransport {
             queue_sel: 0,
             queues,
             faults: 0,
+        }
+    }
+
+    /// The state to go on from. Nothing may run meanwhile.
+    #[must_use]
+    pub fn save(&self) -> TransportState {
+        TransportState {
+            status: self.status,
+            device_features_sel: self.device_features_sel,
+            driver_features_sel: self.driver_features_sel,
+            driver_features: self.driver_features,
+            queue_sel: self.queue_sel,
+            interrupt_status: self.interrupt.status(),
+            queues: self.queues.clone(),
+            positions: self.device.positions(),
+            device: self.device.save(),
+        }
+    }
+
+    /// Goes on from `state`; the device was restored from its own part. An active device gets its
+    /// queues back and is rung, so that a kick from before the snapshot is not lost.
+    ///
+    /// # Errors
+    /// A [`Fault`] when the state is not one that a transport can have.
+    pub fn restore(&mut self, state: &TransportState) -> Result<(), Fault> {
+        if state.queues.len() != self.queues.len() {
+            return Err(Fault::Request("saved state of another device"));
+        }
+        self.status = state.status;
+        self.device_features_sel = state.device_features_sel;
+        self.driver_features_sel = state.driver_features_sel;
+        self.driver_features = state.driver_features & self.device.features();
+        self.queue_sel = state.queue_sel;
+        self.queues.clone_from(&state.queues);
+        self.interrupt.restore(state.interrupt_status);
+        if !self.is_active() {
+            return Ok(());
+        }
+        let mut queues = self.build_queues()?;
+        let mut positions = state.positions.iter();
+        for queue in queues.iter_mut().flatten() {
+            let Some(Some(position)) = positions.next() else {
+                return Err(Fault::Request("saved state without a queue's position"));
+            };
+            queue.set_next_avail(position.next_avail);
+            queue.set_next_used(position.next_used);
+        }
+        self.device.activate(self.activation(queues))?;
+        self.bell.ring();
+        Ok(())
+    }
+
+    fn activation(&self, queues: Vec<Option<Queue>>) -> Activation {
+        Activation {
+            ram: self.ram.clone(),
+            queues,
+            features: self.driver_features,
+            interrupt: self.interrupt.clone(),
         }
     }
 
@@ -355,14 +431,9 @@ impl MmioTransport {
 
     fn activate(&mut self) {
         self.status |= status::DRIVER_OK;
-        let activated = self.build_queues().and_then(|queues| {
-            self.device.activate(Activation {
-                ram: self.ram.clone(),
-                queues,
-                features: self.driver_features,
-                interrupt: self.interrupt.clone(),
-            })
-        });
+        let activated = self
+            .build_queues()
+            .and_then(|queues| self.device.activate(self.activation(queues)));
         match activated {
             // Buffers may have been made available before DRIVER_OK.
             Ok(()) => self.bell.ring(),
@@ -505,6 +576,14 @@ mod tests {
         }
         fn reset(&mut self) {
             self.0.resets.fetch_add(1, Ordering::Relaxed);
+        }
+        fn positions(&self) -> Vec<Option<QueuePosition>> {
+            Vec::new()
+        }
+        fn save(&self) -> DeviceState {
+            crate::virtio::balloon::BalloonDevice::new(128, Bell::new().unwrap())
+                .0
+                .save()
         }
     }
 

@@ -13,7 +13,7 @@ pub mod vsock;
 use std::sync::Arc;
 use std::time::Instant;
 
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use self::interrupt::Interrupt;
@@ -62,6 +62,35 @@ pub struct Activation {
     pub interrupt: Interrupt,
 }
 
+/// How far a device has come in a queue: ring indices, free running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct QueuePosition {
+    /// Next entry of the available ring.
+    pub next_avail: u16,
+    /// Next entry of the used ring.
+    pub next_used: u16,
+}
+
+impl QueuePosition {
+    /// The position in `queue`.
+    #[must_use]
+    pub fn of(queue: &Queue) -> Self {
+        Self {
+            next_avail: queue.next_avail(),
+            next_used: queue.next_used(),
+        }
+    }
+}
+
+/// The state of any device, as a snapshot keeps it.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub enum DeviceState {
+    /// A socket device.
+    Vsock(vsock::VsockState),
+    /// A memory balloon.
+    Balloon(balloon::BalloonState),
+}
+
 /// A virtio device as its transport sees it. All calls come under the transport's lock.
 pub trait VirtioDevice: Send {
     /// Device id (virtio 1.2 section 5).
@@ -102,6 +131,13 @@ pub trait VirtioDevice: Send {
 
     /// Drops the queues and all state that the driver made. The device can be activated again.
     fn reset(&mut self);
+
+    /// How far each queue has come, in index order; `None` for an unused one. Empty while not
+    /// active.
+    fn positions(&self) -> Vec<Option<QueuePosition>>;
+
+    /// What a snapshot keeps of the device itself.
+    fn save(&self) -> DeviceState;
 }
 
 /// The one wake-up of a device: an eventfd that the guest's `QueueNotify` (through an ioeventfd)

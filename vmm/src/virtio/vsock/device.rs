@@ -14,7 +14,8 @@ use super::packet::{HEADER_BYTES, Header, MAX_PAYLOAD};
 use super::state::VsockState;
 use crate::memory::GuestRam;
 use crate::virtio::{
-    Activation, Bell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress, VirtioDevice,
+    Activation, Bell, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
+    QueuePosition, VirtioDevice,
 };
 
 /// Device id of a socket device (virtio 1.2 section 5).
@@ -174,6 +175,18 @@ impl VirtioDevice for VsockDevice {
         let mut muxer = lock(&self.hub.muxer);
         muxer.take_in(self.hub.take_inbox());
         muxer.deactivate();
+    }
+
+    fn positions(&self) -> Vec<Option<QueuePosition>> {
+        self.active
+            .iter()
+            .flat_map(|a| [&a.rx, &a.tx, &a.events])
+            .map(|q| Some(QueuePosition::of(q)))
+            .collect()
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock(VsockDevice::save(self))
     }
 }
 

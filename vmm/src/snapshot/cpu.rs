@@ -1,0 +1,129 @@
+//! The state of one vCPU, saved and restored in the order that KVM wants.
+
+use kvm_bindings::{
+    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::VcpuFd;
+
+use crate::kvm::KvmError;
+
+/// IA32_TSC_DEADLINE; restored after the APIC and after the TSC (Intel SDM volume 3, section
+/// 11.5.4.1), so it is kept last.
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// IA32_TSC; first, because the deadline refers to it.
+const MSR_TSC: u32 = 0x10;
+
+/// Everything that KVM keeps of a vCPU but for CPUID, which follows from host and configuration.
+pub(crate) struct VcpuState {
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: Box<kvm_xsave>,
+    xcrs: kvm_xcrs,
+    debugregs: kvm_debugregs,
+    lapic: Box<kvm_lapic_state>,
+    msrs: Vec<kvm_msr_entry>,
+    events: kvm_vcpu_events,
+}
+
+impl std::fmt::Debug for VcpuState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VcpuState")
+            .field("rip", &self.regs.rip)
+            .finish_non_exhaustive()
+    }
+}
+
+impl VcpuState {
+    /// Saves a vCPU that does not run and has no exit unfinished. `msr_indices` is the host's list.
+    pub(crate) fn save(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<Self, KvmError> {
+        Ok(Self {
+            mp_state: vcpu
+                .get_mp_state()
+                .map_err(KvmError::of("KVM_GET_MP_STATE"))?,
+            regs: vcpu.get_regs().map_err(KvmError::of("KVM_GET_REGS"))?,
+            sregs: vcpu.get_sregs().map_err(KvmError::of("KVM_GET_SREGS"))?,
+            xsave: Box::new(vcpu.get_xsave().map_err(KvmError::of("KVM_GET_XSAVE"))?),
+            xcrs: vcpu.get_xcrs().map_err(KvmError::of("KVM_GET_XCRS"))?,
+            debugregs: vcpu
+                .get_debug_regs()
+                .map_err(KvmError::of("KVM_GET_DEBUGREGS"))?,
+            lapic: Box::new(vcpu.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?),
+            msrs: read_msrs(vcpu, msr_indices)?,
+            events: vcpu
+                .get_vcpu_events()
+                .map_err(KvmError::of("KVM_GET_VCPU_EVENTS"))?,
+        })
+    }
+
+    /// Restores a fresh vCPU whose CPUID is set.
+    pub(crate) fn restore(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        vcpu.set_mp_state(self.mp_state)
+            .map_err(KvmError::of("KVM_SET_MP_STATE"))?;
+        vcpu.set_regs(&self.regs)
+            .map_err(KvmError::of("KVM_SET_REGS"))?;
+        vcpu.set_sregs(&self.sregs)
+            .map_err(KvmError::of("KVM_SET_SREGS"))?;
+        // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes unless the process asked for
+        // larger features (AMX) with arch_prctl, which this library never does.
+        unsafe { vcpu.set_xsave(&self.xsave) }.map_err(KvmError::of("KVM_SET_XSAVE"))?;
+        vcpu.set_xcrs(&self.xcrs)
+            .map_err(KvmError::of("KVM_SET_XCRS"))?;
+        if self.debugregs != kvm_debugregs::default() {
+            vcpu.set_debug_regs(&self.debugregs)
+                .map_err(KvmError::of("KVM_SET_DEBUGREGS"))?;
+        }
+        vcpu.set_lapic(&self.lapic)
+            .map_err(KvmError::of("KVM_SET_LAPIC"))?;
+        write_msrs(vcpu, &self.msrs)?;
+        vcpu.set_vcpu_events(&self.events)
+            .map_err(KvmError::of("KVM_SET_VCPU_EVENTS"))
+    }
+}
+
+fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
+    Msrs::from_entries(entries).map_err(|_| KvmError {
+        call: "MSR list",
+        source: std::io::ErrorKind::InvalidInput.into(),
+    })
+}
+
+/// Reads all that can be read. KVM stops at the first MSR that it cannot read (some are listed but
+/// not given to this guest); that one is left out.
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
+    let mut left: Vec<kvm_msr_entry> = indices
+        .iter()
+        .map(|index| kvm_msr_entry {
+            index: *index,
+            ..Default::default()
+        })
+        .collect();
+    let mut read = Vec::with_capacity(left.len());
+    while !left.is_empty() {
+        let mut list = msr_list(&left)?;
+        let count = vcpu
+            .get_msrs(&mut list)
+            .map_err(KvmError::of("KVM_GET_MSRS"))?;
+        read.extend_from_slice(list.as_slice().get(..count).unwrap_or(&[]));
+        left.drain(..(count + 1).min(left.len()));
+    }
+    read.sort_by_key(|msr| match msr.index {
+        MSR_TSC => 0,
+        MSR_TSC_DEADLINE => 2,
+        _ => 1,
+    });
+    Ok(read)
+}
+
+/// Writes all that can be written, in order; an MSR that KVM only lets read is passed over.
+fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+    let mut left = entries;
+    while !left.is_empty() {
+        let count = vcpu
+            .set_msrs(&msr_list(left)?)
+            .map_err(KvmError::of("KVM_SET_MSRS"))?;
+        left = left.get(count + 1..).unwrap_or(&[]);
+    }
+    Ok(())
+}

@@ -1,0 +1,213 @@
+//! Turning a paused guest's memory into a file that clones can map.
+//!
+//! A VM that booted by itself and is not needed any more gives its own file: only the few MB that
+//! it maps from the kernel image are copied in. A VM that goes on, or is itself a clone, is copied:
+//! the pages that its file holds and those that it wrote, nothing else.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::memory::{GAP_END, GAP_START, GuestRam, PAGE_SIZE, Sharing, memfd};
+
+/// Bytes copied at once.
+const CHUNK: u64 = 1 << 20;
+
+/// Writes what `ram` maps from elsewhere into its own file, which then holds all of it. Only for
+/// shared memory whose VM will not run again.
+pub(super) fn complete(ram: &GuestRam) -> std::io::Result<()> {
+    for (addr, len) in ram.overlays() {
+        copy(ram, &(*addr..addr + len), ram.file())?;
+    }
+    Ok(())
+}
+
+/// A new memory file with a copy of all of `ram`; holes stay holes.
+pub(super) fn copy_out(ram: &GuestRam) -> std::io::Result<File> {
+    let target = memfd()?;
+    target.set_len(ram.bytes())?;
+    let mut stretches = data_stretches(ram.file(), ram.bytes())?;
+    stretches.extend(ram.overlays().iter().map(|(addr, len)| *addr..addr + len));
+    if ram.sharing() == Sharing::Private {
+        stretches.extend(written_stretches(ram)?);
+    }
+    for stretch in stretches {
+        copy(ram, &stretch, &target)?;
+    }
+    Ok(target)
+}
+
+/// Copies a stretch of guest addresses, as the guest sees it, into `target` at its file offset.
+fn copy(ram: &GuestRam, stretch: &Range<u64>, target: &File) -> std::io::Result<()> {
+    let mut buffer = Vec::new();
+    let mut addr = stretch.start;
+    while addr < stretch.end {
+        let len = CHUNK.min(stretch.end - addr);
+        buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+        ram.map()
+            .read_slice(&mut buffer, GuestAddress(addr))
+            .map_err(std::io::Error::other)?;
+        std::os::unix::fs::FileExt::write_all_at(target, &buffer, file_offset(addr))?;
+        addr += len;
+    }
+    Ok(())
+}
+
+fn file_offset(addr: u64) -> u64 {
+    if addr < GAP_END {
+        addr
+    } else {
+        addr - GAP_END + GAP_START
+    }
+}
+
+fn guest_address(offset: u64) -> u64 {
+    if offset < GAP_START {
+        offset
+    } else {
+        offset - GAP_START + GAP_END
+    }
+}
+
+/// The stretches of `file` that hold data, as guest addresses; none crosses the gap.
+fn data_stretches(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
+    use rustix::fs::SeekFrom as At;
+    let mut stretches = Vec::new();
+    let mut offset = 0;
+    while offset < bytes {
+        let data = match rustix::fs::seek(file, At::Data(offset)) {
+            Ok(data) => data.min(bytes),
+            // No data beyond: lseek(2).
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        let hole = rustix::fs::seek(file, At::Hole(data))?.min(bytes);
+        if data < GAP_START && hole > GAP_START {
+            stretches.push(data..GAP_START);
+            stretches.push(GAP_END..guest_address(hole));
+        } else if data < hole {
+            stretches.push(guest_address(data)..guest_address(data) + (hole - data));
+        }
+        offset = hole.max(offset + 1);
+    }
+    Ok(stretches)
+}
+
+/// The pages that a clone wrote, from `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst):
+/// present or swapped, and not backed by the template's file.
+fn written_stretches(ram: &GuestRam) -> std::io::Result<Vec<Range<u64>>> {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    const FILE_OR_SHARED: u64 = 1 << 61;
+    let mut pagemap = File::open("/proc/self/pagemap")?;
+    let mut stretches: Vec<Range<u64>> = Vec::new();
+    for (start, len, host) in ram.host_regions() {
+        pagemap.seek(SeekFrom::Start(host / PAGE_SIZE * 8))?;
+        let mut entries = vec![0u8; usize::try_from(len / PAGE_SIZE * 8).unwrap_or(0)];
+        pagemap.read_exact(&mut entries)?;
+        for (page, entry) in (0u64..).zip(entries.as_chunks::<8>().0) {
+            let entry = u64::from_le_bytes(*entry);
+            if entry & (PRESENT | SWAPPED) == 0 || entry & FILE_OR_SHARED != 0 {
+                continue;
+            }
+            let addr = start + page * PAGE_SIZE;
+            match stretches.last_mut() {
+                Some(last) if last.end == addr => last.end += PAGE_SIZE,
+                _ => stretches.push(addr..addr + PAGE_SIZE),
+            }
+        }
+    }
+    Ok(stretches)
+}
+
+/// Bytes of `file` that are allocated.
+pub(super) fn allocated(file: &File) -> u64 {
+    file.metadata().map_or(0, |metadata| {
+        std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::memory::MIB;
+
+    fn byte(ram: &GuestRam, addr: u64) -> u8 {
+        ram.map().read_obj(GuestAddress(addr)).unwrap()
+    }
+
+    #[test]
+    fn a_copy_holds_file_pages_overlays_and_written_pages_and_nothing_else() {
+        let mut ram = GuestRam::new(4 * MIB).unwrap();
+        ram.map().write_obj(1u8, GuestAddress(MIB)).unwrap();
+        let image = memfd().unwrap();
+        image.set_len(4096).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&image, &[2], 0).unwrap();
+        ram.overlay(2 * MIB, &image, 0, 4096).unwrap();
+        let first = Arc::new(copy_out(&ram).unwrap());
+        let clone = GuestRam::map_file(Arc::clone(&first), 4 * MIB, Sharing::Private).unwrap();
+        assert_eq!(
+            [
+                byte(&clone, MIB),
+                byte(&clone, 2 * MIB),
+                byte(&clone, 3 * MIB)
+            ],
+            [1, 2, 0]
+        );
+        clone.map().write_obj(3u8, GuestAddress(3 * MIB)).unwrap();
+        clone.map().write_obj(4u8, GuestAddress(MIB)).unwrap();
+        let second = Arc::new(copy_out(&clone).unwrap());
+        let again = GuestRam::map_file(Arc::clone(&second), 4 * MIB, Sharing::Private).unwrap();
+        assert_eq!(
+            [
+                byte(&again, MIB),
+                byte(&again, 2 * MIB),
+                byte(&again, 3 * MIB)
+            ],
+            [4, 2, 3]
+        );
+        assert_eq!(
+            (allocated(&first), allocated(&second)),
+            (2 * 4096, 3 * 4096)
+        );
+    }
+
+    #[test]
+    fn completing_writes_overlays_into_the_file() {
+        let mut ram = GuestRam::new(MIB).unwrap();
+        let image = memfd().unwrap();
+        image.set_len(8192).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&image, &[7; 8192], 0).unwrap();
+        ram.overlay(8192, &image, 0, 8192).unwrap();
+        ram.map().write_obj(9u8, GuestAddress(8192)).unwrap();
+        complete(&ram).unwrap();
+        let file = Arc::clone(ram.file());
+        drop(ram);
+        let clone = GuestRam::map_file(file, MIB, Sharing::Private).unwrap();
+        assert_eq!(
+            [byte(&clone, 8191), byte(&clone, 8192), byte(&clone, 8193)],
+            [0, 9, 7]
+        );
+    }
+
+    #[test]
+    fn memory_beyond_the_gap_is_copied_to_its_place() {
+        let ram = GuestRam::new(GAP_START + MIB).unwrap();
+        ram.map()
+            .write_obj(5u8, GuestAddress(GAP_END + 4096))
+            .unwrap();
+        ram.map()
+            .write_obj(6u8, GuestAddress(GAP_START - 1))
+            .unwrap();
+        let file = Arc::new(copy_out(&ram).unwrap());
+        let clone = GuestRam::map_file(file, GAP_START + MIB, Sharing::Private).unwrap();
+        assert_eq!(
+            [byte(&clone, GAP_END + 4096), byte(&clone, GAP_START - 1)],
+            [5, 6]
+        );
+    }
+}

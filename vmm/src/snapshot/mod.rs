@@ -1,0 +1,135 @@
+//! Templates: a guest that was booted once, frozen, and is forked copy-on-write.
+//!
+//! Capture order: vCPUs wait at the gate, devices, KVM state, memory. Restore order: memory slots,
+//! interrupt controllers, CPUID, clock, vCPUs, devices. A [`Template`]'s memory is a sealed memfd:
+//! no clone, and nothing else, can change it.
+
+pub(crate) mod chips;
+pub(crate) mod cpu;
+mod memory;
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vm_superio::serial::SerialState;
+
+use self::chips::ChipState;
+use self::cpu::VcpuState;
+use crate::host::HostError;
+use crate::kvm::KvmError;
+use crate::machine::{BootError, Hardware, Machine};
+use crate::memory::{GuestRam, Sharing, seal};
+use crate::virtio::mmio::TransportState;
+use crate::vm::{PauseError, Vm};
+
+/// Why a VM could not be captured. The VM goes on as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The VM could not be paused.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// A vCPU was not at rest.
+    #[error("the VM was resumed while it was captured; capture it again")]
+    Running,
+    /// The host's KVM could not be asked.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// KVM did not give its state.
+    #[error("KVM did not give the VM's state")]
+    Kvm(#[from] KvmError),
+    /// Guest memory could not be copied or sealed.
+    #[error("guest memory could not be captured; the host may be out of memory")]
+    Memory(#[source] std::io::Error),
+}
+
+/// All of a VM but its memory.
+#[derive(Debug)]
+pub(crate) struct VmState {
+    pub(crate) hardware: Hardware,
+    pub(crate) vcpus: Vec<VcpuState>,
+    pub(crate) chips: ChipState,
+    pub(crate) transports: Vec<TransportState>,
+    pub(crate) serial: Option<SerialState>,
+}
+
+/// A frozen guest. Cheap to clone; its memory goes with the last clone and the last VM forked from
+/// it.
+#[derive(Clone, Debug)]
+pub struct Template(Arc<Frozen>);
+
+#[derive(Debug)]
+struct Frozen {
+    state: VmState,
+    /// Sealed.
+    memory: Arc<File>,
+}
+
+impl Template {
+    /// A VM that goes on where the template stopped. Its memory is the template's until it writes.
+    ///
+    /// Connections end on both sides, but for durable ones (see
+    /// [`VsockStream::mark_durable`](crate::virtio::vsock::VsockStream::mark_durable)), which are
+    /// taken up with [`VsockHost::reattach`](crate::VsockHost::reattach).
+    ///
+    /// # Errors
+    /// [`BootError`] when the host refuses; nothing is left behind.
+    pub fn fork(&self) -> Result<Vm, BootError> {
+        let vm = self.fork_paused()?;
+        // A VM that is just made has not ended.
+        let _ = vm.resume();
+        Ok(vm)
+    }
+
+    /// As [`Template::fork`], but the VM does not run before [`Vm::resume`].
+    ///
+    /// # Errors
+    /// As [`Template::fork`].
+    pub fn fork_paused(&self) -> Result<Vm, BootError> {
+        let bytes = self.0.state.hardware.memory_bytes;
+        let ram = GuestRam::map_file(Arc::clone(&self.0.memory), bytes, Sharing::Private)?;
+        Machine::restore(&self.0.state, ram).map(Vm::of)
+    }
+
+    /// Bytes of host memory that the template itself holds, once for all its clones.
+    #[must_use]
+    pub fn footprint(&self) -> u64 {
+        memory::allocated(&self.0.memory)
+    }
+
+    /// Guest memory of each clone in bytes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.0.state.hardware.memory_bytes
+    }
+
+    /// vCPUs of each clone.
+    #[must_use]
+    pub fn vcpus(&self) -> u8 {
+        self.0.state.hardware.vcpus
+    }
+
+    /// Captures a paused machine that goes on afterwards: its memory is copied.
+    pub(crate) fn copy_of(machine: &Machine) -> Result<Self, SnapshotError> {
+        let (state, memory) = machine.save(memory::copy_out)?;
+        Self::freeze(state, Arc::new(memory))
+    }
+
+    /// Captures a paused machine and takes it apart: its memory becomes the template's.
+    pub(crate) fn of(machine: Machine) -> Result<Self, SnapshotError> {
+        if machine.memory_is_private() {
+            return Self::copy_of(&machine);
+        }
+        let (state, memory) = machine.save(|ram| {
+            memory::complete(ram)?;
+            Ok(Arc::clone(ram.file()))
+        })?;
+        // Sealing needs the last writable mapping gone.
+        drop(machine);
+        Self::freeze(state, memory)
+    }
+
+    fn freeze(state: VmState, memory: Arc<File>) -> Result<Self, SnapshotError> {
+        seal(&memory).map_err(SnapshotError::Memory)?;
+        Ok(Self(Arc::new(Frozen { state, memory })))
+    }
+}

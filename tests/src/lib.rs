@@ -1,1 +1,24 @@
 //! Integration tests of Hearth on real guests.
+//!
+//! The library is the harness: [`Guest`] boots our kernel with our agent, [`flat`] makes guests of a
+//! few instructions, [`Footprint`] says what the process holds, and [`kvm`] counts a test as skipped
+//! where there is nothing to run it on.
+//!
+//! Rules for tests here: a cold boot costs seconds, so a binary boots one guest ([`shared`]) for all
+//! cases that leave it as it was; nothing asserts a wall-clock time but by an upper bound for
+//! "stuck", which [`patience`] scales with the host's kind.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a harness fails its test by panicking"
+)]
+
+pub mod flat;
+mod footprint;
+mod guest;
+mod skip;
+
+pub use footprint::Footprint;
+pub use guest::{Guest, Phases, error_chain, image, kernel_path, noise, shared};
+pub use skip::{kvm, not_measured, patience, within};

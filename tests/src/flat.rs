@@ -1,0 +1,202 @@
+//! Guests of a few instructions: machine code that runs at 1 MiB in 64-bit ring 0.
+//!
+//! [`Code`] is just enough of an assembler for a hostile driver: it reaches the virtio-mmio windows,
+//! writes memory, waits for register bits and prints registers on the serial console.
+
+use hearth_vmm::{Vm, VmConfig};
+
+/// The port on which our kernel reports its end.
+pub const REPORT_PORT: u16 = 0x5f0;
+/// Data register of COM1.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// Start of the first virtio-mmio window (vsock); the second (balloon) follows at once.
+pub const MMIO_BASE: u32 = 0xd000_0000;
+/// Bytes of a window.
+pub const MMIO_SIZE: u32 = 0x1000;
+
+/// Machine code under construction. Registers rax, rbx, rcx and rdx are free for use.
+#[derive(Clone, Debug, Default)]
+#[must_use]
+pub struct Code(Vec<u8>);
+
+impl Code {
+    /// No instruction yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// These bytes as they are.
+    pub fn raw(mut self, bytes: &[u8]) -> Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    /// Writes a byte to a port.
+    pub fn out(self, port: u16, value: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        // mov al, value; mov dx, port; out dx, al
+        self.raw(&[0xb0, value, 0x66, 0xba, low, high, 0xee])
+    }
+
+    /// Prints text on the serial console.
+    pub fn print(self, text: &str) -> Self {
+        text.bytes()
+            .fold(self, |code, byte| code.out(SERIAL_PORT, byte))
+    }
+
+    /// Reports an end as our kernel does: 1 power off, 2 restart, 3 halt, 4 panic.
+    pub fn report(self, how: u8) -> Self {
+        self.out(REPORT_PORT, how)
+    }
+
+    /// Runs on the spot for ever.
+    pub fn spin(self) -> Self {
+        self.raw(&[0xeb, 0xfe])
+    }
+
+    /// Sleeps for ever: `hlt` with interrupts off.
+    pub fn sleep(self) -> Self {
+        // l: hlt; jmp l
+        self.raw(&[0xf4, 0xeb, 0xfd])
+    }
+
+    /// Writes 32 bits to guest memory below 2 GiB.
+    pub fn store(self, address: u32, value: u32) -> Self {
+        assert!(address < 1 << 31, "an absolute address is sign-extended");
+        // mov dword [address], value
+        self.raw(&[0xc7, 0x04, 0x25])
+            .raw(&address.to_le_bytes())
+            .raw(&value.to_le_bytes())
+    }
+
+    /// Writes 16 bits to guest memory below 2 GiB.
+    pub fn store16(self, address: u32, value: u16) -> Self {
+        assert!(address < 1 << 31, "an absolute address is sign-extended");
+        // mov word [address], value
+        self.raw(&[0x66, 0xc7, 0x04, 0x25])
+            .raw(&address.to_le_bytes())
+            .raw(&value.to_le_bytes())
+    }
+
+    /// Writes 64 bits to guest memory.
+    pub fn store64(self, address: u32, value: u64) -> Self {
+        let [low, high] = [value as u32, (value >> 32) as u32];
+        self.store(address, low).store(address + 4, high)
+    }
+
+    /// Makes the virtio-mmio windows reachable and chooses one of them (0 vsock, 1 balloon) for the
+    /// calls below. Once per guest is enough for the first part, so it is done each time.
+    pub fn device(self, index: u32) -> Self {
+        // The boot page tables lie at 0x9000 and map the first GiB; the fourth GiB gets a page
+        // directory at 2 MiB with one page of 2 MiB: present, writable, large.
+        self.store64(0x20_0400, u64::from(MMIO_BASE) | 0x83)
+            .store64(0xa018, 0x20_0003)
+            // mov ebx, base
+            .raw(&[0xbb])
+            .raw(&(MMIO_BASE + index * MMIO_SIZE).to_le_bytes())
+    }
+
+    /// Writes a device register.
+    pub fn write(self, offset: u64, value: u32) -> Self {
+        // mov dword [rbx + offset], value
+        self.raw(&[0xc7, 0x83])
+            .raw(&(offset as u32).to_le_bytes())
+            .raw(&value.to_le_bytes())
+    }
+
+    /// Writes one byte of a device register.
+    pub fn write8(self, offset: u64, value: u8) -> Self {
+        // mov byte [rbx + offset], value
+        self.raw(&[0xc6, 0x83])
+            .raw(&(offset as u32).to_le_bytes())
+            .raw(&[value])
+    }
+
+    /// Prints the low byte of a device register on the serial console, as it is.
+    pub fn print_register(self, offset: u64) -> Self {
+        // mov eax, [rbx + offset]; mov dx, 0x3f8; out dx, al
+        self.raw(&[0x8b, 0x83])
+            .raw(&(offset as u32).to_le_bytes())
+            .raw(&[0x66, 0xba, 0xf8, 0x03, 0xee])
+    }
+
+    /// Waits until one of `bits` (the low seven) is set in a device register.
+    pub fn await_register(self, offset: u64, bits: u8) -> Self {
+        assert!(bits < 0x80, "the mask is sign-extended");
+        // l: test dword [rbx + offset], bits; jz l
+        self.raw(&[0xf7, 0x83])
+            .raw(&(offset as u32).to_le_bytes())
+            .raw(&u32::from(bits).to_le_bytes())
+            .raw(&[0x74, 0xf4])
+    }
+
+    /// Waits until the 16 bits at an address below 2 GiB are no longer `value`.
+    pub fn await_change16(self, address: u32, value: u16) -> Self {
+        // l: cmp word [address], value; je l
+        self.raw(&[0x66, 0x81, 0x3c, 0x25])
+            .raw(&address.to_le_bytes())
+            .raw(&value.to_le_bytes())
+            .raw(&[0x74, 0xf4])
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(self) -> Vec<u8> {
+        self.0
+    }
+
+    /// Boots it: 32 MiB, one vCPU, a serial console.
+    ///
+    /// # Panics
+    /// If the VM cannot be made.
+    #[must_use]
+    pub fn boot(self) -> Vm {
+        let config = VmConfig::flat(self.bytes()).memory_mib(32).console(true);
+        Vm::boot(&config.build().expect("a possible configuration")).expect("a VM")
+    }
+}
+
+/// An ELF file with these (address, content) segments, entered at the first one's address.
+#[must_use]
+pub fn elf(segments: &[(u64, &[u8])]) -> Vec<u8> {
+    const HEADER: usize = 64;
+    const PROGRAM_HEADER: usize = 56;
+    let mut file = vec![0; HEADER + PROGRAM_HEADER * segments.len()];
+    let mut put = |at: usize, bytes: &[u8]| {
+        file.get_mut(at..at + bytes.len())
+            .expect("inside the headers")
+            .copy_from_slice(bytes);
+    };
+    // Class 64, little endian, version 1; type EXEC, machine x86-64.
+    put(0, &[0x7f, b'E', b'L', b'F', 2, 1, 1]);
+    put(16, &[2, 0, 62, 0, 1]);
+    let entry = segments.first().map_or(0, |(address, _)| *address);
+    put(24, &entry.to_le_bytes());
+    put(32, &(HEADER as u64).to_le_bytes());
+    put(
+        52,
+        &[
+            HEADER as u8,
+            0,
+            PROGRAM_HEADER as u8,
+            0,
+            segments.len() as u8,
+        ],
+    );
+    let mut offset = HEADER + PROGRAM_HEADER * segments.len();
+    for (index, (address, content)) in segments.iter().enumerate() {
+        let at = HEADER + PROGRAM_HEADER * index;
+        let len = content.len() as u64;
+        put(at, &[1, 0, 0, 0, 7]);
+        put(at + 8, &(offset as u64).to_le_bytes());
+        put(at + 16, &address.to_le_bytes());
+        put(at + 24, &address.to_le_bytes());
+        put(at + 32, &len.to_le_bytes());
+        put(at + 40, &len.to_le_bytes());
+        offset += content.len();
+    }
+    for (_, content) in segments {
+        file.extend_from_slice(content);
+    }
+    file
+}

@@ -1,0 +1,148 @@
+//! What this process holds: descriptors, threads, mappings, resident memory.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::time::{Duration, Instant};
+
+/// A count of what this process holds, by name where there are names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Footprint {
+    /// Open descriptors by what they refer to (inode numbers left out).
+    pub fds: BTreeMap<String, usize>,
+    /// Threads by name.
+    pub threads: BTreeMap<String, usize>,
+    /// Mappings by file (`[anon]` for those without).
+    pub mappings: BTreeMap<String, usize>,
+    /// Resident set in KiB.
+    pub rss_kib: u64,
+}
+
+impl Footprint {
+    /// Counts now.
+    ///
+    /// # Panics
+    /// Without a readable `/proc/self`.
+    #[must_use]
+    pub fn now() -> Self {
+        Self {
+            fds: fds(),
+            threads: threads(),
+            mappings: mappings(),
+            rss_kib: rss_kib(),
+        }
+    }
+
+    /// Waits until the process holds no more descriptors and threads than this, and at most `slack`
+    /// mappings more (allocators keep some); what dropped VMs held is released by a thread of its own.
+    ///
+    /// # Panics
+    /// With the difference, when `limit` passes first.
+    pub fn assert_restored(&self, slack: usize, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        loop {
+            let grown = self.grown(&Self::now(), slack);
+            if grown.is_empty() {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the process holds more than before:\n{grown}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// What `later` holds beyond this, as lines of text.
+    fn grown(&self, later: &Self, slack: usize) -> String {
+        let mut text = String::new();
+        let mut compare = |kind: &str,
+                           before: &BTreeMap<String, usize>,
+                           after: &BTreeMap<String, usize>,
+                           slack: usize| {
+            if after.values().sum::<usize>() <= before.values().sum::<usize>() + slack {
+                return;
+            }
+            for (name, count) in after {
+                let was = before.get(name).copied().unwrap_or(0);
+                if *count > was {
+                    let _ = writeln!(text, "{kind} {name}: {was} before, {count} now");
+                }
+            }
+        };
+        compare("fd", &self.fds, &later.fds, 0);
+        compare("thread", &self.threads, &later.threads, 0);
+        compare("mapping", &self.mappings, &later.mappings, slack);
+        text
+    }
+}
+
+fn count(names: impl Iterator<Item = String>) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for name in names {
+        *counts.entry(name).or_default() += 1;
+    }
+    counts
+}
+
+fn fds() -> BTreeMap<String, usize> {
+    let entries = std::fs::read_dir("/proc/self/fd").expect("/proc/self/fd");
+    count(entries.filter_map(|entry| {
+        let target = std::fs::read_link(entry.ok()?.path()).ok()?;
+        let target = target.to_string_lossy();
+        // The descriptor of this very listing.
+        (!target.starts_with("/proc/")).then(|| match target.split_once(":[") {
+            Some((kind, _)) => kind.to_owned(),
+            None => target.into_owned(),
+        })
+    }))
+}
+
+fn threads() -> BTreeMap<String, usize> {
+    let entries = std::fs::read_dir("/proc/self/task").expect("/proc/self/task");
+    // A thread may end between the listing and the reading.
+    count(entries.filter_map(|entry| {
+        let comm = std::fs::read_to_string(entry.ok()?.path().join("comm")).ok()?;
+        Some(comm.trim_end().to_owned())
+    }))
+}
+
+fn mappings() -> BTreeMap<String, usize> {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("/proc/self/maps");
+    count(maps.lines().map(|line| {
+        let name = line.split_whitespace().nth(5).unwrap_or("[anon]");
+        name.to_owned()
+    }))
+}
+
+fn rss_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("/proc/self/status");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .expect("VmRSS in /proc/self/status")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leak_of_each_kind_is_seen_and_named() {
+        let before = Footprint::now();
+        let file = tempfile::tempfile().unwrap();
+        let (stop, wait) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::Builder::new()
+            .name("leaked".into())
+            .spawn(move || wait.recv().is_ok())
+            .unwrap();
+        // The name is set by the new thread itself.
+        while !Footprint::now().threads.contains_key("leaked") {
+            std::thread::yield_now();
+        }
+        let grown = before.grown(&Footprint::now(), 0);
+        assert!(grown.contains("fd /"), "{grown}");
+        assert!(grown.contains("thread leaked"), "{grown}");
+        drop((file, stop));
+        thread.join().unwrap();
+        before.assert_restored(8, Duration::from_secs(10));
+    }
+}

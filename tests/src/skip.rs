@@ -1,0 +1,55 @@
+//! Tests that cannot run here, and how long to wait for those that can.
+
+use std::future::Future;
+use std::io::Write;
+use std::panic::Location;
+use std::time::Duration;
+
+use hearth_vmm::Host;
+
+/// Says that a test was skipped, and why. The line goes to the real stderr, past the test runner's
+/// capture, because a runner counts these lines: a test that printed one did not pass, it was skipped.
+#[track_caller]
+pub fn not_measured(reason: &str) {
+    let place = Location::caller();
+    let line = format!(
+        "\nNOT MEASURED: {reason} ({}:{})\n",
+        place.file(),
+        place.line()
+    );
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+/// Whether there is a `/dev/kvm` to test on; says so if not. A `/dev/kvm` that does not work is no
+/// reason to skip: the tests then fail.
+#[must_use]
+#[track_caller]
+pub fn kvm() -> bool {
+    let there = std::path::Path::new("/dev/kvm").exists();
+    if !there {
+        not_measured("no /dev/kvm");
+    }
+    there
+}
+
+/// A time that was chosen for hardware, scaled for this host.
+///
+/// # Panics
+/// If the host cannot run guests.
+#[must_use]
+pub fn patience(hardware: Duration) -> Duration {
+    let host = Host::get().expect("the host runs guests");
+    hardware * host.profile().timeout_factor()
+}
+
+/// Waits for what must happen; fails the test, naming it, after `seconds` on hardware.
+///
+/// # Panics
+/// When the time is over.
+pub async fn within<T>(seconds: u64, what: &str, future: impl Future<Output = T>) -> T {
+    let limit = patience(Duration::from_secs(seconds));
+    match tokio::time::timeout(limit, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("{what}: nothing after {limit:?}"),
+    }
+}

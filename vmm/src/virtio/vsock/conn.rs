@@ -23,10 +23,12 @@ use std::time::{Duration, Instant};
 use tokio::io::ReadBuf;
 
 use super::buffer::Buffer;
-use super::credit::{Inbound, Outbound};
+use super::credit::Inbound;
 use super::hub::Hub;
 use super::lock;
+use super::open::{Answer, Open, Owed, Verdict};
 use super::packet::{Header, MAX_PAYLOAD, Op, Shut};
+use super::state::{CreditState, Fate};
 
 /// How long a connection that its host side dropped may make no progress before the guest gets a
 /// reset: Linux's `VSOCK_CLOSE_TIMEOUT`.
@@ -87,125 +89,6 @@ enum State {
     },
 }
 
-#[derive(Debug)]
-struct Open {
-    /// From the guest to the host's reader.
-    rx: Buffer,
-    /// From the host's writer to the guest.
-    tx: Buffer,
-    inbound: Inbound,
-    outbound: Outbound,
-    /// The guest's REQUEST is not answered yet.
-    response_owed: bool,
-    /// The guest asked for our credit.
-    update_owed: bool,
-    /// We asked for the guest's credit since it last had none.
-    asked: bool,
-    /// What the host side closed: `send` by a shutdown, `receive` only by the drop.
-    host: Shut,
-    /// What of it the guest has heard.
-    told: Shut,
-    /// What the guest closed.
-    guest: Shut,
-}
-
-impl Open {
-    fn new(window: u32, header: &Header, response_owed: bool) -> Self {
-        Self {
-            rx: Buffer::default(),
-            tx: Buffer::default(),
-            inbound: Inbound::new(window),
-            outbound: Outbound::new(header),
-            response_owed,
-            update_owed: false,
-            asked: false,
-            host: Shut::default(),
-            told: Shut::default(),
-            guest: Shut::default(),
-        }
-    }
-
-    /// What can be told to the guest by now: no end of data before the data.
-    fn tellable(&self) -> Shut {
-        Shut {
-            receive: self.host.receive,
-            send: self.host.send && self.tx.is_empty(),
-        }
-    }
-
-    /// Writes `owed`, and its payload, if it has one.
-    fn emit(&mut self, owed: Owed, mut header: Header, out: &mut impl Write) -> io::Result<()> {
-        let mut len = 0;
-        let op = match owed {
-            Owed::Data(n) => {
-                len = n;
-                Op::Data
-            }
-            Owed::Shutdown => {
-                self.told = self.tellable();
-                header.flags = self.told.flags();
-                Op::Shutdown
-            }
-            Owed::CreditRequest => {
-                self.asked = true;
-                Op::CreditRequest
-            }
-            Owed::Response => {
-                self.response_owed = false;
-                Op::Response
-            }
-            Owed::CreditUpdate | Owed::Request | Owed::Reset => Op::CreditUpdate,
-        };
-        // Every packet carries our credit.
-        self.update_owed = false;
-        self.inbound.announce(&mut header);
-        header.op = op.to_wire();
-        header.len = len;
-        out.write_all(&header.encode())?;
-        self.outbound.send(len);
-        let mut left = usize::try_from(len).unwrap_or(usize::MAX);
-        while left > 0 && !self.tx.is_empty() {
-            let front = self.tx.front();
-            let n = front.len().min(left);
-            out.write_all(front.get(..n).unwrap_or_default())?;
-            self.tx.consume(n);
-            left -= n;
-        }
-        Ok(())
-    }
-
-    /// The next packet that the guest is owed, with the payload that fits `room`. Data comes before
-    /// a shutdown so that a writer that drops its stream costs one packet, not two.
-    fn owed(&self, room: u32) -> Option<Owed> {
-        let credit = self.outbound.room();
-        if self.response_owed {
-            Some(Owed::Response)
-        } else if !self.tx.is_empty() && credit > 0 {
-            let held = u32::try_from(self.tx.len()).unwrap_or(u32::MAX);
-            Some(Owed::Data(held.min(credit).min(room).min(MAX_PAYLOAD)))
-        } else if self.tellable() != self.told {
-            Some(Owed::Shutdown)
-        } else if self.update_owed || (!self.host.receive && self.inbound.update_due()) {
-            Some(Owed::CreditUpdate)
-        } else if !self.tx.is_empty() && !self.asked {
-            Some(Owed::CreditRequest)
-        } else {
-            None
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Owed {
-    Request,
-    Response,
-    Reset,
-    Data(u32),
-    Shutdown,
-    CreditUpdate,
-    CreditRequest,
-}
-
 /// The machine: a state and who waits for it to change.
 #[derive(Debug)]
 pub(super) struct Machine {
@@ -220,35 +103,6 @@ pub(super) struct Machine {
     pub(super) durable: bool,
     /// When a dropped connection that makes no progress ends.
     pub(super) deadline: Option<Instant>,
-}
-
-/// The counters from which a quiescent connection goes on after a restore.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct CreditState {
-    /// Bytes that the host may buffer.
-    pub window: u32,
-    /// Bytes received from the guest, all consumed.
-    pub consumed: u32,
-    /// How many of them the guest knows to be consumed.
-    pub announced: u32,
-    /// Bytes sent to the guest.
-    pub sent: u32,
-    /// Size of the guest's buffer.
-    pub allocated: u32,
-    /// Bytes that the guest said it consumed.
-    pub forwarded: u32,
-}
-
-/// What becomes of the guest's end of a connection after a restore.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub enum Fate {
-    /// It goes on from these counters.
-    Durable(CreditState),
-    /// It is reset, by a packet or together with all others by the transport's reset.
-    Lost,
-    /// It gets a reset packet in any case: for all the host knows the guest still waits for the
-    /// answer to its request, and a transport reset does not end that.
-    Refused,
 }
 
 impl Machine {
@@ -270,20 +124,13 @@ impl Machine {
     }
 
     /// A connection that the guest asked for with `request`.
-    pub(super) fn accepted(window: u32, request: &Header) -> Self {
-        Self::new(State::Open(Open::new(window, request, true)), window)
+    pub(super) fn asked(window: u32, request: &Header, answer: Answer) -> Self {
+        Self::new(State::Open(Open::new(window, request, answer)), window)
     }
 
     /// A durable connection, restored.
     pub(super) fn resumed(saved: &CreditState) -> Self {
-        let mut open = Open::new(saved.window, &Header::default(), false);
-        open.inbound = Inbound::resume(saved.window, saved.consumed, saved.announced);
-        open.outbound = Outbound {
-            sent: saved.sent,
-            allocated: saved.allocated,
-            forwarded: saved.forwarded,
-        };
-        let mut machine = Self::new(State::Open(open), saved.window);
+        let mut machine = Self::new(State::Open(Open::resume(saved)), saved.window);
         machine.durable = true;
         machine
     }
@@ -293,29 +140,6 @@ impl Machine {
         let mut machine = Self::connecting(0);
         machine.end(End::Dropped, true);
         machine
-    }
-
-    /// The counters of a connection that may survive a restore: durable, open both ways, and
-    /// nothing in flight on our side.
-    fn quiescent(&self) -> Option<CreditState> {
-        let State::Open(open) = &self.state else {
-            return None;
-        };
-        let quiet = self.durable
-            && open.rx.is_empty()
-            && open.tx.is_empty()
-            && !open.response_owed
-            && !open.update_owed
-            && (open.host, open.guest) == (Shut::default(), Shut::default());
-        let (consumed, announced) = open.inbound.settled().filter(|_| quiet)?;
-        Some(CreditState {
-            window: self.window,
-            consumed,
-            announced,
-            sent: open.outbound.sent,
-            allocated: open.outbound.allocated,
-            forwarded: open.outbound.forwarded,
-        })
     }
 
     /// Bytes that this connection may buffer in each direction.
@@ -341,11 +165,14 @@ impl Machine {
 
     /// What becomes of the guest's end in a VM restored from now.
     pub(super) fn fate(&self) -> Fate {
-        match (&self.state, self.quiescent()) {
-            (_, Some(credit)) => Fate::Durable(credit),
-            (State::Open(open), None) if open.response_owed => Fate::Refused,
-            (State::Ended { .. }, None) => Fate::Refused,
-            _ => Fate::Lost,
+        match &self.state {
+            State::Open(open) if open.answer != Answer::Given => Fate::Refused,
+            State::Open(open) => match open.quiescent().filter(|_| self.durable) {
+                Some(credit) => Fate::Durable(credit),
+                None => Fate::Lost,
+            },
+            State::Connecting { .. } | State::Closing { .. } => Fate::Lost,
+            State::Ended { .. } => Fate::Refused,
         }
     }
 
@@ -400,7 +227,7 @@ impl Machine {
             (State::Ended { .. }, _) => {}
             (_, Some(Op::Reset)) => self.end(End::Reset, false),
             (State::Connecting { sent: true }, Some(Op::Response)) => {
-                self.state = State::Open(Open::new(self.window, header, false));
+                self.state = State::Open(Open::new(self.window, header, Answer::Given));
             }
             (State::Closing { guest }, Some(Op::Shutdown)) => {
                 *guest = guest.with(Shut::from_flags(header.flags));
@@ -409,40 +236,13 @@ impl Machine {
                 }
             }
             (State::Closing { .. }, Some(Op::Data | Op::CreditUpdate | Op::CreditRequest)) => {}
-            (State::Open(open), Some(op)) => {
-                open.outbound.update(header);
-                open.asked &= open.outbound.room() == 0;
-                return self.receive_open(op, header, payload);
-            }
+            (State::Open(open), Some(op)) => match open.receive(op, header, payload)? {
+                Verdict::Continues => {}
+                // The guest waits for this reset before it lets go of the port.
+                Verdict::Finished => self.end(End::Finished, true),
+                Verdict::Violated => self.end(End::Reset, true),
+            },
             _ => self.end(End::Reset, true),
-        }
-        Ok(())
-    }
-
-    fn receive_open(&mut self, op: Op, header: &Header, payload: &mut impl Read) -> io::Result<()> {
-        let State::Open(open) = &mut self.state else {
-            return Ok(());
-        };
-        match op {
-            Op::CreditUpdate => {}
-            Op::CreditRequest => open.update_owed = true,
-            // The host side is gone: what was under way is read and forgotten.
-            Op::Data if open.host.receive && !open.guest.send => {}
-            Op::Data if !open.guest.send && open.inbound.receive(header.len) => {
-                let len = usize::try_from(header.len).unwrap_or(usize::MAX);
-                open.rx.fill(payload, len)?;
-            }
-            Op::Shutdown => {
-                open.guest = open.guest.with(Shut::from_flags(header.flags));
-                if open.guest.receive {
-                    open.tx.clear();
-                }
-                if open.guest == Shut::BOTH {
-                    // The guest waits for this reset before it lets go of the port.
-                    self.end(End::Finished, true);
-                }
-            }
-            Op::Data | Op::Request | Op::Response | Op::Reset => self.end(End::Reset, true),
         }
         Ok(())
     }
@@ -584,6 +384,15 @@ impl Machine {
         }
     }
 
+    /// The host side takes the connection that the guest asked for.
+    pub(super) fn accept(&mut self) {
+        if let State::Open(open) = &mut self.state
+            && open.answer == Answer::Undecided
+        {
+            open.answer = Answer::Owed;
+        }
+    }
+
     /// The host side sends no more; what it wrote before is still delivered.
     pub(super) fn shut_send(&mut self) {
         if let State::Open(open) = &mut self.state {
@@ -599,6 +408,7 @@ impl Machine {
                 let reset_owed = *sent;
                 self.end(End::Dropped, reset_owed);
             }
+            State::Open(open) if open.answer == Answer::Undecided => self.end(End::Dropped, true),
             State::Open(open) => {
                 open.host = Shut::BOTH;
                 let unread = open.rx.clear();

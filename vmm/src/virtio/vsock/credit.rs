@@ -31,6 +31,10 @@ impl Inbound {
         }
     }
 
+    pub(super) fn window(&self) -> u32 {
+        self.window
+    }
+
     /// Takes `len` more bytes from the guest, or refuses: it may not send more than the window.
     #[must_use]
     pub(super) fn receive(&mut self, len: u32) -> bool {

@@ -1,11 +1,12 @@
 //! The device: moves packets between the queues and the muxer.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT, Reader, Writer};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
+use super::chain::Chain;
 use super::host::VsockHost;
 use super::hub::Hub;
 use super::lock;
@@ -245,15 +246,15 @@ impl Active {
                     break;
                 };
                 let head = chain.head_index();
-                let mut reader: Reader<'_> = Reader::new(ram, chain)?;
+                let mut packet = Chain::readable(ram, chain)?;
                 let mut wire = [0; HEADER_BYTES];
-                reader
+                packet
                     .read_exact(&mut wire)
                     .map_err(|_| Fault::Request("TX packet shorter than its header"))?;
                 let header = Header::decode(&wire);
-                let available = reader.available_bytes();
+                let available = packet.left();
                 muxer
-                    .receive(&header, available, &mut reader)
+                    .receive(&header, available, &mut packet)
                     .map_err(|_| Fault::Request("TX packet cannot be read"))?;
                 budget.spend(header.len.min(MAX_PAYLOAD));
                 self.tx.add_used(ram, head, 0)?;
@@ -302,19 +303,18 @@ impl Active {
                 break Progress::Idle;
             };
             let head = chain.head_index();
-            let mut writer: Writer<'_> = Writer::new(ram, chain)?;
-            let room = writer
-                .available_bytes()
+            let mut buffer = Chain::writable(ram, chain)?;
+            let room = buffer
+                .left()
                 .checked_sub(HEADER_BYTES)
                 .filter(|room| *room > 0)
                 .ok_or(Fault::Request("RX buffer without space for a packet"))?;
             let room = u32::try_from(room).unwrap_or(MAX_PAYLOAD);
             let sent = muxer
-                .send(room, &mut writer)
+                .send(room, &mut buffer)
                 .map_err(|_| Fault::Request("RX buffer cannot be written"))?;
             budget.spend(sent);
-            let written = u32::try_from(writer.bytes_written()).unwrap_or(u32::MAX);
-            self.rx.add_used(ram, head, written)?;
+            self.rx.add_used(ram, head, buffer.moved())?;
             used = true;
         };
         if used && self.rx.needs_notification(ram)? {
@@ -329,8 +329,6 @@ impl Active {
 
     /// Puts an event into the guest's event queue; false if it has no buffer there.
     fn send_event(&mut self, event: [u8; 4]) -> Result<bool, Fault> {
-        use std::io::Write;
-
         let ram = self.ram.map();
         let chain = loop {
             if let Some(chain) = self.events.iter(ram)?.next() {
@@ -341,8 +339,8 @@ impl Active {
             }
         };
         let head = chain.head_index();
-        let mut writer: Writer<'_> = Writer::new(ram, chain)?;
-        writer
+        let mut buffer = Chain::writable(ram, chain)?;
+        buffer
             .write_all(&event)
             .map_err(|_| Fault::Request("event buffer shorter than an event"))?;
         self.events.add_used(ram, head, 4)?;

@@ -8,9 +8,10 @@ use tokio::time::Instant;
 
 use super::conn::{End, Key};
 use super::hub::Hub;
+use super::listener::{VsockAnyListener, VsockListener};
 use super::lock;
 use super::muxer::{BACKLOG, MAX_CONNECTIONS, MAX_LISTENERS};
-use super::stream::{VsockListener, VsockStream};
+use super::stream::VsockStream;
 
 /// How long [`VsockHost::connect`] waits for the guest's answer.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,6 +46,9 @@ pub enum ListenError {
     /// There is a listener on this port; drop it first.
     #[error("vsock port {0} has a listener already; drop it first")]
     InUse(u32),
+    /// There is a listener for all ports already; drop it first.
+    #[error("vsock ports without a listener have one for all of them already; drop it first")]
+    AnyInUse,
     /// The VM has ended.
     #[error("the VM has ended")]
     VmEnded,
@@ -139,6 +143,17 @@ impl VsockHost {
         let hub = self.hub.upgrade().ok_or(ListenError::VmEnded)?;
         let backlog = lock(&hub.muxer).listen(port)?;
         Ok(VsockListener::new(port, backlog, Weak::clone(&self.hub)))
+    }
+
+    /// Listens on every port that has no listener of its own, and lets the host decide on each
+    /// connection. At most 128 wait for that.
+    ///
+    /// # Errors
+    /// See [`ListenError`].
+    pub fn listen_any(&self) -> Result<VsockAnyListener, ListenError> {
+        let hub = self.hub.upgrade().ok_or(ListenError::VmEnded)?;
+        let backlog = lock(&hub.muxer).listen_any()?;
+        Ok(VsockAnyListener::new(backlog, Weak::clone(&self.hub)))
     }
 
     /// The host's end of a connection that survived a restore (see

@@ -1,6 +1,6 @@
 //! What a device and its host handles share.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use super::conn::Conn;
@@ -57,9 +57,7 @@ impl Hub {
 
     /// The VM has ended: every stream gets an error, every pending connect and accept fails.
     pub(super) fn close(&self) {
-        let listeners = lock(&self.muxer).close();
-        // Outside the lock: queued streams hang up here.
-        drop::<HashMap<_, _>>(listeners);
+        lock(&self.muxer).close();
         drop(self.take_inbox());
     }
 }

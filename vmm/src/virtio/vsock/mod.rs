@@ -18,16 +18,19 @@
 //! host's kernel (the opt-in Unix-socket bridge is a client of [`VsockHost`] like any other).
 
 mod buffer;
+mod chain;
 mod conn;
 mod credit;
 mod device;
 mod host;
 mod hub;
+mod listener;
 mod muxer;
+mod open;
 pub mod packet;
 mod state;
 mod stream;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 #[doc(hidden)]
 pub mod testing;
 #[cfg(test)]
@@ -35,14 +38,15 @@ mod tests;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-pub use self::conn::{CLOSE_TIMEOUT, CreditState, Fate};
+pub use self::conn::CLOSE_TIMEOUT;
 pub use self::device::VsockDevice;
 pub use self::host::{CONNECT_TIMEOUT, ConnectError, ListenError, VsockHost};
+pub use self::listener::{VsockAnyListener, VsockIncoming, VsockListener};
 pub use self::muxer::{
     BACKLOG, MAX_CONNECTIONS, MAX_LISTENERS, NARROW_WINDOW, WIDE_CONNECTIONS, WIDE_WINDOW,
 };
-pub use self::state::{ConnState, RawVsockState, StateError, VsockState};
-pub use self::stream::{VsockListener, VsockStream};
+pub use self::state::{ConnState, CreditState, Fate, RawVsockState, StateError, VsockState};
+pub use self::stream::VsockStream;
 
 /// Locks, also after a panic elsewhere: nothing here is left half-changed by one.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

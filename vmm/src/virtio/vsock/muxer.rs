@@ -8,11 +8,12 @@ use std::time::Instant;
 
 use tokio::sync::mpsc;
 
-use super::conn::{Conn, End, Fate, Key, Machine};
+use super::conn::{Conn, End, Key, Machine};
 use super::host::{ConnectError, ListenError};
 use super::hub::{Hub, Inbox};
+use super::open::Answer;
 use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
-use super::state::{ConnState, RawVsockState, VsockState};
+use super::state::{ConnState, Fate, RawVsockState, VsockState};
 use super::stream::VsockStream;
 
 /// Most connections of one device, in every state together.
@@ -44,6 +45,8 @@ pub(super) struct Muxer {
     closed: bool,
     conns: HashMap<Key, Arc<Conn>>,
     listeners: HashMap<u32, mpsc::Sender<VsockStream>>,
+    /// For ports without a listener of their own.
+    any: Option<mpsc::Sender<VsockStream>>,
     /// Connections that owe the guest a packet, each at most once, served in turn. Empty while the
     /// device is not active.
     turns: VecDeque<Arc<Conn>>,
@@ -66,6 +69,7 @@ impl Muxer {
             closed: false,
             conns: HashMap::new(),
             listeners: HashMap::new(),
+            any: None,
             turns: VecDeque::new(),
             refusals: VecDeque::new(),
             closing: VecDeque::new(),
@@ -180,6 +184,23 @@ impl Muxer {
         self.listeners.remove(&port);
     }
 
+    /// Listens on every port that has no listener of its own.
+    pub(super) fn listen_any(&mut self) -> Result<mpsc::Receiver<VsockStream>, ListenError> {
+        if self.closed {
+            return Err(ListenError::VmEnded);
+        }
+        if self.any.is_some() {
+            return Err(ListenError::AnyInUse);
+        }
+        let (sender, receiver) = mpsc::channel(BACKLOG);
+        self.any = Some(sender);
+        Ok(receiver)
+    }
+
+    pub(super) fn unlisten_any(&mut self) {
+        self.any = None;
+    }
+
     pub(super) fn reattach(&mut self, key: Key) -> Option<VsockStream> {
         self.detached.remove(&key)
     }
@@ -257,8 +278,8 @@ impl Muxer {
         self.detached.clear();
     }
 
-    /// Ends everything for good. Returns what has to be dropped outside the lock.
-    pub(super) fn close(&mut self) -> HashMap<u32, mpsc::Sender<VsockStream>> {
+    /// Ends everything for good.
+    pub(super) fn close(&mut self) {
         self.closed = true;
         self.turns.clear();
         self.refusals.clear();
@@ -268,7 +289,8 @@ impl Muxer {
         }
         self.wide = 0;
         self.detached.clear();
-        std::mem::take(&mut self.listeners)
+        self.listeners.clear();
+        self.any = None;
     }
 
     /// Takes what host tasks left since the last run.
@@ -353,14 +375,15 @@ impl Muxer {
         if self.conns.len() >= MAX_CONNECTIONS {
             return false;
         }
-        let Some(place) = self
-            .listeners
-            .get(&key.host)
-            .and_then(|backlog| backlog.clone().try_reserve_owned().ok())
-        else {
+        let (backlog, answer) = match (self.listeners.get(&key.host), &self.any) {
+            (Some(backlog), _) => (backlog, Answer::Owed),
+            (None, Some(backlog)) => (backlog, Answer::Undecided),
+            (None, None) => return false,
+        };
+        let Ok(place) = backlog.clone().try_reserve_owned() else {
             return false;
         };
-        let machine = Machine::accepted(self.next_window(), request);
+        let machine = Machine::asked(self.next_window(), request, answer);
         let conn = self.insert(key, machine);
         self.changed(&conn, |_| ());
         place.send(VsockStream::new(conn));

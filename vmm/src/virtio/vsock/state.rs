@@ -6,7 +6,6 @@ use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::conn::Fate;
 use super::muxer::{
     HOST_PORTS, MAX_CONNECTIONS, MAX_REFUSALS, NARROW_WINDOW, WIDE_CONNECTIONS, WIDE_WINDOW,
 };
@@ -45,6 +44,35 @@ pub enum StateError {
         /// Guest port.
         guest: u32,
     },
+}
+
+/// The counters from which a quiescent connection goes on after a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreditState {
+    /// Bytes that the host may buffer.
+    pub window: u32,
+    /// Bytes received from the guest, all consumed.
+    pub consumed: u32,
+    /// How many of them the guest knows to be consumed.
+    pub announced: u32,
+    /// Bytes sent to the guest.
+    pub sent: u32,
+    /// Size of the guest's buffer.
+    pub allocated: u32,
+    /// Bytes that the guest said it consumed.
+    pub forwarded: u32,
+}
+
+/// What becomes of the guest's end of a connection after a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fate {
+    /// It goes on from these counters.
+    Durable(CreditState),
+    /// It is reset, by a packet or together with all others by the transport's reset.
+    Lost,
+    /// It gets a reset packet in any case: for all the host knows the guest still waits for the
+    /// answer to its request, and a transport reset does not end that.
+    Refused,
 }
 
 /// One connection that the guest may believe to exist.

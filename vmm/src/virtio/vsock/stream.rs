@@ -1,18 +1,15 @@
-//! The host program's ends of connections.
+//! The host program's end of a connection.
 
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Weak};
-use std::task::{Context, Poll};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::mpsc;
+use tokio::task::coop;
 
 use super::conn::{Conn, End, Machine};
-use super::host::ListenError;
-use super::hub::Hub;
-use super::lock;
 
 /// A connection with a program in the guest: reads and writes like a TCP or Unix stream.
 ///
@@ -57,6 +54,11 @@ impl VsockStream {
         self.conn.change_from_host(|machine| machine.durable = true);
     }
 
+    /// Takes the connection that the guest asked for.
+    pub(super) fn accept(&self) {
+        self.conn.change_from_host(Machine::accept);
+    }
+
     pub(super) fn poll_connected(&self, cx: &Context<'_>) -> Poll<Result<(), End>> {
         self.conn
             .change_from_host(|machine| machine.poll_connected(cx))
@@ -69,8 +71,15 @@ impl AsyncRead for VsockStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.conn
-            .change_from_host(|machine| machine.poll_read(cx, buf))
+        // A guest that always has data must not keep the task's worker from others.
+        let turn = ready!(coop::poll_proceed(cx));
+        let done = self
+            .conn
+            .change_from_host(|machine| machine.poll_read(cx, buf));
+        if done.is_ready() {
+            turn.made_progress();
+        }
+        done
     }
 }
 
@@ -80,8 +89,14 @@ impl AsyncWrite for VsockStream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.conn
-            .change_from_host(|machine| machine.poll_write(cx, buf))
+        let turn = ready!(coop::poll_proceed(cx));
+        let done = self
+            .conn
+            .change_from_host(|machine| machine.poll_write(cx, buf));
+        if done.is_ready() {
+            turn.made_progress();
+        }
+        done
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -100,43 +115,6 @@ impl Drop for VsockStream {
         let news = self.conn.change_from_host(|machine| machine.hang_up(now));
         if news && let Some(hub) = self.conn.hub() {
             hub.report_drop(Arc::clone(&self.conn));
-        }
-    }
-}
-
-/// A port of the host on which programs in the guest connect. Dropping it closes the connections
-/// that nobody accepted and frees the port.
-#[derive(Debug)]
-pub struct VsockListener {
-    port: u32,
-    backlog: mpsc::Receiver<VsockStream>,
-    hub: Weak<Hub>,
-}
-
-impl VsockListener {
-    pub(super) fn new(port: u32, backlog: mpsc::Receiver<VsockStream>, hub: Weak<Hub>) -> Self {
-        Self { port, backlog, hub }
-    }
-
-    /// The port.
-    #[must_use]
-    pub fn port(&self) -> u32 {
-        self.port
-    }
-
-    /// The next connection of the guest; it is established already. Cancel-safe.
-    ///
-    /// # Errors
-    /// [`ListenError::VmEnded`].
-    pub async fn accept(&mut self) -> Result<VsockStream, ListenError> {
-        self.backlog.recv().await.ok_or(ListenError::VmEnded)
-    }
-}
-
-impl Drop for VsockListener {
-    fn drop(&mut self) {
-        if let Some(hub) = self.hub.upgrade() {
-            lock(&hub.muxer).unlisten(self.port);
         }
     }
 }

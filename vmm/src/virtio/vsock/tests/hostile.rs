@@ -340,6 +340,33 @@ async fn a_loop_of_full_descriptors_ends() {
     guest.expect(Op::Reset);
 }
 
+/// An indirect table of 65535 descriptors, which was not negotiated, costs no more than a direct
+/// chain, and its packet is one if it comes early enough.
+#[tokio::test]
+async fn a_huge_indirect_table_is_not_walked() {
+    for (header_at, reaches) in [(0, true), (100, true), (500, false)] {
+        let mut guest = Guest::new(Setup::default());
+        let table = 0x28_0000;
+        let mut entries = Vec::new();
+        for at in 0..65_535u16 {
+            let len: u32 = if at == header_at { 44 } else { 0 };
+            entries.extend(0x20_0000u64.to_le_bytes());
+            entries.extend(len.to_le_bytes());
+            entries.extend(NEXT.to_le_bytes());
+            entries.extend((at + 1).to_le_bytes());
+        }
+        let write = |at, bytes: &[u8]| {
+            let at = vm_memory::GuestAddress(at);
+            vm_memory::Bytes::write_slice(guest.ram.map(), bytes, at).unwrap();
+        };
+        let header = guest.socket(1, 2, 10).header(Op::Data);
+        write(table, &entries);
+        write(0x20_0000, &header.encode());
+        let outcome = attack_tx(&mut guest, &[(table, 65_535 * 16, INDIRECT, 0)]);
+        assert_eq!(outcome.is_ok(), reaches, "{header_at}");
+    }
+}
+
 #[tokio::test]
 async fn ring_indices_that_lie_are_faults() {
     for queue in [RX, TX] {

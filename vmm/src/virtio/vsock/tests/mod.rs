@@ -34,6 +34,8 @@ fn shut(header: &Header) -> Shut {
 
 /// Polls once.
 fn poll<F: Future + ?Sized>(future: Pin<&mut F>) -> Option<F::Output> {
+    // Without tokio's budget: it would call things pending that are not.
+    let future = std::pin::pin!(tokio::task::unconstrained(future));
     match future.poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(output) => Some(output),
         Poll::Pending => None,
@@ -337,4 +339,69 @@ fn handles_are_what_tokio_tasks_need() {
     assert::<VsockStream>();
     assert::<VsockListener>();
     assert::<VsockHost>();
+}
+
+#[tokio::test]
+async fn the_host_decides_on_ports_without_a_listener() {
+    let mut guest = Guest::new(Setup::default());
+    let mut named = guest.host.listen(5).unwrap();
+    let mut any = guest.host.listen_any().unwrap();
+    assert_eq!(guest.host.listen_any().unwrap_err(), ListenError::AnyInUse);
+    let ask = |guest: &mut Guest, guest_port, host_port| {
+        let socket = guest.socket(guest_port, host_port, 1000);
+        guest.send(socket.header(Op::Request), &[]);
+        guest.pump();
+        socket
+    };
+    ask(&mut guest, 1, 5);
+    guest.expect(Op::Response);
+    named.accept().await.unwrap();
+    guest.expect(Op::Shutdown);
+    // Nothing is said before the host has decided.
+    let socket = ask(&mut guest, 2, 6);
+    guest.expect_nothing();
+    let incoming = any.next().await.unwrap();
+    assert_eq!((incoming.host_port(), incoming.guest_port()), (6, 2));
+    guest.expect_nothing();
+    let mut stream = incoming.accept();
+    stream.write_all(b"hi").await.unwrap();
+    assert!(socket.is_for(&guest.expect(Op::Response).0));
+    guest.expect(Op::Data);
+    // Refused, given up by the guest, and never looked at.
+    ask(&mut guest, 3, 7);
+    drop(any.next().await.unwrap());
+    guest.expect(Op::Reset);
+    let socket = ask(&mut guest, 4, 7);
+    guest.send(socket.header(Op::Reset), &[]);
+    guest.pump();
+    let error = any.next().await.unwrap().accept().read(&mut [0]).await;
+    assert_eq!(error.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    ask(&mut guest, 5, 7);
+    drop(any);
+    guest.expect(Op::Reset);
+    ask(&mut guest, 6, 7);
+    guest.expect(Op::Reset);
+    guest.expect_nothing();
+    assert_eq!(guest.connections(), 2);
+}
+
+#[tokio::test]
+async fn a_guest_that_always_has_data_does_not_starve_other_tasks() {
+    let mut guest = Guest::new(Setup::default());
+    let (mut stream, mut socket) = connected(&mut guest, 1, 65536).await;
+    let data = socket.data(65536);
+    guest.send(data, &[0; 65536]);
+    guest.pump();
+    let mut reads = Box::pin(async {
+        for _ in 0..65536 {
+            stream.read_exact(&mut [0]).await.unwrap();
+        }
+    });
+    let mut others = 0;
+    tokio::select! {
+        biased;
+        () = &mut reads => {}
+        () = async { loop { tokio::task::yield_now().await; others += 1; } } => {}
+    }
+    assert!(others > 100, "{others}");
 }

@@ -1,7 +1,6 @@
 //! Snapshots: what the restored guest sees of its connections, and what can be reattached.
 
 use super::*;
-use crate::virtio::vsock::conn::CreditState;
 
 fn through_serde(state: &VsockState) -> VsockState {
     let raw = RawVsockState::from(state.clone());

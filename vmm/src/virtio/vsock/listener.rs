@@ -1,0 +1,104 @@
+//! Connections that programs in the guest open.
+
+use std::sync::Weak;
+
+use tokio::sync::mpsc;
+
+use super::host::ListenError;
+use super::hub::Hub;
+use super::lock;
+use super::stream::VsockStream;
+
+/// A port of the host on which programs in the guest connect. Dropping it closes the connections
+/// that nobody accepted and frees the port.
+#[derive(Debug)]
+pub struct VsockListener {
+    port: u32,
+    backlog: mpsc::Receiver<VsockStream>,
+    hub: Weak<Hub>,
+}
+
+impl VsockListener {
+    pub(super) fn new(port: u32, backlog: mpsc::Receiver<VsockStream>, hub: Weak<Hub>) -> Self {
+        Self { port, backlog, hub }
+    }
+
+    /// The port.
+    #[must_use]
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// The next connection of the guest; it is established already. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`ListenError::VmEnded`].
+    pub async fn accept(&mut self) -> Result<VsockStream, ListenError> {
+        self.backlog.recv().await.ok_or(ListenError::VmEnded)
+    }
+}
+
+impl Drop for VsockListener {
+    fn drop(&mut self) {
+        if let Some(hub) = self.hub.upgrade() {
+            lock(&hub.muxer).unlisten(self.port);
+        }
+    }
+}
+
+/// All ports of the host that have no [`VsockListener`]. Dropping it refuses what waits.
+#[derive(Debug)]
+pub struct VsockAnyListener {
+    backlog: mpsc::Receiver<VsockStream>,
+    hub: Weak<Hub>,
+}
+
+impl VsockAnyListener {
+    pub(super) fn new(backlog: mpsc::Receiver<VsockStream>, hub: Weak<Hub>) -> Self {
+        Self { backlog, hub }
+    }
+
+    /// The next connection that the guest asks for. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`ListenError::VmEnded`].
+    pub async fn next(&mut self) -> Result<VsockIncoming, ListenError> {
+        let stream = self.backlog.recv().await.ok_or(ListenError::VmEnded)?;
+        Ok(VsockIncoming { stream })
+    }
+}
+
+impl Drop for VsockAnyListener {
+    fn drop(&mut self) {
+        if let Some(hub) = self.hub.upgrade() {
+            lock(&hub.muxer).unlisten_any();
+        }
+    }
+}
+
+/// A connection that the guest has asked for and nobody has answered. Dropping it refuses it.
+#[derive(Debug)]
+pub struct VsockIncoming {
+    stream: VsockStream,
+}
+
+impl VsockIncoming {
+    /// The port that the guest wants.
+    #[must_use]
+    pub fn host_port(&self) -> u32 {
+        self.stream.host_port()
+    }
+
+    /// The port on the guest's side.
+    #[must_use]
+    pub fn guest_port(&self) -> u32 {
+        self.stream.guest_port()
+    }
+
+    /// Establishes the connection.
+    #[must_use]
+    pub fn accept(self) -> VsockStream {
+        self.stream.accept();
+        self.stream
+    }
+}

@@ -1,5 +1,10 @@
 //! Runs `hearth-init` as an ordinary process on a Unix socket.
-#![allow(dead_code, missing_docs, reason = "each test binary uses its part")]
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    reason = "each test binary uses its part"
+)]
 
 use std::{
     fs,
@@ -42,10 +47,16 @@ impl Agent {
         Some(Self::start_with(|_| {}, Some(dir)).await)
     }
 
-    pub async fn start_with(change: impl FnOnce(&mut HostCommand), cgroup: Option<PathBuf>) -> Self {
+    pub async fn start_with(
+        change: impl FnOnce(&mut HostCommand),
+        cgroup: Option<PathBuf>,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut command = HostCommand::new(env!("CARGO_BIN_EXE_hearth-init"));
-        command.arg("--serve-unix").arg(dir.path().join("agent")).stdin(Stdio::null());
+        command
+            .arg("--serve-unix")
+            .arg(dir.path().join("agent"))
+            .stdin(Stdio::null());
         if let Some(cgroup) = &cgroup {
             command.arg("--cgroup").arg(cgroup);
         }
@@ -70,7 +81,9 @@ impl Agent {
     }
 
     pub async fn client(&self) -> Client {
-        AgentClient::handshake(self.stream().await.unwrap()).await.unwrap()
+        AgentClient::handshake(self.stream().await.unwrap())
+            .await
+            .unwrap()
     }
 
     pub async fn exec(&self, command: Command) -> Running {
@@ -78,7 +91,11 @@ impl Agent {
     }
 
     pub async fn output(&self, command: Command) -> Output {
-        self.exec(command).await.output(OutputLimits::default()).await.unwrap()
+        self.exec(command)
+            .await
+            .output(OutputLimits::default())
+            .await
+            .unwrap()
     }
 
     /// Resident memory of the agent.
@@ -93,18 +110,27 @@ impl Agent {
     fn status_field(&self, name: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with(name)).unwrap();
-        line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+        line.split_ascii_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse()
+            .unwrap()
     }
 
     pub fn open_fds(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+        fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .unwrap()
+            .count()
     }
 
     /// User and system time used, in clock ticks.
     pub fn cpu_ticks(&self) -> u64 {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
         let (_, rest) = stat.rsplit_once(')').unwrap();
-        let fields: Vec<u64> = rest.split_ascii_whitespace().filter_map(|field| field.parse().ok()).collect();
+        let fields: Vec<u64> = rest
+            .split_ascii_whitespace()
+            .filter_map(|field| field.parse().ok())
+            .collect();
         fields[10] + fields[11]
     }
 
@@ -149,8 +175,11 @@ pub fn sh_fed(script: &str) -> Command {
 
 /// Whether a process with this id is there and not a zombie.
 pub fn is_alive(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| !stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('Z')))
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        !stat
+            .rsplit_once(')')
+            .is_some_and(|(_, rest)| rest.trim_start().starts_with('Z'))
+    })
 }
 
 /// Waits until a condition holds.

@@ -2,6 +2,8 @@
 //! badly on purpose, for tests. A name that PATH does not have falls back to the applet of that name, so `echo hi` runs in a
 //! guest that holds nothing but the agent.
 
+mod vsock;
+
 use std::{
     arch::asm,
     ffi::{OsStr, OsString},
@@ -26,7 +28,7 @@ use crate::sys;
 /// An applet gets its arguments and gives its exit code.
 type Applet = fn(&[OsString]) -> io::Result<u8>;
 
-const APPLETS: [(&str, Applet); 21] = [
+const APPLETS: [(&str, Applet); 24] = [
     ("true", |_| Ok(0)),
     ("false", |_| Ok(1)),
     ("echo", echo),
@@ -48,6 +50,9 @@ const APPLETS: [(&str, Applet); 21] = [
     ("panic", panic),
     ("poweroff", |_| reboot_with(RebootCommand::PowerOff)),
     ("reboot", |_| reboot_with(RebootCommand::Restart)),
+    ("halt", |_| reboot_with(RebootCommand::Halt)),
+    ("vsock-echo", vsock::echo),
+    ("vsock-dial", vsock::dial),
 ];
 
 /// Whether there is an applet of this name.
@@ -57,29 +62,46 @@ pub(crate) fn has(name: &[u8]) -> bool {
 
 /// Runs the applet that the name of this process or its first argument says.
 pub(crate) fn run(args: &[OsString]) -> u8 {
-    let by_name = args.first().and_then(|arg| Some((find(Path::new(arg).file_name()?)?, args.get(1..)?)));
-    let by_argument = || args.get(1).and_then(|arg| Some((find(arg)?, args.get(2..)?)));
+    let by_name = args
+        .first()
+        .and_then(|arg| Some((find(Path::new(arg).file_name()?)?, args.get(1..)?)));
+    let by_argument = || {
+        args.get(1)
+            .and_then(|arg| Some((find(arg)?, args.get(2..)?)))
+    };
     let Some((applet, rest)) = by_name.or_else(by_argument) else {
         let names: Vec<_> = APPLETS.iter().map(|(name, _)| *name).collect();
-        eprintln!("usage: hearth-init APPLET [ARGUMENT...]\napplets: {}", names.join(" "));
+        eprintln!(
+            "usage: hearth-init APPLET [ARGUMENT...]\napplets: {}",
+            names.join(" ")
+        );
         return 2;
     };
     match applet(rest) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("{}: {error}", args.first().map(|arg| arg.to_string_lossy()).unwrap_or_default());
+            eprintln!(
+                "{}: {error}",
+                args.first()
+                    .map(|arg| arg.to_string_lossy())
+                    .unwrap_or_default()
+            );
             1
         }
     }
 }
 
 fn find(name: &OsStr) -> Option<Applet> {
-    APPLETS.iter().find(|(known, _)| OsStr::new(known) == name).map(|(_, applet)| *applet)
+    APPLETS
+        .iter()
+        .find(|(known, _)| OsStr::new(known) == name)
+        .map(|(_, applet)| *applet)
 }
 
 fn number<T: std::str::FromStr>(args: &[OsString], index: usize) -> io::Result<T> {
     let word = args.get(index).and_then(|word| word.to_str());
-    word.and_then(|word| word.parse().ok()).ok_or_else(|| io::Error::other("a number is missing or out of range"))
+    word.and_then(|word| word.parse().ok())
+        .ok_or_else(|| io::Error::other("a number is missing or out of range"))
 }
 
 /// `echo WORD...`
@@ -109,7 +131,9 @@ fn cat(args: &[OsString]) -> io::Result<u8> {
     };
     match args {
         [] => copy(&mut io::stdin().lock())?,
-        files => files.iter().try_for_each(|file| copy(&mut fs::File::open(file)?))?,
+        files => files
+            .iter()
+            .try_for_each(|file| copy(&mut fs::File::open(file)?))?,
     }
     Ok(0)
 }
@@ -129,7 +153,13 @@ fn pwd(_: &[OsString]) -> io::Result<u8> {
 
 fn print_uname(_: &[OsString]) -> io::Result<u8> {
     let name = uname();
-    let parts = [name.sysname(), name.nodename(), name.release(), name.version(), name.machine()];
+    let parts = [
+        name.sysname(),
+        name.nodename(),
+        name.release(),
+        name.version(),
+        name.machine(),
+    ];
     println!("{}", parts.map(|part| part.to_string_lossy()).join(" "));
     Ok(0)
 }
@@ -137,16 +167,26 @@ fn print_uname(_: &[OsString]) -> io::Result<u8> {
 /// `id`: user, group, session, supplementary groups.
 fn id(_: &[OsString]) -> io::Result<u8> {
     use rustix::process::{getgid, getgroups, getsid, getuid};
-    let groups: Vec<_> = getgroups()?.iter().map(|group| group.as_raw().to_string()).collect();
+    let groups: Vec<_> = getgroups()?
+        .iter()
+        .map(|group| group.as_raw().to_string())
+        .collect();
     let session = getsid(None)?.as_raw_pid() == getpid().as_raw_pid();
-    println!("uid={} gid={} groups={} session-leader={session}", getuid().as_raw(), getgid().as_raw(), groups.join(","));
+    println!(
+        "uid={} gid={} groups={} session-leader={session}",
+        getuid().as_raw(),
+        getgid().as_raw(),
+        groups.join(",")
+    );
     Ok(0)
 }
 
 /// `ls [DIRECTORY]`
 fn ls(args: &[OsString]) -> io::Result<u8> {
     let dir = args.first().map_or(Path::new("."), Path::new);
-    let mut names = fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
+    let mut names = fs::read_dir(dir)?
+        .map(|entry| Ok(entry?.file_name()))
+        .collect::<io::Result<Vec<_>>>()?;
     names.sort();
     names.iter().for_each(|name| println!("{}", name.display()));
     Ok(0)
@@ -187,7 +227,9 @@ fn both(args: &[OsString]) -> io::Result<u8> {
 }
 
 fn this_applet(args: &[OsString]) -> io::Result<Command> {
-    let name = args.first().ok_or_else(|| io::Error::other("a command is missing"))?;
+    let name = args
+        .first()
+        .ok_or_else(|| io::Error::other("a command is missing"))?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0(name).args(args.get(1..).unwrap_or_default());
     Ok(command)
@@ -197,9 +239,15 @@ fn this_applet(args: &[OsString]) -> io::Result<Command> {
 fn fill(args: &[OsString]) -> io::Result<u8> {
     let mut left: usize = number(args, 0)?;
     let pattern: Vec<u8> = (0..=u8::MAX).cycle().take(64 * 1024).collect();
-    while let Some(chunk) = pattern.get(..left.min(pattern.len())).filter(|chunk| !chunk.is_empty()) {
+    while let Some(chunk) = pattern
+        .get(..left.min(pattern.len()))
+        .filter(|chunk| !chunk.is_empty())
+    {
         // Whole patterns but for the last write, so that offsets stay in step.
-        io::Write::write_all(&mut fs::File::from(rustix::io::dup(rustix::stdio::stdout())?), chunk)?;
+        io::Write::write_all(
+            &mut fs::File::from(rustix::io::dup(rustix::stdio::stdout())?),
+            chunk,
+        )?;
         left -= chunk.len();
     }
     Ok(0)
@@ -208,19 +256,32 @@ fn fill(args: &[OsString]) -> io::Result<u8> {
 /// `alloc MIB`: takes so much memory and touches all of it.
 fn alloc(args: &[OsString]) -> io::Result<u8> {
     let mib: usize = number(args, 0)?;
-    let bytes = mib.checked_mul(1 << 20).ok_or_else(|| io::Error::other("too much"))?;
+    let bytes = mib
+        .checked_mul(1 << 20)
+        .ok_or_else(|| io::Error::other("too much"))?;
     let mut memory = Vec::new();
     memory.try_reserve_exact(bytes).map_err(io::Error::other)?;
     memory.resize(bytes, 1_u8);
-    println!("{}", memory.iter().step_by(4096).map(|&byte| usize::from(byte)).sum::<usize>());
+    println!(
+        "{}",
+        memory
+            .iter()
+            .step_by(4096)
+            .map(|&byte| usize::from(byte))
+            .sum::<usize>()
+    );
     Ok(0)
 }
 
 /// `jump-to ADDRESS`: jumps there as if it were a system call, with flags that no program may set, and says what came of
 /// it if it came back.
 fn jump_to(args: &[OsString]) -> io::Result<u8> {
-    let word = args.first().and_then(|word| word.to_str()).unwrap_or_default();
-    let address = u64::from_str_radix(word.trim_start_matches("0x"), 16).map_err(io::Error::other)?;
+    let word = args
+        .first()
+        .and_then(|word| word.to_str())
+        .unwrap_or_default();
+    let address =
+        u64::from_str_radix(word.trim_start_matches("0x"), 16).map_err(io::Error::other)?;
     const GETPID: u64 = 39;
     // Reserved bit, IOPL 3, nested task; interrupts off.
     const WANTED: u64 = 0x7002;
@@ -242,7 +303,10 @@ fn jump_to(args: &[OsString]) -> io::Result<u8> {
             in("rdi") 0, in("rsi") 0, in("rdx") 0, in("r10") 0, in("r8") 0, in("r9") 0,
         );
     }
-    println!("returned={} flags={flags:#x}", result == u64::from(getpid().as_raw_pid().unsigned_abs()));
+    println!(
+        "returned={} flags={flags:#x}",
+        result == u64::from(getpid().as_raw_pid().unsigned_abs())
+    );
     Ok(0)
 }
 

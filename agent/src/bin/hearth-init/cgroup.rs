@@ -1,7 +1,8 @@
 //! One cgroup per program, so that killing reaches all that it started, whatever session that moved to.
 //!
 //! Making a cgroup costs the kernel some forty files. So the first is made ahead of need, and an empty one is used again
-//! unless it had limits.
+//! unless it had limits or was killed: there are kernels (6.18 is one) that kill whatever is born into a cgroup that was ever
+//! killed, because they compare its count of kills with that of the parent's cgroup.
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -35,7 +36,8 @@ pub(crate) struct Cgroups {
 pub(crate) struct Cgroup {
     dir: OwnedFd,
     number: u32,
-    limited: bool,
+    /// Never to be used again.
+    spent: bool,
 }
 
 impl Cgroups {
@@ -46,7 +48,14 @@ impl Cgroups {
 
     /// Below an existing cgroup.
     pub(crate) fn at(path: PathBuf) -> Self {
-        Self { root: None, path, used: Vec::new(), made: 0, alive: 0, controllers: false }
+        Self {
+            root: None,
+            path,
+            used: Vec::new(),
+            made: 0,
+            alive: 0,
+            controllers: false,
+        }
     }
 
     /// None: programs are killed by process group and descent.
@@ -59,9 +68,17 @@ impl Cgroups {
         if self.path.as_os_str().is_empty() || self.root.is_some() {
             return;
         }
-        self.root = open(&self.path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok();
+        self.root = open(
+            &self.path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .ok();
         // On anything else than cgroup2 that file is missing.
-        let usable = self.root.as_ref().is_some_and(|root| openat(root, "cgroup.procs", READ, Mode::empty()).is_ok());
+        let usable = self
+            .root
+            .as_ref()
+            .is_some_and(|root| openat(root, "cgroup.procs", READ, Mode::empty()).is_ok());
         if !usable {
             self.root = None;
         } else if let Ok(Some(first)) = self.make() {
@@ -76,7 +93,7 @@ impl Cgroups {
     pub(crate) fn acquire(&mut self, limits: &Limits) -> Result<Option<Cgroup>, SpawnFailure> {
         let empty = self.used.iter().position(|group| !group.is_populated());
         let group = match empty.map(|index| self.used.swap_remove(index)) {
-            Some(group) if !group.limited => Some(group),
+            Some(group) if !group.spent => Some(group),
             Some(group) => {
                 self.remove(group);
                 self.make()?
@@ -85,23 +102,37 @@ impl Cgroups {
         };
         let wanted = [
             (Resource::Memory, "memory.max", limits.memory_bytes),
-            (Resource::Processes, "pids.max", limits.processes.map(u64::from)),
+            (
+                Resource::Processes,
+                "pids.max",
+                limits.processes.map(u64::from),
+            ),
         ];
         if !limits.need_controllers() {
             return Ok(group);
         }
         let Some(mut group) = group else {
-            let limit = if limits.memory_bytes.is_some() { Resource::Memory } else { Resource::Processes };
-            return Err(SpawnFailure::Limit { limit, errno: Errno::OPNOTSUPP.raw_os_error() });
+            let limit = if limits.memory_bytes.is_some() {
+                Resource::Memory
+            } else {
+                Resource::Processes
+            };
+            return Err(SpawnFailure::Limit {
+                limit,
+                errno: Errno::OPNOTSUPP.raw_os_error(),
+            });
         };
         self.enable_controllers();
-        group.limited = true;
+        group.spent = true;
         for (limit, file, value) in wanted {
             if let Some(value) = value
                 && let Err(errno) = group.put(file, &value.to_string())
             {
                 self.remove(group);
-                return Err(SpawnFailure::Limit { limit, errno: errno.raw_os_error() });
+                return Err(SpawnFailure::Limit {
+                    limit,
+                    errno: errno.raw_os_error(),
+                });
             }
         }
         // Without this one a program whose memory is limited would swap instead; there is no swap, so it may be missing.
@@ -124,21 +155,38 @@ impl Cgroups {
         let number = self.made;
         self.made = self.made.wrapping_add(1);
         let path = self.place(number);
-        let made = mkdir(&path, Mode::from_raw_mode(0o755))
-            .and_then(|()| open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()));
+        let made = mkdir(&path, Mode::from_raw_mode(0o755)).and_then(|()| {
+            open(
+                &path,
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+        });
         match made {
             Ok(dir) => {
                 self.alive += 1;
-                Ok(Some(Cgroup { dir, number, limited: false }))
+                Ok(Some(Cgroup {
+                    dir,
+                    number,
+                    spent: false,
+                }))
             }
             Err(Errno::MFILE | Errno::NFILE) => Err(SpawnFailure::Exhausted(Resource::OpenFiles)),
             Err(Errno::NOMEM) => Err(SpawnFailure::Exhausted(Resource::Memory)),
-            Err(errno) => Err(SpawnFailure::Other { errno: errno.raw_os_error() }),
+            Err(errno) => Err(SpawnFailure::Other {
+                errno: errno.raw_os_error(),
+            }),
         }
     }
 
     fn remove(&mut self, group: Cgroup) {
-        if unlinkat(rustix::fs::CWD, self.place(group.number), AtFlags::REMOVEDIR).is_ok() {
+        if unlinkat(
+            rustix::fs::CWD,
+            self.place(group.number),
+            AtFlags::REMOVEDIR,
+        )
+        .is_ok()
+        {
             self.alive = self.alive.saturating_sub(1);
         }
     }
@@ -167,7 +215,8 @@ impl Cgroup {
     }
 
     /// Kills all processes in it; false if the kernel cannot.
-    pub(crate) fn kill(&self) -> bool {
+    pub(crate) fn kill(&mut self) -> bool {
+        self.spent = true;
         self.put("cgroup.kill", "1").is_ok()
     }
 
@@ -176,7 +225,9 @@ impl Cgroup {
         let events = openat(&self.dir, "cgroup.events", READ, Mode::empty());
         let count = events.and_then(|file| read(&file, &mut text)).unwrap_or(0);
         // Unreadable counts as in use: it is then never used again.
-        !text.get(..count).is_some_and(|text| text.starts_with(b"populated 0"))
+        !text
+            .get(..count)
+            .is_some_and(|text| text.starts_with(b"populated 0"))
     }
 
     fn put(&self, file: &str, value: &str) -> Result<(), Errno> {

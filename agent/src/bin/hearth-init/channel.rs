@@ -32,7 +32,11 @@ pub(crate) struct Lost(pub(crate) Option<Errno>);
 
 impl Channel {
     pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self { socket, input: FrameBuffer::new(), output: Output::default() }
+        Self {
+            socket,
+            input: FrameBuffer::new(),
+            output: Output::default(),
+        }
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -41,7 +45,9 @@ impl Channel {
 
     /// How an attempt to connect ended, once the socket is writable.
     pub(crate) fn connected(&self) -> Result<(), Lost> {
-        socket_error(&self.socket).and_then(|result| result).map_err(|errno| Lost(Some(errno)))
+        socket_error(&self.socket)
+            .and_then(|result| result)
+            .map_err(|errno| Lost(Some(errno)))
     }
 
     /// Reads once; false if there was nothing.
@@ -65,7 +71,11 @@ impl Channel {
     pub(crate) fn flush(&mut self) -> Result<(), Lost> {
         let Output { bytes, sent } = &mut self.output;
         while let Some(rest) = bytes.get(*sent..).filter(|rest| !rest.is_empty()) {
-            match send(&self.socket, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            match send(
+                &self.socket,
+                rest,
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            ) {
                 Ok(count) => *sent += count,
                 Err(Errno::INTR) => {}
                 // Nothing more now: the kernel has no room.

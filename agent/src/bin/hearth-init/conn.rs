@@ -2,7 +2,9 @@
 
 use std::{os::fd::OwnedFd, time::Instant};
 
-use hearth_agent::proto::{FrameError, Hello, HelloError, Rejection, Request, Response, ShutdownKind, VERSION};
+use hearth_agent::proto::{
+    FrameError, Hello, HelloError, Rejection, Request, Response, ShutdownKind, VERSION,
+};
 
 use rustix::io::Errno;
 
@@ -80,14 +82,26 @@ impl From<Rejection> for Refused {
 impl Conn {
     /// A connection that the host made.
     pub(crate) fn accepted(socket: OwnedFd, guest: &Guest) -> Self {
-        let mut conn = Self { channel: Channel::new(socket), phase: Phase::Greeting, program: None, dialled: false, greeted: false };
+        let mut conn = Self {
+            channel: Channel::new(socket),
+            phase: Phase::Greeting,
+            program: None,
+            dialled: false,
+            greeted: false,
+        };
         conn.greet(guest);
         conn
     }
 
     /// A connection that is being made to the host.
     pub(crate) fn dialled(socket: OwnedFd) -> Self {
-        Self { channel: Channel::new(socket), phase: Phase::Connecting, program: None, dialled: true, greeted: false }
+        Self {
+            channel: Channel::new(socket),
+            phase: Phase::Connecting,
+            program: None,
+            dialled: true,
+            greeted: false,
+        }
     }
 
     pub(crate) fn is_connecting(&self) -> bool {
@@ -96,7 +110,11 @@ impl Conn {
 
     /// How the connection ended, if it has.
     pub(crate) fn over(&self) -> Option<Lost> {
-        if let Phase::Over(lost) = self.phase { Some(lost) } else { None }
+        if let Phase::Over(lost) = self.phase {
+            Some(lost)
+        } else {
+            None
+        }
     }
 
     /// How it ended, if it has and is one that we dialled.
@@ -149,7 +167,14 @@ impl Conn {
 
     /// Moves input, or output, of the program.
     pub(crate) fn pump(&mut self, pipe: Pipe, scratch: &mut Vec<u8>) {
-        let Self { channel: Channel { output, .. }, program: Some(program), .. } = self else { return };
+        let Self {
+            channel: Channel { output, .. },
+            program: Some(program),
+            ..
+        } = self
+        else {
+            return;
+        };
         let moved = match pipe {
             Pipe::Stdin => program.pump_input(output),
             Pipe::Output { which, hung_up } => program.pump_output(which, hung_up, scratch, output),
@@ -161,11 +186,26 @@ impl Conn {
 
     /// Tells the program of a death, if it is its own.
     pub(crate) fn reaped(&mut self, dead: &Reaped, now: Instant, scratch: &mut Vec<u8>) -> bool {
-        let mine = self.program.as_mut().is_some_and(|program| program.reaped(dead, now));
+        let mine = self
+            .program
+            .as_mut()
+            .is_some_and(|program| program.reaped(dead, now));
         if mine {
             // The end of the output has mostly come by now; seeing it here saves a turn of the loop.
-            self.pump(Pipe::Output { which: Which::Stdout, hung_up: true }, scratch);
-            self.pump(Pipe::Output { which: Which::Stderr, hung_up: true }, scratch);
+            self.pump(
+                Pipe::Output {
+                    which: Which::Stdout,
+                    hung_up: true,
+                },
+                scratch,
+            );
+            self.pump(
+                Pipe::Output {
+                    which: Which::Stderr,
+                    hung_up: true,
+                },
+                scratch,
+            );
         }
         mine
     }
@@ -180,7 +220,6 @@ impl Conn {
             if matches!(self.phase, Phase::Over(_) | Phase::Connecting) {
                 break;
             }
-            let before = self.channel.input.pending();
             if let Err(Refused(reason)) = self.serve(guest, &mut asked) {
                 self.refuse(reason);
                 break;
@@ -189,8 +228,9 @@ impl Conn {
                 self.lose(lost);
                 break;
             }
-            // Requests that waited for room may go on now.
-            if self.channel.input.pending() == before {
+            // A request that waited for room is announced by no event: it is here already.
+            let waits = !matches!(self.channel.input.peek(), Ok(None));
+            if !(waits && self.channel.output.has_room()) {
                 break;
             }
         }
@@ -200,7 +240,13 @@ impl Conn {
 
     /// Serves the requests that have come, as long as there is room for answers.
     fn serve(&mut self, guest: &mut Guest, asked: &mut Asked) -> Result<(), Refused> {
-        let Self { channel: Channel { input, output, .. }, phase, program, greeted, .. } = self;
+        let Self {
+            channel: Channel { input, output, .. },
+            phase,
+            program,
+            greeted,
+            ..
+        } = self;
         loop {
             if let Some(end) = program.as_ref().and_then(Program::ended) {
                 output.push(&Response::Exited(end))?;
@@ -209,11 +255,16 @@ impl Conn {
             if !output.has_room() {
                 return Ok(());
             }
-            let Some(payload) = input.next_frame()? else { return Ok(()) };
+            let Some(payload) = input.next_frame()? else {
+                return Ok(());
+            };
             match phase {
                 Phase::Greeting => {
                     Hello::decode(payload).map_err(|error| match error {
-                        HelloError::Version { peer } => Rejection::Version { agent: VERSION, host: peer },
+                        HelloError::Version { peer } => Rejection::Version {
+                            agent: VERSION,
+                            host: peer,
+                        },
                         _ => Rejection::NotHello,
                     })?;
                     *phase = Phase::Ready;
@@ -227,7 +278,7 @@ impl Conn {
     /// Lets go of the program of a connection that is over.
     fn retire(&mut self, guest: &mut Guest) {
         if self.over().is_some()
-            && let Some(program) = self.program.take()
+            && let Some(mut program) = self.program.take()
         {
             program.kill_all();
             guest.ended(program.into_cgroup());
@@ -278,7 +329,9 @@ fn answer(
             }
         }
         Request::Signal(_) => return Err(Rejection::OutOfRange.into()),
-        Request::Refresh(refresh) if !hygiene::in_range(&refresh) => return Err(Rejection::OutOfRange.into()),
+        Request::Refresh(refresh) if !hygiene::in_range(&refresh) => {
+            return Err(Rejection::OutOfRange.into());
+        }
         Request::Refresh(refresh) => output.push(&Response::Refreshed(guest.refresh(&refresh)))?,
         Request::Shutdown(kind) => asked.shutdown = Some(kind),
     }

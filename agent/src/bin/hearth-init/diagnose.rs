@@ -24,16 +24,33 @@ pub(crate) fn failure(plan: &Plan, refusal: Refusal) -> SpawnFailure {
     match (refusal.step, refusal.errno) {
         (_, Errno::NOMEM) => SpawnFailure::Exhausted(proto::Resource::Memory),
         (_, Errno::MFILE | Errno::NFILE) => SpawnFailure::Exhausted(proto::Resource::OpenFiles),
-        (Step::Clone | Step::Exec | Step::User, Errno::AGAIN) => SpawnFailure::Exhausted(proto::Resource::Processes),
-        (Step::Cwd, _) => SpawnFailure::MissingCwd { cwd: lossy(&plan.cwd), errno },
-        (Step::User, _) => SpawnFailure::User { errno },
-        (Step::Limit(Resource::Nofile), _) => SpawnFailure::Limit { limit: proto::Resource::OpenFiles, errno },
-        (Step::Limit(_), _) => SpawnFailure::Limit { limit: proto::Resource::FileSize, errno },
-        (Step::Exec, Errno::TOOBIG) => bad("arguments and environment are longer than the guest's kernel takes"),
-        (Step::Exec, Errno::NOENT | Errno::NOTDIR) => missing(plan),
-        (Step::Exec, Errno::ACCESS | Errno::PERM | Errno::NOEXEC | Errno::TXTBSY | Errno::ISDIR) => {
-            SpawnFailure::NotExecutable { program: plan.program(), errno }
+        (Step::Clone | Step::Exec | Step::User, Errno::AGAIN) => {
+            SpawnFailure::Exhausted(proto::Resource::Processes)
         }
+        (Step::Cwd, _) => SpawnFailure::MissingCwd {
+            cwd: lossy(&plan.cwd),
+            errno,
+        },
+        (Step::User, _) => SpawnFailure::User { errno },
+        (Step::Limit(Resource::Nofile), _) => SpawnFailure::Limit {
+            limit: proto::Resource::OpenFiles,
+            errno,
+        },
+        (Step::Limit(_), _) => SpawnFailure::Limit {
+            limit: proto::Resource::FileSize,
+            errno,
+        },
+        (Step::Exec, Errno::TOOBIG) => {
+            bad("arguments and environment are longer than the guest's kernel takes")
+        }
+        (Step::Exec, Errno::NOENT | Errno::NOTDIR) => missing(plan),
+        (
+            Step::Exec,
+            Errno::ACCESS | Errno::PERM | Errno::NOEXEC | Errno::TXTBSY | Errno::ISDIR,
+        ) => SpawnFailure::NotExecutable {
+            program: plan.program(),
+            errno,
+        },
         _ => SpawnFailure::Other { errno },
     }
 }
@@ -41,10 +58,22 @@ pub(crate) fn failure(plan: &Plan, refusal: Refusal) -> SpawnFailure {
 /// No file, or a file whose interpreter is none: the kernel says ENOENT to both.
 fn missing(plan: &Plan) -> SpawnFailure {
     let program = plan.program();
-    for candidate in plan.candidates.iter().map(|candidate| absolute(&plan.cwd, candidate)) {
-        if let Ok(file) = open(&candidate, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()) {
-            let interpreter = interpreter(|buffer, at| pread(&file, buffer, at).unwrap_or(0)).unwrap_or_default();
-            return SpawnFailure::MissingInterpreter { program, interpreter };
+    for candidate in plan
+        .candidates
+        .iter()
+        .map(|candidate| absolute(&plan.cwd, candidate))
+    {
+        if let Ok(file) = open(
+            &candidate,
+            OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
+            Mode::empty(),
+        ) {
+            let interpreter =
+                interpreter(|buffer, at| pread(&file, buffer, at).unwrap_or(0)).unwrap_or_default();
+            return SpawnFailure::MissingInterpreter {
+                program,
+                interpreter,
+            };
         }
     }
     SpawnFailure::NotFound { program }
@@ -63,7 +92,9 @@ fn interpreter(read: impl Fn(&mut [u8], u64) -> usize) -> Option<String> {
     let count = read(head, 0);
     let head = head.get(..count)?;
     let named = |bytes: &[u8]| {
-        let word = bytes.split(|&byte| matches!(byte, b'\n' | b' ' | b'\t' | 0)).find(|word| !word.is_empty())?;
+        let word = bytes
+            .split(|&byte| matches!(byte, b'\n' | b' ' | b'\t' | 0))
+            .find(|word| !word.is_empty())?;
         Some(String::from_utf8_lossy(word).into_owned())
     };
     if let Some(line) = head.strip_prefix(b"#!") {
@@ -72,12 +103,15 @@ fn interpreter(read: impl Fn(&mut [u8], u64) -> usize) -> Option<String> {
     if !head.starts_with(b"\x7fELF\x02") {
         return None;
     }
-    let number = |bytes: &[u8], at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
+    let number =
+        |bytes: &[u8], at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
     let headers_at = number(head, 32)?;
     let header_count = u16::from_le_bytes(*head.get(56..)?.first_chunk()?).min(64);
     for index in 0..u64::from(header_count) {
         let mut header = [0; 56];
-        if read(&mut header, headers_at.checked_add(index * 56)?) < header.len() || !header.starts_with(&PT_INTERP) {
+        if read(&mut header, headers_at.checked_add(index * 56)?) < header.len()
+            || !header.starts_with(&PT_INTERP)
+        {
             continue;
         }
         let mut path = [0; LONGEST];
@@ -103,7 +137,10 @@ mod tests {
     #[test]
     fn scripts_and_programs_name_their_interpreters() {
         assert_eq!(of(b"#!/bin/nope -x\nrest").as_deref(), Some("/bin/nope"));
-        assert_eq!(of(b"#! /usr/bin/env python\n").as_deref(), Some("/usr/bin/env"));
+        assert_eq!(
+            of(b"#! /usr/bin/env python\n").as_deref(),
+            Some("/usr/bin/env")
+        );
         assert_eq!(of(b"#!"), None);
         assert_eq!(of(b"plain"), None);
         let sh = std::fs::read("/bin/sh").unwrap();

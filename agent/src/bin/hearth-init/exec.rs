@@ -12,7 +12,8 @@ use std::{
 };
 
 use hearth_agent::proto::{
-    Exec, ExitStatus, Exited, FrameError, Leftover, MAX_CHUNK, OutputEnd, Rejection, Response, STDIN_WINDOW, Usage,
+    Exec, ExitStatus, Exited, FrameError, Leftover, MAX_CHUNK, OutputEnd, Rejection, Response,
+    STDIN_WINDOW, Usage,
 };
 use rustix::{
     io::{Errno, ioctl_fionread, read, write},
@@ -67,8 +68,13 @@ pub(crate) enum Which {
 enum Stream {
     Open(OwnedFd),
     /// The linger time is over; so many bytes are still to be read.
-    Last { pipe: OwnedFd, rest: usize },
-    Closed { end: OutputEnd },
+    Last {
+        pipe: OwnedFd,
+        rest: usize,
+    },
+    Closed {
+        end: OutputEnd,
+    },
 }
 
 #[derive(Debug)]
@@ -97,16 +103,37 @@ struct Exit {
 }
 
 impl Program {
-    pub(crate) fn new(exec: &Exec, pid: Pid, now: Instant, pipes: Pipes, cgroup: Option<Cgroup>) -> Self {
-        let term_at = exec.timeout_ms.and_then(|ms| now.checked_add(Duration::from_millis(ms)));
+    pub(crate) fn new(
+        exec: &Exec,
+        pid: Pid,
+        now: Instant,
+        pipes: Pipes,
+        cgroup: Option<Cgroup>,
+    ) -> Self {
+        let term_at = exec
+            .timeout_ms
+            .and_then(|ms| now.checked_add(Duration::from_millis(ms)));
         let grace = Duration::from_millis(exec.grace_ms.into());
         Self {
             pid,
             started: now,
-            stdin: Stdin { pipe: pipes.stdin, waiting: Vec::new(), unreported: 0, eof: false },
+            stdin: Stdin {
+                pipe: pipes.stdin,
+                waiting: Vec::new(),
+                unreported: 0,
+                eof: false,
+            },
             stdout: Stream::Open(pipes.stdout),
-            stderr: pipes.stderr.map_or(Stream::Closed { end: OutputEnd::Complete }, Stream::Open),
-            timeout: term_at.map_or(Timeout::Never, |term_at| Timeout::Running { term_at, grace }),
+            stderr: pipes.stderr.map_or(
+                Stream::Closed {
+                    end: OutputEnd::Complete,
+                },
+                Stream::Open,
+            ),
+            timeout: term_at.map_or(Timeout::Never, |term_at| Timeout::Running {
+                term_at,
+                grace,
+            }),
             linger: Duration::from_millis(exec.linger_ms.into()),
             leftover: exec.leftover,
             cgroup,
@@ -120,14 +147,25 @@ impl Program {
 
     /// The descriptors to wait for: input only while some waits, output only while the connection has room.
     pub(crate) fn waits_for(&self, room: bool) -> [Option<BorrowedFd<'_>>; 3] {
-        let stdin = self.stdin.pipe.as_ref().filter(|_| !self.stdin.waiting.is_empty()).map(AsFd::as_fd);
-        let [stdout, stderr] = [&self.stdout, &self.stderr].map(|stream| stream.pipe().filter(|_| room));
+        let stdin = self
+            .stdin
+            .pipe
+            .as_ref()
+            .filter(|_| !self.stdin.waiting.is_empty())
+            .map(AsFd::as_fd);
+        let [stdout, stderr] =
+            [&self.stdout, &self.stderr].map(|stream| stream.pipe().filter(|_| room));
         [stdin, stdout, stderr]
     }
 
     /// Takes input; what the program has no room for waits.
     pub(crate) fn input(&mut self, bytes: &[u8], out: &mut Output) -> Result<(), Rejection> {
-        let Stdin { pipe, waiting, unreported, eof } = &mut self.stdin;
+        let Stdin {
+            pipe,
+            waiting,
+            unreported,
+            eof,
+        } = &mut self.stdin;
         if pipe.is_none() {
             return Ok(());
         }
@@ -148,7 +186,12 @@ impl Program {
 
     /// Writes waiting input and reports what was taken.
     pub(crate) fn pump_input(&mut self, out: &mut Output) -> Result<(), FrameError> {
-        let Stdin { pipe, waiting, unreported, eof } = &mut self.stdin;
+        let Stdin {
+            pipe,
+            waiting,
+            unreported,
+            eof,
+        } = &mut self.stdin;
         let Some(fd) = pipe else { return Ok(()) };
         if !waiting.is_empty() {
             match write(&*fd, waiting) {
@@ -168,7 +211,9 @@ impl Program {
             *pipe = None;
         } else if *unreported >= REPORT {
             let taken = std::mem::take(unreported);
-            out.push(&Response::StdinTaken(u32::try_from(taken).unwrap_or(u32::MAX)))?;
+            out.push(&Response::StdinTaken(
+                u32::try_from(taken).unwrap_or(u32::MAX),
+            ))?;
         }
         Ok(())
     }
@@ -187,15 +232,29 @@ impl Program {
             Which::Stderr => &mut self.stderr,
         };
         for _ in 0..READS {
-            let (Some(pipe), true) = (stream.pipe(), out.has_room()) else { break };
-            let limit = if let Stream::Last { rest, .. } = &*stream { *rest } else { MAX_CHUNK };
+            let (Some(pipe), true) = (stream.pipe(), out.has_room()) else {
+                break;
+            };
+            let limit = if let Stream::Last { rest, .. } = &*stream {
+                *rest
+            } else {
+                MAX_CHUNK
+            };
             let room = scratch.len().min(limit);
             let chunk = scratch.get_mut(..room).unwrap_or_default();
             match read(pipe, &mut *chunk) {
-                Ok(0) => *stream = Stream::Closed { end: OutputEnd::Complete },
+                Ok(0) => {
+                    *stream = Stream::Closed {
+                        end: OutputEnd::Complete,
+                    }
+                }
                 Ok(count) => {
                     let data = chunk.get(..count).unwrap_or_default();
-                    out.push(&if which == Which::Stdout { Response::Stdout(data) } else { Response::Stderr(data) })?;
+                    out.push(&if which == Which::Stdout {
+                        Response::Stdout(data)
+                    } else {
+                        Response::Stderr(data)
+                    })?;
                     stream.passed(count);
                     if count < room && !hung_up {
                         break;
@@ -209,7 +268,11 @@ impl Program {
                     stream.emptied();
                     break;
                 }
-                Err(_) => *stream = Stream::Closed { end: OutputEnd::Complete },
+                Err(_) => {
+                    *stream = Stream::Closed {
+                        end: OutputEnd::Complete,
+                    }
+                }
             }
         }
         Ok(())
@@ -240,7 +303,9 @@ impl Program {
         });
         self.stdin.pipe = None;
         self.stdin.waiting = Vec::new();
-        if self.leftover == Leftover::Kill || matches!(self.timeout, Timeout::Terminated { .. } | Timeout::Killed) {
+        if self.leftover == Leftover::Kill
+            || matches!(self.timeout, Timeout::Terminated { .. } | Timeout::Killed)
+        {
             self.kill_all();
         }
         true
@@ -271,10 +336,13 @@ impl Program {
     /// When [`tick`](Self::tick) has something to do next.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
         match (&self.exit, &self.timeout) {
-            (Some(exit), _) => {
-                [&self.stdout, &self.stderr].iter().any(|s| matches!(s, Stream::Open(_))).then_some(exit.give_up_at)
+            (Some(exit), _) => [&self.stdout, &self.stderr]
+                .iter()
+                .any(|s| matches!(s, Stream::Open(_)))
+                .then_some(exit.give_up_at),
+            (None, Timeout::Running { term_at: at, .. } | Timeout::Terminated { kill_at: at }) => {
+                Some(*at)
             }
-            (None, Timeout::Running { term_at: at, .. } | Timeout::Terminated { kill_at: at }) => Some(*at),
             (None, Timeout::Never | Timeout::Killed) => None,
         }
     }
@@ -282,20 +350,26 @@ impl Program {
     /// The end, once it has come and all output was read.
     pub(crate) fn ended(&self) -> Option<Exited> {
         let exit = self.exit.as_ref()?;
-        let (Stream::Closed { end: stdout }, Stream::Closed { end: stderr }) = (&self.stdout, &self.stderr) else {
+        let (Stream::Closed { end: stdout }, Stream::Closed { end: stderr }) =
+            (&self.stdout, &self.stderr)
+        else {
             return None;
         };
         Some(Exited {
             status: exit.status,
             timed_out: matches!(self.timeout, Timeout::Terminated { .. } | Timeout::Killed),
-            output: if *stdout == OutputEnd::Complete { *stderr } else { *stdout },
+            output: if *stdout == OutputEnd::Complete {
+                *stderr
+            } else {
+                *stdout
+            },
             usage: exit.usage,
         })
     }
 
     /// Kills the program and all that it started.
-    pub(crate) fn kill_all(&self) {
-        if self.cgroup.as_ref().is_some_and(Cgroup::kill) {
+    pub(crate) fn kill_all(&mut self) {
+        if self.cgroup.as_mut().is_some_and(Cgroup::kill) {
             return;
         }
         match self.exit {
@@ -325,7 +399,9 @@ impl Stream {
         if let Self::Last { rest, .. } = self {
             *rest = rest.saturating_sub(count);
             if *rest == 0 {
-                *self = Self::Closed { end: OutputEnd::StillOpen };
+                *self = Self::Closed {
+                    end: OutputEnd::StillOpen,
+                };
             }
         }
     }
@@ -333,15 +409,22 @@ impl Stream {
     /// Somebody else read from the pipe: what was promised is not there.
     fn emptied(&mut self) {
         if let Self::Last { .. } = self {
-            *self = Self::Closed { end: OutputEnd::StillOpen };
+            *self = Self::Closed {
+                end: OutputEnd::StillOpen,
+            };
         }
     }
 
     /// Settles for what is in the pipe now, which includes all that the main process wrote.
     fn give_up(&mut self) {
         if let Self::Open(pipe) = self {
-            let rest = ioctl_fionread(&*pipe).ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0);
-            let closed = Self::Closed { end: OutputEnd::StillOpen };
+            let rest = ioctl_fionread(&*pipe)
+                .ok()
+                .and_then(|count| usize::try_from(count).ok())
+                .unwrap_or(0);
+            let closed = Self::Closed {
+                end: OutputEnd::StillOpen,
+            };
             if let Self::Open(pipe) = std::mem::replace(self, closed)
                 && rest > 0
             {

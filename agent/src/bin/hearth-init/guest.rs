@@ -5,7 +5,9 @@ use std::{
     time::Instant,
 };
 
-use hearth_agent::proto::{Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed, SpawnFailure};
+use hearth_agent::proto::{
+    Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed, SpawnFailure,
+};
 use rustix::{
     fs::{Mode, OFlags, fcntl_setfl, open},
     io::Errno,
@@ -40,16 +42,29 @@ pub(crate) struct Guest {
 pub(crate) fn uptime_us() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-    seconds.saturating_mul(1_000_000).saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0) / 1000)
+    seconds
+        .saturating_mul(1_000_000)
+        .saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0) / 1000)
 }
 
 impl Guest {
     pub(crate) fn booted(started_us: u64, init: bool, cgroups: Cgroups) -> Self {
-        Self { instance: hygiene::draw_instance(), started_us, init, prepared: false, cgroups, programs: 0 }
+        Self {
+            instance: hygiene::draw_instance(),
+            started_us,
+            init,
+            prepared: false,
+            cgroups,
+            programs: 0,
+        }
     }
 
     pub(crate) fn hello(&self) -> Hello {
-        Hello { instance: self.instance, started_us: self.started_us, greeted_us: uptime_us() }
+        Hello {
+            instance: self.instance,
+            started_us: self.started_us,
+            greeted_us: uptime_us(),
+        }
     }
 
     pub(crate) fn pong(&self, nonce: u64) -> Pong {
@@ -98,7 +113,9 @@ impl Guest {
         if let Some(time) = exec.wall_clock
             && self.init
         {
-            hygiene::set_clock(time).map_err(|errno| SpawnFailure::Other { errno: errno.raw_os_error() })?;
+            hygiene::set_clock(time).map_err(|errno| SpawnFailure::Other {
+                errno: errno.raw_os_error(),
+            })?;
         }
         let plan = Plan::new(exec)?;
         let cgroup = self.cgroups.acquire(&exec.limits)?;
@@ -121,20 +138,30 @@ impl Guest {
     }
 }
 
-fn launch(exec: &Exec, plan: &Plan, cgroup: Option<&Cgroup>) -> Result<(rustix::process::Pid, Pipes), Refusal> {
-    let refused = |errno| Refusal { step: Step::Stdio, errno };
+fn launch(
+    exec: &Exec,
+    plan: &Plan,
+    cgroup: Option<&Cgroup>,
+) -> Result<(rustix::process::Pid, Pipes), Refusal> {
+    let refused = |errno| Refusal {
+        step: Step::Stdio,
+        errno,
+    };
     let (stdin, stdin_ours) = match exec.stdin {
         Input::Pipe => {
-            let (theirs, ours) = our_end_last(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
+            let (theirs, ours) =
+                our_end_last(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
             (theirs, Some(ours))
         }
         Input::Null => (null().map_err(refused)?, None),
     };
-    let (stdout_ours, stdout) = our_end_first(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
+    let (stdout_ours, stdout) =
+        our_end_first(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
     let (stderr_ours, stderr) = match exec.output {
         OutputMode::Merged => (None, None),
         OutputMode::Separate => {
-            let (ours, theirs) = our_end_first(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
+            let (ours, theirs) =
+                our_end_first(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
             (Some(ours), Some(theirs))
         }
     };
@@ -143,13 +170,24 @@ fn launch(exec: &Exec, plan: &Plan, cgroup: Option<&Cgroup>) -> Result<(rustix::
         argv: &plan.argv,
         env: &plan.env,
         cwd: &plan.cwd,
-        stdio: [stdin.as_fd(), stdout.as_fd(), stderr.as_ref().unwrap_or(&stdout).as_fd()],
+        stdio: [
+            stdin.as_fd(),
+            stdout.as_fd(),
+            stderr.as_ref().unwrap_or(&stdout).as_fd(),
+        ],
         limits: &plan.limits,
         user: plan.user.as_ref(),
         cgroup: cgroup.map(Cgroup::dir),
     };
     let pid = spawn(&image)?;
-    Ok((pid, Pipes { stdin: stdin_ours, stdout: stdout_ours, stderr: stderr_ours }))
+    Ok((
+        pid,
+        Pipes {
+            stdin: stdin_ours,
+            stdout: stdout_ours,
+            stderr: stderr_ours,
+        },
+    ))
 }
 
 /// Only our end must never block: the program's end is its own open file.

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use hearth_agent::proto::{Applied, InstanceId, MAX_ENTROPY, MAX_HOSTNAME, MIN_ENTROPY, Refresh, Refreshed, WallClock};
+use hearth_agent::proto::{
+    Applied, InstanceId, MAX_ENTROPY, MAX_HOSTNAME, MIN_ENTROPY, Refresh, Refreshed, WallClock,
+};
 use rustix::{
     fs::{Mode, OFlags, open},
     io::{Errno, write},
@@ -38,25 +40,38 @@ pub(crate) fn draw_instance() -> InstanceId {
 pub(crate) fn in_range(refresh: &Refresh) -> bool {
     let entropy = refresh.entropy.len();
     let name = refresh.hostname.as_ref().map_or(1, String::len);
-    (entropy == 0 || (MIN_ENTROPY..=MAX_ENTROPY).contains(&entropy)) && (1..=MAX_HOSTNAME).contains(&name)
+    (entropy == 0 || (MIN_ENTROPY..=MAX_ENTROPY).contains(&entropy))
+        && (1..=MAX_HOSTNAME).contains(&name)
 }
 
 /// Does what was asked for, each part on its own. An ordinary process does not touch the machine that it runs on.
 pub(crate) fn refresh(refresh: &Refresh, init: bool) -> Refreshed {
     let part = |asked: bool, run: &dyn Fn() -> Result<(), Errno>| match (asked, init) {
         (false, _) => Applied::NotAsked,
-        (true, false) => Applied::Failed { errno: Errno::PERM.raw_os_error() },
+        (true, false) => Applied::Failed {
+            errno: Errno::PERM.raw_os_error(),
+        },
         (true, true) => match run() {
             Ok(()) => Applied::Done,
-            Err(errno) => Applied::Failed { errno: errno.raw_os_error() },
+            Err(errno) => Applied::Failed {
+                errno: errno.raw_os_error(),
+            },
         },
     };
     // Entropy first: the boot id is drawn from it.
     Refreshed {
-        entropy: part(!refresh.entropy.is_empty(), &|| sys::reseed(&refresh.entropy)),
-        wall_clock: part(refresh.wall_clock.is_some(), &|| set_clock(refresh.wall_clock.unwrap_or_default())),
+        entropy: part(!refresh.entropy.is_empty(), &|| {
+            sys::reseed(&refresh.entropy)
+        }),
+        wall_clock: part(refresh.wall_clock.is_some(), &|| {
+            set_clock(refresh.wall_clock.unwrap_or_default())
+        }),
         machine_id: part(refresh.instance.is_some(), &|| {
-            put(MACHINE_ID, &format!("{}\n", refresh.instance.unwrap_or_default()), OFlags::CREATE | OFlags::TRUNC)
+            put(
+                MACHINE_ID,
+                &format!("{}\n", refresh.instance.unwrap_or_default()),
+                OFlags::CREATE | OFlags::TRUNC,
+            )
         }),
         boot_id: part(refresh.instance.is_some(), &renew_boot_id),
         hostname: part(refresh.hostname.is_some(), &|| {
@@ -69,7 +84,13 @@ pub(crate) fn refresh(refresh: &Refresh, init: bool) -> Refreshed {
 pub(crate) fn set_clock(time: WallClock) -> Result<(), Errno> {
     let seconds = i64::try_from(time.since_epoch_ns / 1_000_000_000).map_err(|_| Errno::INVAL)?;
     let nanos = i64::try_from(time.since_epoch_ns % 1_000_000_000).map_err(|_| Errno::INVAL)?;
-    clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: nanos })
+    clock_settime(
+        ClockId::Realtime,
+        Timespec {
+            tv_sec: seconds,
+            tv_nsec: nanos,
+        },
+    )
 }
 
 /// Kernels of ours take a new boot id; others keep theirs, and a file of ours covers it.
@@ -100,7 +121,11 @@ fn uuid(bytes: [u8; 16]) -> String {
 }
 
 fn put(path: &str, text: &str, extra: OFlags) -> Result<(), Errno> {
-    let file = open(Path::new(path), OFlags::WRONLY | OFlags::CLOEXEC | extra, Mode::from_raw_mode(0o444))?;
+    let file = open(
+        Path::new(path),
+        OFlags::WRONLY | OFlags::CLOEXEC | extra,
+        Mode::from_raw_mode(0o444),
+    )?;
     write(&file, text.as_bytes()).map(drop)
 }
 

@@ -11,6 +11,7 @@ const MOST: usize = 65_536;
 /// Passes before giving up on a program that forks as fast as it is killed.
 const PASSES: usize = 16;
 
+const STOP: u8 = 19;
 /// SIGKILL.
 pub(crate) const KILL: u8 = 9;
 /// SIGTERM.
@@ -18,22 +19,30 @@ pub(crate) const TERM: u8 = 15;
 
 /// Kills a program, its process group and session, and whatever still descends from it. What left the session and lost its
 /// parent is out of reach; that is what cgroups are for.
+///
+/// All are stopped before any is killed: a dead parent's children are nobody's descendants.
 pub(crate) fn kill_tree(main: Pid) {
+    sys::kill_group(main, STOP);
     let mut known = BTreeSet::from([main.as_raw_pid()]);
-    for pass in 0..PASSES {
+    for _ in 0..PASSES {
         let before = known.len();
-        let group_lives = sys::kill_group(main, KILL);
         for process in processes() {
-            if process.session == main.as_raw_pid() || known.contains(&process.parent) {
-                known.insert(process.pid);
+            let ours = process.session == main.as_raw_pid() || known.contains(&process.parent);
+            if ours && known.insert(process.pid) {
+                signal(process.pid, STOP);
             }
         }
-        for pid in known.iter().copied().filter(|&pid| pid != main.as_raw_pid()).filter_map(Pid::from_raw) {
-            sys::kill(pid, KILL);
-        }
-        if pass > 0 && known.len() == before || !group_lives && known.len() == 1 {
+        if known.len() == before {
             break;
         }
+    }
+    sys::kill_group(main, KILL);
+    known.into_iter().for_each(|pid| signal(pid, KILL));
+}
+
+fn signal(pid: i32, signal: u8) {
+    if let Some(pid) = Pid::from_raw(pid) {
+        sys::kill(pid, signal);
     }
 }
 
@@ -44,7 +53,11 @@ struct Process {
 }
 
 fn processes() -> impl Iterator<Item = Process> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten().take(MOST);
+    let entries = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .take(MOST);
     entries.filter_map(|entry| {
         let pid = entry.file_name().to_str()?.parse().ok()?;
         parse(pid, &fs::read_to_string(entry.path().join("stat")).ok()?)
@@ -57,5 +70,9 @@ fn parse(pid: i32, stat: &str) -> Option<Process> {
     let mut fields = rest.split_ascii_whitespace().skip(1);
     let parent = fields.next()?.parse().ok()?;
     let session = fields.nth(1)?.parse().ok()?;
-    Some(Process { pid, parent, session })
+    Some(Process {
+        pid,
+        parent,
+        session,
+    })
 }

@@ -6,7 +6,13 @@
 //! Started by anybody else than the kernel it is one of the [`applets`], or with `--serve-unix PATH` the same server as an
 //! ordinary process, for tests without a VM.
 #![cfg_attr(not(test), no_main)]
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::cast_possible_truncation)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)]
 
 mod applets;
 mod cgroup;
@@ -40,7 +46,11 @@ use crate::{guest::Guest, reaper::Reaper, serve::Server, transport::Transport};
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {
     let started_us = guest::uptime_us();
-    if getpid().is_init() { init(started_us) } else { i32::from(ordinary(started_us)) }
+    if getpid().is_init() {
+        init(started_us)
+    } else {
+        i32::from(ordinary(started_us))
+    }
 }
 
 /// The boot order. Never returns but by ending the guest.
@@ -81,8 +91,14 @@ fn serve_unix(started_us: u64, path: PathBuf, cgroups: cgroup::Cgroups) -> u8 {
     sys::close_inherited_on_exec();
     // Orphans come here, as they do to PID 1.
     let _ = rustix::process::set_child_subreaper(Some(getpid()));
-    let Ok(reaper) = Reaper::start() else { return 1 };
-    let mut server = Server::new(Guest::booted(started_us, false, cgroups), reaper, Transport::unix(path));
+    let Ok(reaper) = Reaper::start() else {
+        return 1;
+    };
+    let mut server = Server::new(
+        Guest::booted(started_us, false, cgroups),
+        reaper,
+        Transport::unix(path),
+    );
     server.listen();
     server.run();
     0

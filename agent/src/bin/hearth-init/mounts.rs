@@ -10,9 +10,16 @@ use rustix::{
 pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Type, place, whether it holds devices or programs, options.
-type Entry = (&'static std::ffi::CStr, &'static str, MountFlags, Option<&'static std::ffi::CStr>);
+type Entry = (
+    &'static std::ffi::CStr,
+    &'static str,
+    MountFlags,
+    Option<&'static std::ffi::CStr>,
+);
 
-const SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+const SAFE: MountFlags = MountFlags::NOSUID
+    .union(MountFlags::NODEV)
+    .union(MountFlags::NOEXEC);
 const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
 /// In order: some lie inside others. The temporary directories are limited to half of the memory each, the default.
@@ -21,13 +28,23 @@ const TABLE: [Entry; 7] = [
     (c"proc", "/proc", SAFE, None),
     (c"sysfs", "/sys", SAFE, None),
     (c"cgroup2", CGROUP_ROOT, SAFE, None),
-    (c"devpts", "/dev/pts", MountFlags::NOSUID.union(MountFlags::NOEXEC), Some(c"mode=620,ptmxmode=666")),
+    (
+        c"devpts",
+        "/dev/pts",
+        MountFlags::NOSUID.union(MountFlags::NOEXEC),
+        Some(c"mode=620,ptmxmode=666"),
+    ),
     (c"tmpfs", "/dev/shm", PLAIN, Some(c"mode=1777")),
     (c"tmpfs", "/tmp", PLAIN, Some(c"mode=1777")),
 ];
 
 /// Directories that programs expect; they lie in the root file system.
-const DIRECTORIES: [(&str, u32); 4] = [("/run", 0o755), ("/etc", 0o755), ("/root", 0o700), ("/var", 0o755)];
+const DIRECTORIES: [(&str, u32); 4] = [
+    ("/run", 0o755),
+    ("/etc", 0o755),
+    ("/root", 0o700),
+    ("/var", 0o755),
+];
 
 /// What devtmpfs leaves to user space.
 const LINKS: [(&str, &str); 4] = [

@@ -26,7 +26,11 @@ pub(crate) struct Plan {
 }
 
 /// User, group and supplementary groups.
-pub(crate) type Ids = (rustix::process::Uid, rustix::process::Gid, Vec<rustix::process::Gid>);
+pub(crate) type Ids = (
+    rustix::process::Uid,
+    rustix::process::Gid,
+    Vec<rustix::process::Gid>,
+);
 
 impl Plan {
     /// Checks a request.
@@ -34,9 +38,17 @@ impl Plan {
     /// # Errors
     /// [`SpawnFailure::BadArgument`] that says which part is bad.
     pub(crate) fn new(exec: &Exec) -> Result<Self, SpawnFailure> {
-        let argv = exec.argv.iter().map(|arg| text(arg, "argument")).collect::<Result<Vec<_>, _>>()?;
+        let argv = exec
+            .argv
+            .iter()
+            .map(|arg| text(arg, "argument"))
+            .collect::<Result<Vec<_>, _>>()?;
         let program = argv.first().ok_or_else(|| bad("no program given"))?;
-        let home: &[u8] = if exec.user.as_ref().is_none_or(|user| user.uid == 0) { b"/root" } else { b"/" };
+        let home: &[u8] = if exec.user.as_ref().is_none_or(|user| user.uid == 0) {
+            b"/root"
+        } else {
+            b"/"
+        };
         let mut env = BTreeMap::new();
         if !exec.clear_env {
             env.insert(&b"PATH"[..], DEFAULT_PATH);
@@ -44,28 +56,49 @@ impl Plan {
         }
         for (key, value) in &exec.env {
             if key.is_empty() || key.contains(&b'=') {
-                return Err(bad("environment variable with an empty name or a '=' in it"));
+                return Err(bad(
+                    "environment variable with an empty name or a '=' in it",
+                ));
             }
             env.insert(key, value);
         }
-        let candidates = candidates(program, env.get(&b"PATH"[..]).copied().unwrap_or(DEFAULT_PATH))?;
+        let candidates = candidates(
+            program,
+            env.get(&b"PATH"[..]).copied().unwrap_or(DEFAULT_PATH),
+        )?;
         let env = env
             .iter()
             .map(|(key, value)| text(&[key, &b"="[..], value].concat(), "environment variable"))
             .collect::<Result<Vec<_>, _>>()?;
-        let cwd = text(exec.cwd.as_ref().map_or(b"/", |cwd| cwd.as_slice()), "working directory")?;
+        let cwd = text(
+            exec.cwd.as_ref().map_or(b"/", |cwd| cwd.as_slice()),
+            "working directory",
+        )?;
         let limits = [
             (Resource::Nofile, exec.limits.open_files.map(u64::from)),
             (Resource::Fsize, exec.limits.file_bytes),
         ];
-        let limits = limits.into_iter().filter_map(|(resource, value)| Some((resource, value?))).collect();
+        let limits = limits
+            .into_iter()
+            .filter_map(|(resource, value)| Some((resource, value?)))
+            .collect();
         let user = exec.user.as_ref().map(ids).transpose()?;
-        Ok(Self { candidates, argv, env, cwd, limits, user })
+        Ok(Self {
+            candidates,
+            argv,
+            env,
+            cwd,
+            limits,
+            user,
+        })
     }
 
     /// The program as it was asked for, for messages.
     pub(crate) fn program(&self) -> String {
-        self.argv.first().map(|program| lossy(program)).unwrap_or_default()
+        self.argv
+            .first()
+            .map(|program| lossy(program))
+            .unwrap_or_default()
     }
 }
 
@@ -97,7 +130,11 @@ fn ids(user: &hearth_agent::proto::User) -> Result<Ids, SpawnFailure> {
     if ids.iter().chain(&user.groups).any(|&id| id == u32::MAX) {
         return Err(bad("user or group id 4294967295"));
     }
-    Ok((Uid::from_raw(user.uid), Gid::from_raw(user.gid), user.groups.iter().map(|&gid| Gid::from_raw(gid)).collect()))
+    Ok((
+        Uid::from_raw(user.uid),
+        Gid::from_raw(user.gid),
+        user.groups.iter().map(|&gid| Gid::from_raw(gid)).collect(),
+    ))
 }
 
 fn text(bytes: &[u8], what: &str) -> Result<CString, SpawnFailure> {

@@ -30,7 +30,10 @@ pub(crate) struct Reaped {
 
 impl Reaper {
     pub(crate) fn start() -> Result<Self, Errno> {
-        Ok(Self { signals: sys::child_signals()?, more: false })
+        Ok(Self {
+            signals: sys::child_signals()?,
+            more: false,
+        })
     }
 
     /// Readable when a child has died.

@@ -14,7 +14,13 @@ use rustix::{
     system::RebootCommand,
 };
 
-use crate::{conn::{Conn, Hangup, Pipe}, exec::Which, guest::Guest, reaper::Reaper, transport::Transport};
+use crate::{
+    conn::{Conn, Hangup, Pipe},
+    exec::Which,
+    guest::Guest,
+    reaper::Reaper,
+    transport::Transport,
+};
 
 /// Connections at once.
 const MAX_CONNECTIONS: usize = 128;
@@ -104,7 +110,8 @@ impl Server {
         if matches!(errno, Errno::CONNREFUSED | Errno::CONNRESET) || self.failed_dials >= REDIALS {
             return;
         }
-        self.redial_at = Instant::now().checked_add(REDIAL_PAUSE.saturating_mul(1 << self.failed_dials));
+        self.redial_at =
+            Instant::now().checked_add(REDIAL_PAUSE.saturating_mul(1 << self.failed_dials));
         self.failed_dials += 1;
     }
 
@@ -135,7 +142,10 @@ impl Server {
         for (index, conn) in self.conns.iter().enumerate() {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::IN, !conn.is_connecting() && conn.wants_input());
-            flags.set(PollFlags::OUT, conn.is_connecting() || conn.channel.output.unsent() > 0);
+            flags.set(
+                PollFlags::OUT,
+                conn.is_connecting() || conn.channel.output.unsent() > 0,
+            );
             sources.push(Source::Conn(index));
             fds.push(PollFd::from_borrowed_fd(conn.channel.fd(), flags));
             if let Some(program) = conn.program() {
@@ -162,29 +172,48 @@ impl Server {
                 return vec![(Source::Children, PollFlags::IN)];
             }
         }
-        sources.into_iter().zip(fds.iter().map(PollFd::revents)).filter(|(_, flags)| !flags.is_empty()).collect()
+        sources
+            .into_iter()
+            .zip(fds.iter().map(PollFd::revents))
+            .filter(|(_, flags)| !flags.is_empty())
+            .collect()
     }
 
     /// Time until something is due; none: wait for events alone.
     fn time_to_wait(&self, now: Instant) -> Option<Timespec> {
         if self.reaper.has_more() {
-            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+            return Some(Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            });
         }
-        let programs = self.conns.iter().filter_map(|conn| conn.program()?.next_tick());
+        let programs = self
+            .conns
+            .iter()
+            .filter_map(|conn| conn.program()?.next_tick());
         let due = programs.chain(self.accept_at).chain(self.redial_at).min()?;
         Timespec::try_from(due.saturating_duration_since(now)).ok()
     }
 
     fn dispatch(&mut self, source: Source, flags: PollFlags) {
-        let Self { guest, conns, scratch, .. } = self;
+        let Self {
+            guest,
+            conns,
+            scratch,
+            ..
+        } = self;
         match source {
             Source::Children => self.reap(),
             Source::Listener => self.accept(),
             Source::Conn(index) => {
-                let Some(conn) = conns.get_mut(index) else { return };
+                let Some(conn) = conns.get_mut(index) else {
+                    return;
+                };
                 if conn.is_connecting() {
                     conn.connected(guest);
-                } else if flags.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) {
+                } else if flags
+                    .intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL)
+                {
                     conn.read();
                 }
             }
@@ -195,7 +224,13 @@ impl Server {
             }
             Source::Output(index, which) => {
                 if let Some(conn) = conns.get_mut(index) {
-                    conn.pump(Pipe::Output { which, hung_up: flags.contains(PollFlags::HUP) }, scratch);
+                    conn.pump(
+                        Pipe::Output {
+                            which,
+                            hung_up: flags.contains(PollFlags::HUP),
+                        },
+                        scratch,
+                    );
                 }
             }
         }
@@ -207,12 +242,17 @@ impl Server {
         let now = Instant::now();
         for dead in &dead {
             // Nobody's: an orphan, a child that could not execute its program, a program of a connection that is gone.
-            let _ = self.conns.iter_mut().any(|conn| conn.reaped(dead, now, &mut self.scratch));
+            let _ = self
+                .conns
+                .iter_mut()
+                .any(|conn| conn.reaped(dead, now, &mut self.scratch));
         }
     }
 
     fn accept(&mut self) {
-        let Some(listener) = &self.listener else { return };
+        let Some(listener) = &self.listener else {
+            return;
+        };
         for _ in 0..ACCEPTS {
             match self.transport.accept(listener.as_fd()) {
                 Ok(Some(socket)) => {

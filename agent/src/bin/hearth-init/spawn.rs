@@ -68,22 +68,38 @@ struct Child<'a> {
 /// Starts a program. The caller's signal mask is not inherited: the program has none, and default dispositions as far as
 /// this process has them. A child that could not execute the program is left for the reaper.
 pub(crate) fn spawn(image: &Image<'_>) -> Result<Pid, Refusal> {
-    let mut child = Child { image, argv: pointers(image.argv), env: pointers(image.env), refusal: None };
+    let mut child = Child {
+        image,
+        argv: pointers(image.argv),
+        env: pointers(image.env),
+        refusal: None,
+    };
     let mut stack = vec![0_u128; STACK_BYTES / size_of::<u128>()];
     let result = clone_vfork(&mut child, &mut stack, image.cgroup);
     match (result, child.refusal) {
         (Ok(_), Some(refusal)) => Err(refusal),
         (Ok(pid), None) => Ok(pid),
-        (Err(errno), _) => Err(Refusal { step: Step::Clone, errno }),
+        (Err(errno), _) => Err(Refusal {
+            step: Step::Clone,
+            errno,
+        }),
     }
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {
-    strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
+    strings
+        .iter()
+        .map(|string| string.as_ptr())
+        .chain([ptr::null()])
+        .collect()
 }
 
 /// Makes a child that runs [`enter`] on `stack` and waits until it has executed a program or is gone.
-fn clone_vfork(child: &mut Child<'_>, stack: &mut [u128], cgroup: Option<BorrowedFd<'_>>) -> Result<Pid, Errno> {
+fn clone_vfork(
+    child: &mut Child<'_>,
+    stack: &mut [u128],
+    cgroup: Option<BorrowedFd<'_>>,
+) -> Result<Pid, Errno> {
     let flags = libc::CLONE_VM | libc::CLONE_VFORK;
     let top = stack.as_mut_ptr_range().end;
     let args = libc::clone_args {
@@ -100,8 +116,16 @@ fn clone_vfork(child: &mut Child<'_>, stack: &mut [u128], cgroup: Option<Borrowe
         set_tid_size: 0,
     };
     let (number, first, second) = match cgroup {
-        Some(_) => (libc::SYS_clone3, (&raw const args) as usize, size_of_val(&args)),
-        None => (libc::SYS_clone, (flags | libc::SIGCHLD) as usize, top as usize),
+        Some(_) => (
+            libc::SYS_clone3,
+            (&raw const args) as usize,
+            size_of_val(&args),
+        ),
+        None => (
+            libc::SYS_clone,
+            (flags | libc::SIGCHLD) as usize,
+            top as usize,
+        ),
     };
     let result: isize;
     // SAFETY: the child has a stack of its own, 16-byte aligned, and never returns from `enter`; it shares our memory, but
@@ -157,7 +181,10 @@ fn become_program(child: &Child<'_>) -> Refusal {
             dup_onto(source, target).map_err(refused(Step::Stdio))?;
         }
         for (resource, value) in image.limits {
-            let limit = Rlimit { current: Some(*value), maximum: Some(*value) };
+            let limit = Rlimit {
+                current: Some(*value),
+                maximum: Some(*value),
+            };
             setrlimit(*resource, limit).map_err(refused(Step::Limit(*resource)))?;
         }
         if let Some((uid, gid, groups)) = image.user {
@@ -184,7 +211,10 @@ fn become_program(child: &Child<'_>) -> Refusal {
             }
         }
     }
-    Refusal { step: Step::Exec, errno }
+    Refusal {
+        step: Step::Exec,
+        errno,
+    }
 }
 
 fn dup_onto(source: &BorrowedFd<'_>, target: c_int) -> Result<(), Errno> {

@@ -32,7 +32,10 @@ impl VsockAddr {
 
 // SAFETY: the pointer and length given to `f` are those of a whole, initialised `sockaddr_vm` that lives across the call.
 unsafe impl SocketAddrArg for VsockAddr {
-    unsafe fn with_sockaddr<R>(&self, f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R) -> R {
+    unsafe fn with_sockaddr<R>(
+        &self,
+        f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R,
+    ) -> R {
         // SAFETY: all zero is a valid `sockaddr_vm`.
         let mut address: libc::sockaddr_vm = unsafe { mem::zeroed() };
         address.svm_family = AddressFamily::VSOCK.as_raw();
@@ -59,10 +62,18 @@ pub(crate) fn peer_cid(address: &SocketAddrAny) -> Option<u32> {
 pub(crate) fn occupy_standard_fds() {
     // SAFETY: a borrowed number that is only polled; the answer for a closed one is POLLNVAL.
     let numbers = [0, 1, 2].map(|number| unsafe { std::os::fd::BorrowedFd::borrow_raw(number) });
-    let mut fds = numbers.each_ref().map(|fd| PollFd::new(fd, PollFlags::empty()));
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = numbers
+        .each_ref()
+        .map(|fd| PollFd::new(fd, PollFlags::empty()));
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     if matches!(poll(&mut fds, Some(&now)), Ok(1..)) {
-        for _ in fds.iter().filter(|fd| fd.revents().contains(PollFlags::NVAL)) {
+        for _ in fds
+            .iter()
+            .filter(|fd| fd.revents().contains(PollFlags::NVAL))
+        {
             // Takes the lowest free number, for good.
             if let Ok(filler) = eventfd(0, EventfdFlags::CLOEXEC) {
                 mem::forget(filler);
@@ -74,7 +85,13 @@ pub(crate) fn occupy_standard_fds() {
 /// Keeps what this process inherited from being inherited further.
 pub(crate) fn close_inherited_on_exec() {
     // SAFETY: changes the close-on-exec flag only.
-    unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) };
+    unsafe {
+        libc::close_range(
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC as libc::c_int,
+        )
+    };
 }
 
 /// Blocks SIGCHLD and SIGPIPE and gives a descriptor that is readable when SIGCHLD is pending.
@@ -109,9 +126,17 @@ pub(crate) fn reap() -> Option<Dead> {
     let mut status = 0;
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: both pointers are to live, writable memory of the right types; all zero is a valid rusage.
-    let (pid, usage) = unsafe { (libc::wait4(-1, &raw mut status, libc::WNOHANG, usage.as_mut_ptr()), usage.assume_init()) };
+    let (pid, usage) = unsafe {
+        (
+            libc::wait4(-1, &raw mut status, libc::WNOHANG, usage.as_mut_ptr()),
+            usage.assume_init(),
+        )
+    };
     let micros = |time: libc::timeval| {
-        u64::try_from(time.tv_sec).unwrap_or(0).saturating_mul(1_000_000).saturating_add(u64::try_from(time.tv_usec).unwrap_or(0))
+        u64::try_from(time.tv_sec)
+            .unwrap_or(0)
+            .saturating_mul(1_000_000)
+            .saturating_add(u64::try_from(time.tv_usec).unwrap_or(0))
     };
     (pid > 0).then(|| Dead {
         pid,
@@ -142,10 +167,16 @@ pub(crate) fn reseed(entropy: &[u8]) -> Result<(), Errno> {
     let bits = bytes.checked_mul(8).ok_or(Errno::INVAL)?;
     // struct rand_pool_info: bits, bytes, data.
     let info = [&bits.to_ne_bytes()[..], &bytes.to_ne_bytes()[..], entropy].concat();
-    let random = open(Path::new("/dev/urandom"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let random = open(
+        Path::new("/dev/urandom"),
+        OFlags::WRONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
     let fd = random.as_fd().as_raw_fd();
     // SAFETY: `info` is a rand_pool_info whose size field is that of its data; the second request takes no argument.
-    let done = unsafe { libc::ioctl(fd, RNDADDENTROPY, info.as_ptr()) == 0 && libc::ioctl(fd, RNDRESEEDCRNG) == 0 };
+    let done = unsafe {
+        libc::ioctl(fd, RNDADDENTROPY, info.as_ptr()) == 0 && libc::ioctl(fd, RNDRESEEDCRNG) == 0
+    };
     if done { Ok(()) } else { Err(last_error()) }
 }
 

@@ -8,7 +8,10 @@ use std::{
 use hearth_agent::proto::{AGENT_PORT, READY_PORT};
 use rustix::{
     io::Errno,
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, connect, listen, socket_with},
+    net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, connect,
+        listen, socket_with,
+    },
 };
 
 use crate::sys::{VsockAddr, peer_cid};
@@ -38,7 +41,13 @@ impl Transport {
         let socket = match self {
             Self::Vsock => {
                 let socket = socket_with(AddressFamily::VSOCK, SocketType::STREAM, FLAGS, None)?;
-                bind(&socket, &VsockAddr { cid: VsockAddr::ANY_CID, port: AGENT_PORT })?;
+                bind(
+                    &socket,
+                    &VsockAddr {
+                        cid: VsockAddr::ANY_CID,
+                        port: AGENT_PORT,
+                    },
+                )?;
                 socket
             }
             Self::Unix(path) => {
@@ -55,7 +64,13 @@ impl Transport {
     pub(crate) fn dial(&self) -> Result<Option<OwnedFd>, Errno> {
         let Self::Vsock = self else { return Ok(None) };
         let socket = socket_with(AddressFamily::VSOCK, SocketType::STREAM, FLAGS, None)?;
-        match connect(&socket, &VsockAddr { cid: VsockAddr::HOST_CID, port: READY_PORT }) {
+        match connect(
+            &socket,
+            &VsockAddr {
+                cid: VsockAddr::HOST_CID,
+                port: READY_PORT,
+            },
+        ) {
             Ok(()) | Err(Errno::INPROGRESS) => Ok(Some(socket)),
             Err(errno) => Err(errno),
         }

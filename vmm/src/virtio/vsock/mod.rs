@@ -35,6 +35,7 @@ mod stream;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+pub mod unix;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -13,6 +13,7 @@ mod faults;
 mod hostile;
 mod model;
 mod restore;
+mod unix;
 
 use super::packet::{Header, Op, Shut};
 use super::testing::{Guest, Setup, Socket};

@@ -1,0 +1,189 @@
+//! A bridge between a guest's vsock ports and Unix sockets of the host, in Firecracker's convention,
+//! so that clients written for it work unchanged:
+//!
+//! - A client connects to the socket at `PATH`, writes `CONNECT <port>\n`, and reads
+//!   `OK <host port>\n` once the guest has accepted; where it has not, the bridge hangs up.
+//! - A guest that connects to the host's port `N` is connected to whoever listens on the socket at
+//!   `PATH_N`, or refused.
+//!
+//! Whoever may open the socket may talk to the guest: put it into a private directory.
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::host::{ListenError, VsockHost};
+use super::listener::{VsockAnyListener, VsockIncoming};
+
+/// Longest path of the bridge's socket in bytes. The operating system takes 107; `PATH_N` with the
+/// longest port must fit as well.
+pub const MAX_PATH: usize = 107 - "_4294967295".len();
+/// Most connections of one bridge at a time, both directions together; more wait or are refused.
+pub const MAX_BRIDGED: usize = 1024;
+/// Longest first line of a client: `CONNECT 4294967295\n`.
+const MAX_LINE: usize = 19;
+/// How long a client may take for it.
+const LINE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after the host had no file descriptor for a client.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why a bridge could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum BridgeError {
+    /// The path is longer than a Unix socket's can be.
+    #[error(
+        "the Unix socket path has {0} bytes; use one of at most {MAX_PATH} (the system takes 107, and a port is added)"
+    )]
+    PathTooLong(usize),
+    /// The socket could not be made.
+    #[error("cannot listen on the Unix socket {path}; remove it if it is left over")]
+    Bind {
+        /// The path.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The VM cannot be listened to.
+    #[error("cannot bridge this VM's vsock ports")]
+    Listen(#[from] ListenError),
+}
+
+/// A running bridge. Dropping it ends its connections and removes its socket.
+#[derive(Debug)]
+pub struct UnixBridge {
+    path: PathBuf,
+    server: AbortHandle,
+}
+
+impl UnixBridge {
+    /// Starts a bridge on a socket at `path`, which must not exist. It ends by itself when the VM
+    /// does. Needs a tokio runtime with I/O and timers to be running.
+    ///
+    /// # Errors
+    /// See [`BridgeError`].
+    pub fn bind(host: VsockHost, path: impl Into<PathBuf>) -> Result<Self, BridgeError> {
+        let path = path.into();
+        let len = path.as_os_str().as_bytes().len();
+        if len > MAX_PATH {
+            return Err(BridgeError::PathTooLong(len));
+        }
+        let from_guest = host.listen_any()?;
+        let from_host = UnixListener::bind(&path).map_err(|source| BridgeError::Bind {
+            path: path.clone(),
+            source,
+        })?;
+        let server = tokio::spawn(serve(host, path.clone(), from_host, from_guest));
+        Ok(Self {
+            path,
+            server: server.abort_handle(),
+        })
+    }
+
+    /// Where the socket is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for UnixBridge {
+    fn drop(&mut self) {
+        self.server.abort();
+        // Somebody may have removed it already.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Accepts from both sides until the VM ends; its connections end with it.
+async fn serve(
+    host: VsockHost,
+    path: PathBuf,
+    from_host: UnixListener,
+    mut from_guest: VsockAnyListener,
+) {
+    let places = Arc::new(Semaphore::new(MAX_BRIDGED));
+    let mut bridged = JoinSet::new();
+    loop {
+        tokio::select! {
+            Some(_) = bridged.join_next() => {}
+            incoming = from_guest.next() => {
+                let Ok(incoming) = incoming else { return };
+                if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
+                    let path = path.clone();
+                    bridged.spawn(async move {
+                        let outcome = to_host(incoming, &path).await;
+                        tracing::debug!(?outcome, "vsock connection of the guest's ended");
+                        drop(place);
+                    });
+                }
+            }
+            client = accept(&from_host, &places) => {
+                let Ok((client, place)) = client else {
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                };
+                let host = host.clone();
+                bridged.spawn(async move {
+                    let outcome = to_guest(client, &host).await;
+                    tracing::debug!(?outcome, "vsock connection of a client's ended");
+                    drop(place);
+                });
+            }
+        }
+    }
+}
+
+/// The next client, once there is a place for it. Cancel-safe.
+async fn accept(
+    listener: &UnixListener,
+    places: &Arc<Semaphore>,
+) -> io::Result<(UnixStream, tokio::sync::OwnedSemaphorePermit)> {
+    let place = Arc::clone(places)
+        .acquire_owned()
+        .await
+        .map_err(io::Error::other)?;
+    let (client, _) = listener.accept().await?;
+    Ok((client, place))
+}
+
+async fn to_guest(mut client: UnixStream, host: &VsockHost) -> io::Result<(u64, u64)> {
+    let port = tokio::time::timeout(LINE_TIMEOUT, read_request(&mut client)).await??;
+    let mut stream = host.connect(port).await.map_err(io::Error::other)?;
+    let ok = format!("OK {}\n", stream.host_port());
+    client.write_all(ok.as_bytes()).await?;
+    copy_bidirectional(&mut client, &mut stream).await
+}
+
+/// Reads `CONNECT <port>\n` and not a byte more: what follows is for the guest.
+async fn read_request(client: &mut UnixStream) -> io::Result<u32> {
+    let mut line = Vec::with_capacity(MAX_LINE);
+    while line.last() != Some(&b'\n') {
+        if line.len() == MAX_LINE {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        line.push(client.read_u8().await?);
+    }
+    std::str::from_utf8(&line)
+        .ok()
+        .and_then(|line| line.strip_prefix("CONNECT "))
+        .and_then(|rest| rest.strip_suffix('\n'))
+        .filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
+        .and_then(|port| port.parse().ok())
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+async fn to_host(incoming: VsockIncoming, path: &Path) -> io::Result<(u64, u64)> {
+    let mut path = path.as_os_str().to_owned();
+    path.push(format!("_{}", incoming.host_port()));
+    // On failure the guest is refused, by the drop of what it asked for.
+    let mut server = UnixStream::connect(path).await?;
+    let mut stream = incoming.accept();
+    copy_bidirectional(&mut stream, &mut server).await
+}

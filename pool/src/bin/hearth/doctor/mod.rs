@@ -1,0 +1,141 @@
+//! `hearth doctor`: can this machine run guests, and what to do if not.
+
+mod images;
+mod kvm;
+mod limits;
+
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::failure::failed;
+
+/// Says whether this machine can run guests, and what to do about each thing that is missing
+///
+/// Changes nothing. The exit code is 0 if guests can run and 1 if not.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Prints one JSON object instead
+    #[arg(long)]
+    json: bool,
+}
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Guests run, but not as many or not as well as they could.
+    Warn,
+    /// Guests do not run.
+    Fail,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    verdict: Verdict,
+    /// What was found.
+    found: String,
+    /// What to do about it.
+    advice: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, found: impl Into<String>) -> Self {
+        Self {
+            name,
+            verdict: Verdict::Ok,
+            found: found.into(),
+            advice: None,
+        }
+    }
+
+    fn warn(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self {
+            name,
+            verdict: Verdict::Warn,
+            found: found.into(),
+            advice: Some(advice.into()),
+        }
+    }
+
+    fn fail(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self {
+            verdict: Verdict::Fail,
+            ..Self::warn(name, found, advice)
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    can_run_guests: bool,
+    checks: Vec<Check>,
+}
+
+impl Report {
+    fn new(checks: Vec<Check>) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            can_run_guests: checks.iter().all(|check| check.verdict != Verdict::Fail),
+            checks,
+        }
+    }
+}
+
+pub(crate) fn doctor(args: &Args) -> ExitCode {
+    let checks = kvm::checks()
+        .into_iter()
+        .chain(limits::checks())
+        .chain(images::checks())
+        .collect();
+    let report = Report::new(checks);
+    if args.json {
+        match serde_json::to_string_pretty(&report) {
+            Ok(text) => println!("{text}"),
+            Err(error) => return failed(&error),
+        }
+    } else {
+        print(&report);
+    }
+    ExitCode::from(u8::from(!report.can_run_guests))
+}
+
+fn print(report: &Report) {
+    println!("hearth {}", report.version);
+    for check in &report.checks {
+        let verdict = match check.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Warn => "warn",
+            Verdict::Fail => "FAIL",
+        };
+        println!("{verdict:>4}  {:<10} {}", check.name, check.found);
+        if let Some(advice) = &check.advice {
+            println!("{:>17}{advice}", "-> ");
+        }
+    }
+    println!(
+        "{}",
+        if report.can_run_guests {
+            "This machine can run guests. Try: hearth run -- echo hello"
+        } else {
+            "This machine cannot run guests yet; see FAIL above."
+        }
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warning_does_not_stop_guests_but_a_failure_does() {
+        let warn = || Check::warn("a", "b", "c");
+        assert!(Report::new(vec![Check::ok("a", "b"), warn()]).can_run_guests);
+        assert!(!Report::new(vec![warn(), Check::fail("a", "b", "c")]).can_run_guests);
+    }
+}

@@ -1,0 +1,46 @@
+//! How the command says that something failed.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use crate::FAILED;
+
+/// An error with all its causes on one line. Causes that the text above them repeats are left out.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.ends_with(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Prints the error and gives the exit code for it.
+pub(crate) fn failed(error: &dyn Error) -> ExitCode {
+    eprintln!("hearth: {}", chain(error));
+    ExitCode::from(FAILED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    enum Sample {
+        #[error("outer")]
+        Outer(#[source] std::io::Error),
+        #[error("says all: {0}")]
+        Repeats(#[source] std::io::Error),
+    }
+
+    #[test]
+    fn each_cause_is_said_once() {
+        let cause = || std::io::Error::other("inner");
+        assert_eq!(chain(&Sample::Outer(cause())), "outer: inner");
+        assert_eq!(chain(&Sample::Repeats(cause())), "says all: inner");
+    }
+}

@@ -1,0 +1,88 @@
+//! The `hearth` command: a thin layer over the libraries, one file for each subcommand.
+//!
+//! Exit codes: `run` gives those of the guest's program, `boot` and `doctor` have codes of their own,
+//! and whatever goes wrong in the command itself is [`FAILED`].
+
+mod boot;
+mod console;
+mod doctor;
+mod failure;
+mod image;
+mod machine;
+mod progress;
+mod run;
+mod signals;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Exit code for errors of the command itself, wrong usage included; what `env` and container
+/// runtimes use for the same.
+const FAILED: u8 = 125;
+/// Exit code when a time limit ended it; what `timeout` uses.
+const TIMED_OUT: u8 = 124;
+/// Environment variable with the log filter, such as `debug` or `hearth_vmm=trace`.
+const LOG_VARIABLE: &str = "HEARTH_LOG";
+
+/// Runs programs in microVMs: each in a Linux guest of its own, on KVM.
+///
+/// Begin with `hearth doctor`, which says whether this machine can run guests and what to do if it
+/// cannot. Then `hearth run -- echo hello`.
+#[derive(Debug, Parser)]
+#[command(name = "hearth", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Subcommands,
+}
+
+#[derive(Debug, Subcommand)]
+enum Subcommands {
+    Doctor(doctor::Args),
+    #[command(subcommand)]
+    Image(image::Command),
+    Run(run::Args),
+    Boot(boot::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing to do about a closed terminal.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
+        }
+    };
+    log();
+    match cli.command {
+        Subcommands::Doctor(args) => doctor::doctor(&args),
+        Subcommands::Image(command) => image::image(&command),
+        Subcommands::Run(args) => run::run(&args),
+        Subcommands::Boot(args) => boot::boot(&args),
+    }
+}
+
+/// Logs go to stderr; warnings unless `HEARTH_LOG` says otherwise.
+fn log() {
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,83 @@
+//! What `--json` prints.
+
+use std::time::Duration;
+
+use hearth_agent::proto::Exited;
+use hearth_vmm::{CpuProfile, CreateTimes};
+use serde::Serialize;
+
+/// Where the time went, as far as it came.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Report {
+    pub(super) exit_code: u8,
+    pub(super) timed_out: bool,
+    /// Why the program's end is not known.
+    pub(super) error: Option<String>,
+    pub(super) profile: Option<CpuProfile>,
+    pub(super) phases_us: Phases,
+    /// What `create` consists of.
+    pub(super) create_us: Option<Create>,
+    /// The program's times, by the guest's clock.
+    pub(super) program_us: Option<Program>,
+}
+
+/// Phases in microseconds, in order. None overlaps another.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Phases {
+    /// Access to KVM checked, the host's kind probed; once per process.
+    pub(super) host_probe: Option<u64>,
+    /// Image found or built, kernel and initramfs read.
+    pub(super) image: Option<u64>,
+    /// All work of the host from there to the first KVM_RUN.
+    pub(super) create: Option<u64>,
+    /// From the first KVM_RUN to the start of the agent.
+    pub(super) boot: Option<u64>,
+    /// From there to the agent's greeting on the host.
+    pub(super) agent_ready: Option<u64>,
+    /// From the request to the program's exit status.
+    pub(super) exec: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Create {
+    load: u64,
+    kvm: u64,
+    devices: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Program {
+    wall: u64,
+    user: u64,
+    system: u64,
+}
+
+impl Report {
+    pub(super) fn line(&self) -> String {
+        // Numbers and strings: cannot fail.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    pub(super) fn exited(&mut self, exited: &Exited) {
+        self.timed_out = exited.timed_out;
+        self.program_us = Some(Program {
+            wall: exited.usage.wall_us,
+            user: exited.usage.user_us,
+            system: exited.usage.system_us,
+        });
+    }
+}
+
+impl From<CreateTimes> for Create {
+    fn from(times: CreateTimes) -> Self {
+        Self {
+            load: micros(times.load),
+            kvm: micros(times.kvm),
+            devices: micros(times.devices),
+        }
+    }
+}
+
+pub(super) fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

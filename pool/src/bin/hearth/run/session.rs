@@ -1,0 +1,256 @@
+//! One guest from its creation to the end of its program.
+//!
+//! ```text
+//! create -> listen -> run -> agent dials -> greeting -> exec -> streams end -> exit status
+//!                      \_______ a guest that ends, a time limit, a signal _______/
+//! ```
+
+use std::future::Future;
+use std::pin::pin;
+use std::time::{Duration, Instant, SystemTime};
+
+use hearth_agent::client::{
+    AgentClient, Command, ConnectionError, Exec, ExecError, HandshakeError,
+};
+use hearth_agent::proto::{Exited, READY_PORT};
+use hearth_vmm::virtio::vsock::{VsockListener, VsockStream};
+use hearth_vmm::{Exit, Vm, VmConfig};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::Notify;
+
+use super::error::RunError;
+use super::report::{Report, micros};
+use crate::console;
+use crate::signals::Signals;
+
+/// How late the guest may be with the end of a program whose time is over; scaled by the CPU profile.
+const MARGIN: Duration = Duration::from_secs(10);
+/// How long to wait for the reason after a connection broke.
+const REASON: Duration = Duration::from_secs(1);
+/// Bytes copied at a time.
+const CHUNK: usize = 64 << 10;
+const SIGPIPE: u8 = 13;
+
+pub(super) struct Plan {
+    pub(super) config: VmConfig,
+    pub(super) command: Command,
+    pub(super) timeout: Option<Duration>,
+    pub(super) boot_timeout: Duration,
+    pub(super) show_console: bool,
+}
+
+struct Session {
+    vm: Vm,
+    signals: Signals,
+    console: bool,
+}
+
+pub(super) async fn session(plan: Plan, report: &mut Report) -> Result<Exited, RunError> {
+    let signals = Signals::catch().map_err(RunError::Runtime)?;
+    let start = Instant::now();
+    let vm = Vm::create(&plan.config)?;
+    let listener = vm.vsock().listen(READY_PORT)?;
+    let console = plan
+        .show_console
+        .then(|| vm.console().clone())
+        .map(|console| {
+            tokio::spawn(async move { console::show(&console, tokio::io::stderr()).await })
+        });
+    let mut session = Session {
+        vm,
+        signals,
+        console: plan.show_console,
+    };
+    // A VM that ended between these lines is noticed by whoever waits for it next.
+    let _ = session.vm.resume();
+    report.phases_us.create = Some(micros(start.elapsed()));
+    report.create_us = Some(session.vm.times().into());
+
+    let result = session.work(plan, listener, report).await;
+    session.vm.kill();
+    if let Some(console) = console {
+        // Ends with the guest; what it still has to say comes before our own last words.
+        let _ = console.await;
+    }
+    result
+}
+
+impl Session {
+    async fn work(
+        &mut self,
+        plan: Plan,
+        listener: VsockListener,
+        report: &mut Report,
+    ) -> Result<Exited, RunError> {
+        let agent = self.agent(listener, plan.boot_timeout, report).await?;
+        let start = Instant::now();
+        let command = plan.command.wall_clock(SystemTime::now());
+        let starting = agent.exec(command);
+        let exec = self
+            .unless_ended("before it ran the program", starting)
+            .await?;
+        let exec = match exec {
+            Ok(exec) => exec,
+            Err(error) => return Err(self.why(error).await),
+        };
+        let exited = match plan.timeout {
+            None => self.program(exec).await?,
+            Some(timeout) => {
+                let margin = MARGIN.saturating_mul(self.vm.profile().timeout_factor());
+                tokio::time::timeout(timeout.saturating_add(margin), self.program(exec))
+                    .await
+                    .map_err(|_| RunError::Overdue(margin))??
+            }
+        };
+        report.phases_us.exec = Some(micros(start.elapsed()));
+        report.exited(&exited);
+        Ok(exited)
+    }
+
+    /// Waits until the agent has dialled and greeted.
+    async fn agent(
+        &mut self,
+        mut listener: VsockListener,
+        limit: Duration,
+        report: &mut Report,
+    ) -> Result<AgentClient<VsockStream>, RunError> {
+        let start = Instant::now();
+        let greeting = tokio::time::timeout(limit, async {
+            let stream = listener.accept().await?;
+            Ok::<_, RunError>(AgentClient::handshake(stream).await?)
+        });
+        let agent = match self.unless_ended("while it booted", greeting).await? {
+            Ok(Ok(agent)) => agent,
+            Ok(Err(RunError::Listen(_) | RunError::Handshake(HandshakeError::Connection(_)))) => {
+                return Err(self.ended("while it booted").await);
+            }
+            Ok(Err(error)) => return Err(error),
+            Err(_) => {
+                return Err(RunError::NotUp {
+                    waited: limit,
+                    console: self.console,
+                });
+            }
+        };
+        // The guest's clock tells the last stretch, the host's the whole.
+        let whole = micros(start.elapsed());
+        let hello = agent.hello();
+        let ready = hello.greeted_us.saturating_sub(hello.started_us).min(whole);
+        report.phases_us.boot = Some(whole.saturating_sub(ready));
+        report.phases_us.agent_ready = Some(ready);
+        Ok(agent)
+    }
+
+    /// Runs the program to its end between this process's streams.
+    async fn program(&mut self, mut exec: Exec<VsockStream>) -> Result<Exited, RunError> {
+        let broken = Notify::new();
+        let (stdin, stdout, stderr) = (exec.stdin(), exec.stdout(), exec.stderr());
+        // Stdin may never end; the program's end does not wait for it.
+        let mut input = pin!(async {
+            feed(tokio::io::stdin(), stdin).await;
+            std::future::pending::<()>().await;
+        });
+        // Both streams end when the program has, and not before.
+        let mut output = pin!(async {
+            tokio::join!(
+                copy(stdout, tokio::io::stdout(), &broken),
+                copy(stderr, tokio::io::stderr(), &broken),
+            );
+        });
+        let mut told = false;
+        loop {
+            let signal = tokio::select! {
+                biased;
+                () = &mut output => break,
+                () = &mut input => continue,
+                () = broken.notified() => SIGPIPE,
+                signal = self.signals.next() => {
+                    if std::mem::replace(&mut told, true) {
+                        return Err(RunError::Signal(signal));
+                    }
+                    signal
+                }
+            };
+            // If it cannot be told, its connection is gone; `output` ends with it.
+            let _ = exec.signal(signal).await;
+        }
+        match exec.wait().await {
+            Ok(exited) => Ok(exited),
+            Err(error) => Err(self.why(error).await),
+        }
+    }
+
+    /// Does `work` unless the guest ends or a signal comes first.
+    async fn unless_ended<T>(
+        &mut self,
+        when: &'static str,
+        work: impl Future<Output = T>,
+    ) -> Result<T, RunError> {
+        let exited = self.vm.exited();
+        tokio::select! {
+            biased;
+            done = work => Ok(done),
+            exit = exited => Err(self.ended_by(exit, when)),
+            signal = self.signals.next() => Err(RunError::Signal(signal)),
+        }
+    }
+
+    /// What a failed exec means: a connection that broke because the guest ended is the guest's end.
+    async fn why(&self, error: ExecError) -> RunError {
+        match error {
+            ExecError::Connection(ConnectionError::Closed | ConnectionError::Io(_)) => {
+                self.ended("before the program's end was known").await
+            }
+            error => error.into(),
+        }
+    }
+
+    /// The guest's end, which is known or will be in a moment.
+    async fn ended(&self, when: &'static str) -> RunError {
+        match tokio::time::timeout(REASON, self.vm.exited()).await {
+            Ok(exit) => self.ended_by(exit, when),
+            Err(_) => ExecError::Connection(ConnectionError::Closed).into(),
+        }
+    }
+
+    fn ended_by(&self, exit: Exit, when: &'static str) -> RunError {
+        RunError::Ended {
+            exit,
+            when,
+            console: self.console,
+        }
+    }
+}
+
+/// Copies input until either side ends. What the program does not want is not read.
+async fn feed(mut from: impl AsyncRead + Unpin, to: Option<impl AsyncWrite + Unpin>) {
+    if let Some(mut to) = to {
+        // However it ends, the program sees the end of its input.
+        let _ = tokio::io::copy(&mut from, &mut to).await;
+        let _ = to.shutdown().await;
+    }
+}
+
+/// Copies output until its end. When nobody takes it any more the program is told, and the rest is
+/// read and dropped.
+async fn copy(
+    from: Option<impl AsyncRead + Unpin>,
+    mut to: impl AsyncWrite + Unpin,
+    broken: &Notify,
+) {
+    let Some(mut from) = from else { return };
+    let mut chunk = vec![0; CHUNK];
+    let mut open = true;
+    while let Ok(count @ 1..) = from.read(&mut chunk).await {
+        let bytes = chunk.get(..count).unwrap_or_default();
+        if open && write(&mut to, bytes).await.is_err() {
+            open = false;
+            broken.notify_one();
+        }
+    }
+}
+
+async fn write(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> std::io::Result<()> {
+    to.write_all(bytes).await?;
+    to.flush().await
+}

@@ -1,0 +1,36 @@
+//! The signals by which a user asks a command to end.
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Catches SIGINT, SIGTERM and SIGHUP while it lives, and after.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    /// Needs a tokio runtime with I/O enabled.
+    pub(crate) fn catch() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// The number of the next signal. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> u8 {
+        tokio::select! {
+            _ = self.interrupt.recv() => 2,
+            _ = self.terminate.recv() => 15,
+            _ = self.hangup.recv() => 1,
+        }
+    }
+}
+
+/// The exit code that a shell reports for a program which this signal ended.
+pub(crate) fn exit_code(signal: u8) -> u8 {
+    signal.saturating_add(128)
+}

@@ -1,5 +1,11 @@
 //! Real programs through a real agent, without a VM: what a caller sees.
-#![allow(missing_docs)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
 
 mod common;
 
@@ -225,7 +231,13 @@ async fn a_connection_serves_one_program_after_another() {
 
 #[tokio::test]
 async fn environment_directory_and_standing() {
-    let agent = Agent::start_with(|command| drop(command.env("AGENT_SECRET", "1")), None).await;
+    let agent = Agent::start_with(
+        |command| {
+            command.env("AGENT_SECRET", "1");
+        },
+        None,
+    )
+    .await;
     let output = agent
         .output(
             sh("env; pwd")

@@ -18,7 +18,7 @@ use super::{
     AgentClient, cancelled,
     error::{ConnectionError, ExecError},
     output::{Output, OutputLimits, collect},
-    shared::{Handle, Queue, Shared, State, StdinState},
+    shared::{Handle, Queue, Shared, State},
 };
 use crate::proto::{Exited, MAX_CHUNK, Request};
 
@@ -240,27 +240,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AsyncWrite for ExecStdin<S> {
             if let Some(error) = state.failure() {
                 return Poll::Ready(Err(error));
             }
-            let window = match &state.stdin {
-                StdinState::Closed { .. } => {
-                    return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
-                }
-                _ if state.end.is_some() => {
-                    return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
-                }
-                StdinState::Open { window } => *window,
-            };
+            if !state.stdin.open || state.end.is_some() {
+                return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+            }
             // One chunk at a time: what is queued here is bounded.
             ready!(state.poll_flush(cx))?;
             let chunk = bytes
-                .get(..bytes.len().min(window).min(MAX_CHUNK))
+                .get(..bytes.len().min(state.stdin.window).min(MAX_CHUNK))
                 .unwrap_or_default();
             if chunk.is_empty() {
                 return Poll::Pending;
             }
             state.send(&Request::Stdin(chunk), cx)?;
-            state.stdin = StdinState::Open {
-                window: window.saturating_sub(chunk.len()),
-            };
+            state.stdin.window = state.stdin.window.saturating_sub(chunk.len());
             Poll::Ready(Ok(chunk.len()))
         })
     }
@@ -348,12 +340,12 @@ impl<S> State<S> {
     }
 
     fn queue_end_of_input(&mut self) {
-        if let StdinState::Open { .. } = self.stdin {
-            self.stdin = StdinState::Closed { by_guest: false };
-            if let (None, Some(client)) = (&self.end, &mut self.client) {
-                // An end of input always fits in a frame.
-                let _ = client.connection.queue(&Request::StdinEof);
-            }
+        if std::mem::take(&mut self.stdin.open)
+            && self.end.is_none()
+            && let Some(client) = &mut self.client
+        {
+            // An end of input always fits in a frame.
+            let _ = client.connection.queue(&Request::StdinEof);
         }
     }
 }

@@ -57,11 +57,11 @@ pub(super) struct State<S> {
 
 /// The host's view of the program's stdin.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum StdinState {
-    /// So many bytes may be sent.
-    Open { window: usize },
-    /// No more input: it was ended here, or the program closed it (or never had one).
-    Closed { by_guest: bool },
+pub(super) struct StdinState {
+    /// Neither ended here nor closed by the program.
+    pub(super) open: bool,
+    /// So many bytes may be sent; what is missing was sent and is not reported as taken.
+    pub(super) window: usize,
 }
 
 /// Output between the connection and its reader.
@@ -98,16 +98,12 @@ enum Step {
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Shared<S> {
     pub(super) fn new(client: AgentClient<S>, piped: bool) -> Arc<Self> {
-        let stdin = if piped {
-            StdinState::Open {
-                window: STDIN_WINDOW,
-            }
-        } else {
-            StdinState::Closed { by_guest: true }
-        };
         let state = State {
             client: Some(client),
-            stdin,
+            stdin: StdinState {
+                open: piped,
+                window: STDIN_WINDOW,
+            },
             stdout: Queue::default(),
             stderr: Queue::default(),
             end: None,
@@ -212,7 +208,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
                 self.stderr.push(chunk);
             }
             Response::StdinTaken(count) => self.stdin.taken(count)?,
-            Response::StdinClosed => self.stdin = StdinState::Closed { by_guest: true },
+            Response::StdinClosed => self.stdin.open = false,
             Response::Exited(exited) => self.end = Some(Ok(exited)),
             Response::Pong(pong) => strike(unanswered, pong.nonce)?,
             _ => return Err(unexpected()),
@@ -248,15 +244,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
 
 impl StdinState {
     fn taken(&mut self, count: u32) -> Result<(), ConnectionError> {
-        let Self::Open { window } = self else {
-            return Ok(());
-        };
         let opened = usize::try_from(count)
             .ok()
-            .and_then(|count| window.checked_add(count));
+            .and_then(|count| self.window.checked_add(count));
         match opened {
             Some(opened) if opened <= STDIN_WINDOW => {
-                *window = opened;
+                self.window = opened;
                 Ok(())
             }
             _ => Err(ConnectionError::Protocol("more input taken than was sent")),

@@ -127,7 +127,7 @@ fn clone_vfork(
             top as usize,
         ),
     };
-    let result: isize;
+    let result: i64;
     // SAFETY: the child has a stack of its own, 16-byte aligned, and never returns from `enter`; it shares our memory, but
     // we stand still until it has executed a program or exited, and `child` and `stack` outlive that. It shares no signal
     // handlers (none are installed) and runs only async-signal-safe code.
@@ -141,7 +141,7 @@ fn clone_vfork(
             "call r13",
             "ud2",
             "2:",
-            inlateout("rax") number as isize => result,
+            inlateout("rax") number => result,
             in("rdi") first,
             in("rsi") second,
             in("rdx") 0,

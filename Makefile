@@ -1,0 +1,28 @@
+# What a newcomer needs: `make demo`, then `make test`. Everything is cached: a second run is quick.
+# The work is done by cargo and by the scripts in .ci/; this file only names the entrances.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long lint image packages
+
+CARGO ?= cargo
+
+help: ## Lists these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: packages ## Runs a program in a guest that a warm pool hands out, and shows the time of each phase
+	@.ci/demo
+
+test: packages ## Runs all checks and tests of the CI tier: at most 30 minutes from nothing
+	@.ci/test short
+
+test-long: packages ## Runs the tests that take longer
+	@.ci/test long
+
+lint: ## Checks formatting, clippy and the documentation
+	@.ci/test lint
+
+image: packages ## Builds the guest's kernel and initramfs, unless they are cached
+	@$(CARGO) run --quiet --locked --package hearth-pool --features cli -- image build base
+
+packages: ## Installs the Debian packages that the builds need, unless they are there
+	@.ci/packages

@@ -515,19 +515,25 @@ impl Active {
             return Ok(());
         };
         let mem = self.ram.map();
-        while *budget > 0 {
-            let Some(chain) = queue.iter(mem)?.next() else {
-                break;
-            };
-            *budget -= 1;
-            if self.stats_held.is_some() {
-                return Err(Fault::Request("a second statistics buffer"));
+        loop {
+            while *budget > 0 {
+                let Some(chain) = queue.iter(mem)?.next() else {
+                    break;
+                };
+                *budget -= 1;
+                if self.stats_held.is_some() {
+                    return Err(Fault::Request("a second statistics buffer"));
+                }
+                self.stats_held = Some(chain.head_index());
+                let stats = parse_stats(mem, chain)?;
+                // The first buffer comes unasked, with figures from driver start.
+                *shared.stats() = Some(stats);
+                shared.changed.notify_waiters();
             }
-            self.stats_held = Some(chain.head_index());
-            let stats = parse_stats(mem, chain)?;
-            // The first buffer comes unasked, with figures from driver start.
-            *shared.stats() = Some(stats);
-            shared.changed.notify_waiters();
+            // Without this the driver would not kick for its next report (EVENT_IDX).
+            if *budget == 0 || !queue.enable_notification(mem)? {
+                break;
+            }
         }
         if let Some(head) = self.stats_held
             && shared.stats_wanted.swap(false, Ordering::SeqCst)
@@ -570,3 +576,6 @@ fn parse_stats(mem: &GuestMemoryMmap, chain: Chain<'_>) -> Result<BalloonStats, 
     }
     Ok(stats)
 }
+
+#[cfg(test)]
+mod tests;

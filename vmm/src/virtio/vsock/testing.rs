@@ -48,7 +48,7 @@ pub struct Ring {
 }
 
 impl Ring {
-    fn new(index: u64, size: u16, event_idx: bool) -> Self {
+    pub fn new(index: u64, size: u16, event_idx: bool) -> Self {
         Self {
             base: index * RING_STRIDE + 0x1000,
             size,
@@ -67,7 +67,7 @@ impl Ring {
     }
 
     /// The queue as the transport would hand it to the device, `avail` and `used` so far included.
-    fn queue(&self, next: (u16, u16)) -> Queue {
+    pub fn queue(&self, next: (u16, u16)) -> Queue {
         let mut queue = Queue::new(self.size).unwrap();
         queue
             .try_set_desc_table_address(GuestAddress(self.base))

@@ -10,6 +10,7 @@ mod gate;
 mod vm;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -208,10 +209,9 @@ impl FakeBackend {
     /// Makes a VM outside of any pool, to offer it to one.
     #[must_use]
     pub fn make(&self, profile: &str) -> FakeVm {
-        self.make_as(
-            profile,
-            VmId(u64::MAX - u64::try_from(self.world().vms.len()).unwrap_or(0)),
-        )
+        // Numbers from the far end, so that they meet none of a pool's.
+        let others = u64::try_from(self.world().vms.len()).unwrap_or(0);
+        self.make_as(profile, VmId(u64::MAX - others))
     }
 
     fn make_as(&self, profile: &str, id: VmId) -> FakeVm {
@@ -301,7 +301,7 @@ async fn follow(boot: &Boot) -> Result<(), FakeError> {
             Err(FakeError(why))
         }
         Boot::Hang => std::future::pending().await,
-        Boot::Panic => std::panic::panic_any("a scripted panic of the fake backend"),
+        Boot::Panic => resume_unwind(Box::new("a scripted panic")),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::{Future, pending};
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -115,7 +116,7 @@ impl Life {
                 self.end();
                 Err(ProbeError::Dead)
             }
-            Ping::Panic => std::panic::panic_any("a scripted panic of the fake backend"),
+            Ping::Panic => resume_unwind(Box::new("a scripted panic")),
         }
     }
 }

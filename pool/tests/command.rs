@@ -1,0 +1,243 @@
+//! The `hearth` command as a user meets it. Each case that needs a guest boots one, so they are few.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+fn hearth(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hearth"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+/// Runs to the end and gives exit code, stdout and stderr.
+fn outcome(command: &mut Command) -> (Option<i32>, String, String) {
+    text(command.output().unwrap())
+}
+
+fn text(output: Output) -> (Option<i32>, String, String) {
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (
+        output.status.code(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+/// Whether there is anything to run a guest on; says so if not, past the test runner's capture.
+fn kvm() -> bool {
+    let there = std::path::Path::new("/dev/kvm").exists();
+    if !there {
+        let _ = std::io::stderr().write_all(b"\nNOT MEASURED: no /dev/kvm\n");
+    }
+    there
+}
+
+/// Wrong values, each with what the message must say.
+const REFUSED: [(&[&str], &str); 9] = [
+    (
+        &["run", "--memory", "1.5", "--", "true"],
+        "whole number of MiB",
+    ),
+    (
+        &["run", "--memory", "128M", "--", "true"],
+        "whole number of MiB",
+    ),
+    (&["run", "--memory", "8", "--", "true"], "at least 32 MiB"),
+    (
+        &["run", "--memory", "99999999", "--", "true"],
+        "more than this host's",
+    ),
+    (&["run", "--cpus", "0", "--", "true"], "choose 1 to 32"),
+    (&["run", "--cpus", "1000", "--", "true"], "choose 1 to 32"),
+    (&["run", "--timeout", "0", "--", "true"], "give seconds"),
+    (&["run", "true"], "-- <ARGV>"),
+    (&["image", "build", "nosuch"], "kernel, base"),
+];
+
+#[test]
+fn wrong_usage_says_what_would_be_right_and_is_not_taken_for_a_program() {
+    for (args, wanted) in REFUSED {
+        let (code, stdout, stderr) = outcome(&mut hearth(args));
+        // Where guests cannot run, `run` says that first.
+        if args.first() == Some(&"run") && !stderr.contains(wanted) && !kvm() {
+            return;
+        }
+        assert_eq!((code, stdout.as_str()), (Some(125), ""), "{args:?}");
+        assert!(stderr.contains(wanted), "{args:?}: {stderr}");
+    }
+}
+
+#[test]
+fn a_kernel_that_is_none_is_refused_by_name() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str, content: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path.into_os_string().into_string().unwrap()
+    };
+    let missing = dir.path().join("missing");
+    let cases = [
+        (missing.to_str().unwrap().to_owned(), "cannot be read"),
+        (path("empty", b""), "empty"),
+        (path("text", b"#!/bin/sh\n"), "vmlinux"),
+    ];
+    for (kernel, wanted) in cases {
+        let (code, _, stderr) = outcome(&mut hearth(&["boot", "--kernel", &kernel]));
+        assert_eq!(code, Some(125), "{stderr}");
+        assert!(stderr.contains(&kernel), "{stderr}");
+        assert!(stderr.contains(wanted), "{stderr}");
+    }
+}
+
+#[test]
+fn the_doctor_reports_the_same_in_both_forms() {
+    let (code, plain, _) = outcome(&mut hearth(&["doctor"]));
+    let (json_code, json, _) = outcome(&mut hearth(&["doctor", "--json"]));
+    assert_eq!(code, json_code);
+    let report: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(report["can_run_guests"], code == Some(0));
+    let checks = report["checks"].as_array().unwrap();
+    for check in checks {
+        let name = check["name"].as_str().unwrap();
+        assert!(plain.contains(name), "{name} is missing in {plain}");
+        // What is not well comes with what to do.
+        assert_eq!(
+            check["verdict"] == "ok",
+            check["advice"].is_null(),
+            "{check}"
+        );
+    }
+    for name in ["kvm", "files", "threads", "memory", "build", "images"] {
+        assert!(checks.iter().any(|check| check["name"] == name), "{name}");
+    }
+}
+
+#[test]
+fn streams_pass_through_and_the_phases_are_reported_after_them() {
+    if !kvm() {
+        return;
+    }
+    let mut child = hearth(&["run", "--json", "--", "cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"one\ntwo").unwrap();
+    drop(stdin);
+    let (code, stdout, stderr) = text(child.wait_with_output().unwrap());
+    assert_eq!((code, stdout.as_str()), (Some(0), "one\ntwo"), "{stderr}");
+    let report: Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
+    assert_eq!(report["exit_code"], 0);
+    assert_eq!(report["error"], Value::Null);
+    for phase in [
+        "host_probe",
+        "image",
+        "create",
+        "boot",
+        "agent_ready",
+        "exec",
+    ] {
+        assert!(report["phases_us"][phase].is_u64(), "{phase}: {report}");
+    }
+    assert!(report["phases_us"]["boot"].as_u64() > Some(0));
+}
+
+#[test]
+fn exit_codes_are_the_programs_and_stderr_is_its_own() {
+    if !kvm() {
+        return;
+    }
+    let (code, stdout, stderr) = outcome(&mut hearth(&["run", "--", "both", "exit", "7"]));
+    assert_eq!((code, stdout.as_str()), (Some(0), "7\n"), "{stderr}");
+    let (code, _, stderr) = outcome(&mut hearth(&["run", "--", "exit", "42"]));
+    assert_eq!(code, Some(42), "{stderr}");
+    let (code, _, stderr) = outcome(&mut hearth(&["run", "--", "kill-self", "9"]));
+    assert_eq!(code, Some(137), "{stderr}");
+    let (code, _, stderr) = outcome(&mut hearth(&["run", "--", "no-such-program"]));
+    assert_eq!(code, Some(127));
+    assert!(stderr.contains("no-such-program"), "{stderr}");
+}
+
+#[test]
+fn a_time_limit_and_a_signal_end_the_program() {
+    if !kvm() {
+        return;
+    }
+    let (code, _, stderr) = outcome(&mut hearth(&[
+        "run",
+        "--timeout",
+        "0.5",
+        "--",
+        "sleep",
+        "1000",
+    ]));
+    assert_eq!(code, Some(124), "{stderr}");
+
+    // Signals before the program runs end the guest, later ones reach the program: 143 both ways.
+    let mut child = hearth(&["run", "--", "sleep", "1000"]).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        assert!(Instant::now() < deadline, "still there");
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert_eq!(status.code(), Some(143));
+}
+
+#[test]
+fn a_guest_that_ends_early_or_never_answers_is_told_apart() {
+    if !kvm() {
+        return;
+    }
+    let (code, _, stderr) = outcome(&mut hearth(&["run", "--", "poweroff"]));
+    assert_eq!(code, Some(125));
+    assert!(stderr.contains("the guest powered off"), "{stderr}");
+
+    let (code, _, stderr) = outcome(&mut hearth(&[
+        "run",
+        "--boot-timeout",
+        "0.01",
+        "--",
+        "true",
+    ]));
+    assert_eq!(code, Some(125));
+    assert!(stderr.contains("did not answer within 10ms"), "{stderr}");
+}
+
+#[test]
+fn boot_shows_the_console_and_says_how_the_guest_ended() {
+    if !kvm() {
+        return;
+    }
+    let (code, kernel, stderr) = outcome(&mut hearth(&["image", "build", "kernel"]));
+    assert_eq!(code, Some(0), "{stderr}");
+    // No initramfs: the kernel panics at the end of its boot.
+    let boot = [
+        "boot",
+        "--kernel",
+        kernel.trim_end(),
+        "--append",
+        "hearth.test=1",
+    ];
+    let (code, stdout, stderr) = outcome(&mut hearth(&boot));
+    assert_eq!(code, Some(11), "{stderr}");
+    assert!(stdout.contains("hearth.test=1"), "{stdout}");
+    assert!(
+        stderr.ends_with("hearth: the guest's kernel panicked\n"),
+        "{stderr}"
+    );
+}

@@ -1,0 +1,456 @@
+//! The contract's section "Acquire", row by row.
+
+use std::sync::Arc;
+
+use crate::support::*;
+use hearth_pool::fake::{Boot, FakeBackend, FakeVmError};
+use hearth_pool::{
+    AcquireError, EventKind, Language, Mismatch, Parking, Phase, PoolConfig, Profile, Replenished,
+    Request, Shortage,
+};
+use tokio::time::{Instant, timeout};
+
+#[tokio::test(start_paused = true)]
+async fn acquire_never_waits_for_a_boot_a_ready_vm_or_a_clear_exhausted() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let gate = gated(&fake, PY);
+    let lease = pool.acquire(PY).unwrap();
+    let began = Instant::now();
+    let Err(AcquireError::Exhausted { profile, why }) = pool.acquire(PY) else {
+        panic!()
+    };
+    assert_eq!(profile, PY);
+    assert_eq!(why, Shortage::Empty);
+    settle().await;
+    let error = pool.acquire(PY).unwrap_err();
+    assert!(matches!(
+        error,
+        AcquireError::Exhausted {
+            why: Shortage::Booting(1),
+            ..
+        }
+    ));
+    assert_eq!(began.elapsed(), secs(0));
+    // The waiting form, with a deadline.
+    let error = pool.acquire_timeout(PY, secs(3)).await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            AcquireError::Timeout {
+                why: Shortage::Booting(1),
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(began.elapsed(), secs(3));
+    gate.open();
+    let second = pool.acquire_timeout(PY, secs(3)).await.unwrap();
+    drop((lease, second));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_the_profile_cannot_serve_is_not_served_a_wrong_vm() {
+    let fake = FakeBackend::new();
+    let big = Profile::new("big", "python")
+        .memory_mib(1024)
+        .package("numpy")
+        .warm_pool_size(1);
+    let pool = running(&fake, config(1).profile(big)).await;
+    let refused = |request: Request| match pool.acquire(request) {
+        Err(AcquireError::NotEligible(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    let why = refused(Request::profile(PY).package("numpy"));
+    assert_eq!(why[0].mismatches, [Mismatch::Package("numpy".into())]);
+    refused(Request::profile(PY).memory_mib(512));
+    refused(Request::profile(PY).image("debian"));
+    refused(Request::profile(PY).vcpus(2));
+    refused(Request::profile(PY).env("A", "b"));
+    // No profile named: all are looked at, and all are told.
+    assert_eq!(refused(Request::any().package("pandas")).len(), 2);
+    assert_eq!(
+        pool.acquire(Request::any().package("numpy"))
+            .unwrap()
+            .profile(),
+        "big"
+    );
+    assert_eq!(pool.acquire(Language::Python).unwrap().profile(), PY);
+    let Err(AcquireError::UnknownProfile { known, .. }) = pool.acquire("perl") else {
+        panic!()
+    };
+    assert_eq!(known, [PY, "big"]);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_died_while_parked_is_never_handed_out() {
+    let fake = FakeBackend::new();
+    let pool = by_hand(&fake, config(3)).await;
+    for _ in 0..3 {
+        pool.replenish(PY).await.unwrap();
+    }
+    let vms = parked(&fake);
+    // No task runs between death and acquire: only acquire itself can notice.
+    vms[2].kill();
+    vms[1].kill();
+    let lease = pool.acquire(PY).unwrap();
+    assert_eq!(lease.id(), vms[0].id());
+    assert!(lease.handle().is_alive());
+    assert!(matches!(
+        pool.acquire(PY),
+        Err(AcquireError::Exhausted { .. })
+    ));
+    settle().await;
+    assert_eq!(fake.tally(PY).retired, 2, "the dead are destroyed");
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dead_vm_found_by_acquire_is_replaced() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(2)).await;
+    parked(&fake)
+        .iter()
+        .for_each(hearth_pool::fake::FakeVmHandle::kill);
+    assert!(matches!(
+        pool.acquire(PY),
+        Err(AcquireError::Exhausted { .. })
+    ));
+    pool.wait_ready(secs(1)).await.unwrap();
+    assert_eq!(ready(&pool), 2);
+    assert!(pool.acquire(PY).unwrap().ping().await.is_ok());
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_fresh_vm_needs_is_done_when_it_is_parked_acquire_only_moves_and_resumes() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1).park(Parking::Paused)).await;
+    let vm = parked(&fake).remove(0);
+    assert_eq!(vm.probes(), 1, "it answered before it counted as ready");
+    assert!(vm.is_paused());
+    let lease = pool.acquire(PY).unwrap();
+    assert!(!vm.is_paused());
+    assert_eq!((vm.hand_offs(), vm.probes()), (1, 1));
+    assert_eq!(lease.work(), Ok(1));
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_vm_is_used_once_a_returned_lease_destroys_it_and_triggers_replenishment() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(2)).await;
+    let lease = pool.acquire(PY).unwrap();
+    let id = lease.id();
+    lease.release().await;
+    assert!(
+        fake.vm(id).is_none(),
+        "release resolves when it is destroyed"
+    );
+    let dropped = pool.acquire(PY).unwrap();
+    let second = dropped.id();
+    drop(dropped);
+    assert!(fake.vm(second).is_some(), "drop only sends");
+    settle().await;
+    assert!(fake.vm(second).is_none());
+    pool.wait_ready(secs(1)).await.unwrap();
+    let tally = fake.tally(PY);
+    assert_eq!((tally.created, tally.retired, tally.dropped), (4, 2, 0));
+    assert!(
+        parked(&fake)
+            .iter()
+            .all(|vm| vm.id() != id && vm.id() != second)
+    );
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn destruction_is_off_the_callers_path() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let gate = hearth_pool::fake::Gate::new();
+    fake.gate_retire(Some(gate.clone()));
+    let lease = pool.acquire(PY).unwrap();
+    drop(lease);
+    pool.wait_ready(secs(1)).await.unwrap();
+    assert_eq!(
+        counts(&pool, PY).retiring,
+        1,
+        "refilled while the old one is still being destroyed"
+    );
+    assert!(pool.acquire(PY).is_ok());
+    gate.open();
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_dropped_off_the_runtime_comes_home() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let lease = pool.acquire(PY).unwrap();
+    std::thread::spawn(move || drop(lease)).join().unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    assert_eq!(fake.tally(PY).retired, 1);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn cancelling_an_acquire_at_any_await_point_loses_no_vm() {
+    // Before it is served.
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let gate = gated(&fake, PY);
+    let lease = pool.acquire(PY).unwrap();
+    let cancelled = timeout(secs(1), pool.acquire_timeout(PY, secs(9))).await;
+    assert!(cancelled.is_err());
+    assert_eq!(counts(&pool, PY).waiting, 0);
+    gate.open();
+    pool.wait_ready(secs(1)).await.unwrap();
+
+    // After it is served, before it looks.
+    fake.by_default(PY, Boot::Fine);
+    let other = pool.acquire(PY).unwrap();
+    let gate = gated(&fake, PY);
+    settle().await;
+    let waiting = pool.clone();
+    let mut waiter = Box::pin(async move { waiting.acquire_timeout(PY, secs(9)).await.map(drop) });
+    assert!(futures::poll!(&mut waiter).is_pending());
+    assert_eq!(counts(&pool, PY).waiting, 1);
+    gate.admit(1);
+    settle().await;
+    let served = counts(&pool, PY);
+    assert_eq!(
+        (served.waiting, served.leased),
+        (0, 3),
+        "its VM lies in its channel"
+    );
+    drop(waiter);
+    settle().await;
+    let after = counts(&pool, PY);
+    assert_eq!(
+        (after.ready, after.leased),
+        (1, 2),
+        "parked again, its refill given up"
+    );
+    let vm = parked(&fake)
+        .into_iter()
+        .max_by_key(hearth_pool::fake::FakeVmHandle::id)
+        .unwrap();
+    assert_eq!(vm.hand_offs(), 0);
+    assert_eq!(
+        pool.acquire(PY).unwrap().id(),
+        vm.id(),
+        "an untouched VM is as good as new"
+    );
+    drop((lease, other));
+    gate.open();
+    stop_clean(pool, &fake).await;
+    let tally = fake.tally(PY);
+    assert_eq!(tally.created, tally.retired + tally.dropped);
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_are_served_in_the_order_in_which_they_came_and_nobody_overtakes() {
+    let fake = FakeBackend::new();
+    let gate = gated(&fake, PY);
+    let pool = by_hand(&fake, config(2)).await;
+    let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let mut waiters = Vec::new();
+    for index in 0..4 {
+        let (pool, order) = (pool.clone(), Arc::clone(&order));
+        waiters.push(tokio::spawn(async move {
+            let lease = pool.acquire_timeout(PY, secs(60)).await.unwrap();
+            order.lock().unwrap().push(index);
+            lease
+        }));
+        settle().await;
+    }
+    // A waiter in the middle goes away.
+    waiters.remove(1).abort();
+    gate.open();
+    for _ in 0..3 {
+        assert!(matches!(
+            pool.replenish(PY).await.unwrap(),
+            Replenished::Booted(_)
+        ));
+        let newcomer = pool.acquire(PY);
+        settle().await;
+        assert!(newcomer.is_err(), "served before those who wait");
+    }
+    assert_eq!(*order.lock().unwrap(), [0, 2, 3]);
+    for waiter in waiters {
+        drop(waiter.await.unwrap());
+    }
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_dies_on_its_way_to_a_waiter_is_not_handed_out() {
+    let fake = FakeBackend::new();
+    let pool = by_hand(&fake, config(1)).await;
+    let waiting = pool.clone();
+    let mut waiter = Box::pin(async move { waiting.acquire_timeout(PY, secs(9)).await });
+    assert!(futures::poll!(&mut waiter).is_pending());
+    pool.replenish(PY).await.unwrap();
+    let first = parked(&fake).remove(0);
+    first.kill();
+    assert!(
+        futures::poll!(&mut waiter).is_pending(),
+        "the dead one is refused"
+    );
+    settle().await;
+    assert_eq!(counts(&pool, PY).waiting, 1);
+    pool.replenish(PY).await.unwrap();
+    let lease = waiter.await.unwrap();
+    assert_ne!(lease.id(), first.id());
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn lease_ping_gives_the_verdict_of_the_pools_own_check() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let lease = pool.acquire(PY).unwrap();
+    assert!(lease.ping().await.is_ok());
+    lease.handle().script_pings([hearth_pool::fake::Ping::Lost]);
+    assert!(lease.ping().await.is_ok(), "one lost ping is not death");
+    lease.handle().kill();
+    for _ in 0..5 {
+        assert!(
+            lease.ping().await.is_err(),
+            "false, every time, once killed"
+        );
+    }
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_is_served_whole_or_not_at_all() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(4)).await;
+    let gate = gated(&fake, PY);
+    assert!(matches!(
+        pool.acquire_many(PY, 5),
+        Err(AcquireError::Exhausted { .. })
+    ));
+    assert_eq!(ready(&pool), 4, "nothing was taken");
+    parked(&fake)[1].kill();
+    assert!(matches!(
+        pool.acquire_many(PY, 4),
+        Err(AcquireError::Exhausted { .. })
+    ));
+    let leases = pool.acquire_many(PY, 3).unwrap();
+    assert!(leases.iter().all(|lease| lease.work() == Ok(1)));
+    assert!(pool.acquire_many(PY, 0).unwrap().is_empty());
+    drop(leases);
+    gate.open();
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn max_concurrent_vms_bounds_leases_over_all_profiles() {
+    let fake = FakeBackend::new();
+    let config = PoolConfig::new(2)
+        .profile(Profile::new(PY, PY).warm_pool_size(2))
+        .profile(Profile::new(JS, JS).warm_pool_size(2))
+        .health(quiet());
+    let pool = running(&fake, config).await;
+    let (python, javascript) = (pool.acquire(PY).unwrap(), pool.acquire(JS).unwrap());
+    let error = pool.acquire(PY).unwrap_err();
+    assert!(matches!(
+        error,
+        AcquireError::Exhausted {
+            why: Shortage::LeaseLimit(2),
+            ..
+        }
+    ));
+    assert_eq!(counts(&pool, PY).ready + counts(&pool, PY).booting, 1);
+    // A lease that comes free goes to whoever waits longest, of either profile.
+    let waiting = pool.clone();
+    let first = tokio::spawn(async move { waiting.acquire_timeout(JS, secs(9)).await });
+    settle().await;
+    let waiting = pool.clone();
+    let second = tokio::spawn(async move { waiting.acquire_timeout(PY, secs(9)).await });
+    settle().await;
+    drop(python);
+    let first = first.await.unwrap().unwrap();
+    settle().await;
+    assert!(!second.is_finished());
+    drop(javascript);
+    let second = second.await.unwrap().unwrap();
+    assert_eq!((first.profile(), second.profile()), (JS, PY));
+    drop((first, second));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn into_inner_takes_the_vm_out_and_its_reservation_lives_as_long() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let (vm, reservation) = pool.acquire(PY).unwrap().into_inner();
+    pool.wait_ready(secs(1)).await.unwrap();
+    assert_eq!(pool.status().leased, 0);
+    assert_eq!(pool.status().usage.vms, 2, "still counted");
+    pool.stop().await;
+    assert!(vm.handle().is_alive(), "the caller's for good");
+    assert_eq!(pool.status().usage.vms, 1);
+    drop((vm, reservation));
+    assert_eq!(pool.status().usage.vms, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_beyond_its_deadline_or_idle_for_too_long_is_ended() {
+    let fake = FakeBackend::new();
+    let mut limits = hearth_pool::config::LeaseConfig::default();
+    limits.deadline_ms = 60_000;
+    limits.idle_ms = 10_000;
+    let pool = running(&fake, config(2).lease(limits)).await;
+    let mut events = pool.subscribe();
+    let busy = pool.acquire(PY).unwrap();
+    let idle = pool.acquire(PY).unwrap();
+    for _ in 0..11 {
+        tokio::time::sleep(secs(5)).await;
+        assert!(busy.work().is_ok());
+    }
+    assert_eq!(idle.work(), Err(FakeVmError::Ended));
+    tokio::time::sleep(secs(6)).await;
+    assert_eq!(
+        busy.work(),
+        Err(FakeVmError::Ended),
+        "used or not, a minute is enough"
+    );
+    let mut overdue = Vec::new();
+    while let Ok(event) = events.try_recv() {
+        if let EventKind::Overdue(why) = event.kind {
+            overdue.push((event.vm.unwrap(), why));
+        }
+    }
+    let expected = [
+        (idle.id(), hearth_pool::Overdue::Idle),
+        (busy.id(), hearth_pool::Overdue::Deadline),
+    ];
+    assert_eq!(overdue, expected);
+    drop((busy, idle));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_handed_out_before_the_start_or_after_the_stop() {
+    let fake = FakeBackend::new();
+    let pool = make(&fake, config(1));
+    assert!(matches!(pool.acquire(PY), Err(AcquireError::NotStarted)));
+    let error = pool.acquire_timeout(PY, secs(1)).await.unwrap_err();
+    assert!(matches!(error, AcquireError::NotStarted));
+    pool.start().await.unwrap();
+    assert!(pool.acquire(PY).is_ok());
+    pool.stop().await;
+    assert_eq!(pool.status().phase, Phase::Stopped);
+    assert!(pool.acquire(PY).is_err());
+}

@@ -1,0 +1,9 @@
+//! The contract of the warm pool, row by row: each test is named after its row. Rows that need a
+//! real guest are elsewhere; here a fake backend and paused time make every interleaving repeatable.
+
+mod acquire;
+mod health;
+mod replenish;
+mod sizing;
+mod start_stop;
+mod support;

@@ -1,0 +1,507 @@
+//! The contract's section "Replenish", row by row.
+
+use crate::support::*;
+use futures::future::join_all;
+use hearth_pool::fake::{Boot, FakeBackend, FakeHost, Gate, Ping};
+use hearth_pool::{
+    AcquireError, BootFailure, EventKind, Pool, PoolConfig, Profile, Replenished, Shortage,
+};
+use tokio::time::{Instant, sleep, timeout};
+
+fn booted(results: &[Replenished]) -> usize {
+    results
+        .iter()
+        .filter(|result| matches!(result, Replenished::Booted(_)))
+        .count()
+}
+
+fn full(results: &[Replenished]) -> usize {
+    results
+        .iter()
+        .filter(|result| matches!(result, Replenished::Full))
+        .count()
+}
+
+async fn calls(pool: &Pool<FakeBackend>, count: usize) -> Vec<Replenished> {
+    join_all((0..count).map(|_| async { pool.replenish(PY).await.unwrap() })).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn replenish_resolves_after_at_most_one_boot_and_never_raises() {
+    let fake = FakeBackend::new();
+    fake.script(
+        PY,
+        [
+            Boot::Fail("no disk"),
+            Boot::Panic,
+            Boot::Hang,
+            Boot::Dead,
+            Boot::Fine,
+        ],
+    );
+    let pool = by_hand(&fake, config(1)).await;
+    let failure = |result| match result {
+        Replenished::Failed(why) => why,
+        other => panic!("{other:?}"),
+    };
+    let why = failure(pool.replenish(PY).await.unwrap());
+    assert!(
+        std::error::Error::source(&why)
+            .unwrap()
+            .to_string()
+            .contains("no disk")
+    );
+    let why = failure(pool.replenish(PY).await.unwrap());
+    assert!(matches!(why, BootFailure::Panicked));
+    let why = failure(pool.replenish(PY).await.unwrap());
+    assert!(matches!(why, BootFailure::TimedOut(limit) if limit == secs(30)));
+    let why = failure(pool.replenish(PY).await.unwrap());
+    assert!(matches!(why, BootFailure::Unhealthy(_)));
+    assert!(matches!(
+        pool.replenish(PY).await.unwrap(),
+        Replenished::Booted(_)
+    ));
+    assert!(matches!(
+        pool.replenish(PY).await.unwrap(),
+        Replenished::Full
+    ));
+    assert_eq!(fake.tally(PY).boots, 5);
+    assert!(pool.replenish("perl").await.is_err());
+    stop_clean(pool, &fake).await;
+    let why = failure(make(&fake, config(1)).replenish(PY).await.unwrap());
+    assert!(matches!(why, BootFailure::Stopping));
+}
+
+#[tokio::test(start_paused = true)]
+async fn three_concurrent_calls_size_one_exactly_one_boot() {
+    let fake = FakeBackend::new();
+    fake.by_default(PY, Boot::After(secs(1)));
+    let pool = by_hand(&fake, config(1)).await;
+    let results = calls(&pool, 3).await;
+    assert_eq!((booted(&results), full(&results)), (1, 2));
+    let tally = fake.tally(PY);
+    assert_eq!((tally.boots, tally.most_booting), (1, 1));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn twenty_calls_size_two_two_boots_one_at_a_time() {
+    let fake = FakeBackend::new();
+    fake.by_default(PY, Boot::After(secs(1)));
+    let config = PoolConfig::new(8)
+        .profile(Profile::new(PY, PY))
+        .health(quiet());
+    let pool = by_hand(&fake, config).await;
+    let results = calls(&pool, 20).await;
+    assert_eq!((booted(&results), full(&results)), (2, 18));
+    let tally = fake.tally(PY);
+    assert_eq!((tally.boots, tally.most_booting), (2, 1));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn ten_calls_size_five_five_boots_at_most_two_at_a_time() {
+    let fake = FakeBackend::new();
+    fake.by_default(PY, Boot::After(secs(1)));
+    let pool = by_hand(&fake, config(5)).await;
+    let results = calls(&pool, 10).await;
+    assert_eq!((booted(&results), full(&results)), (5, 5));
+    let tally = fake.tally(PY);
+    assert_eq!((tally.boots, tally.most_booting), (5, 2));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pool_filled_by_someone_else_while_waiting_for_the_permit_no_boot() {
+    let fake = FakeBackend::new();
+    let gate = gated(&fake, PY);
+    let pool = by_hand(&fake, config(2)).await;
+    let other = pool.clone();
+    let first = tokio::spawn(async move { other.replenish(PY).await });
+    gate.held(1).await;
+    let other = pool.clone();
+    let second = tokio::spawn(async move { other.replenish(PY).await });
+    settle().await;
+    // Size 2, one permit: the second waits; meanwhile a VM comes in from outside.
+    pool.offer(PY, fake.make(PY)).await.unwrap();
+    gate.open();
+    assert!(matches!(
+        first.await.unwrap().unwrap(),
+        Replenished::Booted(_)
+    ));
+    assert!(matches!(second.await.unwrap().unwrap(), Replenished::Full));
+    assert_eq!(fake.tally(PY).boots, 1);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn sequential_calls_fill_an_empty_pool_of_size_n_in_n_boots() {
+    for size in [1, 2, 5] {
+        let fake = FakeBackend::new();
+        let pool = by_hand(&fake, config(size)).await;
+        for made in 1..=size {
+            assert!(matches!(
+                pool.replenish(PY).await.unwrap(),
+                Replenished::Booted(_)
+            ));
+            assert_eq!(ready(&pool), made);
+        }
+        assert!(matches!(
+            pool.replenish(PY).await.unwrap(),
+            Replenished::Full
+        ));
+        assert_eq!(fake.tally(PY).boots, size);
+        stop_clean(pool, &fake).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn profiles_never_block_one_another() {
+    // Each one's boot waits until the other's has begun.
+    let fake = FakeBackend::new();
+    let (python, javascript) = (gated(&fake, PY), gated(&fake, JS));
+    let config = config(1).profile(Profile::new(JS, JS).warm_pool_size(1));
+    let pool = by_hand(&fake, config).await;
+    let first = pool.replenish(PY);
+    let second = pool.replenish(JS);
+    let releases = async {
+        python.held(1).await;
+        javascript.held(1).await;
+        javascript.open();
+        while counts(&pool, JS).ready == 0 {
+            tokio::task::yield_now().await;
+        }
+        python.open();
+    };
+    let (first, second, ()) = tokio::join!(first, second, releases);
+    assert_eq!(booted(&[first.unwrap(), second.unwrap()]), 2);
+
+    // A profile whose boots hang does not keep the other from refilling.
+    let lease = (pool.acquire(PY).unwrap(), pool.acquire(JS).unwrap());
+    fake.by_default(PY, Boot::Hang);
+    fake.by_default(JS, Boot::Fine);
+    let other = pool.clone();
+    let hanging = tokio::spawn(async move { other.replenish(PY).await });
+    settle().await;
+    assert_eq!(booted(&[pool.replenish(JS).await.unwrap()]), 1);
+    hanging.abort();
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_boot_releases_its_permit() {
+    let fake = FakeBackend::new();
+    fake.script(PY, [Boot::Fail("once")]);
+    let pool = by_hand(&fake, config(1)).await;
+    assert!(matches!(
+        pool.replenish(PY).await.unwrap(),
+        Replenished::Failed(_)
+    ));
+    assert_eq!((ready(&pool), counts(&pool, PY).booting), (0, 0));
+    assert!(matches!(
+        pool.replenish(PY).await.unwrap(),
+        Replenished::Booted(_)
+    ));
+    assert_eq!(ready(&pool), 1);
+    assert_eq!(fake.tally(PY).boots, 2);
+    let status = pool.status();
+    let profile = status.profile(PY).unwrap();
+    assert_eq!(
+        (profile.counts.boots, profile.counts.boot_failures),
+        (1, 1),
+        "counted"
+    );
+    assert!(matches!(
+        profile.last_failure,
+        Some(BootFailure::Backend(_))
+    ));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_loop_retries_a_failed_boot_with_backoff_until_the_pool_is_full() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    fake.script(
+        PY,
+        [
+            Boot::Fail("1"),
+            Boot::Fail("2"),
+            Boot::Fail("3"),
+            Boot::Fine,
+        ],
+    );
+    let mut events = pool.subscribe();
+    drop(pool.acquire(PY).unwrap());
+    let began = Instant::now();
+    let mut failures = Vec::new();
+    pool.wait_ready(secs(30)).await.unwrap();
+    while let Ok(event) = events.try_recv() {
+        if matches!(event.kind, EventKind::BootFailed(_)) {
+            failures.push(event.vm);
+        }
+    }
+    assert_eq!(failures.len(), 3);
+    let took = began.elapsed();
+    assert!((millis(600)..=millis(2_900)).contains(&took), "{took:?}");
+    assert_eq!(fake.tally(PY).boots, 5);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_breaker_stops_hammering_a_broken_image_says_so_and_recovers() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(2)).await;
+    let mut events = pool.subscribe();
+    fake.by_default(PY, Boot::Fail("broken image"));
+    drop(pool.acquire_many(PY, 2).unwrap());
+    sleep(secs(25)).await;
+    let before = fake.tally(PY).boots;
+    assert!(before <= 2 + 5, "{before}");
+    assert!(counts(&pool, PY).breaker_open);
+    let error = pool.acquire_timeout(PY, secs(1)).await.unwrap_err();
+    let AcquireError::Timeout {
+        why: Shortage::BreakerOpen(failures),
+        ..
+    } = error
+    else {
+        panic!("{error}")
+    };
+    assert_eq!(failures, 5);
+    sleep(secs(3_600)).await;
+    let in_an_hour = fake.tally(PY).boots - before;
+    assert!(
+        (10..=16).contains(&in_an_hour),
+        "one at a time, minutes apart: {in_an_hour}"
+    );
+    fake.by_default(PY, Boot::Fine);
+    pool.wait_ready(secs(301)).await.unwrap();
+    assert!(!counts(&pool, PY).breaker_open);
+    let mut seen = (0, 0);
+    while let Ok(event) = events.try_recv() {
+        match event.kind {
+            EventKind::BreakerOpened(_) => seen.0 += 1,
+            EventKind::BreakerClosed => seen.1 += 1,
+            _ => {}
+        }
+    }
+    assert_eq!(seen, (1, 1));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn dropping_a_replenish_future_releases_its_permit() {
+    let fake = FakeBackend::new();
+    let gate = gated(&fake, PY);
+    let pool = by_hand(&fake, config(1)).await;
+    assert!(timeout(secs(1), pool.replenish(PY)).await.is_err());
+    settle().await;
+    assert_eq!((counts(&pool, PY).booting, fake.tally(PY).booting), (0, 0));
+    gate.open();
+    assert!(matches!(
+        pool.replenish(PY).await.unwrap(),
+        Replenished::Booted(_)
+    ));
+    // One that still queues for the permit.
+    let lease = pool.acquire(PY).unwrap();
+    let gate = gated(&fake, PY);
+    let other = pool.clone();
+    let first = tokio::spawn(async move { other.replenish(PY).await });
+    gate.held(1).await;
+    assert!(timeout(secs(1), pool.replenish(PY)).await.is_err());
+    gate.open();
+    assert!(matches!(
+        first.await.unwrap().unwrap(),
+        Replenished::Booted(_)
+    ));
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_created_but_not_yet_parked_is_destroyed_with_its_replenish_future() {
+    let fake = FakeBackend::new();
+    let gate = Gate::new();
+    fake.script_pings(PY, [Ping::Gate(gate.clone())]);
+    let pool = by_hand(&fake, config(1)).await;
+    let mut call = Box::pin(pool.replenish(PY));
+    tokio::select! {
+        _ = &mut call => panic!("resolved"),
+        () = gate.held(1) => {}
+    }
+    assert_eq!(fake.tally(PY).live, 1);
+    drop(call);
+    settle().await;
+    let tally = fake.tally(PY);
+    assert_eq!((tally.live, tally.retired), (0, 1));
+    assert_eq!((ready(&pool), counts(&pool, PY).booting), (0, 0));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_callers_are_served_before_stock_is_refilled() {
+    let fake = FakeBackend::new();
+    let gate = gated(&fake, PY);
+    let pool = by_hand(&fake, config(4)).await;
+    let waiters: Vec<_> = (0..2)
+        .map(|_| {
+            let pool = pool.clone();
+            tokio::spawn(async move { pool.acquire_timeout(PY, secs(9)).await })
+        })
+        .collect();
+    settle().await;
+    gate.open();
+    for waiter in waiters {
+        assert!(matches!(
+            pool.replenish(PY).await.unwrap(),
+            Replenished::Booted(_)
+        ));
+        assert_eq!(ready(&pool), 0);
+        drop(waiter.await.unwrap().unwrap());
+    }
+    assert!(matches!(
+        pool.replenish(PY).await.unwrap(),
+        Replenished::Booted(_)
+    ));
+    assert_eq!(ready(&pool), 1);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn under_limits_a_profile_with_waiting_callers_boots_before_anothers_stock() {
+    let fake = FakeBackend::new();
+    let mut config = config(1).profile(Profile::new(JS, JS).warm_pool_size(1));
+    config.limits.vms = 2;
+    let pool = running(&fake, config).await;
+    let (python, javascript) = (pool.acquire(PY).unwrap(), pool.acquire(JS).unwrap());
+    settle().await;
+    assert!(matches!(
+        pool.acquire(JS),
+        Err(AcquireError::Exhausted {
+            why: Shortage::HostLimits,
+            ..
+        })
+    ));
+    let waiting = pool.clone();
+    let waiter = tokio::spawn(async move { waiting.acquire_timeout(JS, secs(9)).await });
+    settle().await;
+    drop(python);
+    let served = waiter.await.unwrap().unwrap();
+    assert_eq!(served.profile(), JS);
+    assert_eq!(counts(&pool, PY).ready, 0, "stock came second");
+    drop((javascript, served));
+    pool.wait_ready(secs(1)).await.unwrap();
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_limits_bound_everything_that_lives() {
+    let fake = FakeBackend::new();
+    let mut config = config(2);
+    config.limits.vms = 3;
+    let pool = running(&fake, config).await;
+    let leases = pool.acquire_many(PY, 2).unwrap();
+    settle().await;
+    assert_eq!(ready(&pool), 1, "three live, and no more");
+    assert_eq!(fake.live().len(), 3);
+    let denied = pool.replenish(PY).await.unwrap();
+    assert!(
+        matches!(denied, Replenished::Failed(BootFailure::Denied(_))),
+        "{denied:?}"
+    );
+    drop(leases);
+    pool.wait_ready(secs(1)).await.unwrap();
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_pressure_stops_refill_but_not_boots_for_waiting_callers() {
+    let fake = FakeBackend::new();
+    let host = FakeHost::new(Some(100_000));
+    let pool = Pool::with_host(fake.clone(), config(2), host.clone()).unwrap();
+    pool.start().await.unwrap();
+    sleep(secs(2)).await;
+    host.stall(55.0);
+    drop(pool.acquire_many(PY, 2).unwrap());
+    sleep(secs(30)).await;
+    assert_eq!((ready(&pool), fake.tally(PY).boots), (0, 2));
+    assert!(pool.status().memory_pressure);
+    let lease = pool.acquire_timeout(PY, secs(5)).await.unwrap();
+    assert_eq!(fake.tally(PY).boots, 3);
+    host.stall(0.5);
+    pool.wait_ready(secs(3)).await.unwrap();
+    assert!(!pool.status().memory_pressure);
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resize_takes_effect_at_once_and_never_over_boots() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(2)).await;
+    pool.resize(PY, 6).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    assert_eq!(ready(&pool), 6);
+    let proven_last = parked(&fake).last().unwrap().id();
+    pool.resize(PY, 1).unwrap();
+    assert_eq!(ready(&pool), 1);
+    settle().await;
+    assert_eq!(parked(&fake)[0].id(), proven_last);
+    // Shrinking gives up boots.
+    let gate = gated(&fake, PY);
+    pool.resize(PY, 4).unwrap();
+    gate.held(2).await;
+    pool.resize(PY, 1).unwrap();
+    settle().await;
+    assert_eq!((ready(&pool), fake.tally(PY).booting), (1, 0));
+    assert!(pool.resize("perl", 1).is_err());
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drained_profile_is_empty_until_it_is_undrained() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(2)).await;
+    let lease = pool.acquire(PY).unwrap();
+    assert_eq!(pool.drain(PY, secs(3)).await, Ok(1));
+    assert!(matches!(pool.acquire(PY), Err(AcquireError::Draining(_))));
+    assert!(matches!(
+        pool.acquire_timeout(PY, secs(1)).await,
+        Err(AcquireError::Draining(_))
+    ));
+    assert!(matches!(
+        pool.replenish(PY).await.unwrap(),
+        Replenished::Full
+    ));
+    drop(lease);
+    assert_eq!(pool.drain(PY, secs(3)).await, Ok(0));
+    assert!(fake.live().is_empty());
+    pool.undrain(PY).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    assert!(pool.acquire(PY).is_ok());
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn demand_moves_the_size_between_its_bounds() {
+    let fake = FakeBackend::new();
+    let scale = hearth_pool::Autoscale::between(1, 4).window(secs(10));
+    let profile = Profile::new(PY, PY).warm_pool_size(1).autoscale(scale);
+    let pool = running(&fake, PoolConfig::new(100).profile(profile).health(quiet())).await;
+    let lease = pool.acquire(PY).unwrap();
+    for _ in 0..3 {
+        // Nothing runs in between: all three miss.
+        assert!(pool.acquire(PY).is_err());
+    }
+    sleep(secs(11)).await;
+    assert_eq!(
+        (counts(&pool, PY).size, ready(&pool)),
+        (2, 2),
+        "twice the size at most"
+    );
+    sleep(secs(11)).await;
+    assert_eq!(counts(&pool, PY).size, 1, "what nobody needs is given back");
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}

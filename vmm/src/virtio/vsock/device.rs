@@ -1,6 +1,7 @@
 //! The device: moves packets between the queues and the muxer.
 
 use std::io::{Read, Write};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -48,6 +49,8 @@ struct Active {
     tx: Queue,
     events: Queue,
     interrupt: Interrupt,
+    /// While the guest has not handled an event: how many buffers it had provided before.
+    unhandled_event: Option<u16>,
 }
 
 /// What a run may still do.
@@ -152,6 +155,7 @@ impl VirtioDevice for VsockDevice {
             tx,
             events,
             interrupt: activation.interrupt,
+            unhandled_event: None,
         });
         let mut muxer = lock(&self.hub.muxer);
         muxer.take_in(self.hub.take_inbox());
@@ -214,7 +218,13 @@ impl VsockDevice {
         }
         // TX first: what it frees or asks for goes out in the same run.
         let received = active.receive(&mut muxer)?;
-        let sent = active.send(&mut muxer)?;
+        // The reset ends all connections that the guest knows when it handles it, new ones too, and it
+        // may look at RX first: nothing goes there before.
+        let sent = if active.is_event_handled()? {
+            active.send(&mut muxer)?
+        } else {
+            Progress::Idle
+        };
         let again = received == Progress::More || sent == Progress::More;
         Ok(if again {
             Progress::More
@@ -343,10 +353,35 @@ impl Active {
         buffer
             .write_all(&event)
             .map_err(|_| Fault::Request("event buffer shorter than an event"))?;
+        self.unhandled_event = Some(self.await_event_buffer()?);
+        let ram = self.ram.map();
         self.events.add_used(ram, head, 4)?;
         if self.events.needs_notification(ram)? {
             self.interrupt.used();
         }
         Ok(true)
+    }
+
+    /// Asks the guest to kick when it provides its next event buffer; says how many it has provided.
+    fn await_event_buffer(&mut self) -> Result<u16, Fault> {
+        let ram = self.ram.map();
+        let provided = self.events.avail_idx(ram, Ordering::Acquire)?.0;
+        // Buffers that are there already must not count: the queue asks for a kick at its position.
+        let position = self.events.next_avail();
+        self.events.set_next_avail(provided);
+        let asked = self.events.enable_notification(ram);
+        self.events.set_next_avail(position);
+        asked?;
+        Ok(provided)
+    }
+
+    /// Whether the guest has handled the last event: it gives the buffer back when it has.
+    fn is_event_handled(&mut self) -> Result<bool, Fault> {
+        if let Some(provided) = self.unhandled_event
+            && self.events.avail_idx(self.ram.map(), Ordering::Acquire)?.0 != provided
+        {
+            self.unhandled_event = None;
+        }
+        Ok(self.unhandled_event.is_none())
     }
 }

@@ -183,6 +183,10 @@ pub struct Guest {
     pub refill: bool,
     /// RX buffers that did not.
     pub rx_idle: Vec<u16>,
+    /// Whether an event's buffer goes back to the device at once, as it does when it was handled.
+    pub handles_events: bool,
+    /// Event buffers that did not.
+    pub events_idle: Vec<u16>,
     /// How often the device ran.
     pub runs: usize,
     /// How often the guest kicked.
@@ -222,6 +226,8 @@ impl Guest {
             events: Vec::new(),
             refill: true,
             rx_idle: Vec::new(),
+            handles_events: true,
+            events_idle: Vec::new(),
             runs: 0,
             kicks: 0,
             foreign_ok: false,
@@ -412,7 +418,11 @@ impl Guest {
             let addr = EVENT_BUFFERS + u64::from(head) * 64;
             self.events
                 .push(self.ram.map().read_obj(GuestAddress(addr)).unwrap());
-            self.push(EVENT, head);
+            if self.handles_events {
+                self.push(EVENT, head);
+            } else {
+                self.events_idle.push(head);
+            }
         }
         true
     }

@@ -1,6 +1,7 @@
 //! Snapshots: what the restored guest sees of its connections, and what can be reattached.
 
 use super::*;
+use crate::virtio::vsock::testing::EVENT;
 
 fn through_serde(state: &VsockState) -> VsockState {
     let raw = RawVsockState::from(state.clone());
@@ -35,6 +36,37 @@ async fn the_restored_guest_sees_its_connections_end() {
     assert_eq!(restored.events, [0]);
     restored.expect_nothing();
     assert_eq!(restored.connections(), 0);
+}
+
+/// Linux ends every connection that it knows when it handles the reset, new ones too, and says nothing
+/// to the host: a connect that overtakes the reset hung for ever.
+#[tokio::test]
+async fn a_connect_right_after_a_restore_waits_until_the_guest_handled_the_reset() {
+    for event_idx in [true, false] {
+        let setup = Setup {
+            event_idx,
+            ..Setup::default()
+        };
+        let mut guest = Guest::new(setup);
+        let (_stream, _) = connected(&mut guest, 1, 65536).await;
+        while guest.recv().is_some() {}
+        let mut restored = guest.restored();
+        restored.handles_events = false;
+        let host = restored.host.clone();
+        let connecting = tokio::spawn(async move { host.connect(2).await.is_ok() });
+        tokio::task::yield_now().await;
+        restored.pump();
+        assert_eq!(restored.events, [0]);
+        restored.kick();
+        restored.expect_nothing();
+        // The guest handles it: its kick lets the request go.
+        for head in std::mem::take(&mut restored.events_idle) {
+            restored.push(EVENT, head);
+        }
+        let (request, _) = restored.expect(Op::Request);
+        assert_eq!(request.dst_port, 2);
+        connecting.abort();
+    }
 }
 
 /// FC#5688: the first connects after a restore were reset, because host ports were used again.

@@ -43,22 +43,14 @@ pub use tools::MissingTools;
 
 use cache::Cache;
 
-/// Words of the kernel command line that only our kernel knows and that every
-/// guest with it should get, whatever the host. Other kernels ignore them.
-///
-/// The words that depend on the host or on the monitor's devices
-/// (`hearth.emulated`, `hearth.report=PORT`) are the monitor's to add.
-pub const KERNEL_WORDS: &[&str] = &["hearth.fast"];
-
-/// What a guest boots from.
+/// What a guest boots from. Words for the kernel's command line are the
+/// monitor's to choose: they depend on the host and on its devices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestImage {
     /// An uncompressed ELF `vmlinux`, or the user's own kernel.
     pub kernel: PathBuf,
     /// An uncompressed cpio archive whose `/init` is the agent.
     pub initramfs: PathBuf,
-    /// Command-line words that go with the kernel.
-    pub words: Vec<String>,
 }
 
 /// What the cache holds of what this version would use.
@@ -163,7 +155,6 @@ impl Images {
         Ok(GuestImage {
             kernel,
             initramfs: self.initramfs(progress)?,
-            words: KERNEL_WORDS.iter().map(|word| (*word).to_owned()).collect(),
         })
     }
 
@@ -185,7 +176,6 @@ impl Images {
         Ok(GuestImage {
             kernel: kernel.to_owned(),
             initramfs: self.initramfs(progress)?,
-            words: Vec::new(),
         })
     }
 

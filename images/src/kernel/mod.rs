@@ -44,6 +44,11 @@ patches![
     "0006-mm-hearth-less-work-on-memory-at-boot.patch",
     "0007-x86-alternatives-hearth-patch-without-decoding-and-p.patch",
     "0008-tick-hearth-a-tenth-of-the-timer-interrupts-while-bo.patch",
+    "0009-mm-hearth-struct-pages-by-the-block-no-page-attribut.patch",
+    "0010-init-hearth-no-messages-that-a-quiet-boot-hides-no-f.patch",
+    "0011-x86-lib-hearth-copy-and-fill-with-string-instruction.patch",
+    "0012-x86-hearth-no-2-MiB-page-for-the-entry-code-without-.patch",
+    "0013-random-hearth-let-root-renew-the-boot_id-of-a-cloned.patch",
 ];
 
 /// Why there is no kernel.

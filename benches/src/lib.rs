@@ -1,1 +1,9 @@
-//! vmm-bench: boot, fork and hand-off measured beside peers.
+//! vmm-bench: what Hearth's steps cost, measured beside the bare ioctls that they consist of.
+//!
+//! A [`scenario`] takes samples, interleaved A/B/A/B where it compares two sides; [`stats`] sums them
+//! up and refuses ratios that too few samples would carry; [`report`] is the JSON and the table.
+
+pub mod environment;
+pub mod report;
+pub mod scenario;
+pub mod stats;

@@ -1,0 +1,106 @@
+//! `vmm-bench`: see `vmm-bench --help`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use hearth_bench::environment::Environment;
+use hearth_bench::report::Report;
+use hearth_bench::scenario::{boot, fork};
+use hearth_images::{Images, Silent};
+
+/// Measures what Hearth's steps cost on this machine, beside the bare ioctls that they consist of.
+///
+/// Close other programs first: figures from a busy machine say little. Ratios come with a 95 %
+/// confidence interval, and are refused when too few samples stand behind them.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    scenario: Scenario,
+    /// Print JSON with all samples instead of the table.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Scenario {
+    /// Fork a guest by raw ioctls, without any code of Hearth's.
+    Floor(Count),
+    /// Fork a template up to its first instruction, in turns with the floor.
+    Fork(Count),
+    /// Boot the base image to the agent's pong, then fork it to pong.
+    Boot {
+        /// Boots (each takes seconds where ring 0 is emulated).
+        #[arg(short, default_value_t = 3)]
+        n: usize,
+        /// Forks of the booted guest.
+        #[arg(long, default_value_t = 50)]
+        forks: usize,
+        /// A kernel of your own; the cached base image when not given.
+        #[arg(long, requires = "initramfs")]
+        kernel: Option<PathBuf>,
+        /// An initramfs with the agent.
+        #[arg(long, requires = "kernel")]
+        initramfs: Option<PathBuf>,
+    },
+}
+
+#[derive(Args)]
+struct Count {
+    /// Samples of each side.
+    #[arg(short, default_value_t = 200)]
+    n: usize,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprint!("vmm-bench: {error}");
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                eprint!(": {error}");
+                cause = error.source();
+            }
+            eprintln!();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Box<dyn std::error::Error>> {
+    let mut report = Report::new(Environment::here()?);
+    match cli.scenario {
+        Scenario::Floor(count) => fork::floor_only(&mut report, count.n)?,
+        Scenario::Fork(count) => fork::beside_floor(&mut report, count.n)?,
+        Scenario::Boot {
+            n,
+            forks,
+            kernel,
+            initramfs,
+        } => {
+            let (kernel, initramfs) = match (kernel, initramfs) {
+                (Some(kernel), Some(initramfs)) => (kernel, initramfs),
+                _ => {
+                    let image = Images::open(None)?.base(&Silent)?;
+                    (image.kernel, image.initramfs)
+                }
+            };
+            let files = boot::Files {
+                kernel: &kernel,
+                initramfs: &initramfs,
+            };
+            tokio::runtime::Builder::new_current_thread()
+                .enable_time()
+                .build()?
+                .block_on(boot::run(&mut report, files, n, forks))?;
+        }
+    }
+    if cli.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(())
+}

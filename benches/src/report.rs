@@ -1,0 +1,184 @@
+//! Results as JSON and as a table.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::environment::Environment;
+use crate::stats::{Ratio, Summary};
+
+/// Version of the JSON.
+pub const SCHEMA: u32 = 1;
+
+/// One metric of one side.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// The scenario.
+    pub scenario: String,
+    /// What was measured.
+    pub metric: String,
+    /// Unit of the figures.
+    pub unit: String,
+    /// Who was measured: `hearth` or a peer.
+    pub side: String,
+    /// The summary.
+    #[serde(flatten)]
+    pub summary: Summary,
+    /// All samples, in the order taken.
+    pub samples: Vec<f64>,
+}
+
+/// Two sides of one metric.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RatioRow {
+    /// What was measured.
+    pub metric: String,
+    /// The side above the line.
+    pub a: String,
+    /// The side below the line.
+    pub b: String,
+    /// The ratio.
+    #[serde(flatten)]
+    pub ratio: Ratio,
+}
+
+/// Everything that one run found.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// Version of this format.
+    pub schema: u32,
+    /// The machine.
+    pub env: Environment,
+    /// Metrics.
+    pub results: Vec<Row>,
+    /// Comparisons.
+    pub ratios: Vec<RatioRow>,
+    /// What could not be measured, and why.
+    pub not_measured: Vec<String>,
+}
+
+impl Report {
+    /// An empty report.
+    #[must_use]
+    pub fn new(env: Environment) -> Self {
+        Self {
+            schema: SCHEMA,
+            env,
+            results: Vec::new(),
+            ratios: Vec::new(),
+            not_measured: Vec::new(),
+        }
+    }
+
+    /// Adds a metric; without samples it counts as not measured.
+    pub fn add(&mut self, scenario: &str, metric: &str, unit: &str, side: &str, samples: Vec<f64>) {
+        match Summary::of(&samples) {
+            Some(summary) => self.results.push(Row {
+                scenario: scenario.into(),
+                metric: metric.into(),
+                unit: unit.into(),
+                side: side.into(),
+                summary,
+                samples,
+            }),
+            None => self
+                .not_measured
+                .push(format!("{scenario} {metric} ({side}): no samples")),
+        }
+    }
+
+    /// Compares two sides of a metric that were added before.
+    pub fn compare(&mut self, metric: &str, a: &str, b: &str) {
+        let samples = |side: &str| {
+            self.results
+                .iter()
+                .find(|row| row.metric == metric && row.side == side)
+                .map_or(&[][..], |row| &row.samples)
+        };
+        match Ratio::of(samples(a), samples(b)) {
+            Ok(ratio) => self.ratios.push(RatioRow {
+                metric: metric.into(),
+                a: a.into(),
+                b: b.into(),
+                ratio,
+            }),
+            Err(why) => self
+                .not_measured
+                .push(format!("{metric}: {a} / {b}: {why}")),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let env = &self.env;
+        writeln!(
+            f,
+            "{} x {}, Linux {}, ring 0 {:?}, load {:.1}",
+            env.cpus, env.cpu, env.kernel, env.profile, env.load
+        )?;
+        writeln!(
+            f,
+            "{:<10} {:<34} {:<12} {:>5} {:>11} {:>11} {:>11} {:>11}  unit",
+            "scenario", "metric", "side", "n", "min", "p50", "p99", "max"
+        )?;
+        for row in &self.results {
+            let s = &row.summary;
+            writeln!(
+                f,
+                "{:<10} {:<34} {:<12} {:>5} {:>11.1} {:>11.1} {:>11.1} {:>11.1}  {}",
+                row.scenario, row.metric, row.side, s.n, s.min, s.p50, s.p99, s.max, row.unit
+            )?;
+        }
+        for row in &self.ratios {
+            let r = &row.ratio;
+            writeln!(
+                f,
+                "{}: {} / {} = {:.3} (95 % {:.3} to {:.3}, n {})",
+                row.metric, row.a, row.b, r.ratio, r.ci95[0], r.ci95[1], r.n
+            )?;
+        }
+        for why in &self.not_measured {
+            writeln!(f, "NOT MEASURED: {why}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        Report::new(Environment {
+            version: "0".into(),
+            cpu: "c".into(),
+            cpus: 1,
+            kernel: "k".into(),
+            profile: hearth_vmm::CpuProfile::Native,
+            load: 0.0,
+        })
+    }
+
+    #[test]
+    fn the_json_comes_back_as_it_was() {
+        let mut report = report();
+        report.add("fork", "first exit", "us", "hearth", vec![2.0; 20]);
+        report.add("fork", "first exit", "us", "floor", vec![1.0; 20]);
+        report.compare("first exit", "hearth", "floor");
+        let json = serde_json::to_string(&report).unwrap();
+        let back: Report = serde_json::from_str(&json).unwrap();
+        assert_eq!(back.results[0].samples, report.results[0].samples);
+        assert_eq!(back.ratios[0].ratio.ratio, 2.0);
+        assert!(report.to_string().contains("hearth / floor = 2.000"));
+    }
+
+    #[test]
+    fn what_was_not_measured_is_said_and_never_a_figure() {
+        let mut report = report();
+        report.add("fork", "pong", "us", "hearth", vec![]);
+        report.compare("pong", "hearth", "firecracker");
+        assert!(report.results.is_empty() && report.ratios.is_empty());
+        assert_eq!(report.to_string().matches("NOT MEASURED").count(), 2);
+    }
+}

@@ -1,0 +1,33 @@
+//! What is measured.
+
+pub mod boot;
+pub mod floor;
+pub mod fork;
+
+/// Why a scenario could not be run.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct ScenarioError {
+    /// The step that failed.
+    what: String,
+    /// Why.
+    #[source]
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl ScenarioError {
+    pub(crate) fn at<E>(what: &str) -> impl FnOnce(E) -> Self
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        move |e| Self {
+            what: what.to_owned(),
+            source: e.into(),
+        }
+    }
+}
+
+/// Microseconds of a duration.
+pub(crate) fn us(duration: std::time::Duration) -> f64 {
+    duration.as_secs_f64() * 1e6
+}

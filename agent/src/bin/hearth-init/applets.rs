@@ -5,7 +5,7 @@
 mod vsock;
 
 use std::{
-    arch::asm,
+    arch::{asm, global_asm},
     ffi::{OsStr, OsString},
     fs,
     io::{self, Read, Write},
@@ -253,7 +253,7 @@ fn fill(args: &[OsString]) -> io::Result<u8> {
     Ok(0)
 }
 
-/// `alloc MIB`: takes so much memory and touches all of it.
+/// `alloc MIB [SECONDS]`: takes so much memory, touches all of it, and holds it for a time.
 fn alloc(args: &[OsString]) -> io::Result<u8> {
     let mib: usize = number(args, 0)?;
     let bytes = mib
@@ -270,18 +270,30 @@ fn alloc(args: &[OsString]) -> io::Result<u8> {
             .map(|&byte| usize::from(byte))
             .sum::<usize>()
     );
-    Ok(0)
+    match args.get(1..) {
+        Some(seconds @ [_, ..]) => sleep(seconds),
+        _ => Ok(0),
+    }
+}
+
+global_asm!("hearth_jump_back:", "jmp rcx");
+
+unsafe extern "C" {
+    /// What a kernel that is deceived would do with the jump of `jump-to`: go on where RCX says.
+    fn hearth_jump_back();
 }
 
 /// `jump-to ADDRESS`: jumps there as if it were a system call, with flags that no program may set, and says what came of
-/// it if it came back.
+/// it if it came back. `jump-to self` jumps to an address of its own that comes back, to see that it would.
 fn jump_to(args: &[OsString]) -> io::Result<u8> {
     let word = args
         .first()
         .and_then(|word| word.to_str())
         .unwrap_or_default();
-    let address =
-        u64::from_str_radix(word.trim_start_matches("0x"), 16).map_err(io::Error::other)?;
+    let address = match word {
+        "self" => hearth_jump_back as *const () as u64,
+        _ => u64::from_str_radix(word.trim_start_matches("0x"), 16).map_err(io::Error::other)?,
+    };
     const GETPID: u64 = 39;
     // Reserved bit, IOPL 3, nested task; interrupts off.
     const WANTED: u64 = 0x7002;

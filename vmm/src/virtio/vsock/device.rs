@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
@@ -31,6 +31,8 @@ const RUN_PACKETS: u32 = 256;
 const RUN_BYTES: u32 = 1 << 20;
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, the only event there is.
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
+/// How long packets to the guest wait for it to act on the event.
+const EVENT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The virtio-vsock device of one VM. Dropping it ends all its streams.
 #[derive(Debug)]
@@ -38,8 +40,21 @@ pub struct VsockDevice {
     hub: Arc<Hub>,
     guest_cid: u64,
     active: Option<Active>,
-    /// The guest must hear that all its connections are gone.
-    reset_event_owed: bool,
+    transport_reset: TransportReset,
+}
+
+/// Where the event is by which a restored guest learns that all its connections are gone. The guest
+/// applies it to every connection that it has by then, so none may be opened before it has: packets
+/// to the guest wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum TransportReset {
+    /// Heard, or never needed.
+    Done,
+    /// To be sent.
+    Owed,
+    /// Sent. A driver gives the buffer back once it has acted on the event: then it has made more
+    /// than `available` buffers available. One that never does is waited for until then.
+    Sent { available: u16, until: Instant },
 }
 
 #[derive(Debug)]
@@ -49,8 +64,6 @@ struct Active {
     tx: Queue,
     events: Queue,
     interrupt: Interrupt,
-    /// While the guest has not handled an event: how many buffers it had provided before.
-    unhandled_event: Option<u16>,
 }
 
 /// What a run may still do.
@@ -75,13 +88,19 @@ impl VsockDevice {
     /// the host's handle on it.
     #[must_use]
     pub fn new(guest_cid: u64, bell: Bell) -> (Self, VsockHost) {
-        Self::with(guest_cid, bell, |hub| Muxer::new(guest_cid, hub), false)
+        Self::with(
+            guest_cid,
+            bell,
+            |hub| Muxer::new(guest_cid, hub),
+            TransportReset::Done,
+        )
     }
 
     /// The state from which [`VsockDevice::restore`] continues. The device must not run meanwhile.
     #[must_use]
     pub fn save(&self) -> VsockState {
-        lock(&self.hub.muxer).save()
+        let owed = self.transport_reset != TransportReset::Done;
+        lock(&self.hub.muxer).save(owed)
     }
 
     /// A device that continues from `state` once it is activated with the queues that were saved
@@ -89,12 +108,16 @@ impl VsockDevice {
     /// one end: by the reset of the whole transport if none is durable, else one by one.
     #[must_use]
     pub fn restore(state: &VsockState, bell: Bell) -> (Self, VsockHost) {
-        let reset_event_owed = state.resets_transport();
+        let transport_reset = if state.resets_transport() {
+            TransportReset::Owed
+        } else {
+            TransportReset::Done
+        };
         Self::with(
             state.guest_cid(),
             bell,
             |hub| Muxer::restore(state, hub),
-            reset_event_owed,
+            transport_reset,
         )
     }
 
@@ -108,7 +131,7 @@ impl VsockDevice {
         guest_cid: u64,
         bell: Bell,
         muxer: impl FnOnce(Weak<Hub>) -> Muxer,
-        reset_event_owed: bool,
+        transport_reset: TransportReset,
     ) -> (Self, VsockHost) {
         let hub = Arc::new_cyclic(|hub| Hub::new(bell, muxer(Weak::clone(hub))));
         let host = VsockHost::new(&hub);
@@ -116,7 +139,7 @@ impl VsockDevice {
             hub,
             guest_cid,
             active: None,
-            reset_event_owed,
+            transport_reset,
         };
         (device, host)
     }
@@ -155,7 +178,6 @@ impl VirtioDevice for VsockDevice {
             tx,
             events,
             interrupt: activation.interrupt,
-            unhandled_event: None,
         });
         let mut muxer = lock(&self.hub.muxer);
         muxer.take_in(self.hub.take_inbox());
@@ -171,12 +193,16 @@ impl VirtioDevice for VsockDevice {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        lock(&self.hub.muxer).deadline()
+        let closing = lock(&self.hub.muxer).deadline();
+        match self.transport_reset {
+            TransportReset::Sent { until, .. } => Some(closing.map_or(until, |at| at.min(until))),
+            TransportReset::Owed | TransportReset::Done => closing,
+        }
     }
 
     fn reset(&mut self) {
         self.active = None;
-        self.reset_event_owed = false;
+        self.transport_reset = TransportReset::Done;
         let mut muxer = lock(&self.hub.muxer);
         muxer.take_in(self.hub.take_inbox());
         muxer.deactivate();
@@ -213,14 +239,10 @@ impl VsockDevice {
         let Some(active) = &mut self.active else {
             return Ok(Progress::Idle);
         };
-        if self.reset_event_owed {
-            self.reset_event_owed = !active.send_event(TRANSPORT_RESET)?;
-        }
+        self.transport_reset = active.reset_transport(self.transport_reset, now)?;
         // TX first: what it frees or asks for goes out in the same run.
         let received = active.receive(&mut muxer)?;
-        // The reset ends all connections that the guest knows when it handles it, new ones too, and it
-        // may look at RX first: nothing goes there before.
-        let sent = if active.is_event_handled()? {
+        let sent = if self.transport_reset == TransportReset::Done {
             active.send(&mut muxer)?
         } else {
             Progress::Idle
@@ -337,6 +359,34 @@ impl Active {
         Ok(progress)
     }
 
+    /// Brings the transport's reset as far as it gets.
+    fn reset_transport(
+        &mut self,
+        mut at: TransportReset,
+        now: Instant,
+    ) -> Result<TransportReset, Fault> {
+        if at == TransportReset::Owed {
+            // Before the guest can have acted on it.
+            let available = self.events.avail_idx(self.ram.map(), Ordering::Acquire)?.0;
+            let until = now + EVENT_TIMEOUT;
+            if self.send_event(TRANSPORT_RESET)? {
+                at = TransportReset::Sent { available, until };
+            }
+        }
+        if let TransportReset::Sent { available, until } = at {
+            let ram = self.ram.map();
+            // A kick for the buffer after `available`, not for the next one that is unused.
+            let next = self.events.next_avail();
+            self.events.set_next_avail(available);
+            let heard = self.events.enable_notification(ram);
+            self.events.set_next_avail(next);
+            if heard? || now >= until {
+                at = TransportReset::Done;
+            }
+        }
+        Ok(at)
+    }
+
     /// Puts an event into the guest's event queue; false if it has no buffer there.
     fn send_event(&mut self, event: [u8; 4]) -> Result<bool, Fault> {
         let ram = self.ram.map();
@@ -349,39 +399,13 @@ impl Active {
             }
         };
         let head = chain.head_index();
-        let mut buffer = Chain::writable(ram, chain)?;
-        buffer
+        Chain::writable(ram, chain)?
             .write_all(&event)
             .map_err(|_| Fault::Request("event buffer shorter than an event"))?;
-        self.unhandled_event = Some(self.await_event_buffer()?);
-        let ram = self.ram.map();
         self.events.add_used(ram, head, 4)?;
         if self.events.needs_notification(ram)? {
             self.interrupt.used();
         }
         Ok(true)
-    }
-
-    /// Asks the guest to kick when it provides its next event buffer; says how many it has provided.
-    fn await_event_buffer(&mut self) -> Result<u16, Fault> {
-        let ram = self.ram.map();
-        let provided = self.events.avail_idx(ram, Ordering::Acquire)?.0;
-        // Buffers that are there already must not count: the queue asks for a kick at its position.
-        let position = self.events.next_avail();
-        self.events.set_next_avail(provided);
-        let asked = self.events.enable_notification(ram);
-        self.events.set_next_avail(position);
-        asked?;
-        Ok(provided)
-    }
-
-    /// Whether the guest has handled the last event: it gives the buffer back when it has.
-    fn is_event_handled(&mut self) -> Result<bool, Fault> {
-        if let Some(provided) = self.unhandled_event
-            && self.events.avail_idx(self.ram.map(), Ordering::Acquire)?.0 != provided
-        {
-            self.unhandled_event = None;
-        }
-        Ok(self.unhandled_event.is_none())
     }
 }

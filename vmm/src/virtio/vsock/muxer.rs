@@ -80,7 +80,7 @@ impl Muxer {
     }
 
     /// What a snapshot keeps.
-    pub(super) fn save(&self) -> VsockState {
+    pub(super) fn save(&self, reset_owed: bool) -> VsockState {
         let refused = self
             .refusals
             .iter()
@@ -102,6 +102,7 @@ impl Muxer {
         VsockState::of_live(RawVsockState {
             guest_cid: self.guest_cid,
             next_port: self.next_port,
+            reset_owed,
             conns: conns.collect(),
         })
     }

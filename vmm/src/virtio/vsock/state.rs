@@ -93,6 +93,8 @@ pub struct RawVsockState {
     pub guest_cid: u64,
     /// The host port of the next connection: never one that the guest may still know.
     pub next_port: u32,
+    /// The guest has not yet acted on the transport reset of an earlier restore.
+    pub reset_owed: bool,
     /// Connections, in any order.
     pub conns: Vec<ConnState>,
 }
@@ -170,6 +172,7 @@ impl VsockState {
     /// nothing that survives, which the event would end too.
     pub(super) fn resets_transport(&self) -> bool {
         let any = |test: fn(&Fate) -> bool| self.0.conns.iter().any(|conn| test(&conn.fate));
-        any(|fate| *fate == Fate::Lost) && !any(|fate| matches!(fate, Fate::Durable(_)))
+        let lost = self.0.reset_owed || any(|fate| *fate == Fate::Lost);
+        lost && !any(|fate| matches!(fate, Fate::Durable(_)))
     }
 }

@@ -1,5 +1,7 @@
 //! Snapshots: what the restored guest sees of its connections, and what can be reattached.
 
+use std::time::Duration;
+
 use super::*;
 use crate::virtio::vsock::testing::EVENT;
 
@@ -67,6 +69,46 @@ async fn a_connect_right_after_a_restore_waits_until_the_guest_handled_the_reset
         assert_eq!(request.dst_port, 2);
         connecting.abort();
     }
+}
+
+#[tokio::test]
+async fn the_transport_reset_is_owed_again_by_a_clone_of_a_clone_and_waited_for_in_vain_only_briefly()
+ {
+    let mut guest = Guest::new(Setup::default());
+    connected(&mut guest, 1, 65536).await;
+    guest.pump();
+    guest.inbox.clear();
+    guest.handles_events = false;
+    let mut restored = guest.restored();
+    let host = restored.host.clone();
+    let mut connecting = Box::pin(host.connect(2));
+    assert!(poll(connecting.as_mut()).is_none());
+    restored.expect_nothing();
+    assert_eq!(restored.events, [0]);
+    // A snapshot of this clone owes its guest the same.
+    let mut again = restored.restored();
+    assert_eq!(
+        poll(connecting.as_mut()).unwrap().unwrap_err(),
+        ConnectError::VmEnded
+    );
+    let host = again.host.clone();
+    let mut connecting = Box::pin(host.connect(2));
+    assert!(poll(connecting.as_mut()).is_none());
+    again.expect_nothing();
+    assert_eq!(again.events, [0, 0]);
+    again.push(EVENT, 0);
+    let (request, _) = again.expect(Op::Request);
+    assert_eq!(request.dst_port, 2);
+    // A driver that never gives the buffer back is not waited for without end.
+    let mut third = again.restored();
+    let host = third.host.clone();
+    let mut connecting = Box::pin(host.connect(3));
+    assert!(poll(connecting.as_mut()).is_none());
+    third.expect_nothing();
+    assert!(third.device.deadline().is_some());
+    third.wait(Duration::from_secs(2));
+    assert_eq!(third.expect(Op::Request).0.dst_port, 3);
+    assert_eq!(third.device.deadline(), None);
 }
 
 /// FC#5688: the first connects after a restore were reset, because host ports were used again.
@@ -233,6 +275,7 @@ fn a_bad_state_is_refused_field_by_field() {
     let good = RawVsockState {
         guest_cid: 3,
         next_port: 1 << 30,
+        reset_owed: false,
         conns: vec![conn(9, Fate::Durable(credit)), conn(10, Fate::Lost)],
     };
     let state = VsockState::try_from(good.clone()).unwrap();

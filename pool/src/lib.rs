@@ -42,6 +42,8 @@ mod event;
 pub mod fake;
 mod health;
 mod host;
+#[cfg(feature = "kvm")]
+pub mod kvm;
 mod lease;
 pub mod ledger;
 pub mod metrics;

@@ -1,0 +1,70 @@
+//! What the backend makes guests from.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use hearth_vmm::CpuProfile;
+
+use super::KvmBackend;
+use crate::config::PoolConfig;
+
+/// How guests come to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Source {
+    /// One boot per profile becomes a template at the start; VMs are its forks.
+    #[default]
+    Fork,
+    /// Every VM boots from cold.
+    Boot,
+}
+
+/// The files of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvmImage {
+    /// An uncompressed ELF kernel (or what the monitor else takes).
+    pub kernel: PathBuf,
+    /// The initramfs; its `/init` is the agent.
+    pub initramfs: PathBuf,
+    /// Words for the kernel's command line.
+    pub append: String,
+}
+
+/// Collects a [`KvmBackend`].
+#[must_use]
+pub struct KvmBackendBuilder(KvmBackend);
+
+impl KvmBackendBuilder {
+    pub(super) fn new(config: &PoolConfig, cpu: CpuProfile) -> Self {
+        let scaled = |ms| Duration::from_millis(ms).saturating_mul(cpu.timeout_factor());
+        Self(KvmBackend {
+            images: HashMap::new(),
+            source: Source::default(),
+            cpu,
+            connect_timeout: scaled(config.boot.connect_timeout_ms),
+            boot_timeout: scaled(config.boot.timeout_ms),
+            balloon_timeout: scaled(config.balloon.timeout_ms),
+            balloon_idle_mib: config.balloon.idle_target_mib,
+            templates: Mutex::default(),
+        })
+    }
+
+    /// Says what profiles mean by the image `name`.
+    pub fn image(mut self, name: impl Into<String>, image: KvmImage) -> Self {
+        self.0.images.insert(name.into(), image);
+        self
+    }
+
+    /// Says how guests come to be.
+    pub fn source(mut self, source: Source) -> Self {
+        self.0.source = source;
+        self
+    }
+
+    /// The backend.
+    #[must_use]
+    pub fn build(self) -> KvmBackend {
+        self.0
+    }
+}

@@ -1,0 +1,204 @@
+//! A guest with an agent: what a lease gives.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, SystemTime};
+
+use futures::future::BoxFuture;
+use hearth_agent::client::{ExecError, HandshakeError};
+use hearth_agent::proto::{AGENT_PORT, InstanceId};
+use hearth_agent::{AgentClient, Command, Exec};
+use hearth_vmm::virtio::vsock::ConnectError;
+use hearth_vmm::{Exit, Vm, VsockHost};
+use tokio::time::timeout;
+
+use super::control::Control;
+use super::stream::GuestStream;
+
+/// Why a guest could not be talked to.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GuestError {
+    /// No connection to a port of the guest.
+    #[error("no connection to the guest")]
+    Connect(#[from] ConnectError),
+    /// The agent did not greet as it should.
+    #[error("the agent did not answer as an agent does")]
+    Handshake(#[from] HandshakeError),
+    /// The agent did not greet in time.
+    #[error("the agent did not greet within {0:?}")]
+    Silent(Duration),
+    /// The program could not be run.
+    #[error("the program could not be run")]
+    Exec(#[from] ExecError),
+}
+
+/// A guest that runs, with its agent. Dropping it ends the guest.
+pub struct Guest {
+    /// Shared with nobody for longer than a call of [`super::GuestRemote`] takes.
+    vm: Arc<Vm>,
+    control: Arc<Control<GuestStream>>,
+    instance: InstanceId,
+    activity: Arc<AtomicU64>,
+    connect_timeout: Duration,
+    env: BTreeMap<String, String>,
+    inflated: bool,
+}
+
+impl Guest {
+    pub(super) fn new(
+        vm: Arc<Vm>,
+        agent: AgentClient<GuestStream>,
+        instance: InstanceId,
+        next_nonce: u64,
+        dialler: Dialler,
+    ) -> Self {
+        Self {
+            vm,
+            control: Arc::new(Control::new(agent, instance, next_nonce)),
+            instance,
+            activity: dialler.activity,
+            connect_timeout: dialler.timeout,
+            env: BTreeMap::new(),
+            inflated: false,
+        }
+    }
+
+    pub(super) fn with_env(mut self, env: BTreeMap<String, String>) -> Self {
+        self.env = env;
+        self
+    }
+
+    pub(super) fn set_inflated(&mut self) {
+        self.inflated = true;
+    }
+
+    pub(super) fn is_inflated(&self) -> bool {
+        self.inflated
+    }
+
+    /// The VM.
+    #[must_use]
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// The guest's identity, drawn anew for each.
+    #[must_use]
+    pub fn instance(&self) -> InstanceId {
+        self.instance
+    }
+
+    /// Resolves when the guest has ended.
+    pub fn exited(&self) -> BoxFuture<'static, Exit> {
+        exit_of(&self.vm)
+    }
+
+    /// A stream to a port that a program in the guest listens on.
+    ///
+    /// # Errors
+    /// [`GuestError::Connect`].
+    pub async fn connect(&self, port: u32) -> Result<GuestStream, GuestError> {
+        self.dialler().connect(port).await
+    }
+
+    /// A connection to the agent of its own, for everything that the agent can do.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn agent(&self) -> Result<AgentClient<GuestStream>, GuestError> {
+        self.dialler().agent().await
+    }
+
+    /// A command with the environment of the guest's profile and the present time; refine it and
+    /// give it to [`exec`](Self::exec).
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let command = Command::new(program).wall_clock(SystemTime::now());
+        self.env
+            .iter()
+            .fold(command, |command, (name, value)| command.env(name, value))
+    }
+
+    /// Starts a program.
+    ///
+    /// # Errors
+    /// Why it did not start.
+    pub async fn exec(&self, command: Command) -> Result<Exec<GuestStream>, GuestError> {
+        Ok(self.agent().await?.exec(command).await?)
+    }
+
+    /// The VM alone; the connection to the agent ends. None if its end is being brought about this
+    /// very moment.
+    #[must_use]
+    pub fn into_vm(self) -> Option<Vm> {
+        Arc::try_unwrap(self.vm).ok()
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    pub(super) fn control(&self) -> &Arc<Control<GuestStream>> {
+        &self.control
+    }
+
+    pub(super) fn activity(&self) -> &Arc<AtomicU64> {
+        &self.activity
+    }
+
+    pub(super) fn dialler(&self) -> Dialler {
+        let (vsock, activity) = (self.vm.vsock().clone(), Arc::clone(&self.activity));
+        Dialler {
+            vsock,
+            timeout: self.connect_timeout,
+            activity,
+        }
+    }
+}
+
+/// Boxed, so that its type does not name the borrow, which the future does not hold.
+pub(super) fn exit_of(vm: &Vm) -> BoxFuture<'static, Exit> {
+    Box::pin(vm.exited())
+}
+
+impl fmt::Debug for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guest")
+            .field("instance", &self.instance)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Connects to a guest without keeping it.
+pub(super) struct Dialler {
+    pub(super) vsock: VsockHost,
+    pub(super) timeout: Duration,
+    pub(super) activity: Arc<AtomicU64>,
+}
+
+impl Dialler {
+    async fn connect(&self, port: u32) -> Result<GuestStream, GuestError> {
+        let stream = self.vsock.connect_timeout(port, self.timeout).await?;
+        Ok(GuestStream::new(stream, Arc::clone(&self.activity)))
+    }
+
+    pub(super) async fn agent(&self) -> Result<AgentClient<GuestStream>, GuestError> {
+        self.greet(self.connect(AGENT_PORT).await?).await
+    }
+
+    pub(super) async fn greet(
+        &self,
+        stream: GuestStream,
+    ) -> Result<AgentClient<GuestStream>, GuestError> {
+        let greeting = timeout(self.timeout, AgentClient::handshake(stream)).await;
+        Ok(greeting.map_err(|_| GuestError::Silent(self.timeout))??)
+    }
+
+    /// For the control connection: why it failed, the verdict says.
+    pub(super) async fn dial(self) -> Option<AgentClient<GuestStream>> {
+        self.agent().await.ok()
+    }
+}

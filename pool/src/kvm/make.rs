@@ -1,0 +1,278 @@
+//! How a guest comes to be: booted, or forked from one that was.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use hearth_agent::AgentClient;
+use hearth_agent::client::{ConnectionError, OutputLimits, PingError};
+use hearth_agent::proto::{InstanceId, READY_PORT, Refresh};
+use hearth_vmm::virtio::balloon::FLOOR_MIB;
+use hearth_vmm::virtio::vsock::ListenError;
+use hearth_vmm::{
+    BootError, ConfigError, Exit, LoadError, PauseError, SnapshotError, Template, Vm, VmConfig,
+};
+use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
+use tokio::time::{sleep, timeout};
+
+use super::guest::{Dialler, Guest, GuestError};
+use super::stream::GuestStream;
+use super::{KvmBackend, KvmImage};
+use crate::profile::{Balloon, Profile};
+use crate::slot::VmId;
+
+/// Bytes of host randomness that a clone's kernel is reseeded with.
+const ENTROPY: usize = 64;
+/// Pause between two pings while a template's guest prepares itself.
+const PREPARE_PAUSE: Duration = Duration::from_millis(20);
+
+/// Why a guest could not be made. Nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CreateError {
+    /// The profile names an image that the backend was not given.
+    #[error("there is no image {image:?}; the backend has: {}", known.join(", "))]
+    NoImage {
+        /// The profile's.
+        image: String,
+        /// All names.
+        known: Vec<String>,
+    },
+    /// The profile asks for an impossible machine.
+    #[error("the profile's machine is not possible")]
+    Config(#[from] ConfigError),
+    /// Kernel or initramfs.
+    #[error("the image cannot be loaded")]
+    Load(#[from] LoadError),
+    /// The monitor could not make the VM.
+    #[error("the VM could not be made")]
+    Boot(#[from] BootError),
+    /// The VM could not run.
+    #[error("the VM does not run")]
+    Pause(#[from] PauseError),
+    /// The host's end of the agent's port.
+    #[error("the host cannot wait for the agent")]
+    Listen(#[from] ListenError),
+    /// The guest ended before its agent was ready.
+    #[error("the guest ended while it booted: {0}")]
+    Ended(Exit),
+    /// The agent did not get ready in time.
+    #[error("the agent was not ready within {0:?}")]
+    Late(Duration),
+    /// The agent was reached, but not as it should be.
+    #[error("the agent cannot be talked to")]
+    Agent(#[from] GuestError),
+    /// The agent did not answer a ping.
+    #[error("the agent does not answer")]
+    Ping(#[from] PingError),
+    /// The agent did not take up the clone's new identity.
+    #[error("the clone could not be made a stranger to its siblings")]
+    Refresh(#[from] ConnectionError),
+    /// Parts of the clone's new identity were refused by its kernel.
+    #[error("the clone's kernel refused a part of its new identity: {0}")]
+    Hygiene(String),
+    /// The host gave no randomness for the clone.
+    #[error("the host gives no randomness")]
+    Random(#[from] Errno),
+    /// The warm-up command.
+    #[error("the warm-up command failed: {0}")]
+    WarmUp(String),
+    /// The booted guest could not be made a template.
+    #[error("the guest could not be made a template")]
+    Snapshot(#[from] SnapshotError),
+    /// A task of this backend panicked.
+    #[error("a task of the backend did not end in order")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl CreateError {
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::NoImage { .. } | Self::Load(_) => "image",
+            Self::Config(_) => "config",
+            Self::Boot(_) | Self::Pause(_) | Self::Listen(_) | Self::Task(_) | Self::Random(_) => {
+                "monitor"
+            }
+            Self::Ended(_) => "ended",
+            Self::Late(_) => "timeout",
+            Self::Agent(_) | Self::Ping(_) => "agent",
+            Self::Refresh(_) | Self::Hygiene(_) => "refresh",
+            Self::WarmUp(_) => "warm_up",
+            Self::Snapshot(_) => "snapshot",
+        }
+    }
+}
+
+impl KvmBackend {
+    fn config(&self, profile: &Profile) -> Result<VmConfig, CreateError> {
+        let KvmImage {
+            kernel,
+            initramfs,
+            append,
+        } = self.image(profile)?;
+        let config = VmConfig::builder(kernel)
+            .initramfs(initramfs)
+            .memory_mib(profile.memory_mib.into())
+            .vcpus(profile.vcpus)
+            .append(append);
+        Ok(config.build()?)
+    }
+
+    pub(super) async fn preload(&self, profile: &Profile) -> Result<(), CreateError> {
+        let config = self.config(profile)?;
+        Ok(tokio::task::spawn_blocking(move || config.preload()).await??)
+    }
+
+    /// A cold boot, to the guest that is warm and, if the profile says so, small.
+    pub(super) async fn boot(&self, profile: &Profile) -> Result<Guest, CreateError> {
+        let mut guest = self.boot_bare(profile).await?.with_env(profile.env.clone());
+        warm_up(&guest, profile).await?;
+        if profile.balloon == Balloon::Auto {
+            self.inflate(&mut guest, profile).await;
+        }
+        Ok(guest)
+    }
+
+    /// Boots up to the agent's greeting, on the connection that the agent dials.
+    async fn boot_bare(&self, profile: &Profile) -> Result<Guest, CreateError> {
+        let config = self.config(profile)?;
+        let vm = tokio::task::spawn_blocking(move || Vm::create(&config)).await??;
+        let mut ready = vm.vsock().listen(READY_PORT)?;
+        let exited = vm.exited();
+        vm.resume()?;
+        let dialled = async {
+            tokio::select! {
+                biased;
+                stream = ready.accept() => Ok(stream?),
+                exit = exited => Err(CreateError::Ended(exit)),
+            }
+        };
+        let dialled = timeout(self.boot_timeout, dialled).await;
+        let stream = dialled.map_err(|_| CreateError::Late(self.boot_timeout))??;
+        let dialler = self.dialler(&vm);
+        let stream = GuestStream::new(stream, Arc::clone(&dialler.activity));
+        let agent = dialler.greet(stream).await?;
+        let instance = agent.hello().instance;
+        Ok(Guest::new(Arc::new(vm), agent, instance, 1, dialler))
+    }
+
+    /// Boots and warms up a guest, and freezes it.
+    pub(super) async fn make_template(&self, profile: &Profile) -> Result<Template, CreateError> {
+        let guest = self.boot_bare(profile).await?.with_env(profile.env.clone());
+        let mut agent = guest.agent().await?;
+        let prepared = async {
+            for nonce in 1.. {
+                if agent.ping(nonce).await?.prepared {
+                    break;
+                }
+                sleep(PREPARE_PAUSE).await;
+            }
+            Ok::<_, PingError>(())
+        };
+        let limit = self.boot_timeout;
+        timeout(limit, prepared)
+            .await
+            .map_err(|_| CreateError::Late(limit))??;
+        warm_up(&guest, profile).await?;
+        drop(agent);
+        // Only this task knows the guest: nobody else can hold its VM.
+        let vm = guest.into_vm().ok_or(CreateError::Ended(Exit::Killed))?;
+        Ok(tokio::task::spawn_blocking(move || vm.into_template()).await??)
+    }
+
+    /// A clone that is a stranger to its siblings.
+    pub(super) async fn fork(
+        &self,
+        profile: &Profile,
+        id: VmId,
+        template: Template,
+    ) -> Result<Guest, CreateError> {
+        let vm = tokio::task::spawn_blocking(move || template.fork()).await??;
+        let dialler = self.dialler(&vm);
+        let mut agent = dialler.agent().await?;
+        let instance = refresh(&mut agent, id).await?;
+        let guest = Guest::new(Arc::new(vm), agent, instance, 1, dialler);
+        Ok(guest.with_env(profile.env.clone()))
+    }
+
+    fn dialler(&self, vm: &Vm) -> Dialler {
+        let (vsock, timeout) = (vm.vsock().clone(), self.connect_timeout);
+        Dialler {
+            vsock,
+            timeout,
+            activity: Arc::default(),
+        }
+    }
+
+    /// Best effort, bounded: what was reached in time is kept.
+    async fn inflate(&self, guest: &mut Guest, profile: &Profile) {
+        let left = self.balloon_idle_mib.max(FLOOR_MIB);
+        let target = profile.memory_mib.saturating_sub(left);
+        if target == 0 {
+            return;
+        }
+        guest.set_inflated();
+        let resized = guest
+            .vm()
+            .balloon()
+            .resize(target, self.balloon_timeout)
+            .await;
+        if let Err(error) = resized {
+            tracing::debug!(%error, "a parked VM keeps more memory than it should");
+        }
+    }
+}
+
+async fn refresh(
+    agent: &mut AgentClient<GuestStream>,
+    id: VmId,
+) -> Result<InstanceId, CreateError> {
+    let mut identity = InstanceId([0; 16]);
+    fill(&mut identity.0)?;
+    let mut entropy = vec![0; ENTROPY];
+    fill(&mut entropy)?;
+    let refresh = Refresh {
+        entropy,
+        wall_clock: Some(SystemTime::now().into()),
+        instance: Some(identity),
+        hostname: Some(id.to_string()),
+    };
+    let refreshed = agent.refresh(refresh).await?;
+    if !refreshed.all_applied() {
+        return Err(CreateError::Hygiene(format!("{refreshed:?}")));
+    }
+    Ok(identity)
+}
+
+/// Host randomness.
+fn fill(bytes: &mut [u8]) -> Result<(), Errno> {
+    let mut filled = 0;
+    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match getrandom(rest, GetRandomFlags::empty()) {
+            Ok(count) => filled += count,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+async fn warm_up(guest: &Guest, profile: &Profile) -> Result<(), CreateError> {
+    let Some((program, arguments)) = profile.warm_up.split_first() else {
+        return Ok(());
+    };
+    let command = guest.command(program).args(arguments);
+    let exec = guest.exec(command).await?;
+    let output = exec
+        .output(OutputLimits::default())
+        .await
+        .map_err(GuestError::from)?;
+    if output.status.shell_code() == 0 {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(CreateError::WarmUp(format!(
+        "exit code {}: {said}",
+        output.status.shell_code()
+    )))
+}

@@ -1,0 +1,194 @@
+//! The backend that runs real guests on KVM: forks of a template, or cold boots.
+
+mod config;
+mod control;
+mod guest;
+mod make;
+mod stream;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+pub use config::{KvmBackendBuilder, KvmImage, Source};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+pub use guest::{Guest, GuestError};
+use hearth_vmm::{CpuProfile, Host, HostError, Template, Vm, VmStatus};
+pub use make::CreateError;
+pub use stream::GuestStream;
+
+use crate::backend::{Backend, ProbeError, Remote};
+use crate::profile::{Parking, Profile};
+use crate::slot::VmId;
+
+/// Makes guests from images. Build one with [`KvmBackend::builder`].
+pub struct KvmBackend {
+    images: HashMap<String, KvmImage>,
+    source: Source,
+    cpu: CpuProfile,
+    connect_timeout: Duration,
+    boot_timeout: Duration,
+    balloon_timeout: Duration,
+    balloon_idle_mib: u32,
+    /// By profile; made once.
+    templates: Mutex<HashMap<String, Template>>,
+}
+
+impl KvmBackend {
+    /// A backend for this host.
+    ///
+    /// # Errors
+    /// Why KVM cannot be used, and what to do about it.
+    pub fn builder(config: &crate::PoolConfig) -> Result<KvmBackendBuilder, HostError> {
+        let cpu = Host::get()?.profile();
+        Ok(KvmBackendBuilder::new(config, cpu))
+    }
+
+    fn image(&self, profile: &Profile) -> Result<&KvmImage, CreateError> {
+        self.images.get(&profile.image).ok_or_else(|| {
+            let mut known: Vec<_> = self.images.keys().cloned().collect();
+            known.sort();
+            CreateError::NoImage {
+                image: profile.image.clone(),
+                known,
+            }
+        })
+    }
+
+    fn template(&self, profile: &Profile) -> Option<Template> {
+        let templates = self
+            .templates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        templates.get(&profile.name).cloned()
+    }
+
+    fn keep_template(&self, profile: &Profile, template: Template) {
+        let mut templates = self
+            .templates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        templates.insert(profile.name.clone(), template);
+    }
+}
+
+impl Backend for KvmBackend {
+    type Vm = Guest;
+    type Remote = GuestRemote;
+    type Error = CreateError;
+
+    async fn prepare(&self, profile: &Profile) -> Result<(), CreateError> {
+        if self.source == Source::Boot {
+            return self.preload(profile).await;
+        }
+        if self.template(profile).is_none() {
+            let template = self.make_template(profile).await?;
+            self.keep_template(profile, template);
+        }
+        Ok(())
+    }
+
+    async fn create(&self, profile: &Profile, id: VmId) -> Result<Guest, CreateError> {
+        match self.template(profile) {
+            Some(template) => self.fork(profile, id, template).await,
+            None => self.boot(profile).await,
+        }
+    }
+
+    fn probe(&self, vm: &Guest) -> BoxFuture<'static, Result<(), ProbeError>> {
+        let control = Arc::clone(vm.control());
+        let (dial, gone) = (vm.dialler(), vm.exited());
+        async move {
+            tokio::select! {
+                biased;
+                _ = gone => Err(ProbeError::Dead),
+                verdict = control.probe(dial.dial()) => verdict,
+            }
+        }
+        .boxed()
+    }
+
+    async fn retire(&self, vm: Guest) {
+        let Some(vm) = vm.into_vm() else {
+            // Somebody ends it at this moment and will be the last to hold it.
+            return;
+        };
+        if let Err(error) = tokio::task::spawn_blocking(move || vm.destroy()).await {
+            tracing::error!(%error, "a VM was not destroyed in order");
+        }
+    }
+
+    fn ended(&self, vm: &Guest) -> BoxFuture<'static, ()> {
+        vm.exited().map(drop).boxed()
+    }
+
+    fn alive(&self, vm: &Guest) -> bool {
+        !matches!(vm.vm().status(), VmStatus::Ended(_))
+    }
+
+    fn remote(&self, vm: &Guest) -> GuestRemote {
+        GuestRemote {
+            vm: Arc::downgrade(vm.shared()),
+            activity: Arc::clone(vm.activity()),
+        }
+    }
+
+    fn pause(&self, vm: &Guest) {
+        if let Err(error) = vm.vm().pause() {
+            tracing::debug!(%error, "a parked VM was not paused");
+        }
+    }
+
+    fn resume(&self, vm: &Guest) {
+        // Fails only if the VM has ended, which the probe that follows will see.
+        let _ = vm.vm().resume();
+    }
+
+    fn hand_off(&self, vm: &Guest) {
+        self.resume(vm);
+        if vm.is_inflated() {
+            // The guest deflates while its owner goes on; a target of 0 is always possible.
+            let _ = vm.vm().balloon().set_target(0);
+        }
+    }
+
+    /// A guest whose kernel is emulated costs a percent or two of a core when idle: it waits paused.
+    fn parking(&self, _profile: &Profile) -> Parking {
+        match self.cpu {
+            CpuProfile::Native => Parking::Running,
+            CpuProfile::Emulated => Parking::Paused,
+        }
+    }
+
+    fn time_scale(&self) -> u32 {
+        self.cpu.timeout_factor()
+    }
+
+    fn failure_kind(&self, error: &CreateError) -> &'static str {
+        error.kind()
+    }
+}
+
+/// Ends a guest that somebody else owns.
+pub struct GuestRemote {
+    vm: Weak<Vm>,
+    activity: Arc<std::sync::atomic::AtomicU64>,
+}
+
+impl Remote for GuestRemote {
+    async fn kill(&self) {
+        // Not held across the wait: the owner stays the only one.
+        let exited = self.vm.upgrade().map(|vm| {
+            vm.kill();
+            guest::exit_of(&vm)
+        });
+        if let Some(exited) = exited {
+            exited.await;
+        }
+    }
+
+    fn activity(&self) -> u64 {
+        self.activity.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}

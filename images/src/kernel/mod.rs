@@ -43,7 +43,7 @@ patches![
     "0005-init-hearth-no-sysfs-entries-and-uevents-that-nobody.patch",
     "0006-mm-hearth-less-work-on-memory-at-boot.patch",
     "0007-x86-alternatives-hearth-patch-without-decoding-and-p.patch",
-    "0008-tick-hearth-a-tenth-of-the-timer-interrupts-while-bo.patch",
+    "0008-tick-hearth-fewer-timer-interrupts-while-booting.patch",
     "0009-mm-hearth-struct-pages-by-the-block-no-page-attribut.patch",
     "0010-init-hearth-no-messages-that-a-quiet-boot-hides-no-f.patch",
     "0011-x86-lib-hearth-copy-and-fill-with-string-instruction.patch",

@@ -74,3 +74,8 @@ pub use profile::{
 };
 pub use slot::VmId;
 pub use status::{PoolStatus, ProfileStatus};
+
+/// The example in the README compiles.
+#[cfg(all(doctest, feature = "kvm"))]
+#[doc = include_str!("../../README.md")]
+pub mod readme {}

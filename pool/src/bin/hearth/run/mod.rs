@@ -39,10 +39,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME", value_enum, default_value_t = Image::Base)]
     image: Image,
     /// Kernel to boot instead of the image's: an uncompressed ELF file (vmlinux) with virtio-mmio and vsock
-    #[arg(long, value_name = "PATH", conflicts_with = "image")]
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "HEARTH_KERNEL",
+        conflicts_with = "image"
+    )]
     kernel: Option<PathBuf>,
     /// Initramfs to boot instead of the image's; its /init must be the agent
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", env = "HEARTH_INITRAMFS")]
     initramfs: Option<PathBuf>,
     #[command(flatten)]
     machine: Machine,

@@ -18,6 +18,10 @@
 //! Deliberately absent: no host file, socket or VM is opened here (the caller brings the stream), no task is spawned,
 //! and neither side trusts a size that the other sent.
 
+#![cfg_attr(not(feature = "client"), no_std)]
+
+extern crate alloc;
+
 #[cfg(feature = "client")]
 pub mod client;
 pub mod proto;

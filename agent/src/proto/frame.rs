@@ -1,5 +1,7 @@
 //! Frames: a length and a payload, and the buffer that cuts them out of a byte stream.
 
+use alloc::vec::Vec;
+
 use serde::{Serialize, de::Deserialize};
 
 use super::MAX_FRAME;

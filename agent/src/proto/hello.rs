@@ -1,6 +1,7 @@
 //! The first frame in each direction.
 
-use std::fmt;
+use alloc::vec::Vec;
+use core::fmt;
 
 use serde::{Deserialize, Serialize};
 

@@ -1,5 +1,7 @@
 //! What the host asks of the agent.
 
+use alloc::{boxed::Box, string::String, vec::Vec};
+
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 

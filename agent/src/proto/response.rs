@@ -1,5 +1,7 @@
 //! What the agent tells the host.
 
+use alloc::string::String;
+
 use serde::{Deserialize, Serialize};
 
 use super::{ExitStatus, FrameError, InstanceId, frame::decode};
@@ -143,8 +145,8 @@ pub enum Resource {
     FileSize,
 }
 
-impl std::fmt::Display for Resource {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl core::fmt::Display for Resource {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.write_str(match self {
             Self::Memory => "memory",
             Self::Processes => "processes",

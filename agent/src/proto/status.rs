@@ -1,6 +1,6 @@
 //! How a program ended.
 
-use std::fmt;
+use core::fmt;
 
 use serde::{Deserialize, Serialize};
 

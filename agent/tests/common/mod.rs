@@ -52,7 +52,9 @@ impl Agent {
         cgroup: Option<PathBuf>,
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut command = HostCommand::new(env!("CARGO_BIN_EXE_hearth-init"));
+        // The guest's own build of the program, where one is given.
+        let built = env!("CARGO_BIN_EXE_hearth-init").into();
+        let mut command = HostCommand::new(std::env::var_os("HEARTH_INIT").unwrap_or(built));
         command
             .arg("--serve-unix")
             .arg(dir.path().join("agent"))

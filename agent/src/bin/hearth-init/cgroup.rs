@@ -4,13 +4,11 @@
 //! unless it had limits or was killed: there are kernels (6.18 is one) that kill whatever is born into a cgroup that was ever
 //! killed, because they compare its count of kills with that of the parent's cgroup.
 
-use std::{
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
-};
+use alloc::{borrow::ToOwned, format, string::ToString, vec::Vec};
 
 use hearth_agent::proto::{Limits, Resource, SpawnFailure};
 use rustix::{
+    fd::{AsFd, BorrowedFd, OwnedFd},
     fs::{AtFlags, Mode, OFlags, mkdir, open, openat, unlinkat},
     io::{Errno, read, write},
 };
@@ -22,7 +20,8 @@ const MOST: u32 = 512;
 #[derive(Debug)]
 pub(crate) struct Cgroups {
     root: Option<OwnedFd>,
-    path: PathBuf,
+    /// Empty: no cgroups.
+    path: Vec<u8>,
     /// Programs have ended in these; processes that they left may live on in them.
     used: Vec<Cgroup>,
     /// Numbers given out, which are never given out again.
@@ -43,14 +42,14 @@ pub(crate) struct Cgroup {
 impl Cgroups {
     /// At the place where the agent mounts the file system.
     pub(crate) fn at_usual_place() -> Self {
-        Self::at(PathBuf::from(crate::mounts::CGROUP_ROOT))
+        Self::at(crate::mounts::CGROUP_ROOT.as_bytes())
     }
 
     /// Below an existing cgroup.
-    pub(crate) fn at(path: PathBuf) -> Self {
+    pub(crate) fn at(path: &[u8]) -> Self {
         Self {
             root: None,
-            path,
+            path: path.to_owned(),
             used: Vec::new(),
             made: 0,
             alive: 0,
@@ -60,16 +59,16 @@ impl Cgroups {
 
     /// None: programs are killed by process group and descent.
     pub(crate) fn none() -> Self {
-        Self::at(PathBuf::new())
+        Self::at(b"")
     }
 
     /// Opens the root, and makes the first cgroup ahead of need. Without cgroups in the kernel there are none.
     pub(crate) fn prepare(&mut self) {
-        if self.path.as_os_str().is_empty() || self.root.is_some() {
+        if self.path.is_empty() || self.root.is_some() {
             return;
         }
         self.root = open(
-            &self.path,
+            self.path.as_slice(),
             OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
             Mode::empty(),
         )
@@ -155,9 +154,9 @@ impl Cgroups {
         let number = self.made;
         self.made = self.made.wrapping_add(1);
         let path = self.place(number);
-        let made = mkdir(&path, Mode::from_raw_mode(0o755)).and_then(|()| {
+        let made = mkdir(path.as_slice(), Mode::from_raw_mode(0o755)).and_then(|()| {
             open(
-                &path,
+                path.as_slice(),
                 OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
                 Mode::empty(),
             )
@@ -191,8 +190,8 @@ impl Cgroups {
         }
     }
 
-    fn place(&self, number: u32) -> PathBuf {
-        self.path.join(Path::new(&format!("exec-{number}")))
+    fn place(&self, number: u32) -> Vec<u8> {
+        [self.path.as_slice(), format!("/exec-{number}").as_bytes()].concat()
     }
 
     fn enable_controllers(&mut self) {

@@ -1,9 +1,10 @@
 //! A connection's socket with what is under way in both directions.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use alloc::vec::Vec;
 
 use hearth_agent::proto::{FrameBuffer, FrameError, Hello, Response, encode};
 use rustix::{
+    fd::{AsFd, BorrowedFd, OwnedFd},
     io::Errno,
     net::{RecvFlags, SendFlags, recv, send, sockopt::socket_error},
 };

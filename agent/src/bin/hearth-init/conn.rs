@@ -1,15 +1,16 @@
 //! A connection: greeting, requests, and the program that it runs.
 
-use std::{os::fd::OwnedFd, time::Instant};
+use alloc::vec::Vec;
 
 use hearth_agent::proto::{
     FrameError, Hello, HelloError, Rejection, Request, Response, ShutdownKind, VERSION,
 };
 
-use rustix::io::Errno;
+use rustix::{fd::OwnedFd, io::Errno};
 
 use crate::{
     channel::{Channel, Lost, Output},
+    clock::Instant,
     exec::{Program, Which},
     guest::Guest,
     hygiene,

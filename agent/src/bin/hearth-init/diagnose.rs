@@ -1,10 +1,7 @@
 //! Why a program did not start, found out after the fact: the system's error alone does not say what is missing.
 
-use std::{
-    ffi::{CStr, OsStr},
-    os::unix::ffi::OsStrExt,
-    path::{Path, PathBuf},
-};
+use alloc::{string::String, vec::Vec};
+use core::ffi::CStr;
 
 use hearth_agent::proto::{self, SpawnFailure};
 use rustix::{
@@ -64,7 +61,7 @@ fn missing(plan: &Plan) -> SpawnFailure {
         .map(|candidate| absolute(&plan.cwd, candidate))
     {
         if let Ok(file) = open(
-            &candidate,
+            candidate.as_slice(),
             OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
             Mode::empty(),
         ) {
@@ -79,8 +76,13 @@ fn missing(plan: &Plan) -> SpawnFailure {
     SpawnFailure::NotFound { program }
 }
 
-fn absolute(cwd: &CStr, path: &CStr) -> PathBuf {
-    Path::new(OsStr::from_bytes(cwd.to_bytes())).join(OsStr::from_bytes(path.to_bytes()))
+fn absolute(cwd: &CStr, path: &CStr) -> Vec<u8> {
+    let path = path.to_bytes();
+    if path.starts_with(b"/") {
+        path.to_vec()
+    } else {
+        [cwd.to_bytes(), path].join(&b'/')
+    }
 }
 
 /// The interpreter that a script or a 64-bit ELF file names.
@@ -122,6 +124,7 @@ fn interpreter(read: impl Fn(&mut [u8], u64) -> usize) -> Option<String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::indexing_slicing, reason = "tests")]
 mod tests {
     use super::*;
 

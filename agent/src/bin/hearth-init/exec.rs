@@ -6,16 +6,15 @@
 //!    | timeout: TERM, grace, KILL         |
 //! ```
 
-use std::{
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    time::{Duration, Instant},
-};
+use alloc::vec::Vec;
+use core::time::Duration;
 
 use hearth_agent::proto::{
     Exec, ExitStatus, Exited, FrameError, Leftover, MAX_CHUNK, OutputEnd, Rejection, Response,
     STDIN_WINDOW, Usage,
 };
 use rustix::{
+    fd::{AsFd, BorrowedFd, OwnedFd},
     io::{Errno, ioctl_fionread, read, write},
     process::Pid,
 };
@@ -23,6 +22,7 @@ use rustix::{
 use crate::{
     cgroup::Cgroup,
     channel::Output,
+    clock::Instant,
     kill::{KILL, TERM, kill_tree},
     reaper::Reaped,
     sys,
@@ -210,7 +210,7 @@ impl Program {
         if waiting.is_empty() && *eof {
             *pipe = None;
         } else if *unreported >= REPORT {
-            let taken = std::mem::take(unreported);
+            let taken = core::mem::take(unreported);
             out.push(&Response::StdinTaken(
                 u32::try_from(taken).unwrap_or(u32::MAX),
             ))?;
@@ -425,7 +425,7 @@ impl Stream {
             let closed = Self::Closed {
                 end: OutputEnd::StillOpen,
             };
-            if let Self::Open(pipe) = std::mem::replace(self, closed)
+            if let Self::Open(pipe) = core::mem::replace(self, closed)
                 && rest > 0
             {
                 *self = Self::Last { pipe, rest };

@@ -1,28 +1,28 @@
 //! What the agent knows of the guest, and does for all connections alike.
 
-use std::{
-    os::fd::{AsFd, OwnedFd},
-    time::Instant,
-};
+use core::fmt::Write;
 
 use hearth_agent::proto::{
     Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed, SpawnFailure,
 };
 use rustix::{
+    fd::{AsFd, OwnedFd},
     fs::{Mode, OFlags, fcntl_setfl, open},
     io::Errno,
     pipe::{PipeFlags, pipe_with},
     system::sysinfo,
-    time::{ClockId, clock_gettime},
 };
 
 use crate::{
     cgroup::{Cgroup, Cgroups},
+    clock::{Instant, uptime_us},
     diagnose,
     exec::{Pipes, Program},
     hygiene, mounts,
     plan::Plan,
+    runtime,
     spawn::{Image, Refusal, Step, spawn},
+    text::Stderr,
 };
 
 /// The guest.
@@ -36,15 +36,6 @@ pub(crate) struct Guest {
     pub(crate) cgroups: Cgroups,
     /// Programs that run.
     pub(crate) programs: u32,
-}
-
-/// CLOCK_BOOTTIME in microseconds.
-pub(crate) fn uptime_us() -> u64 {
-    let now = clock_gettime(ClockId::Boottime);
-    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-    seconds
-        .saturating_mul(1_000_000)
-        .saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0) / 1000)
 }
 
 impl Guest {
@@ -92,9 +83,12 @@ impl Guest {
         if self.init {
             let failed = mounts::prepare();
             // The console costs an exit per byte: silent unless the boot words say `hearth_log=1`.
-            if std::env::var_os("hearth_log").is_some() {
+            if runtime::environment()
+                .iter()
+                .any(|word| word.starts_with(b"hearth_log="))
+            {
                 for (place, errno) in failed {
-                    eprintln!("hearth-init: cannot mount {place}: {errno}");
+                    let _ = writeln!(Stderr, "hearth-init: cannot mount {place}: {errno}");
                 }
             }
         }
@@ -170,6 +164,7 @@ fn launch(
         argv: &plan.argv,
         env: &plan.env,
         cwd: &plan.cwd,
+        session: true,
         stdio: [
             stdin.as_fd(),
             stdout.as_fd(),

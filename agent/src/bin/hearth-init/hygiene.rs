@@ -1,6 +1,6 @@
 //! What makes a clone a stranger to its siblings: random state, time, names.
 
-use std::path::Path;
+use alloc::{format, string::String};
 
 use hearth_agent::proto::{
     Applied, InstanceId, MAX_ENTROPY, MAX_HOSTNAME, MIN_ENTROPY, Refresh, Refreshed, WallClock,
@@ -26,7 +26,7 @@ const MACHINE_ID: &str = "/etc/machine-id";
 fn draw() -> [u8; 16] {
     let mut bytes = [0; 16];
     if getrandom(&mut bytes, GetRandomFlags::INSECURE).is_err() {
-        bytes = u128::from(crate::guest::uptime_us()).to_ne_bytes();
+        bytes = u128::from(crate::clock::uptime_us()).to_ne_bytes();
     }
     bytes
 }
@@ -122,7 +122,7 @@ fn uuid(bytes: [u8; 16]) -> String {
 
 fn put(path: &str, text: &str, extra: OFlags) -> Result<(), Errno> {
     let file = open(
-        Path::new(path),
+        path,
         OFlags::WRONLY | OFlags::CLOEXEC | extra,
         Mode::from_raw_mode(0o444),
     )?;

@@ -1,8 +1,12 @@
 //! Killing all that a program started, where no cgroup knows: its process group, its session, and its descendants.
 
-use std::{collections::BTreeSet, fs};
+use alloc::{collections::BTreeSet, format, vec, vec::Vec};
 
-use rustix::process::Pid;
+use rustix::{
+    fs::{Dir, Mode, OFlags, open},
+    io::{Errno, read},
+    process::Pid,
+};
 
 use crate::sys;
 
@@ -52,21 +56,42 @@ struct Process {
     session: i32,
 }
 
-fn processes() -> impl Iterator<Item = Process> {
-    let entries = fs::read_dir("/proc")
-        .into_iter()
+fn processes() -> Vec<Process> {
+    let Ok(dir) = open(
+        "/proc",
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .and_then(Dir::new) else {
+        return vec![];
+    };
+    let process = |name: &str| {
+        let pid = name.parse().ok()?;
+        parse(pid, &stat(pid).ok()?)
+    };
+    dir.take(MOST)
         .flatten()
-        .flatten()
-        .take(MOST);
-    entries.filter_map(|entry| {
-        let pid = entry.file_name().to_str()?.parse().ok()?;
-        parse(pid, &fs::read_to_string(entry.path().join("stat")).ok()?)
-    })
+        .filter_map(|entry| process(entry.file_name().to_str().ok()?))
+        .collect()
+}
+
+/// The first part of a process's status, all fields that count here.
+fn stat(pid: i32) -> Result<Vec<u8>, Errno> {
+    let file = open(
+        format!("/proc/{pid}/stat"),
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let mut text = vec![0; 256];
+    let count = read(&file, &mut text)?;
+    text.truncate(count);
+    Ok(text)
 }
 
 /// Parses `pid (name) state ppid pgrp session …`; the name may hold anything, parentheses included.
-fn parse(pid: i32, stat: &str) -> Option<Process> {
-    let (_, rest) = stat.rsplit_once(')')?;
+fn parse(pid: i32, stat: &[u8]) -> Option<Process> {
+    let name_end = stat.iter().rposition(|&byte| byte == b')')?;
+    let rest = core::str::from_utf8(stat.get(name_end + 1..)?).ok()?;
     let mut fields = rest.split_ascii_whitespace().skip(1);
     let parent = fields.next()?.parse().ok()?;
     let session = fields.nth(1)?.parse().ok()?;

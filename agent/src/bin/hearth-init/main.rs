@@ -1,11 +1,14 @@
 //! The guest's PID 1, in boot order.
 //!
-//! On hosts that emulate ring 0 each system call, page fault and context switch costs up to milliseconds, so the way to the
-//! first pong has as few of them as possible: one thread, no runtime, nothing mounted before the host has its answer.
+//! On hosts that emulate ring 0 each system call, page fault and context switch costs up to milliseconds, and each KiB of
+//! this program a thousand instructions before it runs. So the way to the first pong has as few of them as possible: one
+//! thread, no runtime, no library that the program does not need, nothing mounted before the host has its answer.
 //!
 //! Started by anybody else than the kernel it is one of the [`applets`], or with `--serve-unix PATH` the same server as an
 //! ordinary process, for tests without a VM.
+#![no_std]
 #![cfg_attr(not(test), no_main)]
+#![cfg_attr(test, allow(dead_code, reason = "tests have a main of their own"))]
 #![deny(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -14,13 +17,25 @@
     clippy::cast_possible_truncation
 )]
 
+#[cfg(all(freestanding, not(panic = "abort")))]
+compile_error!("a static hearth-init needs panic = \"abort\": build it with --profile guest");
+
+extern crate alloc;
+#[cfg(not(freestanding))]
+extern crate std;
+
 mod applets;
 mod cgroup;
 mod channel;
+mod clock;
 mod conn;
 mod diagnose;
 mod exec;
+#[cfg(freestanding)]
+mod freestanding;
 mod guest;
+#[cfg(not(freestanding))]
+mod hosted;
 mod hygiene;
 mod kill;
 mod mounts;
@@ -29,35 +44,37 @@ mod reaper;
 mod serve;
 mod spawn;
 mod sys;
+mod text;
 mod transport;
 
-use std::{ffi::OsString, path::PathBuf};
+use alloc::vec::Vec;
 
+#[cfg(freestanding)]
+use freestanding as runtime;
+#[cfg(not(freestanding))]
+use hosted as runtime;
 use rustix::{
     process::getpid,
     system::{RebootCommand, reboot},
 };
 
-use crate::{guest::Guest, reaper::Reaper, serve::Server, transport::Transport};
+use crate::{cgroup::Cgroups, guest::Guest, reaper::Reaper, serve::Server, transport::Transport};
 
-/// The C entry point: the standard library's own set-up (signal stacks, handlers) is left out, nothing here needs it.
-// SAFETY: the only definition of `main`, with C's signature; the arguments are read through std::env.
-#[cfg(not(test))]
-#[unsafe(no_mangle)]
-extern "C" fn main() -> i32 {
-    let started_us = guest::uptime_us();
+/// Runs the program; gives its exit code.
+fn start() -> u8 {
+    let started_us = clock::uptime_us();
     if getpid().is_init() {
         init(started_us)
     } else {
-        i32::from(ordinary(started_us))
+        ordinary(started_us, &runtime::args())
     }
 }
 
 /// The boot order. Never returns but by ending the guest.
-fn init(started_us: u64) -> i32 {
+fn init(started_us: u64) -> u8 {
     sys::occupy_standard_fds();
     let end = Reaper::start().map(|reaper| {
-        let guest = Guest::booted(started_us, true, cgroup::Cgroups::at_usual_place());
+        let guest = Guest::booted(started_us, true, Cgroups::at_usual_place());
         let mut server = Server::new(guest, reaper, Transport::vsock());
         // Dial first: the host learns as early as possible that the guest is ready.
         server.dial();
@@ -71,22 +88,16 @@ fn init(started_us: u64) -> i32 {
 }
 
 /// What the binary is for everybody but the kernel.
-fn ordinary(started_us: u64) -> u8 {
-    let args: Vec<OsString> = std::env::args_os().collect();
-    let mut rest = args.iter().skip(1);
-    match (rest.next().and_then(|arg| arg.to_str()), rest.next()) {
-        (Some("--serve-unix"), Some(path)) => {
-            let cgroups = match (rest.next().and_then(|arg| arg.to_str()), rest.next()) {
-                (Some("--cgroup"), Some(dir)) => cgroup::Cgroups::at(PathBuf::from(dir)),
-                _ => cgroup::Cgroups::none(),
-            };
-            serve_unix(started_us, PathBuf::from(path), cgroups)
-        }
-        _ => applets::run(&args),
+fn ordinary(started_us: u64, args: &[Vec<u8>]) -> u8 {
+    let words: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
+    match words.get(1..).unwrap_or_default() {
+        [b"--serve-unix", path] => serve_unix(started_us, path, Cgroups::none()),
+        [b"--serve-unix", path, b"--cgroup", dir] => serve_unix(started_us, path, Cgroups::at(dir)),
+        _ => applets::run(args),
     }
 }
 
-fn serve_unix(started_us: u64, path: PathBuf, cgroups: cgroup::Cgroups) -> u8 {
+fn serve_unix(started_us: u64, path: &[u8], cgroups: Cgroups) -> u8 {
     sys::occupy_standard_fds();
     sys::close_inherited_on_exec();
     // Orphans come here, as they do to PID 1.

@@ -1,5 +1,7 @@
 //! The guest's file systems. None is needed to answer a ping, so they come after the first pong.
 
+use alloc::vec::Vec;
+
 use rustix::{
     fs::{Mode, chmod, mkdir, symlink},
     io::Errno,
@@ -11,10 +13,10 @@ pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Type, place, whether it holds devices or programs, options.
 type Entry = (
-    &'static std::ffi::CStr,
+    &'static core::ffi::CStr,
     &'static str,
     MountFlags,
-    Option<&'static std::ffi::CStr>,
+    Option<&'static core::ffi::CStr>,
 );
 
 const SAFE: MountFlags = MountFlags::NOSUID

@@ -1,9 +1,7 @@
 //! From a request to what the child needs: checked strings, the environment, the paths to try.
 
-use std::{
-    collections::BTreeMap,
-    ffi::{CStr, CString},
-};
+use alloc::{borrow::ToOwned, collections::BTreeMap, ffi::CString, string::String, vec, vec::Vec};
+use core::ffi::CStr;
 
 use hearth_agent::proto::{Exec, SpawnFailure};
 use rustix::process::Resource;

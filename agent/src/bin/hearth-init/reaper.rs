@@ -1,9 +1,12 @@
 //! The one place where children are waited for, ours and the orphans that PID 1 inherits.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use alloc::vec::Vec;
 
 use hearth_agent::proto::ExitStatus;
-use rustix::io::Errno;
+use rustix::{
+    fd::{AsFd, BorrowedFd, OwnedFd},
+    io::Errno,
+};
 
 use crate::sys;
 
@@ -50,7 +53,7 @@ impl Reaper {
     pub(crate) fn reap(&mut self) -> Vec<Reaped> {
         // One pending SIGCHLD stands for any number of deaths; taking it before the waits loses none.
         let _ = rustix::io::read(&self.signals, &mut [0; size_of::<libc::signalfd_siginfo>()]);
-        let dead: Vec<_> = std::iter::from_fn(sys::reap).take(BATCH).collect();
+        let dead: Vec<_> = core::iter::from_fn(sys::reap).take(BATCH).collect();
         self.more = dead.len() == BATCH;
         dead.iter().map(Reaped::from).collect()
     }

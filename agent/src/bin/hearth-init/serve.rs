@@ -2,19 +2,19 @@
 //!
 //! What to wait for is computed afresh each time, so that nothing is armed which cannot make progress, and no event is lost.
 
-use std::{
-    os::fd::{AsFd, OwnedFd},
-    time::{Duration, Instant},
-};
+use alloc::{vec, vec::Vec};
+use core::time::Duration;
 
 use hearth_agent::proto::{Rejection, ShutdownKind};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fd::{AsFd, OwnedFd},
     io::Errno,
     system::RebootCommand,
 };
 
 use crate::{
+    clock::{self, Instant},
     conn::{Conn, Hangup, Pipe},
     exec::Which,
     guest::Guest,
@@ -168,7 +168,7 @@ impl Server {
             Err(Errno::INTR) => return Vec::new(),
             // Out of memory, or more descriptors than allowed: try again when something has ended, do not spin.
             Err(_) => {
-                std::thread::sleep(ACCEPT_PAUSE);
+                clock::sleep(ACCEPT_PAUSE);
                 return vec![(Source::Children, PollFlags::IN)];
             }
         }

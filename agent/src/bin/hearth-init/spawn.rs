@@ -4,20 +4,23 @@
 //! `posix_spawn` nor the standard library can put the child into a cgroup, a session, a user and limits before its first
 //! instruction without a copy of the address space, which costs tens of milliseconds where ring 0 is emulated.
 
-use std::{
+use alloc::{boxed::Box, ffi::CString, vec::Vec};
+use core::{
     arch::asm,
-    ffi::{CStr, CString, c_char, c_int, c_void},
-    os::fd::{AsRawFd, BorrowedFd},
+    ffi::{CStr, c_char, c_void},
+    mem::MaybeUninit,
     ptr,
 };
 
 use rustix::{
+    fd::{AsRawFd, BorrowedFd},
     io::Errno,
     process::{Pid, Resource, Rlimit, chdir, setrlimit, setsid},
+    stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
     thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 
-use crate::plan::Ids;
+use crate::{plan::Ids, sys};
 
 /// Enough for a few system calls, unoptimised; only what is touched exists.
 const STACK_BYTES: usize = 64 * 1024;
@@ -29,7 +32,9 @@ pub(crate) struct Image<'a> {
     pub(crate) argv: &'a [CString],
     pub(crate) env: &'a [CString],
     pub(crate) cwd: &'a CStr,
-    /// What becomes stdin, stdout and stderr; all above 2.
+    /// Whether to start a session, and so a process group.
+    pub(crate) session: bool,
+    /// What becomes stdin, stdout and stderr, in this order.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
     pub(crate) limits: &'a [(Resource, u64)],
     pub(crate) user: Option<&'a Ids>,
@@ -74,7 +79,8 @@ pub(crate) fn spawn(image: &Image<'_>) -> Result<Pid, Refusal> {
         env: pointers(image.env),
         refusal: None,
     };
-    let mut stack = vec![0_u128; STACK_BYTES / size_of::<u128>()];
+    // Not filled: what the child does not touch costs no page.
+    let mut stack = Box::new_uninit_slice(STACK_BYTES / size_of::<u128>());
     let result = clone_vfork(&mut child, &mut stack, image.cgroup);
     match (result, child.refusal) {
         (Ok(_), Some(refusal)) => Err(refusal),
@@ -97,7 +103,7 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
 /// Makes a child that runs [`enter`] on `stack` and waits until it has executed a program or is gone.
 fn clone_vfork(
     child: &mut Child<'_>,
-    stack: &mut [u128],
+    stack: &mut [MaybeUninit<u128>],
     cgroup: Option<BorrowedFd<'_>>,
 ) -> Result<Pid, Errno> {
     let flags = libc::CLONE_VM | libc::CLONE_VFORK;
@@ -167,8 +173,7 @@ extern "C" fn enter(child: *mut c_void) -> ! {
     // SAFETY: the parent passed a live `Child` and stands still.
     let child = unsafe { &mut *child.cast::<Child<'_>>() };
     child.refusal = Some(become_program(child));
-    // SAFETY: ends the child alone; no destructors or exit handlers of the parent's run.
-    unsafe { libc::_exit(127) }
+    sys::exit(127)
 }
 
 /// Turns the child into the program. Returns only if that fails. Allocates nothing.
@@ -176,10 +181,13 @@ fn become_program(child: &Child<'_>) -> Refusal {
     let image = child.image;
     let refused = |step| move |errno| Refusal { step, errno };
     let prepare = || {
-        setsid().map_err(refused(Step::Session))?;
-        for (target, source) in (0..).zip(&image.stdio) {
-            dup_onto(source, target).map_err(refused(Step::Stdio))?;
+        if image.session {
+            setsid().map_err(refused(Step::Session))?;
         }
+        let [stdin, stdout, stderr] = image.stdio;
+        dup2_stdin(stdin).map_err(refused(Step::Stdio))?;
+        dup2_stdout(stdout).map_err(refused(Step::Stdio))?;
+        dup2_stderr(stderr).map_err(refused(Step::Stdio))?;
         for (resource, value) in image.limits {
             let limit = Rlimit {
                 current: Some(*value),
@@ -198,7 +206,7 @@ fn become_program(child: &Child<'_>) -> Refusal {
     if let Err(refusal) = prepare() {
         return refusal;
     }
-    unblock_signals();
+    let _ = sys::set_signal_mask(0);
     let mut errno = Errno::NOENT;
     for candidate in image.candidates {
         match execute(candidate, &child.argv, &child.env) {
@@ -217,30 +225,16 @@ fn become_program(child: &Child<'_>) -> Refusal {
     }
 }
 
-fn dup_onto(source: &BorrowedFd<'_>, target: c_int) -> Result<(), Errno> {
-    // SAFETY: replaces one of the child's descriptors 0 to 2, which nothing in the child owns.
-    match unsafe { libc::dup2(source.as_raw_fd(), target) } {
-        0.. => Ok(()),
-        _ => Err(errno()),
-    }
-}
-
-fn unblock_signals() {
-    // SAFETY: an empty set, initialised by sigemptyset; the mask is the child's own.
-    unsafe {
-        let mut set = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();
-        libc::sigemptyset(set.as_mut_ptr());
-        libc::sigprocmask(libc::SIG_SETMASK, set.as_ptr(), ptr::null_mut());
-    }
-}
-
 fn execute(path: &CStr, argv: &[*const c_char], env: &[*const c_char]) -> Errno {
+    let args = [
+        path.as_ptr().addr(),
+        argv.as_ptr().addr(),
+        env.as_ptr().addr(),
+        0,
+    ];
     // SAFETY: both arrays are null-terminated arrays of pointers to strings that the parent keeps alive.
-    unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), env.as_ptr()) };
-    errno()
-}
-
-fn errno() -> Errno {
-    // SAFETY: the address is that of errno, which the child shares with the standing parent.
-    Errno::from_raw_os_error(unsafe { *libc::__errno_location() })
+    match unsafe { sys::call(libc::SYS_execve, args) } {
+        Ok(_) => Errno::INVAL,
+        Err(errno) => errno,
+    }
 }

@@ -1,14 +1,15 @@
 //! System calls that have no safe wrapper elsewhere: vsock addresses, signalfd, wait4, signals by number, entropy.
 
-use std::{
+use alloc::vec::Vec;
+use core::{
+    arch::asm,
     mem::{self, MaybeUninit},
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-    path::Path,
     ptr,
 };
 
 use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     fs::{Mode, OFlags, open},
     io::Errno,
     net::{
@@ -17,6 +18,55 @@ use rustix::{
     },
     process::Pid,
 };
+
+/// Size of the kernel's signal set.
+const SIGSET_BYTES: usize = 8;
+
+/// A system call.
+///
+/// # Safety
+/// The arguments must be what the kernel expects of this call, and pointers among them valid for it.
+pub(crate) unsafe fn call(number: i64, args: [usize; 4]) -> Result<usize, Errno> {
+    let result: isize;
+    let [first, second, third, fourth] = args;
+    // SAFETY: the instruction itself changes nothing but the registers named here; what the kernel does is the caller's.
+    unsafe {
+        asm!("syscall", inlateout("rax") number => result, in("rdi") first, in("rsi") second, in("rdx") third,
+            in("r10") fourth, lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    match usize::try_from(result) {
+        Ok(value) => Ok(value),
+        Err(_) => Err(i32::try_from(-result).map_or(Errno::INVAL, Errno::from_raw_os_error)),
+    }
+}
+
+/// Standard input.
+pub(crate) fn stdin() -> BorrowedFd<'static> {
+    standard(0)
+}
+
+/// Standard output.
+pub(crate) fn stdout() -> BorrowedFd<'static> {
+    standard(1)
+}
+
+/// Standard error.
+pub(crate) fn stderr() -> BorrowedFd<'static> {
+    standard(2)
+}
+
+fn standard(number: RawFd) -> BorrowedFd<'static> {
+    // SAFETY: nothing in this program closes 0 to 2. Started without them, calls on them fail, which is handled.
+    unsafe { BorrowedFd::borrow_raw(number) }
+}
+
+/// Ends this process.
+pub(crate) fn exit(code: u8) -> ! {
+    loop {
+        // SAFETY: passes a number.
+        let _ = unsafe { call(libc::SYS_exit_group, [code.into(), 0, 0, 0]) };
+    }
+}
 
 /// An AF_VSOCK address.
 #[derive(Clone, Copy, Debug)]
@@ -60,8 +110,7 @@ pub(crate) fn peer_cid(address: &SocketAddrAny) -> Option<u32> {
 /// Makes descriptors 0 to 2 refer to something, so that none of ours lands there: the kernel starts PID 1 without them
 /// when there is no console.
 pub(crate) fn occupy_standard_fds() {
-    // SAFETY: a borrowed number that is only polled; the answer for a closed one is POLLNVAL.
-    let numbers = [0, 1, 2].map(|number| unsafe { std::os::fd::BorrowedFd::borrow_raw(number) });
+    let numbers = [stdin(), stdout(), stderr()];
     let mut fds = numbers
         .each_ref()
         .map(|fd| PollFd::new(fd, PollFlags::empty()));
@@ -84,30 +133,50 @@ pub(crate) fn occupy_standard_fds() {
 
 /// Keeps what this process inherited from being inherited further.
 pub(crate) fn close_inherited_on_exec() {
+    const CLOSE_RANGE_CLOEXEC: usize = 4;
     // SAFETY: changes the close-on-exec flag only.
-    unsafe {
-        libc::close_range(
-            3,
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC as libc::c_int,
+    let _ = unsafe {
+        call(
+            libc::SYS_close_range,
+            [3, u32::MAX as usize, CLOSE_RANGE_CLOEXEC, 0],
         )
     };
 }
 
 /// Blocks SIGCHLD and SIGPIPE and gives a descriptor that is readable when SIGCHLD is pending.
 pub(crate) fn child_signals() -> Result<OwnedFd, Errno> {
-    let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
-    // SAFETY: `set` is initialised by sigemptyset; the descriptor, once valid, is owned by nobody else.
+    const fn bit(signal: i32) -> u64 {
+        1 << (signal - 1)
+    }
+    set_signal_mask(bit(libc::SIGCHLD) | bit(libc::SIGPIPE))?;
+    let watched = bit(libc::SIGCHLD);
+    let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
+    // SAFETY: a live set of the kernel's size; the descriptor, once valid, is owned by nobody else.
     unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGPIPE);
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGCHLD);
-        libc::sigprocmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
-        libc::sigdelset(set.as_mut_ptr(), libc::SIGPIPE);
-        match libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
-            fd @ 0.. => Ok(OwnedFd::from_raw_fd(fd)),
-            _ => Err(last_error()),
-        }
+        let args = [
+            usize::MAX,
+            (&raw const watched).addr(),
+            SIGSET_BYTES,
+            flags.unsigned_abs() as usize,
+        ];
+        let fd = call(libc::SYS_signalfd4, args)?;
+        Ok(OwnedFd::from_raw_fd(
+            RawFd::try_from(fd).map_err(|_| Errno::BADF)?,
+        ))
+    }
+}
+
+/// Sets the signals that this thread blocks.
+pub(crate) fn set_signal_mask(blocked: u64) -> Result<(), Errno> {
+    // SAFETY: a live set of the kernel's size; the old one is not asked for.
+    unsafe {
+        let args = [
+            libc::SIG_SETMASK.unsigned_abs() as usize,
+            (&raw const blocked).addr(),
+            0,
+            SIGSET_BYTES,
+        ];
+        call(libc::SYS_rt_sigprocmask, args).map(drop)
     }
 }
 
@@ -123,23 +192,27 @@ pub(crate) struct Dead {
 
 /// Reaps one child, whichever, if one is dead.
 pub(crate) fn reap() -> Option<Dead> {
-    let mut status = 0;
+    let mut status = 0_i32;
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: both pointers are to live, writable memory of the right types; all zero is a valid rusage.
     let (pid, usage) = unsafe {
-        (
-            libc::wait4(-1, &raw mut status, libc::WNOHANG, usage.as_mut_ptr()),
-            usage.assume_init(),
-        )
+        let nohang = libc::WNOHANG.unsigned_abs() as usize;
+        let args = [
+            usize::MAX,
+            (&raw mut status).addr(),
+            nohang,
+            usage.as_mut_ptr().addr(),
+        ];
+        (call(libc::SYS_wait4, args).ok()?, usage.assume_init())
     };
     let micros = |time: libc::timeval| {
-        u64::try_from(time.tv_sec)
+        let seconds = u64::try_from(time.tv_sec)
             .unwrap_or(0)
-            .saturating_mul(1_000_000)
-            .saturating_add(u64::try_from(time.tv_usec).unwrap_or(0))
+            .saturating_mul(1_000_000);
+        seconds.saturating_add(u64::try_from(time.tv_usec).unwrap_or(0))
     };
-    (pid > 0).then(|| Dead {
-        pid,
+    Some(Dead {
+        pid: i32::try_from(pid).ok().filter(|&pid| pid > 0)?,
         status,
         user_us: micros(usage.ru_utime),
         system_us: micros(usage.ru_stime),
@@ -149,51 +222,61 @@ pub(crate) fn reap() -> Option<Dead> {
 
 /// Sends a signal by number (1 to 64) to a process.
 pub(crate) fn kill(pid: Pid, signal: u8) -> bool {
-    // SAFETY: passes numbers only.
-    unsafe { libc::kill(pid.as_raw_pid(), signal.into()) == 0 }
+    send(pid.as_raw_pid(), signal)
 }
 
 /// Sends a signal by number (1 to 64) to a process group.
 pub(crate) fn kill_group(group: Pid, signal: u8) -> bool {
-    // SAFETY: passes numbers only.
-    unsafe { libc::kill(-group.as_raw_pid(), signal.into()) == 0 }
+    send(-group.as_raw_pid(), signal)
 }
 
-/// Credits entropy to the kernel's generator and makes it reseed from that at once.
-pub(crate) fn reseed(entropy: &[u8]) -> Result<(), Errno> {
-    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
-    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
-    let bytes = i32::try_from(entropy.len()).map_err(|_| Errno::INVAL)?;
-    let bits = bytes.checked_mul(8).ok_or(Errno::INVAL)?;
-    // struct rand_pool_info: bits, bytes, data.
-    let info = [&bits.to_ne_bytes()[..], &bytes.to_ne_bytes()[..], entropy].concat();
-    let random = open(
-        Path::new("/dev/urandom"),
-        OFlags::WRONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    let fd = random.as_fd().as_raw_fd();
-    // SAFETY: `info` is a rand_pool_info whose size field is that of its data; the second request takes no argument.
-    let done = unsafe {
-        libc::ioctl(fd, RNDADDENTROPY, info.as_ptr()) == 0 && libc::ioctl(fd, RNDRESEEDCRNG) == 0
-    };
-    if done { Ok(()) } else { Err(last_error()) }
+fn send(whom: i32, signal: u8) -> bool {
+    // SAFETY: passes numbers only.
+    unsafe {
+        call(
+            libc::SYS_kill,
+            [whom as isize as usize, signal.into(), 0, 0],
+        )
+        .is_ok()
+    }
 }
 
 /// Makes this process deaf to SIGTERM.
 pub(crate) fn ignore_term() {
-    // SAFETY: sets a disposition, no handler runs.
-    unsafe { libc::signal(libc::SIGTERM, libc::SIG_IGN) };
+    // The kernel's sigaction: handler, flags, restorer, mask.
+    let ignore = [libc::SIG_IGN, 0, 0, 0];
+    // SAFETY: a live structure of the kernel's layout; no handler runs.
+    let _ = unsafe {
+        let args = [
+            libc::SIGTERM.unsigned_abs() as usize,
+            (&raw const ignore).addr(),
+            0,
+            SIGSET_BYTES,
+        ];
+        call(libc::SYS_rt_sigaction, args)
+    };
 }
 
-/// Makes a command start in a session of its own.
-pub(crate) fn in_own_session(command: &mut std::process::Command) {
-    use std::os::unix::process::CommandExt;
-    // SAFETY: a single system call between fork and exec.
-    unsafe { command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?)) };
-}
-
-fn last_error() -> Errno {
-    // SAFETY: the address is that of this thread's errno.
-    Errno::from_raw_os_error(unsafe { *libc::__errno_location() })
+/// Credits entropy to the kernel's generator and makes it reseed from that at once.
+pub(crate) fn reseed(entropy: &[u8]) -> Result<(), Errno> {
+    const RNDADDENTROPY: usize = 0x4008_5203;
+    const RNDRESEEDCRNG: usize = 0x5207;
+    let bytes = i32::try_from(entropy.len()).map_err(|_| Errno::INVAL)?;
+    let bits = bytes.checked_mul(8).ok_or(Errno::INVAL)?;
+    // struct rand_pool_info: bits, bytes, data.
+    let info: Vec<u8> = [&bits.to_ne_bytes()[..], &bytes.to_ne_bytes()[..], entropy].concat();
+    let random = open(
+        "/dev/urandom",
+        OFlags::WRONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let fd = random.as_raw_fd().unsigned_abs() as usize;
+    // SAFETY: `info` is a rand_pool_info whose size field is that of its data; the second request takes no argument.
+    unsafe {
+        call(
+            libc::SYS_ioctl,
+            [fd, RNDADDENTROPY, info.as_ptr().addr(), 0],
+        )?;
+        call(libc::SYS_ioctl, [fd, RNDRESEEDCRNG, 0, 0]).map(drop)
+    }
 }

@@ -1,12 +1,10 @@
 //! Where connections come from: vsock in a guest, a Unix socket in tests without one.
 
-use std::{
-    os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
-};
+use alloc::{borrow::ToOwned, vec::Vec};
 
 use hearth_agent::proto::{AGENT_PORT, READY_PORT};
 use rustix::{
+    fd::{AsFd, OwnedFd},
     io::Errno,
     net::{
         AddressFamily, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, connect,
@@ -24,7 +22,7 @@ const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 #[derive(Debug)]
 pub(crate) enum Transport {
     Vsock,
-    Unix(PathBuf),
+    Unix(Vec<u8>),
 }
 
 impl Transport {
@@ -32,8 +30,8 @@ impl Transport {
         Self::Vsock
     }
 
-    pub(crate) fn unix(path: PathBuf) -> Self {
-        Self::Unix(path)
+    pub(crate) fn unix(path: &[u8]) -> Self {
+        Self::Unix(path.to_owned())
     }
 
     /// Starts listening.
@@ -52,7 +50,7 @@ impl Transport {
             }
             Self::Unix(path) => {
                 let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)?;
-                bind(&socket, &SocketAddrUnix::new(path)?)?;
+                bind(&socket, &SocketAddrUnix::new(path.as_slice())?)?;
                 socket
             }
         };

@@ -1,18 +1,19 @@
 //! The shortest way from nothing to a program's output: a warm pool of one profile, one hand-off.
 //!
-//! The first run builds the guest's kernel, which takes minutes.
+//! The first run builds the guest's kernel, which takes minutes; `HEARTH_KERNEL` names one of your own.
 
 use std::error::Error;
+use std::path::Path;
 use std::time::Instant;
 
 use hearth_agent::client::OutputLimits;
-use hearth_images::{Images, Silent};
+use hearth_images::{GuestImage, Images, ImagesError, Silent};
 use hearth_pool::kvm::{KvmBackend, KvmImage};
 use hearth_pool::{Pool, PoolConfig, Profile};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let image = tokio::task::spawn_blocking(|| Images::open(None)?.base(&Silent)).await??;
+    let image = tokio::task::spawn_blocking(image).await??;
     let config = PoolConfig::new(4).profile(
         Profile::new("base", "base")
             .memory_mib(128)
@@ -56,4 +57,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
     pool.stop().await;
     println!("{:?}", pool.status());
     Ok(())
+}
+
+/// Our kernel, or the one that `HEARTH_KERNEL` names, and the agent.
+fn image() -> Result<GuestImage, ImagesError> {
+    let images = Images::open(None)?;
+    match std::env::var_os("HEARTH_KERNEL") {
+        Some(kernel) => images.with_kernel(Path::new(&kernel), &Silent),
+        None => images.base(&Silent),
+    }
 }

@@ -1,14 +1,14 @@
-//! A real guest: our kernel with our agent, up to its first pong.
+//! A real guest: our kernel with our agent, booted once per test binary and forked for each case.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use hearth_agent::client::{AgentClient, Command, Output, OutputLimits, Pong};
-use hearth_agent::proto::{AGENT_PORT, InstanceId, READY_PORT};
+use hearth_agent::client::{AgentClient, Command, Output, OutputLimits};
+use hearth_agent::proto::{AGENT_PORT, InstanceId, READY_PORT, Refresh};
 use hearth_images::{Event, Images, Progress};
 use hearth_vmm::virtio::vsock::VsockStream;
-use hearth_vmm::{CreateTimes, Exit, Vm, VmConfig, VmConfigBuilder};
+use hearth_vmm::{CreateTimes, Exit, Template, Vm, VmConfig, VmConfigBuilder};
 use tokio::sync::OnceCell;
 
 use crate::skip::within;
@@ -21,19 +21,15 @@ const INITRAMFS_VARIABLE: &str = "HEARTH_INITRAMFS";
 /// Seconds on hardware after which a boot counts as stuck.
 const BOOT_SECONDS: u64 = 18;
 
-/// A running guest and the connection that its agent dialled.
+/// A running guest and a connection to its agent.
 #[derive(Debug)]
 pub struct Guest {
     /// The virtual machine.
     pub vm: Vm,
-    /// The agent's own connection, after its first pong.
+    /// The connection that the agent dialled (booted) or the harness made (forked).
     pub agent: AgentClient<VsockStream>,
     /// The guest's identity.
     pub instance: InstanceId,
-    /// How long the boot took.
-    pub phases: Phases,
-    /// The first pong.
-    pub pong: Pong,
 }
 
 /// Where the time of a boot went.
@@ -99,19 +95,11 @@ pub fn image() -> VmConfigBuilder {
 }
 
 impl Guest {
-    /// Boots a guest of 128 MiB with one vCPU.
-    ///
-    /// # Panics
-    /// If it does not come up.
-    pub async fn boot() -> Guest {
-        Self::boot_with(|config| config).await
-    }
-
-    /// Boots a guest with a refined configuration.
+    /// Boots a guest, 128 MiB and one vCPU unless refined, up to its first pong.
     ///
     /// # Panics
     /// If it does not come up; with its console's end if it has one.
-    pub async fn boot_with(refine: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> Guest {
+    pub async fn boot(refine: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> (Guest, Phases) {
         let config = refine(image()).build().expect("a possible configuration");
         let vm = Vm::create(&config).unwrap_or_else(|error| panic!("{}", error_chain(&error)));
         let mut listener = vm.vsock().listen(READY_PORT).expect("a free port");
@@ -123,33 +111,65 @@ impl Guest {
                 exit = vm.exited() => panic!("the guest ended while it booted: {exit}\n{}", tail(&vm)),
             }
         };
-        let Ok(stream) =
-            tokio::time::timeout(crate::patience(Duration::from_secs(BOOT_SECONDS)), dialled).await
-        else {
+        let limit = crate::patience(Duration::from_secs(BOOT_SECONDS));
+        let Ok(stream) = tokio::time::timeout(limit, dialled).await else {
             panic!(
                 "the agent did not dial; exits: {:?}\n{}",
                 vm.exits(),
                 tail(&vm)
             );
         };
-        let mut agent = within(5, "handshake", AgentClient::handshake(stream))
-            .await
-            .expect("a greeting");
-        let pong = within(5, "first pong", agent.ping(1))
+        let mut agent = greet(stream).await;
+        within(5, "first pong", agent.ping(1))
             .await
             .expect("a pong");
         let hello = *agent.hello();
-        Guest {
-            phases: Phases {
-                create: vm.times(),
-                kernel: Duration::from_micros(hello.started_us),
-                greeted: Duration::from_micros(hello.greeted_us),
-                pong: start.elapsed(),
+        let phases = Phases {
+            create: vm.times(),
+            kernel: Duration::from_micros(hello.started_us),
+            greeted: Duration::from_micros(hello.greeted_us),
+            pong: start.elapsed(),
+        };
+        let instance = hello.instance;
+        (
+            Guest {
+                vm,
+                agent,
+                instance,
             },
-            instance: hello.instance,
+            phases,
+        )
+    }
+
+    /// A guest of its own for a case: a clone of one that was booted once per test binary.
+    ///
+    /// # Panics
+    /// If it cannot be had.
+    pub async fn fork() -> Guest {
+        static TEMPLATE: OnceCell<Result<Template, ()>> = OnceCell::const_new();
+        // A boot that fails is not tried again by every case of the binary.
+        let make = || async { tokio::spawn(make_template()).await.map_err(|_| ()) };
+        let template = TEMPLATE.get_or_init(make).await.as_ref();
+        let template = template.expect("a guest to fork (why there is none is above)");
+        let vm = template
+            .fork()
+            .unwrap_or_else(|error| panic!("{}", error_chain(&error)));
+        let mut agent = dial_agent(&vm).await;
+        let mut identity = InstanceId::default();
+        identity.0.copy_from_slice(&random(16));
+        let refresh = Refresh {
+            entropy: random(64),
+            wall_clock: Some(std::time::SystemTime::now().into()),
+            instance: Some(identity),
+            hostname: None,
+        };
+        let refreshed = within(5, "refresh", agent.refresh(refresh)).await;
+        let refreshed = refreshed.expect("an answer");
+        assert!(refreshed.all_applied(), "{refreshed:?}");
+        Guest {
             vm,
             agent,
-            pong,
+            instance: identity,
         }
     }
 
@@ -158,12 +178,7 @@ impl Guest {
     /// # Panics
     /// If it is not established.
     pub async fn connect(&self) -> AgentClient<VsockStream> {
-        let stream = within(5, "connect", self.vm.vsock().connect(AGENT_PORT))
-            .await
-            .expect("the agent listens");
-        within(5, "handshake", AgentClient::handshake(stream))
-            .await
-            .expect("a greeting")
+        dial_agent(&self.vm).await
     }
 
     /// Runs a program to its end and keeps its output.
@@ -204,22 +219,58 @@ fn tail(vm: &Vm) -> String {
     lines.into_iter().rev().collect::<Vec<_>>().join("\n")
 }
 
-/// The guest that the cases of one test binary share: booted at the first call, running until the
-/// process ends. Cases must leave it as they found it.
+async fn greet(stream: VsockStream) -> AgentClient<VsockStream> {
+    within(5, "handshake", AgentClient::handshake(stream))
+        .await
+        .expect("a greeting")
+}
+
+async fn dial_agent(vm: &Vm) -> AgentClient<VsockStream> {
+    let limit = crate::patience(Duration::from_secs(5));
+    let stream = vm.vsock().connect_timeout(AGENT_PORT, limit).await;
+    greet(stream.unwrap_or_else(|error| panic!("{error}; {:?}", vm.exits()))).await
+}
+
+/// Boots a guest, waits until it has prepared everything, and freezes it.
+async fn make_template() -> Template {
+    let (mut guest, phases) = Guest::boot(|config| config).await;
+    eprintln!("booted: {phases:?}");
+    let mut nonce = 1;
+    let prepared = async {
+        loop {
+            nonce += 1;
+            if guest.agent.ping(nonce).await.expect("a pong").prepared {
+                return;
+            }
+        }
+    };
+    within(5, "preparation", prepared).await;
+    drop(guest.agent);
+    guest
+        .vm
+        .into_template()
+        .unwrap_or_else(|error| panic!("{}", error_chain(&error)))
+}
+
+/// The guest that the cases of one test binary share; it runs until the process ends. Cases must leave
+/// it as they found it.
 ///
 /// # Panics
 /// If it does not come up, for each caller.
 pub async fn shared() -> &'static Guest {
-    static GUEST: OnceCell<Result<Guest, ()>> = OnceCell::const_new();
-    let boot = async {
-        // A boot that fails is not tried again by every case of the binary.
-        tokio::spawn(Guest::boot()).await.map_err(|_| ())
-    };
-    GUEST
-        .get_or_init(|| boot)
-        .await
-        .as_ref()
-        .expect("the shared guest came up (its own panic is above)")
+    static GUEST: OnceCell<Guest> = OnceCell::const_new();
+    GUEST.get_or_init(Guest::fork).await
+}
+
+fn random(len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    let mut filled = 0;
+    while filled < len {
+        let rest = bytes.get_mut(filled..).unwrap_or_default();
+        let flags = rustix::rand::GetRandomFlags::empty();
+        filled += rustix::rand::getrandom(rest, flags).expect("the host has randomness");
+    }
+    bytes
 }
 
 /// Bytes without a pattern (xorshift), the same for the same seed.

@@ -4,8 +4,9 @@
 //! few instructions, [`Footprint`] says what the process holds, and [`kvm`] counts a test as skipped
 //! where there is nothing to run it on.
 //!
-//! Rules for tests here: a cold boot costs seconds, so a binary boots one guest ([`shared`]) for all
-//! cases that leave it as it was; nothing asserts a wall-clock time but by an upper bound for
+//! Rules for tests here: a cold boot costs seconds, so a binary boots one guest and forks it
+//! ([`Guest::fork`]) for each case, or has the cases that leave a guest as it was share one
+//! ([`shared`]); nothing asserts a wall-clock time but by an upper bound for
 //! "stuck", which [`patience`] scales with the host's kind.
 #![allow(
     clippy::expect_used,

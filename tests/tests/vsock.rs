@@ -1,0 +1,254 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+//! Sockets between host and a real guest, in both directions.
+
+use std::io::ErrorKind;
+use std::time::Duration;
+
+use hearth_agent::client::{Command, Exec};
+use hearth_agent::proto::{ExitStatus, Input};
+use hearth_tests::{Guest, kvm, noise, shared, within};
+use hearth_vmm::virtio::vsock::{ConnectError, VsockStream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// A program in the guest that listens on `port` and echoes; it lives as long as this value.
+async fn echo_server(guest: &Guest, port: u32) -> Exec<VsockStream> {
+    let command = Command::new("vsock-echo").arg(port.to_string());
+    let mut exec = guest.connect().await.exec(command).await.unwrap();
+    let mut line = [0; 10];
+    let mut stdout = exec.stdout().unwrap();
+    within(5, "echo server", stdout.read_exact(&mut line))
+        .await
+        .unwrap();
+    assert_eq!(&line, b"listening\n");
+    exec
+}
+
+async fn echoed(stream: VsockStream, bytes: &[u8]) -> Vec<u8> {
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let mut back = Vec::new();
+    let send = async {
+        writer.write_all(bytes).await.unwrap();
+        writer.shutdown().await.unwrap();
+    };
+    let (end, ()) = within(20, "echo", async {
+        tokio::join!(reader.read_to_end(&mut back), send)
+    })
+    .await;
+    end.unwrap();
+    back
+}
+
+#[tokio::test]
+async fn the_host_connects_and_gets_its_bytes_back() {
+    if !kvm() {
+        return;
+    }
+    let guest = shared().await;
+    let _server = echo_server(guest, 3000).await;
+    for len in [0, 1, 4096, 65_537, 300_000] {
+        let stream = guest.vm.vsock().connect(3000).await.unwrap();
+        assert_eq!(stream.guest_port(), 3000);
+        let bytes = noise(len, 7);
+        assert!(echoed(stream, &bytes).await == bytes, "{len} bytes");
+    }
+}
+
+#[tokio::test]
+#[ignore = "long: 8 MiB each way through an emulated kernel"]
+async fn eight_mebibytes_each_way() {
+    if !kvm() {
+        return;
+    }
+    let guest = shared().await;
+    let _server = echo_server(guest, 3001).await;
+    let bytes = noise(8 << 20, 8);
+    let mut back = Vec::new();
+    for part in bytes.chunks(1 << 20) {
+        let stream = guest.vm.vsock().connect(3001).await.unwrap();
+        back.extend(echoed(stream, part).await);
+    }
+    assert!(back == bytes);
+}
+
+#[tokio::test]
+async fn the_guest_connects_and_both_sides_close_by_halves() {
+    if !kvm() {
+        return;
+    }
+    let guest = shared().await;
+    let mut listener = guest.vm.vsock().listen(4000).unwrap();
+    let dial = Command::new("vsock-dial").arg("4000").stdin(Input::Pipe);
+    let mut exec = guest.connect().await.exec(dial).await.unwrap();
+    let mut stream = within(5, "accept", listener.accept()).await.unwrap();
+    assert_eq!(stream.host_port(), 4000);
+    let (mut stdin, mut stdout) = (exec.stdin().unwrap(), exec.stdout().unwrap());
+    let waiting = tokio::spawn(exec.wait());
+
+    // The guest speaks and closes its direction; the host still answers.
+    let question = noise(100_000, 3);
+    let ask = async {
+        stdin.write_all(&question).await.unwrap();
+        stdin.shutdown().await.unwrap();
+    };
+    let mut heard = Vec::new();
+    let (end, ()) = within(20, "question", async {
+        tokio::join!(stream.read_to_end(&mut heard), ask)
+    })
+    .await;
+    end.unwrap();
+    assert!(heard == question);
+    let answer = noise(100_000, 4);
+    let reply = async {
+        stream.write_all(&answer).await.unwrap();
+        stream.shutdown().await.unwrap();
+    };
+    let mut said = Vec::new();
+    let (end, ()) = within(20, "answer", async {
+        tokio::join!(stdout.read_to_end(&mut said), reply)
+    })
+    .await;
+    end.unwrap();
+    assert!(said == answer);
+    let exited = within(5, "end", waiting).await.unwrap().unwrap();
+    assert_eq!(exited.status, ExitStatus::Code(0));
+}
+
+#[tokio::test]
+async fn a_port_without_a_listener_refuses_at_once_in_both_directions() {
+    if !kvm() {
+        return;
+    }
+    let guest = shared().await;
+    let connect = within(5, "refusal", guest.vm.vsock().connect(5000)).await;
+    assert_eq!(connect.unwrap_err(), ConnectError::Refused(5000));
+    let output = guest.run(Command::new("vsock-dial").arg("5001")).await;
+    assert_eq!(output.status, ExitStatus::Code(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    // Linux reports a reset in answer to a request as ECONNRESET.
+    assert!(said.contains("os error 104"), "{said}");
+    // A retrying connect waits for a listener that comes late.
+    let vsock = guest.vm.vsock().clone();
+    let deadline = tokio::time::Instant::now() + hearth_tests::patience(Duration::from_secs(6));
+    let waiting = tokio::spawn(async move { vsock.connect_retry(5002, deadline).await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!waiting.is_finished());
+    let _server = echo_server(guest, 5002).await;
+    let stream = within(6, "late listener", waiting).await.unwrap().unwrap();
+    assert_eq!(echoed(stream, b"late").await, b"late");
+    // And gives up typed.
+    let soon = tokio::time::Instant::now() + Duration::from_millis(100);
+    let given_up = guest.vm.vsock().connect_retry(5003, soon).await;
+    assert!(
+        matches!(
+            given_up,
+            Err(ConnectError::Refused(5003) | ConnectError::TimedOut { port: 5003, .. })
+        ),
+        "{given_up:?}"
+    );
+}
+
+#[tokio::test]
+async fn two_hundred_connections_at_once() {
+    if !kvm() {
+        return;
+    }
+    // A guest of its own: its memory is filled with sockets and threads.
+    let guest = Guest::fork().await;
+    let _server = echo_server(&guest, 6000).await;
+    let mut connecting = tokio::task::JoinSet::new();
+    for number in 0..200_u64 {
+        let vsock = guest.vm.vsock().clone();
+        connecting.spawn(async move {
+            let deadline =
+                tokio::time::Instant::now() + hearth_tests::patience(Duration::from_secs(12));
+            (number, vsock.connect_retry(6000, deadline).await)
+        });
+    }
+    let mut streams = Vec::new();
+    while let Some(connected) = connecting.join_next().await {
+        let (number, stream) = connected.unwrap();
+        streams.push((number, stream.expect("one of 200 connections")));
+    }
+    // All are open now: each still has its own bytes.
+    let mut talking = tokio::task::JoinSet::new();
+    for (number, stream) in streams {
+        talking.spawn(async move {
+            let bytes = noise(1000, number + 1);
+            assert!(echoed(stream, &bytes).await == bytes, "connection {number}");
+        });
+    }
+    let mut done = 0;
+    while let Some(talked) = within(20, "200 echoes", talking.join_next()).await {
+        talked.unwrap();
+        done += 1;
+    }
+    assert_eq!(done, 200);
+    // And after them there is room for more.
+    let stream = guest.vm.vsock().connect(6000).await.unwrap();
+    assert_eq!(echoed(stream, b"once more").await, b"once more");
+}
+
+#[tokio::test]
+async fn a_reader_that_stalls_holds_up_its_own_connection_only() {
+    if !kvm() {
+        return;
+    }
+    let guest = shared().await;
+    let _server = echo_server(guest, 7000).await;
+    let mut stalled = guest.vm.vsock().connect(7000).await.unwrap();
+    // Write without reading until nothing moves any more: the echo's window is full.
+    let chunk = noise(64 << 10, 5);
+    let mut sent = 0;
+    while sent < 64 << 20 {
+        let write = tokio::time::timeout(Duration::from_secs(2), stalled.write(&chunk)).await;
+        match write {
+            Ok(count) => sent += count.unwrap(),
+            Err(_) => break,
+        }
+    }
+    assert!(sent < 64 << 20, "an unread echo takes no bound");
+    let stream = guest.vm.vsock().connect(7000).await.unwrap();
+    assert_eq!(echoed(stream, b"beside").await, b"beside");
+    drop(stalled);
+}
+
+#[tokio::test]
+async fn a_peer_that_vanishes_is_an_error_on_the_other_side() {
+    if !kvm() {
+        return;
+    }
+    let guest = shared().await;
+    let server = echo_server(guest, 8000).await;
+    let mut stream = guest.vm.vsock().connect(8000).await.unwrap();
+    stream.write_all(b"there?").await.unwrap();
+    let mut back = [0; 6];
+    within(5, "echo", stream.read_exact(&mut back))
+        .await
+        .unwrap();
+    drop(server);
+    // The guest's kernel ends the dead program's sockets: end of file or a reset, never a wait.
+    let mut rest = Vec::new();
+    let end = within(10, "end of a dead peer", stream.read_to_end(&mut rest)).await;
+    assert!(
+        matches!(&end, Ok(0)) || matches!(&end, Err(e) if e.kind() == ErrorKind::ConnectionReset),
+        "{end:?}"
+    );
+    let write = async {
+        loop {
+            if let Err(error) = stream.write_all(&[0; 1000]).await {
+                return error.kind();
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let kind = within(10, "write to a dead peer", write).await;
+    assert!(
+        matches!(kind, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset),
+        "{kind:?}"
+    );
+}

@@ -2,6 +2,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::await_holding_lock,
     reason = "a test fails by panicking"
 )]
 //! What cannot work is refused with a typed error that says what to do, and nothing is started.

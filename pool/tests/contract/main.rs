@@ -1,6 +1,13 @@
 //! The contract of the warm pool, row by row: each test is named after its row. Rows that need a
 //! real guest are elsewhere; here a fake backend and paused time make every interleaving repeatable.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
 mod acquire;
 mod health;
 mod replenish;

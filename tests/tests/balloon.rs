@@ -88,6 +88,7 @@ async fn the_guest_gives_and_gets_back() {
 }
 
 #[tokio::test]
+#[ignore = "long: a minute of page faults where ring 0 is emulated"]
 async fn host_memory_falls_by_what_was_given() {
     if !kvm() {
         return;
@@ -114,6 +115,7 @@ async fn host_memory_falls_by_what_was_given() {
 }
 
 #[tokio::test]
+#[ignore = "long: a minute of page faults where ring 0 is emulated"]
 async fn freed_memory_is_reported_without_being_asked() {
     if !kvm() {
         return;

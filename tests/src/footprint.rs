@@ -133,16 +133,16 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let (stop, wait) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::Builder::new()
-            .name("leaked".into())
+            .name("hearth-leaked".into())
             .spawn(move || wait.recv().is_ok())
             .unwrap();
         // The name is set by the new thread itself.
-        while !Footprint::now().threads.contains_key("leaked") {
+        while !Footprint::now().threads.contains_key("hearth-leaked") {
             std::thread::yield_now();
         }
         let grown = before.grown(&Footprint::now(), 0);
         assert!(grown.contains("fd /"), "{grown}");
-        assert!(grown.contains("thread leaked"), "{grown}");
+        assert!(grown.contains("thread hearth-leaked"), "{grown}");
         drop((file, stop));
         thread.join().unwrap();
         before.assert_restored(8, Duration::from_secs(10));

@@ -418,7 +418,7 @@ fn assert_refused(answer: &str, variant: &str, hint: &str) {
         "{answer}"
     );
     assert!(answer.contains(hint), "{answer}");
-    assert!(answer.contains("threads: 1\n"), "{answer}");
+    assert!(answer.contains("threads: 0\n"), "{answer}");
     assert!(answer.contains("vm descriptors: 0\n"), "{answer}");
 }
 

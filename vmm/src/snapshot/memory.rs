@@ -150,7 +150,7 @@ mod tests {
         ram.overlay(2 * MIB, &image, 0, 4096).unwrap();
         let first = Arc::new(copy_out(&ram).unwrap());
         // Before anybody reads a hole: reading one through a mapping fills it with zeroes.
-        assert_eq!(allocated(&first), 2 * 4096);
+        assert!(allocated(&first) <= 2 * 4096);
         let clone = GuestRam::map_file(Arc::clone(&first), 4 * MIB, Sharing::Private).unwrap();
         assert_eq!(
             [

@@ -90,6 +90,15 @@ pub fn ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
     }
 }
 
+/// Where in a memory file the page at guest address `addr` (inside memory) lies.
+pub(crate) fn file_offset(addr: u64) -> u64 {
+    if addr < GAP_END {
+        addr
+    } else {
+        addr - GAP_END + GAP_START
+    }
+}
+
 impl GuestRam {
     /// Fresh zeroed memory of `bytes` bytes in a memfd of its own. Pages are allocated when first
     /// touched; no swap or overcommit reservation is made (`MAP_NORESERVE`).
@@ -188,15 +197,6 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Where in the file the page at guest address `addr` (inside memory) lies.
-    fn file_offset(&self, addr: u64) -> u64 {
-        if addr < GAP_END {
-            addr
-        } else {
-            addr - GAP_END + GAP_START
-        }
-    }
-
     /// Stretches (guest address, bytes) that are private copies of another file.
     pub(crate) fn overlays(&self) -> &[(u64, u64)] {
         &self.overlays
@@ -288,7 +288,7 @@ impl GuestRam {
                 libc::fallocate(
                     self.file.as_raw_fd(),
                     libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-                    self.file_offset(start).cast_signed(),
+                    file_offset(start).cast_signed(),
                     (end - start).cast_signed(),
                 )
             };

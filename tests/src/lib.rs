@@ -1,7 +1,7 @@
 //! Integration tests of Hearth on real guests.
 //!
 //! The library is the harness: [`Guest`] boots our kernel with our agent, [`flat`] makes guests of a
-//! few instructions, [`Footprint`] says what the process holds, and [`kvm`] counts a test as skipped
+//! few instructions, [`Footprint`] says what the process holds ([`alone`] gives a test a process), and [`kvm`] counts a test as skipped
 //! where there is nothing to run it on.
 //!
 //! Rules for tests here: a cold boot costs seconds, so a binary boots one guest and forks it
@@ -15,11 +15,13 @@
     reason = "a harness fails its test by panicking"
 )]
 
+mod alone;
 pub mod flat;
 mod footprint;
 mod guest;
 mod skip;
 
+pub use alone::alone;
 pub use footprint::Footprint;
 pub use guest::{Guest, Phases, error_chain, image, kernel_path, noise, shared};
 pub use skip::{kvm, not_measured, patience, within};

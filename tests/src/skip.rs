@@ -12,12 +12,18 @@ use hearth_vmm::Host;
 #[track_caller]
 pub fn not_measured(reason: &str) {
     let place = Location::caller();
-    let line = format!(
-        "\nNOT MEASURED: {reason} ({}:{})\n",
+    print_past_capture(&format!(
+        "{UNMEASURED}{reason} ({}:{})",
         place.file(),
         place.line()
-    );
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    ));
+}
+
+/// How the line of a skipped test begins.
+pub(crate) const UNMEASURED: &str = "NOT MEASURED: ";
+
+pub(crate) fn print_past_capture(line: &str) {
+    let _ = std::io::stderr().write_all(format!("\n{line}\n").as_bytes());
 }
 
 /// Whether there is a `/dev/kvm` to test on; says so if not. A `/dev/kvm` that does not work is no

@@ -2,17 +2,17 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    clippy::await_holding_lock,
     reason = "a test fails by panicking"
 )]
 //! What cannot work is refused with a typed error that says what to do, and nothing is started.
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Once;
 use std::time::Duration;
 
 use hearth_tests::flat::{Code, elf};
-use hearth_tests::{Footprint, error_chain, kvm, not_measured};
+use hearth_tests::{Footprint, alone, error_chain, kvm, not_measured};
 use hearth_vmm::{
     BootError, ConfigError, EntryChoice, Exit, KernelError, KernelFormat, LoadError, Vm, VmConfig,
     VmConfigBuilder,
@@ -21,12 +21,6 @@ use tempfile::TempDir;
 
 /// Where the synthetic kernels lie.
 const KERNEL_AT: u64 = 16 << 20;
-
-/// Tests of this binary compare what the process holds: one at a time.
-fn alone() -> std::sync::MutexGuard<'static, ()> {
-    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    ALONE.lock().unwrap_or_else(|e| e.into_inner())
-}
 
 /// A directory with files to boot from.
 struct Files(TempDir);
@@ -56,6 +50,8 @@ fn warm_up() {
 
 /// The error of booting `config`; nothing may be left of the try.
 fn refused(config: VmConfigBuilder) -> BootError {
+    static WARM: Once = Once::new();
+    WARM.call_once(warm_up);
     let before = Footprint::now();
     let config = config
         .memory_mib(64)
@@ -85,7 +81,6 @@ fn kernel_error(path: &Path) -> KernelError {
 
 #[tokio::test]
 async fn the_synthetic_kernel_boots_so_that_its_damaged_forms_mean_something() {
-    let _alone = alone();
     if !kvm() {
         return;
     }
@@ -98,11 +93,9 @@ async fn the_synthetic_kernel_boots_so_that_its_damaged_forms_mean_something() {
 
 #[test]
 fn a_kernel_that_is_missing_empty_or_no_file() {
-    let _alone = alone();
-    if !kvm() {
+    if !kvm() || !alone() {
         return;
     }
-    warm_up();
     let files = Files::new();
     let missing = kernel_error(&files.0.path().join("nothing"));
     assert!(matches!(&missing, KernelError::Read(e) if e.kind() == std::io::ErrorKind::NotFound));
@@ -122,11 +115,9 @@ fn a_kernel_that_is_missing_empty_or_no_file() {
 
 #[test]
 fn a_kernel_that_is_a_pipe_does_not_block_its_caller() {
-    let _alone = alone();
-    if !kvm() {
+    if !kvm() || !alone() {
         return;
     }
-    warm_up();
     let files = Files::new();
     let path = files.0.path().join("pipe");
     rustix::fs::mknodat(
@@ -164,11 +155,9 @@ fn a_kernel_that_is_a_pipe_does_not_block_its_caller() {
 
 #[test]
 fn a_kernel_cut_anywhere() {
-    let _alone = alone();
-    if !kvm() {
+    if !kvm() || !alone() {
         return;
     }
-    warm_up();
     let files = Files::new();
     let whole = kernel();
     for len in [
@@ -198,11 +187,9 @@ fn a_kernel_cut_anywhere() {
 
 #[test]
 fn what_is_no_kernel_is_named_by_its_content_whatever_it_is_called() {
-    let _alone = alone();
-    if !kvm() {
+    if !kvm() || !alone() {
         return;
     }
-    warm_up();
     let files = Files::new();
     let mut bzimage = vec![0; 0x1000];
     bzimage[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
@@ -244,11 +231,9 @@ fn what_is_no_kernel_is_named_by_its_content_whatever_it_is_called() {
 
 #[test]
 fn segments_that_no_guest_could_hold() {
-    let _alone = alone();
-    if !kvm() {
+    if !kvm() || !alone() {
         return;
     }
-    warm_up();
     let files = Files::new();
     for (what, at) in [
         ("below 1 MiB", 0x1000),
@@ -272,11 +257,9 @@ fn segments_that_no_guest_could_hold() {
 
 #[test]
 fn an_initramfs_that_is_missing_or_does_not_fit() {
-    let _alone = alone();
-    if !kvm() {
+    if !kvm() || !alone() {
         return;
     }
-    warm_up();
     let files = Files::new();
     let kernel = files.file("vmlinux", &kernel());
     let missing = files.0.path().join("nothing");
@@ -306,11 +289,9 @@ fn an_initramfs_that_is_missing_or_does_not_fit() {
 
 #[test]
 fn a_command_line_or_entry_that_the_kernel_could_not_use() {
-    let _alone = alone();
-    if !kvm() {
+    if !kvm() || !alone() {
         return;
     }
-    warm_up();
     let files = Files::new();
     let kernel = files.file("vmlinux", &kernel());
     let error = refused(VmConfig::builder(&kernel).append(&"word ".repeat(500)));
@@ -338,7 +319,9 @@ fn a_command_line_or_entry_that_the_kernel_could_not_use() {
 
 #[test]
 fn memory_and_vcpus_out_of_range() {
-    let _alone = alone();
+    if !alone() {
+        return;
+    }
     let before = Footprint::now();
     let with_memory = |bytes| {
         let config = VmConfig::builder("vmlinux").memory_bytes(bytes);
@@ -418,7 +401,7 @@ fn assert_refused(answer: &str, variant: &str, hint: &str) {
         "{answer}"
     );
     assert!(answer.contains(hint), "{answer}");
-    assert!(answer.contains("threads: 0\n"), "{answer}");
+    assert!(answer.contains("threads of a vm: 0\n"), "{answer}");
     assert!(answer.contains("vm descriptors: 0\n"), "{answer}");
 }
 
@@ -500,8 +483,7 @@ fn with_too_few_descriptors_a_boot_is_refused_not_half_done() {
 
 #[test]
 fn error_texts_name_the_file_and_the_reason_once_each() {
-    let _alone = alone();
-    if !kvm() {
+    if !kvm() || !alone() {
         return;
     }
     let error = refused(VmConfig::builder("/nowhere/vmlinux"));

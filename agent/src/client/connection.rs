@@ -77,15 +77,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Waits until a whole frame is there, writing out what is queued meanwhile.
     pub(super) async fn frame(&mut self) -> Result<(), ConnectionError> {
         poll_fn(|cx| {
-            // Output that does not move must not keep input from being read: the peer may wait for the same.
-            if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
-                // What the agent said last explains the hang-up better than the failed write does.
-                if self.input.peek()?.is_none()
-                    && !matches!(self.poll_fill(cx), Poll::Ready(Ok(())))
-                {
-                    return Poll::Ready(Err(error));
-                }
-            }
+            // Output that does not move must not keep input from being read: the peer may wait for the same. Nor must
+            // output that failed: what the agent said last explains the hang-up, and may be still on its way here.
+            let _ = self.poll_flush(cx);
             loop {
                 if self.input.peek()?.is_some() {
                     return Poll::Ready(Ok(()));

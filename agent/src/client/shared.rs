@@ -179,8 +179,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
             unanswered,
             ..
         } = client;
-        // A failed write is not the end yet: what the guest said before it hung up is still to be read.
-        let flushed = connection.poll_flush(cx);
+        // A failed write is not the end yet: what the guest said before it hung up is still to be read, and the stream
+        // may not know yet that it is there.
+        let _ = connection.poll_flush(cx);
         let Some(response) = connection.peek()? else {
             return Ok(match connection.poll_fill(cx) {
                 Poll::Ready(filled) => {
@@ -188,10 +189,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
                     self.heard = Instant::now();
                     Step::Progress
                 }
-                Poll::Pending => match flushed {
-                    Poll::Ready(Err(error)) => return Err(error),
-                    _ => Step::Blocked,
-                },
+                Poll::Pending => Step::Blocked,
             });
         };
         match response {

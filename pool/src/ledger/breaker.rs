@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The limits that a [`Breaker`] goes by.
+/// The limits that the circuit breaker of a pool goes by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BreakerRules {
     /// Shortest wait after a failure.

@@ -1,0 +1,44 @@
+//! A process for one test.
+
+use std::process::{Command, Stdio};
+
+use crate::skip::{UNMEASURED, print_past_capture};
+
+/// Set for the process that runs one test.
+const MARK: &str = "HEARTH_TEST_ALONE";
+
+/// Runs the calling test again in a process of its own and gives `false`, or `true` in that process.
+///
+/// What a process holds can only be counted where nothing else runs: a test runner starts threads, and
+/// other tests open descriptors, at any moment.
+///
+/// # Panics
+/// If the test fails in its own process, with all that it printed.
+#[must_use]
+pub fn alone() -> bool {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("main");
+    // A runner that uses one thread calls tests on its own; they are alone already.
+    if name == "main" || std::env::var_os(MARK).is_some() {
+        return true;
+    }
+    let binary = std::env::current_exe().expect("the path of this test");
+    let output = Command::new(binary)
+        .args(["--exact", name, "--include-ignored", "--nocapture"])
+        .arg("--test-threads=1")
+        .env(MARK, "1")
+        .stdin(Stdio::null())
+        .output()
+        .expect("this test can be run again");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{name}, alone: {}\n{text}{errors}",
+        output.status
+    );
+    for line in errors.lines().filter(|line| line.starts_with(UNMEASURED)) {
+        print_past_capture(line);
+    }
+    false
+}

@@ -146,9 +146,6 @@ pub enum OfferRefusal {
     /// The host's limits are reached.
     #[error("the host's limits are reached")]
     Denied(#[source] Denial),
-    /// Its check panicked.
-    #[error("the backend panicked while it checked the VM")]
-    Panicked,
     /// The pool does not run.
     #[error("the pool is stopping or has not been started")]
     Stopping,

@@ -2,8 +2,10 @@
 
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
+use futures::FutureExt;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::backend::ProbeError;
@@ -39,10 +41,24 @@ impl CheckRules {
 }
 
 /// Probes until one proves the VM healthy, one says that it never will be, or all are used up. Each
-/// call of `probe` begins one; none means that the VM has gone elsewhere.
+/// call of `probe` begins one; none means that the VM has gone elsewhere. A backend that panics has
+/// not proved anything.
 ///
 /// Returns how long the answered probe took.
 pub(crate) async fn check<P>(
+    rules: CheckRules,
+    probe: impl FnMut() -> Option<P>,
+) -> Result<Duration, ProbeError>
+where
+    P: Future<Output = Result<(), ProbeError>>,
+{
+    AssertUnwindSafe(attempts(rules, probe))
+        .catch_unwind()
+        .await
+        .unwrap_or(Err(ProbeError::Wrong("the probe panicked")))
+}
+
+async fn attempts<P>(
     rules: CheckRules,
     mut probe: impl FnMut() -> Option<P>,
 ) -> Result<Duration, ProbeError>
@@ -105,6 +121,19 @@ mod tests {
         })
         .await;
         assert_eq!((verdict, asked), (Err(ProbeError::Wrong("nonce")), 1));
+    }
+
+    #[tokio::test]
+    async fn a_probe_that_panics_proves_nothing() {
+        let lazy = check(rules(), || {
+            Some(async { std::panic::resume_unwind(Box::new(())) })
+        });
+        let eager = check(rules(), || -> Option<std::future::Ready<_>> {
+            std::panic::resume_unwind(Box::new(()))
+        });
+        for verdict in [lazy.await, eager.await] {
+            assert_eq!(verdict, Err(ProbeError::Wrong("the probe panicked")));
+        }
     }
 
     #[tokio::test(start_paused = true)]

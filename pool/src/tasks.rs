@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::actor::{Actor, Message, Verdict};
-use crate::backend::{Backend, ProbeError, Remote};
+use crate::backend::{Backend, Remote};
 use crate::boot;
 use crate::error::OfferRefusal;
 use crate::event::EventKind;
@@ -51,22 +51,38 @@ impl<B: Backend> Actor<B> {
         }
     }
 
-    fn boot(&mut self, state: &mut State<B>, now: Instant, profile: ProfileId, id: VmId) {
-        let Some(kept) = self.shared.profile(profile) else {
-            return;
-        };
+    /// Reserves for a VM and gives it a slot; returns what gives its boot up. None: the host's
+    /// limits refused it.
+    fn admit(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        profile: ProfileId,
+        id: VmId,
+    ) -> Option<CancellationToken> {
+        let kept = self.shared.profile(profile)?;
         let demand = self.shared.backend.demand(&kept.spec);
         let reservation = match self.shared.admission.reserve(demand) {
             Ok(reservation) => reservation,
-            Err(denial) => return self.deny(state, now, profile, id, denial),
+            Err(denial) => {
+                self.deny(state, now, profile, id, denial);
+                return None;
+            }
         };
-        let cancelled = CancellationToken::new();
         let mut slot = Slot::new(profile, reservation);
-        slot.job = Some(cancelled.clone());
+        let cancelled = slot.job.insert(CancellationToken::new()).clone();
         state.slots.insert(id, slot);
+        Some(cancelled)
+    }
+
+    fn boot(&mut self, state: &mut State<B>, now: Instant, profile: ProfileId, id: VmId) {
+        let Some(cancelled) = self.admit(state, now, profile, id) else {
+            return;
+        };
         self.shared
             .emit(Some(profile), Some(id), EventKind::Booting);
-        let span = tracing::info_span!("boot", vm = %id, profile = %kept.name);
+        let name = self.shared.profile(profile).map(|kept| &*kept.name);
+        let span = tracing::info_span!("boot", vm = %id, profile = name);
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let task = async move {
             let result = boot::boot(shared, profile, id, cancelled).await;
@@ -84,33 +100,20 @@ impl<B: Backend> Actor<B> {
         id: VmId,
         ticket: TicketId,
     ) {
-        let Some(kept) = self.shared.profile(profile) else {
+        let Some(cancelled) = self.admit(state, now, profile, id) else {
             return;
         };
-        let demand = self.shared.backend.demand(&kept.spec);
-        let reservation = match self.shared.admission.reserve(demand) {
-            Ok(reservation) => reservation,
-            Err(denial) => return self.deny(state, now, profile, id, denial),
-        };
-        let cancelled = CancellationToken::new();
-        let mut slot = Slot::new(profile, reservation);
-        slot.job = Some(cancelled.clone());
-        slot.vm = self.take_offered(ticket, id);
-        let remote = slot.vm.as_ref().map(|vm| self.shared.backend.remote(vm));
-        slot.remote = remote.map(Arc::new);
-        state.slots.insert(id, slot);
+        if let (Some(vm), Some(slot)) = (self.take_offered(ticket, id), state.slots.get_mut(&id)) {
+            slot.remote = Some(Arc::new(self.shared.backend.remote(&vm)));
+            slot.vm = Some(vm);
+        }
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         self.tasks.spawn(async move {
             let check = health::check(shared.check_rules, || shared.probe(id));
-            let check = AssertUnwindSafe(check).catch_unwind();
             let result = tokio::select! {
                 biased;
                 () = cancelled.cancelled() => Err(OfferRefusal::Full),
-                verdict = check => match verdict {
-                    Ok(Ok(_)) => Ok(()),
-                    Ok(Err(error)) => Err(OfferRefusal::Unhealthy(error)),
-                    Err(_) => Err(OfferRefusal::Panicked),
-                },
+                verdict = check => verdict.map(drop).map_err(OfferRefusal::Unhealthy),
             };
             let _ = home.send(Message::Joined(id, result));
         });
@@ -171,15 +174,10 @@ impl<B: Backend> Actor<B> {
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let task = async move {
             let check_vm = health::check(shared.check_rules, || shared.probe(id));
-            let check_vm = AssertUnwindSafe(check_vm).catch_unwind();
             let verdict = tokio::select! {
                 biased;
                 () = dropped.cancelled() => Verdict::Dropped,
-                verdict = check_vm => match verdict {
-                    Ok(Ok(took)) => Verdict::Healthy(took),
-                    Ok(Err(error)) => Verdict::Unhealthy(error),
-                    Err(_) => Verdict::Unhealthy(ProbeError::Wrong("the probe panicked")),
-                },
+                verdict = check_vm => verdict.map_or_else(Verdict::Unhealthy, Verdict::Healthy),
             };
             let _ = home.send(Message::Checked(id, check, pass, verdict));
         };

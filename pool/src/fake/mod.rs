@@ -143,6 +143,11 @@ impl FakeBackend {
             .extend(boots);
     }
 
+    /// Forgets the scripted boots of `profile` that have not begun.
+    pub fn unscript(&self, profile: &str) {
+        self.world().scripts.remove(profile);
+    }
+
     /// All boots of `profile` that are not scripted.
     pub fn by_default(&self, profile: &str, boot: Boot) {
         self.world().defaults.insert(profile.to_owned(), boot);

@@ -26,6 +26,10 @@ mod book;
 pub(crate) mod breaker;
 mod event;
 mod steps;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

@@ -1,0 +1,112 @@
+//! The ledger against its invariants: every interleaving of small cases, and random long ones.
+
+use std::collections::HashSet;
+
+use proptest::prelude::*;
+
+use super::world::World;
+
+/// Visits every state that `depth` steps can lead to, each once, and returns how many there are.
+fn explore(start: World, depth: usize, most_made: usize) -> usize {
+    let mut seen = HashSet::new();
+    let mut frontier = vec![start];
+    for _ in 0..depth {
+        let mut next = Vec::new();
+        for world in frontier {
+            for step in world.options() {
+                let mut after = world.clone();
+                after.step(step);
+                if after.made() <= most_made && seen.insert(fingerprint(&after)) {
+                    after.clone().heals();
+                    next.push(after);
+                }
+            }
+        }
+        frontier = next;
+    }
+    seen.len()
+}
+
+/// 64 bits are enough to tell a million states apart, and spare their memory.
+fn fingerprint(world: &World) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    world.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn with_one_vm(depth: usize) -> usize {
+    explore(World::new(&[1], 2, true), depth, 4)
+}
+
+fn with_two_vms_and_one_lease(depth: usize) -> usize {
+    explore(World::new(&[2], 1, true), depth, 4)
+}
+
+fn with_two_profiles(depth: usize) -> usize {
+    explore(World::new(&[1, 1], 1, true), depth, 4)
+}
+
+fn by_hand(depth: usize) -> usize {
+    explore(World::new(&[2], 2, false), depth, 4)
+}
+
+/// The number of states says that the explorer has been somewhere.
+fn at_least(least: usize, states: usize) {
+    eprintln!("{states} states");
+    assert!(states > least, "{states}");
+}
+
+#[test]
+fn every_interleaving_with_one_vm() {
+    at_least(70_000, with_one_vm(6));
+}
+
+#[test]
+fn every_interleaving_with_two_vms_and_one_lease() {
+    at_least(25_000, with_two_vms_and_one_lease(5));
+}
+
+#[test]
+fn every_interleaving_with_two_profiles() {
+    at_least(20_000, with_two_profiles(4));
+}
+
+#[test]
+fn every_interleaving_by_hand() {
+    at_least(30_000, by_hand(6));
+}
+
+#[test]
+#[ignore = "long: every interleaving, one step deeper"]
+fn every_interleaving_one_step_deeper() {
+    at_least(300_000, with_one_vm(7));
+    at_least(100_000, with_two_vms_and_one_lease(6));
+    at_least(150_000, with_two_profiles(5));
+    at_least(140_000, by_hand(7));
+}
+
+fn run(sizes: &[usize], lease_limit: usize, refill: bool, choices: &[usize]) {
+    let mut world = World::new(sizes, lease_limit, refill);
+    for choice in choices {
+        let options = world.options();
+        if let Some(step) = options.get(choice % options.len()) {
+            world.step(*step);
+        }
+    }
+    world.heals();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn invariants_hold_and_deficits_heal_on_any_path(
+        sizes in prop::collection::vec(0_usize..5, 1..4),
+        lease_limit in 1_usize..6,
+        refill in any::<bool>(),
+        choices in prop::collection::vec(any::<usize>(), 0..300),
+    ) {
+        run(&sizes, lease_limit, refill, &choices);
+    }
+}

@@ -1,0 +1,355 @@
+//! The world around a ledger, as a model: what is under way outside, and what may happen next. Every
+//! step checks the invariants that the module states.
+
+mod invariants;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{
+    Action, BreakerRules, Event, Ledger, Outcome, PassId, Phase, PoolRules, ProfileId, Rules,
+    TicketId, WaiterId,
+};
+use crate::policy;
+use crate::slot::VmId;
+
+/// Where a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Place {
+    Booting {
+        cancelled: bool,
+    },
+    /// An offered VM under its first check.
+    Joining {
+        cancelled: bool,
+    },
+    /// The boot was answered, and there is none.
+    Unmade,
+    Slot,
+    /// With a caller; `fresh`: served to a waiter that has not picked it up.
+    Lease {
+        fresh: bool,
+    },
+    Retiring,
+}
+
+/// One thing that may happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Step {
+    Take(ProfileId),
+    Tell(Event),
+    /// Time goes by until the ledger wants to be woken.
+    Sleep,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct World {
+    pub(super) ledger: Ledger,
+    pub(super) now: Instant,
+    vms: BTreeMap<VmId, (ProfileId, Place)>,
+    /// Those that the ledger waits for.
+    checks: BTreeMap<VmId, u64>,
+    /// Verdicts that may yet come, those included that nobody waits for any more.
+    verdicts: BTreeSet<(VmId, u64)>,
+    kills: BTreeSet<VmId>,
+    /// Leases that the ledger wants to know about.
+    asked: BTreeSet<VmId>,
+    waiters: BTreeMap<WaiterId, ProfileId>,
+    tickets: BTreeSet<TicketId>,
+    /// Handed to a caller for good, or ended: never to be handed out again.
+    spent: BTreeSet<VmId>,
+    last_served: BTreeMap<ProfileId, WaiterId>,
+    next: u64,
+    made: usize,
+    lease_limit: usize,
+    profiles: usize,
+}
+
+impl World {
+    pub(super) fn new(sizes: &[usize], lease_limit: usize, refill: bool) -> Self {
+        let rules = |size: &usize| Rules {
+            size: *size,
+            boots_percent: 50,
+            refill,
+            breaker: BreakerRules {
+                backoff_min: Duration::from_secs(1),
+                backoff_max: Duration::from_secs(4),
+                failures: 2,
+                cooldown: Duration::from_secs(30),
+                cooldown_max: Duration::from_secs(60),
+            },
+            scale: None,
+            seed: 1,
+        };
+        let pool = PoolRules {
+            lease_limit,
+            health_interval: None,
+            lease_deadline: Some(Duration::from_secs(1_000)),
+            lease_idle: Some(Duration::from_secs(300)),
+        };
+        let mut world = Self {
+            ledger: Ledger::new(pool, sizes.iter().map(rules)),
+            now: Instant::now(),
+            vms: BTreeMap::new(),
+            checks: BTreeMap::new(),
+            verdicts: BTreeSet::new(),
+            kills: BTreeSet::new(),
+            asked: BTreeSet::new(),
+            waiters: BTreeMap::new(),
+            tickets: BTreeSet::new(),
+            spent: BTreeSet::new(),
+            last_served: BTreeMap::new(),
+            next: 1,
+            made: 0,
+            lease_limit,
+            profiles: sizes.len(),
+        };
+        world.step(Step::Tell(Event::Start));
+        world.step(Step::Tell(Event::Run));
+        world
+    }
+
+    pub(super) fn made(&self) -> usize {
+        self.made
+    }
+
+    /// Everything that may happen now. `lavish`: also what only callers decide.
+    pub(super) fn options(&self) -> Vec<Step> {
+        let mut events = Vec::new();
+        let mut steps = vec![Step::Sleep];
+        for profile in (0..self.profiles).map(ProfileId) {
+            steps.push(Step::Take(profile));
+            if self.waiters.len() < 2 {
+                events.push(Event::Wait(profile, WaiterId(self.next)));
+            }
+            if self.tickets.len() < 2 {
+                events.push(Event::Replenish(profile, TicketId(self.next)));
+                events.push(Event::Offer(profile, TicketId(self.next)));
+            }
+            events.push(Event::BeginCheck(profile, 1, PassId(1)));
+            events.extend((0..=2).map(|size| Event::Resize(profile, size)));
+            events.push(Event::Drain(profile));
+            events.push(Event::Undrain(profile));
+        }
+        events.extend(self.waiters.keys().map(|waiter| Event::Leave(*waiter)));
+        events.extend(self.tickets.iter().map(|ticket| Event::Forget(*ticket)));
+        for (id, (_, place)) in &self.vms {
+            let id = *id;
+            match place {
+                Place::Booting { .. } => events.extend([
+                    Event::Booted(id),
+                    Event::BootFailed(id, false),
+                    Event::BootFailed(id, true),
+                    Event::Denied(id),
+                ]),
+                Place::Joining { .. } => events.extend([
+                    Event::Booted(id),
+                    Event::BootFailed(id, false),
+                    Event::BootFailed(id, true),
+                ]),
+                Place::Unmade => {}
+                Place::Slot => events.push(Event::Ended(id)),
+                Place::Lease { fresh } => {
+                    events.extend([Event::Returned(id), Event::Withdrawn(id), Event::Ended(id)]);
+                    if *fresh {
+                        events.push(Event::Untouched(id));
+                    }
+                }
+                Place::Retiring => events.push(Event::Retired(id)),
+            }
+        }
+        for (id, check) in &self.verdicts {
+            events.push(Event::Checked(*id, *check, true));
+            events.push(Event::Checked(*id, *check, false));
+        }
+        events.extend(self.kills.iter().map(|id| Event::Killed(*id)));
+        for id in &self.asked {
+            events.extend([Event::Active(*id), Event::Idle(*id)]);
+        }
+        events.extend([Event::AbandonPass(PassId(1)), Event::CapacityFreed]);
+        events.extend([Event::Pressure(true), Event::Pressure(false)]);
+        events.push(Event::Stop(self.now + Duration::from_secs(5)));
+        steps.extend(events.into_iter().map(Step::Tell));
+        steps
+    }
+
+    /// Lets it happen, does what the ledger asks for and checks that all is well.
+    pub(super) fn step(&mut self, step: Step) {
+        match step {
+            Step::Take(profile) => {
+                if let Ok(id) = self.ledger.take(self.now, profile) {
+                    self.hand_out(id, false);
+                }
+                // The actor is nudged.
+                self.tell(Event::Tick);
+            }
+            Step::Sleep => {
+                if let Some(at) = self.ledger.wake_at(self.now) {
+                    self.now = self.now.max(at);
+                }
+                self.tell(Event::Tick);
+            }
+            Step::Tell(event) => self.tell(event),
+        }
+        self.check_invariants();
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.prepare(event);
+        for action in self.ledger.apply(self.now, event) {
+            self.act(action);
+        }
+    }
+
+    /// What the outside has done when it tells `event`.
+    fn prepare(&mut self, event: Event) {
+        match event {
+            Event::Wait(profile, waiter) => {
+                self.next += 1;
+                self.waiters.insert(waiter, profile);
+            }
+            Event::Leave(waiter) => {
+                self.waiters.remove(&waiter);
+            }
+            Event::Replenish(_, ticket) | Event::Offer(_, ticket) => {
+                self.next += 1;
+                self.tickets.insert(ticket);
+            }
+            Event::Forget(ticket) => {
+                self.tickets.remove(&ticket);
+            }
+            Event::Booted(id) | Event::BootFailed(id, true) => self.put(id, Place::Slot),
+            Event::BootFailed(id, false) | Event::Denied(id) => self.put(id, Place::Unmade),
+            Event::Returned(id) => {
+                self.spent.insert(id);
+                self.put(id, Place::Slot);
+            }
+            Event::Untouched(id) => self.put(id, Place::Slot),
+            Event::Ended(id) if self.place(id) == Some(Place::Slot) => {
+                self.spent.insert(id);
+            }
+            Event::Checked(id, check, healthy) => {
+                self.verdicts.remove(&(id, check));
+                // If not, it was handed out meanwhile: the verdict is about the past.
+                if self.checks.get(&id) == Some(&check) {
+                    self.checks.remove(&id);
+                    if !healthy {
+                        self.spent.insert(id);
+                    }
+                }
+            }
+            Event::Killed(id) => {
+                self.kills.remove(&id);
+                self.spent.insert(id);
+            }
+            Event::Active(id) | Event::Idle(id) => {
+                self.asked.remove(&id);
+            }
+            Event::Withdrawn(id) => {
+                self.vms.remove(&id);
+            }
+            _ => {}
+        }
+    }
+
+    fn place(&self, id: VmId) -> Option<Place> {
+        self.vms.get(&id).map(|(_, place)| *place)
+    }
+
+    fn put(&mut self, id: VmId, place: Place) {
+        if let Some((_, old)) = self.vms.get_mut(&id) {
+            *old = place;
+        }
+    }
+
+    fn hand_out(&mut self, id: VmId, fresh: bool) {
+        assert_eq!(self.place(id), Some(Place::Slot), "{id} is not parked");
+        assert!(!self.spent.contains(&id), "{id} is handed out used or dead");
+        self.checks.remove(&id);
+        self.put(id, Place::Lease { fresh });
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Boot(profile, id) => {
+                let before = self.vms.values().filter(|(owner, place)| {
+                    *owner == profile && matches!(place, Place::Booting { .. })
+                });
+                let permits = policy::concurrent_boots(self.ledger.counts(profile).size, 50);
+                assert!(before.count() < permits, "more boots than permits");
+                self.made += 1;
+                let fresh = self
+                    .vms
+                    .insert(id, (profile, Place::Booting { cancelled: false }));
+                assert!(fresh.is_none());
+            }
+            Action::Join(profile, id, ticket) => {
+                assert!(self.tickets.contains(&ticket));
+                self.made += 1;
+                self.vms
+                    .insert(id, (profile, Place::Joining { cancelled: false }));
+            }
+            Action::CancelBoot(id) => match self.place(id) {
+                Some(Place::Booting { cancelled: false }) => {
+                    self.put(id, Place::Booting { cancelled: true });
+                }
+                Some(Place::Joining { cancelled: false }) => {
+                    self.put(id, Place::Joining { cancelled: true });
+                }
+                other => panic!("{id} is told to end its boot: {other:?}"),
+            },
+            Action::Park(id) => assert_eq!(self.place(id), Some(Place::Slot)),
+            Action::Check(_, id, check, _) => {
+                assert_eq!(self.place(id), Some(Place::Slot));
+                self.checks.insert(id, check);
+                self.verdicts.insert((id, check));
+            }
+            Action::Serve(profile, waiter, id) => {
+                assert_eq!(self.waiters.remove(&waiter), Some(profile));
+                let last = self.last_served.insert(profile, waiter);
+                assert!(last < Some(waiter), "served out of order");
+                self.hand_out(id, true);
+            }
+            Action::Reject(waiter, _) => assert!(self.waiters.remove(&waiter).is_some()),
+            Action::Settle(ticket, outcome) => {
+                // Its owner may have gone; it is settled once at most.
+                self.tickets.remove(&ticket);
+                if let Outcome::Booted(id) = outcome {
+                    assert!(matches!(
+                        self.place(id),
+                        Some(Place::Slot | Place::Lease { fresh: true })
+                    ));
+                }
+            }
+            Action::Retire(id) => {
+                assert_eq!(self.place(id), Some(Place::Slot), "{id} is destroyed twice");
+                self.checks.remove(&id);
+                self.spent.insert(id);
+                self.put(id, Place::Retiring);
+            }
+            Action::Drop(id) => match self.vms.remove(&id).map(|(_, place)| place) {
+                None | Some(Place::Unmade | Place::Retiring) => {}
+                // A pool that stops leaves a killed VM with its caller.
+                Some(Place::Lease { .. }) => {
+                    assert!(self.spent.contains(&id), "{id} is left alive");
+                    assert!(matches!(
+                        self.ledger.phase(),
+                        Phase::Stopping | Phase::Stopped
+                    ));
+                }
+                Some(place) => panic!("{id} is lost: {place:?}"),
+            },
+            Action::Kill(id, _) => {
+                assert!(matches!(self.place(id), Some(Place::Lease { .. })));
+                self.kills.insert(id);
+            }
+            Action::AskIdle(id) => {
+                self.asked.insert(id);
+            }
+            Action::Resized(..) => {}
+            Action::Stopped => assert!(self.vms.is_empty(), "stopped with {:?}", self.vms),
+        }
+    }
+}

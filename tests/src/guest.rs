@@ -150,7 +150,14 @@ impl Guest {
         // A boot that fails is not tried again by every case of the binary.
         let make = || async { tokio::spawn(make_template()).await.map_err(|_| ()) };
         let template = TEMPLATE.get_or_init(make).await.as_ref();
-        let template = template.expect("a guest to fork (why there is none is above)");
+        Self::of(template.expect("a guest to fork (why there is none is above)")).await
+    }
+
+    /// A clone of `template`, with fresh entropy and an identity of its own.
+    ///
+    /// # Panics
+    /// If it cannot be had.
+    pub async fn of(template: &Template) -> Guest {
         let vm = template
             .fork()
             .unwrap_or_else(|error| panic!("{}", error_chain(&error)));

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::boot::{EntryChoice, ImageFiles, LoadError, Payload};
 use crate::host::CpuProfile;
+use crate::virtio::pmem::{MAX_IMAGES, PmemFile};
 
 /// Least guest memory in MiB.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -39,6 +40,9 @@ pub enum ConfigError {
         /// Most that this host and Hearth support.
         most: u8,
     },
+    /// More images than a VM has interrupt lines for.
+    #[error("{0} images are too many for one VM; it takes {MAX_IMAGES}")]
+    Images(usize),
 }
 
 /// A VM's configuration. Build one with [`VmConfig::builder`].
@@ -53,6 +57,7 @@ pub struct VmConfig {
     pub(crate) pit: bool,
     pub(crate) entry: EntryChoice,
     pub(crate) profile: Option<CpuProfile>,
+    pub(crate) images: Vec<PmemFile>,
 }
 
 /// Collects a [`VmConfig`]. Every method takes and returns the builder; the last of equal calls wins.
@@ -83,6 +88,7 @@ impl VmConfig {
             pit: false,
             entry: EntryChoice::Auto,
             profile: None,
+            images: Vec::new(),
         })
     }
 
@@ -123,6 +129,9 @@ impl VmConfig {
         let host = host_mib.min(MAX_MEMORY_MIB);
         if mib > host {
             return Err(ConfigError::MemoryTooLarge { asked: mib, host });
+        }
+        if self.images.len() > MAX_IMAGES {
+            return Err(ConfigError::Images(self.images.len()));
         }
         self.check_vcpus(MAX_VCPUS)
     }
@@ -212,6 +221,15 @@ impl VmConfigBuilder {
         self
     }
 
+    /// Gives the guest a read-only image file (`/dev/pmem0`, the next `/dev/pmem1`, and so on; 8 at
+    /// most). Its size is a multiple of 2 MiB. All VMs of this configuration and their clones read
+    /// the same pages; what the guest writes is ignored. The file is opened once, at the first boot,
+    /// and must not change while guests use it.
+    pub fn pmem(mut self, path: impl Into<PathBuf>) -> Self {
+        self.0.images.push(PmemFile::new(path.into()));
+        self
+    }
+
     /// How the kernel is entered.
     pub fn entry(mut self, entry: EntryChoice) -> Self {
         self.0.entry = entry;
@@ -277,6 +295,18 @@ mod tests {
                 "{vcpus}"
             );
         }
+    }
+
+    #[test]
+    fn more_images_than_interrupt_lines_are_refused() {
+        let with = |count| {
+            let config = VmConfig::builder("k");
+            (0..count)
+                .fold(config, |config, _| config.pmem("i"))
+                .build()
+        };
+        assert!(with(MAX_IMAGES).is_ok());
+        assert_eq!(with(9).err(), Some(ConfigError::Images(9)));
     }
 
     #[test]

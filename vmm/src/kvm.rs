@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout;
 use crate::memory::GuestRam;
+use crate::virtio::pmem::PmemImage;
 
 /// How often `KVM_CREATE_VM` is tried when a signal or a busy host interrupts it.
 const CREATE_ATTEMPTS: u32 = 8;
@@ -70,6 +73,29 @@ pub(crate) fn set_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
         // `ram` until the VM's last fd is closed (see `Machine`'s field order).
         unsafe { vm.set_user_memory_region(slot) }
             .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// A memory slot that the guest cannot write for each image, after those of RAM.
+pub(crate) fn set_images(
+    vm: &VmFd,
+    ram: &GuestRam,
+    images: &[(PmemImage, u64)],
+) -> Result<(), KvmError> {
+    let first = u32::try_from(ram.map().num_regions()).unwrap_or(u32::MAX);
+    for (slot, (image, address)) in (first..).zip(images) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: *address,
+            memory_size: image.bytes(),
+            userspace_addr: image.host_address(),
+        };
+        // SAFETY: the image is mapped for as long as a clone of it lives, and the owner of this VM
+        // keeps one until the VM's last fd is closed (see `Machine::take_apart`).
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION (read-only)"))?;
     }
     Ok(())
 }

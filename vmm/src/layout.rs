@@ -7,9 +7,9 @@
 //! 0x0000_9000  page tables               0x0002_0000  kernel command line
 //! 0x0009_fc00  MP table                  0x000a_0000  end of low memory
 //! 0x0010_0000  high memory: kernel (where its ELF says), initramfs at the top
-//! 0xc000_0000  gap: pmem images are above RAM; virtio-mmio at 0xd000_0000
+//! 0xc000_0000  gap: virtio-mmio at 0xd000_0000
 //! 0xfec0_0000  I/O APIC                  0xfee0_0000  local APIC
-//! 0x1_0000_0000 memory beyond 3 GiB
+//! 0x1_0000_0000 memory beyond 3 GiB, then pmem images, each at a multiple of 128 MiB
 //! ```
 
 /// Global descriptor table.

@@ -1,7 +1,7 @@
 //! A minimal microVM monitor that lives inside its caller's process, straight on KVM.
 //!
 //! A [`Vm`] is one guest: memory, vCPU threads, a serial console, and the virtio devices that
-//! Hearth needs (vsock, balloon). Exactly one value owns it; dropping that value at any moment is
+//! Hearth needs (vsock, balloon, read-only images). Exactly one value owns it; dropping that value at any moment is
 //! safe and ends the guest. What the guest does can never be more to the host program than a typed
 //! error: a bad driver gets its device marked `DEVICE_NEEDS_RESET`, a bad vCPU ends its own VM.
 //!
@@ -50,5 +50,6 @@ pub use state::{Exit, InternalError, VmStatus};
 pub use vcpu::kick::kick_signal;
 pub use vcpu::{ExitCounters, VcpuError};
 pub use virtio::balloon::{Balloon, BalloonError, BalloonStats};
+pub use virtio::pmem::PmemError;
 pub use virtio::vsock::VsockHost;
 pub use vm::{PauseError, Vm};

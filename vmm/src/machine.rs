@@ -33,6 +33,7 @@ use crate::vcpu::gate::{Gate, Want};
 use crate::vcpu::{ExitCounters, Vcpu, VcpuError};
 use crate::virtio::balloon::{Balloon, BalloonDevice};
 use crate::virtio::mmio::{MmioTransport, register};
+use crate::virtio::pmem::{PmemDevice, PmemError, PmemFile, PmemImage, place};
 use crate::virtio::vsock::{VsockDevice, VsockHost};
 use crate::virtio::{Bell, DeviceState, Interrupt, VirtioDevice};
 
@@ -53,6 +54,9 @@ pub enum BootError {
     /// Guest memory could not be made.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// An image file cannot be given to the guest.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// Kernel, initramfs or command line could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -104,7 +108,11 @@ pub(crate) struct Machine {
     vm: Option<VmFd>,
     /// Unmapped last.
     ram: Option<GuestRam>,
+    images: Vec<PlacedImage>,
 }
+
+/// An image and its guest address.
+type PlacedImage = (PmemImage, u64);
 
 /// What a VM is made of, apart from what is in its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +148,9 @@ impl Machine {
 
         let start = Instant::now();
         let mut ram = GuestRam::new(config.memory_bytes)?;
-        let devices: Vec<String> = (0..DEVICES).map(device_word).collect();
+        let images = place_images(host, config)?;
+        let count = BASE_DEVICES + u32::try_from(images.len()).unwrap_or(0);
+        let devices: Vec<String> = (0..count).map(device_word).collect();
         let words = config.cmdline(hardware.profile, &devices);
         let source = boot::Source {
             payload: &config.payload,
@@ -152,14 +162,14 @@ impl Machine {
         times.load = start.elapsed();
 
         let start = Instant::now();
-        let (vm, vcpus) = make_kvm(host, hardware, &ram)?;
+        let (vm, vcpus) = make_kvm(host, hardware, &ram, &images)?;
         for (index, vcpu) in (0u8..).zip(&vcpus) {
             setup::boot(vcpu, index, ram.map(), &entry)?;
         }
         times.kvm = start.elapsed();
 
         let start = Instant::now();
-        let devices = Devices::new(hardware)?;
+        let devices = Devices::new(hardware, images)?;
         let mut machine = Self::assemble(hardware, ram, vm, vcpus, devices)?;
         times.devices = start.elapsed();
         machine.times = times;
@@ -171,12 +181,11 @@ impl Machine {
         let host = Host::get()?;
         let mut times = CreateTimes::default();
         let start = Instant::now();
-        let (vm, vcpus) = make_kvm(host, state.hardware, &ram)?;
+        let images = saved_images(state)?;
+        let (vm, vcpus) = make_kvm(host, state.hardware, &ram, &images)?;
         state.chips.restore(&vm)?;
-        if state.vcpus.len() != vcpus.len() || state.transports.len() != DEVICES as usize {
-            return Err(BootError::State(
-                "not as many vCPUs or devices as the VM has".into(),
-            ));
+        if state.vcpus.len() != vcpus.len() {
+            return Err(BootError::State("not as many vCPUs as the VM has".into()));
         }
         for (saved, vcpu) in state.vcpus.iter().zip(&vcpus) {
             saved.restore(vcpu)?;
@@ -184,7 +193,7 @@ impl Machine {
         times.kvm = start.elapsed();
 
         let start = Instant::now();
-        let devices = Devices::restore(state)?;
+        let devices = Devices::restore(state, images)?;
         let mut machine = Self::assemble(state.hardware, ram, vm, vcpus, devices)?;
         for (transport, saved) in machine.board.virtio.iter().zip(&state.transports) {
             lock(transport)
@@ -203,7 +212,7 @@ impl Machine {
         vcpus: Vec<VcpuFd>,
         devices: Devices,
     ) -> Result<Machine, BootError> {
-        let mut virtio = Vec::with_capacity(DEVICES as usize);
+        let mut virtio = Vec::with_capacity(devices.virtio.len());
         for (index, (device, bell)) in (0u32..).zip(devices.virtio) {
             virtio.push(attach_device(&vm, &ram, index, device, bell)?);
         }
@@ -238,6 +247,7 @@ impl Machine {
             attachment: Some(attachment),
             vm: Some(vm),
             ram: Some(ram),
+            images: devices.images,
         };
         for (index, fd) in vcpus.into_iter().enumerate() {
             let vcpu = Vcpu {
@@ -310,12 +320,17 @@ impl Machine {
         if stopped {
             drop(self.vm.take());
             drop(self.ram.take());
+            self.images.clear();
         } else {
             LEAKED.fetch_add(1, Ordering::Relaxed);
             tracing::error!(
                 "a vCPU thread did not stop in {STOP_BOUND:?}: it and its memory are leaked"
             );
-            std::mem::forget((self.vm.take(), self.ram.take()));
+            std::mem::forget((
+                self.vm.take(),
+                self.ram.take(),
+                std::mem::take(&mut self.images),
+            ));
         }
     }
 }
@@ -335,8 +350,37 @@ pub fn leaked_vms() -> u64 {
     LEAKED.load(Ordering::Relaxed)
 }
 
-/// Virtio devices of every VM, in the order of their windows: vsock, balloon.
-const DEVICES: u32 = 2;
+/// Virtio devices of every VM, in the order of their windows: vsock, balloon. Images follow.
+const BASE_DEVICES: u32 = 2;
+
+fn place_images(host: &Host, config: &VmConfig) -> Result<Vec<PlacedImage>, PmemError> {
+    let images = config
+        .images
+        .iter()
+        .map(PmemFile::image)
+        .collect::<Result<Vec<_>, _>>()?;
+    let sizes: Vec<u64> = images.iter().map(PmemImage::bytes).collect();
+    let bits = cpuid::address_bits(host.cpuid());
+    let addresses = place(config.memory_bytes, &sizes, bits)?;
+    Ok(images.into_iter().zip(addresses).collect())
+}
+
+/// The images that a saved VM was given, with their addresses.
+fn saved_images(state: &VmState) -> Result<Vec<PlacedImage>, BootError> {
+    let devices = state.transports.iter().map(|transport| &transport.device);
+    let images = devices.filter_map(|device| match device {
+        DeviceState::Pmem(saved) => Some(saved),
+        _ => None,
+    });
+    images
+        .map(|saved| match &saved.image {
+            Some(image) if image.bytes() == saved.bytes => Ok((image.clone(), saved.address)),
+            _ => Err(BootError::State(
+                "an image that the VM had is not there".into(),
+            )),
+        })
+        .collect()
+}
 
 fn device_word(index: u32) -> String {
     let base = layout::MMIO_BASE + u64::from(index) * layout::MMIO_SIZE;
@@ -352,9 +396,11 @@ fn make_kvm(
     host: &Host,
     hardware: Hardware,
     ram: &GuestRam,
+    images: &[PlacedImage],
 ) -> Result<(VmFd, Vec<VcpuFd>), BootError> {
     let vm = kvm::create_vm(host.kvm())?;
     kvm::set_memory(&vm, ram)?;
+    kvm::set_images(&vm, ram, images)?;
     kvm::create_irqchip(&vm, hardware.pit)?;
     let mut vcpus = Vec::with_capacity(usize::from(hardware.vcpus));
     for index in 0..hardware.vcpus {
@@ -376,7 +422,8 @@ fn make_kvm(
 /// The devices of one VM, not wired yet.
 struct Devices {
     /// In the order of their windows.
-    virtio: [(Box<dyn VirtioDevice>, Bell); DEVICES as usize],
+    virtio: Vec<(Box<dyn VirtioDevice>, Bell)>,
+    images: Vec<PlacedImage>,
     serial: Option<(SerialPort, EventFd)>,
     console: Console,
     vsock: VsockHost,
@@ -384,7 +431,7 @@ struct Devices {
 }
 
 impl Devices {
-    fn new(hardware: Hardware) -> Result<Self, BootError> {
+    fn new(hardware: Hardware, images: Vec<PlacedImage>) -> Result<Self, BootError> {
         let (vsock_bell, balloon_bell) = (bell()?, bell()?);
         let vsock = VsockDevice::new(GUEST_CID, vsock_bell.clone());
         let balloon = BalloonDevice::new(memory_mib(hardware), balloon_bell.clone());
@@ -393,16 +440,26 @@ impl Devices {
         Self::with(
             (vsock, vsock_bell),
             (balloon, balloon_bell),
+            images,
             serial,
             console,
         )
     }
 
-    fn restore(state: &VmState) -> Result<Self, BootError> {
+    fn restore(state: &VmState, images: Vec<PlacedImage>) -> Result<Self, BootError> {
         let parts: Vec<_> = state.transports.iter().map(|t| &t.device).collect();
-        let [DeviceState::Vsock(vsock), DeviceState::Balloon(balloon)] = parts.as_slice() else {
+        let [
+            DeviceState::Vsock(vsock),
+            DeviceState::Balloon(balloon),
+            rest @ ..,
+        ] = parts.as_slice()
+        else {
             return Err(BootError::State("devices in another order".into()));
         };
+        // All that follows is images, or there are other devices than the VM has.
+        if rest.len() != images.len() {
+            return Err(BootError::State("devices that the VM does not have".into()));
+        }
         let (vsock_bell, balloon_bell) = (bell()?, bell()?);
         let vsock = VsockDevice::restore(vsock, vsock_bell.clone());
         let balloon =
@@ -415,6 +472,7 @@ impl Devices {
         Self::with(
             (vsock, vsock_bell),
             (balloon, balloon_bell),
+            images,
             serial,
             console,
         )
@@ -423,14 +481,21 @@ impl Devices {
     fn with(
         ((vsock_device, vsock), vsock_bell): ((VsockDevice, VsockHost), Bell),
         ((balloon_device, balloon), balloon_bell): ((BalloonDevice, Balloon), Bell),
+        images: Vec<PlacedImage>,
         serial: Option<std::io::Result<(SerialPort, EventFd)>>,
         console: Console,
     ) -> Result<Self, BootError> {
+        let mut virtio: Vec<(Box<dyn VirtioDevice>, Bell)> = vec![
+            (Box::new(vsock_device), vsock_bell),
+            (Box::new(balloon_device), balloon_bell),
+        ];
+        for (image, address) in &images {
+            let device = PmemDevice::new(image.clone(), *address);
+            virtio.push((Box::new(device), bell()?));
+        }
         Ok(Self {
-            virtio: [
-                (Box::new(vsock_device), vsock_bell),
-                (Box::new(balloon_device), balloon_bell),
-            ],
+            virtio,
+            images,
             serial: serial.transpose().map_err(BootError::Descriptors)?,
             console,
             vsock,

@@ -41,6 +41,14 @@ pub(crate) fn for_vcpu(
     CpuId::from_entries(&table)
 }
 
+/// Physical address bits of the guest's processor (AMD APM volume 3, Fn8000_0008 EAX; 36 where a
+/// processor does not say).
+pub(crate) fn address_bits(host: &CpuId) -> u32 {
+    let entries = host.as_slice();
+    let leaf = entries.iter().find(|e| e.function == 0x8000_0008);
+    leaf.map_or(36, |e| e.eax & 0xff)
+}
+
 /// Bits of an APIC id that tell cores of one package apart.
 pub(crate) fn core_bits(count: u8) -> u32 {
     u32::from(count).next_power_of_two().trailing_zeros()

@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
+use super::serve::{Chain, serve};
 use super::{
     Activation, Bell, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
     QueuePosition, VirtioDevice,
@@ -375,15 +376,15 @@ impl VirtioDevice for BalloonDevice {
             ..
         } = active;
         serve(inflate, ram, interrupt, &mut budget, |chain| {
-            release_pfns(ram, chain)
+            release_pfns(ram, chain).map(|()| 0)
         })?;
         // Deflated pages come back by being touched.
-        serve(deflate, ram, interrupt, &mut budget, |_| Ok(()))?;
+        serve(deflate, ram, interrupt, &mut budget, |_| Ok(0))?;
         if let Some(reporting) = reporting {
             serve(reporting, ram, interrupt, &mut budget, |chain| {
                 let pages = release_ranges(ram, chain);
                 self.shared.reported.fetch_add(pages, Ordering::Relaxed);
-                Ok(())
+                Ok(0)
             })?;
         }
         Ok(if budget == 0 {
@@ -419,41 +420,6 @@ impl VirtioDevice for BalloonDevice {
             stats_held: self.active.as_ref().and_then(|active| active.stats_held),
         })
     }
-}
-
-type Chain<'a> = DescriptorChain<&'a GuestMemoryMmap>;
-
-/// Serves chains of one queue until it is empty or the budget is gone. Notifications stay off while
-/// serving; the last look after switching them on again closes the race with the driver.
-fn serve(
-    queue: &mut Queue,
-    ram: &GuestRam,
-    interrupt: &Interrupt,
-    budget: &mut usize,
-    mut handle: impl FnMut(Chain<'_>) -> Result<(), Fault>,
-) -> Result<(), Fault> {
-    let mem = ram.map();
-    let mut used = false;
-    loop {
-        queue.disable_notification(mem)?;
-        while *budget > 0 {
-            let Some(chain) = queue.iter(mem)?.next() else {
-                break;
-            };
-            let head = chain.head_index();
-            handle(chain)?;
-            queue.add_used(mem, head, 0)?;
-            used = true;
-            *budget -= 1;
-        }
-        if *budget == 0 || !queue.enable_notification(mem)? {
-            break;
-        }
-    }
-    if used && queue.needs_notification(mem)? {
-        interrupt.used();
-    }
-    Ok(())
 }
 
 /// The inflate queue: arrays of 32-bit page numbers. Runs of neighbours are released together;

@@ -8,6 +8,8 @@
 pub mod balloon;
 pub mod interrupt;
 pub mod mmio;
+pub mod pmem;
+mod serve;
 pub mod vsock;
 
 use std::sync::Arc;
@@ -89,6 +91,8 @@ pub enum DeviceState {
     Vsock(vsock::VsockState),
     /// A memory balloon.
     Balloon(balloon::BalloonState),
+    /// A read-only image.
+    Pmem(pmem::PmemState),
 }
 
 /// A virtio device as its transport sees it. All calls come under the transport's lock.

@@ -55,6 +55,7 @@ pub struct VmConfig {
     pub(crate) plain_cmdline: bool,
     pub(crate) console: bool,
     pub(crate) pit: bool,
+    pub(crate) count_instructions: bool,
     pub(crate) entry: EntryChoice,
     pub(crate) profile: Option<CpuProfile>,
     pub(crate) images: Vec<PmemFile>,
@@ -86,6 +87,7 @@ impl VmConfig {
             plain_cmdline: false,
             console: false,
             pit: false,
+            count_instructions: false,
             entry: EntryChoice::Auto,
             profile: None,
             images: Vec::new(),
@@ -212,6 +214,13 @@ impl VmConfigBuilder {
     /// an exit per byte printed.
     pub fn console(mut self, on: bool) -> Self {
         self.0.console = on;
+        self
+    }
+
+    /// Lets [`Vm::emulated_instructions`](crate::Vm::emulated_instructions) count: for measurements. Costs
+    /// a descriptor per vCPU.
+    pub fn count_instructions(mut self, on: bool) -> Self {
+        self.0.count_instructions = on;
         self
     }
 

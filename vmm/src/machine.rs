@@ -30,6 +30,7 @@ use crate::snapshot::cpu::VcpuState;
 use crate::snapshot::{SnapshotError, VmState};
 use crate::state::Exit;
 use crate::vcpu::gate::{Gate, Want};
+use crate::vcpu::stats::VcpuStats;
 use crate::vcpu::{ExitCounters, Vcpu, VcpuError};
 use crate::virtio::balloon::{Balloon, BalloonDevice};
 use crate::virtio::mmio::{MmioTransport, register};
@@ -101,6 +102,8 @@ pub(crate) struct Machine {
     pub(crate) balloon: Balloon,
     pub(crate) board: Arc<Board>,
     pub(crate) times: CreateTimes,
+    /// Of the vCPUs, if instructions are counted. Each holds the VM in the kernel.
+    pub(crate) stats: Vec<VcpuStats>,
     pub(crate) hardware: Hardware,
     threads: Vec<JoinHandle<()>>,
     attachment: Option<Attachment>,
@@ -166,6 +169,10 @@ impl Machine {
         for (index, vcpu) in (0u8..).zip(&vcpus) {
             setup::boot(vcpu, index, ram.map(), &entry)?;
         }
+        let counted = vcpus.iter().filter(|_| config.count_instructions);
+        // A host that does not count is no reason not to boot.
+        let stats = counted.filter_map(|vcpu| VcpuStats::open(vcpu).ok());
+        let stats = stats.collect();
         times.kvm = start.elapsed();
 
         let start = Instant::now();
@@ -173,6 +180,7 @@ impl Machine {
         let mut machine = Self::assemble(hardware, ram, vm, vcpus, devices)?;
         times.devices = start.elapsed();
         machine.times = times;
+        machine.stats = stats;
         Ok(machine)
     }
 
@@ -243,6 +251,7 @@ impl Machine {
             balloon: devices.balloon,
             board,
             times: CreateTimes::default(),
+            stats: Vec::new(),
             threads: Vec::with_capacity(vcpus.len()),
             attachment: Some(attachment),
             vm: Some(vm),
@@ -317,6 +326,7 @@ impl Machine {
             }
         }
         drop(self.attachment.take());
+        self.stats.clear();
         if stopped {
             drop(self.vm.take());
             drop(self.ram.take());

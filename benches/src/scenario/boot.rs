@@ -34,11 +34,12 @@ pub async fn run(
 ) -> Result<(), ScenarioError> {
     let config = VmConfig::builder(files.kernel)
         .initramfs(files.initramfs)
+        .count_instructions(true)
         .build()
         .map_err(ScenarioError::at("configuration"))?;
     config.preload().map_err(ScenarioError::at("image"))?;
-    let (mut create, mut init, mut ready, mut pong, mut exits) =
-        (vec![], vec![], vec![], vec![], vec![]);
+    let (mut create, mut init, mut ready, mut pong) = (vec![], vec![], vec![], vec![]);
+    let (mut exits, mut instructions) = (vec![], vec![]);
     let mut last = None;
     for _ in 0..n {
         let start = Instant::now();
@@ -62,6 +63,7 @@ pub async fn run(
         agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
         pong.push(us(start.elapsed()));
         exits.push(vm.exits().total() as f64);
+        instructions.extend(vm.emulated_instructions().map(|count| count as f64));
         last = Some(vm);
     }
     report.add(
@@ -87,6 +89,10 @@ pub async fn run(
     );
     report.add("boot", "cold boot to pong", "us", "hearth", pong);
     report.add("boot", "exits to pong", "exits", "hearth", exits);
+    if !instructions.is_empty() {
+        let metric = "guest instructions emulated to pong";
+        report.add("boot", metric, "instructions", "hearth", instructions);
+    }
     let Some(vm) = last else { return Ok(()) };
     fork_to_pong(report, vm, forks).await
 }

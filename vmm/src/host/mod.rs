@@ -74,7 +74,8 @@ impl CpuProfile {
 
     /// Kernel command-line words that this profile needs. The emulator lacks the instructions that
     /// the kernel patches in when it sees these features; `hearth.emulated` switches on our kernel
-    /// patches.
+    /// patches. `rodata=off` leaves the kernel's pages as they were mapped: write-protecting them walks
+    /// them one by one, a tenth of the boot's instructions there, and guards the kernel only from itself.
     #[must_use]
     pub fn kernel_words(self) -> &'static [&'static str] {
         match self {
@@ -84,6 +85,7 @@ impl CpuProfile {
                 "no_timer_check",
                 "noxsave",
                 "nofsgsbase",
+                "rodata=off",
                 "clearcpuid=smap,smep,umip,pcid,invpcid,erms,fsrm,popcnt,rdrand,rdseed,rdpid,clflushopt,clwb,la57,cx16",
             ],
         }

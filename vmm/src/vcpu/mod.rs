@@ -2,6 +2,7 @@
 
 pub(crate) mod gate;
 pub(crate) mod kick;
+pub(crate) mod stats;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

@@ -147,7 +147,8 @@ fn config(args: &Args) -> Result<VmConfig, RunError> {
     args.machine.apply(VmConfig::builder("")).build()?;
     let (kernel, initramfs) = image(args)?;
     let config = VmConfig::builder(kernel).initramfs(initramfs);
-    Ok(args.machine.apply(config).console(args.console).build()?)
+    let config = args.machine.apply(config).console(args.console);
+    Ok(config.count_instructions(args.json).build()?)
 }
 
 /// Kernel and initramfs; only what the user does not bring is found or built.

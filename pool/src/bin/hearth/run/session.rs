@@ -136,6 +136,7 @@ impl Session {
         let whole = micros(start.elapsed());
         let hello = agent.hello();
         let ready = hello.greeted_us.saturating_sub(hello.started_us).min(whole);
+        report.boot_instructions = self.vm.emulated_instructions();
         report.phases_us.boot = Some(whole.saturating_sub(ready));
         report.phases_us.agent_ready = Some(ready);
         Ok(agent)

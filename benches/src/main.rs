@@ -1,11 +1,13 @@
 //! `vmm-bench`: see `vmm-bench --help`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use hearth_bench::compare::Comparison;
 use hearth_bench::environment::Environment;
-use hearth_bench::report::Report;
+use hearth_bench::page::page;
+use hearth_bench::report::{Report, SCHEMA};
 use hearth_bench::scenario::{boot, fork};
 use hearth_images::{Images, Silent};
 
@@ -44,6 +46,21 @@ enum Scenario {
         #[arg(long, requires = "kernel")]
         initramfs: Option<PathBuf>,
     },
+    /// Make a page with charts of a run's JSON.
+    Report {
+        /// What a run printed with --json.
+        results: PathBuf,
+        /// The page.
+        #[arg(short, long, default_value = "report.html")]
+        output: PathBuf,
+    },
+    /// Compare two runs' JSON; exit code 1 if anything became slower.
+    Compare {
+        /// The run before.
+        old: PathBuf,
+        /// The run after.
+        new: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -55,7 +72,7 @@ struct Count {
 
 fn main() -> ExitCode {
     match run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprint!("vmm-bench: {error}");
             let mut cause = error.source();
@@ -64,14 +81,40 @@ fn main() -> ExitCode {
                 cause = error.source();
             }
             eprintln!();
-            ExitCode::FAILURE
+            // 1 is what a comparison says.
+            ExitCode::from(2)
         }
     }
 }
 
-fn run(cli: Cli) -> Result<(), Box<dyn std::error::Error>> {
+fn read(path: &Path) -> Result<Report, Box<dyn std::error::Error>> {
+    let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let text = std::fs::read_to_string(path).map_err(|e| named(&e))?;
+    let report: Report = serde_json::from_str(&text).map_err(|e| named(&e))?;
+    if report.schema != SCHEMA {
+        let other = report.schema;
+        return Err(named(&format!("format {other}; this program reads {SCHEMA}")).into());
+    }
+    Ok(report)
+}
+
+fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    match &cli.scenario {
+        Scenario::Report { results, output } => {
+            std::fs::write(output, page(&read(results)?))?;
+            println!("{}", output.display());
+            return Ok(ExitCode::SUCCESS);
+        }
+        Scenario::Compare { old, new } => {
+            let comparison = Comparison::of(&read(old)?, &read(new)?);
+            print!("{comparison}");
+            return Ok(ExitCode::from(u8::from(comparison.worse())));
+        }
+        _ => {}
+    }
     let mut report = Report::new(Environment::here()?);
     match cli.scenario {
+        Scenario::Report { .. } | Scenario::Compare { .. } => {}
         Scenario::Floor(count) => fork::floor_only(&mut report, count.n)?,
         Scenario::Fork(count) => fork::beside_floor(&mut report, count.n)?,
         Scenario::Boot {
@@ -102,5 +145,5 @@ fn run(cli: Cli) -> Result<(), Box<dyn std::error::Error>> {
     } else {
         print!("{report}");
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }

@@ -146,10 +146,10 @@ impl fmt::Display for Report {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn report() -> Report {
+    pub(crate) fn report() -> Report {
         Report::new(Environment {
             version: "0".into(),
             cpu: "c".into(),

@@ -100,7 +100,19 @@ impl Guest {
     /// # Panics
     /// If it does not come up; with its console's end if it has one.
     pub async fn boot(refine: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> (Guest, Phases) {
-        let config = refine(image()).build().expect("a possible configuration");
+        Self::boot_with(refine(image())).await
+    }
+
+    /// As [`Guest::boot`], with another kernel and the usual initramfs.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    pub async fn boot_from(kernel: VmConfigBuilder) -> (Guest, Phases) {
+        Self::boot_with(kernel.initramfs(&files().1)).await
+    }
+
+    async fn boot_with(config: VmConfigBuilder) -> (Guest, Phases) {
+        let config = config.build().expect("a possible configuration");
         let vm = Vm::create(&config).unwrap_or_else(|error| panic!("{}", error_chain(&error)));
         let mut listener = vm.vsock().listen(READY_PORT).expect("a free port");
         let start = Instant::now();

@@ -14,8 +14,8 @@ use std::time::Duration;
 use hearth_tests::flat::{Code, elf};
 use hearth_tests::{Footprint, alone, error_chain, kvm, not_measured};
 use hearth_vmm::{
-    BootError, ConfigError, EntryChoice, Exit, KernelError, KernelFormat, LoadError, Vm, VmConfig,
-    VmConfigBuilder,
+    BootError, BzImageError, ConfigError, EntryChoice, Exit, KernelError, KernelFormat, LoadError,
+    Vm, VmConfig, VmConfigBuilder,
 };
 use tempfile::TempDir;
 
@@ -200,9 +200,8 @@ fn what_is_no_kernel_is_named_by_its_content_whatever_it_is_called() {
         file
     };
     for (content, format, said) in [
-        (&bzimage[..], KernelFormat::BzImage, "bzImage"),
         (
-            &[0x1f, 0x8b, 8, 0],
+            &[0x1f, 0x8b, 8, 0][..],
             KernelFormat::Compressed("gzip"),
             "gzip",
         ),
@@ -222,8 +221,16 @@ fn what_is_no_kernel_is_named_by_its_content_whatever_it_is_called() {
         );
         let text = error.to_string();
         assert!(text.contains(said), "{text}");
-        assert!(text.contains("uncompressed 64-bit ELF vmlinux"), "{text}");
+        assert!(text.contains("64-bit ELF vmlinux or a bzImage"), "{text}");
     }
+    let error = kernel_error(&files.file("vmlinux", &bzimage));
+    assert!(
+        matches!(
+            error,
+            KernelError::BzImage(BzImageError::Protocol { major: 0, .. })
+        ),
+        "{error:?}"
+    );
     // A program for this machine is an ELF file too, but nothing that lies where a kernel does.
     let own = std::env::current_exe().unwrap();
     assert!(matches!(kernel_error(&own), KernelError::Elf(_)));

@@ -67,7 +67,7 @@ pub struct VmConfig {
 pub struct VmConfigBuilder(VmConfig);
 
 impl VmConfig {
-    /// A guest that boots `kernel` (an uncompressed ELF vmlinux) with 128 MiB and one vCPU.
+    /// A guest that boots `kernel` (a 64-bit ELF vmlinux, or a bzImage) with 128 MiB and one vCPU.
     pub fn builder(kernel: impl Into<PathBuf>) -> VmConfigBuilder {
         Self::with_payload(Payload::Linux(ImageFiles::new(kernel.into(), None)))
     }

@@ -35,7 +35,7 @@ mod vcpu;
 pub mod virtio;
 mod vm;
 
-pub use boot::{CmdlineError, EntryChoice, KernelError, KernelFormat, LoadError};
+pub use boot::{BzImageError, CmdlineError, EntryChoice, KernelError, KernelFormat, LoadError};
 pub use config::{
     ConfigError, DEFAULT_MEMORY_MIB, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, VmConfig,
     VmConfigBuilder,

@@ -10,6 +10,7 @@ use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::GuestAddress;
 
+use super::bzimage::{self, BzImageError};
 use super::{Entry, EntryChoice, EntryMode};
 use crate::layout;
 use crate::memory::{GAP_START, GuestRam, MemoryError, PAGE_SIZE};
@@ -54,8 +55,14 @@ pub enum KernelError {
     #[error("is not a regular file")]
     NotAFile,
     /// It is something else.
-    #[error("is {0}; an uncompressed 64-bit ELF vmlinux is needed")]
+    #[error("is {0}; a 64-bit ELF vmlinux or a bzImage is needed")]
     Format(KernelFormat),
+    /// It is a bzImage whose kernel cannot be had.
+    #[error("is a bzImage that cannot be used: {0}")]
+    BzImage(#[from] BzImageError),
+    /// It is a bzImage with something else inside.
+    #[error("is a bzImage with {0} inside; a 64-bit kernel is needed")]
+    Inside(KernelFormat),
     /// It is an ELF file that cannot be loaded (truncated, no segments, damaged header).
     #[error("is damaged or truncated: {0}")]
     Elf(String),
@@ -131,13 +138,21 @@ pub(super) fn load(path: &Path) -> Result<Loaded, KernelError> {
     if metadata.len() == 0 {
         return Err(KernelError::Empty);
     }
-    let mut head = Vec::new();
-    (&mut file).take(0x400).read_to_end(&mut head)?;
+    let mut head = read_head(&mut file)?;
     match sniff(&head) {
         KernelFormat::Elf => {}
+        KernelFormat::BzImage => {
+            file = bzimage::unpack(&file, &head, metadata.len())?;
+            head = read_head(&mut file)?;
+            match sniff(&head) {
+                KernelFormat::Elf => {}
+                other => return Err(KernelError::Inside(other)),
+            }
+        }
         other => return Err(KernelError::Format(other)),
     }
-    let (extents, end) = check_segments(&mut file, &head, metadata.len())?;
+    let file_len = file.metadata()?.len();
+    let (extents, end) = check_segments(&mut file, &head, file_len)?;
     let memory = GuestRam::new(end).map_err(KernelError::Memory)?;
     file.seek(SeekFrom::Start(0))?;
     let loaded = Elf::load(
@@ -159,6 +174,14 @@ pub(super) fn load(path: &Path) -> Result<Loaded, KernelError> {
         extents,
         end,
     })
+}
+
+/// The bytes that tell a file's format.
+fn read_head(file: &mut File) -> std::io::Result<Vec<u8>> {
+    let mut head = Vec::new();
+    file.seek(SeekFrom::Start(0))?;
+    file.take(0x400).read_to_end(&mut head)?;
+    Ok(head)
 }
 
 fn bytes_at<const N: usize>(bytes: &[u8], offset: usize) -> Result<[u8; N], KernelError> {
@@ -330,8 +353,9 @@ mod tests {
     fn formats_are_told_by_content() {
         let mut bz = vec![0u8; 0x400];
         bz[0x202..0x206].copy_from_slice(b"HdrS");
+        assert_eq!(sniff(&bz), KernelFormat::BzImage);
         for (bytes, name) in [
-            (bz, "bzImage"),
+            (bz.clone(), "bzImage"),
             (vec![0x1f, 0x8b, 8], "gzip"),
             (b"#!/bin/sh\n".to_vec(), "no kernel"),
             (
@@ -345,6 +369,43 @@ mod tests {
             assert!(error.to_string().contains(name), "{error}");
         }
         assert!(matches!(try_load(b""), Err(KernelError::Empty)));
+    }
+
+    /// A bzImage around `kernel`.
+    fn bzimage(kernel: &[u8]) -> Vec<u8> {
+        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        packer.write_all(kernel).unwrap();
+        let payload = packer.finish().unwrap();
+        let mut file = vec![0u8; 1024];
+        file[0x1f1] = 1;
+        file[0x202..0x206].copy_from_slice(b"HdrS");
+        file[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
+        file[0x24c..0x250].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        file.extend(payload);
+        file
+    }
+
+    #[test]
+    fn a_bzimage_is_loaded_as_the_kernel_inside_it() {
+        let kernel = elf(&[(16 * MIB, b"text", 4), (18 * MIB, b"data", MIB)]);
+        let [inside, plain] = [bzimage(&kernel), kernel].map(|bytes| try_load(&bytes).unwrap());
+        assert_eq!(
+            (inside.start, inside.end, &inside.extents),
+            (plain.start, plain.end, &plain.extents)
+        );
+        let mut text = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(&*inside.file, &mut text, 16 * MIB).unwrap();
+        assert_eq!(&text, b"text");
+    }
+
+    #[test]
+    fn a_bzimage_without_a_64_bit_kernel_is_refused_by_what_is_inside() {
+        let mut foreign = elf(&[(16 * MIB, b"text", 4)]);
+        foreign[4] = 1;
+        for (inside, name) in [(foreign, "not 64-bit"), (bzimage(b"x"), "a bzImage inside")] {
+            let error = try_load(&bzimage(&inside)).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
     }
 
     #[test]

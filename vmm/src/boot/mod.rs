@@ -3,6 +3,7 @@
 //! [`load`] puts kernel, initramfs, command line, memory map, MP table and boot parameters into
 //! guest memory and says where the first vCPU starts.
 
+mod bzimage;
 mod cmdline;
 mod image;
 mod kernel;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 
 use vm_memory::{Bytes, GuestAddress};
 
+pub use self::bzimage::BzImageError;
 pub use self::cmdline::CmdlineError;
 pub(crate) use self::image::ImageFiles;
 pub use self::kernel::{KernelError, KernelFormat};

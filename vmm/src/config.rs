@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::boot::{EntryChoice, ImageFiles, LoadError, Payload};
 use crate::host::CpuProfile;
+use crate::limits::Limits;
 use crate::virtio::pmem::{MAX_IMAGES, PmemFile};
 
 /// Least guest memory in MiB.
@@ -43,6 +44,14 @@ pub enum ConfigError {
     /// More images than a VM has interrupt lines for.
     #[error("{0} images are too many for one VM; it takes {MAX_IMAGES}")]
     Images(usize),
+    /// A processor quota that gives nothing, or more than all vCPUs could use.
+    #[error("a quota of {asked} percent is not possible; choose 1 to {most}")]
+    Quota {
+        /// Percent asked for.
+        asked: u32,
+        /// Percent of all vCPUs together.
+        most: u32,
+    },
 }
 
 /// A VM's configuration. Build one with [`VmConfig::builder`].
@@ -59,6 +68,7 @@ pub struct VmConfig {
     pub(crate) entry: EntryChoice,
     pub(crate) profile: Option<CpuProfile>,
     pub(crate) images: Vec<PmemFile>,
+    pub(crate) limits: Limits,
 }
 
 /// Collects a [`VmConfig`]. Every method takes and returns the builder; the last of equal calls wins.
@@ -91,6 +101,7 @@ impl VmConfig {
             entry: EntryChoice::Auto,
             profile: None,
             images: Vec::new(),
+            limits: Limits::default(),
         })
     }
 
@@ -134,6 +145,12 @@ impl VmConfig {
         }
         if self.images.len() > MAX_IMAGES {
             return Err(ConfigError::Images(self.images.len()));
+        }
+        let most = 100 * u32::from(self.vcpus);
+        if let Some(asked) = self.limits.cpu_percent
+            && !(1..=most).contains(&asked)
+        {
+            return Err(ConfigError::Quota { asked, most });
         }
         self.check_vcpus(MAX_VCPUS)
     }
@@ -239,6 +256,23 @@ impl VmConfigBuilder {
         self
     }
 
+    /// Limits the processor time of the guest: `percent` of one processor, for all its vCPUs together,
+    /// over each 100 ms; 1 to 100 for each vCPU. No limit when not said. Work of devices on the event
+    /// threads is not counted; it is bounded on its own.
+    pub fn cpu_quota(mut self, percent: u32) -> Self {
+        self.0.limits.cpu_percent = Some(percent);
+        self
+    }
+
+    /// Whether the threads that run this VM and its devices are confined by seccomp filters; they are
+    /// when not said. Calls that they do not need are answered with `EPERM`; the filters set
+    /// `no_new_privs` on these threads. A program whose `tracing` subscriber or allocator needs more
+    /// than writing to open descriptors on them switches it off.
+    pub fn seccomp(mut self, on: bool) -> Self {
+        self.0.limits.seccomp = on;
+        self
+    }
+
     /// How the kernel is entered.
     pub fn entry(mut self, entry: EntryChoice) -> Self {
         self.0.entry = entry;
@@ -304,6 +338,16 @@ mod tests {
                 "{vcpus}"
             );
         }
+    }
+
+    #[test]
+    fn a_quota_is_at_least_a_percent_and_at_most_all_vcpus() {
+        let with = |vcpus, percent| {
+            let config = VmConfig::builder("k").vcpus(vcpus).cpu_quota(percent);
+            config.build().is_ok()
+        };
+        assert!(with(1, 1) && with(1, 100) && with(4, 400));
+        assert!(!with(1, 0) && !with(1, 101) && !with(4, 401) && !with(1, u32::MAX));
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::kvm::{self, KvmError};
 use crate::layout;
 use crate::legacy::console::Console;
 use crate::legacy::serial::SerialPort;
+use crate::limits::Limits;
 use crate::memory::{GuestRam, MemoryError, Sharing};
 use crate::reactor::{Attachment, Reactor, ReactorError};
 use crate::snapshot::chips::ChipState;
@@ -30,6 +31,7 @@ use crate::snapshot::cpu::VcpuState;
 use crate::snapshot::{SnapshotError, VmState};
 use crate::state::Exit;
 use crate::vcpu::gate::{Gate, Want};
+use crate::vcpu::quota::Account;
 use crate::vcpu::stats::VcpuStats;
 use crate::vcpu::{ExitCounters, Vcpu, VcpuError};
 use crate::virtio::balloon::{Balloon, BalloonDevice};
@@ -125,6 +127,7 @@ pub(crate) struct Hardware {
     pub(crate) console: bool,
     pub(crate) pit: bool,
     pub(crate) profile: CpuProfile,
+    pub(crate) limits: Limits,
 }
 
 impl Machine {
@@ -142,6 +145,7 @@ impl Machine {
             console: config.console,
             pit: config.pit,
             profile: config.profile.unwrap_or(host.profile()),
+            limits: config.limits,
         };
         let mut times = CreateTimes::default();
 
@@ -239,7 +243,8 @@ impl Machine {
         let gate = Arc::new(Gate::new(vcpus.len(), Want::Pause));
         let ending = Arc::new(Ending::new(Arc::clone(&gate), devices.console.clone()));
         ending.ends_streams(devices.vsock.clone());
-        let attachment = Reactor::get()?.attach(virtio, Arc::clone(&ending))?;
+        let attachment =
+            Reactor::get(hardware.limits.seccomp)?.attach(virtio, Arc::clone(&ending))?;
         // From here on a failure takes the half-made machine apart by dropping it.
         let mut machine = Machine {
             hardware,
@@ -258,6 +263,7 @@ impl Machine {
             ram: Some(ram),
             images: devices.images,
         };
+        let account = hardware.limits.cpu_percent.map(Account::new).map(Arc::new);
         for (index, fd) in vcpus.into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
@@ -266,6 +272,8 @@ impl Machine {
                 gate: Arc::clone(&machine.gate),
                 ending: Arc::clone(&machine.ending),
                 exits: Arc::clone(&machine.exits),
+                seccomp: hardware.limits.seccomp,
+                account: account.clone(),
             };
             machine.threads.push(vcpu.spawn()?);
         }

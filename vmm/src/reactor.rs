@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::board::{SharedTransport, lock};
 use crate::ending::Ending;
+use crate::seccomp::{self, Role};
 use crate::state::Exit;
 use crate::virtio::{Bell, Progress};
 
@@ -67,22 +68,26 @@ pub(crate) struct Reactor {
 }
 
 impl Reactor {
-    /// The process's event threads.
-    pub(crate) fn get() -> Result<&'static Reactor, ReactorError> {
-        static REACTOR: OnceLock<Reactor> = OnceLock::new();
+    /// The process's event threads: those that are confined, or those for VMs that shall not be.
+    pub(crate) fn get(confined: bool) -> Result<&'static Reactor, ReactorError> {
+        static CONFINED: OnceLock<Reactor> = OnceLock::new();
+        static FREE: OnceLock<Reactor> = OnceLock::new();
         static STARTING: Mutex<()> = Mutex::new(());
-        if let Some(reactor) = REACTOR.get() {
+        let reactor = if confined { &CONFINED } else { &FREE };
+        if let Some(reactor) = reactor.get() {
             return Ok(reactor);
         }
         let _one_at_a_time = STARTING.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(reactor) = REACTOR.get() {
+        if let Some(reactor) = reactor.get() {
             return Ok(reactor);
         }
         let count = std::thread::available_parallelism()
             .map_or(1, usize::from)
             .min(MAX_THREADS);
-        let threads = (0..count).map(start).collect::<Result<Vec<_>, _>>()?;
-        Ok(REACTOR.get_or_init(|| Reactor {
+        let threads = (0..count)
+            .map(|index| start(index, confined))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(reactor.get_or_init(|| Reactor {
             threads,
             next: AtomicUsize::new(0),
         }))
@@ -126,14 +131,25 @@ impl Reactor {
     }
 }
 
-fn start(index: usize) -> Result<EventThread, ReactorError> {
+fn start(index: usize, confined: bool) -> Result<EventThread, ReactorError> {
     let mut manager = EventManager::<Devices>::new().map_err(|e| ReactorError(Box::new(e)))?;
     let remote = manager.remote_endpoint();
     let timers = Timers::default();
     let own = Arc::clone(&timers);
+    let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::Builder::new()
         .name(format!("hearth-events{index}"))
         .spawn(move || {
+            let filter = if confined {
+                seccomp::confine(Role::Events)
+            } else {
+                Ok(())
+            };
+            let refused = filter.is_err();
+            let _ = ready.send(filter);
+            if refused {
+                return;
+            }
             loop {
                 let timeout = ring_due(&own);
                 if let Err(error) = manager.run_with_timeout(timeout) {
@@ -144,6 +160,8 @@ fn start(index: usize) -> Result<EventThread, ReactorError> {
             }
         })
         .map_err(|e| ReactorError(Box::new(e)))?;
+    let filter = is_ready.recv().map_err(|e| ReactorError(Box::new(e)))?;
+    filter.map_err(|e| ReactorError(Box::new(e)))?;
     Ok(EventThread { remote, timers })
 }
 

@@ -134,6 +134,19 @@ impl Gate {
         true
     }
 
+    /// Waits until `until`, but no longer than the gate is open.
+    pub(super) fn rest(&self, until: Instant) {
+        let mut state = self.lock();
+        while state.want == Want::Run {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(|e| e.into_inner()).0;
+        }
+    }
+
     /// What the threads shall do.
     pub(crate) fn want(&self) -> Want {
         self.lock().want

@@ -2,6 +2,7 @@
 
 pub(crate) mod gate;
 pub(crate) mod kick;
+pub(crate) mod quota;
 pub(crate) mod stats;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,8 +15,10 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use self::gate::Gate;
 use self::kick::Running;
+use self::quota::{Account, Meter};
 use crate::board::Board;
 use crate::ending::Ending;
+use crate::seccomp::{self, Role};
 use crate::state::{Exit, InternalError};
 
 /// Stack of a vCPU thread. Exits are handled without recursion.
@@ -32,6 +35,9 @@ pub enum VcpuError {
     /// The host has no thread left.
     #[error("the host refused a vCPU thread; check ulimit -u and kernel.threads-max")]
     Thread(#[source] std::io::Error),
+    /// The timer that meters processor time could not be made.
+    #[error("the host refused a timer for the processor quota; raise ulimit -i: {0}")]
+    Timer(std::io::Error),
 }
 
 /// How often a VM's vCPUs left the guest, by kind. Relaxed counters: exact once the VM is paused.
@@ -66,10 +72,16 @@ pub(crate) struct Vcpu {
     pub(crate) gate: Arc<Gate>,
     pub(crate) ending: Arc<Ending>,
     pub(crate) exits: Arc<ExitCounters>,
+    /// Whether the thread is confined.
+    pub(crate) seccomp: bool,
+    /// What processor time the VM has, if that is limited.
+    pub(crate) account: Option<Arc<Account>>,
 }
 
 enum Step {
     Continue,
+    /// A signal came: time to look at the gate and at the meter.
+    Kicked,
     Interrupted,
     End(Exit),
 }
@@ -98,12 +110,29 @@ impl Vcpu {
             gate,
             ending,
             exits,
+            seccomp,
+            account,
         } = self;
         let Some(seat) = gate.seat(index) else {
             return gate.leave();
         };
         seat.kicker.enlist();
-        let run = AssertUnwindSafe(|| run_until_stopped(index, fd, &board, &gate, &ending, &exits));
+        let run = AssertUnwindSafe(|| {
+            let failed = |error: &dyn std::error::Error| {
+                ending.report(Exit::Failed(error.to_string()));
+            };
+            let mut meter = None;
+            if let Some(account) = &account {
+                match Meter::start(account) {
+                    Ok(started) => meter = Some(started),
+                    Err(error) => failed(&VcpuError::Timer(error)),
+                }
+            }
+            if seccomp && let Err(error) = seccomp::confine(Role::Vcpu) {
+                failed(&error);
+            }
+            run_until_stopped(index, fd, &board, &gate, &ending, &exits, meter);
+        });
         if catch_unwind(run).is_err() {
             ending.report(Exit::Failed("a vCPU thread panicked".into()));
         }
@@ -121,6 +150,7 @@ fn run_until_stopped(
     gate: &Gate,
     ending: &Ending,
     exits: &ExitCounters,
+    mut meter: Option<Meter<'_>>,
 ) {
     let mut no_memory = 0;
     loop {
@@ -134,8 +164,18 @@ fn run_until_stopped(
         let running = Running::new(&mut fd);
         let step = loop {
             match run_once(&mut fd, board, exits) {
-                Ok(Step::Continue) if gate.is_closed() => break Step::Interrupted,
+                Ok(Step::Continue | Step::Kicked) if gate.is_closed() => break Step::Interrupted,
                 Ok(Step::Continue) => no_memory = 0,
+                Ok(Step::Kicked) => {
+                    no_memory = 0;
+                    // A debt may take several periods.
+                    while let Some(until) = meter.as_mut().and_then(Meter::charge) {
+                        gate.rest(until);
+                        if gate.is_closed() {
+                            break;
+                        }
+                    }
+                }
                 Ok(step) => break step,
                 Err(e) if e.errno() == libc::ENOMEM && no_memory < RUN_ATTEMPTS => {
                     no_memory += 1;
@@ -174,7 +214,7 @@ fn run_once(
         Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
             count(&exits.interrupted);
             fd.set_kvm_immediate_exit(0);
-            return Ok(Step::Continue);
+            return Ok(Step::Kicked);
         }
         Err(e) => return Err(e),
     };
@@ -207,6 +247,7 @@ fn run_once(
         VcpuExit::Hlt => return Ok(Step::End(Exit::Halt)),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {
             count(&exits.interrupted);
+            return Ok(Step::Kicked);
         }
         other => {
             return Ok(Step::End(Exit::Failed(format!(

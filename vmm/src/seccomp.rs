@@ -1,0 +1,222 @@
+//! Seccomp filters for the threads that a guest could take over.
+//!
+//! A vCPU thread needs few system calls, an event thread few others. All else is answered with
+//! `EPERM`: a library never ends its caller's process. No program can be started from these threads,
+//! no socket or file opened, no memory made executable. They share their memory with the threads of
+//! the embedding program, which have no filter: this is a hurdle, not a wall (`SECURITY.md`).
+//!
+//! What the embedding program runs on these threads is confined, too: its `tracing` subscriber, its
+//! panic hook, its allocator. Allocators and writers to descriptors that are open work.
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+/// A thread could not be confined.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the host's kernel refused a seccomp filter; it needs CONFIG_SECCOMP_FILTER, or switch the filters off with VmConfigBuilder::seccomp(false)"
+)]
+pub struct SeccompError(#[source] Box<dyn std::error::Error + Send + Sync>);
+
+/// Threads that have a filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Runs the guest.
+    Vcpu,
+    /// Serves devices.
+    Events,
+}
+
+/// What any thread of ours needs: memory, locks, time, open descriptors, and its own end.
+const COMMON: [i64; 27] = [
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_gettimeofday,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+    // Kicks other vCPUs when this one ends the VM.
+    libc::SYS_tgkill,
+    // Panics.
+    libc::SYS_rt_sigaction,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+/// Event threads wait, and give guest pages back.
+const EVENTS: [i64; 4] = [
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_fallocate,
+];
+/// `ioctl` types (`_IOC_TYPE`, include/uapi/asm-generic/ioctl.h) in bits 8 to 15: KVM's.
+const IOCTL_TYPE_MASK: u64 = 0xff00;
+const KVM_TYPE: u64 = 0xae00;
+
+/// Confines the calling thread, for ever.
+pub(crate) fn confine(role: Role) -> Result<(), SeccompError> {
+    static VCPU: OnceLock<Option<BpfProgram>> = OnceLock::new();
+    static EVENT: OnceLock<Option<BpfProgram>> = OnceLock::new();
+    let slot = match role {
+        Role::Vcpu => &VCPU,
+        Role::Events => &EVENT,
+    };
+    let program = slot.get_or_init(|| filter(role).and_then(|filter| filter.try_into()).ok());
+    let Some(program) = program else {
+        return Err(SeccompError("the filter is not valid".into()));
+    };
+    seccompiler::apply_filter(program).map_err(|e| SeccompError(Box::new(e)))
+}
+
+fn filter(role: Role) -> Result<SeccompFilter, seccompiler::BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        COMMON.into_iter().map(|call| (call, Vec::new())).collect();
+    // No memory that can be executed.
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![masked(2, libc::PROT_EXEC as u64, 0)?]);
+    }
+    // The standard library looks at a descriptor before it closes it.
+    let look = masked(1, u64::MAX, libc::F_GETFD as u64)?;
+    rules.insert(libc::SYS_fcntl, vec![look]);
+    match role {
+        Role::Vcpu => {
+            let kvm = masked(1, IOCTL_TYPE_MASK, KVM_TYPE)?;
+            rules.insert(libc::SYS_ioctl, vec![kvm]);
+            // The end of a meter (see `vcpu::quota`).
+            rules.insert(libc::SYS_timer_delete, Vec::new());
+        }
+        Role::Events => rules.extend(EVENTS.into_iter().map(|call| (call, Vec::new()))),
+    }
+    SeccompFilter::new(
+        rules,
+        SeccompAction::Errno(libc::EPERM as u32),
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )
+}
+
+/// Allows a call whose argument has these bits.
+fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
+    let op = SeccompCmpOp::MaskedEq(mask);
+    SeccompRule::new(vec![SeccompCondition::new(
+        argument,
+        SeccompCmpArgLen::Qword,
+        op,
+        value,
+    )?])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::net::UdpSocket;
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    /// Runs `act` on a thread with a filter.
+    fn confined<T: Send + 'static>(role: Role, act: impl FnOnce() -> T + Send + 'static) -> T {
+        let thread = std::thread::spawn(move || {
+            confine(role).unwrap();
+            act()
+        });
+        thread.join().unwrap()
+    }
+
+    fn denied<T>(result: io::Result<T>) -> bool {
+        result.is_err_and(|e| e.raw_os_error() == Some(libc::EPERM))
+    }
+
+    fn called(result: i64) -> io::Result<()> {
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    fn map(protection: i32) -> io::Result<()> {
+        // SAFETY: a new private mapping of one page, wherever the kernel likes; it is leaked.
+        let address = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0)
+        };
+        called(if address == libc::MAP_FAILED { -1 } else { 0 })
+    }
+
+    #[test]
+    fn what_a_guest_would_want_from_its_host_is_answered_with_eperm() {
+        for role in [Role::Vcpu, Role::Events] {
+            confined(role, move || {
+                assert!(denied(std::process::Command::new("/bin/true").status()));
+                assert!(denied(UdpSocket::bind("127.0.0.1:0")));
+                assert!(denied(std::fs::read("/etc/passwd")));
+                assert!(denied(std::thread::Builder::new().spawn(|| ())));
+                assert!(denied(map(libc::PROT_READ | libc::PROT_EXEC)));
+                // SAFETY: system calls without memory arguments, all of them refused.
+                unsafe {
+                    assert!(denied(called(libc::syscall(libc::SYS_execve, 0, 0, 0))));
+                    assert!(denied(called(libc::syscall(libc::SYS_ptrace, 0, 0, 0, 0))));
+                    assert!(denied(called(libc::syscall(libc::SYS_bpf, 0, 0, 0))));
+                    assert!(denied(called(libc::syscall(libc::SYS_setuid, 0))));
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn what_the_threads_need_works() {
+        for role in [Role::Vcpu, Role::Events] {
+            confined(role, move || {
+                assert!(map(libc::PROT_READ | libc::PROT_WRITE).is_ok());
+                let large = vec![1u8; 8 << 20];
+                assert_eq!(
+                    large.iter().map(|b| usize::from(*b)).sum::<usize>(),
+                    8 << 20
+                );
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                let lock = std::sync::Mutex::new(1);
+                assert_eq!(*lock.lock().unwrap(), 1);
+                assert!(std::panic::catch_unwind(|| panic!("expected")).is_err());
+            });
+        }
+    }
+
+    #[test]
+    fn a_vcpu_thread_reaches_kvm_and_nothing_else_by_ioctl() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        // SAFETY: neither ioctl reads or writes memory: /dev/null knows none, the filter refuses one.
+        let ask =
+            move |request| unsafe { called(libc::ioctl(null.as_raw_fd(), request, 0).into()) };
+        let (kvm, tty) = confined(Role::Vcpu, move || (ask(0xae80), ask(libc::TIOCSTI)));
+        assert_eq!(kvm.unwrap_err().raw_os_error(), Some(libc::ENOTTY));
+        assert!(denied(tty));
+    }
+
+    #[test]
+    fn a_filter_stays_on_its_thread() {
+        confined(Role::Vcpu, || ());
+        assert!(std::fs::read("/etc/passwd").is_ok());
+    }
+}

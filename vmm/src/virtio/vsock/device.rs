@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
@@ -31,8 +31,6 @@ const RUN_PACKETS: u32 = 256;
 const RUN_BYTES: u32 = 1 << 20;
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, the only event there is.
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
-/// How long packets to the guest wait for it to act on the event.
-const EVENT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The virtio-vsock device of one VM. Dropping it ends all its streams.
 #[derive(Debug)]
@@ -53,8 +51,10 @@ enum TransportReset {
     /// To be sent.
     Owed,
     /// Sent. A driver gives the buffer back once it has acted on the event: then it has made more
-    /// than `available` buffers available. One that never does is waited for until then.
-    Sent { available: u16, until: Instant },
+    /// than `available` buffers available. There is no time after which it must have: a clone may be
+    /// parked for hours before it runs. To whoever connects, a driver that never does is one that
+    /// does not answer.
+    Sent { available: u16 },
 }
 
 #[derive(Debug)]
@@ -193,11 +193,7 @@ impl VirtioDevice for VsockDevice {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let closing = lock(&self.hub.muxer).deadline();
-        match self.transport_reset {
-            TransportReset::Sent { until, .. } => Some(closing.map_or(until, |at| at.min(until))),
-            TransportReset::Owed | TransportReset::Done => closing,
-        }
+        lock(&self.hub.muxer).deadline()
     }
 
     fn reset(&mut self) {
@@ -239,7 +235,7 @@ impl VsockDevice {
         let Some(active) = &mut self.active else {
             return Ok(Progress::Idle);
         };
-        self.transport_reset = active.reset_transport(self.transport_reset, now)?;
+        self.transport_reset = active.reset_transport(self.transport_reset)?;
         // TX first: what it frees or asks for goes out in the same run.
         let received = active.receive(&mut muxer)?;
         let sent = if self.transport_reset == TransportReset::Done {
@@ -360,27 +356,22 @@ impl Active {
     }
 
     /// Brings the transport's reset as far as it gets.
-    fn reset_transport(
-        &mut self,
-        mut at: TransportReset,
-        now: Instant,
-    ) -> Result<TransportReset, Fault> {
+    fn reset_transport(&mut self, mut at: TransportReset) -> Result<TransportReset, Fault> {
         if at == TransportReset::Owed {
             // Before the guest can have acted on it.
             let available = self.events.avail_idx(self.ram.map(), Ordering::Acquire)?.0;
-            let until = now + EVENT_TIMEOUT;
             if self.send_event(TRANSPORT_RESET)? {
-                at = TransportReset::Sent { available, until };
+                at = TransportReset::Sent { available };
             }
         }
-        if let TransportReset::Sent { available, until } = at {
+        if let TransportReset::Sent { available } = at {
             let ram = self.ram.map();
             // A kick for the buffer after `available`, not for the next one that is unused.
             let next = self.events.next_avail();
             self.events.set_next_avail(available);
             let heard = self.events.enable_notification(ram);
             self.events.set_next_avail(next);
-            if heard? || now >= until {
+            if heard? {
                 at = TransportReset::Done;
             }
         }

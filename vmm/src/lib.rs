@@ -48,7 +48,7 @@ pub use legacy::console::{Chunk, Console};
 pub use machine::{BootError, CreateTimes, GUEST_CID, leaked_vms};
 pub use reactor::ReactorError;
 pub use seccomp::SeccompError;
-pub use snapshot::{SnapshotError, Template};
+pub use snapshot::{Difference, SnapshotError, StoreError, Template, cache};
 pub use state::{Exit, InternalError, VmStatus};
 pub use vcpu::kick::kick_signal;
 pub use vcpu::{ExitCounters, VcpuError};

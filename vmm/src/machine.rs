@@ -120,13 +120,15 @@ pub(crate) struct Machine {
 type PlacedImage = (PmemImage, u64);
 
 /// What a VM is made of, apart from what is in its memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Hardware {
     pub(crate) memory_bytes: u64,
     pub(crate) vcpus: u8,
     pub(crate) console: bool,
     pub(crate) pit: bool,
     pub(crate) profile: CpuProfile,
+    /// Not in a template's file: nothing that is stored decides it.
+    #[serde(skip)]
     pub(crate) limits: Limits,
 }
 

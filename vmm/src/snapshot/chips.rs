@@ -9,6 +9,7 @@ use kvm_ioctls::VmFd;
 use crate::kvm::KvmError;
 
 /// What KVM keeps of a VM outside its vCPUs and memory.
+#[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct ChipState {
     irqchips: [kvm_irqchip; 3],
     pit: Option<kvm_pit_state2>,
@@ -65,5 +66,17 @@ impl ChipState {
         }
         vm.set_clock(&self.clock)
             .map_err(KvmError::of("KVM_SET_CLOCK"))
+    }
+}
+
+#[cfg(test)]
+impl ChipState {
+    /// Of a VM that never ran.
+    pub(super) fn blank() -> Self {
+        Self {
+            irqchips: Default::default(),
+            pit: Some(kvm_pit_state2::default()),
+            clock: kvm_clock_data::default(),
+        }
     }
 }

@@ -15,6 +15,7 @@ const MSR_TSC_DEADLINE: u32 = 0x6e0;
 const MSR_TSC: u32 = 0x10;
 
 /// Everything that KVM keeps of a vCPU but for CPUID, which follows from host and configuration.
+#[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct VcpuState {
     mp_state: kvm_mp_state,
     regs: kvm_regs,
@@ -126,4 +127,22 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> 
         left = left.get(count + 1..).unwrap_or(&[]);
     }
     Ok(())
+}
+
+#[cfg(test)]
+impl VcpuState {
+    /// Of a vCPU that never ran.
+    pub(super) fn blank() -> Self {
+        Self {
+            mp_state: Default::default(),
+            regs: Default::default(),
+            sregs: Default::default(),
+            xsave: Default::default(),
+            xcrs: Default::default(),
+            debugregs: Default::default(),
+            lapic: Default::default(),
+            msrs: vec![kvm_msr_entry::default()],
+            events: Default::default(),
+        }
+    }
 }

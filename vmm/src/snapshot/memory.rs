@@ -7,9 +7,12 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
+use sha2::{Digest as _, Sha256};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::manifest::Digest;
 use crate::memory::{GAP_END, GAP_START, GuestRam, PAGE_SIZE, Sharing, file_offset, memfd};
 
 /// Bytes copied at once.
@@ -49,7 +52,7 @@ fn copy(ram: &GuestRam, stretch: &Range<u64>, target: &File) -> std::io::Result<
         ram.map()
             .read_slice(&mut buffer, GuestAddress(addr))
             .map_err(std::io::Error::other)?;
-        std::os::unix::fs::FileExt::write_all_at(target, &buffer, file_offset(addr))?;
+        target.write_all_at(&buffer, file_offset(addr))?;
         addr += len;
     }
     Ok(())
@@ -63,8 +66,55 @@ fn guest_address(offset: u64) -> u64 {
     }
 }
 
-/// The stretches of `file` that hold data, as guest addresses; none crosses the gap.
-fn data_stretches(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
+/// Copies the pages of `from` that hold anything but zeroes into `to`, which is all holes, and gives
+/// the SHA-256 of the length and of each such page with its offset: the same whatever is a hole and
+/// what is written out as zeroes. `bytes` is the length of both, in whole pages.
+pub(super) fn copy_pages(from: &File, to: &File, bytes: u64) -> std::io::Result<Digest> {
+    const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+    let mut hash = Sha256::new();
+    hash.update(bytes.to_le_bytes());
+    let mut buffer = Vec::new();
+    for stretch in whole_pages(data_offsets(from, bytes)?) {
+        let mut offset = stretch.start;
+        while offset < stretch.end {
+            let len = CHUNK.min(stretch.end - offset);
+            buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+            from.read_exact_at(&mut buffer, offset)?;
+            for run in buffer
+                .as_chunks::<{ PAGE_SIZE as usize }>()
+                .0
+                .chunk_by(|one, next| (*one == ZEROES) == (*next == ZEROES))
+            {
+                if run.first() != Some(&ZEROES) {
+                    for (page, place) in run.iter().zip(0u64..) {
+                        hash.update((offset + place * PAGE_SIZE).to_le_bytes());
+                        hash.update(page);
+                    }
+                    to.write_all_at(run.as_flattened(), offset)?;
+                }
+                offset += run.as_flattened().len() as u64;
+            }
+        }
+    }
+    Ok(hash.finalize().into())
+}
+
+/// Stretches widened to whole pages, none of them twice.
+fn whole_pages(stretches: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let mut wide: Vec<Range<u64>> = Vec::with_capacity(stretches.len());
+    for stretch in stretches {
+        let start = stretch.start & !(PAGE_SIZE - 1);
+        let end = stretch.end.next_multiple_of(PAGE_SIZE);
+        match wide.last_mut() {
+            Some(last) if start <= last.end => last.end = last.end.max(end),
+            _ => wide.push(start..end),
+        }
+    }
+    wide
+}
+
+/// The stretches of `file` that hold data, as offsets below `bytes`.
+fn data_offsets(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
     use rustix::fs::SeekFrom as At;
     let mut stretches = Vec::new();
     let mut offset = 0;
@@ -76,13 +126,24 @@ fn data_stretches(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
             Err(e) => return Err(e.into()),
         };
         let hole = rustix::fs::seek(file, At::Hole(data))?.min(bytes);
-        if data < GAP_START && hole > GAP_START {
-            stretches.push(data..GAP_START);
-            stretches.push(GAP_END..guest_address(hole));
-        } else if data < hole {
-            stretches.push(guest_address(data)..guest_address(data) + (hole - data));
+        if data < hole {
+            stretches.push(data..hole);
         }
         offset = hole.max(offset + 1);
+    }
+    Ok(stretches)
+}
+
+/// The stretches of `file` that hold data, as guest addresses; none crosses the gap.
+fn data_stretches(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
+    let mut stretches = Vec::new();
+    for Range { start, end } in data_offsets(file, bytes)? {
+        if start < GAP_START && end > GAP_START {
+            stretches.push(start..GAP_START);
+            stretches.push(GAP_END..guest_address(end));
+        } else {
+            stretches.push(guest_address(start)..guest_address(start) + (end - start));
+        }
     }
     Ok(stretches)
 }
@@ -144,7 +205,7 @@ mod tests {
         ram.map().write_obj(1u8, GuestAddress(MIB)).unwrap();
         let image = memfd().unwrap();
         image.set_len(4096).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&image, &[2], 0).unwrap();
+        image.write_all_at(&[2], 0).unwrap();
         ram.overlay(2 * MIB, &image, 0, 4096).unwrap();
         let first = Arc::new(copy_out(&ram).unwrap());
         // Before anybody reads a hole: reading one through a mapping fills it with zeroes.
@@ -174,11 +235,45 @@ mod tests {
     }
 
     #[test]
+    fn copied_pages_leave_zeroes_out_and_hash_the_same_however_holes_lie() {
+        let bytes = 4 * MIB;
+        let full = tempfile::tempfile().unwrap();
+        full.set_len(bytes).unwrap();
+        // Data, zeroes that are written out, and an end that is no hole.
+        full.write_all_at(&vec![0; 3 << 20], 0).unwrap();
+        full.write_all_at(b"one", 4095).unwrap();
+        full.write_all_at(b"two", 2 * MIB).unwrap();
+        full.write_all_at(b"!", bytes - 1).unwrap();
+        let sparse = memfd().unwrap();
+        sparse.set_len(bytes).unwrap();
+        let digest = copy_pages(&full, &sparse, bytes).unwrap();
+        assert_eq!(held(&sparse), 4 * 4096);
+        let again = memfd().unwrap();
+        again.set_len(bytes).unwrap();
+        assert_eq!(copy_pages(&sparse, &again, bytes).unwrap(), digest);
+        let [mut one, mut other] = [vec![0; 4 << 20], vec![0; 4 << 20]];
+        full.read_exact_at(&mut one, 0).unwrap();
+        again.read_exact_at(&mut other, 0).unwrap();
+        assert!(one == other);
+        // A page that moved, changed or ends elsewhere is another memory.
+        let nowhere = || {
+            let file = memfd().unwrap();
+            file.set_len(2 * bytes).unwrap();
+            file
+        };
+        full.set_len(2 * bytes).unwrap();
+        assert_ne!(copy_pages(&full, &nowhere(), 2 * bytes).unwrap(), digest);
+        full.write_all_at(b"\0\0\0", 2 * MIB).unwrap();
+        full.write_all_at(b"two", 2 * MIB + 4096).unwrap();
+        assert_ne!(copy_pages(&full, &nowhere(), bytes).unwrap(), digest);
+    }
+
+    #[test]
     fn completing_writes_overlays_into_the_file() {
         let mut ram = GuestRam::new(MIB).unwrap();
         let image = memfd().unwrap();
         image.set_len(8192).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&image, &[7; 8192], 0).unwrap();
+        image.write_all_at(&[7; 8192], 0).unwrap();
         ram.overlay(8192, &image, 0, 8192).unwrap();
         ram.map().write_obj(9u8, GuestAddress(8192)).unwrap();
         complete(&ram).unwrap();

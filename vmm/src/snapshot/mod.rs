@@ -4,17 +4,29 @@
 //! interrupt controllers, CPUID, clock, vCPUs, devices. A [`Template`]'s memory is a sealed memfd:
 //! no clone, and nothing else, can change it.
 
+pub mod cache;
 pub(crate) mod chips;
 pub(crate) mod cpu;
+#[cfg(test)]
+mod isolation;
+mod manifest;
 mod memory;
+mod origin;
+mod serial;
+mod store;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialState;
 
 use self::chips::ChipState;
 use self::cpu::VcpuState;
+pub use self::origin::Difference;
+pub use self::store::StoreError;
 use crate::host::HostError;
 use crate::kvm::KvmError;
 use crate::machine::{BootError, Hardware, Machine};
@@ -42,25 +54,30 @@ pub enum SnapshotError {
     Memory(#[source] std::io::Error),
 }
 
-/// All of a VM but its memory.
-#[derive(Debug)]
+/// All of a VM but its memory. A change here or in any part of it raises [`manifest::FORMAT`].
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct VmState {
     pub(crate) hardware: Hardware,
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) chips: ChipState,
     pub(crate) transports: Vec<TransportState>,
+    #[serde(with = "serial")]
     pub(crate) serial: Option<SerialState>,
 }
 
 /// A frozen guest. Cheap to clone; its memory goes with the last clone and the last VM forked from
 /// it.
 #[derive(Clone, Debug)]
-pub struct Template(Arc<Frozen>);
+pub struct Template {
+    frozen: Arc<Frozen>,
+    /// Keeps the cache entry that holds this template.
+    _lease: Option<Arc<cache::Lease>>,
+}
 
 #[derive(Debug)]
 struct Frozen {
     state: VmState,
-    /// Sealed.
+    /// Sealed, or a file that nobody changes (see [`Template::load_trusted`]).
     memory: Arc<File>,
 }
 
@@ -85,27 +102,29 @@ impl Template {
     /// # Errors
     /// As [`Template::fork`].
     pub fn fork_paused(&self) -> Result<Vm, BootError> {
-        let bytes = self.0.state.hardware.memory_bytes;
-        let ram = GuestRam::map_file(Arc::clone(&self.0.memory), bytes, Sharing::Private)?;
-        Machine::restore(&self.0.state, ram).map(Vm::of)
+        let bytes = self.frozen.state.hardware.memory_bytes;
+        let ram = GuestRam::map_file(Arc::clone(&self.frozen.memory), bytes, Sharing::Private)?;
+        Machine::restore(&self.frozen.state, ram).map(Vm::of)
     }
 
-    /// Bytes of host memory that the template itself holds, once for all its clones.
+    /// Bytes of host memory (of a file, if that was mapped) that the template itself holds, once for
+    /// all its clones. Grows as clones touch pages for the first time that the template has as a
+    /// hole: the host then keeps one page of zeroes for all of them.
     #[must_use]
     pub fn footprint(&self) -> u64 {
-        memory::allocated(&self.0.memory)
+        memory::allocated(&self.frozen.memory)
     }
 
     /// Guest memory of each clone in bytes.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
-        self.0.state.hardware.memory_bytes
+        self.frozen.state.hardware.memory_bytes
     }
 
     /// vCPUs of each clone.
     #[must_use]
     pub fn vcpus(&self) -> u8 {
-        self.0.state.hardware.vcpus
+        self.frozen.state.hardware.vcpus
     }
 
     /// Captures a paused machine that goes on afterwards: its memory is copied.
@@ -130,6 +149,21 @@ impl Template {
 
     fn freeze(state: VmState, memory: Arc<File>) -> Result<Self, SnapshotError> {
         seal(&memory).map_err(SnapshotError::Memory)?;
-        Ok(Self(Arc::new(Frozen { state, memory })))
+        Ok(Self::with(state, memory))
+    }
+
+    fn with(state: VmState, memory: Arc<File>) -> Self {
+        Self {
+            frozen: Arc::new(Frozen { state, memory }),
+            _lease: None,
+        }
+    }
+
+    /// The same template, which keeps its cache entry.
+    fn kept_by(&self, lease: cache::Lease) -> Self {
+        Self {
+            frozen: Arc::clone(&self.frozen),
+            _lease: Some(Arc::new(lease)),
+        }
     }
 }

@@ -1,0 +1,151 @@
+//! What one clone writes, nobody else sees: a hundred clones write to random pages of the same few
+//! thousand, all at once, and then every byte of all of them is what it should be.
+
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::memory::{MIB, PAGE_SIZE};
+use crate::vm::Vm;
+use crate::{Exit, VmConfig};
+
+const MEMORY: u64 = 32 * MIB;
+/// Where a clone finds its seed; zero until then.
+const SEED: u64 = 2 * MIB;
+/// Where it writes: 4,096 pages.
+const AREA: u64 = 4 * MIB;
+const AREA_MASK: u64 = 0x00ff_f000;
+/// Writes of each clone.
+const WRITES: u32 = 400;
+/// The page tables that the guest begins with, in which the processor marks what it used.
+const PAGE_TABLES: std::ops::Range<usize> = 0x9000..0x1_0000;
+/// After that long a clone is stuck.
+const STUCK: Duration = Duration::from_secs(120);
+
+/// Waits for its seed, draws from it by xorshift, and writes what it draws to the page that it draws.
+fn code() -> Vec<u8> {
+    let mut code = vec![
+        // l: mov rax, [SEED]; test rax, rax; jz l
+        0x48, 0x8b, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0x48, 0x85, 0xc0, 0x74, 0xf3, 0xb9,
+    ];
+    // mov ecx, WRITES
+    code.extend(WRITES.to_le_bytes());
+    let draw = [
+        // mov rbx, rax; shl rbx, 13; xor rax, rbx
+        0x48, 0x89, 0xc3, 0x48, 0xc1, 0xe3, 13, 0x48, 0x31, 0xd8,
+        // mov rbx, rax; shr rbx, 7; xor rax, rbx
+        0x48, 0x89, 0xc3, 0x48, 0xc1, 0xeb, 7, 0x48, 0x31, 0xd8,
+        // mov rbx, rax; shl rbx, 17; xor rax, rbx
+        0x48, 0x89, 0xc3, 0x48, 0xc1, 0xe3, 17, 0x48, 0x31, 0xd8,
+        // mov rbx, rax; and ebx, AREA_MASK; mov [rbx + AREA], rax; dec ecx
+        0x48, 0x89, 0xc3, 0x81, 0xe3, 0x00, 0xf0, 0xff, 0x00, 0x48, 0x89, 0x83, 0x00, 0x00, 0x40,
+        0x00, 0xff, 0xc9,
+    ];
+    code.extend(draw);
+    // jnz to the draw
+    let back = i8::try_from(draw.len() + 2).unwrap();
+    code.extend([0x75, (-back).cast_unsigned()]);
+    // mov al, 1; mov dx, 0x5f0; out dx, al: powered off; then on the spot
+    code.extend([0xb0, 1, 0x66, 0xba, 0xf0, 0x05, 0xee, 0xeb, 0xfe]);
+    code
+}
+
+/// What [`code`] does, to a copy of the memory.
+fn play(memory: &mut [u8], seed: u64) {
+    let mut put = |at: u64, value: u64| {
+        let at = usize::try_from(at).unwrap();
+        memory[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    };
+    put(SEED, seed);
+    let mut state = seed;
+    for _ in 0..WRITES {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        put(AREA + (state & AREA_MASK), state);
+    }
+}
+
+fn all_of(ram: &GuestRam) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(ram.bytes()).unwrap()];
+    ram.map().read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    bytes
+}
+
+fn digest_of(template: &Template) -> manifest::Digest {
+    let target = crate::memory::memfd().unwrap();
+    target.set_len(MEMORY).unwrap();
+    memory::copy_pages(&template.frozen.memory, &target, MEMORY).unwrap()
+}
+
+/// A clone whose memory the test can see.
+fn clone_of(template: &Template) -> (Vm, GuestRam) {
+    let memory = Arc::clone(&template.frozen.memory);
+    let ram = GuestRam::map_file(memory, MEMORY, Sharing::Private).unwrap();
+    let machine = Machine::restore(&template.frozen.state, ram.clone()).unwrap();
+    (Vm::of(machine), ram)
+}
+
+async fn clones_do_not_mix(count: u64) {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        eprintln!("NOT MEASURED: no /dev/kvm");
+        return;
+    }
+    let config = VmConfig::flat(code()).memory_mib(MEMORY / MIB);
+    let machine = Machine::create(&config.build().unwrap()).unwrap();
+    assert!(machine.gate.settle(Instant::now() + STUCK));
+    // Every other page of the area is the template's own, the rest are its holes.
+    let fill = |ram: &GuestRam| {
+        for page in (0..=AREA_MASK / PAGE_SIZE).step_by(2) {
+            let at = GuestAddress(AREA + page * PAGE_SIZE);
+            ram.map()
+                .write_slice(&[page as u8 | 1; 4096], at)
+                .map_err(std::io::Error::other)?;
+        }
+        Ok(())
+    };
+    machine.save(fill).unwrap();
+    let template = Template::of(machine).unwrap();
+    let before = digest_of(&template);
+    let (untouched, quiet) = clone_of(&template);
+    let original = all_of(&quiet);
+
+    let clones: Vec<(u64, Vm, GuestRam)> = (1..=count)
+        .map(|number| {
+            let seed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let (vm, ram) = clone_of(&template);
+            ram.map().write_obj(seed, GuestAddress(SEED)).unwrap();
+            vm.resume().unwrap();
+            (seed, vm, ram)
+        })
+        .collect();
+    for (_, vm, _) in &clones {
+        let exit = tokio::time::timeout(STUCK, vm.exited()).await.unwrap();
+        assert_eq!(exit, Exit::PowerOff);
+    }
+    for (seed, _, ram) in &clones {
+        let mut expected = original.clone();
+        play(&mut expected, *seed);
+        let actual = all_of(ram);
+        expected[PAGE_TABLES].copy_from_slice(&actual[PAGE_TABLES]);
+        let wrong = (actual != expected)
+            .then(|| (0..actual.len()).find(|at| actual[*at] != expected[*at]))
+            .flatten();
+        assert_eq!(
+            wrong, None,
+            "the clone of seed {seed:#x} has a byte that is not its own"
+        );
+    }
+    assert!(
+        all_of(&quiet) == original,
+        "a clone that did nothing changed"
+    );
+    assert_eq!(digest_of(&template), before, "the template changed");
+    drop(untouched);
+}
+
+#[tokio::test]
+async fn a_hundred_clones_that_write_at_once_do_not_mix() {
+    clones_do_not_mix(100).await;
+}

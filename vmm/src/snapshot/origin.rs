@@ -1,0 +1,221 @@
+//! Where a template was made. A guest goes on only on a processor and a kernel like those that it was
+//! captured on: it has seen CPUID, and saved state means what that KVM says it means.
+
+use std::fmt;
+
+use kvm_bindings::kvm_cpuid_entry2;
+use serde::{Deserialize, Serialize};
+
+use crate::host::{Host, HostError};
+
+/// A host, as far as saved state depends on it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    /// Release and build of the host's kernel.
+    kernel: String,
+    /// What KVM can show a guest, without what differs from one processor of the host to the next.
+    cpuid: Vec<kvm_cpuid_entry2>,
+}
+
+/// How the host that a template was made on differs from this one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Difference {
+    /// Another processor.
+    Processor {
+        /// Where the template was made.
+        there: String,
+        /// Here.
+        here: String,
+    },
+    /// The same processor, but KVM shows a guest other features (microcode, firmware or module
+    /// settings differ).
+    Feature {
+        /// CPUID leaf.
+        leaf: u32,
+        /// Its index.
+        index: u32,
+    },
+    /// Another kernel.
+    Kernel {
+        /// Where the template was made.
+        there: String,
+        /// Here.
+        here: String,
+    },
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Processor { there, here } => {
+                write!(f, "it was made on processor {there:?}, this is {here:?}")
+            }
+            Self::Feature { leaf, index } => {
+                write!(f, "KVM's CPUID leaf {leaf:#x} index {index} differs")
+            }
+            Self::Kernel { there, here } => {
+                write!(f, "it was made on kernel {there:?}, this is {here:?}")
+            }
+        }
+    }
+}
+
+impl Origin {
+    /// This host.
+    pub(crate) fn here() -> Result<Self, HostError> {
+        let uname = rustix::system::uname();
+        let kernel = [uname.release(), uname.version()]
+            .map(|part| part.to_string_lossy())
+            .join(" ");
+        let cpuid = Host::get()?.cpuid().as_slice();
+        Ok(Self {
+            kernel,
+            cpuid: cpuid.iter().map(whole_host).collect(),
+        })
+    }
+
+    /// How a template that was made on this differs from what can run `here`; `None` if it does not.
+    pub(crate) fn difference(&self, here: &Self) -> Option<Difference> {
+        if self == here {
+            return None;
+        }
+        let (there_is, here_is) = (self.processor(), here.processor());
+        if there_is != here_is {
+            return Some(Difference::Processor {
+                there: there_is,
+                here: here_is,
+            });
+        }
+        if self.kernel != here.kernel {
+            return Some(Difference::Kernel {
+                there: self.kernel.clone(),
+                here: here.kernel.clone(),
+            });
+        }
+        let lacks = |one: &Self, other: &Self| {
+            let mut leaves = one.cpuid.iter();
+            leaves.find(|leaf| !other.cpuid.contains(leaf)).copied()
+        };
+        let leaf = lacks(self, here).or_else(|| lacks(here, self));
+        // Equal leaves in another order count as a difference, too.
+        let leaf = leaf.unwrap_or_default();
+        Some(Difference::Feature {
+            leaf: leaf.function,
+            index: leaf.index,
+        })
+    }
+
+    /// Brand (leaves 0x8000_0002 to 0x8000_0004) and signature (leaf 1, EAX).
+    fn processor(&self) -> String {
+        let leaf = |function| {
+            self.cpuid
+                .iter()
+                .find(move |leaf| leaf.function == function)
+        };
+        let brand: Vec<u8> = (0x8000_0002..=0x8000_0004)
+            .filter_map(leaf)
+            .flat_map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx])
+            .flat_map(u32::to_le_bytes)
+            .filter(|byte| *byte != 0)
+            .collect();
+        let signature = leaf(1).map_or(0, |leaf| leaf.eax);
+        format!("{} {signature:#x}", String::from_utf8_lossy(&brand).trim())
+    }
+}
+
+/// A leaf without what depends on which processor of the host answered (Intel SDM volume 2, CPUID; AMD
+/// APM volume 3, appendix E).
+fn whole_host(leaf: &kvm_cpuid_entry2) -> kvm_cpuid_entry2 {
+    let mut leaf = *leaf;
+    match leaf.function {
+        // Initial APIC id.
+        0x1 => leaf.ebx &= 0x00ff_ffff,
+        // x2APIC id.
+        0xb | 0x1f => leaf.edx = 0,
+        // Size of the state that is enabled at the moment.
+        0xd => leaf.ebx = 0,
+        // Extended APIC id, core id, node id.
+        0x8000_001e => (leaf.eax, leaf.ebx, leaf.ecx) = (0, 0, 0),
+        _ => {}
+    }
+    leaf
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A host that nobody has.
+    pub(crate) fn host() -> Origin {
+        let leaf = |function, eax| kvm_cpuid_entry2 {
+            function,
+            eax,
+            ..Default::default()
+        };
+        Origin {
+            kernel: "6.12 #1".into(),
+            cpuid: vec![
+                leaf(1, 0x50654),
+                leaf(7, 1),
+                leaf(0x8000_0002, u32::from_le_bytes(*b"Fast")),
+            ],
+        }
+    }
+
+    impl Origin {
+        pub(crate) fn rename_kernel(&mut self, kernel: &str) {
+            self.kernel = kernel.into();
+        }
+    }
+
+    #[test]
+    fn each_difference_is_named() {
+        assert_eq!(host().difference(&host()), None);
+        let mut other = host();
+        other.kernel = "6.13 #1".into();
+        let difference = host().difference(&other).unwrap();
+        assert!(matches!(difference, Difference::Kernel { .. }));
+        assert!(difference.to_string().contains("6.13"), "{difference}");
+        other.cpuid[0].eax += 1;
+        let difference = host().difference(&other).unwrap();
+        let Difference::Processor { there, here } = &difference else {
+            panic!("{difference}");
+        };
+        assert_eq!(
+            (there.as_str(), here.as_str()),
+            ("Fast 0x50654", "Fast 0x50655")
+        );
+        for change in [
+            |o: &mut Origin| o.cpuid[1].edx = 4,
+            |o: &mut Origin| {
+                o.cpuid.remove(1);
+            },
+        ] {
+            let mut other = host();
+            change(&mut other);
+            let feature = Some(Difference::Feature { leaf: 7, index: 0 });
+            assert_eq!(host().difference(&other), feature);
+            assert_eq!(other.difference(&host()), feature);
+        }
+        let mut other = host();
+        other.cpuid.swap(0, 1);
+        assert!(host().difference(&other).is_some());
+    }
+
+    #[test]
+    fn which_processor_of_a_host_answered_is_no_difference() {
+        let answered = |apic: u32| {
+            [0x1, 0xb, 0x8000_001e].map(|function| {
+                whole_host(&kvm_cpuid_entry2 {
+                    function,
+                    ebx: if function == 1 { apic << 24 | 0x800 } else { 0 },
+                    edx: if function == 0xb { apic } else { 0 },
+                    ecx: if function == 0x8000_001e { apic } else { 0 },
+                    ..Default::default()
+                })
+            })
+        };
+        assert_eq!(answered(0), answered(7));
+        assert_eq!(answered(0)[0].ebx, 0x800);
+    }
+}

@@ -1,0 +1,340 @@
+//! A template as a directory: `manifest` (see [`manifest`](super::manifest)) and `memory`, the guest's
+//! memory from its first page on, with holes where it is zero.
+//!
+//! What is read is data that anybody may have written: every part is checked against its checksum
+//! before anything of it is used. The checksums tell damage, not malice: who can write the directory
+//! can make a template of his own.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{Mode, OFlags, openat};
+
+use super::manifest::{self, Defect, Manifest};
+use super::memory::copy_pages;
+use super::origin::{Difference, Origin};
+use super::{Template, VmState};
+use crate::config::{MAX_MEMORY_MIB, MAX_VCPUS};
+use crate::host::HostError;
+use crate::memory::{MIB, memfd, seal};
+use crate::virtio::DeviceState;
+
+pub(super) const MANIFEST: &str = "manifest";
+const MEMORY: &str = "memory";
+
+/// Why a template could not be saved or loaded. Nothing ran, and nothing half-written is in its place.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// A file operation failed.
+    #[error("cannot {action} {}: check permissions and free space", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Something has the name already.
+    #[error("{} exists; remove it first or choose another name", .0.display())]
+    Exists(PathBuf),
+    /// Not a directory with a template.
+    #[error("{} is not a template", .0.display())]
+    NotATemplate(PathBuf),
+    /// Written by another version of this library.
+    #[error("{} has format version {found}, this library reads {}; save it again", path.display(), manifest::FORMAT)]
+    Version {
+        /// The template.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// A part is not what was written: damaged, truncated, or of another template.
+    #[error("{} is damaged, cut off or of another template; save it again", .0.display())]
+    Damaged(PathBuf),
+    /// Made on another kind of host.
+    #[error("{} cannot run here: {difference}; save it again on this host", path.display())]
+    Foreign {
+        /// The template.
+        path: PathBuf,
+        /// What is different.
+        difference: Difference,
+    },
+    /// The guest was given images (see [`VmConfigBuilder::pmem`](crate::VmConfigBuilder::pmem)), whose
+    /// files are no part of a template.
+    #[error("{} would lack the images that its guest was given; only templates without images are saved", .0.display())]
+    Images(PathBuf),
+    /// [`Template::load_trusted`] of what others may write.
+    #[error("{} can be written by others than this user; make it private or use load", .0.display())]
+    NotPrivate(PathBuf),
+    /// The host's KVM could not be asked.
+    #[error(transparent)]
+    Host(#[from] HostError),
+}
+
+pub(super) fn io_error(
+    action: &'static str,
+    path: impl Into<PathBuf>,
+) -> impl FnOnce(std::io::Error) -> StoreError {
+    let path = path.into();
+    move |source| StoreError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+impl Template {
+    /// Writes the template to `dir`, which must not exist (or be empty): all of it or nothing, also if
+    /// the host fails meanwhile. A process that is killed leaves a directory `.NAME.PID.NUMBER` beside
+    /// it. Pages of zeroes take no space. Blocks for the disk.
+    ///
+    /// # Errors
+    /// [`StoreError`]; nothing is left behind.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<(), StoreError> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let dir = std::path::absolute(&dir).map_err(io_error("use", dir.as_ref()))?;
+        let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
+            return Err(StoreError::Exists(dir));
+        };
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let scratch = format!(
+            ".{}.{}.{number}",
+            name.to_string_lossy(),
+            std::process::id()
+        );
+        let scratch = Scratch::new(parent.join(scratch))?;
+        self.write_into(&scratch.0)?;
+        publish(&scratch.0, &dir)
+    }
+
+    /// Reads a template that [`Template::save`] wrote: a copy whose checksums are right, in memory that
+    /// nothing can change. What happens to the files later does not matter. Limits of the host's
+    /// (processor quota, seccomp) are not stored: clones have the defaults. Blocks for the disk and
+    /// about 1 ms per MiB.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn load(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
+        Self::load_for(dir.as_ref(), &Origin::here()?)
+    }
+
+    pub(super) fn load_for(dir: &Path, here: &Origin) -> Result<Self, StoreError> {
+        let stored = Stored::open(dir, here)?;
+        let path = dir.join(MEMORY);
+        let bytes = stored.manifest.state.hardware.memory_bytes;
+        let target = memfd().map_err(io_error("make memory for", &path))?;
+        target
+            .set_len(bytes)
+            .map_err(io_error("make memory for", &path))?;
+        let digest = copy_pages(&stored.memory, &target, bytes).map_err(|e| match e.kind() {
+            // It became shorter while it was read.
+            std::io::ErrorKind::UnexpectedEof => StoreError::Damaged(path.clone()),
+            _ => io_error("read", &path)(e),
+        })?;
+        if digest != stored.manifest.memory {
+            return Err(StoreError::Damaged(path));
+        }
+        seal(&target).map_err(io_error("seal memory of", &path))?;
+        Ok(Self::with(stored.manifest.state, Arc::new(target)))
+    }
+
+    /// As [`Template::load`], but maps the memory file instead of copying and checking it: no time, and
+    /// no memory but the page cache's. For files that only this user can write, in a directory of the
+    /// same kind.
+    ///
+    /// While the template or a VM forked from it lives, nobody may write or shorten the file: what a
+    /// write would do to guests is undefined, and this process gets SIGBUS for pages that are gone.
+    /// Deleting or replacing the directory is harmless.
+    ///
+    /// # Errors
+    /// [`StoreError`]; [`StoreError::NotPrivate`] where others may write.
+    pub fn load_trusted(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
+        Self::load_trusted_for(dir.as_ref(), &Origin::here()?)
+    }
+
+    pub(super) fn load_trusted_for(dir: &Path, here: &Origin) -> Result<Self, StoreError> {
+        let stored = Stored::open(dir, here)?;
+        let own = fs::metadata(dir).map_err(io_error("read", dir))?;
+        let memory = stored.memory.metadata().map_err(io_error("read", dir))?;
+        let user = rustix::process::geteuid().as_raw();
+        for of in [own, memory] {
+            if of.uid() != user || of.mode() & 0o022 != 0 {
+                return Err(StoreError::NotPrivate(dir.to_owned()));
+            }
+        }
+        Ok(Self::with(stored.manifest.state, Arc::new(stored.memory)))
+    }
+
+    /// Writes the parts into an empty directory and waits until the disk has them.
+    pub(super) fn write_into(&self, dir: &Path) -> Result<(), StoreError> {
+        if has_images(&self.frozen.state) {
+            return Err(StoreError::Images(dir.to_owned()));
+        }
+        write_parts(
+            dir,
+            &self.frozen.state,
+            &self.frozen.memory,
+            &Origin::here()?,
+        )
+    }
+}
+
+/// The parts of a template's directory, the manifest checked.
+struct Stored {
+    manifest: Manifest,
+    /// As long as the manifest says; nothing else of it is known.
+    memory: File,
+}
+
+impl Stored {
+    fn open(dir: &Path, here: &Origin) -> Result<Self, StoreError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let at = match rustix::fs::open(dir, flags, Mode::empty()) {
+            Ok(at) => at,
+            Err(rustix::io::Errno::NOTDIR) => return Err(StoreError::NotATemplate(dir.to_owned())),
+            Err(e) => return Err(io_error("open", dir)(e.into())),
+        };
+        let path = dir.join(MANIFEST);
+        let (file, len) = open_part(&at, MANIFEST, &path)?;
+        if len > manifest::MAX_BYTES {
+            return Err(StoreError::Damaged(path));
+        }
+        let mut bytes = Vec::new();
+        file.take(manifest::MAX_BYTES)
+            .read_to_end(&mut bytes)
+            .map_err(io_error("read", &path))?;
+        let manifest = Manifest::decode(&bytes).map_err(|defect| match defect {
+            Defect::Magic => StoreError::NotATemplate(dir.to_owned()),
+            Defect::Version(found) => StoreError::Version {
+                path: dir.to_owned(),
+                found,
+            },
+            Defect::Damaged => StoreError::Damaged(path.clone()),
+        })?;
+        if let Some(difference) = manifest.origin.difference(here) {
+            return Err(StoreError::Foreign {
+                path: dir.to_owned(),
+                difference,
+            });
+        }
+        let hardware = manifest.state.hardware;
+        let possible = hardware.memory_bytes > 0
+            && hardware.memory_bytes.is_multiple_of(MIB)
+            && hardware.memory_bytes / MIB <= MAX_MEMORY_MIB
+            && (1..=MAX_VCPUS).contains(&hardware.vcpus)
+            && manifest.state.vcpus.len() == usize::from(hardware.vcpus)
+            && !has_images(&manifest.state);
+        if !possible {
+            return Err(StoreError::Damaged(path));
+        }
+        let path = dir.join(MEMORY);
+        let (memory, len) = open_part(&at, MEMORY, &path)?;
+        if len != hardware.memory_bytes {
+            return Err(StoreError::Damaged(path));
+        }
+        Ok(Self { manifest, memory })
+    }
+}
+
+fn has_images(state: &VmState) -> bool {
+    let mut devices = state.transports.iter().map(|transport| &transport.device);
+    devices.any(|device| matches!(device, DeviceState::Pmem(_)))
+}
+
+/// Opens a part, which must be a plain file, and gives its length.
+fn open_part(dir: &OwnedFd, name: &str, path: &Path) -> Result<(File, u64), StoreError> {
+    // Without blocking, should it be a pipe.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match openat(dir, name, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
+        Err(rustix::io::Errno::NOENT) => return Err(StoreError::NotATemplate(path.to_owned())),
+        Err(rustix::io::Errno::LOOP) => return Err(StoreError::Damaged(path.to_owned())),
+        Err(e) => return Err(io_error("open", path)(e.into())),
+    };
+    let metadata = file.metadata().map_err(io_error("read", path))?;
+    if !metadata.is_file() {
+        return Err(StoreError::Damaged(path.to_owned()));
+    }
+    Ok((file, metadata.len()))
+}
+
+pub(super) fn write_parts(
+    dir: &Path,
+    state: &VmState,
+    memory: &File,
+    here: &Origin,
+) -> Result<(), StoreError> {
+    let create = |name: &str| {
+        let path = dir.join(name);
+        let mut options = File::options();
+        let file = options.write(true).create_new(true).mode(0o600).open(&path);
+        file.map_err(io_error("create", &path)).map(|f| (f, path))
+    };
+    let (file, path) = create(MEMORY)?;
+    let bytes = state.hardware.memory_bytes;
+    let write = || {
+        file.set_len(bytes)?;
+        let digest = copy_pages(memory, &file, bytes)?;
+        file.sync_all()?;
+        Ok(digest)
+    };
+    let memory = write().map_err(io_error("write", &path))?;
+    let (mut file, path) = create(MANIFEST)?;
+    let encoded = manifest::encode(here, memory, state).map_err(std::io::Error::other);
+    encoded
+        .and_then(|bytes| std::io::Write::write_all(&mut file, &bytes))
+        .and_then(|()| file.sync_all())
+        .map_err(io_error("write", &path))?;
+    sync_dir(dir)
+}
+
+/// Gives the directory `scratch` the name `dir`, unless there is something of that name.
+pub(super) fn publish(scratch: &Path, dir: &Path) -> Result<(), StoreError> {
+    match fs::rename(scratch, dir) {
+        Ok(()) => sync_dir(dir.parent().unwrap_or(dir)),
+        Err(e)
+            if matches!(
+                e.kind(),
+                std::io::ErrorKind::DirectoryNotEmpty
+                    | std::io::ErrorKind::AlreadyExists
+                    | std::io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Err(StoreError::Exists(dir.to_owned()))
+        }
+        Err(e) => Err(io_error("create", dir)(e)),
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(io_error("write", dir))
+}
+
+/// A private directory that goes at drop, unless it got another name.
+pub(super) struct Scratch(pub(super) PathBuf);
+
+impl Scratch {
+    pub(super) fn new(path: PathBuf) -> Result<Self, StoreError> {
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(io_error("create", &path))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Gone already when it was published; what cannot be removed hurts nobody.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

@@ -3,7 +3,8 @@
 //! [`Code`] is just enough of an assembler for a hostile driver: it reaches the virtio-mmio windows,
 //! writes memory, waits for register bits and prints registers on the serial console.
 
-use hearth_vmm::{Vm, VmConfig};
+use hearth_vmm::cache::TemplateKey;
+use hearth_vmm::{SnapshotError, Template, Vm, VmConfig};
 
 /// The port on which our kernel reports its end.
 pub const REPORT_PORT: u16 = 0x5f0;
@@ -199,4 +200,24 @@ pub fn elf(segments: &[(u64, &[u8])]) -> Vec<u8> {
         file.extend_from_slice(content);
     }
     file
+}
+
+/// The key of the template that [`cached_template`] makes for `number`.
+pub fn flat_key(number: u64) -> TemplateKey {
+    TemplateKey::new().part("flat", number.to_le_bytes())
+}
+
+/// A template of a guest that prints its number and powers off, with 4 MiB of memory that is not zero.
+///
+/// # Errors
+/// If the host refuses it.
+///
+/// # Panics
+/// If the VM cannot be made.
+pub fn cached_template(number: u64) -> Result<Template, SnapshotError> {
+    let mut code = Code::new().print(&number.to_string()).report(1).spin();
+    code = code.raw(&crate::noise(4 << 20, number + 1));
+    let config = VmConfig::flat(code.bytes()).memory_mib(32).console(true);
+    let config = config.build().expect("a possible configuration");
+    Vm::create(&config).expect("a VM").into_template()
 }

@@ -158,21 +158,69 @@ impl Guest {
     /// # Panics
     /// If it cannot be had.
     pub async fn fork() -> Guest {
-        static TEMPLATE: OnceCell<Result<Template, ()>> = OnceCell::const_new();
-        // A boot that fails is not tried again by every case of the binary.
-        let make = || async { tokio::spawn(make_template()).await.map_err(|_| ()) };
-        let template = TEMPLATE.get_or_init(make).await.as_ref();
-        Self::of(template.expect("a guest to fork (why there is none is above)")).await
+        Self::of(Self::template().await).await
     }
 
-    /// A clone of `template`, with fresh entropy and an identity of its own.
+    /// The guest that [`Guest::fork`] clones: booted once per test binary, with everything prepared.
+    ///
+    /// # Panics
+    /// If it cannot be had.
+    pub async fn template() -> &'static Template {
+        static TEMPLATE: OnceCell<Result<Template, ()>> = OnceCell::const_new();
+        // A boot that fails is not tried again by every case of the binary.
+        let make = || async {
+            let made = tokio::spawn(async { Self::prepared(|config| config).await.freeze() });
+            made.await.map_err(|_| ())
+        };
+        let template = TEMPLATE.get_or_init(make).await.as_ref();
+        template.expect("a guest to fork (why there is none is above)")
+    }
+
+    /// Boots a guest and waits until it has prepared everything: what a template is made of.
+    ///
+    /// # Panics
+    /// As [`Guest::boot`].
+    pub async fn prepared(refine: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> Guest {
+        let (mut guest, phases) = Self::boot(refine).await;
+        eprintln!("booted: {phases:?}");
+        let mut nonce = 1;
+        let prepared = async {
+            loop {
+                nonce += 1;
+                if guest.agent.ping(nonce).await.expect("a pong").prepared {
+                    return;
+                }
+            }
+        };
+        within(5, "preparation", prepared).await;
+        guest
+    }
+
+    /// Makes the guest a template; its connection ends.
+    ///
+    /// # Panics
+    /// If it cannot be captured.
+    #[must_use]
+    pub fn freeze(self) -> Template {
+        drop(self.agent);
+        let frozen = self.vm.into_template();
+        frozen.unwrap_or_else(|error| panic!("{}", error_chain(&error)))
+    }
+
+    /// A running clone of `template` that was made a stranger to its siblings.
     ///
     /// # Panics
     /// If it cannot be had.
     pub async fn of(template: &Template) -> Guest {
-        let vm = template
-            .fork()
-            .unwrap_or_else(|error| panic!("{}", error_chain(&error)));
+        let vm = template.fork();
+        Self::refreshed(vm.unwrap_or_else(|error| panic!("{}", error_chain(&error)))).await
+    }
+
+    /// Makes a running clone a stranger to its siblings.
+    ///
+    /// # Panics
+    /// If its agent does not answer.
+    pub async fn refreshed(vm: Vm) -> Guest {
         let mut agent = dial_agent(&vm).await;
         let mut identity = InstanceId::default();
         identity.0.copy_from_slice(&random(16));
@@ -248,27 +296,6 @@ async fn dial_agent(vm: &Vm) -> AgentClient<VsockStream> {
     let limit = crate::patience(Duration::from_secs(5));
     let stream = vm.vsock().connect_timeout(AGENT_PORT, limit).await;
     greet(stream.unwrap_or_else(|error| panic!("{error}; {:?}", vm.exits()))).await
-}
-
-/// Boots a guest, waits until it has prepared everything, and freezes it.
-async fn make_template() -> Template {
-    let (mut guest, phases) = Guest::boot(|config| config).await;
-    eprintln!("booted: {phases:?}");
-    let mut nonce = 1;
-    let prepared = async {
-        loop {
-            nonce += 1;
-            if guest.agent.ping(nonce).await.expect("a pong").prepared {
-                return;
-            }
-        }
-    };
-    within(5, "preparation", prepared).await;
-    drop(guest.agent);
-    guest
-        .vm
-        .into_template()
-        .unwrap_or_else(|error| panic!("{}", error_chain(&error)))
 }
 
 /// The guest that the cases of one test binary share; it runs until the process ends. Cases must leave

@@ -49,6 +49,8 @@ patches![
     "0011-x86-lib-hearth-copy-and-fill-with-string-instruction.patch",
     "0012-x86-hearth-no-2-MiB-page-for-the-entry-code-without-.patch",
     "0013-random-hearth-let-root-renew-the-boot_id-of-a-cloned.patch",
+    "0014-mm-hearth-do-not-look-for-bad-pages-among-those-neve.patch",
+    "0015-x86-hearth-no-2-MiB-alignment-of-decrypted-data-with.patch",
 ];
 
 /// Why there is no kernel.

@@ -2,7 +2,7 @@
 # The work is done by cargo and by the scripts in .ci/; this file only names the entrances.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint image packages
+.PHONY: help demo test test-long lint fuzz-smoke image packages
 
 CARGO ?= cargo
 
@@ -20,6 +20,9 @@ test-long: packages ## Runs the tests that take longer
 
 lint: ## Checks formatting, clippy and the documentation
 	@.ci/test lint
+
+fuzz-smoke: ## Runs each fuzz target for a few seconds; needs a nightly compiler and cargo-fuzz
+	@.ci/fuzz-smoke
 
 image: packages ## Builds the guest's kernel and initramfs, unless they are cached
 	@$(CARGO) run --quiet --locked --package hearth-pool --features cli -- image build base

@@ -33,6 +33,9 @@ mod reactor;
 mod seccomp;
 mod snapshot;
 mod state;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub mod testing;
 mod vcpu;
 pub mod virtio;
 mod vm;

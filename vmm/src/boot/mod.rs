@@ -189,6 +189,12 @@ fn fill_random(buffer: &mut [u8]) -> std::io::Result<()> {
     }
 }
 
+/// Reads a kernel as a boot would; for fuzz targets.
+#[cfg(feature = "testing")]
+pub(crate) fn check_kernel(path: &std::path::Path) -> Result<(), KernelError> {
+    kernel::load(path).map(drop)
+}
+
 /// Where an initramfs lies: guest address and bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Initrd {

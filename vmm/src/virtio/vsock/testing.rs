@@ -191,7 +191,8 @@ pub struct Guest {
     pub runs: usize,
     /// How often the guest kicked.
     pub kicks: usize,
-    foreign_ok: bool,
+    /// Whether packets may come from other addresses than the host's: refusals of what went there do.
+    pub foreign_ok: bool,
     setup: Setup,
     tx_free: Vec<u64>,
     tx_busy: VecDeque<(u16, u64)>,
@@ -327,7 +328,7 @@ impl Guest {
         }
     }
 
-    /// Provides RX buffer number `at` (0 to 15).
+    /// Provides RX buffer number `at` (0 to 63).
     pub fn post_rx(&mut self, at: u16) {
         let pieces = self.setup.rx_pieces;
         let head = at * u16::try_from(pieces.len()).unwrap();
@@ -430,6 +431,11 @@ impl Guest {
     /// Whether a packet can be sent now.
     pub fn can_send(&self) -> bool {
         !self.tx_free.is_empty()
+    }
+
+    /// Packets that were sent and the device has not taken yet.
+    pub fn tx_waiting(&self) -> usize {
+        self.tx_busy.len()
     }
 
     /// Posts raw bytes as one TX chain whose descriptors have at most `piece` bytes each.

@@ -12,6 +12,7 @@ mod bulk;
 mod faults;
 mod hostile;
 mod model;
+mod progress;
 mod restore;
 mod unix;
 

@@ -53,6 +53,8 @@ impl SerialPort {
     ) -> std::io::Result<(Self, EventFd)> {
         let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let irq = fd.try_clone()?;
+        // One raised shortly before the capture may not have reached the controllers.
+        fd.write(1)?;
         let port = Serial::from_state(state, Line(fd), NoEvents, console)
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::InvalidData))?;
         Ok((Self(Mutex::new(port)), irq))

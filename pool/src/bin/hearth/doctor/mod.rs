@@ -4,6 +4,8 @@ mod images;
 mod kvm;
 mod limits;
 
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use serde::Serialize;
@@ -94,38 +96,40 @@ pub(crate) fn doctor(args: &Args) -> ExitCode {
         .chain(images::checks())
         .collect();
     let report = Report::new(checks);
-    if args.json {
+    let text = if args.json {
         match serde_json::to_string_pretty(&report) {
-            Ok(text) => println!("{text}"),
+            Ok(text) => text + "\n",
             Err(error) => return failed(&error),
         }
     } else {
-        print(&report);
-    }
+        table(&report)
+    };
+    // Whoever stops reading has read enough.
+    let _ = std::io::stdout().write_all(text.as_bytes());
     ExitCode::from(u8::from(!report.can_run_guests))
 }
 
-fn print(report: &Report) {
-    println!("hearth {}", report.version);
+fn table(report: &Report) -> String {
+    let mut text = format!("hearth {}\n", report.version);
     for check in &report.checks {
         let verdict = match check.verdict {
             Verdict::Ok => "ok",
             Verdict::Warn => "warn",
             Verdict::Fail => "FAIL",
         };
-        println!("{verdict:>4}  {:<10} {}", check.name, check.found);
+        let (name, found) = (check.name, &check.found);
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{verdict:>4}  {name:<10} {found}");
         if let Some(advice) = &check.advice {
-            println!("{:>17}{advice}", "-> ");
+            let _ = writeln!(text, "{:>17}{advice}", "-> ");
         }
     }
-    println!(
-        "{}",
-        if report.can_run_guests {
-            "This machine can run guests. Try: hearth run -- echo hello"
-        } else {
-            "This machine cannot run guests yet; see FAIL above."
-        }
-    );
+    text.push_str(if report.can_run_guests {
+        "This machine can run guests. Try: hearth run -- echo hello\n"
+    } else {
+        "This machine cannot run guests yet; see FAIL above.\n"
+    });
+    text
 }
 
 #[cfg(test)]

@@ -136,7 +136,7 @@ impl<B: Backend> Shared<B> {
         while let Ok(id) = state.ledger.peek(now, profile)
             && !state.is_alive(&self.backend, id)
         {
-            state.tell(now, Event::Ended(id));
+            self.ended(state, now, id);
         }
         let id = state.ledger.take(now, profile)?;
         self.lease(state, profile, id).ok_or(Refusal::Stopping)
@@ -152,7 +152,7 @@ impl<B: Backend> Shared<B> {
         let parked: Vec<_> = state.ledger.parked(profile).collect();
         for id in parked {
             if !state.is_alive(&self.backend, id) {
-                state.tell(now, Event::Ended(id));
+                self.ended(state, now, id);
             }
         }
         let taken = state.ledger.take_many(now, profile, count)?;

@@ -219,17 +219,7 @@ impl<B: Backend> Actor<B> {
             Message::Checked(id, check, pass, verdict) => {
                 self.checked(state, now, id, check, pass, verdict);
             }
-            Message::Ended(id) => {
-                let parked = state.slots.get(&id).filter(|slot| slot.vm.is_some());
-                if let Some(profile) = parked.map(|slot| slot.profile) {
-                    tracing::warn!(vm = %id, "a parked VM ended by itself");
-                    if let Some(kept) = self.shared.profile(profile) {
-                        kept.metrics.died.increment(1);
-                    }
-                    self.shared.emit(Some(profile), Some(id), EventKind::Ended);
-                }
-                state.tell(now, Event::Ended(id));
-            }
+            Message::Ended(id) => self.shared.ended(state, now, id),
             Message::Retired(id, done) => {
                 let profile = state.slots.get(&id).map(|slot| slot.profile);
                 self.shared.emit(profile, Some(id), EventKind::Destroyed);

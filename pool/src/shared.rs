@@ -226,6 +226,21 @@ impl<B: Backend> Shared<B> {
         }
     }
 
+    /// A VM has ended by itself. Only a parked one is of interest: a lease tells its own owner.
+    pub(crate) fn ended(&self, state: &mut State<B>, now: Instant, id: VmId) {
+        let parked = state.slots.get(&id).filter(|slot| slot.vm.is_some());
+        if let Some(profile) = parked.map(|slot| slot.profile)
+            && state.ledger.is_parked(id)
+        {
+            tracing::warn!(vm = %id, "a parked VM ended by itself");
+            if let Some(kept) = self.profile(profile) {
+                kept.metrics.died.increment(1);
+            }
+            self.emit(Some(profile), Some(id), EventKind::Ended);
+        }
+        state.tell(now, Event::Ended(id));
+    }
+
     /// Begins one probe of a parked VM; none if it has gone elsewhere.
     pub(crate) fn probe(&self, id: VmId) -> Option<BoxFuture<'static, Result<(), ProbeError>>> {
         let state = self.state();

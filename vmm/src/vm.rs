@@ -122,10 +122,7 @@ impl Vm {
     /// # Errors
     /// [`PauseError`]; on `Deadline` the VM goes on running.
     pub fn pause(&self) -> Result<(), PauseError> {
-        let ended = |vm: &Vm| vm.handles.ending.known().unwrap_or(Exit::Killed);
-        if !self.handles.gate.set(Want::Pause) {
-            return Err(PauseError::Ended(ended(self)));
-        }
+        self.want(Want::Pause)?;
         if !self.handles.gate.settle(Instant::now() + PAUSE_BOUND) {
             self.handles.gate.set(Want::Run);
             return Err(PauseError::Deadline);
@@ -136,17 +133,28 @@ impl Vm {
         }
     }
 
+    /// As [`Vm::pause`], but returns at once: the vCPUs stop soon. A [`Vm::resume`] that follows wins.
+    ///
+    /// # Errors
+    /// [`PauseError::Ended`] when the VM has ended.
+    pub fn request_pause(&self) -> Result<(), PauseError> {
+        self.want(Want::Pause)
+    }
+
     /// Lets the vCPUs go on.
     ///
     /// # Errors
     /// [`PauseError::Ended`] when the VM has ended.
     pub fn resume(&self) -> Result<(), PauseError> {
-        if self.handles.gate.set(Want::Run) {
+        self.want(Want::Run)
+    }
+
+    fn want(&self, want: Want) -> Result<(), PauseError> {
+        if self.handles.gate.set(want) {
             return Ok(());
         }
-        Err(PauseError::Ended(
-            self.handles.ending.known().unwrap_or(Exit::Killed),
-        ))
+        let exit = self.handles.ending.known().unwrap_or(Exit::Killed);
+        Err(PauseError::Ended(exit))
     }
 
     /// Ends the guest at once. Does not wait; [`Vm::exited`] resolves right away.

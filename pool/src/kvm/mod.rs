@@ -135,7 +135,7 @@ impl Backend for KvmBackend {
     }
 
     fn pause(&self, vm: &Guest) {
-        if let Err(error) = vm.vm().pause() {
+        if let Err(error) = vm.vm().request_pause() {
             tracing::debug!(%error, "a parked VM was not paused");
         }
     }

@@ -401,6 +401,12 @@ impl Ledger {
             .is_some_and(|entry| entry.stage == Stage::Ready)
     }
 
+    /// Whether the VM is parked, under check or not.
+    #[must_use]
+    pub fn is_parked(&self, id: VmId) -> bool {
+        matches!(self.stage(id), Some(Stage::Ready | Stage::Checking { .. }))
+    }
+
     /// Whether the VM is under that check.
     #[must_use]
     pub fn is_checking(&self, id: VmId, check: u64) -> bool {

@@ -39,7 +39,7 @@ impl Ledger {
                 }
             }
             Event::Ended(id) => {
-                if matches!(self.stage(id), Some(Stage::Ready | Stage::Checking { .. })) {
+                if self.is_parked(id) {
                     self.retire(id);
                 }
             }

@@ -163,8 +163,11 @@ fn run_until_stopped(
         }
         let running = Running::new(&mut fd);
         let step = loop {
+            // After `running`: an earlier kick leaves nothing but the closed gate.
+            if gate.is_closed() {
+                break Step::Interrupted;
+            }
             match run_once(&mut fd, board, exits) {
-                Ok(Step::Continue | Step::Kicked) if gate.is_closed() => break Step::Interrupted,
                 Ok(Step::Continue) => no_memory = 0,
                 Ok(Step::Kicked) => {
                     no_memory = 0;

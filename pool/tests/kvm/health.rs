@@ -1,0 +1,111 @@
+//! Checks of real guests.
+
+use std::time::Duration;
+
+use hearth_pool::{Backend, Lease, OfferRefusal, Parking, ProbeError, Refill};
+use hearth_tests::{kvm, patience, within};
+use hearth_vmm::VmStatus;
+
+use crate::rig::{BASE, Rig, config, counts, full, stop};
+
+#[tokio::test]
+async fn healthy_guests_stay_and_paused_ones_are_paused_again() {
+    if !kvm() {
+        return;
+    }
+    for parking in [Parking::Paused, Parking::Running] {
+        let rig = Rig::new().await;
+        let pool = rig.pool(config(2).park(parking)).await;
+        for _ in 0..2 {
+            let report = within(10, "check", pool.check(BASE, 2)).await.unwrap();
+            assert_eq!((report.healthy, report.unhealthy), (2, 0), "{parking:?}");
+        }
+        assert_eq!((counts(&pool).ready, counts(&pool).boots), (2, 2));
+        stop(pool).await;
+    }
+}
+
+#[tokio::test]
+async fn a_guest_in_the_middle_of_a_balloon_operation_passes_its_check() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(1).park(Parking::Running)).await;
+    let victim = rig.all().pop().unwrap();
+    let balloon = victim.balloon.clone();
+    let limit = patience(Duration::from_secs(5));
+    let inflates = tokio::spawn(async move { balloon.resize(8, limit).await });
+    let mut checks = 0;
+    while !inflates.is_finished() {
+        let report = within(10, "check", pool.check(BASE, 1)).await.unwrap();
+        assert_eq!((report.healthy, report.unhealthy), (1, 0));
+        checks += 1;
+    }
+    inflates.await.unwrap().unwrap();
+    assert!(checks > 0, "the balloon was faster than a check");
+    stop(pool).await;
+}
+
+/// At whatever moment it dies: the check says healthy or unhealthy, and the pool goes on.
+#[tokio::test]
+async fn a_guest_that_dies_in_the_middle_of_its_check() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(1)).await;
+    for step in [0, 2, 5, 9_u32] {
+        let victim = rig.all().pop().unwrap();
+        let dies = async {
+            tokio::time::sleep(Duration::from_micros(200) * step * step).await;
+            victim.kill().await;
+        };
+        let (report, ()) = tokio::join!(pool.check(BASE, 1), dies);
+        let report = report.unwrap();
+        assert_eq!(report.healthy + report.unhealthy + report.dropped, 1);
+        full(&pool).await;
+        assert_ne!(rig.all().pop().unwrap().id, victim.id);
+    }
+    stop(pool).await;
+}
+
+#[tokio::test]
+async fn of_a_live_and_a_killed_guest_that_are_offered_the_live_one_is_adopted() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let source = rig.pool(config(2)).await;
+    let guests = source.acquire_many(BASE, 2).unwrap().into_iter();
+    let (mut guests, shares): (Vec<_>, Vec<_>) = guests.map(Lease::into_inner).unzip();
+    let (dead, live) = (guests.pop().unwrap(), guests.pop().unwrap());
+    dead.vm().kill();
+
+    let pool = rig.pool(config(2).refill(Refill::Manual)).await;
+    let adopted = within(6, "offer", pool.offer(BASE, live)).await.unwrap();
+    for _ in 0..2 {
+        // Every time that it is asked.
+        let verdict = within(6, "probe", rig.probe(&dead)).await;
+        assert_eq!(verdict, Err(ProbeError::Dead));
+    }
+    let refused = within(6, "offer", pool.offer(BASE, dead))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(refused.why, OfferRefusal::Unhealthy(ProbeError::Dead)),
+        "{refused}"
+    );
+    assert!(matches!(
+        refused.vm.unwrap().vm().status(),
+        VmStatus::Ended(_)
+    ));
+    assert_eq!(counts(&pool).ready, 1);
+    let guest = pool.acquire(BASE).unwrap();
+    assert_eq!(guest.id(), adopted);
+    within(6, "ping", guest.ping()).await.unwrap();
+    drop(guest);
+    stop(pool).await;
+    drop(shares);
+    stop(source).await;
+}

@@ -5,6 +5,7 @@
 //! its charts; [`compare`] tells two runs apart.
 
 pub mod compare;
+pub mod cpu;
 pub mod environment;
 pub mod page;
 pub mod report;

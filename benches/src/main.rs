@@ -2,14 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use hearth_bench::compare::Comparison;
 use hearth_bench::environment::Environment;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
-use hearth_bench::scenario::{boot, fork};
-use hearth_images::{Images, Silent};
+use hearth_bench::scenario::{boot, fork, handoff, idle, refill};
+use hearth_images::{Images, ImagesError, Silent};
 
 /// Measures what Hearth's steps cost on this machine, beside the bare ioctls that they consist of.
 ///
@@ -39,12 +40,8 @@ enum Scenario {
         /// Forks of the booted guest.
         #[arg(long, default_value_t = 50)]
         forks: usize,
-        /// A kernel of your own; the cached base image when not given.
-        #[arg(long, requires = "initramfs")]
-        kernel: Option<PathBuf>,
-        /// An initramfs with the agent.
-        #[arg(long, requires = "kernel")]
-        initramfs: Option<PathBuf>,
+        #[command(flatten)]
+        image: Image,
     },
     /// Make a page with charts of a run's JSON.
     Report {
@@ -61,6 +58,57 @@ enum Scenario {
         /// The run after.
         new: PathBuf,
     },
+    /// Take guests from a warm pool: alone, up to their first pong, in a burst, during a refill.
+    Handoff {
+        #[command(flatten)]
+        count: Count,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Refill an emptied pool from a template, and make guests one by one.
+    Refill {
+        /// Times that the pool is emptied.
+        #[arg(short, default_value_t = 10)]
+        n: usize,
+        /// Guests made one by one.
+        #[arg(long, default_value_t = 50)]
+        forks: usize,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Leave a full pool alone, paused and running.
+    Idle {
+        /// Guests of the pool.
+        #[arg(short, default_value_t = 20)]
+        n: usize,
+        /// How long, for each way to park.
+        #[arg(long, default_value_t = 30)]
+        seconds: u64,
+        #[command(flatten)]
+        image: Image,
+    },
+}
+
+#[derive(Args)]
+struct Image {
+    /// A kernel of your own; the cached base image when not given.
+    #[arg(long, requires = "initramfs")]
+    kernel: Option<PathBuf>,
+    /// An initramfs with the agent.
+    #[arg(long, requires = "kernel")]
+    initramfs: Option<PathBuf>,
+}
+
+impl Image {
+    fn files(self) -> Result<(PathBuf, PathBuf), ImagesError> {
+        match (self.kernel, self.initramfs) {
+            (Some(kernel), Some(initramfs)) => Ok((kernel, initramfs)),
+            _ => {
+                let image = Images::open(None)?.base(&Silent)?;
+                Ok((image.kernel, image.initramfs))
+            }
+        }
+    }
 }
 
 #[derive(Args)]
@@ -117,27 +165,21 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
         Scenario::Report { .. } | Scenario::Compare { .. } => {}
         Scenario::Floor(count) => fork::floor_only(&mut report, count.n)?,
         Scenario::Fork(count) => fork::beside_floor(&mut report, count.n)?,
-        Scenario::Boot {
-            n,
-            forks,
-            kernel,
-            initramfs,
-        } => {
-            let (kernel, initramfs) = match (kernel, initramfs) {
-                (Some(kernel), Some(initramfs)) => (kernel, initramfs),
-                _ => {
-                    let image = Images::open(None)?.base(&Silent)?;
-                    (image.kernel, image.initramfs)
-                }
-            };
-            let files = boot::Files {
-                kernel: &kernel,
-                initramfs: &initramfs,
-            };
-            tokio::runtime::Builder::new_current_thread()
-                .enable_time()
-                .build()?
-                .block_on(boot::run(&mut report, files, n, forks))?;
+        Scenario::Boot { n, forks, image } => {
+            let image = image.files()?;
+            runtime()?.block_on(boot::run(&mut report, files(&image), n, forks))?;
+        }
+        Scenario::Handoff { count, image } => {
+            let image = image.files()?;
+            runtime()?.block_on(handoff::run(&mut report, files(&image), count.n))?;
+        }
+        Scenario::Refill { n, forks, image } => {
+            let image = image.files()?;
+            runtime()?.block_on(refill::run(&mut report, files(&image), n, forks))?;
+        }
+        Scenario::Idle { n, seconds, image } => {
+            let (image, time) = (image.files()?, Duration::from_secs(seconds));
+            runtime()?.block_on(idle::run(&mut report, files(&image), n, time))?;
         }
     }
     if cli.json {
@@ -146,4 +188,14 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
         print!("{report}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_time()
+        .build()
+}
+
+fn files((kernel, initramfs): &(PathBuf, PathBuf)) -> boot::Files<'_> {
+    boot::Files { kernel, initramfs }
 }

@@ -4,9 +4,13 @@
 //! in their results and the leases that come home, and never waits for anything but its inbox, a
 //! nudge, or the time that the ledger names: no profile can hold up another.
 
+mod replies;
+mod results;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use replies::{Offered, Pass};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
@@ -16,7 +20,7 @@ use crate::boot::Failed;
 use crate::error::{BootFailure, OfferError, OfferRefusal, Replenished};
 use crate::event::EventKind;
 use crate::lease::Held;
-use crate::ledger::{Event, Outcome, PassId, Phase, ProfileId, TicketId};
+use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
 use crate::permit::Denial;
 use crate::shared::{Shared, State};
 use crate::slot::{Slot, VmId};
@@ -62,18 +66,6 @@ pub struct CheckReport {
     pub unhealthy: usize,
     /// VMs that were handed out or destroyed in the middle of their check.
     pub dropped: usize,
-}
-
-struct Pass {
-    left: usize,
-    report: CheckReport,
-    reply: oneshot::Sender<CheckReport>,
-}
-
-struct Offered<B: Backend> {
-    vm: Option<B::Vm>,
-    id: Option<VmId>,
-    reply: OfferReply<B>,
 }
 
 pub(crate) struct Actor<B: Backend> {
@@ -283,207 +275,6 @@ impl<B: Backend> Actor<B> {
         }
     }
 
-    fn booted(
-        &mut self,
-        state: &mut State<B>,
-        now: Instant,
-        id: VmId,
-        began: Instant,
-        result: Result<B::Vm, Failed<B>>,
-    ) {
-        let Some(slot) = state.slots.get_mut(&id) else {
-            // The ledger keeps the slot of a boot until it is answered; do not lose the VM if not.
-            return self.retire_stray(result.map_or_else(|failed| failed.vm, Some), None);
-        };
-        let profile = slot.profile;
-        slot.job = None;
-        let was_open = state.ledger.counts(profile).breaker_open;
-        match result {
-            Ok(vm) => {
-                slot.remote = Some(Arc::new(self.shared.backend.remote(&vm)));
-                let private = self.shared.backend.private_bytes(&vm);
-                slot.vm = Some(vm);
-                let took = began.elapsed();
-                if let Some(kept) = self.shared.profile(profile) {
-                    kept.metrics.boots.increment(1);
-                    kept.metrics.boot.record(took);
-                    if let Some(bytes) = private.and_then(|bytes| u32::try_from(bytes).ok()) {
-                        kept.metrics.private.record(f64::from(bytes));
-                    }
-                }
-                tracing::debug!(vm = %id, ?took, "booted");
-                self.shared
-                    .emit(Some(profile), Some(id), EventKind::Ready(took));
-                state.tell(now, Event::Booted(id));
-            }
-            Err(Failed { why, kind, vm }) => {
-                let has_vm = vm.is_some();
-                slot.vm = vm;
-                if let Some(kept) = self.shared.profile(profile) {
-                    kept.metrics.boot_failed(&why, kind);
-                }
-                if !matches!(why, BootFailure::Cancelled) {
-                    self.note_failure(state, profile, id, &why);
-                }
-                self.failure = Some(why);
-                state.tell(now, Event::BootFailed(id, has_vm));
-                self.perform(state, now);
-            }
-        }
-        let counts = state.ledger.counts(profile);
-        if counts.breaker_open != was_open {
-            if counts.breaker_open {
-                let failures = counts.failures_in_a_row;
-                tracing::error!(failures, "boots keep failing: the breaker is open");
-                self.shared
-                    .emit(Some(profile), None, EventKind::BreakerOpened(failures));
-            } else {
-                self.shared
-                    .emit(Some(profile), None, EventKind::BreakerClosed);
-            }
-        }
-    }
-
-    pub(crate) fn note_failure(
-        &self,
-        state: &mut State<B>,
-        profile: ProfileId,
-        id: VmId,
-        why: &BootFailure,
-    ) {
-        let cause = std::error::Error::source(why)
-            .map(ToString::to_string)
-            .unwrap_or_default();
-        tracing::warn!(vm = %id, error = %why, cause, "a boot failed");
-        if let Some(last) = state.last_failure.get_mut(profile.0) {
-            *last = Some(why.clone());
-        }
-        self.shared
-            .emit(Some(profile), Some(id), EventKind::BootFailed(why.clone()));
-    }
-
-    fn joined(
-        &mut self,
-        state: &mut State<B>,
-        now: Instant,
-        id: VmId,
-        result: Result<(), OfferRefusal>,
-    ) {
-        let Some(slot) = state.slots.get_mut(&id) else {
-            return;
-        };
-        slot.job = None;
-        match result {
-            Ok(()) => state.tell(now, Event::Booted(id)),
-            Err(why) => {
-                let owner = self.offers.values_mut().find(|offer| offer.id == Some(id));
-                let back = owner.filter(|offer| !offer.reply.is_closed());
-                let has_vm = match back {
-                    // The one who offered it still wants it.
-                    Some(offer) => {
-                        offer.vm = slot.vm.take();
-                        false
-                    }
-                    None => slot.vm.is_some(),
-                };
-                self.refusal = Some(why);
-                state.tell(now, Event::BootFailed(id, has_vm));
-                self.perform(state, now);
-            }
-        }
-    }
-
-    fn checked(
-        &mut self,
-        state: &mut State<B>,
-        now: Instant,
-        id: VmId,
-        check: u64,
-        pass: PassId,
-        verdict: Verdict,
-    ) {
-        let current = state.ledger.is_checking(id, check);
-        if current && let Some(slot) = state.slots.get_mut(&id) {
-            slot.job = None;
-            let kept = self.shared.profile(slot.profile);
-            match &verdict {
-                Verdict::Healthy(took) => {
-                    if let Some(kept) = kept {
-                        kept.metrics.ping.record(*took);
-                    }
-                }
-                Verdict::Unhealthy(error) => {
-                    tracing::warn!(vm = %id, %error, "a parked VM is unhealthy");
-                    if let Some(kept) = kept {
-                        kept.metrics.unhealthy(error);
-                    }
-                    let kind = EventKind::Unhealthy(error.clone());
-                    self.shared.emit(Some(slot.profile), Some(id), kind);
-                }
-                Verdict::Dropped => {}
-            }
-        }
-        let healthy = matches!(verdict, Verdict::Healthy(_));
-        state.tell(now, Event::Checked(id, check, healthy));
-        if let Some(entry) = self.passes.get_mut(&pass) {
-            entry.left = entry.left.saturating_sub(1);
-            match verdict {
-                Verdict::Healthy(_) if current => entry.report.healthy += 1,
-                Verdict::Unhealthy(_) if current => entry.report.unhealthy += 1,
-                _ => entry.report.dropped += 1,
-            }
-        }
-        self.perform(state, now);
-        self.settle_pass(pass);
-    }
-
-    pub(crate) fn count_check(&mut self, pass: PassId) {
-        if let Some(pass) = self.passes.get_mut(&pass) {
-            pass.left += 1;
-        }
-    }
-
-    fn settle_pass(&mut self, id: PassId) {
-        if self.passes.get(&id).is_some_and(|pass| pass.left == 0)
-            && let Some(pass) = self.passes.remove(&id)
-        {
-            // The one who asked may have gone.
-            let _ = pass.reply.send(pass.report);
-        }
-    }
-
-    fn returned(
-        &mut self,
-        state: &mut State<B>,
-        now: Instant,
-        id: VmId,
-        held: Held<B>,
-        untouched: bool,
-        done: Option<oneshot::Sender<()>>,
-    ) {
-        let Some(slot) = state.slots.get_mut(&id) else {
-            // Its pool has been stopped, maybe started again: it is no longer on the books.
-            return self.retire_stray(Some(held.vm), done);
-        };
-        let profile = slot.profile;
-        slot.vm = Some(held.vm);
-        slot.reservation = held.reservation;
-        if let Some(done) = done {
-            self.released.insert(id, done);
-        }
-        state.tell(
-            now,
-            if untouched {
-                Event::Untouched(id)
-            } else {
-                Event::Returned(id)
-            },
-        );
-        let untouched = state.ledger.is_ready(id);
-        self.shared
-            .emit(Some(profile), Some(id), EventKind::Returned { untouched });
-    }
-
     /// Does all that the ledger has asked for, and what that leads to.
     pub(crate) fn perform(&mut self, state: &mut State<B>, now: Instant) {
         let mut todo = VecDeque::from(std::mem::take(&mut state.pending));
@@ -491,51 +282,6 @@ impl<B: Backend> Actor<B> {
             self.act(state, now, action);
             todo.extend(state.pending.drain(..));
         }
-    }
-
-    pub(crate) fn settle(&mut self, state: &State<B>, ticket: TicketId, outcome: Outcome) {
-        if let Some(reply) = self.tickets.remove(&ticket) {
-            let answer = match outcome {
-                Outcome::Booted(id) => Replenished::Booted(id),
-                Outcome::Full => Replenished::Full,
-                Outcome::Failed => {
-                    Replenished::Failed(self.failure.clone().unwrap_or(BootFailure::Cancelled))
-                }
-                Outcome::Denied => Replenished::Failed(
-                    self.denial
-                        .map_or(BootFailure::Cancelled, BootFailure::Denied),
-                ),
-                Outcome::Stopping => Replenished::Failed(BootFailure::Stopping),
-            };
-            // The one who asked may have gone.
-            let _ = reply.send(answer);
-        }
-        let Some(offer) = self.offers.remove(&ticket) else {
-            return;
-        };
-        let answer = match outcome {
-            Outcome::Booted(id) => Ok(id),
-            Outcome::Full => Err(OfferRefusal::Full),
-            Outcome::Stopping => Err(OfferRefusal::Stopping),
-            Outcome::Failed => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),
-            Outcome::Denied => Err(self.denial.map_or(OfferRefusal::Full, OfferRefusal::Denied)),
-        };
-        let answer = match answer {
-            Ok(id) => offer.reply.send(Ok(id)),
-            Err(why) => offer.reply.send(Err(OfferError { vm: offer.vm, why })),
-        };
-        match answer {
-            Err(Err(OfferError { vm, .. })) => self.retire_stray(vm, None),
-            // Adopted, though nobody hears of it.
-            Err(Ok(id)) => debug_assert!(state.slots.contains_key(&id)),
-            Ok(()) => {}
-        }
-    }
-
-    pub(crate) fn take_offered(&mut self, ticket: TicketId, id: VmId) -> Option<B::Vm> {
-        let offer = self.offers.get_mut(&ticket)?;
-        offer.id = Some(id);
-        offer.vm.take()
     }
 
     /// The host's limits refused `id`.
@@ -562,27 +308,6 @@ impl<B: Backend> Actor<B> {
     pub(crate) fn stopped(&mut self, state: &State<B>) {
         debug_assert!(state.ledger.phase() == Phase::Stopped);
         self.stopped = true;
-    }
-
-    /// After the end: only leases are of interest.
-    fn receive_late(&mut self, message: Message<B>) {
-        match message {
-            Message::Returned { held, done, .. } => self.retire_stray(Some(held.vm), done),
-            Message::Offer(.., vm, reply) => {
-                let refusal = OfferError {
-                    vm: Some(vm),
-                    why: OfferRefusal::Stopping,
-                };
-                if let Err(Err(OfferError { vm, .. })) = reply.send(Err(refusal)) {
-                    self.retire_stray(vm, None);
-                }
-            }
-            Message::Replenish(.., reply) => {
-                // The one who asked may have gone.
-                let _ = reply.send(Replenished::Failed(BootFailure::Stopping));
-            }
-            _ => {}
-        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! for tests, the KVM backend boots or forks real guests.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -91,6 +92,73 @@ pub trait Backend: Send + Sync + 'static {
     /// Memory in bytes that this VM shares with nobody, if cheap to tell (metrics).
     fn private_bytes(&self, _vm: &Self::Vm) -> Option<u64> {
         None
+    }
+}
+
+/// Several pools may share a backend, and with it what it has prepared.
+impl<B: Backend> Backend for Arc<B> {
+    type Vm = B::Vm;
+    type Remote = B::Remote;
+    type Error = B::Error;
+
+    async fn prepare(&self, profile: &Profile) -> Result<(), B::Error> {
+        (**self).prepare(profile).await
+    }
+
+    async fn create(&self, profile: &Profile, id: VmId) -> Result<B::Vm, B::Error> {
+        (**self).create(profile, id).await
+    }
+
+    fn probe(&self, vm: &B::Vm) -> BoxFuture<'static, Result<(), ProbeError>> {
+        (**self).probe(vm)
+    }
+
+    async fn retire(&self, vm: B::Vm) {
+        (**self).retire(vm).await;
+    }
+
+    fn ended(&self, vm: &B::Vm) -> BoxFuture<'static, ()> {
+        (**self).ended(vm)
+    }
+
+    fn alive(&self, vm: &B::Vm) -> bool {
+        (**self).alive(vm)
+    }
+
+    fn remote(&self, vm: &B::Vm) -> B::Remote {
+        (**self).remote(vm)
+    }
+
+    fn pause(&self, vm: &B::Vm) {
+        (**self).pause(vm);
+    }
+
+    fn resume(&self, vm: &B::Vm) {
+        (**self).resume(vm);
+    }
+
+    fn hand_off(&self, vm: &B::Vm) {
+        (**self).hand_off(vm);
+    }
+
+    fn parking(&self, profile: &Profile) -> Parking {
+        (**self).parking(profile)
+    }
+
+    fn demand(&self, profile: &Profile) -> Demand {
+        (**self).demand(profile)
+    }
+
+    fn time_scale(&self) -> u32 {
+        (**self).time_scale()
+    }
+
+    fn failure_kind(&self, error: &B::Error) -> &'static str {
+        (**self).failure_kind(error)
+    }
+
+    fn private_bytes(&self, vm: &B::Vm) -> Option<u64> {
+        (**self).private_bytes(vm)
     }
 }
 

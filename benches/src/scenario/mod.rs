@@ -3,6 +3,10 @@
 pub mod boot;
 pub mod floor;
 pub mod fork;
+pub mod handoff;
+pub mod idle;
+pub mod pool;
+pub mod refill;
 
 /// Why a scenario could not be run.
 #[derive(Debug, thiserror::Error)]

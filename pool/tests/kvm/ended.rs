@@ -7,7 +7,7 @@ use hearth_tests::{kvm, within};
 use hearth_vmm::VmStatus;
 use tokio::sync::broadcast::Receiver;
 
-use crate::rig::{BASE, Rig, config, counts, full, stop};
+use crate::rig::{BASE, Rig, config, counts, full, impatient, stop};
 
 /// Waits until the pool says that this VM has ended, and gives the time of the next one's readiness.
 async fn replaced(events: &mut Receiver<PoolEvent>, id: VmId) -> [Duration; 2] {
@@ -88,7 +88,7 @@ async fn a_frozen_guest_is_found_by_the_next_check_and_replaced() {
     }
     let found = async |parking| {
         let rig = Rig::new().await;
-        let pool = rig.pool(config(2).park(parking)).await;
+        let pool = rig.pool(impatient(2).park(parking)).await;
         let mut events = pool.subscribe();
         let victim = rig.all().pop().unwrap();
         rig.freeze(&victim);

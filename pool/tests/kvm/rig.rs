@@ -22,8 +22,6 @@ use hearth_vmm::virtio::balloon::Balloon;
 use tokio::sync::OnceCell;
 
 pub(crate) const BASE: &str = "base";
-/// Milliseconds on hardware after which a ping counts as lost here.
-pub(crate) const PING_MS: u64 = 300;
 
 /// What all pools of this binary make their VMs with; holds the one template.
 async fn shared_backend() -> Arc<KvmBackend> {
@@ -51,7 +49,7 @@ async fn shared_backend() -> Arc<KvmBackend> {
 /// One profile of so many VMs; no health passes by itself.
 pub(crate) fn config(size: usize) -> PoolConfig {
     let mut health = HealthConfig::default();
-    (health.interval_ms, health.ping_timeout_ms) = (0, PING_MS);
+    health.interval_ms = 0;
     (
         health.attempts,
         health.backoff_min_ms,
@@ -67,6 +65,13 @@ pub(crate) fn config(size: usize) -> PoolConfig {
         )
         .health(health)
         .boot(boot)
+}
+
+/// The same, but gives up on a guest that is silent for half a second on hardware.
+pub(crate) fn impatient(size: usize) -> PoolConfig {
+    let mut config = config(size);
+    (config.health.ping_timeout_ms, config.health.attempts) = (500, 1);
+    config
 }
 
 /// Hands on everything to the real backend and keeps a hand on each VM of one pool.

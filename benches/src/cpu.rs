@@ -1,0 +1,28 @@
+//! What this process has used of the processors.
+
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// Processor time of all threads of this process so far, ended ones included.
+#[must_use]
+pub fn process() -> Duration {
+    let spent = clock_gettime(ClockId::ProcessCPUTime);
+    let secs = u64::try_from(spent.tv_sec).unwrap_or(0);
+    let nanos = u32::try_from(spent.tv_nsec).unwrap_or(0);
+    Duration::new(secs, nanos)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_shows_and_sleep_does_not() {
+        let begin = process();
+        while process() - begin < Duration::from_millis(20) {
+            std::hint::spin_loop();
+        }
+        assert!(process() - begin >= Duration::from_millis(20));
+    }
+}

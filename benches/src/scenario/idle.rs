@@ -1,0 +1,40 @@
+//! What a parked pool costs while nothing is asked of it.
+
+use std::time::{Duration, Instant};
+
+use hearth_pool::{Parking, Refill};
+
+use super::ScenarioError;
+use super::boot::Files;
+use super::pool::{backend, config, start};
+use crate::cpu;
+use crate::report::Report;
+
+/// Time for what filling the pool has left behind to end.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// Watches `size` parked guests for `time`, for each way to park.
+///
+/// # Errors
+/// When a guest cannot be made.
+pub async fn run(
+    report: &mut Report,
+    files: Files<'_>,
+    size: usize,
+    time: Duration,
+) -> Result<(), ScenarioError> {
+    let backend = backend(files).await?;
+    for (side, parking) in [("paused", Parking::Paused), ("running", Parking::Running)] {
+        let pool = start(&backend, config(size, Refill::Automatic), parking).await?;
+        tokio::time::sleep(SETTLE).await;
+        let (begin, spent) = (Instant::now(), cpu::process());
+        tokio::time::sleep(time).await;
+        let share = (cpu::process() - spent).as_secs_f64() / begin.elapsed().as_secs_f64();
+        pool.stop().await;
+        let percent = 100.0 * share;
+        report.add("idle", "whole process", "% of a core", side, vec![percent]);
+        let each = percent / size.max(1) as f64;
+        report.add("idle", "per VM", "% of a core", side, vec![each]);
+    }
+    Ok(())
+}

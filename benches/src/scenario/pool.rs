@@ -1,0 +1,99 @@
+//! What the scenarios of the warm pool share: one template, and pools of its forks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hearth_pool::config::HealthConfig;
+use hearth_pool::kvm::{KvmBackend, KvmImage};
+use hearth_pool::{Backend, Lease, Parking, Pool, PoolConfig, Profile, Refill, Replenished};
+
+use super::ScenarioError;
+use super::boot::Files;
+
+/// The one profile.
+pub const PROFILE: &str = "base";
+/// How long filling a pool may take before the run is given up.
+const STUCK: Duration = Duration::from_secs(300);
+/// Memory of a guest in MiB.
+const MEMORY_MIB: u32 = 128;
+
+/// A pool of real guests.
+pub type Guests = Pool<Arc<KvmBackend>>;
+/// One of them.
+pub type Guest = Lease<Arc<KvmBackend>>;
+
+/// A backend that has made its template.
+///
+/// # Errors
+/// When the host runs no guests, or this one does not come up.
+pub async fn backend(files: Files<'_>) -> Result<Arc<KvmBackend>, ScenarioError> {
+    let config = config(1, Refill::Manual);
+    let image = KvmImage {
+        kernel: files.kernel.to_owned(),
+        initramfs: files.initramfs.to_owned(),
+        append: String::new(),
+    };
+    let builder = KvmBackend::builder(&config).map_err(ScenarioError::at("host"))?;
+    let backend = builder.image(PROFILE, image).build();
+    for profile in &config.profiles {
+        let made = backend.prepare(profile).await;
+        made.map_err(ScenarioError::at("template"))?;
+    }
+    Ok(Arc::new(backend))
+}
+
+/// Pools of `size` guests, which nothing but the scenario disturbs.
+#[must_use]
+pub fn config(size: usize, refill: Refill) -> PoolConfig {
+    let mut health = HealthConfig::default();
+    health.interval_ms = 0;
+    let profile = Profile::new(PROFILE, PROFILE)
+        .memory_mib(MEMORY_MIB)
+        .warm_pool_size(size);
+    PoolConfig::new(2 * size.max(1))
+        .profile(profile)
+        .health(health)
+        .refill(refill)
+}
+
+/// A pool that has started; full, unless it is filled by hand.
+///
+/// # Errors
+/// When it does not start.
+pub async fn start(
+    backend: &Arc<KvmBackend>,
+    config: PoolConfig,
+    parking: Parking,
+) -> Result<Guests, ScenarioError> {
+    let pool = Pool::new(Arc::clone(backend), config.park(parking))
+        .map_err(ScenarioError::at("configuration"))?;
+    pool.start().await.map_err(ScenarioError::at("start"))?;
+    if pool.config().refill == Refill::Automatic {
+        full(&pool).await?;
+    }
+    Ok(pool)
+}
+
+/// Waits until the pool is full.
+///
+/// # Errors
+/// When that takes too long.
+pub async fn full(pool: &Guests) -> Result<(), ScenarioError> {
+    let full = pool.wait_ready(STUCK).await;
+    full.map_err(ScenarioError::at("full pool"))
+}
+
+/// Fills a pool by hand, as many at a time as it allows.
+///
+/// # Errors
+/// When a guest cannot be made.
+pub async fn fill(pool: &Guests, size: usize) -> Result<(), ScenarioError> {
+    let steps = futures::future::join_all((0..size).map(|_| pool.replenish(PROFILE))).await;
+    for step in steps {
+        match step.map_err(ScenarioError::at("replenish"))? {
+            Replenished::Failed(why) => return Err(ScenarioError::at("boot")(why)),
+            Replenished::Booted(_) | Replenished::Full => {}
+        }
+    }
+    Ok(())
+}

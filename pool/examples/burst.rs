@@ -1,0 +1,47 @@
+//! More requests at once than there are warm guests: the first are served at once, the others in the
+//! order in which they came, as the pool refills. `burst [REQUESTS] [WARM]`
+
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use hearth_pool::kvm::KvmBackend;
+use hearth_pool::{AcquireError, Pool};
+
+mod base;
+
+/// How long a request is willing to wait.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let mut numbers = std::env::args().skip(1).map(|number| number.parse());
+    let requests: usize = numbers.next().unwrap_or(Ok(8))?;
+    let warm: usize = numbers.next().unwrap_or(Ok(4))?;
+    let pool = base::pool(warm).await?;
+
+    let burst = Instant::now();
+    let tasks: Vec<_> = (0..requests)
+        .map(|_| tokio::spawn(request(pool.clone(), burst)))
+        .collect();
+    for (number, task) in tasks.into_iter().enumerate() {
+        let (served, answered) = task.await??;
+        println!(
+            "request {number:>3}: served after {served:>10.1?}, answered after {answered:.1?}"
+        );
+    }
+    pool.stop().await;
+    Ok(())
+}
+
+/// Gets a guest, ready or about to be, and hears from it; both times count from the burst's beginning.
+async fn request(
+    pool: Pool<KvmBackend>,
+    burst: Instant,
+) -> Result<(Duration, Duration), AcquireError> {
+    let guest = pool.acquire_timeout(base::BASE, PATIENCE).await?;
+    let served = burst.elapsed();
+    if let Err(error) = guest.ping().await {
+        eprintln!("{} does not answer: {error}", guest.id());
+    }
+    Ok((served, burst.elapsed()))
+}

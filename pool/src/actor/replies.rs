@@ -1,0 +1,105 @@
+//! Those who asked for a boot, a check or an adoption, and what they are told.
+
+use tokio::sync::oneshot;
+
+use super::{Actor, CheckReport, Message, OfferReply};
+use crate::backend::Backend;
+use crate::error::{BootFailure, OfferError, OfferRefusal, Replenished};
+use crate::ledger::{Outcome, PassId, TicketId};
+use crate::shared::State;
+use crate::slot::VmId;
+
+pub(super) struct Pass {
+    pub(super) left: usize,
+    pub(super) report: CheckReport,
+    pub(super) reply: oneshot::Sender<CheckReport>,
+}
+
+pub(super) struct Offered<B: Backend> {
+    pub(super) vm: Option<B::Vm>,
+    pub(super) id: Option<VmId>,
+    pub(super) reply: OfferReply<B>,
+}
+
+impl<B: Backend> Actor<B> {
+    pub(crate) fn count_check(&mut self, pass: PassId) {
+        if let Some(pass) = self.passes.get_mut(&pass) {
+            pass.left += 1;
+        }
+    }
+
+    pub(super) fn settle_pass(&mut self, id: PassId) {
+        if self.passes.get(&id).is_some_and(|pass| pass.left == 0)
+            && let Some(pass) = self.passes.remove(&id)
+        {
+            // The one who asked may have gone.
+            let _ = pass.reply.send(pass.report);
+        }
+    }
+
+    pub(crate) fn settle(&mut self, state: &State<B>, ticket: TicketId, outcome: Outcome) {
+        if let Some(reply) = self.tickets.remove(&ticket) {
+            let answer = match outcome {
+                Outcome::Booted(id) => Replenished::Booted(id),
+                Outcome::Full => Replenished::Full,
+                Outcome::Failed => {
+                    Replenished::Failed(self.failure.clone().unwrap_or(BootFailure::Cancelled))
+                }
+                Outcome::Denied => Replenished::Failed(
+                    self.denial
+                        .map_or(BootFailure::Cancelled, BootFailure::Denied),
+                ),
+                Outcome::Stopping => Replenished::Failed(BootFailure::Stopping),
+            };
+            // The one who asked may have gone.
+            let _ = reply.send(answer);
+        }
+        let Some(offer) = self.offers.remove(&ticket) else {
+            return;
+        };
+        let answer = match outcome {
+            Outcome::Booted(id) => Ok(id),
+            Outcome::Full => Err(OfferRefusal::Full),
+            Outcome::Stopping => Err(OfferRefusal::Stopping),
+            Outcome::Failed => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),
+            Outcome::Denied => Err(self.denial.map_or(OfferRefusal::Full, OfferRefusal::Denied)),
+        };
+        let answer = match answer {
+            Ok(id) => offer.reply.send(Ok(id)),
+            Err(why) => offer.reply.send(Err(OfferError { vm: offer.vm, why })),
+        };
+        match answer {
+            Err(Err(OfferError { vm, .. })) => self.retire_stray(vm, None),
+            // Adopted, though nobody hears of it.
+            Err(Ok(id)) => debug_assert!(state.slots.contains_key(&id)),
+            Ok(()) => {}
+        }
+    }
+
+    pub(crate) fn take_offered(&mut self, ticket: TicketId, id: VmId) -> Option<B::Vm> {
+        let offer = self.offers.get_mut(&ticket)?;
+        offer.id = Some(id);
+        offer.vm.take()
+    }
+
+    /// After the end: only leases are of interest.
+    pub(super) fn receive_late(&mut self, message: Message<B>) {
+        match message {
+            Message::Returned { held, done, .. } => self.retire_stray(Some(held.vm), done),
+            Message::Offer(.., vm, reply) => {
+                let refusal = OfferError {
+                    vm: Some(vm),
+                    why: OfferRefusal::Stopping,
+                };
+                if let Err(Err(OfferError { vm, .. })) = reply.send(Err(refusal)) {
+                    self.retire_stray(vm, None);
+                }
+            }
+            Message::Replenish(.., reply) => {
+                // The one who asked may have gone.
+                let _ = reply.send(Replenished::Failed(BootFailure::Stopping));
+            }
+            _ => {}
+        }
+    }
+}

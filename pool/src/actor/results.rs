@@ -1,0 +1,204 @@
+//! What the tasks report: how boots and checks went, and leases that come home.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::{Actor, Verdict};
+use crate::backend::Backend;
+use crate::boot::Failed;
+use crate::error::{BootFailure, OfferRefusal};
+use crate::event::EventKind;
+use crate::lease::Held;
+use crate::ledger::{Event, PassId, ProfileId};
+use crate::shared::State;
+use crate::slot::VmId;
+
+impl<B: Backend> Actor<B> {
+    pub(super) fn booted(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        id: VmId,
+        began: Instant,
+        result: Result<B::Vm, Failed<B>>,
+    ) {
+        let Some(slot) = state.slots.get_mut(&id) else {
+            // The ledger keeps the slot of a boot until it is answered; do not lose the VM if not.
+            return self.retire_stray(result.map_or_else(|failed| failed.vm, Some), None);
+        };
+        let profile = slot.profile;
+        slot.job = None;
+        let was_open = state.ledger.counts(profile).breaker_open;
+        match result {
+            Ok(vm) => {
+                slot.remote = Some(Arc::new(self.shared.backend.remote(&vm)));
+                let private = self.shared.backend.private_bytes(&vm);
+                slot.vm = Some(vm);
+                let took = began.elapsed();
+                if let Some(kept) = self.shared.profile(profile) {
+                    kept.metrics.boots.increment(1);
+                    kept.metrics.boot.record(took);
+                    if let Some(bytes) = private.and_then(|bytes| u32::try_from(bytes).ok()) {
+                        kept.metrics.private.record(f64::from(bytes));
+                    }
+                }
+                tracing::debug!(vm = %id, ?took, "booted");
+                self.shared
+                    .emit(Some(profile), Some(id), EventKind::Ready(took));
+                state.tell(now, Event::Booted(id));
+            }
+            Err(Failed { why, kind, vm }) => {
+                let has_vm = vm.is_some();
+                slot.vm = vm;
+                if let Some(kept) = self.shared.profile(profile) {
+                    kept.metrics.boot_failed(&why, kind);
+                }
+                if !matches!(why, BootFailure::Cancelled) {
+                    self.note_failure(state, profile, id, &why);
+                }
+                self.failure = Some(why);
+                state.tell(now, Event::BootFailed(id, has_vm));
+                self.perform(state, now);
+            }
+        }
+        let counts = state.ledger.counts(profile);
+        if counts.breaker_open != was_open {
+            if counts.breaker_open {
+                let failures = counts.failures_in_a_row;
+                tracing::error!(failures, "boots keep failing: the breaker is open");
+                self.shared
+                    .emit(Some(profile), None, EventKind::BreakerOpened(failures));
+            } else {
+                self.shared
+                    .emit(Some(profile), None, EventKind::BreakerClosed);
+            }
+        }
+    }
+
+    pub(crate) fn note_failure(
+        &self,
+        state: &mut State<B>,
+        profile: ProfileId,
+        id: VmId,
+        why: &BootFailure,
+    ) {
+        let cause = std::error::Error::source(why)
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        tracing::warn!(vm = %id, error = %why, cause, "a boot failed");
+        if let Some(last) = state.last_failure.get_mut(profile.0) {
+            *last = Some(why.clone());
+        }
+        self.shared
+            .emit(Some(profile), Some(id), EventKind::BootFailed(why.clone()));
+    }
+
+    pub(super) fn joined(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        id: VmId,
+        result: Result<(), OfferRefusal>,
+    ) {
+        let Some(slot) = state.slots.get_mut(&id) else {
+            return;
+        };
+        slot.job = None;
+        match result {
+            Ok(()) => state.tell(now, Event::Booted(id)),
+            Err(why) => {
+                let owner = self.offers.values_mut().find(|offer| offer.id == Some(id));
+                let back = owner.filter(|offer| !offer.reply.is_closed());
+                let has_vm = match back {
+                    // The one who offered it still wants it.
+                    Some(offer) => {
+                        offer.vm = slot.vm.take();
+                        false
+                    }
+                    None => slot.vm.is_some(),
+                };
+                self.refusal = Some(why);
+                state.tell(now, Event::BootFailed(id, has_vm));
+                self.perform(state, now);
+            }
+        }
+    }
+
+    pub(super) fn checked(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        id: VmId,
+        check: u64,
+        pass: PassId,
+        verdict: Verdict,
+    ) {
+        let current = state.ledger.is_checking(id, check);
+        if current && let Some(slot) = state.slots.get_mut(&id) {
+            slot.job = None;
+            let kept = self.shared.profile(slot.profile);
+            match &verdict {
+                Verdict::Healthy(took) => {
+                    if let Some(kept) = kept {
+                        kept.metrics.ping.record(*took);
+                    }
+                }
+                Verdict::Unhealthy(error) => {
+                    tracing::warn!(vm = %id, %error, "a parked VM is unhealthy");
+                    if let Some(kept) = kept {
+                        kept.metrics.unhealthy(error);
+                    }
+                    let kind = EventKind::Unhealthy(error.clone());
+                    self.shared.emit(Some(slot.profile), Some(id), kind);
+                }
+                Verdict::Dropped => {}
+            }
+        }
+        let healthy = matches!(verdict, Verdict::Healthy(_));
+        state.tell(now, Event::Checked(id, check, healthy));
+        if let Some(entry) = self.passes.get_mut(&pass) {
+            entry.left = entry.left.saturating_sub(1);
+            match verdict {
+                Verdict::Healthy(_) if current => entry.report.healthy += 1,
+                Verdict::Unhealthy(_) if current => entry.report.unhealthy += 1,
+                _ => entry.report.dropped += 1,
+            }
+        }
+        self.perform(state, now);
+        self.settle_pass(pass);
+    }
+
+    pub(super) fn returned(
+        &mut self,
+        state: &mut State<B>,
+        now: Instant,
+        id: VmId,
+        held: Held<B>,
+        untouched: bool,
+        done: Option<oneshot::Sender<()>>,
+    ) {
+        let Some(slot) = state.slots.get_mut(&id) else {
+            // Its pool has been stopped, maybe started again: it is no longer on the books.
+            return self.retire_stray(Some(held.vm), done);
+        };
+        let profile = slot.profile;
+        slot.vm = Some(held.vm);
+        slot.reservation = held.reservation;
+        if let Some(done) = done {
+            self.released.insert(id, done);
+        }
+        state.tell(
+            now,
+            if untouched {
+                Event::Untouched(id)
+            } else {
+                Event::Returned(id)
+            },
+        );
+        let untouched = state.ledger.is_ready(id);
+        self.shared
+            .emit(Some(profile), Some(id), EventKind::Returned { untouched });
+    }
+}

@@ -292,11 +292,10 @@ impl Machine {
         let (Some(vm), Some(ram)) = (&self.vm, &self.ram) else {
             return Err(SnapshotError::Running);
         };
-        let transports: Vec<_> = self.board.virtio.iter().map(lock).collect();
-        let saved = transports
-            .iter()
-            .map(|transport| transport.save())
-            .collect();
+        // Not locked meanwhile: their event thread serves other VMs.
+        let _asleep = Asleep::all(&self.board.virtio);
+        let devices = self.board.virtio.iter();
+        let saved = devices.map(|transport| lock(transport).save()).collect();
         let serial = self.board.serial.as_ref().map(SerialPort::save);
         let indices = Host::get()?.msr_indices();
         let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
@@ -326,6 +325,11 @@ impl Machine {
             .is_some_and(|ram| ram.sharing() == Sharing::Private)
     }
 
+    /// Ends the service of the devices: nothing of the host writes to guest memory any more.
+    pub(crate) fn detach(&mut self) {
+        drop(self.attachment.take());
+    }
+
     fn take_apart(&mut self) {
         self.ending.report(Exit::Killed);
         let stopped = self.gate.settle(Instant::now() + STOP_BOUND);
@@ -335,7 +339,7 @@ impl Machine {
                 let _ = thread.join();
             }
         }
-        drop(self.attachment.take());
+        self.detach();
         self.stats.clear();
         if stopped {
             drop(self.vm.take());
@@ -351,6 +355,26 @@ impl Machine {
                 self.ram.take(),
                 std::mem::take(&mut self.images),
             ));
+        }
+    }
+}
+
+/// While it lives, the devices write nothing to guest memory.
+struct Asleep<'a>(&'a [SharedTransport]);
+
+impl<'a> Asleep<'a> {
+    fn all(transports: &'a [SharedTransport]) -> Self {
+        for transport in transports {
+            lock(transport).fall_asleep();
+        }
+        Self(transports)
+    }
+}
+
+impl Drop for Asleep<'_> {
+    fn drop(&mut self) {
+        for transport in self.0 {
+            lock(transport).wake();
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::machine::{BootError, CreateTimes, Machine, Undertaker};
 use crate::snapshot::{SnapshotError, Template};
 use crate::state::{Exit, VmStatus};
 use crate::vcpu::ExitCounters;
-use crate::vcpu::gate::Want;
+use crate::vcpu::gate::{Hold, Want};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::VsockHost;
 
@@ -149,6 +149,18 @@ impl Vm {
         self.want(Want::Run)
     }
 
+    /// Keeps the vCPUs at the gate, whoever resumes the VM meanwhile.
+    fn hold(&self) -> Result<Hold<'_>, PauseError> {
+        let hold = self.handles.gate.hold();
+        if !self.handles.gate.settle(Instant::now() + PAUSE_BOUND) {
+            return Err(PauseError::Deadline);
+        }
+        match self.status() {
+            VmStatus::Ended(exit) => Err(PauseError::Ended(exit)),
+            _ => Ok(hold),
+        }
+    }
+
     fn want(&self, want: Want) -> Result<(), PauseError> {
         if self.handles.gate.set(want) {
             return Ok(());
@@ -208,23 +220,16 @@ impl Vm {
         self.handles.profile
     }
 
-    /// Captures the VM as a template and lets it go on as it was (running or paused). Blocks while
-    /// the guest's touched memory is copied (about 1 ms per MiB).
+    /// Captures the VM as a template and lets it go on as it was (running or paused, or as
+    /// [`Vm::resume`] and [`Vm::pause`] said meanwhile). Blocks while the guest's touched memory is
+    /// copied (about 1 ms per MiB); other VMs are not held up.
     ///
     /// # Errors
     /// [`SnapshotError`]; the VM goes on.
     pub fn snapshot(&self) -> Result<Template, SnapshotError> {
-        let was_running = self.status() == VmStatus::Running;
-        self.pause()?;
-        let template = match &self.machine {
-            Some(machine) => Template::copy_of(machine),
-            None => Err(SnapshotError::Running),
-        };
-        if was_running {
-            // Fails only if the VM ended meanwhile, which its own status says.
-            let _ = self.resume();
-        }
-        template
+        let _held = self.hold()?;
+        let machine = self.machine.as_ref().ok_or(SnapshotError::Running)?;
+        Template::copy_of(machine)
     }
 
     /// Makes the VM a template: it stops here, and its memory is the template's without a copy.

@@ -5,6 +5,7 @@
 )]
 //! The monitor without Linux: guests of a few instructions.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hearth_vmm::{Exit, Vm, VmConfig, VmStatus};
@@ -160,4 +161,48 @@ async fn an_exit_that_was_under_way_is_finished_before_the_capture() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
+}
+
+#[tokio::test]
+async fn an_access_in_two_parts_is_finished_before_a_pause() {
+    if !kvm() {
+        return;
+    }
+    // Eight bytes over the end of the first device's window: the end of its configuration (zeroes),
+    // then the second device's magic number. A pause that dropped the second part would show.
+    let mut code = vec![
+        // The fourth GiB gets a page directory at 2 MiB with one large page: see the boot page tables.
+        0xc7, 0x04, 0x25, 0x00, 0x04, 0x20, 0x00, 0x83, 0x00, 0x00, 0xd0,
+        // mov dword [0xa018], 0x200003
+        0xc7, 0x04, 0x25, 0x18, 0xa0, 0x00, 0x00, 0x03, 0x00, 0x20, 0x00,
+        // mov ebx, 0xd0000ffc; mov rcx, "virt" << 32
+        0xbb, 0xfc, 0x0f, 0x00, 0xd0, 0x48, 0xb9, 0, 0, 0, 0, 0x76, 0x69, 0x72, 0x74,
+        // l: mov rax, [rbx]; cmp rax, rcx; je l
+        0x48, 0x8b, 0x03, 0x48, 0x39, 0xc8, 0x74, 0xf8,
+    ];
+    code.extend(report(0x5f0, 4));
+    let vm = boot(code);
+    for _ in 0..300 {
+        vm.pause().unwrap();
+        vm.resume().unwrap();
+        tokio::time::sleep(Duration::from_micros(200)).await;
+    }
+    assert!(vm.exits().mmio.load(Ordering::Relaxed) > 300);
+    assert_eq!(vm.status(), VmStatus::Running, "it read something else");
+}
+
+#[test]
+fn vcpus_can_be_kicked_where_their_owner_blocks_all_signals() {
+    if !kvm() {
+        return;
+    }
+    let embedder = std::thread::spawn(|| {
+        vmm_sys_util::signal::block_signal(hearth_vmm::kick_signal()).unwrap();
+        let vm = boot(vec![0xeb, 0xfe]);
+        vm.pause().unwrap();
+        vm.resume().unwrap();
+        vm.destroy();
+    });
+    embedder.join().unwrap();
+    assert_eq!(hearth_vmm::leaked_vms(), 0);
 }

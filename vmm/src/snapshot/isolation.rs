@@ -21,7 +21,7 @@ const WRITES: u32 = 400;
 /// The page tables that the guest begins with, in which the processor marks what it used.
 const PAGE_TABLES: std::ops::Range<usize> = 0x9000..0x1_0000;
 /// After that long a clone is stuck.
-const STUCK: Duration = Duration::from_secs(120);
+const STUCK: Duration = Duration::from_secs(60);
 
 /// Waits for its seed, draws from it by xorshift, and writes what it draws to the page that it draws.
 fn code() -> Vec<u8> {
@@ -148,4 +148,62 @@ async fn clones_do_not_mix(count: u64) {
 #[tokio::test]
 async fn a_hundred_clones_that_write_at_once_do_not_mix() {
     clones_do_not_mix(100).await;
+}
+
+/// Counts up at 4 MiB and then at the end of memory, for ever: the first count is never behind.
+const TWO_COUNTS: [u8; 18] = [
+    // l: inc qword [0x400000]; inc qword [0x1fff000]; jmp l
+    0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x40, 0x00, 0x48, 0xff, 0x04, 0x25, 0x00, 0xf0, 0xff, 0x01,
+    0xeb, 0xee,
+];
+
+#[test]
+fn a_vm_that_is_resumed_while_it_is_captured_does_not_run_before_the_end() {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        eprintln!("NOT MEASURED: no /dev/kvm");
+        return;
+    }
+    let config = VmConfig::flat(TWO_COUNTS).memory_mib(MEMORY / MIB);
+    let machine = Machine::create(&config.build().unwrap()).unwrap();
+    // What lies between the two counts takes time to copy.
+    let fill = |ram: &GuestRam| {
+        for page in 0x401..0x1f00 {
+            let at = GuestAddress(page * PAGE_SIZE);
+            ram.map()
+                .write_slice(&[page as u8; 4096], at)
+                .map_err(std::io::Error::other)?;
+        }
+        Ok(())
+    };
+    assert!(machine.gate.settle(Instant::now() + STUCK));
+    machine.save(fill).unwrap();
+    let vm = Vm::of(machine);
+    vm.resume().unwrap();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let counts = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let bound = Instant::now() + STUCK;
+            while !done.load(std::sync::atomic::Ordering::Relaxed) && Instant::now() < bound {
+                vm.resume().unwrap();
+            }
+        });
+        let capture = || {
+            let template = vm.snapshot().unwrap();
+            let count = |at| {
+                let mut bytes = [0; 8];
+                let memory = &template.frozen.memory;
+                std::os::unix::fs::FileExt::read_exact_at(&**memory, &mut bytes, at).unwrap();
+                u64::from_le_bytes(bytes)
+            };
+            (count(4 * MIB), count(MEMORY - PAGE_SIZE))
+        };
+        let counts: Vec<_> = (0..20).map(|_| capture()).collect();
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        counts
+    });
+    for (first, second) in &counts {
+        assert!(first - second <= 1, "torn: {counts:?}");
+    }
+    assert!(counts.first() < counts.last(), "it stood still: {counts:?}");
+    assert_eq!(vm.status(), crate::VmStatus::Running);
 }

@@ -134,7 +134,10 @@ impl Template {
     }
 
     /// Captures a paused machine and takes it apart: its memory becomes the template's.
-    pub(crate) fn of(machine: Machine) -> Result<Self, SnapshotError> {
+    pub(crate) fn of(mut machine: Machine) -> Result<Self, SnapshotError> {
+        // Else a device could write between its capture and the unmapping: to the template's memory,
+        // past the positions that were saved.
+        machine.detach();
         if machine.memory_is_private() {
             return Self::copy_of(&machine);
         }

@@ -6,6 +6,9 @@
 //!    Stop
 //! ```
 //!
+//! Whoever captures the VM holds the gate closed besides ([`Gate::hold`]): then wishes are noted, and
+//! take effect when it lets go.
+//!
 //! A thread that finds the gate closed hands its vCPU over (into its [`Seat`]) and waits; whoever
 //! closed the gate may then look at the vCPU. Lock order: `Gate.state`, then a seat.
 
@@ -30,10 +33,18 @@ pub(crate) enum Want {
 #[derive(Debug)]
 struct State {
     want: Want,
+    /// How many hold the gate closed.
+    holds: usize,
     /// Threads that wait at the closed gate.
     waiting: usize,
     /// Threads that have not ended.
     alive: usize,
+}
+
+impl State {
+    fn is_open(&self) -> bool {
+        self.want == Want::Run && self.holds == 0
+    }
 }
 
 /// One vCPU's place: its kicker and, while the gate is closed, the vCPU itself.
@@ -54,7 +65,7 @@ impl Seat {
 pub(crate) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
-    /// Set while `want` is not `Run`; lets running threads check without the lock.
+    /// Set while the gate is not open; lets running threads check without the lock.
     closed: AtomicBool,
     seats: Vec<Seat>,
 }
@@ -65,6 +76,7 @@ impl Gate {
         Self {
             state: Mutex::new(State {
                 want,
+                holds: 0,
                 waiting: 0,
                 alive: 0,
             }),
@@ -106,7 +118,7 @@ impl Gate {
         let mut state = self.lock();
         state.waiting += 1;
         self.changed.notify_all();
-        while state.want == Want::Pause {
+        while state.want != Want::Stop && !state.is_open() {
             state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
         state.waiting -= 1;
@@ -125,8 +137,7 @@ impl Gate {
                 return false;
             }
             state.want = want;
-            self.closed.store(want != Want::Run, Ordering::Release);
-            self.changed.notify_all();
+            self.changed(&state);
         }
         if want != Want::Run {
             self.kick();
@@ -134,10 +145,28 @@ impl Gate {
         true
     }
 
+    /// Keeps the gate closed, whatever is wished meanwhile, until the hold is dropped. A stop ends the
+    /// threads nevertheless. Does not wait for them; see [`Gate::settle`].
+    pub(crate) fn hold(&self) -> Hold<'_> {
+        {
+            let mut state = self.lock();
+            state.holds += 1;
+            self.changed(&state);
+        }
+        self.kick();
+        Hold(self)
+    }
+
+    /// Tells everyone that the state changed.
+    fn changed(&self, state: &State) {
+        self.closed.store(!state.is_open(), Ordering::Release);
+        self.changed.notify_all();
+    }
+
     /// Waits until `until`, but no longer than the gate is open.
     pub(super) fn rest(&self, until: Instant) {
         let mut state = self.lock();
-        while state.want == Want::Run {
+        while state.is_open() {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -163,9 +192,9 @@ impl Gate {
         loop {
             let state = self.lock();
             let settled = match state.want {
-                Want::Run => true,
-                Want::Pause => state.waiting >= state.alive,
                 Want::Stop => state.alive == 0,
+                Want::Run if state.is_open() => true,
+                Want::Run | Want::Pause => state.waiting >= state.alive,
             };
             if settled {
                 return true;
@@ -185,5 +214,17 @@ impl Gate {
         look: impl FnOnce(&mut VcpuFd) -> R,
     ) -> Option<R> {
         self.seats.get(index)?.lock().as_mut().map(look)
+    }
+}
+
+/// While it lives, no vCPU passes the gate.
+#[derive(Debug)]
+pub(crate) struct Hold<'a>(&'a Gate);
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.holds -= 1;
+        self.0.changed(&state);
     }
 }

@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::sync::{Mutex, OnceLock};
 
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::signal::register_signal_handler;
+use vmm_sys_util::signal::{register_signal_handler, unblock_signal};
 
 use super::VcpuError;
 
@@ -64,11 +64,15 @@ impl Drop for Running {
 pub(super) struct Kicker(Mutex<Option<libc::pid_t>>);
 
 impl Kicker {
-    /// The calling thread can be kicked from now on.
-    pub(super) fn enlist(&self) {
+    /// The calling thread can be kicked from now on, also where whoever started it blocks all signals
+    /// (to read them from a signalfd, say), which threads inherit.
+    pub(super) fn enlist(&self) -> Result<(), VcpuError> {
+        unblock_signal(kick_signal())
+            .map_err(|error| VcpuError::Signal(std::io::Error::other(error.to_string())))?;
         // SAFETY: gettid has no preconditions.
         let tid = unsafe { libc::gettid() };
         *self.lock() = Some(tid);
+        Ok(())
     }
 
     /// The calling thread is about to end: its id may be reused.

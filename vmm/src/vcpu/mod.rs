@@ -29,8 +29,8 @@ const RUN_ATTEMPTS: u32 = 10;
 /// Why a vCPU thread could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
-    /// The kick signal's handler could not be installed.
-    #[error("the handler of the kick signal could not be installed")]
+    /// The kick signal's handler could not be installed, or the signal not be unblocked.
+    #[error("the kick signal could not be handled")]
     Signal(#[source] std::io::Error),
     /// The host has no thread left.
     #[error("the host refused a vCPU thread; check ulimit -u and kernel.threads-max")]
@@ -63,6 +63,9 @@ impl ExitCounters {
             .sum()
     }
 }
+
+/// Exits that one instruction's access can take: 64 bytes in pieces of 8, twice, and room.
+const PARTS_OF_AN_ACCESS: u32 = 32;
 
 /// What a vCPU thread works with.
 pub(crate) struct Vcpu {
@@ -116,11 +119,13 @@ impl Vcpu {
         let Some(seat) = gate.seat(index) else {
             return gate.leave();
         };
-        seat.kicker.enlist();
         let run = AssertUnwindSafe(|| {
             let failed = |error: &dyn std::error::Error| {
                 ending.report(Exit::Failed(error.to_string()));
             };
+            if let Err(error) = seat.kicker.enlist() {
+                failed(&error);
+            }
             let mut meter = None;
             if let Some(account) = &account {
                 match Meter::start(account) {
@@ -153,14 +158,18 @@ fn run_until_stopped(
     mut meter: Option<Meter<'_>>,
 ) {
     let mut no_memory = 0;
+    let mut has_run = false;
     loop {
         if gate.is_closed() {
-            finish_exit(&mut fd);
+            if has_run {
+                prepare_to_wait(&mut fd, board, ending, exits);
+            }
             match gate.pass(index, fd) {
                 Some(back) => fd = back,
                 None => return,
             }
         }
+        has_run = true;
         let running = Running::new(&mut fd);
         let step = loop {
             // After `running`: an earlier kick leaves nothing but the closed gate.
@@ -198,12 +207,26 @@ fn run_until_stopped(
     }
 }
 
-/// Completes an exit that KVM has not finished (port reads, MMIO) without running the guest.
-fn finish_exit(fd: &mut VcpuFd) {
-    fd.set_kvm_immediate_exit(1);
-    // EINTR is the expected answer; nothing else can happen before the guest runs.
-    let _ = fd.run();
+/// Brings the vCPU to a point at which its state is whole, without running the guest: completes an exit
+/// that KVM has not finished (port reads, MMIO). And tells the guest that it is about to be paused, so
+/// that its watchdogs take no offence (`KVM_KVMCLOCK_CTRL`).
+fn prepare_to_wait(fd: &mut VcpuFd, board: &Board, ending: &Ending, exits: &ExitCounters) {
+    // An access over two pages, or of more than 8 bytes, exits once for each part.
+    for _ in 0..PARTS_OF_AN_ACCESS {
+        fd.set_kvm_immediate_exit(1);
+        match run_once(fd, board, exits) {
+            Ok(Step::Continue) => {}
+            Ok(Step::End(exit)) => {
+                ending.report(exit);
+                break;
+            }
+            // EINTR is the expected answer: all is complete. What else is wrong the next run says too.
+            Ok(Step::Kicked | Step::Interrupted) | Err(_) => break,
+        }
+    }
     fd.set_kvm_immediate_exit(0);
+    // Refused where the guest has no kvmclock: then there is nobody to tell.
+    let _ = fd.kvmclock_ctrl();
 }
 
 fn run_once(

@@ -100,6 +100,8 @@ pub struct MmioTransport {
     queue_sel: u32,
     queues: Vec<QueueSetup>,
     faults: u64,
+    /// While the VM's state is captured, the device does nothing: it would write to guest memory.
+    asleep: bool,
 }
 
 impl std::fmt::Debug for MmioTransport {
@@ -134,6 +136,7 @@ impl MmioTransport {
             queue_sel: 0,
             queues,
             faults: 0,
+            asleep: false,
         }
     }
 
@@ -225,7 +228,7 @@ impl MmioTransport {
 
     /// Lets the device do a bounded amount of work; for the event threads.
     pub fn run(&mut self) -> Progress {
-        if self.status & status::NEEDS_RESET != 0 {
+        if self.asleep || self.status & status::NEEDS_RESET != 0 {
             return Progress::Idle;
         }
         match self.device.run() {
@@ -237,10 +240,21 @@ impl MmioTransport {
         }
     }
 
+    /// From now on the device does no work: it writes nothing to guest memory.
+    pub(crate) fn fall_asleep(&mut self) {
+        self.asleep = true;
+    }
+
+    /// The device goes on, with what it missed first.
+    pub(crate) fn wake(&mut self) {
+        self.asleep = false;
+        self.bell.ring();
+    }
+
     /// When the device wants to run without its bell; see [`VirtioDevice::deadline`].
     #[must_use]
     pub fn deadline(&self) -> Option<std::time::Instant> {
-        if self.status & status::NEEDS_RESET != 0 {
+        if self.asleep || self.status & status::NEEDS_RESET != 0 {
             return None;
         }
         self.device.deadline()
@@ -729,6 +743,21 @@ mod tests {
         assert_eq!(t.run(), Progress::Idle);
         assert_eq!(seen.runs.load(Ordering::Relaxed), 1);
         assert_eq!((t.faults(), t.status() & 64), (1, 64));
+    }
+
+    #[test]
+    fn a_device_that_sleeps_does_nothing_and_makes_up_for_it() {
+        let (mut t, seen) = started();
+        let _ = t.bell().answer();
+        t.fall_asleep();
+        let runs = seen.runs.load(Ordering::Relaxed);
+        assert_eq!(t.run(), Progress::Idle);
+        assert_eq!(seen.runs.load(Ordering::Relaxed), runs);
+        assert_eq!(t.deadline(), None);
+        t.wake();
+        assert!(t.bell().answer(), "it rings for itself");
+        t.run();
+        assert_eq!(seen.runs.load(Ordering::Relaxed), runs + 1);
     }
 
     #[test]

@@ -172,7 +172,14 @@ impl VmConfig {
             // End at once and by ways that the monitor sees; say why on our port; our kernel's short
             // boot. Kernels that do not know our words ignore them.
             words.extend(
-                ["reboot=k", "panic=-1", "hearth.report=0x5f0", "hearth.fast"].map(String::from),
+                [
+                    "reboot=k",
+                    "panic=-1",
+                    "hearth.report=0x5f0",
+                    "hearth.fast",
+                    "hearth.clone",
+                ]
+                .map(String::from),
             );
             if self.console {
                 words.push("console=ttyS0".into());

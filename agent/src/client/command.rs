@@ -119,7 +119,8 @@ impl Command {
         self
     }
 
-    /// Sets the guest's wall clock before the program starts. Times before 1970 are taken as 1970.
+    /// Tells the guest what time it is: a wall clock that is wrong, or ahead by more than 2 s, is set before
+    /// the program starts. Times before 1970 are taken as 1970.
     pub fn wall_clock(mut self, now: SystemTime) -> Self {
         self.exec.wall_clock = Some(now.into());
         self

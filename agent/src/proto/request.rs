@@ -67,7 +67,8 @@ pub struct Exec {
     pub user: Option<User>,
     /// Resource limits.
     pub limits: Limits,
-    /// Sets the wall clock before the program starts.
+    /// The time at the host when it sent this: the guest's wall clock is set to it before the program
+    /// starts, unless it is ahead by no more than the 2 s that the message may have taken.
     pub wall_clock: Option<WallClock>,
 }
 
@@ -147,7 +148,8 @@ pub struct Refresh {
     /// Fresh entropy, 32 to 512 bytes: credited to the kernel's generator, which is then reseeded. Empty: none.
     #[serde(with = "serde_bytes")]
     pub entropy: Vec<u8>,
-    /// Steps the wall clock.
+    /// The time at the host when it sent this. Our kernel steps the wall clock to the hypervisor's, which
+    /// is not late by the delivery; others, and a time that is more than a minute from it, to this.
     pub wall_clock: Option<WallClock>,
     /// The new identity: instance id, `/etc/machine-id`; with it the kernel's boot id is drawn anew.
     pub instance: Option<InstanceId>,

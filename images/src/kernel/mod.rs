@@ -51,6 +51,7 @@ patches![
     "0013-random-hearth-let-root-renew-the-boot_id-of-a-cloned.patch",
     "0014-mm-hearth-do-not-look-for-bad-pages-among-those-neve.patch",
     "0015-x86-hearth-no-2-MiB-alignment-of-decrypted-data-with.patch",
+    "0016-x86-kvmclock-hearth-let-root-step-the-wall-clock-of-.patch",
 ];
 
 /// Why there is no kernel.

@@ -107,7 +107,7 @@ impl Guest {
         if let Some(time) = exec.wall_clock
             && self.init
         {
-            hygiene::set_clock(time).map_err(|errno| SpawnFailure::Other {
+            hygiene::correct_clock(time).map_err(|errno| SpawnFailure::Other {
                 errno: errno.raw_os_error(),
             })?;
         }

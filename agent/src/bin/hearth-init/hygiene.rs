@@ -1,6 +1,7 @@
 //! What makes a clone a stranger to its siblings: random state, time, names.
 
 use alloc::{format, string::String};
+use core::time::Duration;
 
 use hearth_agent::proto::{
     Applied, InstanceId, MAX_ENTROPY, MAX_HOSTNAME, MIN_ENTROPY, Refresh, Refreshed, WallClock,
@@ -11,7 +12,7 @@ use rustix::{
     mount::mount_bind,
     rand::{GetRandomFlags, getrandom},
     system::sethostname,
-    time::{ClockId, Timespec, clock_settime},
+    time::{ClockId, Timespec, clock_gettime, clock_settime},
 };
 
 use crate::sys;
@@ -19,6 +20,14 @@ use crate::sys;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Covers the kernel's boot id where that cannot be written.
 const BOOT_ID_COVER: &str = "/run/boot_id";
+/// Steps the wall clock to the hypervisor's, in kernels of ours.
+const STEP_CLOCK: &str = "/proc/sys/kernel/step_wall_clock";
+/// A message that is older is not late: its sender wants another time than the hypervisor's.
+const FROM_THE_HOST: Duration = Duration::from_secs(60);
+/// Two readings of one host's clock may differ by that much.
+const SLACK_NS: i128 = 20_000_000;
+/// How long the host's message may have taken.
+const A_DELIVERY: Duration = Duration::from_secs(2);
 const MACHINE_ID: &str = "/etc/machine-id";
 
 /// Random bytes for a name. Never waits for entropy: a guest that has none yet must come up all the same, and its host
@@ -64,7 +73,7 @@ pub(crate) fn refresh(refresh: &Refresh, init: bool) -> Refreshed {
             sys::reseed(&refresh.entropy)
         }),
         wall_clock: part(refresh.wall_clock.is_some(), &|| {
-            set_clock(refresh.wall_clock.unwrap_or_default())
+            step_clock(refresh.wall_clock.unwrap_or_default())
         }),
         machine_id: part(refresh.instance.is_some(), &|| {
             put(
@@ -80,17 +89,40 @@ pub(crate) fn refresh(refresh: &Refresh, init: bool) -> Refreshed {
     }
 }
 
-/// Steps the wall clock.
-pub(crate) fn set_clock(time: WallClock) -> Result<(), Errno> {
-    let seconds = i64::try_from(time.since_epoch_ns / 1_000_000_000).map_err(|_| Errno::INVAL)?;
-    let nanos = i64::try_from(time.since_epoch_ns % 1_000_000_000).map_err(|_| Errno::INVAL)?;
-    clock_settime(
-        ClockId::Realtime,
-        Timespec {
-            tv_sec: seconds,
-            tv_nsec: nanos,
-        },
-    )
+/// The wall clock of a clone. What the host sent is late by the delivery of the message; kernels of ours
+/// take the time from the hypervisor at the moment of the step.
+fn step_clock(sent: WallClock) -> Result<(), Errno> {
+    if put(STEP_CLOCK, "1\n", OFlags::empty()).is_ok() && is_plausible(lead(sent), FROM_THE_HOST) {
+        return Ok(());
+    }
+    set_clock(sent)
+}
+
+/// Sets the wall clock, unless it leads what was sent by no more than a delivery may take: to set it then
+/// would make a right clock wrong, and turn it back under the programs that run.
+pub(crate) fn correct_clock(sent: WallClock) -> Result<(), Errno> {
+    if is_plausible(lead(sent), A_DELIVERY) {
+        return Ok(());
+    }
+    set_clock(sent)
+}
+
+/// By how many nanoseconds the wall clock is ahead of `sent`.
+fn lead(sent: WallClock) -> i128 {
+    let now = Duration::try_from(clock_gettime(ClockId::Realtime)).unwrap_or_default();
+    i128::try_from(now.as_nanos()).unwrap_or_default() - i128::from(sent.since_epoch_ns)
+}
+
+/// Whether a clock that leads a message by that much is right if the message took at most `delivery`.
+fn is_plausible(lead: i128, delivery: Duration) -> bool {
+    let most = i128::try_from(delivery.as_nanos()).unwrap_or(i128::MAX);
+    (-SLACK_NS..=most).contains(&lead)
+}
+
+fn set_clock(time: WallClock) -> Result<(), Errno> {
+    let since_epoch = Duration::from_nanos(time.since_epoch_ns);
+    let time = Timespec::try_from(since_epoch).map_err(|_| Errno::INVAL)?;
+    clock_settime(ClockId::Realtime, time)
 }
 
 /// Kernels of ours take a new boot id; others keep theirs, and a file of ours covers it.
@@ -132,6 +164,19 @@ fn put(path: &str, text: &str, extra: OFlags) -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clock_that_leads_a_message_by_its_delivery_is_right() {
+        for (milliseconds, right) in [
+            (-30, false),
+            (-10, true),
+            (0, true),
+            (1_999, true),
+            (2_001, false),
+        ] {
+            assert_eq!(is_plausible(milliseconds * 1_000_000, A_DELIVERY), right);
+        }
+    }
 
     #[test]
     fn uuids_have_their_version_and_variant() {

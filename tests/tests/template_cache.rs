@@ -9,7 +9,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -89,7 +89,7 @@ async fn what_cannot_be_used_is_made_again_and_never_run() {
     let dir = root.path().join(flat_key(1).name());
     let other = root.path().join(flat_key(2).name());
     let open = |name: &str| OpenOptions::new().write(true).open(dir.join(name)).unwrap();
-    let harms: [(&str, &dyn Fn()); 8] = [
+    let harms: [(&str, &dyn Fn()); 9] = [
         ("truncated memory", &|| {
             open("memory").set_len(1 << 20).unwrap()
         }),
@@ -107,6 +107,11 @@ async fn what_cannot_be_used_is_made_again_and_never_run() {
         }),
         ("foreign memory", &|| {
             fs::copy(other.join("memory"), dir.join("memory")).unwrap();
+        }),
+        ("another entry", &|| {
+            for part in ["memory", "manifest"] {
+                fs::copy(other.join(part), dir.join(part)).unwrap();
+            }
         }),
         ("no memory", &|| {
             fs::remove_file(dir.join("memory")).unwrap()
@@ -138,6 +143,24 @@ async fn what_cannot_be_used_is_made_again_and_never_run() {
     let (template, found) = get(&cache, 1);
     assert!(matches!(found, Found::Rebuilt(_)), "{found:?}");
     is(&template, 1).await;
+}
+
+#[test]
+fn a_cache_that_others_can_write_to_is_refused() {
+    let root = tempfile::tempdir().unwrap();
+    TemplateCache::open(root.path(), NO_LIMIT).unwrap();
+    for dir in ["", "lock", "work"].map(|name| root.path().join(name)) {
+        for mode in [0o720, 0o702] {
+            fs::set_permissions(&dir, fs::Permissions::from_mode(mode)).unwrap();
+            let refused = TemplateCache::open(root.path(), NO_LIMIT);
+            assert!(
+                matches!(refused, Err(StoreError::NotPrivate(_))),
+                "{dir:?} {mode:o}"
+            );
+        }
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).unwrap();
+        TemplateCache::open(root.path(), NO_LIMIT).unwrap();
+    }
 }
 
 #[tokio::test]

@@ -66,6 +66,9 @@ fn patch(entry: &mut kvm_cpuid_entry2, profile: CpuProfile, index: u8, count: u8
             // TSC deadline timer: KVM has it whenever its own APIC is used, but does not list it.
             set(&mut entry.ecx, 24, true);
             set(&mut entry.ecx, 31, true);
+            // No virtual machines inside: their state would not be captured, and KVM's code for them is
+            // not what a hostile guest needs to reach (VMX; SVM below).
+            set(&mut entry.ecx, 5, false);
         }
         // Leaf 4 (Intel) and 0x8000001D (AMD): caches. The last level is shared by the package.
         0x4 | 0x8000_001d => {
@@ -76,8 +79,11 @@ fn patch(entry: &mut kvm_cpuid_entry2, profile: CpuProfile, index: u8, count: u8
                 entry.eax = (entry.eax & !(0x3f << 26)) | (cores_mask.min(0x3f) << 26);
             }
         }
-        // AMD APM volume 3, Fn8000_0001 ECX bit 1: several cores, no hyperthreads.
-        0x8000_0001 => set(&mut entry.ecx, 1, count > 1),
+        // AMD APM volume 3, Fn8000_0001 ECX bit 1: several cores, no hyperthreads. Bit 2: SVM.
+        0x8000_0001 => {
+            set(&mut entry.ecx, 1, count > 1);
+            set(&mut entry.ecx, 2, false);
+        }
         // AMD APM volume 3, Fn8000_0008 ECX: core count and APIC id size.
         0x8000_0008 => {
             entry.ecx = (entry.ecx & !0xf0ff) | (count - 1) | (core_bits(count as u8) << 12);
@@ -120,6 +126,9 @@ fn extended_topology(leaf: u32, index: u8, count: u8) -> [kvm_cpuid_entry2; 3] {
 mod tests {
     use super::*;
 
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+
     fn host() -> CpuId {
         let leaf = |function, eax| kvm_cpuid_entry2 {
             function,
@@ -128,11 +137,17 @@ mod tests {
         };
         CpuId::from_entries(&[
             leaf(0, 0x1f),
-            leaf(1, 0),
+            kvm_cpuid_entry2 {
+                ecx: VMX,
+                ..leaf(1, 0)
+            },
             leaf(4, 1 | 3 << 5 | 0xfff << 14 | 0x3f << 26),
             leaf(0xb, 99),
             leaf(KVM_FEATURES, 0x0100_7efb | KVM_PV_CALLS),
-            leaf(0x8000_0001, 0),
+            kvm_cpuid_entry2 {
+                ecx: SVM,
+                ..leaf(0x8000_0001, 0)
+            },
             leaf(0x8000_0008, 0x3030),
             leaf(0x8000_001d, 3 << 5),
             leaf(0x8000_001e, 77),
@@ -178,6 +193,36 @@ mod tests {
                 assert_eq!((node.eax, (node.ebx >> 8) & 0xff), (u32::from(index), 0));
             }
         }
+    }
+
+    #[test]
+    fn a_guest_has_no_virtual_machines_of_its_own() {
+        let table = for_vcpu(&host(), CpuProfile::Native, 0, 1).unwrap();
+        assert_eq!(get(&table, 1, 0).ecx & VMX, 0);
+        assert_eq!(get(&table, 0x8000_0001, 0).ecx & SVM, 0);
+    }
+
+    /// A saved guest has seen the CPUID of the library that saved it: if that changes, the templates of
+    /// before must not be loaded.
+    #[test]
+    fn what_guests_are_shown_changes_only_with_the_format_of_templates() {
+        use sha2::Digest as _;
+        let mut seen = sha2::Sha256::new();
+        for profile in [CpuProfile::Native, CpuProfile::Emulated] {
+            for (index, count) in [(0, 1), (2, 3)] {
+                let table = for_vcpu(&host(), profile, index, count).unwrap();
+                seen.update(postcard::to_stdvec(table.as_slice()).unwrap());
+            }
+        }
+        let seen = seen.finalize();
+        assert_eq!(
+            (crate::snapshot::FORMAT, format!("{seen:x}").as_str()),
+            (
+                2,
+                "12646b29374fb9c655ff24eb416ae03043b0c28cf7a5b037d3b14521f7925d99"
+            ),
+            "raise FORMAT, then note both here"
+        );
     }
 
     #[test]

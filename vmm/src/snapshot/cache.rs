@@ -20,7 +20,7 @@ use sha2::{Digest as _, Sha256};
 use super::Template;
 use super::manifest::FORMAT;
 use super::origin::Origin;
-use super::store::{MANIFEST, Scratch, StoreError, io_error, publish};
+use super::store::{MANIFEST, Scratch, StoreError, io_error, is_private, publish};
 
 const LOCKS: &str = "lock";
 const WORK: &str = "work";
@@ -152,7 +152,8 @@ impl TemplateCache {
     /// the rest fits. The one just added stays even if it alone is larger.
     ///
     /// # Errors
-    /// [`StoreError::Io`].
+    /// [`StoreError::Io`]; [`StoreError::NotPrivate`] where other users can write to it: what they put
+    /// there would run.
     pub fn open(root: impl AsRef<Path>, limit: u64) -> Result<Self, StoreError> {
         let root = root.as_ref();
         let root = std::path::absolute(root).map_err(io_error("use", root))?;
@@ -162,6 +163,10 @@ impl TemplateCache {
                 .mode(0o700)
                 .create(&dir)
                 .map_err(io_error("create", &dir))?;
+            let own = fs::symlink_metadata(&dir).map_err(io_error("read", &dir))?;
+            if !own.is_dir() || !is_private(own.uid(), own.mode()) {
+                return Err(StoreError::NotPrivate(dir));
+            }
         }
         Ok(Self { root, limit })
     }
@@ -243,12 +248,17 @@ impl TemplateCache {
         if manifest.try_lock_shared().is_err() {
             return Ok(None);
         }
+        // Replaced between the two: the lock would keep nothing.
+        let inode = |of: std::io::Result<fs::Metadata>| of.map(|of| (of.dev(), of.ino())).ok();
+        if inode(manifest.metadata()) != inode(fs::symlink_metadata(&path)) {
+            return Ok(None);
+        }
         // An order of eviction that is a little wrong is no reason to fail.
         let _ = manifest.set_times(FileTimes::new().set_modified(SystemTime::now()));
         let lease = Lease {
             _manifest: manifest,
         };
-        Ok(Some(Template::load_for(&dir, here)?.kept_by(lease)))
+        Ok(Some(Template::load_entry(&dir, here, key)?.kept_by(lease)))
     }
 
     fn entries(&self) -> Result<Vec<Present>, StoreError> {
@@ -343,7 +353,7 @@ impl Vacancy {
             remove(left).map_err(io_error("remove", left))?;
         }
         let scratch = Scratch::new(cache.work(&self.key, ""))?;
-        template.write_into(&scratch.0)?;
+        template.write_into(&scratch.0, &self.key)?;
         // Held before others see it.
         let manifest = scratch.0.join(MANIFEST);
         let lease = File::open(&manifest)
@@ -357,7 +367,9 @@ impl Vacancy {
         }
         publish(&scratch.0, &dir)?;
         let _ = remove(&old);
-        cache.evict(&self.key)?;
+        if let Err(error) = cache.evict(&self.key) {
+            tracing::warn!(%error, "the template cache may exceed its limit");
+        }
         let lease = Lease { _manifest: lease };
         Ok(template.kept_by(lease))
     }

@@ -11,6 +11,12 @@ use crate::kvm::KvmError;
 /// IA32_TSC_DEADLINE; restored after the APIC and after the TSC (Intel SDM volume 3, section
 /// 11.5.4.1), so it is kept last.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Where the guest wants the wall clock's base written, MSR_KVM_WALL_CLOCK and its older number
+/// (Documentation/virt/kvm/x86/msr.rst). Not restored: KVM would write there once more, a page of each clone
+/// for a value that is only read when it was just asked for.
+const MSR_KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+/// IA32_MTRR_DEF_TYPE: set at boot, but not in KVM's list.
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// IA32_TSC; first, because the deadline refers to it.
 const MSR_TSC: u32 = 0x10;
 
@@ -93,8 +99,10 @@ fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
 /// Reads all that can be read. KVM stops at the first MSR that it cannot read (some are listed but
 /// not given to this guest); that one is left out.
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
-    let mut left: Vec<kvm_msr_entry> = indices
-        .iter()
+    let listed = indices.iter().filter(|index| **index != MSR_MTRR_DEF_TYPE);
+    let mut left: Vec<kvm_msr_entry> = listed
+        .filter(|index| !MSR_KVM_WALL_CLOCK.contains(index))
+        .chain([&MSR_MTRR_DEF_TYPE])
         .map(|index| kvm_msr_entry {
             index: *index,
             ..Default::default()

@@ -14,8 +14,9 @@ use sha2::{Digest as _, Sha256};
 use super::VmState;
 use super::origin::Origin;
 
-/// Version of the format. Raised whenever any struct below [`Manifest`] changes; others are refused.
-pub(crate) const FORMAT: u32 = 1;
+/// Version of the format; others are refused. Raised whenever any struct below [`Manifest`] changes, or
+/// what a vCPU is given that is not saved (its CPUID).
+pub(crate) const FORMAT: u32 = 2;
 /// Most bytes of a manifest: far more than 32 vCPUs and all connections of a device need.
 pub(super) const MAX_BYTES: u64 = 4 << 20;
 
@@ -31,6 +32,8 @@ pub(super) type Digest = [u8; 32];
 #[derive(Debug, Deserialize)]
 pub(super) struct Manifest {
     pub(super) origin: Origin,
+    /// The name of the cache's entry that this is; empty for a template outside of a cache.
+    pub(super) key: String,
     /// Of the memory; see [`copy_pages`](super::memory::copy_pages).
     pub(super) memory: Digest,
     pub(super) state: VmState,
@@ -50,11 +53,12 @@ pub(super) enum Defect {
 /// The bytes of a manifest with these parts.
 pub(super) fn encode(
     origin: &Origin,
+    key: &str,
     memory: Digest,
     state: &VmState,
 ) -> Result<Vec<u8>, postcard::Error> {
     // A tuple is encoded as the struct of its members.
-    postcard::to_stdvec(&(origin, memory, state)).map(|body| seal_body(&body))
+    postcard::to_stdvec(&(origin, key, memory, state)).map(|body| seal_body(&body))
 }
 
 /// A manifest file with this body.

@@ -25,6 +25,8 @@ use vm_superio::serial::SerialState;
 
 use self::chips::ChipState;
 use self::cpu::VcpuState;
+#[cfg(test)]
+pub(crate) use self::manifest::FORMAT;
 pub use self::origin::Difference;
 pub use self::store::StoreError;
 use crate::host::HostError;

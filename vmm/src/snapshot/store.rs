@@ -110,7 +110,7 @@ impl Template {
             std::process::id()
         );
         let scratch = Scratch::new(parent.join(scratch))?;
-        self.write_into(&scratch.0)?;
+        self.write_into(&scratch.0, "")?;
         publish(&scratch.0, &dir)
     }
 
@@ -126,7 +126,19 @@ impl Template {
     }
 
     pub(super) fn load_for(dir: &Path, here: &Origin) -> Result<Self, StoreError> {
+        Self::read(dir, Stored::open(dir, here)?)
+    }
+
+    /// As [`Template::load_for`], and refuses what was written as an entry of another key.
+    pub(super) fn load_entry(dir: &Path, here: &Origin, key: &str) -> Result<Self, StoreError> {
         let stored = Stored::open(dir, here)?;
+        if stored.manifest.key != key {
+            return Err(StoreError::Damaged(dir.join(MANIFEST)));
+        }
+        Self::read(dir, stored)
+    }
+
+    fn read(dir: &Path, stored: Stored) -> Result<Self, StoreError> {
         let path = dir.join(MEMORY);
         let bytes = stored.manifest.state.hardware.memory_bytes;
         let target = memfd().map_err(io_error("make memory for", &path))?;
@@ -161,19 +173,14 @@ impl Template {
 
     pub(super) fn load_trusted_for(dir: &Path, here: &Origin) -> Result<Self, StoreError> {
         let stored = Stored::open(dir, here)?;
-        let own = fs::metadata(dir).map_err(io_error("read", dir))?;
-        let memory = stored.memory.metadata().map_err(io_error("read", dir))?;
-        let user = rustix::process::geteuid().as_raw();
-        for of in [own, memory] {
-            if of.uid() != user || of.mode() & 0o022 != 0 {
-                return Err(StoreError::NotPrivate(dir.to_owned()));
-            }
+        if !stored.private {
+            return Err(StoreError::NotPrivate(dir.to_owned()));
         }
         Ok(Self::with(stored.manifest.state, Arc::new(stored.memory)))
     }
 
     /// Writes the parts into an empty directory and waits until the disk has them.
-    pub(super) fn write_into(&self, dir: &Path) -> Result<(), StoreError> {
+    pub(super) fn write_into(&self, dir: &Path, key: &str) -> Result<(), StoreError> {
         if has_images(&self.frozen.state) {
             return Err(StoreError::Images(dir.to_owned()));
         }
@@ -182,6 +189,7 @@ impl Template {
             &self.frozen.state,
             &self.frozen.memory,
             &Origin::here()?,
+            key,
         )
     }
 }
@@ -191,6 +199,14 @@ struct Stored {
     manifest: Manifest,
     /// As long as the manifest says; nothing else of it is known.
     memory: File,
+    /// Whether nobody but this user can write the directory and what is in it. Asked of what is open, not
+    /// of names, which others may give to something else.
+    private: bool,
+}
+
+/// Whether nobody but this user can write the file or directory.
+pub(super) fn is_private(uid: u32, mode: u32) -> bool {
+    uid == rustix::process::geteuid().as_raw() && mode & 0o022 == 0
 }
 
 impl Stored {
@@ -202,8 +218,11 @@ impl Stored {
             Err(e) => return Err(io_error("open", dir)(e.into())),
         };
         let path = dir.join(MANIFEST);
-        let (file, len) = open_part(&at, MANIFEST, &path)?;
-        if len > manifest::MAX_BYTES {
+        let own = rustix::fs::fstat(&at).map_err(|e| io_error("read", dir)(e.into()))?;
+        let (file, metadata) = open_part(&at, MANIFEST, &path)?;
+        let mut private =
+            is_private(own.st_uid, own.st_mode) && is_private(metadata.uid(), metadata.mode());
+        if metadata.len() > manifest::MAX_BYTES {
             return Err(StoreError::Damaged(path));
         }
         let mut bytes = Vec::new();
@@ -235,11 +254,16 @@ impl Stored {
             return Err(StoreError::Damaged(path));
         }
         let path = dir.join(MEMORY);
-        let (memory, len) = open_part(&at, MEMORY, &path)?;
-        if len != hardware.memory_bytes {
+        let (memory, metadata) = open_part(&at, MEMORY, &path)?;
+        private &= is_private(metadata.uid(), metadata.mode());
+        if metadata.len() != hardware.memory_bytes {
             return Err(StoreError::Damaged(path));
         }
-        Ok(Self { manifest, memory })
+        Ok(Self {
+            manifest,
+            memory,
+            private,
+        })
     }
 }
 
@@ -248,8 +272,8 @@ fn has_images(state: &VmState) -> bool {
     devices.any(|device| matches!(device, DeviceState::Pmem(_)))
 }
 
-/// Opens a part, which must be a plain file, and gives its length.
-fn open_part(dir: &OwnedFd, name: &str, path: &Path) -> Result<(File, u64), StoreError> {
+/// Opens a part, which must be a plain file.
+fn open_part(dir: &OwnedFd, name: &str, path: &Path) -> Result<(File, fs::Metadata), StoreError> {
     // Without blocking, should it be a pipe.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match openat(dir, name, flags, Mode::empty()) {
@@ -262,7 +286,7 @@ fn open_part(dir: &OwnedFd, name: &str, path: &Path) -> Result<(File, u64), Stor
     if !metadata.is_file() {
         return Err(StoreError::Damaged(path.to_owned()));
     }
-    Ok((file, metadata.len()))
+    Ok((file, metadata))
 }
 
 pub(super) fn write_parts(
@@ -270,6 +294,7 @@ pub(super) fn write_parts(
     state: &VmState,
     memory: &File,
     here: &Origin,
+    key: &str,
 ) -> Result<(), StoreError> {
     let create = |name: &str| {
         let path = dir.join(name);
@@ -287,7 +312,7 @@ pub(super) fn write_parts(
     };
     let memory = write().map_err(io_error("write", &path))?;
     let (mut file, path) = create(MANIFEST)?;
-    let encoded = manifest::encode(here, memory, state).map_err(std::io::Error::other);
+    let encoded = manifest::encode(here, key, memory, state).map_err(std::io::Error::other);
     encoded
         .and_then(|bytes| std::io::Write::write_all(&mut file, &bytes))
         .and_then(|()| file.sync_all())

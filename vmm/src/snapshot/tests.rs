@@ -59,7 +59,7 @@ fn template(content: &[u8]) -> Template {
 fn write(template: &Template, dir: &Path) {
     fs::create_dir(dir).unwrap();
     let Frozen { state, memory } = &*template.frozen;
-    write_parts(dir, state, memory, &host()).unwrap();
+    write_parts(dir, state, memory, &host(), "").unwrap();
 }
 
 fn load(dir: &Path) -> Result<Template, StoreError> {
@@ -135,7 +135,7 @@ fn a_host_of_another_kind_is_refused_with_the_reason() {
     let Frozen { state, memory } = &*template.frozen;
     let mut there: Origin = host();
     there.rename_kernel("5.10 #7");
-    write_parts(&dir, state, memory, &there).unwrap();
+    write_parts(&dir, state, memory, &there, "").unwrap();
     let refused = load(&dir).unwrap_err();
     assert!(matches!(
         refused,
@@ -198,7 +198,7 @@ fn sizes_that_no_vm_has_are_refused_before_memory_is_taken() {
         fs::create_dir(&dir).unwrap();
         let mut state = state();
         change(&mut state);
-        let bytes = manifest::encode(&host(), [0; 32], &state).unwrap();
+        let bytes = manifest::encode(&host(), "", [0; 32], &state).unwrap();
         fs::write(dir.join("manifest"), bytes).unwrap();
         resize_new(&dir.join("memory"), BYTES);
         assert!(
@@ -219,7 +219,7 @@ fn a_trusted_template_is_private_and_has_its_whole_memory() {
     write(&template(b"content"), &dir);
     let trusted = |dir: &Path| Template::load_trusted_for(dir, &host());
     assert_eq!(&page(&trusted(&dir).unwrap(), 2)[..7], b"content");
-    for path in [dir.clone(), dir.join("memory")] {
+    for path in [dir.clone(), dir.join("memory"), dir.join("manifest")] {
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         for others in [0o020, 0o002] {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode | others)).unwrap();
@@ -344,7 +344,7 @@ proptest! {
 
 #[test]
 fn every_byte_of_a_manifest_counts() {
-    let good = manifest::encode(&host(), [7; 32], &state()).unwrap();
+    let good = manifest::encode(&host(), "", [7; 32], &state()).unwrap();
     manifest::Manifest::decode(&good).unwrap();
     // Each byte of the header and of the first of the body, then every 97th.
     for at in (0..200).chain((200..good.len()).step_by(97)) {
@@ -369,5 +369,5 @@ fn the_format_is_what_its_version_says() {
         .take(8)
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    assert_eq!((manifest::FORMAT, digest.as_str()), (1, "9ad394e6aaec7da5"));
+    assert_eq!((manifest::FORMAT, digest.as_str()), (2, "9ad394e6aaec7da5"));
 }

@@ -201,8 +201,8 @@ impl Machine {
         if state.vcpus.len() != vcpus.len() {
             return Err(BootError::State("not as many vCPUs as the VM has".into()));
         }
-        for (saved, vcpu) in state.vcpus.iter().zip(&vcpus) {
-            saved.restore(vcpu)?;
+        for (index, (saved, vcpu)) in state.vcpus.iter().zip(&vcpus).enumerate() {
+            saved.restore(vcpu, index)?;
         }
         times.kvm = start.elapsed();
 

@@ -154,12 +154,7 @@ async fn an_exit_that_was_under_way_is_finished_before_the_capture() {
     for _ in 0..10 {
         let template = vm.snapshot().unwrap();
         let clone = template.fork().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while clone.exits().total() < 3 {
-            assert_eq!(clone.status(), VmStatus::Running);
-            assert!(Instant::now() < deadline, "the clone does not run");
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        runs(&clone).await;
     }
 }
 
@@ -205,4 +200,32 @@ fn vcpus_can_be_kicked_where_their_owner_blocks_all_signals() {
     });
     embedder.join().unwrap();
     assert_eq!(hearth_vmm::leaked_vms(), 0);
+}
+
+#[tokio::test]
+async fn a_clone_has_the_debug_registers_of_its_template() {
+    if !kvm() {
+        return;
+    }
+    let mut code = vec![
+        // mov rax, 0x1234; mov dr0, rax
+        0x48, 0xc7, 0xc0, 0x34, 0x12, 0x00, 0x00, 0x0f, 0x23, 0xc0,
+        // l: mov rax, dr0; cmp eax, 0x1234; jne out; in al, 0x64; jmp l
+        0x0f, 0x21, 0xc0, 0x3d, 0x34, 0x12, 0x00, 0x00, 0x75, 0x04, 0xe4, 0x64, 0xeb, 0xf2,
+    ];
+    code.extend(report(0x5f0, 4));
+    let vm = boot(code);
+    runs(&vm).await;
+    let template = vm.into_template().unwrap();
+    runs(&template.fork().unwrap()).await;
+}
+
+/// Waits until the guest has gone through its loop some times.
+async fn runs(vm: &Vm) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while vm.exits().total() < 5 {
+        assert_eq!(vm.status(), VmStatus::Running);
+        assert!(Instant::now() < deadline, "the guest does not run");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }

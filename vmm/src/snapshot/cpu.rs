@@ -1,8 +1,8 @@
 //! The state of one vCPU, saved and restored in the order that KVM wants.
 
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_RUNNABLE, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -19,6 +19,22 @@ const MSR_KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// IA32_TSC; first, because the deadline refers to it.
 const MSR_TSC: u32 = 0x10;
+
+/// Debug registers after a reset (Intel SDM volume 3, table 10-1).
+const DEBUG_RESET: kvm_debugregs = kvm_debugregs {
+    db: [0; 4],
+    dr6: 0xffff_0ff0,
+    dr7: 0x400,
+    flags: 0,
+    reserved: [0; 9],
+};
+
+/// Whether these are the extended control registers after a reset: XCR0 with x87 state alone (Intel SDM
+/// volume 3, table 10-1).
+fn is_reset(xcrs: &kvm_xcrs) -> bool {
+    let [xcr0, ..] = xcrs.xcrs;
+    (xcrs.nr_xcrs, xcr0.xcr, xcr0.value) == (1, 0, 1)
+}
 
 /// Everything that KVM keeps of a vCPU but for CPUID, which follows from host and configuration.
 #[derive(serde::Serialize, serde::Deserialize)]
@@ -64,10 +80,13 @@ impl VcpuState {
         })
     }
 
-    /// Restores a fresh vCPU whose CPUID is set.
-    pub(crate) fn restore(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
-        vcpu.set_mp_state(self.mp_state)
-            .map_err(KvmError::of("KVM_SET_MP_STATE"))?;
+    /// Restores a fresh vCPU, the `index`th, whose CPUID is set. What it has from its reset is not set.
+    pub(crate) fn restore(&self, vcpu: &VcpuFd, index: usize) -> Result<(), KvmError> {
+        // The first vCPU is runnable from the start, the others wait for it (KVM_CREATE_VCPU).
+        if index > 0 || self.mp_state.mp_state != KVM_MP_STATE_RUNNABLE {
+            vcpu.set_mp_state(self.mp_state)
+                .map_err(KvmError::of("KVM_SET_MP_STATE"))?;
+        }
         vcpu.set_regs(&self.regs)
             .map_err(KvmError::of("KVM_SET_REGS"))?;
         vcpu.set_sregs(&self.sregs)
@@ -75,9 +94,11 @@ impl VcpuState {
         // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes unless the process asked for
         // larger features (AMX) with arch_prctl, which this library never does.
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(KvmError::of("KVM_SET_XSAVE"))?;
-        vcpu.set_xcrs(&self.xcrs)
-            .map_err(KvmError::of("KVM_SET_XCRS"))?;
-        if self.debugregs != kvm_debugregs::default() {
+        if !is_reset(&self.xcrs) {
+            vcpu.set_xcrs(&self.xcrs)
+                .map_err(KvmError::of("KVM_SET_XCRS"))?;
+        }
+        if self.debugregs != DEBUG_RESET {
             vcpu.set_debug_regs(&self.debugregs)
                 .map_err(KvmError::of("KVM_SET_DEBUGREGS"))?;
         }

@@ -183,15 +183,21 @@ impl Machine {
 
         let start = Instant::now();
         let devices = Devices::new(hardware, images)?;
-        let mut machine = Self::assemble(hardware, ram, vm, vcpus, devices)?;
+        let mut machine = Self::assemble(hardware, ram, vm, vcpus.len(), devices)?;
+        machine.spawn(vcpus)?;
         times.devices = start.elapsed();
         machine.times = times;
         machine.stats = stats;
         Ok(machine)
     }
 
-    /// Makes a VM that goes on from `state` in `ram`; its vCPUs wait at the gate.
-    pub(crate) fn restore(state: &VmState, ram: GuestRam) -> Result<Machine, BootError> {
+    /// Makes a VM that goes on from `state` in `ram`. Its vCPUs wait at the gate, or run at once: to wake a
+    /// thread that has just come to wait takes longer than all the rest of a fork on a busy host.
+    pub(crate) fn restore(
+        state: &VmState,
+        ram: GuestRam,
+        want: Want,
+    ) -> Result<Machine, BootError> {
         let host = Host::get()?;
         let mut times = CreateTimes::default();
         let start = Instant::now();
@@ -208,22 +214,25 @@ impl Machine {
 
         let start = Instant::now();
         let devices = Devices::restore(state, images)?;
-        let mut machine = Self::assemble(state.hardware, ram, vm, vcpus, devices)?;
+        let mut machine = Self::assemble(state.hardware, ram, vm, vcpus.len(), devices)?;
         for (transport, saved) in machine.board.virtio.iter().zip(&state.transports) {
             lock(transport)
                 .restore(saved)
                 .map_err(|e| BootError::State(e.to_string()))?;
         }
+        machine.gate.set(want);
+        machine.spawn(vcpus)?;
         times.devices = start.elapsed();
         machine.times = times;
         Ok(machine)
     }
 
+    /// All but the vCPUs' threads.
     fn assemble(
         hardware: Hardware,
         ram: GuestRam,
         vm: VmFd,
-        vcpus: Vec<VcpuFd>,
+        vcpus: usize,
         devices: Devices,
     ) -> Result<Machine, BootError> {
         let mut virtio = Vec::with_capacity(devices.virtio.len());
@@ -242,13 +251,12 @@ impl Machine {
             serial,
             virtio: virtio.clone(),
         });
-        let gate = Arc::new(Gate::new(vcpus.len(), Want::Pause));
+        let gate = Arc::new(Gate::new(vcpus, Want::Pause));
         let ending = Arc::new(Ending::new(Arc::clone(&gate), devices.console.clone()));
         ending.ends_streams(devices.vsock.clone());
         let attachment =
             Reactor::get(hardware.limits.seccomp)?.attach(virtio, Arc::clone(&ending))?;
-        // From here on a failure takes the half-made machine apart by dropping it.
-        let mut machine = Machine {
+        Ok(Machine {
             hardware,
             gate,
             ending,
@@ -259,27 +267,32 @@ impl Machine {
             board,
             times: CreateTimes::default(),
             stats: Vec::new(),
-            threads: Vec::with_capacity(vcpus.len()),
+            threads: Vec::with_capacity(vcpus),
             attachment: Some(attachment),
             vm: Some(vm),
             ram: Some(ram),
             images: devices.images,
-        };
-        let account = hardware.limits.cpu_percent.map(Account::new).map(Arc::new);
+        })
+    }
+
+    /// Starts the vCPUs' threads. A failure takes the half-made machine apart by dropping it.
+    fn spawn(&mut self, vcpus: Vec<VcpuFd>) -> Result<(), BootError> {
+        let limits = self.hardware.limits;
+        let account = limits.cpu_percent.map(Account::new).map(Arc::new);
         for (index, fd) in vcpus.into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
                 fd,
-                board: Arc::clone(&machine.board),
-                gate: Arc::clone(&machine.gate),
-                ending: Arc::clone(&machine.ending),
-                exits: Arc::clone(&machine.exits),
-                seccomp: hardware.limits.seccomp,
+                board: Arc::clone(&self.board),
+                gate: Arc::clone(&self.gate),
+                ending: Arc::clone(&self.ending),
+                exits: Arc::clone(&self.exits),
+                seccomp: limits.seccomp,
                 account: account.clone(),
             };
-            machine.threads.push(vcpu.spawn()?);
+            self.threads.push(vcpu.spawn()?);
         }
-        Ok(machine)
+        Ok(())
     }
 
     /// The state of a VM whose vCPUs wait at the gate, and what `with_memory` makes of its memory

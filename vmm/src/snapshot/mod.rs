@@ -33,6 +33,7 @@ use crate::host::HostError;
 use crate::kvm::KvmError;
 use crate::machine::{BootError, Hardware, Machine};
 use crate::memory::{GuestRam, Sharing, seal};
+use crate::vcpu::gate::Want;
 use crate::virtio::mmio::TransportState;
 use crate::vm::{PauseError, Vm};
 
@@ -93,10 +94,7 @@ impl Template {
     /// # Errors
     /// [`BootError`] when the host refuses; nothing is left behind.
     pub fn fork(&self) -> Result<Vm, BootError> {
-        let vm = self.fork_paused()?;
-        // A VM that is just made has not ended.
-        let _ = vm.resume();
-        Ok(vm)
+        self.clone_that(Want::Run)
     }
 
     /// As [`Template::fork`], but the VM does not run before [`Vm::resume`].
@@ -104,9 +102,13 @@ impl Template {
     /// # Errors
     /// As [`Template::fork`].
     pub fn fork_paused(&self) -> Result<Vm, BootError> {
+        self.clone_that(Want::Pause)
+    }
+
+    fn clone_that(&self, want: Want) -> Result<Vm, BootError> {
         let bytes = self.frozen.state.hardware.memory_bytes;
         let ram = GuestRam::map_file(Arc::clone(&self.frozen.memory), bytes, Sharing::Private)?;
-        Machine::restore(&self.frozen.state, ram).map(Vm::of)
+        Machine::restore(&self.frozen.state, ram, want).map(Vm::of)
     }
 
     /// Bytes of host memory (of a file, if that was mapped) that the template itself holds, once for

@@ -219,7 +219,7 @@ impl<B: Backend> Shared<B> {
                     match served.try_recv() {
                         Ok(Ok(lease)) if lease.is_alive() => return Ok(lease.hand_off()),
                         _ => {
-                            let profile = self.name(profile);
+                            let profile = self.profile_name(profile);
                             return Err(AcquireError::Timeout {
                                 profile,
                                 waited: began.elapsed(),
@@ -251,11 +251,6 @@ impl<B: Backend> Shared<B> {
         }
     }
 
-    fn name(&self, profile: ProfileId) -> String {
-        self.profile(profile)
-            .map_or_else(String::new, |kept| kept.spec.name.clone())
-    }
-
     fn missed(&self, profile: ProfileId, refusal: Refusal) -> AcquireError {
         if let Some(kept) = self.profile(profile) {
             kept.metrics.misses.increment(1);
@@ -267,9 +262,9 @@ impl<B: Backend> Shared<B> {
         match refusal {
             Refusal::NotStarted => AcquireError::NotStarted,
             Refusal::Stopping => AcquireError::Stopping,
-            Refusal::Draining => AcquireError::Draining(self.name(profile)),
+            Refusal::Draining => AcquireError::Draining(self.profile_name(profile)),
             Refusal::Exhausted(why) => AcquireError::Exhausted {
-                profile: self.name(profile),
+                profile: self.profile_name(profile),
                 why,
             },
         }

@@ -14,6 +14,7 @@ use replies::{Offered, Pass};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use crate::backend::{Backend, ProbeError};
 use crate::boot::Failed;
@@ -24,6 +25,9 @@ use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
 use crate::permit::Denial;
 use crate::shared::{Shared, State};
 use crate::slot::{Slot, VmId};
+
+/// The way to the actor of one life.
+pub(crate) type Home<B> = mpsc::UnboundedSender<Message<B>>;
 
 /// What the actor is sent. Everything that owns a VM travels by value.
 pub(crate) enum Message<B: Backend> {
@@ -40,6 +44,7 @@ pub(crate) enum Message<B: Backend> {
         done: Option<oneshot::Sender<()>>,
     },
     Withdrawn(VmId),
+    Prepare(ProfileId, oneshot::Sender<Result<(), BootFailure>>),
     Replenish(ProfileId, TicketId, oneshot::Sender<Replenished>),
     Offer(ProfileId, TicketId, B::Vm, OfferReply<B>),
     Forget(TicketId),
@@ -70,8 +75,10 @@ pub struct CheckReport {
 
 pub(crate) struct Actor<B: Backend> {
     pub(crate) shared: Arc<Shared<B>>,
-    pub(crate) home: mpsc::UnboundedSender<Message<B>>,
+    pub(crate) home: Home<B>,
     pub(crate) tasks: JoinSet<()>,
+    /// Ends preparations; the start that asked for them is over then.
+    pub(crate) prepared: CancellationToken,
     tickets: HashMap<TicketId, oneshot::Sender<Replenished>>,
     offers: HashMap<TicketId, Offered<B>>,
     passes: HashMap<PassId, Pass>,
@@ -92,11 +99,12 @@ pub(crate) struct Actor<B: Backend> {
 const BATCH: usize = 64;
 
 impl<B: Backend> Actor<B> {
-    pub(crate) fn new(shared: Arc<Shared<B>>, home: mpsc::UnboundedSender<Message<B>>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared<B>>, home: Home<B>) -> Self {
         Self {
             shared,
             home,
             tasks: JoinSet::new(),
+            prepared: CancellationToken::new(),
             tickets: HashMap::new(),
             offers: HashMap::new(),
             passes: HashMap::new(),
@@ -196,6 +204,9 @@ impl<B: Backend> Actor<B> {
             self.receive(&mut state, now, message);
             self.perform(&mut state, now);
         }
+        if state.ledger.phase() != Phase::Starting {
+            self.prepared.cancel();
+        }
         for (index, profile) in shared.profiles.iter().enumerate() {
             profile.metrics.show(&state.ledger.counts(ProfileId(index)));
         }
@@ -235,6 +246,7 @@ impl<B: Backend> Actor<B> {
                 self.shared.emit(profile, Some(id), EventKind::Withdrawn);
                 state.tell(now, Event::Withdrawn(id));
             }
+            Message::Prepare(profile, reply) => self.prepare(profile, reply),
             Message::Replenish(profile, ticket, reply) => {
                 self.tickets.insert(ticket, reply);
                 state.tell(now, Event::Replenish(profile, ticket));

@@ -4,10 +4,10 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use crate::actor::Message;
+use crate::actor::{Home, Message};
 use crate::backend::{Backend, ProbeError};
 use crate::health;
 use crate::ledger::ProfileId;
@@ -25,7 +25,7 @@ use crate::slot::VmId;
 pub struct Lease<B: Backend> {
     shared: Arc<Shared<B>>,
     /// Unbounded, and so never full: at most one message for each lease out.
-    home: mpsc::UnboundedSender<Message<B>>,
+    home: Home<B>,
     id: VmId,
     profile: ProfileId,
     since: Instant,
@@ -44,7 +44,7 @@ pub(crate) struct Held<B: Backend> {
 impl<B: Backend> Lease<B> {
     pub(crate) fn untouched(
         shared: Arc<Shared<B>>,
-        home: mpsc::UnboundedSender<Message<B>>,
+        home: Home<B>,
         id: VmId,
         profile: ProfileId,
         held: Held<B>,

@@ -53,6 +53,7 @@ mod pool;
 mod profile;
 mod shared;
 mod slot;
+mod start;
 mod status;
 mod tasks;
 

@@ -1,25 +1,19 @@
 //! The pool, as its users see it.
 
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::FutureExt;
-use futures::future::join_all;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
-use crate::actor::{Actor, CheckReport, Message};
+use crate::actor::{CheckReport, Home, Message};
 use crate::backend::Backend;
-use crate::config::{ConfigError, PoolConfig, Refill};
-use crate::error::{
-    BootFailure, NotReady, OfferError, OfferRefusal, ProfileStart, Replenished, StartError,
-    StartReport, UnknownProfile,
-};
+use crate::config::{ConfigError, PoolConfig};
+use crate::error::{BootFailure, NotReady, OfferError, OfferRefusal, Replenished, UnknownProfile};
 use crate::event::{EventKind, PoolEvent};
 use crate::host::{Host, ThisHost};
 use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
-use crate::shared::{Shared, State};
+use crate::shared::Shared;
 use crate::slot::VmId;
 use crate::status::{PoolStatus, ProfileStatus};
 
@@ -42,8 +36,11 @@ struct Owner<B: Backend>(Arc<Shared<B>>);
 
 impl<B: Backend> Drop for Owner<B> {
     fn drop(&mut self) {
-        self.0
-            .begin_stop(Instant::now() + Duration::from_millis(self.0.config.stop_deadline_ms));
+        let by = Instant::now() + Duration::from_millis(self.0.config.stop_deadline_ms);
+        let life = self.0.state().inbox.clone();
+        if let Some(home) = life {
+            self.0.begin_stop(&home, by);
+        }
     }
 }
 
@@ -83,94 +80,6 @@ impl<B: Backend> Pool<B> {
         &self.shared().config
     }
 
-    /// Prepares and boots all profiles in parallel, then serves. Missing VMs are reported and, with
-    /// automatic refill, made up for. A stopped pool can be started again.
-    ///
-    /// # Errors
-    /// If a profile has not a single VM; everything made is then destroyed.
-    ///
-    /// # Cancel safety
-    /// Dropping the future stops the pool in the background and destroys everything made.
-    pub async fn start(&self) -> Result<StartReport, StartError> {
-        let shared = self.shared();
-        let runtime = tokio::runtime::Handle::try_current().map_err(|_| StartError::NoRuntime)?;
-        {
-            let mut state = shared.state();
-            match state.ledger.phase() {
-                Phase::Starting | Phase::Running => return Err(StartError::Running),
-                Phase::Stopping => return Err(StartError::Stopping),
-                Phase::Stopped if state.inbox.is_some() => return Err(StartError::Stopping),
-                Phase::Stopped => {}
-            }
-            let (home, inbox) = mpsc::unbounded_channel();
-            state.inbox = Some(home.clone());
-            state.tell(Instant::now(), Event::Start);
-            drop(state);
-            runtime.spawn(Actor::new(Arc::clone(shared), home).run(inbox));
-        }
-        let unfinished = Unfinished(Some(shared));
-        let profiles = (0..shared.profiles.len()).map(|index| self.start_profile(ProfileId(index)));
-        let report = StartReport {
-            profiles: join_all(profiles).await,
-        };
-        if shared.state().ledger.phase() != Phase::Starting {
-            return Err(StartError::Stopping);
-        }
-        if report.profiles.iter().any(|profile| profile.booted == 0)
-            && (shared.config.refill != Refill::Manual
-                || report
-                    .profiles
-                    .iter()
-                    .any(|profile| !profile.failures.is_empty()))
-        {
-            drop(unfinished);
-            self.stopped().await;
-            return Err(StartError::NoVm(report));
-        }
-        shared.state().tell(Instant::now(), Event::Run);
-        shared.nudge.wake();
-        unfinished.complete();
-        shared.emit(None, None, EventKind::Started);
-        Ok(report)
-    }
-
-    async fn start_profile(&self, id: ProfileId) -> ProfileStart {
-        let shared = self.shared();
-        let mut start = ProfileStart {
-            profile: String::new(),
-            booted: 0,
-            failures: Vec::new(),
-        };
-        let Some(kept) = shared.profile(id) else {
-            return start;
-        };
-        start.profile.clone_from(&kept.spec.name);
-        let prepare = AssertUnwindSafe(shared.backend.prepare(&kept.spec)).catch_unwind();
-        match prepare.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                start.failures.push(BootFailure::Backend(Arc::new(error)));
-                return start;
-            }
-            Err(_) => {
-                start.failures.push(BootFailure::Panicked);
-                return start;
-            }
-        }
-        if shared.config.refill == Refill::Manual {
-            return start;
-        }
-        let size = shared.state().ledger.counts(id).size;
-        for step in join_all((0..size).map(|_| self.replenish_profile(id))).await {
-            match step {
-                Replenished::Booted(_) => start.booted += 1,
-                Replenished::Full => {}
-                Replenished::Failed(why) => start.failures.push(why),
-            }
-        }
-        start
-    }
-
     /// Makes at most one VM, if the profile has room: the step that the refill loop makes too.
     /// Resolves when that is done, or when others have filled the pool meanwhile.
     ///
@@ -180,18 +89,18 @@ impl<B: Backend> Pool<B> {
     /// # Cancel safety
     /// Dropping the future gives the boot up; its VM, if there is one already, is destroyed.
     pub async fn replenish(&self, profile: &str) -> Result<Replenished, UnknownProfile> {
-        Ok(self.replenish_profile(self.find(profile)?).await)
+        let profile = self.find(profile)?;
+        let home = self.shared().state().inbox.clone();
+        match home {
+            Some(home) => Ok(self.replenish_with(&home, profile).await),
+            None => Ok(Replenished::Failed(BootFailure::Stopping)),
+        }
     }
 
-    async fn replenish_profile(&self, profile: ProfileId) -> Replenished {
+    pub(crate) async fn replenish_with(&self, home: &Home<B>, profile: ProfileId) -> Replenished {
         let (reply, answer) = oneshot::channel();
-        let Some((home, ticket)) = self.ticket() else {
-            return Replenished::Failed(BootFailure::Stopping);
-        };
-        let forget = Forget {
-            home: &home,
-            ticket,
-        };
+        let ticket = self.shared().state().next_ticket();
+        let forget = Forget { home, ticket };
         // An error shows in the answer: its other end is then dropped.
         let _ = home.send(Message::Replenish(profile, ticket, reply));
         let answer = answer
@@ -358,28 +267,6 @@ impl<B: Backend> Pool<B> {
             .unwrap_or(Err(NotReady::Timeout(patience)))
     }
 
-    /// Stops the pool with the configured deadline; see [`stop_within`](Self::stop_within).
-    pub async fn stop(&self) {
-        self.stop_within(Duration::from_millis(self.config().stop_deadline_ms))
-            .await;
-    }
-
-    /// Ends boots, checks and waiting callers, destroys every parked VM, waits up to `patience` for
-    /// leases, ends the VMs of those that are still out, and resolves when nothing is left. Calling
-    /// it again, or cancelling it, changes nothing but the deadline: the earliest one counts.
-    pub async fn stop_within(&self, patience: Duration) {
-        self.shared().begin_stop(Instant::now() + patience);
-        self.stopped().await;
-    }
-
-    async fn stopped(&self) {
-        let over = |state: &State<B>| {
-            let over = state.ledger.phase() == Phase::Stopped && state.inbox.is_none();
-            over.then_some(())
-        };
-        self.shared().wait_for(over).await;
-    }
-
     fn find(&self, name: &str) -> Result<ProfileId, UnknownProfile> {
         let shared = self.shared();
         shared.find(name).ok_or_else(|| UnknownProfile {
@@ -393,33 +280,16 @@ impl<B: Backend> Pool<B> {
         self.shared().nudge.wake();
     }
 
-    fn ticket(&self) -> Option<(mpsc::UnboundedSender<Message<B>>, TicketId)> {
+    fn ticket(&self) -> Option<(Home<B>, TicketId)> {
         let mut state = self.shared().state();
         let home = state.inbox.clone()?;
         Some((home, state.next_ticket()))
     }
 }
 
-/// A start that was not completed stops the pool.
-struct Unfinished<'a, B: Backend>(Option<&'a Arc<Shared<B>>>);
-
-impl<B: Backend> Unfinished<'_, B> {
-    fn complete(mut self) {
-        self.0 = None;
-    }
-}
-
-impl<B: Backend> Drop for Unfinished<'_, B> {
-    fn drop(&mut self) {
-        if let Some(shared) = self.0 {
-            shared.begin_stop(Instant::now());
-        }
-    }
-}
-
 /// Gives up the ticket of a caller that went away.
 struct Forget<'a, B: Backend> {
-    home: &'a mpsc::UnboundedSender<Message<B>>,
+    home: &'a Home<B>,
     ticket: TicketId,
 }
 
@@ -438,7 +308,7 @@ impl<B: Backend> Drop for Forget<'_, B> {
 
 /// Gives up the pass of a caller that went away.
 struct Abandon<'a, B: Backend> {
-    home: &'a mpsc::UnboundedSender<Message<B>>,
+    home: &'a Home<B>,
     pass: PassId,
 }
 

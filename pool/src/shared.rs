@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
+use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::time::Instant;
 
-use crate::actor::Message;
+use crate::actor::Home;
 use crate::backend::{Backend, ProbeError};
 use crate::config::{ConfigError, PoolConfig, Refill};
 use crate::error::BootFailure;
@@ -95,7 +95,7 @@ pub(crate) struct State<B: Backend> {
     /// Asked for by the ledger, not yet done.
     pub(crate) pending: Vec<Action>,
     /// The way home for leases; present from start until the actor ends.
-    pub(crate) inbox: Option<mpsc::UnboundedSender<Message<B>>>,
+    pub(crate) inbox: Option<Home<B>>,
     /// By profile.
     pub(crate) last_failure: Vec<Option<BootFailure>>,
     pub(crate) pressed: bool,
@@ -107,6 +107,18 @@ impl<B: Backend> State<B> {
     pub(crate) fn tell(&mut self, now: Instant, event: Event) {
         let actions = self.ledger.apply(now, event);
         self.pending.extend(actions);
+    }
+
+    /// Whether the life whose inbox this is goes on.
+    pub(crate) fn lives_at(&self, home: &Home<B>) -> bool {
+        self.inbox
+            .as_ref()
+            .is_some_and(|inbox| inbox.same_channel(home))
+    }
+
+    /// Whether that life has begun and not got further.
+    pub(crate) fn is_starting(&self, home: &Home<B>) -> bool {
+        self.lives_at(home) && self.ledger.phase() == Phase::Starting
     }
 
     fn next_id(&mut self) -> u64 {
@@ -202,6 +214,11 @@ impl<B: Backend> Shared<B> {
         self.profiles.get(id.0)
     }
 
+    pub(crate) fn profile_name(&self, id: ProfileId) -> String {
+        self.profile(id)
+            .map_or_else(String::new, |kept| kept.spec.name.clone())
+    }
+
     pub(crate) fn names(&self) -> Vec<String> {
         self.profiles
             .iter()
@@ -248,10 +265,11 @@ impl<B: Backend> Shared<B> {
         Some(self.backend.probe(vm))
     }
 
-    /// Asks the pool to stop by `by`; from here on nothing is handed out.
-    pub(crate) fn begin_stop(&self, by: Instant) {
+    /// Asks the pool to stop by `by`, if the life at `home` is the present one; from here on nothing
+    /// is handed out.
+    pub(crate) fn begin_stop(&self, home: &Home<B>, by: Instant) {
         let mut state = self.state();
-        if state.ledger.phase() == Phase::Stopped {
+        if !state.lives_at(home) || state.ledger.phase() == Phase::Stopped {
             return;
         }
         let first = state.ledger.phase() != Phase::Stopping;
@@ -261,6 +279,12 @@ impl<B: Backend> Shared<B> {
         if first {
             self.emit(None, None, EventKind::Stopping);
         }
+    }
+
+    /// Resolves when nothing is left of the life at `home`.
+    pub(crate) async fn life_over(&self, home: &Home<B>) {
+        self.wait_for(|state| (!state.lives_at(home)).then_some(()))
+            .await;
     }
 
     /// Resolves as soon as `met` says something, looking again after each step of the actor.

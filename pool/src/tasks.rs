@@ -12,7 +12,7 @@ use tracing::Instrument;
 use crate::actor::{Actor, Message, Verdict};
 use crate::backend::{Backend, Remote};
 use crate::boot;
-use crate::error::OfferRefusal;
+use crate::error::{BootFailure, OfferRefusal};
 use crate::event::EventKind;
 use crate::health;
 use crate::lease::Lease;
@@ -49,6 +49,34 @@ impl<B: Backend> Actor<B> {
             }
             Action::Stopped => self.stopped(state),
         }
+    }
+
+    /// Lets the backend get ready for a profile, for as long as the pool starts.
+    pub(crate) fn prepare(
+        &mut self,
+        profile: ProfileId,
+        reply: oneshot::Sender<Result<(), BootFailure>>,
+    ) {
+        let (shared, over) = (Arc::clone(&self.shared), self.prepared.clone());
+        let name = shared.profile(profile).map(|kept| &*kept.name);
+        let span = tracing::info_span!("prepare", profile = name);
+        let task = async move {
+            let Some(kept) = shared.profile(profile) else {
+                return;
+            };
+            let prepare = async { shared.backend.prepare(&kept.spec).await };
+            let prepared = tokio::select! {
+                biased;
+                () = over.cancelled() => Err(BootFailure::Stopping),
+                prepared = AssertUnwindSafe(prepare).catch_unwind() => match prepared {
+                    Ok(prepared) => prepared.map_err(|error| BootFailure::Backend(Arc::new(error))),
+                    Err(_) => Err(BootFailure::Panicked),
+                },
+            };
+            // The start may have been given up.
+            let _ = reply.send(prepared);
+        };
+        self.tasks.spawn(task.instrument(span));
     }
 
     /// Reserves for a VM and gives it a slot; returns what gives its boot up. None: the host's

@@ -138,6 +138,62 @@ async fn stop_during_start_ends_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn stop_during_start_ends_its_preparations_too() {
+    let fake = FakeBackend::new();
+    let gate = Gate::new();
+    fake.script_prepare(PY, [Boot::Gate(gate.clone())]);
+    let pool = make(&fake, config(2));
+    let starting = pool.clone();
+    let start = tokio::spawn(async move { starting.start().await });
+    gate.held(1).await;
+    pool.stop().await;
+    assert_eq!(gate.waiting(), 0, "what it was making is gone");
+    assert!(matches!(start.await.unwrap(), Err(StartError::Stopping)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_was_stopped_or_cancelled_leaves_the_next_life_alone() {
+    for cancelled in [false, true] {
+        let fake = FakeBackend::new();
+        let gate = Gate::new();
+        fake.script_prepare(PY, [Boot::Gate(gate.clone())]);
+        let pool = make(&fake, config(2));
+        let mut first = Box::pin(pool.start());
+        tokio::select! {
+            _ = &mut first => panic!("resolved"),
+            () = gate.held(1) => {}
+        }
+        pool.stop().await;
+        pool.start().await.unwrap();
+        gate.open();
+        if cancelled {
+            drop(first);
+        } else {
+            assert!(matches!(first.await, Err(StartError::Stopping)));
+        }
+        settle().await;
+        assert_eq!((pool.status().phase, ready(&pool)), (Phase::Running, 2));
+        assert_eq!(fake.tally(PY).boots, 2, "the first start boots nothing");
+        stop_clean(pool, &fake).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_is_over_when_its_own_life_is() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let other = pool.clone();
+    let mut stop = Box::pin(async move { other.stop().await });
+    assert!(futures::poll!(&mut stop).is_pending());
+    while pool.start().await.is_err() {
+        tokio::task::yield_now().await;
+    }
+    assert!(timeout(secs(60), stop).await.is_ok());
+    assert_eq!(pool.status().phase, Phase::Running);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn stop_ends_boots_checks_waiters_and_replenish_calls() {
     let fake = FakeBackend::new();
     let pool = running(&fake, config(2)).await;

@@ -1,0 +1,150 @@
+//! The two ends of a pool's life. A pool may have many lives, one after the other, each with an
+//! actor and an inbox of its own; what belongs to one life never touches the next.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::actor::{Actor, Home, Message};
+use crate::backend::Backend;
+use crate::config::Refill;
+use crate::error::{BootFailure, ProfileStart, Replenished, StartError, StartReport};
+use crate::event::EventKind;
+use crate::ledger::{Event, Phase, ProfileId};
+use crate::pool::Pool;
+use crate::shared::Shared;
+
+impl<B: Backend> Pool<B> {
+    /// Prepares and boots all profiles in parallel, then serves. Missing VMs are reported and, with
+    /// automatic refill, made up for. A stopped pool can be started again.
+    ///
+    /// # Errors
+    /// If a profile has not a single VM; everything made is then destroyed.
+    ///
+    /// # Cancel safety
+    /// Dropping the future stops the pool in the background and destroys everything made.
+    pub async fn start(&self) -> Result<StartReport, StartError> {
+        let shared = self.shared();
+        let home = self.begin_life()?;
+        let unfinished = Unfinished {
+            shared,
+            home: &home,
+        };
+        let profiles = (0..shared.profiles.len()).map(ProfileId);
+        let report = StartReport {
+            profiles: join_all(profiles.map(|id| self.start_profile(&home, id))).await,
+        };
+        if !shared.state().is_starting(&home) {
+            return Err(StartError::Stopping);
+        }
+        if report.profiles.iter().any(|profile| profile.booted == 0)
+            && (shared.config.refill != Refill::Manual
+                || report
+                    .profiles
+                    .iter()
+                    .any(|profile| !profile.failures.is_empty()))
+        {
+            drop(unfinished);
+            shared.life_over(&home).await;
+            return Err(StartError::NoVm(report));
+        }
+        {
+            let mut state = shared.state();
+            if !state.is_starting(&home) {
+                return Err(StartError::Stopping);
+            }
+            state.tell(Instant::now(), Event::Run);
+        }
+        unfinished.complete();
+        shared.nudge.wake();
+        shared.emit(None, None, EventKind::Started);
+        Ok(report)
+    }
+
+    fn begin_life(&self) -> Result<Home<B>, StartError> {
+        let shared = self.shared();
+        let runtime = tokio::runtime::Handle::try_current().map_err(|_| StartError::NoRuntime)?;
+        let mut state = shared.state();
+        match state.ledger.phase() {
+            Phase::Starting | Phase::Running => return Err(StartError::Running),
+            Phase::Stopping => return Err(StartError::Stopping),
+            Phase::Stopped if state.inbox.is_some() => return Err(StartError::Stopping),
+            Phase::Stopped => {}
+        }
+        let (home, inbox) = mpsc::unbounded_channel();
+        state.inbox = Some(home.clone());
+        state.tell(Instant::now(), Event::Start);
+        drop(state);
+        runtime.spawn(Actor::new(Arc::clone(shared), home.clone()).run(inbox));
+        Ok(home)
+    }
+
+    async fn start_profile(&self, home: &Home<B>, id: ProfileId) -> ProfileStart {
+        let shared = self.shared();
+        let mut start = ProfileStart {
+            profile: shared.profile_name(id),
+            booted: 0,
+            failures: Vec::new(),
+        };
+        let (reply, prepared) = oneshot::channel();
+        // An error shows in the answer: its other end is then dropped.
+        let _ = home.send(Message::Prepare(id, reply));
+        let prepared = prepared.await.unwrap_or(Err(BootFailure::Stopping));
+        if let Err(why) = prepared {
+            start.failures.push(why);
+            return start;
+        }
+        if shared.config.refill == Refill::Manual {
+            return start;
+        }
+        let size = shared.state().ledger.counts(id).size;
+        for step in join_all((0..size).map(|_| self.replenish_with(home, id))).await {
+            match step {
+                Replenished::Booted(_) => start.booted += 1,
+                Replenished::Full => {}
+                Replenished::Failed(why) => start.failures.push(why),
+            }
+        }
+        start
+    }
+
+    /// Stops the pool with the configured deadline; see [`stop_within`](Self::stop_within).
+    pub async fn stop(&self) {
+        self.stop_within(Duration::from_millis(self.config().stop_deadline_ms))
+            .await;
+    }
+
+    /// Ends preparations, boots, checks and waiting callers, destroys every parked VM, waits up to
+    /// `patience` for leases, ends the VMs of those that are still out, and resolves when nothing is
+    /// left. Calling it again, or cancelling it, changes nothing but the deadline: the earliest one
+    /// counts.
+    pub async fn stop_within(&self, patience: Duration) {
+        let shared = self.shared();
+        let life = shared.state().inbox.clone();
+        if let Some(home) = life {
+            shared.begin_stop(&home, Instant::now() + patience);
+            shared.life_over(&home).await;
+        }
+    }
+}
+
+/// A start that was not completed stops the pool that it has started, and no other.
+struct Unfinished<'a, B: Backend> {
+    shared: &'a Arc<Shared<B>>,
+    home: &'a Home<B>,
+}
+
+impl<B: Backend> Unfinished<'_, B> {
+    fn complete(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl<B: Backend> Drop for Unfinished<'_, B> {
+    fn drop(&mut self) {
+        self.shared.begin_stop(self.home, Instant::now());
+    }
+}

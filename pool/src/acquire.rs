@@ -232,15 +232,12 @@ impl<B: Backend> Shared<B> {
             match answer {
                 Ok(Ok(lease)) if lease.is_alive() => return Ok(lease.hand_off()),
                 Ok(Ok(dead)) => {
-                    // It died on its way here: back to the head of the queue.
+                    // It died on its way here: back to the old place in the queue.
                     let (reply, again) = oneshot::channel();
                     served = again;
                     let mut state = self.state();
                     state.waiters.insert(waiter.waiter, reply);
-                    state.tell(
-                        Instant::now(),
-                        Event::Unserved(profile, waiter.waiter, dead.id()),
-                    );
+                    state.tell(Instant::now(), Event::Wait(profile, waiter.waiter));
                     drop(state);
                     drop(dead);
                     self.nudge.wake();

@@ -243,19 +243,24 @@ impl<B: Backend> Shared<B> {
         }
     }
 
-    /// A VM has ended by itself. Only a parked one is of interest: a lease tells its own owner.
+    /// A VM has ended by itself. Whoever has a lease is told by the VM itself.
     pub(crate) fn ended(&self, state: &mut State<B>, now: Instant, id: VmId) {
         let parked = state.slots.get(&id).filter(|slot| slot.vm.is_some());
         if let Some(profile) = parked.map(|slot| slot.profile)
             && state.ledger.is_parked(id)
         {
-            tracing::warn!(vm = %id, "a parked VM ended by itself");
-            if let Some(kept) = self.profile(profile) {
-                kept.metrics.died.increment(1);
-            }
-            self.emit(Some(profile), Some(id), EventKind::Ended);
+            self.died(profile, id);
         }
         state.tell(now, Event::Ended(id));
+    }
+
+    /// A VM has ended before anybody had it.
+    pub(crate) fn died(&self, profile: ProfileId, id: VmId) {
+        tracing::warn!(vm = %id, "a parked VM ended by itself");
+        if let Some(kept) = self.profile(profile) {
+            kept.metrics.died.increment(1);
+        }
+        self.emit(Some(profile), Some(id), EventKind::Ended);
     }
 
     /// Begins one probe of a parked VM; none if it has gone elsewhere.

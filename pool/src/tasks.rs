@@ -224,13 +224,12 @@ impl<B: Backend> Actor<B> {
             // Gone, and its VM never left the slot.
             return state.tell(now, Event::Untouched(id));
         };
-        if !state.is_alive(&self.shared.backend, id) {
+        let alive = state.is_alive(&self.shared.backend, id);
+        let Some(held) = alive.then(|| state.take_out(id)).flatten() else {
+            self.shared.died(profile, id);
             state.waiters.insert(waiter, reply);
-            return state.tell(now, Event::Unserved(profile, waiter, id));
-        }
-        let Some(held) = state.take_out(id) else {
-            state.waiters.insert(waiter, reply);
-            return state.tell(now, Event::Unserved(profile, waiter, id));
+            state.tell(now, Event::Returned(id));
+            return state.tell(now, Event::Wait(profile, waiter));
         };
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let lease = Lease::untouched(shared, home, id, profile, held);

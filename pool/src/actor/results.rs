@@ -184,14 +184,18 @@ impl<B: Backend> Actor<B> {
             return self.retire_stray(Some(held.vm), done);
         };
         let profile = slot.profile;
+        let died = untouched && !self.shared.backend.alive(&held.vm);
         slot.vm = Some(held.vm);
         slot.reservation = held.reservation;
         if let Some(done) = done {
             self.released.insert(id, done);
         }
+        if died {
+            self.shared.died(profile, id);
+        }
         state.tell(
             now,
-            if untouched {
+            if untouched && !died {
                 Event::Untouched(id)
             } else {
                 Event::Returned(id)

@@ -28,12 +28,11 @@ pub enum Event {
     Denied(VmId),
     /// Something was given back to the host's limits.
     CapacityFreed,
-    /// A caller waits.
+    /// A caller waits; again, under its old number and so in its old place, if what it was served
+    /// proved dead before it was picked up.
     Wait(ProfileId, WaiterId),
     /// It no longer does.
     Leave(WaiterId),
-    /// A VM that was served to a waiter proved dead before it was picked up.
-    Unserved(ProfileId, WaiterId, VmId),
     /// A lease is over; the VM was used, or is dead.
     Returned(VmId),
     /// A VM that was served was never picked up and is as good as new.
@@ -81,7 +80,8 @@ pub enum Action {
     Park(VmId),
     /// Check it under this number; answer `Checked`.
     Check(ProfileId, VmId, u64, PassId),
-    /// Hand the VM to the waiter; answer `Unserved` if the VM is dead, `Untouched` if nobody came.
+    /// Hand the VM to the waiter; answer `Returned` and `Wait` if the VM is dead, `Untouched` if
+    /// nobody came.
     Serve(ProfileId, WaiterId, VmId),
     /// Turn the waiter away.
     Reject(WaiterId, Refusal),

@@ -113,9 +113,11 @@ enum Stage {
 enum Hold {
     /// The VM is the caller's.
     Held,
+    /// The VM has ended by itself: it comes home to be destroyed, picked up or not.
+    Dead,
     /// The pool is ending the VM.
     Ending,
-    /// The VM has ended; the lease is still out.
+    /// The pool has ended the VM; the lease is still out.
     Ended,
 }
 
@@ -332,7 +334,9 @@ impl Ledger {
                 .breaker
                 .waits_until(now)
                 .filter(|_| book.refill && book.has_room());
-            [retry, book.scale.as_ref().and_then(autoscale::Scale::ends)]
+            // Demand says nothing while the profile is drained.
+            let scale = book.scale.as_ref().filter(|_| !book.draining);
+            [retry, scale.and_then(autoscale::Scale::ends)]
         });
         let running = self.phase == Phase::Running;
         let books = books.flatten().filter(|_| running).min();
@@ -469,7 +473,9 @@ impl Ledger {
         book.leave(id, entry.stage);
         if matches!(entry.stage, Stage::Leased(_)) {
             self.leased -= 1;
-            if self.rules.lease_deadline.is_some() || self.rules.lease_idle.is_some() {
+            let over = to != Some(Stage::Leased(Hold::Dead));
+            let limited = self.rules.lease_deadline.is_some() || self.rules.lease_idle.is_some();
+            if over && limited {
                 self.limits.retain(|(_, other, _)| *other != id);
             }
         }

@@ -30,7 +30,6 @@ impl Ledger {
                     .iter_mut()
                     .for_each(|book| book.waiters.retain(|w| *w != waiter));
             }
-            Event::Unserved(profile, waiter, id) => self.unserved(profile, waiter, id),
             Event::Returned(id) => self.returned(id),
             Event::Untouched(id) => self.untouched(id),
             Event::Withdrawn(id) => {
@@ -38,11 +37,11 @@ impl Ledger {
                     self.shift(id, None);
                 }
             }
-            Event::Ended(id) => {
-                if self.is_parked(id) {
-                    self.retire(id);
-                }
-            }
+            Event::Ended(id) => match self.stage(id) {
+                Some(Stage::Ready | Stage::Checking { .. }) => self.retire(id),
+                Some(Stage::Leased(Hold::Held)) => self.shift(id, Some(Stage::Leased(Hold::Dead))),
+                _ => {}
+            },
             Event::BeginCheck(profile, most, pass) => self.begin_check(profile, most, pass),
             Event::Checked(id, check, healthy) => self.checked(id, check, healthy),
             Event::AbandonPass(pass) => self.abandon(pass),
@@ -57,7 +56,7 @@ impl Ledger {
                 }
             }
             Event::Active(id) => {
-                if let (Some(Stage::Leased(Hold::Held)), Some(longest)) =
+                if let (Some(Stage::Leased(Hold::Held | Hold::Dead)), Some(longest)) =
                     (self.stage(id), self.rules.lease_idle)
                 {
                     self.limits.insert((now + longest, id, Limit::Idle));
@@ -71,11 +70,7 @@ impl Ledger {
                 self.shrink(profile);
             }
             Event::Drain(profile) => self.drain(profile),
-            Event::Undrain(profile) => {
-                if let Some(book) = self.books.get_mut(profile.0) {
-                    book.draining = false;
-                }
-            }
+            Event::Undrain(profile) => self.undrain(now, profile),
             Event::Pressure(pressed) => self.pressed = pressed,
             Event::Tick => self.tick(now),
         }
@@ -133,6 +128,18 @@ impl Ledger {
         }
         self.turn_away(profile, Refusal::Draining, Outcome::Full);
         self.empty(profile, 0);
+    }
+
+    fn undrain(&mut self, now: Instant, profile: ProfileId) {
+        if let Some(book) = self.books.get_mut(profile.0)
+            && book.draining
+        {
+            book.draining = false;
+            let parked = book.parked();
+            if let Some(scale) = &mut book.scale {
+                scale.begin(now, parked);
+            }
+        }
     }
 
     fn turn_away(&mut self, profile: ProfileId, refusal: Refusal, outcome: Outcome) {
@@ -278,22 +285,14 @@ impl Ledger {
             Phase::Running => None,
         };
         match (refusal, self.books.get_mut(profile.0)) {
-            (None, Some(book)) if !book.draining => book.waiters.push_back(waiter),
+            (None, Some(book)) if !book.draining => {
+                let earlier = book.waiters.partition_point(|other| *other < waiter);
+                book.waiters.insert(earlier, waiter);
+            }
             (refusal, _) => {
                 let refusal = refusal.unwrap_or(Refusal::Draining);
                 self.out.push(Action::Reject(waiter, refusal));
             }
-        }
-    }
-
-    fn unserved(&mut self, profile: ProfileId, waiter: WaiterId, id: VmId) {
-        self.returned(id);
-        self.wait(profile, waiter);
-        if let Some(book) = self.books.get_mut(profile.0)
-            && book.waiters.back() == Some(&waiter)
-        {
-            // It came before all that wait now.
-            book.waiters.rotate_right(1);
         }
     }
 
@@ -424,7 +423,7 @@ impl Ledger {
     }
 
     fn kill(&mut self, id: VmId, why: Overdue) {
-        if self.stage(id) == Some(Stage::Leased(Hold::Held)) {
+        if matches!(self.stage(id), Some(Stage::Leased(Hold::Held | Hold::Dead))) {
             self.shift(id, Some(Stage::Leased(Hold::Ending)));
             self.out.push(Action::Kill(id, why));
         }
@@ -526,7 +525,9 @@ impl Ledger {
         if self.stop_at.is_some_and(|at| at <= now) {
             for id in self.entries.keys().copied().collect::<Vec<_>>() {
                 match self.stage(id) {
-                    Some(Stage::Leased(Hold::Held)) => self.kill(id, Overdue::Stopping),
+                    Some(Stage::Leased(Hold::Held | Hold::Dead)) => {
+                        self.kill(id, Overdue::Stopping);
+                    }
                     // The lease keeps a dead VM; the pool waits for it no longer.
                     Some(Stage::Leased(Hold::Ended)) => self.shift(id, None),
                     _ => {}

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use proptest::prelude::*;
 
-use super::world::World;
+use super::world::{Case, World};
 
 /// Visits every state that `depth` steps can lead to, each once, and returns how many there are.
 fn explore(start: World, depth: usize, most_made: usize) -> usize {
@@ -35,20 +35,45 @@ fn fingerprint(world: &World) -> u64 {
     hasher.finish()
 }
 
+fn refilling(sizes: &[usize], lease_limit: usize) -> Case {
+    Case {
+        sizes: sizes.to_vec(),
+        lease_limit,
+        refill: true,
+        scales: false,
+    }
+}
+
 fn with_one_vm(depth: usize) -> usize {
-    explore(World::new(&[1], 2, true), depth, 4)
+    explore(World::running(&refilling(&[1], 2)), depth, 4)
 }
 
 fn with_two_vms_and_one_lease(depth: usize) -> usize {
-    explore(World::new(&[2], 1, true), depth, 4)
+    explore(World::running(&refilling(&[2], 1)), depth, 4)
 }
 
 fn with_two_profiles(depth: usize) -> usize {
-    explore(World::new(&[1, 1], 1, true), depth, 4)
+    explore(World::running(&refilling(&[1, 1], 1)), depth, 4)
 }
 
 fn by_hand(depth: usize) -> usize {
-    explore(World::new(&[2], 2, false), depth, 4)
+    let case = Case {
+        refill: false,
+        ..refilling(&[2], 2)
+    };
+    explore(World::running(&case), depth, 4)
+}
+
+fn from_the_start_on(depth: usize) -> usize {
+    explore(World::stopped(&refilling(&[1], 1)), depth, 4)
+}
+
+fn while_demand_moves_the_size(depth: usize) -> usize {
+    let case = Case {
+        scales: true,
+        ..refilling(&[1], 2)
+    };
+    explore(World::running(&case), depth, 4)
 }
 
 /// The number of states says that the explorer has been somewhere.
@@ -78,16 +103,28 @@ fn every_interleaving_by_hand() {
 }
 
 #[test]
+fn every_interleaving_from_the_start_on_and_through_the_stop() {
+    at_least(7_000, from_the_start_on(6));
+}
+
+#[test]
+fn every_interleaving_while_demand_moves_the_size() {
+    at_least(20_000, while_demand_moves_the_size(5));
+}
+
+#[test]
 #[ignore = "long: every interleaving, one step deeper"]
 fn every_interleaving_one_step_deeper() {
     at_least(300_000, with_one_vm(7));
     at_least(100_000, with_two_vms_and_one_lease(6));
     at_least(150_000, with_two_profiles(5));
     at_least(140_000, by_hand(7));
+    at_least(30_000, from_the_start_on(7));
+    at_least(100_000, while_demand_moves_the_size(6));
 }
 
-fn run(sizes: &[usize], lease_limit: usize, refill: bool, choices: &[usize]) {
-    let mut world = World::new(sizes, lease_limit, refill);
+fn run(case: &Case, choices: &[usize]) {
+    let mut world = World::stopped(case);
     for choice in choices {
         let options = world.options();
         if let Some(step) = options.get(choice % options.len()) {
@@ -105,8 +142,9 @@ proptest! {
         sizes in prop::collection::vec(0_usize..5, 1..4),
         lease_limit in 1_usize..6,
         refill in any::<bool>(),
+        scales in any::<bool>(),
         choices in prop::collection::vec(any::<usize>(), 0..300),
     ) {
-        run(&sizes, lease_limit, refill, &choices);
+        run(&Case { sizes, lease_limit, refill, scales }, &choices);
     }
 }

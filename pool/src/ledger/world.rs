@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     Action, BreakerRules, Event, Ledger, Outcome, PassId, Phase, PoolRules, ProfileId, Rules,
-    TicketId, WaiterId,
+    ScaleRules, TicketId, WaiterId,
 };
 use crate::policy;
 use crate::slot::VmId;
@@ -28,9 +28,9 @@ enum Place {
     /// The boot was answered, and there is none.
     Unmade,
     Slot,
-    /// With a caller; `fresh`: served to a waiter that has not picked it up.
+    /// With a caller, or served to a waiter that has not picked it up.
     Lease {
-        fresh: bool,
+        waiter: Option<WaiterId>,
     },
     Retiring,
 }
@@ -42,6 +42,16 @@ pub(super) enum Step {
     Tell(Event),
     /// Time goes by until the ledger wants to be woken.
     Sleep,
+}
+
+/// What kind of pool the world is about.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Case {
+    pub(super) sizes: Vec<usize>,
+    pub(super) lease_limit: usize,
+    pub(super) refill: bool,
+    /// Whether demand moves the sizes.
+    pub(super) scales: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -60,7 +70,6 @@ pub(super) struct World {
     tickets: BTreeSet<TicketId>,
     /// Handed to a caller for good, or ended: never to be handed out again.
     spent: BTreeSet<VmId>,
-    last_served: BTreeMap<ProfileId, WaiterId>,
     next: u64,
     made: usize,
     lease_limit: usize,
@@ -68,11 +77,18 @@ pub(super) struct World {
 }
 
 impl World {
-    pub(super) fn new(sizes: &[usize], lease_limit: usize, refill: bool) -> Self {
+    pub(super) fn running(case: &Case) -> Self {
+        let mut world = Self::stopped(case);
+        world.step(Step::Tell(Event::Start));
+        world.step(Step::Tell(Event::Run));
+        world
+    }
+
+    pub(super) fn stopped(case: &Case) -> Self {
         let rules = |size: &usize| Rules {
             size: *size,
             boots_percent: 50,
-            refill,
+            refill: case.refill,
             breaker: BreakerRules {
                 backoff_min: Duration::from_secs(1),
                 backoff_max: Duration::from_secs(4),
@@ -80,17 +96,21 @@ impl World {
                 cooldown: Duration::from_secs(30),
                 cooldown_max: Duration::from_secs(60),
             },
-            scale: None,
+            scale: case.scales.then_some(ScaleRules {
+                min: 0,
+                max: 3,
+                window: Duration::from_secs(20),
+            }),
             seed: 1,
         };
         let pool = PoolRules {
-            lease_limit,
+            lease_limit: case.lease_limit,
             health_interval: None,
             lease_deadline: Some(Duration::from_secs(1_000)),
             lease_idle: Some(Duration::from_secs(300)),
         };
-        let mut world = Self {
-            ledger: Ledger::new(pool, sizes.iter().map(rules)),
+        Self {
+            ledger: Ledger::new(pool, case.sizes.iter().map(rules)),
             now: Instant::now(),
             vms: BTreeMap::new(),
             checks: BTreeMap::new(),
@@ -100,15 +120,11 @@ impl World {
             waiters: BTreeMap::new(),
             tickets: BTreeSet::new(),
             spent: BTreeSet::new(),
-            last_served: BTreeMap::new(),
             next: 1,
             made: 0,
-            lease_limit,
-            profiles: sizes.len(),
-        };
-        world.step(Step::Tell(Event::Start));
-        world.step(Step::Tell(Event::Run));
-        world
+            lease_limit: case.lease_limit,
+            profiles: case.sizes.len(),
+        }
     }
 
     pub(super) fn made(&self) -> usize {
@@ -135,7 +151,7 @@ impl World {
         }
         events.extend(self.waiters.keys().map(|waiter| Event::Leave(*waiter)));
         events.extend(self.tickets.iter().map(|ticket| Event::Forget(*ticket)));
-        for (id, (_, place)) in &self.vms {
+        for (id, (profile, place)) in &self.vms {
             let id = *id;
             match place {
                 Place::Booting { .. } => events.extend([
@@ -151,10 +167,13 @@ impl World {
                 ]),
                 Place::Unmade => {}
                 Place::Slot => events.push(Event::Ended(id)),
-                Place::Lease { fresh } => {
+                Place::Lease { waiter } => {
                     events.extend([Event::Returned(id), Event::Withdrawn(id), Event::Ended(id)]);
-                    if *fresh {
+                    if let Some(waiter) = *waiter {
                         events.push(Event::Untouched(id));
+                        if self.spent.contains(&id) {
+                            events.push(Event::Wait(*profile, waiter));
+                        }
                     }
                 }
                 Place::Retiring => events.push(Event::Retired(id)),
@@ -170,6 +189,11 @@ impl World {
         }
         events.extend([Event::AbandonPass(PassId(1)), Event::CapacityFreed]);
         events.extend([Event::Pressure(true), Event::Pressure(false)]);
+        match self.ledger.phase() {
+            Phase::Stopped => events.push(Event::Start),
+            Phase::Starting => events.push(Event::Run),
+            Phase::Running | Phase::Stopping => {}
+        }
         events.push(Event::Stop(self.now + Duration::from_secs(5)));
         steps.extend(events.into_iter().map(Step::Tell));
         steps
@@ -180,7 +204,7 @@ impl World {
         match step {
             Step::Take(profile) => {
                 if let Ok(id) = self.ledger.take(self.now, profile) {
-                    self.hand_out(id, false);
+                    self.hand_out(id, None);
                 }
                 // The actor is nudged.
                 self.tell(Event::Tick);
@@ -190,6 +214,8 @@ impl World {
                     self.now = self.now.max(at);
                 }
                 self.tell(Event::Tick);
+                let next = self.ledger.wake_at(self.now);
+                assert!(next.is_none_or(|at| at > self.now), "never sleeps again");
             }
             Step::Tell(event) => self.tell(event),
         }
@@ -207,8 +233,18 @@ impl World {
     fn prepare(&mut self, event: Event) {
         match event {
             Event::Wait(profile, waiter) => {
-                self.next += 1;
+                self.next += u64::from(waiter.0 == self.next);
                 self.waiters.insert(waiter, profile);
+                for (_, place) in self.vms.values_mut() {
+                    // It waits again: the dead VM is on its way home.
+                    if *place
+                        == (Place::Lease {
+                            waiter: Some(waiter),
+                        })
+                    {
+                        *place = Place::Lease { waiter: None };
+                    }
+                }
             }
             Event::Leave(waiter) => {
                 self.waiters.remove(&waiter);
@@ -227,7 +263,7 @@ impl World {
                 self.put(id, Place::Slot);
             }
             Event::Untouched(id) => self.put(id, Place::Slot),
-            Event::Ended(id) if self.place(id) == Some(Place::Slot) => {
+            Event::Ended(id) => {
                 self.spent.insert(id);
             }
             Event::Checked(id, check, healthy) => {
@@ -264,11 +300,11 @@ impl World {
         }
     }
 
-    fn hand_out(&mut self, id: VmId, fresh: bool) {
+    fn hand_out(&mut self, id: VmId, waiter: Option<WaiterId>) {
         assert_eq!(self.place(id), Some(Place::Slot), "{id} is not parked");
         assert!(!self.spent.contains(&id), "{id} is handed out used or dead");
         self.checks.remove(&id);
-        self.put(id, Place::Lease { fresh });
+        self.put(id, Place::Lease { waiter });
     }
 
     fn act(&mut self, action: Action) {
@@ -308,9 +344,10 @@ impl World {
             }
             Action::Serve(profile, waiter, id) => {
                 assert_eq!(self.waiters.remove(&waiter), Some(profile));
-                let last = self.last_served.insert(profile, waiter);
-                assert!(last < Some(waiter), "served out of order");
-                self.hand_out(id, true);
+                let mut others = self.waiters.iter();
+                let earlier = others.any(|(other, of)| *of == profile && *other < waiter);
+                assert!(!earlier, "served out of order");
+                self.hand_out(id, Some(waiter));
             }
             Action::Reject(waiter, _) => assert!(self.waiters.remove(&waiter).is_some()),
             Action::Settle(ticket, outcome) => {
@@ -319,7 +356,7 @@ impl World {
                 if let Outcome::Booted(id) = outcome {
                     assert!(matches!(
                         self.place(id),
-                        Some(Place::Slot | Place::Lease { fresh: true })
+                        Some(Place::Slot | Place::Lease { waiter: Some(_) })
                     ));
                 }
             }

@@ -313,6 +313,69 @@ async fn a_vm_that_dies_on_its_way_to_a_waiter_is_not_handed_out() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_vm_that_dies_on_its_way_to_a_waiter_that_goes_away_is_not_parked() {
+    let fake = FakeBackend::new();
+    let config = PoolConfig::new(1)
+        .profile(Profile::new(PY, PY).warm_pool_size(1))
+        .health(quiet());
+    let pool = running(&fake, config).await;
+    let lease = pool.acquire(PY).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    let parked_vm = parked(&fake).remove(1);
+    // It waits for the one lease, beside a parked VM.
+    let waiting = pool.clone();
+    let mut waiter = Box::pin(async move { waiting.acquire_timeout(PY, secs(9)).await.map(drop) });
+    assert!(futures::poll!(&mut waiter).is_pending());
+    drop(lease);
+    settle().await;
+    let now = counts(&pool, PY);
+    assert_eq!((now.waiting, now.leased), (0, 1), "it lies in its channel");
+    let mut events = pool.subscribe();
+    parked_vm.kill();
+    settle().await;
+    drop(waiter);
+    settle().await;
+    assert!(fake.vm(parked_vm.id()).is_none(), "destroyed");
+    let mut died = 0;
+    while let Ok(event) = events.try_recv() {
+        died += usize::from(matches!(event.kind, EventKind::Ended));
+    }
+    assert_eq!(died, 1, "and told");
+    pool.wait_ready(secs(1)).await.unwrap();
+    assert!(pool.acquire(PY).unwrap().work().is_ok());
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiters_whose_vms_die_on_the_way_keep_their_order() {
+    let fake = FakeBackend::new();
+    let pool = by_hand(&fake, config(2)).await;
+    let wait = || {
+        let pool = pool.clone();
+        Box::pin(async move { pool.acquire_timeout(PY, secs(9)).await })
+    };
+    let (mut first, mut second) = (wait(), wait());
+    assert!(futures::poll!(&mut first).is_pending());
+    assert!(futures::poll!(&mut second).is_pending());
+    for _ in 0..2 {
+        pool.replenish(PY).await.unwrap();
+    }
+    parked(&fake)
+        .iter()
+        .for_each(hearth_pool::fake::FakeVmHandle::kill);
+    // Each finds that its own is dead and waits again; neither goes to the head of the queue.
+    assert!(futures::poll!(&mut first).is_pending());
+    assert!(futures::poll!(&mut second).is_pending());
+    settle().await;
+    pool.replenish(PY).await.unwrap();
+    assert!(futures::poll!(&mut second).is_pending(), "it came second");
+    drop(first.await.unwrap());
+    pool.replenish(PY).await.unwrap();
+    drop(second.await.unwrap());
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn lease_ping_gives_the_verdict_of_the_pools_own_check() {
     let fake = FakeBackend::new();
     let pool = running(&fake, config(1)).await;

@@ -61,6 +61,9 @@ impl World {
     pub(in super::super) fn heals(mut self) {
         self.step(Step::Tell(Event::CapacityFreed));
         self.step(Step::Tell(Event::Pressure(false)));
+        if self.ledger.phase() == Phase::Starting {
+            self.step(Step::Tell(Event::Run));
+        }
         for _ in 0..400 {
             let done = self.vms.iter().find_map(|(id, (_, place))| match place {
                 Place::Booting { .. } | Place::Joining { .. } => Some(Event::Booted(*id)),

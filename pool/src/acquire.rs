@@ -179,20 +179,20 @@ impl<B: Backend> Shared<B> {
         began: Instant,
         until: Instant,
     ) -> Result<Lease<B>, AcquireError> {
-        let (waiter, mut served) = {
+        let (waiter, missed, mut served) = {
             let mut state = self.state();
-            match self.take(&mut state, began, profile) {
+            let missed = match self.take(&mut state, began, profile) {
                 Ok(lease) => {
                     drop(state);
                     self.nudge.wake();
                     return Ok(lease.hand_off());
                 }
-                Err(Refusal::Exhausted(_)) => {}
+                Err(refusal @ Refusal::Exhausted(_)) => refusal.is_miss(),
                 Err(refusal) => {
                     drop(state);
                     return Err(self.missed(profile, refusal));
                 }
-            }
+            };
             let (reply, served) = oneshot::channel();
             let waiter = state.next_waiter();
             state.waiters.insert(waiter, reply);
@@ -202,11 +202,12 @@ impl<B: Backend> Shared<B> {
                     shared: self,
                     waiter,
                 },
+                missed,
                 served,
             )
         };
         self.nudge.wake();
-        if let Some(kept) = self.profile(profile) {
+        if missed && let Some(kept) = self.profile(profile) {
             kept.metrics.misses.increment(1);
         }
         loop {
@@ -249,7 +250,7 @@ impl<B: Backend> Shared<B> {
     }
 
     fn missed(&self, profile: ProfileId, refusal: Refusal) -> AcquireError {
-        if let Some(kept) = self.profile(profile) {
+        if let Some(kept) = self.profile(profile).filter(|_| refusal.is_miss()) {
             kept.metrics.misses.increment(1);
         }
         self.refused(profile, refusal)

@@ -10,6 +10,7 @@ mod results;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+pub(crate) use replies::Attempt;
 use replies::{Offered, Pass};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -18,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::{Backend, ProbeError};
 use crate::boot::Failed;
-use crate::error::{BootFailure, OfferError, OfferRefusal, Replenished};
+use crate::error::{BootFailure, OfferError, OfferRefusal};
 use crate::event::EventKind;
 use crate::lease::Held;
 use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
@@ -45,7 +46,7 @@ pub(crate) enum Message<B: Backend> {
     },
     Withdrawn(VmId),
     Prepare(ProfileId, oneshot::Sender<Result<(), BootFailure>>),
-    Replenish(ProfileId, TicketId, oneshot::Sender<Replenished>),
+    Replenish(ProfileId, TicketId, oneshot::Sender<Attempt>),
     Offer(ProfileId, TicketId, B::Vm, OfferReply<B>),
     Forget(TicketId),
     Check(ProfileId, usize, PassId, oneshot::Sender<CheckReport>),
@@ -79,7 +80,7 @@ pub(crate) struct Actor<B: Backend> {
     pub(crate) tasks: JoinSet<()>,
     /// Ends preparations; the start that asked for them is over then.
     pub(crate) prepared: CancellationToken,
-    tickets: HashMap<TicketId, oneshot::Sender<Replenished>>,
+    tickets: HashMap<TicketId, oneshot::Sender<Attempt>>,
     offers: HashMap<TicketId, Offered<B>>,
     passes: HashMap<PassId, Pass>,
     /// Told when the VM is destroyed.

@@ -190,10 +190,30 @@ pub struct StartReport {
 pub struct ProfileStart {
     /// The profile.
     pub profile: String,
-    /// VMs that are ready.
+    /// VMs that the start was to make ready: none while the profile is drained, or with
+    /// [`Refill::Manual`](crate::Refill::Manual).
+    pub wanted: usize,
+    /// VMs that are ready, whoever made them.
     pub booted: usize,
-    /// Why the others are not.
-    pub failures: Vec<BootFailure>,
+    /// What failed, and why.
+    pub failures: Vec<StartFailure>,
+}
+
+impl ProfileStart {
+    /// Whether it keeps the pool from starting: it has not a single VM, and should.
+    #[must_use]
+    pub fn is_lacking(&self) -> bool {
+        self.booted == 0 && (self.wanted > 0 || !self.failures.is_empty())
+    }
+}
+
+/// One thing that failed during a start.
+#[derive(Debug, Clone)]
+pub struct StartFailure {
+    /// The VM; none if the backend could not even get ready for the profile.
+    pub vm: Option<VmId>,
+    /// Why.
+    pub why: BootFailure,
 }
 
 /// The profile has no such name.
@@ -218,13 +238,15 @@ pub enum NotReady {
 }
 
 fn names(report: &StartReport) -> String {
-    let empty = report.profiles.iter().filter(|profile| profile.booted == 0);
-    let names: Vec<_> = empty
-        .map(|profile| match profile.failures.first() {
-            Some(BootFailure::Backend(cause)) => format!("{} ({cause})", profile.profile),
-            Some(failure) => format!("{} ({failure})", profile.profile),
-            None => profile.profile.clone(),
-        })
+    let lacking = report.profiles.iter().filter(|start| start.is_lacking());
+    let names: Vec<_> = lacking
+        .map(
+            |profile| match profile.failures.first().map(|first| &first.why) {
+                Some(BootFailure::Backend(cause)) => format!("{} ({cause})", profile.profile),
+                Some(failure) => format!("{} ({failure})", profile.profile),
+                None => profile.profile.clone(),
+            },
+        )
         .collect();
     names.join(", ")
 }

@@ -62,7 +62,7 @@ pub use backend::{Backend, ProbeError, Remote};
 pub use config::{Autoscale, ConfigError, PoolConfig, Problem, Refill};
 pub use error::{
     AcquireError, BootFailure, Ineligible, NotReady, OfferError, OfferRefusal, ProfileStart,
-    Replenished, StartError, StartReport, UnknownProfile,
+    Replenished, StartError, StartFailure, StartReport, UnknownProfile,
 };
 pub use event::{EventKind, PoolEvent};
 pub use host::{Host, ThisHost};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
-use crate::actor::{CheckReport, Home, Message};
+use crate::actor::{Attempt, CheckReport, Home, Message};
 use crate::backend::Backend;
 use crate::config::{ConfigError, PoolConfig};
 use crate::error::{BootFailure, NotReady, OfferError, OfferRefusal, Replenished, UnknownProfile};
@@ -92,20 +92,18 @@ impl<B: Backend> Pool<B> {
         let profile = self.find(profile)?;
         let home = self.shared().state().inbox.clone();
         match home {
-            Some(home) => Ok(self.replenish_with(&home, profile).await),
+            Some(home) => Ok(self.replenish_with(&home, profile).await.did),
             None => Ok(Replenished::Failed(BootFailure::Stopping)),
         }
     }
 
-    pub(crate) async fn replenish_with(&self, home: &Home<B>, profile: ProfileId) -> Replenished {
+    pub(crate) async fn replenish_with(&self, home: &Home<B>, profile: ProfileId) -> Attempt {
         let (reply, answer) = oneshot::channel();
         let ticket = self.shared().state().next_ticket();
         let forget = Forget { home, ticket };
         // An error shows in the answer: its other end is then dropped.
         let _ = home.send(Message::Replenish(profile, ticket, reply));
-        let answer = answer
-            .await
-            .unwrap_or(Replenished::Failed(BootFailure::Stopping));
+        let answer = answer.await.unwrap_or_else(|_| Attempt::stopping());
         forget.complete();
         answer
     }
@@ -230,12 +228,7 @@ impl<B: Backend> Pool<B> {
         let id = self.find(profile)?;
         self.tell(Event::Drain(id));
         let shared = self.shared();
-        let empty = shared.wait_for(|state| {
-            let counts = state.ledger.counts(id);
-            let left =
-                counts.ready + counts.checking + counts.booting + counts.leased + counts.retiring;
-            (left == 0).then_some(())
-        });
+        let empty = shared.wait_for(|state| state.ledger.is_vacant(id).then_some(()));
         if timeout(patience, empty).await.is_ok() {
             return Ok(0);
         }

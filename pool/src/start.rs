@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::actor::{Actor, Home, Message};
 use crate::backend::Backend;
 use crate::config::Refill;
-use crate::error::{BootFailure, ProfileStart, Replenished, StartError, StartReport};
+use crate::error::{BootFailure, ProfileStart, Replenished, StartError, StartFailure, StartReport};
 use crate::event::EventKind;
 use crate::ledger::{Event, Phase, ProfileId};
 use crate::pool::Pool;
@@ -34,29 +34,27 @@ impl<B: Backend> Pool<B> {
             home: &home,
         };
         let profiles = (0..shared.profiles.len()).map(ProfileId);
-        let report = StartReport {
+        let mut report = StartReport {
             profiles: join_all(profiles.map(|id| self.start_profile(&home, id))).await,
         };
-        if !shared.state().is_starting(&home) {
-            return Err(StartError::Stopping);
-        }
-        if report.profiles.iter().any(|profile| profile.booted == 0)
-            && (shared.config.refill != Refill::Manual
-                || report
-                    .profiles
-                    .iter()
-                    .any(|profile| !profile.failures.is_empty()))
-        {
-            drop(unfinished);
-            shared.life_over(&home).await;
-            return Err(StartError::NoVm(report));
-        }
-        {
+        let lacking = {
             let mut state = shared.state();
             if !state.is_starting(&home) {
                 return Err(StartError::Stopping);
             }
-            state.tell(Instant::now(), Event::Run);
+            for (index, profile) in report.profiles.iter_mut().enumerate() {
+                profile.booted = state.ledger.counts(ProfileId(index)).parked();
+            }
+            let lacking = report.profiles.iter().any(ProfileStart::is_lacking);
+            if !lacking {
+                state.tell(Instant::now(), Event::Run);
+            }
+            lacking
+        };
+        if lacking {
+            drop(unfinished);
+            shared.life_over(&home).await;
+            return Err(StartError::NoVm(report));
         }
         unfinished.complete();
         shared.nudge.wake();
@@ -86,6 +84,7 @@ impl<B: Backend> Pool<B> {
         let shared = self.shared();
         let mut start = ProfileStart {
             profile: shared.profile_name(id),
+            wanted: 0,
             booted: 0,
             failures: Vec::new(),
         };
@@ -94,18 +93,18 @@ impl<B: Backend> Pool<B> {
         let _ = home.send(Message::Prepare(id, reply));
         let prepared = prepared.await.unwrap_or(Err(BootFailure::Stopping));
         if let Err(why) = prepared {
-            start.failures.push(why);
+            start.failures.push(StartFailure { vm: None, why });
             return start;
         }
         if shared.config.refill == Refill::Manual {
             return start;
         }
-        let size = shared.state().ledger.counts(id).size;
-        for step in join_all((0..size).map(|_| self.replenish_with(home, id))).await {
-            match step {
-                Replenished::Booted(_) => start.booted += 1,
-                Replenished::Full => {}
-                Replenished::Failed(why) => start.failures.push(why),
+        start.wanted = shared.state().ledger.counts(id).wanted();
+        let steps = (0..start.wanted).map(|_| self.replenish_with(home, id));
+        for step in join_all(steps).await {
+            if let Replenished::Failed(why) = step.did {
+                let vm = step.failed;
+                start.failures.push(StartFailure { vm, why });
             }
         }
         start

@@ -9,6 +9,25 @@ use crate::ledger::{Outcome, PassId, TicketId};
 use crate::shared::State;
 use crate::slot::VmId;
 
+/// What became of one request for a boot.
+pub(crate) struct Attempt {
+    pub(crate) did: Replenished,
+    /// Whose boot failed, if one did.
+    pub(crate) failed: Option<VmId>,
+}
+
+impl Attempt {
+    pub(crate) fn stopping() -> Self {
+        Replenished::Failed(BootFailure::Stopping).into()
+    }
+}
+
+impl From<Replenished> for Attempt {
+    fn from(did: Replenished) -> Self {
+        Self { did, failed: None }
+    }
+}
+
 pub(super) struct Pass {
     pub(super) left: usize,
     pub(super) report: CheckReport,
@@ -42,17 +61,24 @@ impl<B: Backend> Actor<B> {
             let answer = match outcome {
                 Outcome::Booted(id) => Replenished::Booted(id),
                 Outcome::Full => Replenished::Full,
-                Outcome::Failed => {
+                Outcome::Failed(_) => {
                     Replenished::Failed(self.failure.clone().unwrap_or(BootFailure::Cancelled))
                 }
-                Outcome::Denied => Replenished::Failed(
+                Outcome::Denied(_) => Replenished::Failed(
                     self.denial
                         .map_or(BootFailure::Cancelled, BootFailure::Denied),
                 ),
                 Outcome::Stopping => Replenished::Failed(BootFailure::Stopping),
             };
+            let failed = match outcome {
+                Outcome::Failed(id) | Outcome::Denied(id) => Some(id),
+                _ => None,
+            };
             // The one who asked may have gone.
-            let _ = reply.send(answer);
+            let _ = reply.send(Attempt {
+                did: answer,
+                failed,
+            });
         }
         let Some(offer) = self.offers.remove(&ticket) else {
             return;
@@ -61,8 +87,8 @@ impl<B: Backend> Actor<B> {
             Outcome::Booted(id) => Ok(id),
             Outcome::Full => Err(OfferRefusal::Full),
             Outcome::Stopping => Err(OfferRefusal::Stopping),
-            Outcome::Failed => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),
-            Outcome::Denied => Err(self.denial.map_or(OfferRefusal::Full, OfferRefusal::Denied)),
+            Outcome::Failed(_) => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),
+            Outcome::Denied(_) => Err(self.denial.map_or(OfferRefusal::Full, OfferRefusal::Denied)),
         };
         let answer = match answer {
             Ok(id) => offer.reply.send(Ok(id)),
@@ -97,7 +123,7 @@ impl<B: Backend> Actor<B> {
             }
             Message::Replenish(.., reply) => {
                 // The one who asked may have gone.
-                let _ = reply.send(Replenished::Failed(BootFailure::Stopping));
+                let _ = reply.send(Attempt::stopping());
             }
             _ => {}
         }

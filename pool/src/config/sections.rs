@@ -182,7 +182,7 @@ pub struct LeaseConfig {
 /// Bounds between which demand moves the size of a pool, by the rule that the ledger's `autoscale`
 /// module states.
 ///
-/// At the end of each window: if callers found nothing ready `m` times, grow by `m`, at most to
+/// At the end of each window: if callers missed `m` VMs that were not ready, grow by `m`, at most to
 /// twice the size; else if at least `l` VMs were ready all the time, shrink by half of `l`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Autoscale {

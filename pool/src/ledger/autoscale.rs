@@ -1,10 +1,13 @@
 //! Moves the size of a pool between bounds with demand.
 //!
 //! The rule, applied at the end of each window:
-//! - callers missed (found nothing ready) `m > 0` times: grow by `m`, at most to twice the size;
+//! - callers missed `m > 0` VMs that were not ready: grow by `m`, at most to twice the size;
 //! - nobody missed and at least `l > 0` VMs were ready all the time: shrink by half of `l`, rounded
 //!   up;
 //! - otherwise: stay.
+//!
+//! A caller that more warm VMs would not have helped (the limit on leases, the host's limits, a
+//! profile that is drained, a pool that does not run) is no demand.
 //!
 //! So it grows with the burst that hurt, and gives back slowly what nobody needed.
 
@@ -52,8 +55,8 @@ impl Scale {
         self.ends
     }
 
-    pub(crate) fn missed(&mut self) {
-        self.misses = self.misses.saturating_add(1);
+    pub(crate) fn missed(&mut self, vms: usize) {
+        self.misses = self.misses.saturating_add(vms);
     }
 
     pub(crate) fn saw_ready(&mut self, ready: usize) {
@@ -90,14 +93,11 @@ mod tests {
         let mut now = Instant::now();
         scale.begin(now, 4);
         assert_eq!(scale.decide(now, 4, 4), None, "the window is not over");
-        for _ in 0..3 {
-            scale.missed();
-        }
+        scale.missed(1);
+        scale.missed(2);
         now += rules.window;
         assert_eq!(scale.decide(now, 4, 4), Some(7));
-        for _ in 0..100 {
-            scale.missed();
-        }
+        scale.missed(100);
         now += rules.window;
         assert_eq!(
             scale.decide(now, 7, 7),

@@ -183,13 +183,6 @@ impl Book {
         }
     }
 
-    pub(super) fn missed(&mut self) {
-        self.misses = self.misses.saturating_add(1);
-        if let Some(scale) = &mut self.scale {
-            scale.missed();
-        }
-    }
-
     fn watch_stock(&mut self) {
         let parked = self.parked();
         if let Some(scale) = &mut self.scale {

@@ -119,10 +119,10 @@ pub enum Outcome {
     Booted(VmId),
     /// There was nothing to do.
     Full,
-    /// A boot failed.
-    Failed,
-    /// The host's limits are reached.
-    Denied,
+    /// The boot of this VM failed.
+    Failed(VmId),
+    /// The host's limits refused this VM.
+    Denied(VmId),
     /// The pool is not running.
     Stopping,
 }
@@ -138,6 +138,18 @@ pub enum Refusal {
     Draining,
     /// None is ready.
     Exhausted(Shortage),
+}
+
+impl Refusal {
+    /// Whether a caller found nothing ready, rather than was not to be served at all.
+    pub(crate) fn is_miss(self) -> bool {
+        matches!(self, Self::Exhausted(why) if !matches!(why, Shortage::LeaseLimit(_)))
+    }
+
+    /// Whether the caller would have been served if more VMs were kept warm.
+    pub(super) fn asks_for_stock(self) -> bool {
+        self.is_miss() && self != Self::Exhausted(Shortage::HostLimits)
+    }
 }
 
 /// Why none is ready.

@@ -200,6 +200,20 @@ pub struct Counts {
     pub draining: bool,
 }
 
+impl Counts {
+    /// Parked, under check or not.
+    #[must_use]
+    pub fn parked(&self) -> usize {
+        self.ready + self.checking
+    }
+
+    /// VMs to keep warm now: none while draining.
+    #[must_use]
+    pub fn wanted(&self) -> usize {
+        if self.draining { 0 } else { self.size }
+    }
+}
+
 impl Ledger {
     /// A stopped pool of these profiles, in this order.
     #[must_use]
@@ -256,9 +270,7 @@ impl Ledger {
                 Ok(id)
             }
             Err(refusal) => {
-                if let Some(book) = self.books.get_mut(profile.0) {
-                    book.missed();
-                }
+                self.missed(profile, refusal, 1);
                 Err(refusal)
             }
         }
@@ -287,9 +299,8 @@ impl Ledger {
             },
         };
         if let Some(refusal) = refusal {
-            if let Some(book) = self.books.get_mut(profile.0) {
-                book.missed();
-            }
+            let parked = self.books.get(profile.0).map_or(0, Book::parked);
+            self.missed(profile, refusal, count.saturating_sub(parked));
             return Err(refusal);
         }
         let mut taken = Vec::with_capacity(count);
@@ -397,6 +408,12 @@ impl Ledger {
             })
     }
 
+    /// Whether nothing of the profile is left, boots and destructions that have not ended included.
+    #[must_use]
+    pub fn is_vacant(&self, profile: ProfileId) -> bool {
+        self.entries.values().all(|entry| entry.profile != profile)
+    }
+
     /// Whether the VM is parked and not under check.
     #[must_use]
     pub fn is_ready(&self, id: VmId) -> bool {
@@ -439,6 +456,21 @@ impl Ledger {
         }
         book.best()
             .ok_or_else(|| Refusal::Exhausted(book.shortage(now, self.pressed)))
+    }
+
+    /// A caller was refused for want of `vms` VMs.
+    fn missed(&mut self, profile: ProfileId, refusal: Refusal, vms: usize) {
+        let Some(book) = self.books.get_mut(profile.0) else {
+            return;
+        };
+        if refusal.is_miss() {
+            book.misses = book.misses.saturating_add(1);
+        }
+        if let Some(scale) = &mut book.scale
+            && refusal.asks_for_stock()
+        {
+            scale.missed(vms);
+        }
     }
 
     fn lease(&mut self, now: Instant, id: VmId) {

@@ -240,7 +240,7 @@ impl Ledger {
             if cancelled {
                 self.given_up()
             } else {
-                Outcome::Failed
+                Outcome::Failed(id)
             },
         );
         if has_vm {
@@ -259,7 +259,7 @@ impl Ledger {
         }
         // Whoever was refused is first to ask when something is given back.
         self.turn = self.entries.get(&id).map_or(0, |entry| entry.profile.0);
-        self.settle(origin, Outcome::Denied);
+        self.settle(origin, Outcome::Denied(id));
         self.shift(id, None);
     }
 

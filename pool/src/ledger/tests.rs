@@ -104,7 +104,7 @@ fn every_interleaving_by_hand() {
 
 #[test]
 fn every_interleaving_from_the_start_on_and_through_the_stop() {
-    at_least(7_000, from_the_start_on(6));
+    at_least(6_000, from_the_start_on(6));
 }
 
 #[test]
@@ -119,7 +119,7 @@ fn every_interleaving_one_step_deeper() {
     at_least(100_000, with_two_vms_and_one_lease(6));
     at_least(150_000, with_two_profiles(5));
     at_least(140_000, by_hand(7));
-    at_least(30_000, from_the_start_on(7));
+    at_least(20_000, from_the_start_on(7));
     at_least(100_000, while_demand_moves_the_size(6));
 }
 

@@ -484,6 +484,65 @@ async fn a_drained_profile_is_empty_until_it_is_undrained() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_drain_waits_for_boots_that_were_given_up() {
+    let fake = FakeBackend::new();
+    let gate = Gate::new();
+    // The boot is given up while its VM is being proved, and that VM takes long to destroy.
+    fake.script_pings(PY, [Ping::Gate(Gate::new())]);
+    fake.gate_retire(Some(gate.clone()));
+    let pool = by_hand(&fake, config(1)).await;
+    let other = pool.clone();
+    let boot = tokio::spawn(async move { other.replenish(PY).await });
+    settle().await;
+    let mut drain = Box::pin(pool.drain(PY, secs(60)));
+    assert!(futures::poll!(&mut drain).is_pending(), "its VM lives");
+    settle().await;
+    assert!(futures::poll!(&mut drain).is_pending(), "and still does");
+    gate.open();
+    assert_eq!(drain.await, Ok(0));
+    assert_eq!(fake.tally(PY).live, 0);
+    assert!(matches!(boot.await.unwrap().unwrap(), Replenished::Full));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn callers_that_more_stock_would_not_have_helped_are_no_demand() {
+    let fake = FakeBackend::new();
+    let scale = hearth_pool::Autoscale::between(1, 8).window(secs(10));
+    let profile = Profile::new(PY, PY).warm_pool_size(2).autoscale(scale);
+    let config = PoolConfig::new(2).profile(profile).health(quiet());
+    let pool = running(&fake, config).await;
+    let leases = pool.acquire_many(PY, 2).unwrap();
+    settle().await;
+    for _ in 0..5 {
+        let refused = pool.acquire(PY).unwrap_err();
+        let why = Shortage::LeaseLimit(2);
+        assert!(matches!(refused, AcquireError::Exhausted { why: w, .. } if w == why));
+    }
+    assert_eq!(counts(&pool, PY).misses, 0, "two were ready all the time");
+    drop(leases);
+    pool.drain(PY, secs(1)).await.unwrap();
+    assert!(pool.acquire(PY).is_err());
+    pool.undrain(PY).unwrap();
+    assert_eq!(counts(&pool, PY).misses, 0);
+    sleep(secs(11)).await;
+    assert!(counts(&pool, PY).size <= 2);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_that_misses_asks_for_as_many_as_it_missed() {
+    let fake = FakeBackend::new();
+    let scale = hearth_pool::Autoscale::between(1, 50).window(secs(10));
+    let profile = Profile::new(PY, PY).warm_pool_size(16).autoscale(scale);
+    let pool = running(&fake, PoolConfig::new(100).profile(profile).health(quiet())).await;
+    assert!(pool.acquire_many(PY, 32).is_err());
+    sleep(secs(11)).await;
+    assert_eq!(counts(&pool, PY).size, 32);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn demand_moves_the_size_between_its_bounds() {
     let fake = FakeBackend::new();
     let scale = hearth_pool::Autoscale::between(1, 4).window(secs(10));

@@ -37,13 +37,22 @@ async fn start_reports_which_vms_failed_and_why_and_the_loop_makes_up_for_them()
     let fake = FakeBackend::new();
     fake.script(PY, [Boot::Fine, Boot::Fail("disk full"), Boot::Panic]);
     let pool = make(&fake, config(4));
+    let mut events = pool.subscribe();
     let report = pool.start().await.unwrap();
     let python = &report.profiles[0];
     assert_eq!((python.booted, python.failures.len()), (2, 2));
     assert!(
-        matches!(&python.failures[0], BootFailure::Backend(why) if why.to_string() == "disk full")
+        matches!(&python.failures[0].why, BootFailure::Backend(why) if why.to_string() == "disk full")
     );
-    assert!(matches!(&python.failures[1], BootFailure::Panicked));
+    assert!(matches!(&python.failures[1].why, BootFailure::Panicked));
+    let which: Vec<_> = python.failures.iter().map(|failure| failure.vm).collect();
+    let mut failed = Vec::new();
+    while let Ok(event) = events.try_recv() {
+        if matches!(event.kind, EventKind::BootFailed(_)) {
+            failed.push(event.vm);
+        }
+    }
+    assert_eq!(which, failed, "by the numbers of its events");
     pool.wait_ready(secs(10)).await.unwrap();
     assert_eq!(ready(&pool), 4);
     stop_clean(pool, &fake).await;
@@ -74,6 +83,38 @@ async fn start_fails_if_no_vm_at_all_could_be_booted_for_a_profile() {
     // And once it works, it starts.
     fake.by_default(JS, Boot::Fine);
     pool.start().await.unwrap();
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_profile_that_is_to_have_no_vm_does_not_keep_the_pool_from_starting() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, two()).await;
+    pool.drain(JS, secs(1)).await.unwrap();
+    pool.stop().await;
+    pool.start().await.expect("drained");
+    assert_eq!((ready(&pool), counts(&pool, JS).ready), (4, 0));
+    pool.undrain(JS).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    pool.stop().await;
+    pool.resize(JS, 0).unwrap();
+    pool.start().await.expect("of size 0");
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_profile_that_others_fill_during_the_start_has_its_vms() {
+    let fake = FakeBackend::new();
+    let gate = Gate::new();
+    fake.script_prepare(PY, [Boot::Gate(gate.clone())]);
+    let pool = make(&fake, config(1));
+    let starting = pool.clone();
+    let start = tokio::spawn(async move { starting.start().await });
+    gate.held(1).await;
+    pool.replenish(PY).await.unwrap();
+    gate.open();
+    let report = start.await.unwrap().unwrap();
+    assert_eq!((report.profiles[0].booted, fake.tally(PY).boots), (1, 1));
     stop_clean(pool, &fake).await;
 }
 

@@ -21,7 +21,7 @@ use crate::backend::{Backend, ProbeError};
 use crate::boot::Failed;
 use crate::error::{BootFailure, OfferError, OfferRefusal};
 use crate::event::EventKind;
-use crate::lease::Held;
+use crate::lease::{Held, Lease, Released};
 use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
 use crate::permit::Denial;
 use crate::shared::{Shared, State};
@@ -36,15 +36,10 @@ pub(crate) enum Message<B: Backend> {
     Joined(VmId, Result<(), OfferRefusal>),
     Checked(VmId, u64, PassId, Verdict),
     Ended(VmId),
-    Retired(VmId, Option<oneshot::Sender<()>>),
+    Retired(VmId),
     Killed(VmId),
-    Returned {
-        id: VmId,
-        held: Held<B>,
-        untouched: bool,
-        done: Option<oneshot::Sender<()>>,
-    },
-    Withdrawn(VmId),
+    /// A lease comes home that is on no book any more.
+    Stray(Held<B>, Released),
     Prepare(ProfileId, oneshot::Sender<Result<(), BootFailure>>),
     Replenish(ProfileId, TicketId, oneshot::Sender<Attempt>),
     Offer(ProfileId, TicketId, B::Vm, OfferReply<B>),
@@ -83,8 +78,6 @@ pub(crate) struct Actor<B: Backend> {
     tickets: HashMap<TicketId, oneshot::Sender<Attempt>>,
     offers: HashMap<TicketId, Offered<B>>,
     passes: HashMap<PassId, Pass>,
-    /// Told when the VM is destroyed.
-    released: HashMap<VmId, oneshot::Sender<()>>,
     /// Why the boot or offer that was taken in last failed.
     failure: Option<BootFailure>,
     refusal: Option<OfferRefusal>,
@@ -93,6 +86,8 @@ pub(crate) struct Actor<B: Backend> {
     pressure_read: Option<Instant>,
     /// Dropped when the lock is no longer held.
     trash: Vec<Slot<B>>,
+    /// The same, and so come home: leases whose callers have gone.
+    unclaimed: Vec<Lease<B>>,
     stopped: bool,
 }
 
@@ -109,12 +104,12 @@ impl<B: Backend> Actor<B> {
             tickets: HashMap::new(),
             offers: HashMap::new(),
             passes: HashMap::new(),
-            released: HashMap::new(),
             failure: None,
             refusal: None,
             denial: None,
             pressure_read: None,
             trash: Vec::new(),
+            unclaimed: Vec::new(),
             stopped: false,
         }
     }
@@ -213,6 +208,7 @@ impl<B: Backend> Actor<B> {
         }
         drop(state);
         self.trash.clear();
+        self.unclaimed.clear();
         shared.step.send_modify(|step| *step = step.wrapping_add(1));
     }
 
@@ -224,29 +220,19 @@ impl<B: Backend> Actor<B> {
                 self.checked(state, now, id, check, pass, verdict);
             }
             Message::Ended(id) => self.shared.ended(state, now, id),
-            Message::Retired(id, done) => {
-                let profile = state.slots.get(&id).map(|slot| slot.profile);
+            Message::Retired(id) => {
+                let slot = state.slots.get_mut(&id);
+                let profile = slot.as_ref().map(|slot| slot.profile);
+                let released = slot.and_then(|slot| slot.released.take());
                 self.shared.emit(profile, Some(id), EventKind::Destroyed);
                 state.tell(now, Event::Retired(id));
-                for waiting in [done, self.released.remove(&id)].into_iter().flatten() {
+                if let Some(released) = released {
                     // Nobody has to wait for it.
-                    let _ = waiting.send(());
+                    let _ = released.send(());
                 }
             }
             Message::Killed(id) => state.tell(now, Event::Killed(id)),
-            Message::Returned {
-                id,
-                held,
-                untouched,
-                done,
-            } => {
-                self.returned(state, now, id, held, untouched, done);
-            }
-            Message::Withdrawn(id) => {
-                let profile = state.slots.get(&id).map(|slot| slot.profile);
-                self.shared.emit(profile, Some(id), EventKind::Withdrawn);
-                state.tell(now, Event::Withdrawn(id));
-            }
+            Message::Stray(held, done) => self.destroy(None, held, done),
             Message::Prepare(profile, reply) => self.prepare(profile, reply),
             Message::Replenish(profile, ticket, reply) => {
                 self.tickets.insert(ticket, reply);
@@ -315,7 +301,18 @@ impl<B: Backend> Actor<B> {
     }
 
     pub(crate) fn discard(&mut self, slot: Option<Slot<B>>) {
-        self.trash.extend(slot);
+        let Some(mut slot) = slot else { return };
+        // A lease that comes home in the moment in which the pool gives it up.
+        if let Some(vm) = slot.vm.take() {
+            let reservation = slot.reservation.take();
+            let released = slot.released.take();
+            self.destroy(None, Held { vm, reservation }, released);
+        }
+        self.trash.push(slot);
+    }
+
+    pub(crate) fn unclaimed(&mut self, lease: Lease<B>) {
+        self.unclaimed.push(lease);
     }
 
     pub(crate) fn stopped(&mut self, state: &State<B>) {

@@ -18,13 +18,13 @@ use crate::slot::VmId;
 /// A VM on lease: used once, then destroyed.
 ///
 /// Dereferences to the backend's VM. Dropping it, anywhere and at any moment, gives the VM back: the
-/// drop only sends on a path that was reserved when the VM was acquired; destruction happens in the
-/// pool's own tasks. Use [`release`](Self::release) to wait for that, and
+/// drop only puts the VM where it came from, under the lock that acquire takes; the lease is free for
+/// others at once, and destruction happens in the pool's own tasks. Use [`release`](Self::release) to wait for that, and
 /// [`into_inner`](Self::into_inner) to keep the VM.
 #[must_use = "dropping a lease destroys its VM"]
 pub struct Lease<B: Backend> {
     shared: Arc<Shared<B>>,
-    /// Unbounded, and so never full: at most one message for each lease out.
+    /// For a VM that is no longer on the books: the life that it belonged to, if it still goes on.
     home: Home<B>,
     id: VmId,
     profile: ProfileId,
@@ -34,6 +34,9 @@ pub struct Lease<B: Backend> {
     /// Whether a caller has it; before that, it goes back as good as new.
     touched: bool,
 }
+
+/// Told when the VM of a lease is destroyed.
+pub(crate) type Released = Option<oneshot::Sender<()>>;
 
 /// What a lease owns.
 pub(crate) struct Held<B: Backend> {
@@ -112,8 +115,7 @@ impl<B: Backend> Lease<B> {
             // Every method that empties a lease also consumes it.
             unreachable!("a lease that was given up is used again")
         };
-        // If nobody listens, the pool has stopped and keeps no account.
-        let _ = self.home.send(Message::Withdrawn(self.id));
+        self.shared.withdraw(self.id);
         (vm, reservation)
     }
 
@@ -127,21 +129,18 @@ impl<B: Backend> Lease<B> {
         let _ = destroyed.await;
     }
 
-    fn give_back(&mut self, done: Option<oneshot::Sender<()>>) {
+    fn give_back(&mut self, done: Released) {
         let Some(held) = self.held.take() else { return };
         if self.touched
             && let Some(profile) = self.shared.profile(self.profile)
         {
             profile.metrics.lease.record(self.since.elapsed());
         }
-        let untouched = !self.touched;
-        // If nobody listens, the pool has stopped: the VM comes back in the error and is dropped.
-        let _ = self.home.send(Message::Returned {
-            id: self.id,
-            held,
-            untouched,
-            done,
-        });
+        let stray = self.shared.take_back(self.id, held, !self.touched, done);
+        if let Err((held, done)) = stray {
+            // If nobody listens, the pool has stopped: the VM comes back in the error and is dropped.
+            let _ = self.home.send(Message::Stray(held, done));
+        }
     }
 }
 

@@ -269,7 +269,7 @@ impl<B: Backend> Pool<B> {
     }
 
     fn tell(&self, event: Event) {
-        self.shared().state().tell(Instant::now(), event);
+        self.shared().state().note(Instant::now(), event);
         self.shared().nudge.wake();
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Locks: `Shared::state` first, then the account inside [`Admission`]; neither is held across an
 //! await. Whatever the ledger asks for is done by the actor; others only add to `State::pending` and
-//! nudge it. VMs are never dropped under the lock.
+//! nudge it. VMs and leases are never dropped under the lock.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,7 +20,7 @@ use crate::error::BootFailure;
 use crate::event::{EventKind, PoolEvent};
 use crate::health::CheckRules;
 use crate::host::Host;
-use crate::lease::{Held, Lease};
+use crate::lease::{Held, Lease, Released};
 use crate::ledger::{
     Action, BreakerRules, Event, Ledger, Phase, PoolRules, ProfileId, Refusal, Rules, ScaleRules,
     TicketId, WaiterId,
@@ -106,6 +106,12 @@ impl<B: Backend> State<B> {
     /// Lets the ledger know; the actor does the rest.
     pub(crate) fn tell(&mut self, now: Instant, event: Event) {
         let actions = self.ledger.apply(now, event);
+        self.pending.extend(actions);
+    }
+
+    /// Lets the ledger know, and leaves it to the actor to make up for what is missing then.
+    pub(crate) fn note(&mut self, now: Instant, event: Event) {
+        let actions = self.ledger.note(now, event);
         self.pending.extend(actions);
     }
 
@@ -261,6 +267,51 @@ impl<B: Backend> Shared<B> {
             kept.metrics.died.increment(1);
         }
         self.emit(Some(profile), Some(id), EventKind::Ended);
+    }
+
+    /// The VM of a lease comes home. If it is no longer on the books (its pool was stopped since, maybe
+    /// started again), it is handed back: it is to be destroyed all the same.
+    pub(crate) fn take_back(
+        &self,
+        id: VmId,
+        held: Held<B>,
+        untouched: bool,
+        done: Released,
+    ) -> Result<(), (Held<B>, Released)> {
+        let mut state = self.state();
+        let Some(slot) = state.slots.get_mut(&id) else {
+            return Err((held, done));
+        };
+        let profile = slot.profile;
+        let died = untouched && !self.backend.alive(&held.vm);
+        slot.vm = Some(held.vm);
+        slot.reservation = held.reservation;
+        slot.released = done;
+        if died {
+            self.died(profile, id);
+        }
+        let event = if untouched && !died {
+            Event::Untouched(id)
+        } else {
+            Event::Returned(id)
+        };
+        state.note(Instant::now(), event);
+        let untouched = state.ledger.is_kept(id);
+        self.emit(Some(profile), Some(id), EventKind::Returned { untouched });
+        drop(state);
+        self.nudge.wake();
+        Ok(())
+    }
+
+    /// The VM of a lease becomes its owner's for good.
+    pub(crate) fn withdraw(&self, id: VmId) {
+        let mut state = self.state();
+        if let Some(profile) = state.slots.get(&id).map(|slot| slot.profile) {
+            state.note(Instant::now(), Event::Withdrawn(id));
+            self.emit(Some(profile), Some(id), EventKind::Withdrawn);
+            drop(state);
+            self.nudge.wake();
+        }
     }
 
     /// Begins one probe of a parked VM; none if it has gone elsewhere.

@@ -5,6 +5,7 @@ use std::fmt;
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::Backend;
+use crate::lease::Released;
 use crate::ledger::ProfileId;
 use crate::permit::Reservation;
 
@@ -31,6 +32,8 @@ pub(crate) struct Slot<B: Backend> {
     pub(crate) job: Option<CancellationToken>,
     /// Ends the task that watches for the VM's end.
     pub(crate) watch: Option<CancellationToken>,
+    /// Told when it is destroyed.
+    pub(crate) released: Released,
     /// What [`crate::backend::Remote::activity`] said last.
     pub(crate) activity: Option<u64>,
 }
@@ -44,6 +47,7 @@ impl<B: Backend> Slot<B> {
             reservation: Some(reservation),
             job: None,
             watch: None,
+            released: None,
             activity: None,
         }
     }

@@ -15,7 +15,7 @@ use crate::boot;
 use crate::error::{BootFailure, OfferRefusal};
 use crate::event::EventKind;
 use crate::health;
-use crate::lease::Lease;
+use crate::lease::{Held, Lease, Released};
 use crate::ledger::{Action, Event, Overdue, PassId, ProfileId, Refusal, TicketId, WaiterId};
 use crate::profile::Parking;
 use crate::shared::State;
@@ -233,8 +233,10 @@ impl<B: Backend> Actor<B> {
         };
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let lease = Lease::untouched(shared, home, id, profile, held);
-        // If the waiter has gone, the lease comes home by its own drop.
-        let _ = reply.send(Ok(lease));
+        if let Err(Ok(lease)) = reply.send(Ok(lease)) {
+            // The waiter has gone.
+            self.unclaimed(lease);
+        }
     }
 
     fn retire(&mut self, state: &mut State<B>, now: Instant, id: VmId) {
@@ -246,29 +248,34 @@ impl<B: Backend> Actor<B> {
         }
         let profile = slot.profile;
         match slot.vm.take() {
-            Some(vm) => self.destroy(Some((profile, id)), vm, None),
+            Some(vm) => {
+                // The slot keeps the reservation until the VM is gone.
+                let held = Held {
+                    vm,
+                    reservation: None,
+                };
+                self.destroy(Some((profile, id)), held, None);
+            }
             None => state.tell(now, Event::Retired(id)),
         }
     }
 
-    /// Destroys a VM that is on no book.
-    pub(crate) fn retire_stray(&mut self, vm: Option<B::Vm>, done: Option<oneshot::Sender<()>>) {
-        match (vm, done) {
-            (Some(vm), done) => self.destroy(None, vm, done),
-            // Nobody has to wait for it.
-            (None, Some(done)) => {
-                let _ = done.send(());
-            }
-            (None, None) => {}
+    /// Destroys a VM that is on no book and has no reservation.
+    pub(crate) fn retire_stray(&mut self, vm: Option<B::Vm>) {
+        if let Some(vm) = vm {
+            let reservation = None;
+            self.destroy(None, Held { vm, reservation }, None);
         }
     }
 
-    fn destroy(
+    /// Destroys a VM and then gives its reservation back.
+    pub(crate) fn destroy(
         &mut self,
         known: Option<(ProfileId, VmId)>,
-        vm: B::Vm,
-        done: Option<oneshot::Sender<()>>,
+        held: Held<B>,
+        done: Released,
     ) {
+        let Held { vm, reservation } = held;
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let span = match known {
             Some((_, id)) => tracing::debug_span!("destroy", vm = %id),
@@ -293,15 +300,13 @@ impl<B: Backend> Actor<B> {
                     }
                 }
             }
-            match known {
-                Some((_, id)) => {
-                    let _ = home.send(Message::Retired(id, done));
-                }
-                None => {
-                    if let Some(done) = done {
-                        let _ = done.send(());
-                    }
-                }
+            drop(reservation);
+            if let Some((_, id)) = known {
+                let _ = home.send(Message::Retired(id));
+            }
+            if let Some(done) = done {
+                // Nobody has to wait for it.
+                let _ = done.send(());
             }
         };
         self.tasks.spawn(task.instrument(span));

@@ -95,7 +95,7 @@ impl<B: Backend> Actor<B> {
             Err(why) => offer.reply.send(Err(OfferError { vm: offer.vm, why })),
         };
         match answer {
-            Err(Err(OfferError { vm, .. })) => self.retire_stray(vm, None),
+            Err(Err(OfferError { vm, .. })) => self.retire_stray(vm),
             // Adopted, though nobody hears of it.
             Err(Ok(id)) => debug_assert!(state.slots.contains_key(&id)),
             Ok(()) => {}
@@ -111,14 +111,14 @@ impl<B: Backend> Actor<B> {
     /// After the end: only leases are of interest.
     pub(super) fn receive_late(&mut self, message: Message<B>) {
         match message {
-            Message::Returned { held, done, .. } => self.retire_stray(Some(held.vm), done),
+            Message::Stray(held, done) => self.destroy(None, held, done),
             Message::Offer(.., vm, reply) => {
                 let refusal = OfferError {
                     vm: Some(vm),
                     why: OfferRefusal::Stopping,
                 };
                 if let Err(Err(OfferError { vm, .. })) = reply.send(Err(refusal)) {
-                    self.retire_stray(vm, None);
+                    self.retire_stray(vm);
                 }
             }
             Message::Replenish(.., reply) => {

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::{Actor, Verdict};
@@ -10,7 +9,6 @@ use crate::backend::Backend;
 use crate::boot::Failed;
 use crate::error::{BootFailure, OfferRefusal};
 use crate::event::EventKind;
-use crate::lease::Held;
 use crate::ledger::{Event, PassId, ProfileId};
 use crate::shared::State;
 use crate::slot::VmId;
@@ -26,7 +24,7 @@ impl<B: Backend> Actor<B> {
     ) {
         let Some(slot) = state.slots.get_mut(&id) else {
             // The ledger keeps the slot of a boot until it is answered; do not lose the VM if not.
-            return self.retire_stray(result.map_or_else(|failed| failed.vm, Some), None);
+            return self.retire_stray(result.map_or_else(|failed| failed.vm, Some));
         };
         let profile = slot.profile;
         slot.job = None;
@@ -168,41 +166,5 @@ impl<B: Backend> Actor<B> {
         }
         self.perform(state, now);
         self.settle_pass(pass);
-    }
-
-    pub(super) fn returned(
-        &mut self,
-        state: &mut State<B>,
-        now: Instant,
-        id: VmId,
-        held: Held<B>,
-        untouched: bool,
-        done: Option<oneshot::Sender<()>>,
-    ) {
-        let Some(slot) = state.slots.get_mut(&id) else {
-            // Its pool has been stopped, maybe started again: it is no longer on the books.
-            return self.retire_stray(Some(held.vm), done);
-        };
-        let profile = slot.profile;
-        let died = untouched && !self.shared.backend.alive(&held.vm);
-        slot.vm = Some(held.vm);
-        slot.reservation = held.reservation;
-        if let Some(done) = done {
-            self.released.insert(id, done);
-        }
-        if died {
-            self.shared.died(profile, id);
-        }
-        state.tell(
-            now,
-            if untouched && !died {
-                Event::Untouched(id)
-            } else {
-                Event::Returned(id)
-            },
-        );
-        let untouched = state.ledger.is_ready(id);
-        self.shared
-            .emit(Some(profile), Some(id), EventKind::Returned { untouched });
     }
 }

@@ -244,6 +244,15 @@ impl Ledger {
         std::mem::take(&mut self.out)
     }
 
+    /// Takes in an event and returns what it leads to by itself; what is missing then is made up for by
+    /// the next [`apply`](Self::apply). For those who must not decide on boots: whoever does, looks at
+    /// the host's memory first.
+    #[must_use]
+    pub fn note(&mut self, now: Instant, event: Event) -> Vec<Action> {
+        self.take_in(now, event);
+        std::mem::take(&mut self.out)
+    }
+
     /// The VM that [`take`](Self::take) would take.
     ///
     /// # Errors
@@ -426,6 +435,12 @@ impl Ledger {
     #[must_use]
     pub fn is_parked(&self, id: VmId) -> bool {
         matches!(self.stage(id), Some(Stage::Ready | Stage::Checking { .. }))
+    }
+
+    /// Whether the VM is parked or with a caller.
+    #[must_use]
+    pub fn is_kept(&self, id: VmId) -> bool {
+        self.is_parked(id) || matches!(self.stage(id), Some(Stage::Leased(_)))
     }
 
     /// Whether the VM is under that check.

@@ -224,7 +224,18 @@ impl World {
 
     fn tell(&mut self, event: Event) {
         self.prepare(event);
-        for action in self.ledger.apply(self.now, event) {
+        let mut actions = Vec::new();
+        if matches!(
+            event,
+            Event::Returned(_) | Event::Untouched(_) | Event::Withdrawn(_)
+        ) {
+            // Told by the lease; the actor is nudged.
+            actions.extend(self.ledger.note(self.now, event));
+            actions.extend(self.ledger.apply(self.now, Event::Tick));
+        } else {
+            actions.extend(self.ledger.apply(self.now, event));
+        }
+        for action in actions {
             self.act(action);
         }
     }

@@ -469,6 +469,30 @@ async fn into_inner_takes_the_vm_out_and_its_reservation_lives_as_long() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_vm_that_was_taken_out_is_its_owners_in_the_same_moment() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let (vm, reservation) = pool.acquire(PY).unwrap().into_inner();
+    assert_eq!(pool.status().leased, 0);
+    pool.stop_within(secs(0)).await;
+    assert!(vm.handle().is_alive(), "stop has nothing to do with it");
+    drop((vm, reservation));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_was_dropped_is_free_for_others_in_the_same_moment() {
+    let fake = FakeBackend::new();
+    let config = PoolConfig::new(1)
+        .profile(Profile::new(PY, PY).warm_pool_size(2))
+        .health(quiet());
+    let pool = running(&fake, config).await;
+    for _ in 0..2 {
+        drop(pool.acquire(PY).expect("one lease at a time is allowed"));
+    }
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_lease_beyond_its_deadline_or_idle_for_too_long_is_ended() {
     let fake = FakeBackend::new();
     let mut limits = hearth_pool::config::LeaseConfig::default();

@@ -307,6 +307,26 @@ async fn leases_still_out_are_awaited_up_to_the_deadline_then_destroyed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_a_late_lease_has_reserved_is_given_back_when_its_vm_is_gone() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let late = pool.acquire(PY).unwrap();
+    // Its life ends, but the actor of that life still hears it come home.
+    let gate = Gate::new();
+    fake.gate_retire(Some(gate.clone()));
+    let stopping = pool.clone();
+    let stop = tokio::spawn(async move { stopping.stop_within(secs(1)).await });
+    sleep(secs(2)).await;
+    assert_eq!(fake.live().len(), 2, "the parked one is being destroyed");
+    drop(late);
+    settle().await;
+    assert_eq!((fake.live().len(), pool.status().usage.vms), (2, 2));
+    gate.open();
+    stop.await.unwrap();
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn stop_is_idempotent_and_survives_cancellation_of_its_caller() {
     let fake = FakeBackend::new();
     let pool = running(&fake, config(2)).await;

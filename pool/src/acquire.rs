@@ -169,8 +169,8 @@ impl<B: Backend> Shared<B> {
         id: crate::slot::VmId,
     ) -> Option<Lease<B>> {
         let home = state.inbox.clone()?;
-        let held = state.take_out(id)?;
-        Some(Lease::untouched(Arc::clone(self), home, id, profile, held))
+        let vm = state.take_out(id)?;
+        Some(Lease::untouched(Arc::clone(self), home, id, profile, vm))
     }
 
     async fn wait(

@@ -21,7 +21,7 @@ use crate::backend::{Backend, ProbeError};
 use crate::boot::Failed;
 use crate::error::{BootFailure, OfferError, OfferRefusal};
 use crate::event::EventKind;
-use crate::lease::{Held, Lease, Released};
+use crate::lease::{Lease, Released};
 use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
 use crate::permit::Denial;
 use crate::shared::{Shared, State};
@@ -39,7 +39,7 @@ pub(crate) enum Message<B: Backend> {
     Retired(VmId),
     Killed(VmId),
     /// A lease comes home that is on no book any more.
-    Stray(Held<B>, Released),
+    Stray(B::Vm, Released),
     Prepare(ProfileId, oneshot::Sender<Result<(), BootFailure>>),
     Replenish(ProfileId, TicketId, oneshot::Sender<Attempt>),
     Offer(ProfileId, TicketId, B::Vm, OfferReply<B>),
@@ -231,8 +231,14 @@ impl<B: Backend> Actor<B> {
                     let _ = released.send(());
                 }
             }
-            Message::Killed(id) => state.tell(now, Event::Killed(id)),
-            Message::Stray(held, done) => self.destroy(None, held, done),
+            Message::Killed(id) => {
+                // The lease is left with a husk.
+                if let Some(slot) = state.slots.get_mut(&id) {
+                    slot.reservation = None;
+                }
+                state.tell(now, Event::Killed(id));
+            }
+            Message::Stray(vm, done) => self.destroy(None, vm, done),
             Message::Prepare(profile, reply) => self.prepare(profile, reply),
             Message::Replenish(profile, ticket, reply) => {
                 self.tickets.insert(ticket, reply);
@@ -304,9 +310,8 @@ impl<B: Backend> Actor<B> {
         let Some(mut slot) = slot else { return };
         // A lease that comes home in the moment in which the pool gives it up.
         if let Some(vm) = slot.vm.take() {
-            let reservation = slot.reservation.take();
             let released = slot.released.take();
-            self.destroy(None, Held { vm, reservation }, released);
+            self.destroy(None, vm, released);
         }
         self.trash.push(slot);
     }

@@ -164,7 +164,9 @@ impl<B: Backend> Backend for Arc<B> {
 
 /// A weak handle to one VM, wherever it is.
 pub trait Remote: Send + Sync + 'static {
-    /// Ends the VM; resolves when its guest runs no more. Ending an ended VM is fine.
+    /// Ends the VM, whoever owns it; resolves when nothing of it runs any more and what it held of the
+    /// host (threads, descriptors, memory) is given up: its owner is left with a value that knows how
+    /// it ended. Ending an ended VM is fine, and gives up what that one still holds.
     fn kill(&self) -> impl Future<Output = ()> + Send;
 
     /// A number that changes whenever the VM does something for its owner; the idle limit of

@@ -30,7 +30,7 @@ pub struct Lease<B: Backend> {
     profile: ProfileId,
     since: Instant,
     /// Present until the lease is over.
-    held: Option<Held<B>>,
+    vm: Option<B::Vm>,
     /// Whether a caller has it; before that, it goes back as good as new.
     touched: bool,
 }
@@ -38,19 +38,13 @@ pub struct Lease<B: Backend> {
 /// Told when the VM of a lease is destroyed.
 pub(crate) type Released = Option<oneshot::Sender<()>>;
 
-/// What a lease owns.
-pub(crate) struct Held<B: Backend> {
-    pub(crate) vm: B::Vm,
-    pub(crate) reservation: Option<Reservation>,
-}
-
 impl<B: Backend> Lease<B> {
     pub(crate) fn untouched(
         shared: Arc<Shared<B>>,
         home: Home<B>,
         id: VmId,
         profile: ProfileId,
-        held: Held<B>,
+        vm: B::Vm,
     ) -> Self {
         let since = Instant::now();
         Self {
@@ -59,24 +53,24 @@ impl<B: Backend> Lease<B> {
             id,
             profile,
             since,
-            held: Some(held),
+            vm: Some(vm),
             touched: false,
         }
     }
 
     /// From here on the VM is the caller's.
     pub(crate) fn hand_off(mut self) -> Self {
-        if let Some(held) = &self.held {
-            self.shared.backend.hand_off(&held.vm);
+        if let Some(vm) = &self.vm {
+            self.shared.backend.hand_off(vm);
         }
         self.touched = true;
         self
     }
 
     pub(crate) fn is_alive(&self) -> bool {
-        self.held
+        self.vm
             .as_ref()
-            .is_some_and(|held| self.shared.backend.alive(&held.vm))
+            .is_some_and(|vm| self.shared.backend.alive(vm))
     }
 
     /// The VM's number.
@@ -98,25 +92,21 @@ impl<B: Backend> Lease<B> {
     /// # Errors
     /// Why it is not healthy.
     pub async fn ping(&self) -> Result<(), ProbeError> {
-        let probe = || {
-            self.held
-                .as_ref()
-                .map(|held| self.shared.backend.probe(&held.vm))
-        };
+        let probe = || self.vm.as_ref().map(|vm| self.shared.backend.probe(vm));
         health::check(self.shared.check_rules, probe)
             .await
             .map(|_| ())
     }
 
     /// Takes the VM out of the pool for good. The pool refills; the reservation keeps the VM counted
-    /// in the pool's limits and must live as long as the VM.
+    /// in the pool's limits and must live as long as the VM. There is none if the pool has ended the
+    /// VM already.
     pub fn into_inner(mut self) -> (B::Vm, Option<Reservation>) {
-        let Some(Held { vm, reservation }) = self.held.take() else {
+        let Some(vm) = self.vm.take() else {
             // Every method that empties a lease also consumes it.
             unreachable!("a lease that was given up is used again")
         };
-        self.shared.withdraw(self.id);
-        (vm, reservation)
+        (vm, self.shared.withdraw(self.id))
     }
 
     /// Gives the VM back and resolves when it is destroyed. Cancelling the future is fine: the VM is
@@ -130,16 +120,16 @@ impl<B: Backend> Lease<B> {
     }
 
     fn give_back(&mut self, done: Released) {
-        let Some(held) = self.held.take() else { return };
+        let Some(vm) = self.vm.take() else { return };
         if self.touched
             && let Some(profile) = self.shared.profile(self.profile)
         {
             profile.metrics.lease.record(self.since.elapsed());
         }
-        let stray = self.shared.take_back(self.id, held, !self.touched, done);
-        if let Err((held, done)) = stray {
+        let stray = self.shared.take_back(self.id, vm, !self.touched, done);
+        if let Err((vm, done)) = stray {
             // If nobody listens, the pool has stopped: the VM comes back in the error and is dropped.
-            let _ = self.home.send(Message::Stray(held, done));
+            let _ = self.home.send(Message::Stray(vm, done));
         }
     }
 }
@@ -154,8 +144,8 @@ impl<B: Backend> Deref for Lease<B> {
     type Target = B::Vm;
 
     fn deref(&self) -> &B::Vm {
-        match &self.held {
-            Some(held) => &held.vm,
+        match &self.vm {
+            Some(vm) => vm,
             None => unreachable!("a lease that was given up is used again"),
         }
     }
@@ -163,8 +153,8 @@ impl<B: Backend> Deref for Lease<B> {
 
 impl<B: Backend> DerefMut for Lease<B> {
     fn deref_mut(&mut self) -> &mut B::Vm {
-        match &mut self.held {
-            Some(held) => &mut held.vm,
+        match &mut self.vm {
+            Some(vm) => vm,
             None => unreachable!("a lease that was given up is used again"),
         }
     }

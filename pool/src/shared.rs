@@ -20,13 +20,13 @@ use crate::error::BootFailure;
 use crate::event::{EventKind, PoolEvent};
 use crate::health::CheckRules;
 use crate::host::Host;
-use crate::lease::{Held, Lease, Released};
+use crate::lease::{Lease, Released};
 use crate::ledger::{
     Action, BreakerRules, Event, Ledger, Phase, PoolRules, ProfileId, Refusal, Rules, ScaleRules,
     TicketId, WaiterId,
 };
 use crate::metrics::ProfileMetrics;
-use crate::permit::Admission;
+use crate::permit::{Admission, Reservation};
 use crate::policy;
 use crate::profile::{Parking, Profile};
 use crate::slot::{Slot, VmId};
@@ -150,16 +150,12 @@ impl<B: Backend> State<B> {
     }
 
     /// Moves a VM that the ledger counts as leased out of its slot.
-    pub(crate) fn take_out(&mut self, id: VmId) -> Option<Held<B>> {
+    pub(crate) fn take_out(&mut self, id: VmId) -> Option<B::Vm> {
         let slot = self.slots.get_mut(&id)?;
         if let Some(check) = slot.job.take() {
             check.cancel();
         }
-        let vm = slot.vm.take()?;
-        Some(Held {
-            vm,
-            reservation: slot.reservation.take(),
-        })
+        slot.vm.take()
     }
 }
 
@@ -274,18 +270,17 @@ impl<B: Backend> Shared<B> {
     pub(crate) fn take_back(
         &self,
         id: VmId,
-        held: Held<B>,
+        vm: B::Vm,
         untouched: bool,
         done: Released,
-    ) -> Result<(), (Held<B>, Released)> {
+    ) -> Result<(), (B::Vm, Released)> {
         let mut state = self.state();
         let Some(slot) = state.slots.get_mut(&id) else {
-            return Err((held, done));
+            return Err((vm, done));
         };
         let profile = slot.profile;
-        let died = untouched && !self.backend.alive(&held.vm);
-        slot.vm = Some(held.vm);
-        slot.reservation = held.reservation;
+        let died = untouched && !self.backend.alive(&vm);
+        slot.vm = Some(vm);
         slot.released = done;
         if died {
             self.died(profile, id);
@@ -303,15 +298,16 @@ impl<B: Backend> Shared<B> {
         Ok(())
     }
 
-    /// The VM of a lease becomes its owner's for good.
-    pub(crate) fn withdraw(&self, id: VmId) {
+    /// The VM of a lease becomes its owner's for good, and with it its share of the limits.
+    pub(crate) fn withdraw(&self, id: VmId) -> Option<Reservation> {
         let mut state = self.state();
-        if let Some(profile) = state.slots.get(&id).map(|slot| slot.profile) {
-            state.note(Instant::now(), Event::Withdrawn(id));
-            self.emit(Some(profile), Some(id), EventKind::Withdrawn);
-            drop(state);
-            self.nudge.wake();
-        }
+        let slot = state.slots.get_mut(&id)?;
+        let (profile, reservation) = (slot.profile, slot.reservation.take());
+        state.note(Instant::now(), Event::Withdrawn(id));
+        self.emit(Some(profile), Some(id), EventKind::Withdrawn);
+        drop(state);
+        self.nudge.wake();
+        reservation
     }
 
     /// Begins one probe of a parked VM; none if it has gone elsewhere.

@@ -26,7 +26,7 @@ pub(crate) struct Slot<B: Backend> {
     pub(crate) vm: Option<B::Vm>,
     /// Present from the moment there is a VM.
     pub(crate) remote: Option<std::sync::Arc<B::Remote>>,
-    /// Given back when the VM is gone.
+    /// Given back when nothing of the VM is left but, at most, a lease's husk of it.
     pub(crate) reservation: Option<Reservation>,
     /// Ends the boot or the check that is under way.
     pub(crate) job: Option<CancellationToken>,

@@ -15,7 +15,7 @@ use crate::boot;
 use crate::error::{BootFailure, OfferRefusal};
 use crate::event::EventKind;
 use crate::health;
-use crate::lease::{Held, Lease, Released};
+use crate::lease::{Lease, Released};
 use crate::ledger::{Action, Event, Overdue, PassId, ProfileId, Refusal, TicketId, WaiterId};
 use crate::profile::Parking;
 use crate::shared::State;
@@ -225,14 +225,14 @@ impl<B: Backend> Actor<B> {
             return state.tell(now, Event::Untouched(id));
         };
         let alive = state.is_alive(&self.shared.backend, id);
-        let Some(held) = alive.then(|| state.take_out(id)).flatten() else {
+        let Some(vm) = alive.then(|| state.take_out(id)).flatten() else {
             self.shared.died(profile, id);
             state.waiters.insert(waiter, reply);
             state.tell(now, Event::Returned(id));
             return state.tell(now, Event::Wait(profile, waiter));
         };
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
-        let lease = Lease::untouched(shared, home, id, profile, held);
+        let lease = Lease::untouched(shared, home, id, profile, vm);
         if let Err(Ok(lease)) = reply.send(Ok(lease)) {
             // The waiter has gone.
             self.unclaimed(lease);
@@ -248,34 +248,13 @@ impl<B: Backend> Actor<B> {
         }
         let profile = slot.profile;
         match slot.vm.take() {
-            Some(vm) => {
-                // The slot keeps the reservation until the VM is gone.
-                let held = Held {
-                    vm,
-                    reservation: None,
-                };
-                self.destroy(Some((profile, id)), held, None);
-            }
+            Some(vm) => self.destroy(Some((profile, id)), vm, None),
             None => state.tell(now, Event::Retired(id)),
         }
     }
 
-    /// Destroys a VM that is on no book and has no reservation.
-    pub(crate) fn retire_stray(&mut self, vm: Option<B::Vm>) {
-        if let Some(vm) = vm {
-            let reservation = None;
-            self.destroy(None, Held { vm, reservation }, None);
-        }
-    }
-
-    /// Destroys a VM and then gives its reservation back.
-    pub(crate) fn destroy(
-        &mut self,
-        known: Option<(ProfileId, VmId)>,
-        held: Held<B>,
-        done: Released,
-    ) {
-        let Held { vm, reservation } = held;
+    /// Destroys a VM; the slot of one that is on the books is told.
+    pub(crate) fn destroy(&mut self, known: Option<(ProfileId, VmId)>, vm: B::Vm, done: Released) {
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let span = match known {
             Some((_, id)) => tracing::debug_span!("destroy", vm = %id),
@@ -300,7 +279,6 @@ impl<B: Backend> Actor<B> {
                     }
                 }
             }
-            drop(reservation);
             if let Some((_, id)) = known {
                 let _ = home.send(Message::Retired(id));
             }

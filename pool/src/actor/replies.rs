@@ -95,10 +95,10 @@ impl<B: Backend> Actor<B> {
             Err(why) => offer.reply.send(Err(OfferError { vm: offer.vm, why })),
         };
         match answer {
-            Err(Err(OfferError { vm, .. })) => self.retire_stray(vm),
+            Err(Err(OfferError { vm: Some(vm), .. })) => self.destroy(None, vm, None),
             // Adopted, though nobody hears of it.
             Err(Ok(id)) => debug_assert!(state.slots.contains_key(&id)),
-            Ok(()) => {}
+            Err(Err(_)) | Ok(()) => {}
         }
     }
 
@@ -111,14 +111,14 @@ impl<B: Backend> Actor<B> {
     /// After the end: only leases are of interest.
     pub(super) fn receive_late(&mut self, message: Message<B>) {
         match message {
-            Message::Stray(held, done) => self.destroy(None, held, done),
+            Message::Stray(vm, done) => self.destroy(None, vm, done),
             Message::Offer(.., vm, reply) => {
                 let refusal = OfferError {
                     vm: Some(vm),
                     why: OfferRefusal::Stopping,
                 };
-                if let Err(Err(OfferError { vm, .. })) = reply.send(Err(refusal)) {
-                    self.retire_stray(vm);
+                if let Err(Err(OfferError { vm: Some(vm), .. })) = reply.send(Err(refusal)) {
+                    self.destroy(None, vm, None);
                 }
             }
             Message::Replenish(.., reply) => {

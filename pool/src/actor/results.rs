@@ -24,7 +24,10 @@ impl<B: Backend> Actor<B> {
     ) {
         let Some(slot) = state.slots.get_mut(&id) else {
             // The ledger keeps the slot of a boot until it is answered; do not lose the VM if not.
-            return self.retire_stray(result.map_or_else(|failed| failed.vm, Some));
+            if let Some(vm) = result.map_or_else(|failed| failed.vm, Some) {
+                self.destroy(None, vm, None);
+            }
+            return;
         };
         let profile = slot.profile;
         slot.job = None;

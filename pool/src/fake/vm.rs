@@ -29,6 +29,8 @@ pub(super) struct Life {
 #[derive(Debug, Clone, Copy, Default)]
 struct Now {
     ended: bool,
+    /// Nothing of it is left but the value.
+    hollow: bool,
     frozen: bool,
     paused: bool,
 }
@@ -61,6 +63,11 @@ impl Life {
 
     fn end(&self) {
         self.state.send_modify(|now| now.ended = true);
+    }
+
+    fn give_up(&self) {
+        self.state
+            .send_modify(|now| (now.ended, now.hollow) = (true, true));
     }
 
     pub(super) fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
@@ -164,7 +171,7 @@ pub enum FakeVmError {
 
 impl Drop for FakeVm {
     fn drop(&mut self) {
-        self.life.end();
+        self.life.give_up();
         self.backend.gone(&self.life, self.retired);
     }
 }
@@ -215,6 +222,12 @@ impl FakeVmHandle {
         self.0.is_alive()
     }
 
+    /// Whether it holds memory of the host: until the pool ends it, or it is dropped.
+    #[must_use]
+    pub fn holds_memory(&self) -> bool {
+        !self.0.state.borrow().hollow
+    }
+
     /// Whether its vCPUs are paused.
     #[must_use]
     pub fn is_paused(&self) -> bool {
@@ -241,7 +254,7 @@ pub struct FakeRemote(pub(super) Weak<Life>);
 impl Remote for FakeRemote {
     async fn kill(&self) {
         if let Some(life) = self.0.upgrade() {
-            life.end();
+            life.give_up();
         }
     }
 

@@ -293,11 +293,7 @@ async fn leases_still_out_are_awaited_up_to_the_deadline_then_destroyed() {
         "its guest runs no more"
     );
     assert_eq!(pool.status().phase, Phase::Stopped);
-    assert_eq!(
-        pool.status().usage.vms,
-        1,
-        "what the lease still holds is still counted"
-    );
+    assert_eq!(pool.status().usage.vms, 0, "and holds nothing");
     // A new life of the pool is not confused by a lease of the old one.
     pool.start().await.unwrap();
     drop(late);
@@ -307,22 +303,22 @@ async fn leases_still_out_are_awaited_up_to_the_deadline_then_destroyed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_late_lease_has_reserved_is_given_back_when_its_vm_is_gone() {
+async fn a_lease_that_the_stop_has_ended_holds_nothing_of_the_host() {
     let fake = FakeBackend::new();
-    let pool = running(&fake, config(1)).await;
-    let late = pool.acquire(PY).unwrap();
-    // Its life ends, but the actor of that life still hears it come home.
-    let gate = Gate::new();
-    fake.gate_retire(Some(gate.clone()));
-    let stopping = pool.clone();
-    let stop = tokio::spawn(async move { stopping.stop_within(secs(1)).await });
-    sleep(secs(2)).await;
-    assert_eq!(fake.live().len(), 2, "the parked one is being destroyed");
-    drop(late);
+    let pool = running(&fake, config(2)).await;
+    let leases = pool.acquire_many(PY, 2).unwrap();
+    leases[0].handle().kill();
     settle().await;
-    assert_eq!((fake.live().len(), pool.status().usage.vms), (2, 2));
-    gate.open();
-    stop.await.unwrap();
+    assert!(leases[0].handle().holds_memory(), "ended, but its owner's");
+    pool.stop_within(secs(1)).await;
+    for lease in &leases {
+        assert!(!lease.handle().holds_memory());
+        assert_eq!(lease.work(), Err(FakeVmError::Ended));
+    }
+    assert_eq!(pool.status().usage.vms, 0);
+    let (vm, reservation) = leases.into_iter().next().unwrap().into_inner();
+    assert!(reservation.is_none());
+    drop(vm);
     stop_clean(pool, &fake).await;
 }
 

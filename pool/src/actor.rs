@@ -84,6 +84,8 @@ pub(crate) struct Actor<B: Backend> {
     /// Which limit refused last.
     denial: Option<Denial>,
     pressure_read: Option<Instant>,
+    /// By profile: whether the breaker was open when that was told last.
+    breakers: Vec<bool>,
     /// Dropped when the lock is no longer held.
     trash: Vec<Slot<B>>,
     /// The same, and so come home: leases whose callers have gone.
@@ -97,6 +99,7 @@ const BATCH: usize = 64;
 impl<B: Backend> Actor<B> {
     pub(crate) fn new(shared: Arc<Shared<B>>, home: Home<B>) -> Self {
         Self {
+            breakers: vec![false; shared.profiles.len()],
             shared,
             home,
             tasks: JoinSet::new(),
@@ -203,6 +206,7 @@ impl<B: Backend> Actor<B> {
         if state.ledger.phase() != Phase::Starting {
             self.prepared.cancel();
         }
+        self.show_breakers(&state);
         for (index, profile) in shared.profiles.iter().enumerate() {
             profile.metrics.show(&state.ledger.counts(ProfileId(index)));
         }

@@ -79,6 +79,8 @@ pub enum BootFailure {
     Panicked,
     /// The host's limits are reached.
     Denied(Denial),
+    /// So many boots failed in a row that none is tried for a while.
+    BreakerOpen(u32),
     /// It was given up: nobody wants it any more.
     Cancelled,
     /// The pool stops.
@@ -96,6 +98,10 @@ impl fmt::Display for BootFailure {
             Self::Unhealthy(_) => f.write_str("the fresh VM did not prove healthy"),
             Self::Panicked => f.write_str("the backend panicked while it made the VM"),
             Self::Denied(_) => f.write_str("the host's limits are reached"),
+            Self::BreakerOpen(failures) => write!(
+                f,
+                "the last {failures} boots failed, none is tried for a while; see the profile's last failure"
+            ),
             Self::Cancelled => f.write_str("the boot was given up"),
             Self::Stopping => f.write_str("the pool is stopping"),
         }
@@ -108,7 +114,11 @@ impl Error for BootFailure {
             Self::Backend(cause) => Some(cause.as_ref()),
             Self::Unhealthy(cause) => Some(cause),
             Self::Denied(cause) => Some(cause),
-            Self::TimedOut(_) | Self::Panicked | Self::Cancelled | Self::Stopping => None,
+            Self::TimedOut(_)
+            | Self::Panicked
+            | Self::BreakerOpen(_)
+            | Self::Cancelled
+            | Self::Stopping => None,
         }
     }
 }

@@ -109,6 +109,7 @@ impl ProfileMetrics {
             BootFailure::Unhealthy(_) => "unhealthy",
             BootFailure::Panicked => "panic",
             BootFailure::Denied(_) => "limits",
+            BootFailure::BreakerOpen(_) => "breaker",
             BootFailure::Cancelled | BootFailure::Stopping => "cancelled",
         };
         self.count("hearth_pool_boot_failures_total", reason);

@@ -30,6 +30,8 @@ pub const BREAKER_FAILURES: u32 = 5;
 pub const BREAKER_COOLDOWN: Duration = Duration::from_secs(30);
 /// Longest such wait.
 pub const BREAKER_COOLDOWN_MAX: Duration = Duration::from_secs(300);
+/// How soon after its boot the end of a VM that nobody had counts as a boot that failed.
+pub const EARLY_DEATH: Duration = Duration::from_secs(2);
 /// Guest memory that an idle, cold-booted VM is left with.
 pub const BALLOON_IDLE_TARGET_MIB: u32 = 64;
 /// Longest balloon operation; scaled by the backend.

@@ -282,15 +282,17 @@ impl<B: Backend> Shared<B> {
         let died = untouched && !self.backend.alive(&vm);
         slot.vm = Some(vm);
         slot.released = done;
+        let now = Instant::now();
         if died {
             self.died(profile, id);
+            state.note(now, Event::Ended(id));
         }
-        let event = if untouched && !died {
+        let event = if untouched {
             Event::Untouched(id)
         } else {
             Event::Returned(id)
         };
-        state.note(Instant::now(), event);
+        state.note(now, event);
         let untouched = state.ledger.is_kept(id);
         self.emit(Some(profile), Some(id), EventKind::Returned { untouched });
         drop(state);
@@ -363,6 +365,7 @@ fn ledger_of(config: &PoolConfig) -> Ledger {
         failures: config.boot.breaker_failures,
         cooldown: Duration::from_millis(config.boot.breaker_cooldown_ms),
         cooldown_max: Duration::from_millis(config.boot.breaker_cooldown_max_ms),
+        early: Duration::from_millis(config.boot.early_death_ms),
     };
     let rules = (1_u64..)
         .zip(&config.profiles)

@@ -228,7 +228,8 @@ impl<B: Backend> Actor<B> {
         let Some(vm) = alive.then(|| state.take_out(id)).flatten() else {
             self.shared.died(profile, id);
             state.waiters.insert(waiter, reply);
-            state.tell(now, Event::Returned(id));
+            state.tell(now, Event::Ended(id));
+            state.tell(now, Event::Untouched(id));
             return state.tell(now, Event::Wait(profile, waiter));
         };
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());

@@ -71,6 +71,7 @@ fn config() -> PoolConfig {
     let mut boot = BootConfig::default();
     (boot.backoff_min_ms, boot.backoff_max_ms, boot.timeout_ms) = (1, 20, 200);
     (boot.breaker_cooldown_ms, boot.breaker_cooldown_max_ms) = (100, 200);
+    boot.early_death_ms = 20;
     let mut config = PoolConfig::new(12).health(health).boot(boot);
     config.limits.vms = 20;
     for profile in PROFILES {

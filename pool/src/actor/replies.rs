@@ -68,6 +68,9 @@ impl<B: Backend> Actor<B> {
                     self.denial
                         .map_or(BootFailure::Cancelled, BootFailure::Denied),
                 ),
+                Outcome::BreakerOpen(failures) => {
+                    Replenished::Failed(BootFailure::BreakerOpen(failures))
+                }
                 Outcome::Stopping => Replenished::Failed(BootFailure::Stopping),
             };
             let failed = match outcome {
@@ -85,7 +88,8 @@ impl<B: Backend> Actor<B> {
         };
         let answer = match outcome {
             Outcome::Booted(id) => Ok(id),
-            Outcome::Full => Err(OfferRefusal::Full),
+            // An offer is no boot: the breaker says nothing about it.
+            Outcome::Full | Outcome::BreakerOpen(_) => Err(OfferRefusal::Full),
             Outcome::Stopping => Err(OfferRefusal::Stopping),
             Outcome::Failed(_) => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),
             Outcome::Denied(_) => Err(self.denial.map_or(OfferRefusal::Full, OfferRefusal::Denied)),

@@ -31,7 +31,6 @@ impl<B: Backend> Actor<B> {
         };
         let profile = slot.profile;
         slot.job = None;
-        let was_open = state.ledger.counts(profile).breaker_open;
         match result {
             Ok(vm) => {
                 slot.remote = Some(Arc::new(self.shared.backend.remote(&vm)));
@@ -64,17 +63,25 @@ impl<B: Backend> Actor<B> {
                 self.perform(state, now);
             }
         }
-        let counts = state.ledger.counts(profile);
-        if counts.breaker_open != was_open {
-            if counts.breaker_open {
+    }
+
+    /// Tells of breakers that opened or closed since the last time.
+    pub(super) fn show_breakers(&mut self, state: &State<B>) {
+        for (index, was_open) in self.breakers.iter_mut().enumerate() {
+            let profile = ProfileId(index);
+            let counts = state.ledger.counts(profile);
+            if counts.breaker_open == *was_open {
+                continue;
+            }
+            *was_open = counts.breaker_open;
+            let kind = if counts.breaker_open {
                 let failures = counts.failures_in_a_row;
                 tracing::error!(failures, "boots keep failing: the breaker is open");
-                self.shared
-                    .emit(Some(profile), None, EventKind::BreakerOpened(failures));
+                EventKind::BreakerOpened(failures)
             } else {
-                self.shared
-                    .emit(Some(profile), None, EventKind::BreakerClosed);
-            }
+                EventKind::BreakerClosed
+            };
+            self.shared.emit(Some(profile), None, kind);
         }
     }
 

@@ -74,6 +74,9 @@ pub struct BootConfig {
     pub breaker_cooldown_ms: u64,
     /// Longest such wait, in milliseconds.
     pub breaker_cooldown_max_ms: u64,
+    /// A VM that nobody had and that ends, or proves unhealthy, so soon after its boot (in
+    /// milliseconds) counts as a failure, too; 0: it does not.
+    pub early_death_ms: u64,
     #[serde(flatten, skip_serializing)]
     pub(crate) unknown: Unknown,
 }
@@ -88,6 +91,7 @@ impl Default for BootConfig {
             breaker_failures: policy::BREAKER_FAILURES,
             breaker_cooldown_ms: ms(policy::BREAKER_COOLDOWN),
             breaker_cooldown_max_ms: ms(policy::BREAKER_COOLDOWN_MAX),
+            early_death_ms: ms(policy::EARLY_DEATH),
             unknown: Unknown::default(),
         }
     }

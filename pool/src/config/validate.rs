@@ -232,6 +232,7 @@ impl PoolConfig {
             ("backoff_min_ms", boot.backoff_min_ms),
             ("backoff_max_ms", boot.backoff_max_ms),
         );
+        found.within("boot.early_death_ms", boot.early_death_ms, 0, DAY_MS);
         found.within("boot.breaker_failures", boot.breaker_failures, 1, 1_000_000);
         found.within(
             "boot.breaker_cooldown_ms",

@@ -100,6 +100,16 @@ impl Book {
         policy::concurrent_boots(self.size, self.boots_percent)
     }
 
+    /// The same for boots that are asked for: they do not wait for a backoff.
+    pub(super) fn permits_by_hand(&self) -> usize {
+        let permits = self.permits();
+        if self.breaker.is_open() {
+            permits.min(1)
+        } else {
+            permits
+        }
+    }
+
     /// Boots that hold a permit; an offered VM needs none.
     pub(super) fn boots_running(&self) -> usize {
         let booting = self

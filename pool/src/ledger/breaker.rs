@@ -8,6 +8,10 @@
 //!    +------------------------------------------------------------- Half open <--+   | waits twice
 //!                                                                   (one boot) ------+ as long
 //! ```
+//!
+//! A boot that succeeds has not proved much if its VM ends right away. Such an early death counts as a
+//! failure (without a wait: the VM is replaced at once), and from the first on a boot is a success only
+//! when its VM has outlived that time or was used. A half-open breaker waits for this after its boot.
 
 use std::time::Duration;
 
@@ -26,6 +30,8 @@ pub struct BreakerRules {
     pub cooldown: Duration,
     /// Longest wait.
     pub cooldown_max: Duration,
+    /// How soon after its boot the end of a VM that nobody had is an early death; zero: never.
+    pub early: Duration,
 }
 
 /// The record of one profile's boots.
@@ -37,6 +43,10 @@ pub(crate) struct Breaker {
     /// Times that it opened since the last success.
     trips: u32,
     until: Option<Instant>,
+    /// When the first of the early deaths since the last success happened.
+    suspect: Option<Instant>,
+    /// Whether the wait is for the VM of a half-open breaker's boot to prove itself.
+    on_trial: bool,
     jitter: Jitter,
 }
 
@@ -47,6 +57,8 @@ impl Breaker {
             failures: 0,
             trips: 0,
             until: None,
+            suspect: None,
+            on_trial: false,
             jitter: Jitter::new(seed),
         }
     }
@@ -79,26 +91,69 @@ impl Breaker {
         self.failures = 0;
         self.trips = 0;
         self.until = None;
+        self.suspect = None;
+        self.on_trial = false;
+    }
+
+    /// A boot came to its end and made a VM.
+    pub(crate) fn booted(&mut self, now: Instant) {
+        if self.suspect.is_none() {
+            self.succeeded();
+        } else if self.is_open() {
+            self.on_trial = true;
+            self.until = Some(now + self.rules.early);
+        }
+    }
+
+    /// A VM made at `born` was used, or lives.
+    pub(crate) fn proved(&mut self, born: Instant) {
+        if self.suspect.is_some_and(|since| since <= born) {
+            self.succeeded();
+        }
+    }
+
+    /// Whether early deaths are to be disproved.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.suspect.is_some()
+    }
+
+    /// When a VM made at `born` proves something by having lived until then.
+    pub(crate) fn proves_at(&self, born: Instant) -> Option<Instant> {
+        let suspect = self.suspect.filter(|since| *since <= born);
+        suspect.map(|_| born + self.rules.early)
+    }
+
+    /// A VM made at `born` that nobody had has ended, or is no good.
+    pub(crate) fn died(&mut self, now: Instant, born: Instant) {
+        if now < born + self.rules.early {
+            self.suspect.get_or_insert(now);
+            self.count(now, false);
+        }
     }
 
     pub(crate) fn failed(&mut self, now: Instant) {
+        self.count(now, true);
+    }
+
+    fn count(&mut self, now: Instant, backs_off: bool) {
         self.failures = self.failures.saturating_add(1);
-        if self.is_open() && self.waits_until(now).is_some() {
+        if self.is_open() && self.waits_until(now).is_some() && !self.on_trial {
             // Began before it opened: says nothing new.
             return;
         }
-        let wait = if self.is_open() || self.failures >= self.rules.failures {
+        self.on_trial = false;
+        if self.is_open() || self.failures >= self.rules.failures {
             self.trips = self.trips.saturating_add(1);
-            doubled(self.rules.cooldown, self.trips - 1, self.rules.cooldown_max)
-        } else {
+            let cooldown = doubled(self.rules.cooldown, self.trips - 1, self.rules.cooldown_max);
+            self.until = Some(now + cooldown);
+        } else if backs_off {
             let longest = doubled(
                 self.rules.backoff_min,
                 self.failures,
                 self.rules.backoff_max,
             );
-            self.jitter.between(self.rules.backoff_min, longest)
-        };
-        self.until = Some(now + wait);
+            self.until = Some(now + self.jitter.between(self.rules.backoff_min, longest));
+        }
     }
 }
 
@@ -138,6 +193,7 @@ mod tests {
         failures: 3,
         cooldown: Duration::from_secs(30),
         cooldown_max: Duration::from_secs(100),
+        early: Duration::from_secs(2),
     };
 
     #[test]
@@ -172,6 +228,42 @@ mod tests {
         breaker.succeeded();
         assert!(!breaker.is_open());
         assert_eq!(breaker.permits(now, 4), 4);
+    }
+
+    #[test]
+    fn early_deaths_open_it_and_only_a_vm_that_proves_itself_closes_it() {
+        let second = Duration::from_secs(1);
+        let mut now = Instant::now();
+        let mut breaker = Breaker::new(RULES, 7);
+        for died in 1..=3 {
+            breaker.booted(now);
+            assert_eq!(breaker.permits(now, 4), 4, "replaced at once");
+            breaker.died(now + second, now);
+            assert_eq!(breaker.failures(), died);
+            now += second;
+        }
+        assert_eq!(
+            breaker.waits_until(now),
+            Some(now + Duration::from_secs(30))
+        );
+        now += Duration::from_secs(30);
+        assert_eq!(breaker.permits(now, 4), 1);
+        breaker.booted(now);
+        assert_eq!(breaker.permits(now, 4), 0, "on trial");
+        breaker.died(now + second, now);
+        now += second;
+        assert_eq!(
+            breaker.waits_until(now),
+            Some(now + Duration::from_secs(60))
+        );
+        now += Duration::from_secs(60);
+        breaker.booted(now);
+        assert_eq!(breaker.proves_at(now), Some(now + RULES.early));
+        breaker.proved(now);
+        assert!(!breaker.is_open());
+        assert_eq!((breaker.failures(), breaker.permits(now, 4)), (0, 4));
+        breaker.died(now + RULES.early, now);
+        assert_eq!(breaker.failures(), 0, "old enough");
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub enum Event {
     Leave(WaiterId),
     /// A lease is over; the VM was used, or is dead.
     Returned(VmId),
-    /// A VM that was served was never picked up and is as good as new.
+    /// A VM that was served was never picked up and, unless it has ended, is as good as new.
     Untouched(VmId),
     /// The owner of a lease keeps the VM for good.
     Withdrawn(VmId),
@@ -80,8 +80,8 @@ pub enum Action {
     Park(VmId),
     /// Check it under this number; answer `Checked`.
     Check(ProfileId, VmId, u64, PassId),
-    /// Hand the VM to the waiter; answer `Returned` and `Wait` if the VM is dead, `Untouched` if
-    /// nobody came.
+    /// Hand the VM to the waiter; answer `Ended`, `Untouched` and `Wait` if the VM is dead,
+    /// `Untouched` if nobody came.
     Serve(ProfileId, WaiterId, VmId),
     /// Turn the waiter away.
     Reject(WaiterId, Refusal),
@@ -123,6 +123,8 @@ pub enum Outcome {
     Failed(VmId),
     /// The host's limits refused this VM.
     Denied(VmId),
+    /// So many boots failed in a row that none is tried for a while.
+    BreakerOpen(u32),
     /// The pool is not running.
     Stopping,
 }

@@ -125,6 +125,8 @@ enum Hold {
 struct Entry {
     profile: ProfileId,
     stage: Stage,
+    /// When it was booted; none if it was offered, or boots yet.
+    born: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -192,7 +194,7 @@ pub struct Counts {
     pub boots: u64,
     /// Boots that failed, ever.
     pub boot_failures: u64,
-    /// Boots that failed since the last that succeeded.
+    /// Boots that failed, or whose VMs died early, since the last that succeeded.
     pub failures_in_a_row: u32,
     /// Whether the breaker is open.
     pub breaker_open: bool,
@@ -359,10 +361,24 @@ impl Ledger {
             [retry, scale.and_then(autoscale::Scale::ends)]
         });
         let running = self.phase == Phase::Running;
-        let books = books.flatten().filter(|_| running).min();
+        let proofs = self.proofs().map(|(at, ..)| at);
+        let books = books.flatten().chain(proofs).filter(|_| running);
+        let books = books.min();
         let pass = self.next_pass_at.filter(|_| running);
         let stop = self.stop_at.filter(|at| now < *at);
         [limit, books, pass, stop].into_iter().flatten().min()
+    }
+
+    /// When which parked VMs prove that boots are good again.
+    fn proofs(&self) -> impl Iterator<Item = (Instant, ProfileId, Instant)> + '_ {
+        let suspect = self.books.iter().any(|book| book.breaker.is_suspect());
+        let entries = self.entries.values().filter(move |_| suspect);
+        entries.filter_map(|entry| {
+            let parked = matches!(entry.stage, Stage::Ready | Stage::Checking { .. });
+            let book = self.books.get(entry.profile.0).filter(|_| parked)?;
+            let at = book.breaker.proves_at(entry.born?)?;
+            Some((at, entry.profile, entry.born?))
+        })
     }
 
     /// Whether a boot would begin if the host were not short of memory.
@@ -553,7 +569,12 @@ impl Ledger {
             return;
         };
         book.join(id, stage);
-        self.entries.insert(id, Entry { profile, stage });
+        let entry = Entry {
+            profile,
+            stage,
+            born: None,
+        };
+        self.entries.insert(id, entry);
         self.out.push(match origin {
             Origin::Offer(ticket) => Action::Join(profile, id, ticket),
             Origin::Refill | Origin::Ticket(_) => Action::Boot(profile, id),

@@ -13,6 +13,10 @@ impl Ledger {
                 if self.phase == Phase::Stopped {
                     self.phase = Phase::Starting;
                     self.stop_at = None;
+                    // Somebody wants it tried again.
+                    self.books
+                        .iter_mut()
+                        .for_each(|book| book.breaker.succeeded());
                 }
             }
             Event::Run => self.run(now),
@@ -20,7 +24,7 @@ impl Ledger {
             Event::Replenish(profile, ticket) => self.replenish(profile, ticket),
             Event::Offer(profile, ticket) => self.offer(profile, ticket),
             Event::Forget(ticket) => self.forget(ticket),
-            Event::Booted(id) => self.booted(id),
+            Event::Booted(id) => self.booted(now, id),
             Event::BootFailed(id, has_vm) => self.boot_failed(now, id, has_vm),
             Event::Denied(id) => self.denied(id),
             Event::CapacityFreed => self.books.iter_mut().for_each(|book| book.denied = false),
@@ -31,19 +35,19 @@ impl Ledger {
                     .for_each(|book| book.waiters.retain(|w| *w != waiter));
             }
             Event::Returned(id) => self.returned(id),
-            Event::Untouched(id) => self.untouched(id),
+            Event::Untouched(id) => self.untouched(now, id),
             Event::Withdrawn(id) => {
                 if matches!(self.stage(id), Some(Stage::Leased(_))) {
                     self.shift(id, None);
                 }
             }
             Event::Ended(id) => match self.stage(id) {
-                Some(Stage::Ready | Stage::Checking { .. }) => self.retire(id),
+                Some(Stage::Ready | Stage::Checking { .. }) => self.died(now, id),
                 Some(Stage::Leased(Hold::Held)) => self.shift(id, Some(Stage::Leased(Hold::Dead))),
                 _ => {}
             },
             Event::BeginCheck(profile, most, pass) => self.begin_check(profile, most, pass),
-            Event::Checked(id, check, healthy) => self.checked(id, check, healthy),
+            Event::Checked(id, check, healthy) => self.checked(now, id, check, healthy),
             Event::AbandonPass(pass) => self.abandon(pass),
             Event::Retired(id) => {
                 if self.stage(id) == Some(Stage::Retiring) {
@@ -80,10 +84,10 @@ impl Ledger {
     pub(super) fn reconcile(&mut self, now: Instant) {
         match self.phase {
             Phase::Stopped => {}
-            Phase::Starting => self.serve_tickets(),
+            Phase::Starting => self.serve_tickets(now),
             Phase::Running => {
                 self.serve_waiters(now);
-                self.serve_tickets();
+                self.serve_tickets(now);
                 self.refill(now);
             }
             Phase::Stopping => self.finish(now),
@@ -205,7 +209,7 @@ impl Ledger {
         }
     }
 
-    fn booted(&mut self, id: VmId) {
+    fn booted(&mut self, now: Instant, id: VmId) {
         let Some(Stage::Booting { origin, cancelled }) = self.stage(id) else {
             return;
         };
@@ -216,10 +220,12 @@ impl Ledger {
         }
         self.shift(id, Some(Stage::Ready));
         if origin.holds_permit()
-            && let Some(book) = self.book_of(id)
+            && let Some(entry) = self.entries.get_mut(&id)
+            && let Some(book) = self.books.get_mut(entry.profile.0)
         {
+            entry.born = Some(now);
             book.boots = book.boots.saturating_add(1);
-            book.breaker.succeeded();
+            book.breaker.booted(now);
         }
         self.settle(origin, Outcome::Booted(id));
     }
@@ -297,14 +303,33 @@ impl Ledger {
     }
 
     fn returned(&mut self, id: VmId) {
-        if matches!(self.stage(id), Some(Stage::Leased(_))) {
-            self.retire(id);
+        let Some(Stage::Leased(hold)) = self.stage(id) else {
+            return;
+        };
+        if hold == Hold::Held
+            && let Some(entry) = self.entries.get(&id)
+            && let (Some(born), Some(book)) = (entry.born, self.books.get_mut(entry.profile.0))
+        {
+            book.breaker.proved(born);
         }
+        self.retire(id);
     }
 
-    fn untouched(&mut self, id: VmId) {
-        if !matches!(self.stage(id), Some(Stage::Leased(Hold::Held))) {
-            return self.returned(id);
+    /// A VM that nobody had has ended, or is no good.
+    fn died(&mut self, now: Instant, id: VmId) {
+        if let Some(entry) = self.entries.get(&id)
+            && let (Some(born), Some(book)) = (entry.born, self.books.get_mut(entry.profile.0))
+        {
+            book.breaker.died(now, born);
+        }
+        self.retire(id);
+    }
+
+    fn untouched(&mut self, now: Instant, id: VmId) {
+        match self.stage(id) {
+            Some(Stage::Leased(Hold::Held)) => {}
+            Some(Stage::Leased(Hold::Dead)) => return self.died(now, id),
+            _ => return self.returned(id),
         }
         let Some(profile) = self.entries.get(&id).map(|entry| entry.profile) else {
             return;
@@ -397,13 +422,13 @@ impl Ledger {
         }
     }
 
-    fn checked(&mut self, id: VmId, check: u64, healthy: bool) {
+    fn checked(&mut self, now: Instant, id: VmId, check: u64, healthy: bool) {
         match self.stage(id) {
             Some(Stage::Checking { check: current, .. }) if current == check => {
                 if healthy {
                     self.shift(id, Some(Stage::Ready));
                 } else {
-                    self.retire(id);
+                    self.died(now, id);
                 }
             }
             // Handed out or destroyed since: the answer is about the past.
@@ -429,6 +454,12 @@ impl Ledger {
         }
     }
 
+    /// A parked VM that has lived long enough to say that boots are good again.
+    fn proof(&self, now: Instant) -> Option<(ProfileId, Instant)> {
+        let mut proofs = self.proofs();
+        proofs.find_map(|(at, profile, born)| (at <= now).then_some((profile, born)))
+    }
+
     fn tick(&mut self, now: Instant) {
         while let Some((at, id, limit)) = self.limits.first().copied()
             && at <= now
@@ -441,6 +472,11 @@ impl Ledger {
         }
         if self.phase != Phase::Running {
             return;
+        }
+        while let Some((profile, born)) = self.proof(now)
+            && let Some(book) = self.books.get_mut(profile.0)
+        {
+            book.breaker.proved(born);
         }
         if let (Some(at), Some(every)) = (self.next_pass_at, self.rules.health_interval)
             && at <= now
@@ -484,7 +520,7 @@ impl Ledger {
         }
     }
 
-    fn serve_tickets(&mut self) {
+    fn serve_tickets(&mut self, now: Instant) {
         for profile in (0..self.books.len()).map(ProfileId) {
             while let Some(book) = self.books.get_mut(profile.0)
                 && let Some(ticket) = book.tickets.front().copied()
@@ -492,7 +528,11 @@ impl Ledger {
                 if book.parked() >= book.target() {
                     book.tickets.pop_front();
                     self.out.push(Action::Settle(ticket, Outcome::Full));
-                } else if book.has_room() && book.boots_running() < book.permits() {
+                } else if book.breaker.is_open() && book.breaker.waits_until(now).is_some() {
+                    let outcome = Outcome::BreakerOpen(book.breaker.failures());
+                    book.tickets.pop_front();
+                    self.out.push(Action::Settle(ticket, outcome));
+                } else if book.has_room() && book.boots_running() < book.permits_by_hand() {
                     book.tickets.pop_front();
                     self.begin_boot(profile, Origin::Ticket(ticket));
                 } else {

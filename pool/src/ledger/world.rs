@@ -95,6 +95,7 @@ impl World {
                 failures: 2,
                 cooldown: Duration::from_secs(30),
                 cooldown_max: Duration::from_secs(60),
+                early: Duration::from_secs(10),
             },
             scale: case.scales.then_some(ScaleRules {
                 min: 0,
@@ -325,7 +326,13 @@ impl World {
                     *owner == profile && matches!(place, Place::Booting { .. })
                 });
                 let permits = policy::concurrent_boots(self.ledger.counts(profile).size, 50);
-                assert!(before.count() < permits, "more boots than permits");
+                let before = before.count();
+                assert!(before < permits, "more boots than permits");
+                let open = self.ledger.counts(profile).breaker_open;
+                assert!(
+                    !open || before == 0,
+                    "more than one while the breaker is open"
+                );
                 self.made += 1;
                 let fresh = self
                     .vms

@@ -291,6 +291,70 @@ async fn the_breaker_stops_hammering_a_broken_image_says_so_and_recovers() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn vms_that_boot_well_and_die_soon_do_not_make_the_pool_boot_without_end() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(2)).await;
+    sleep(secs(60)).await;
+    assert_eq!(fake.tally(PY).boots, 2);
+    let dying = fake.clone();
+    let saboteur = tokio::spawn(async move {
+        loop {
+            sleep(millis(100)).await;
+            dying
+                .live()
+                .iter()
+                .for_each(hearth_pool::fake::FakeVmHandle::kill);
+        }
+    });
+    sleep(secs(25)).await;
+    let boots = fake.tally(PY).boots;
+    assert!(boots <= 2 + 2 + 5, "{boots}");
+    assert!(counts(&pool, PY).breaker_open, "and it says so");
+    sleep(secs(3_600)).await;
+    let in_an_hour = fake.tally(PY).boots - boots;
+    assert!((10..=16).contains(&in_an_hour), "{in_an_hour}");
+    saboteur.abort();
+    // The next one lives; when it has proved that, the others follow.
+    pool.wait_ready(secs(303)).await.unwrap();
+    assert!(!counts(&pool, PY).breaker_open);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broken_image_is_not_hammered_by_a_start_or_by_calls_either() {
+    let fake = FakeBackend::new();
+    fake.by_default(PY, Boot::FailAfter(millis(10), "broken image"));
+    let pool = make(&fake, config(100));
+    pool.start().await.unwrap_err();
+    let boots = fake.tally(PY).boots;
+    assert!(boots < 50 + 5, "one round of fifty, not a hundred: {boots}");
+    let pool = by_hand(&fake, config(1)).await;
+    for _ in 0..5 {
+        let failed = pool.replenish(PY).await.unwrap();
+        assert!(matches!(
+            failed,
+            Replenished::Failed(BootFailure::Backend(_))
+        ));
+    }
+    let before = fake.tally(PY).boots;
+    for _ in 0..9 {
+        let refused = pool.replenish(PY).await.unwrap();
+        assert!(matches!(
+            refused,
+            Replenished::Failed(BootFailure::BreakerOpen(5))
+        ));
+    }
+    assert_eq!(fake.tally(PY).boots, before);
+    sleep(secs(31)).await;
+    fake.by_default(PY, Boot::Fine);
+    assert!(matches!(
+        pool.replenish(PY).await.unwrap(),
+        Replenished::Booted(_)
+    ));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn dropping_a_replenish_future_releases_its_permit() {
     let fake = FakeBackend::new();
     let gate = gated(&fake, PY);

@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
 use crate::backend::Backend;
+use crate::deadline;
 use crate::error::{AcquireError, Ineligible};
 use crate::event::EventKind;
 use crate::lease::Lease;
@@ -87,7 +88,7 @@ impl<B: Backend> Pool<B> {
         let began = Instant::now();
         let shared = self.shared();
         let profile = shared.matching(&request.into())?;
-        let until = began + patience;
+        let until = deadline::after(began, patience);
         let lease = shared.wait(profile, began, until).await?;
         shared.emit(Some(profile), Some(lease.id()), EventKind::Leased);
         if let Some(kept) = shared.profile(profile) {
@@ -282,6 +283,7 @@ impl<B: Backend> Drop for Waiting<'_, B> {
         if let Some(reply) = state.waiters.remove(&self.waiter) {
             state.tell(Instant::now(), Event::Leave(self.waiter));
             drop(state);
+            self.shared.nudge.wake();
             drop(reply);
         }
     }

@@ -82,7 +82,7 @@ pub(crate) struct Actor<B: Backend> {
     failure: Option<BootFailure>,
     refusal: Option<OfferRefusal>,
     /// Which limit refused last.
-    denial: Option<Denial>,
+    pub(crate) denial: Option<Denial>,
     pressure_read: Option<Instant>,
     /// By profile: whether the breaker was open when that was told last.
     breakers: Vec<bool>,
@@ -347,6 +347,7 @@ impl<B: Backend> Drop for Ending<B> {
         state.pending.clear();
         let killed = state.ledger.phase() != Phase::Stopped;
         if killed {
+            tracing::error!("the pool's loop was ended before it had stopped");
             state.ledger.abort();
         }
         let slots: Vec<_> = state.slots.drain().collect();

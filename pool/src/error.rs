@@ -137,7 +137,7 @@ pub enum Replenished {
 /// Why an offered VM was not adopted. The VM comes back with it.
 #[derive(Debug)]
 pub struct OfferError<V> {
-    /// The VM, unless it was lost on the way (a backend that panicked in its check).
+    /// The VM, unless the runtime ended under the pool.
     pub vm: Option<V>,
     /// Why.
     pub why: OfferRefusal,

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use crate::actor::{Home, Message};
 use crate::backend::{Backend, ProbeError};
+use crate::guard::guarded;
 use crate::health;
 use crate::ledger::ProfileId;
 use crate::permit::Reservation;
@@ -60,17 +61,17 @@ impl<B: Backend> Lease<B> {
 
     /// From here on the VM is the caller's.
     pub(crate) fn hand_off(mut self) -> Self {
+        self.touched = true;
         if let Some(vm) = &self.vm {
             self.shared.backend.hand_off(vm);
         }
-        self.touched = true;
         self
     }
 
     pub(crate) fn is_alive(&self) -> bool {
         self.vm
             .as_ref()
-            .is_some_and(|vm| self.shared.backend.alive(vm))
+            .is_some_and(|vm| guarded("alive", || self.shared.backend.alive(vm)).unwrap_or(false))
     }
 
     /// The VM's number.

@@ -37,9 +37,11 @@ mod actor;
 mod backend;
 mod boot;
 pub mod config;
+mod deadline;
 mod error;
 mod event;
 pub mod fake;
+mod guard;
 mod health;
 mod host;
 #[cfg(feature = "kvm")]

@@ -14,10 +14,11 @@ use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::actor::Home;
-use crate::backend::{Backend, ProbeError};
+use crate::backend::{Backend, ProbeError, Remote};
 use crate::config::{ConfigError, PoolConfig, Refill};
 use crate::error::BootFailure;
 use crate::event::{EventKind, PoolEvent};
+use crate::guard::guarded;
 use crate::health::CheckRules;
 use crate::host::Host;
 use crate::lease::{Lease, Released};
@@ -28,7 +29,7 @@ use crate::ledger::{
 use crate::metrics::ProfileMetrics;
 use crate::permit::{Admission, Reservation};
 use crate::policy;
-use crate::profile::{Parking, Profile};
+use crate::profile::{Demand, Parking, Profile};
 use crate::slot::{Slot, VmId};
 
 pub(crate) struct Shared<B: Backend> {
@@ -51,6 +52,7 @@ pub(crate) struct Kept {
     pub(crate) spec: Profile,
     pub(crate) name: Arc<str>,
     pub(crate) parking: Parking,
+    pub(crate) demand: Demand,
     pub(crate) metrics: ProfileMetrics,
 }
 
@@ -146,7 +148,7 @@ impl<B: Backend> State<B> {
 
     pub(crate) fn is_alive(&self, backend: &B, id: VmId) -> bool {
         let vm = self.slots.get(&id).and_then(|slot| slot.vm.as_ref());
-        vm.is_some_and(|vm| backend.alive(vm))
+        vm.is_some_and(|vm| guarded("alive", || backend.alive(vm)).unwrap_or(false))
     }
 
     /// Moves a VM that the ledger counts as leased out of its slot.
@@ -155,6 +157,9 @@ impl<B: Backend> State<B> {
         if let Some(check) = slot.job.take() {
             check.cancel();
         }
+        // What the idle limit is first compared with.
+        let remote = slot.remote.as_ref();
+        slot.activity = remote.and_then(|remote| guarded("activity", || remote.activity()));
         slot.vm.take()
     }
 }
@@ -176,6 +181,7 @@ impl<B: Backend> Shared<B> {
                 .park
                 .or(config.park)
                 .unwrap_or_else(|| backend.parking(spec)),
+            demand: demand(spec),
             metrics: ProfileMetrics::new(&spec.name),
             spec: spec.clone(),
         };
@@ -279,7 +285,7 @@ impl<B: Backend> Shared<B> {
             return Err((vm, done));
         };
         let profile = slot.profile;
-        let died = untouched && !self.backend.alive(&vm);
+        let died = untouched && !guarded("alive", || self.backend.alive(&vm)).unwrap_or(false);
         slot.vm = Some(vm);
         slot.released = done;
         let now = Instant::now();
@@ -326,13 +332,12 @@ impl<B: Backend> Shared<B> {
         if !state.lives_at(home) || state.ledger.phase() == Phase::Stopped {
             return;
         }
-        let first = state.ledger.phase() != Phase::Stopping;
+        if state.ledger.phase() != Phase::Stopping {
+            self.emit(None, None, EventKind::Stopping);
+        }
         state.tell(Instant::now(), Event::Stop(by));
         drop(state);
         self.nudge.wake();
-        if first {
-            self.emit(None, None, EventKind::Stopping);
-        }
     }
 
     /// Resolves when nothing is left of the life at `home`.

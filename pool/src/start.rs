@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use crate::actor::{Actor, Home, Message};
 use crate::backend::Backend;
 use crate::config::Refill;
+use crate::deadline;
 use crate::error::{BootFailure, ProfileStart, Replenished, StartError, StartFailure, StartReport};
 use crate::event::EventKind;
 use crate::ledger::{Event, Phase, ProfileId};
@@ -124,7 +125,7 @@ impl<B: Backend> Pool<B> {
         let shared = self.shared();
         let life = shared.state().inbox.clone();
         if let Some(home) = life {
-            shared.begin_stop(&home, Instant::now() + patience);
+            shared.begin_stop(&home, deadline::after(Instant::now(), patience));
             shared.life_over(&home).await;
         }
     }

@@ -10,10 +10,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::actor::{Actor, Message, Verdict};
-use crate::backend::{Backend, Remote};
+use crate::backend::{Backend, ProbeError, Remote};
 use crate::boot;
 use crate::error::{BootFailure, OfferRefusal};
 use crate::event::EventKind;
+use crate::guard::guarded;
 use crate::health;
 use crate::lease::{Lease, Released};
 use crate::ledger::{Action, Event, Overdue, PassId, ProfileId, Refusal, TicketId, WaiterId};
@@ -31,8 +32,10 @@ impl<B: Backend> Actor<B> {
                     job.cancel();
                 }
             }
-            Action::Park(id) => self.park(state, id),
-            Action::Check(profile, id, check, pass) => self.check(state, profile, id, check, pass),
+            Action::Park(id) => self.park(state, now, id),
+            Action::Check(profile, id, check, pass) => {
+                self.check(state, now, profile, id, check, pass);
+            }
             Action::Serve(profile, waiter, id) => self.serve(state, now, profile, waiter, id),
             Action::Reject(waiter, refusal) => reject(state, waiter, refusal),
             Action::Settle(ticket, outcome) => self.settle(state, ticket, outcome),
@@ -89,8 +92,7 @@ impl<B: Backend> Actor<B> {
         id: VmId,
     ) -> Option<CancellationToken> {
         let kept = self.shared.profile(profile)?;
-        let demand = self.shared.backend.demand(&kept.spec);
-        let reservation = match self.shared.admission.reserve(demand) {
+        let reservation = match self.shared.admission.reserve(kept.demand) {
             Ok(reservation) => reservation,
             Err(denial) => {
                 self.deny(state, now, profile, id, denial);
@@ -105,6 +107,9 @@ impl<B: Backend> Actor<B> {
 
     fn boot(&mut self, state: &mut State<B>, now: Instant, profile: ProfileId, id: VmId) {
         let Some(cancelled) = self.admit(state, now, profile, id) else {
+            if let (Some(kept), Some(denial)) = (self.shared.profile(profile), self.denial) {
+                kept.metrics.boot_failed(&BootFailure::Denied(denial), None);
+            }
             return;
         };
         self.shared
@@ -131,9 +136,15 @@ impl<B: Backend> Actor<B> {
         let Some(cancelled) = self.admit(state, now, profile, id) else {
             return;
         };
+        let mut sound = true;
         if let (Some(vm), Some(slot)) = (self.take_offered(ticket, id), state.slots.get_mut(&id)) {
-            slot.remote = Some(Arc::new(self.shared.backend.remote(&vm)));
+            slot.remote = guarded("remote", || self.shared.backend.remote(&vm)).map(Arc::new);
             slot.vm = Some(vm);
+            sound = slot.remote.is_some();
+        }
+        if !sound {
+            let wrong = ProbeError::Wrong("the backend panicked");
+            return self.joined(state, now, id, Err(OfferRefusal::Unhealthy(wrong)));
         }
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         self.tasks.spawn(async move {
@@ -147,7 +158,7 @@ impl<B: Backend> Actor<B> {
         });
     }
 
-    fn park(&mut self, state: &mut State<B>, id: VmId) {
+    fn park(&mut self, state: &mut State<B>, now: Instant, id: VmId) {
         if !state.ledger.is_ready(id) {
             return;
         }
@@ -155,13 +166,18 @@ impl<B: Backend> Actor<B> {
             return;
         };
         let Some(vm) = &slot.vm else { return };
-        if self.shared.profile(slot.profile).map(|kept| kept.parking) == Some(Parking::Paused) {
-            self.shared.backend.pause(vm);
+        let backend = &self.shared.backend;
+        let kept = self.shared.profile(slot.profile);
+        let paused = kept.is_some_and(|kept| kept.parking == Parking::Paused);
+        if paused && guarded("pause", || backend.pause(vm)).is_none() {
+            return self.shared.ended(state, now, id);
         }
         if slot.watch.is_some() {
             return;
         }
-        let ended = self.shared.backend.ended(vm);
+        let Some(ended) = guarded("ended", || backend.ended(vm)) else {
+            return self.shared.ended(state, now, id);
+        };
         let unwatched = CancellationToken::new();
         slot.watch = Some(unwatched.clone());
         let home = self.home.clone();
@@ -176,6 +192,7 @@ impl<B: Backend> Actor<B> {
     fn check(
         &mut self,
         state: &mut State<B>,
+        now: Instant,
         profile: ProfileId,
         id: VmId,
         check: u64,
@@ -192,8 +209,9 @@ impl<B: Backend> Actor<B> {
         };
         if kept.parking == Parking::Paused
             && let Some(vm) = &slot.vm
+            && guarded("resume", || self.shared.backend.resume(vm)).is_none()
         {
-            self.shared.backend.resume(vm);
+            return self.shared.ended(state, now, id);
         }
         let dropped = CancellationToken::new();
         slot.job = Some(dropped.clone());
@@ -263,7 +281,8 @@ impl<B: Backend> Actor<B> {
         };
         let task = async move {
             let began = Instant::now();
-            let retire = AssertUnwindSafe(shared.backend.retire(vm)).catch_unwind();
+            let retire = async { shared.backend.retire(vm).await };
+            let retire = AssertUnwindSafe(retire).catch_unwind();
             let ended = timeout(shared.times.retire, retire).await;
             let kept = known.and_then(|(profile, _)| shared.profile(profile));
             match ended {
@@ -306,7 +325,8 @@ impl<B: Backend> Actor<B> {
         };
         let (limit, home) = (self.shared.times.retire, self.home.clone());
         self.tasks.spawn(async move {
-            let kill = AssertUnwindSafe(remote.kill()).catch_unwind();
+            let kill = async { remote.kill().await };
+            let kill = AssertUnwindSafe(kill).catch_unwind();
             if !matches!(timeout(limit, kill).await, Ok(Ok(()))) {
                 tracing::error!(vm = %id, "the VM of a lease does not end");
             }
@@ -326,7 +346,8 @@ fn ask_idle<B: Backend>(state: &mut State<B>, now: Instant, id: VmId) {
     let Some(slot) = state.slots.get_mut(&id) else {
         return;
     };
-    let activity = slot.remote.as_ref().map(|remote| remote.activity());
+    let remote = slot.remote.as_ref();
+    let activity = remote.and_then(|remote| guarded("activity", || remote.activity()));
     let idle = activity == slot.activity;
     slot.activity = activity;
     state.tell(

@@ -9,9 +9,10 @@ use crate::backend::Backend;
 use crate::boot::Failed;
 use crate::error::{BootFailure, OfferRefusal};
 use crate::event::EventKind;
+use crate::guard::guarded;
 use crate::ledger::{Event, PassId, ProfileId};
 use crate::shared::State;
-use crate::slot::VmId;
+use crate::slot::{Slot, VmId};
 
 impl<B: Backend> Actor<B> {
     pub(super) fn booted(
@@ -31,18 +32,21 @@ impl<B: Backend> Actor<B> {
         };
         let profile = slot.profile;
         slot.job = None;
+        if !state.ledger.is_booting(id) {
+            // It was given up, however it went.
+            let (Ok(vm) | Err(Failed { vm, .. })) = result.map(Some);
+            let has_vm = vm.is_some();
+            slot.vm = vm;
+            state.tell(now, Event::BootFailed(id, has_vm));
+            return self.perform(state, now);
+        }
+        let result = result.and_then(|vm| self.take_up(slot, vm));
         match result {
-            Ok(vm) => {
-                slot.remote = Some(Arc::new(self.shared.backend.remote(&vm)));
-                let private = self.shared.backend.private_bytes(&vm);
-                slot.vm = Some(vm);
+            Ok(()) => {
                 let took = began.elapsed();
                 if let Some(kept) = self.shared.profile(profile) {
                     kept.metrics.boots.increment(1);
                     kept.metrics.boot.record(took);
-                    if let Some(bytes) = private.and_then(|bytes| u32::try_from(bytes).ok()) {
-                        kept.metrics.private.record(f64::from(bytes));
-                    }
                 }
                 tracing::debug!(vm = %id, ?took, "booted");
                 self.shared
@@ -55,14 +59,35 @@ impl<B: Backend> Actor<B> {
                 if let Some(kept) = self.shared.profile(profile) {
                     kept.metrics.boot_failed(&why, kind);
                 }
-                if !matches!(why, BootFailure::Cancelled) {
-                    self.note_failure(state, profile, id, &why);
-                }
+                self.note_failure(state, profile, id, &why);
                 self.failure = Some(why);
                 state.tell(now, Event::BootFailed(id, has_vm));
                 self.perform(state, now);
             }
         }
+    }
+
+    /// A fresh VM moves into its slot.
+    fn take_up(&self, slot: &mut Slot<B>, vm: B::Vm) -> Result<(), Failed<B>> {
+        let backend = &self.shared.backend;
+        let Some(remote) = guarded("remote", || backend.remote(&vm)) else {
+            let why = BootFailure::Panicked;
+            let vm = Some(vm);
+            return Err(Failed {
+                why,
+                kind: None,
+                vm,
+            });
+        };
+        let private = guarded("private_bytes", || backend.private_bytes(&vm)).flatten();
+        if let Some(kept) = self.shared.profile(slot.profile)
+            && let Some(bytes) = private.and_then(|bytes| u32::try_from(bytes).ok())
+        {
+            kept.metrics.private.record(f64::from(bytes));
+        }
+        slot.remote = Some(Arc::new(remote));
+        slot.vm = Some(vm);
+        Ok(())
     }
 
     /// Tells of breakers that opened or closed since the last time.
@@ -103,7 +128,7 @@ impl<B: Backend> Actor<B> {
             .emit(Some(profile), Some(id), EventKind::BootFailed(why.clone()));
     }
 
-    pub(super) fn joined(
+    pub(crate) fn joined(
         &mut self,
         state: &mut State<B>,
         now: Instant,
@@ -114,7 +139,9 @@ impl<B: Backend> Actor<B> {
             return;
         };
         slot.job = None;
-        match result {
+        // It may have been given up after its check had passed.
+        let wanted = state.ledger.is_booting(id);
+        match result.and(wanted.then_some(()).ok_or(OfferRefusal::Full)) {
             Ok(()) => state.tell(now, Event::Booted(id)),
             Err(why) => {
                 let owner = self.offers.values_mut().find(|offer| offer.id == Some(id));

@@ -6,6 +6,7 @@
 //! fake.script("python", [Boot::Fail("no such image"), Boot::Fine]);
 //! ```
 
+mod fault;
 mod gate;
 mod vm;
 
@@ -14,6 +15,8 @@ use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use fault::Faults;
+pub use fault::Method;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 pub use gate::Gate;
@@ -72,6 +75,9 @@ pub enum Ping {
     Panic,
 }
 
+/// What every fake VM says of its memory.
+const PRIVATE_BYTES: u64 = 1 << 20;
+
 /// The error of [`Boot::Fail`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -106,6 +112,7 @@ struct World {
     /// Percent of boots that fail, and the state of the generator that draws them.
     failing: (u64, u64),
     retire: Option<Gate>,
+    faults: Faults,
     vms: BTreeMap<VmId, Weak<Life>>,
 }
 
@@ -177,6 +184,18 @@ impl FakeBackend {
     /// Every destruction waits for this gate.
     pub fn gate_retire(&self, gate: Option<Gate>) {
         self.world().retire = gate;
+    }
+
+    /// Lets the next call of a method panic.
+    pub fn panic_in(&self, method: Method) {
+        self.world().faults.arm(method);
+    }
+
+    fn trip(&self, method: Method) {
+        let armed = self.world().faults.disarm(method);
+        if armed {
+            resume_unwind(Box::new("a scripted panic"));
+        }
     }
 
     /// How often things happened.
@@ -342,6 +361,7 @@ impl Backend for FakeBackend {
     }
 
     async fn retire(&self, mut vm: FakeVm) {
+        self.trip(Method::Retire);
         let gate = self.world().retire.clone();
         if let Some(gate) = gate {
             gate.pass().await;
@@ -350,27 +370,37 @@ impl Backend for FakeBackend {
     }
 
     fn ended(&self, vm: &FakeVm) -> BoxFuture<'static, ()> {
+        self.trip(Method::Ended);
         vm.life.ended().boxed()
     }
 
     fn alive(&self, vm: &FakeVm) -> bool {
+        self.trip(Method::Alive);
         vm.life.is_alive()
     }
 
     fn remote(&self, vm: &FakeVm) -> FakeRemote {
+        self.trip(Method::Remote);
         FakeRemote(Arc::downgrade(&vm.life))
     }
 
     fn pause(&self, vm: &FakeVm) {
+        self.trip(Method::Pause);
         vm.life.set_paused(true);
     }
 
     fn resume(&self, vm: &FakeVm) {
+        self.trip(Method::Resume);
         vm.life.set_paused(false);
     }
 
     fn hand_off(&self, vm: &FakeVm) {
         vm.life.hand_off();
+    }
+
+    fn private_bytes(&self, _vm: &FakeVm) -> Option<u64> {
+        self.trip(Method::PrivateBytes);
+        Some(PRIVATE_BYTES)
     }
 
     fn parking(&self, _profile: &Profile) -> Parking {

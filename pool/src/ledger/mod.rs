@@ -186,13 +186,13 @@ pub struct Counts {
     pub retiring: usize,
     /// Callers that wait.
     pub waiting: usize,
-    /// Callers served, ever.
+    /// Callers served, ever; not those that went away before they looked.
     pub hits: u64,
     /// Times a caller found nothing, ever.
     pub misses: u64,
     /// Boots that succeeded, ever.
     pub boots: u64,
-    /// Boots that failed, ever.
+    /// Boots that failed or that the host's limits refused, ever.
     pub boot_failures: u64,
     /// Boots that failed, or whose VMs died early, since the last that succeeded.
     pub failures_in_a_row: u32,
@@ -437,6 +437,13 @@ impl Ledger {
     #[must_use]
     pub fn is_vacant(&self, profile: ProfileId) -> bool {
         self.entries.values().all(|entry| entry.profile != profile)
+    }
+
+    /// Whether the VM boots (or, offered, is under its first check) and has not been given up.
+    #[must_use]
+    pub fn is_booting(&self, id: VmId) -> bool {
+        let stage = self.stage(id);
+        matches!(stage, Some(Stage::Booting { cancelled, .. }) if !cancelled)
     }
 
     /// Whether the VM is parked and not under check.

@@ -262,6 +262,8 @@ impl Ledger {
         };
         if let Some(book) = self.book_of(id) {
             book.denied = true;
+            let refused = u64::from(origin.holds_permit());
+            book.boot_failures = book.boot_failures.saturating_add(refused);
         }
         // Whoever was refused is first to ask when something is given back.
         self.turn = self.entries.get(&id).map_or(0, |entry| entry.profile.0);
@@ -326,6 +328,10 @@ impl Ledger {
     }
 
     fn untouched(&mut self, now: Instant, id: VmId) {
+        if let (Some(Stage::Leased(_)), Some(book)) = (self.stage(id), self.book_of(id)) {
+            // Nobody was served after all.
+            book.hits = book.hits.saturating_sub(1);
+        }
         match self.stage(id) {
             Some(Stage::Leased(Hold::Held)) => {}
             Some(Stage::Leased(Hold::Dead)) => return self.died(now, id),

@@ -1,6 +1,7 @@
 //! The contract's section "Acquire", row by row.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::support::*;
 use hearth_pool::fake::{Boot, FakeBackend, FakeVmError};
@@ -208,6 +209,7 @@ async fn cancelling_an_acquire_at_any_await_point_loses_no_vm() {
     let lease = pool.acquire(PY).unwrap();
     let cancelled = timeout(secs(1), pool.acquire_timeout(PY, secs(9))).await;
     assert!(cancelled.is_err());
+    assert_eq!(counts(&pool, PY).hits, 1);
     assert_eq!(counts(&pool, PY).waiting, 0);
     gate.open();
     pool.wait_ready(secs(1)).await.unwrap();
@@ -237,6 +239,7 @@ async fn cancelling_an_acquire_at_any_await_point_loses_no_vm() {
         (1, 2),
         "parked again, its refill given up"
     );
+    assert_eq!(after.hits, 2, "and nobody was served");
     let vm = parked(&fake)
         .into_iter()
         .max_by_key(hearth_pool::fake::FakeVmHandle::id)
@@ -525,6 +528,38 @@ async fn a_lease_beyond_its_deadline_or_idle_for_too_long_is_ended() {
     ];
     assert_eq!(overdue, expected);
     drop((busy, idle));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_is_never_used_is_ended_after_one_idle_time() {
+    let fake = FakeBackend::new();
+    let mut limits = hearth_pool::config::LeaseConfig::default();
+    limits.idle_ms = 10_000;
+    let pool = running(&fake, config(1).lease(limits)).await;
+    let idle = pool.acquire(PY).unwrap();
+    tokio::time::sleep(secs(9)).await;
+    assert!(idle.handle().is_alive());
+    tokio::time::sleep(secs(2)).await;
+    assert!(!idle.handle().is_alive());
+    drop(idle);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn patience_without_end_is_fine() {
+    let fake = FakeBackend::new();
+    let pool = by_hand(&fake, config(1)).await;
+    let waiting = pool.clone();
+    let waiter = tokio::spawn(async move { waiting.acquire_timeout(PY, Duration::MAX).await });
+    settle().await;
+    pool.replenish(PY).await.unwrap();
+    let lease = waiter.await.unwrap().unwrap();
+    let stopping = pool.clone();
+    let stop = tokio::spawn(async move { stopping.stop_within(Duration::MAX).await });
+    settle().await;
+    drop(lease);
+    stop.await.unwrap();
     stop_clean(pool, &fake).await;
 }
 

@@ -379,6 +379,32 @@ async fn offer_refuses_when_full_and_a_dropped_offer_destroys_its_vm() {
     assert!(matches!(refused, OfferRefusal::Stopping));
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_offer_that_is_given_up_after_its_check_gives_its_vm_back() {
+    let fake = FakeBackend::new();
+    let pool = by_hand(&fake, config(1)).await;
+    let gate = Gate::new();
+    let vm = fake.make(PY);
+    let handle = vm.handle();
+    handle.script_pings([Ping::Gate(gate.clone())]);
+    let offering = pool.clone();
+    let offer = tokio::spawn(async move { offering.offer(PY, vm).await });
+    gate.held(1).await;
+    gate.open();
+    // Runs when the answer is there and the pool does not know yet.
+    let shrinking = pool.clone();
+    let shrink = tokio::spawn(async move {
+        assert_eq!((gate.waiting(), counts(&shrinking, PY).booting), (0, 1));
+        shrinking.resize(PY, 0).unwrap();
+    });
+    shrink.await.unwrap();
+    let refused = offer.await.unwrap().unwrap_err();
+    assert!(matches!(refused.why, OfferRefusal::Full));
+    assert!(refused.vm.is_some() && handle.is_alive());
+    drop(refused);
+    stop_clean(pool, &fake).await;
+}
+
 async fn pool_stopped_offer(fake: &FakeBackend) -> OfferRefusal {
     let pool = make(fake, config(1));
     pool.offer(PY, fake.make(PY)).await.unwrap_err().why

@@ -9,6 +9,7 @@
 )]
 
 mod acquire;
+mod faults;
 mod health;
 mod replenish;
 mod sizing;

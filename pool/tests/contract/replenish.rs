@@ -404,6 +404,36 @@ async fn a_vm_created_but_not_yet_parked_is_destroyed_with_its_replenish_future(
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_boot_that_was_given_up_counts_for_nothing_however_it_ends() {
+    let fake = FakeBackend::new();
+    let gate = Gate::new();
+    fake.script_pings(PY, [Ping::Gate(gate.clone())]);
+    let pool = by_hand(&fake, config(1)).await;
+    let mut events = pool.subscribe();
+    let other = pool.clone();
+    let call = tokio::spawn(async move { other.replenish(PY).await.unwrap() });
+    gate.held(1).await;
+    gate.open();
+    // Runs when the answer is there and the pool does not know yet.
+    let shrinking = pool.clone();
+    let shrink = tokio::spawn(async move {
+        assert_eq!((gate.waiting(), counts(&shrinking, PY).booting), (0, 1));
+        shrinking.resize(PY, 0).unwrap();
+    });
+    shrink.await.unwrap();
+    assert!(matches!(call.await.unwrap(), Replenished::Full));
+    settle().await;
+    let now = counts(&pool, PY);
+    assert_eq!((now.boots, now.boot_failures), (0, 0));
+    while let Ok(event) = events.try_recv() {
+        let ready = matches!(event.kind, EventKind::Ready(_) | EventKind::BootFailed(_));
+        assert!(!ready, "{event:?}");
+    }
+    assert_eq!(fake.tally(PY).retired, 1);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn waiting_callers_are_served_before_stock_is_refilled() {
     let fake = FakeBackend::new();
     let gate = gated(&fake, PY);

@@ -438,6 +438,26 @@ fn a_runtime_that_ends_under_a_pool_takes_everything_with_it() {
     });
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_is_told_before_its_end() {
+    let fake = FakeBackend::new();
+    let pool = make(&fake, config(1));
+    for _ in 0..200 {
+        pool.start().await.unwrap();
+        let mut events = pool.subscribe();
+        pool.stop().await;
+        let mut last = "nothing";
+        while let Ok(event) = events.try_recv() {
+            match event.kind {
+                EventKind::Stopping => last = "Stopping",
+                EventKind::Stopped => assert_eq!(last, "Stopping"),
+                _ => {}
+            }
+        }
+        assert_eq!(last, "Stopping");
+    }
+}
+
 #[test]
 fn start_without_a_runtime_is_an_error() {
     let pool = make(&FakeBackend::new(), config(1));

@@ -1,0 +1,37 @@
+//! Panics of a backend, at a call that the test chooses.
+
+use std::collections::HashSet;
+
+/// A method of the backend that returns no future, or the part of one before its future.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Method {
+    /// [`Backend::remote`](crate::Backend::remote).
+    Remote,
+    /// [`Backend::ended`](crate::Backend::ended).
+    Ended,
+    /// [`Backend::alive`](crate::Backend::alive).
+    Alive,
+    /// [`Backend::pause`](crate::Backend::pause).
+    Pause,
+    /// [`Backend::resume`](crate::Backend::resume).
+    Resume,
+    /// [`Backend::private_bytes`](crate::Backend::private_bytes).
+    PrivateBytes,
+    /// [`Backend::retire`](crate::Backend::retire).
+    Retire,
+}
+
+/// Those that panic when they are called next.
+#[derive(Default)]
+pub(super) struct Faults(HashSet<Method>);
+
+impl Faults {
+    pub(super) fn arm(&mut self, method: Method) {
+        self.0.insert(method);
+    }
+
+    pub(super) fn disarm(&mut self, method: Method) -> bool {
+        self.0.remove(&method)
+    }
+}

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
+use tracing::field::{Empty, display};
+use tracing::{Instrument, Span};
 
 use crate::backend::Backend;
 use crate::deadline;
@@ -14,7 +16,7 @@ use crate::lease::Lease;
 use crate::ledger::{Event, ProfileId, Refusal, WaiterId};
 use crate::pool::Pool;
 use crate::profile::Request;
-use crate::shared::{Shared, State};
+use crate::shared::{Kept, Shared, State};
 
 impl<B: Backend> Pool<B> {
     /// A ready VM, now. Never waits for a boot, nor for the pool's tasks: it takes a lock for a
@@ -27,20 +29,17 @@ impl<B: Backend> Pool<B> {
         let now = Instant::now();
         let shared = self.shared();
         let profile = shared.matching(&request.into())?;
+        let span = shared.acquire_span(profile);
+        let _entered = span.enter();
         let taken = shared.take(&mut shared.state(), now, profile);
         shared.nudge.wake();
-        match taken {
-            Ok(lease) => {
-                let lease = lease.hand_off();
-                shared.emit(Some(profile), Some(lease.id()), EventKind::Leased);
-                if let Some(kept) = shared.profile(profile) {
-                    kept.metrics.hits.increment(1);
-                    kept.metrics.acquire.record(now.elapsed());
-                }
-                Ok(lease)
-            }
-            Err(refusal) => Err(shared.missed(profile, refusal)),
-        }
+        let lease = taken.map_err(|refusal| shared.missed(profile, refusal))?;
+        let lease = lease.hand_off();
+        span.record("vm", display(lease.id()));
+        shared.leased(&lease, profile, |kept| {
+            kept.metrics.acquire.record(now.elapsed());
+        });
+        Ok(lease)
     }
 
     /// `count` ready VMs of one profile at once, or none.
@@ -58,16 +57,17 @@ impl<B: Backend> Pool<B> {
         if count == 0 {
             return Ok(Vec::new());
         }
+        let span = shared.acquire_span(profile);
+        let _entered = span.enter();
         let taken = shared.take_many(&mut shared.state(), now, profile, count);
         shared.nudge.wake();
         let leases = taken.map_err(|refusal| shared.missed(profile, refusal))?;
         let leases: Vec<_> = leases.into_iter().map(Lease::hand_off).collect();
         for lease in &leases {
-            shared.emit(Some(profile), Some(lease.id()), EventKind::Leased);
-            if let Some(kept) = shared.profile(profile) {
-                kept.metrics.hits.increment(1);
+            tracing::debug!(vm = %lease.id(), "one of a burst");
+            shared.leased(lease, profile, |kept| {
                 kept.metrics.acquire.record(now.elapsed());
-            }
+            });
         }
         Ok(leases)
     }
@@ -89,17 +89,35 @@ impl<B: Backend> Pool<B> {
         let shared = self.shared();
         let profile = shared.matching(&request.into())?;
         let until = deadline::after(began, patience);
-        let lease = shared.wait(profile, began, until).await?;
-        shared.emit(Some(profile), Some(lease.id()), EventKind::Leased);
-        if let Some(kept) = shared.profile(profile) {
-            kept.metrics.hits.increment(1);
+        let span = shared.acquire_span(profile);
+        let lease = shared
+            .wait(profile, began, until)
+            .instrument(span.clone())
+            .await?;
+        span.record("vm", display(lease.id()));
+        shared.leased(&lease, profile, |kept| {
             kept.metrics.wait.record(began.elapsed());
-        }
+        });
         Ok(lease)
     }
 }
 
 impl<B: Backend> Shared<B> {
+    /// The VM is recorded when there is one.
+    fn acquire_span(&self, profile: ProfileId) -> Span {
+        let name = self.profile(profile).map(|kept| &*kept.name);
+        tracing::debug_span!("acquire", profile = name, vm = Empty)
+    }
+
+    /// A caller has got its lease.
+    fn leased(&self, lease: &Lease<B>, profile: ProfileId, measure: impl FnOnce(&Kept)) {
+        self.emit(Some(profile), Some(lease.id()), EventKind::Leased);
+        if let Some(kept) = self.profile(profile) {
+            kept.metrics.hits.increment(1);
+            measure(kept);
+        }
+    }
+
     /// The first profile that serves `request`.
     fn matching(&self, request: &Request) -> Result<ProfileId, AcquireError> {
         let mut refused = Vec::new();

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::backend::{Backend, ProbeError};
+use crate::backend::{Backend, Making, ProbeError};
 use crate::boot::Failed;
 use crate::error::{BootFailure, OfferError, OfferRefusal};
 use crate::event::EventKind;
@@ -32,7 +32,7 @@ pub(crate) type Home<B> = mpsc::UnboundedSender<Message<B>>;
 
 /// What the actor is sent. Everything that owns a VM travels by value.
 pub(crate) enum Message<B: Backend> {
-    Booted(VmId, Instant, Result<B::Vm, Failed<B>>),
+    Booted(VmId, (Making, Instant), Result<B::Vm, Failed<B>>),
     Joined(VmId, Result<(), OfferRefusal>),
     Checked(VmId, u64, PassId, Verdict),
     Ended(VmId),
@@ -218,7 +218,7 @@ impl<B: Backend> Actor<B> {
 
     fn receive(&mut self, state: &mut State<B>, now: Instant, message: Message<B>) {
         match message {
-            Message::Booted(id, began, result) => self.booted(state, now, id, began, result),
+            Message::Booted(id, begun, result) => self.booted(state, now, id, begun, result),
             Message::Joined(id, result) => self.joined(state, now, id, result),
             Message::Checked(id, check, pass, verdict) => {
                 self.checked(state, now, id, check, pass, verdict);

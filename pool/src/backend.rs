@@ -41,6 +41,12 @@ pub trait Backend: Send + Sync + 'static {
         id: VmId,
     ) -> impl Future<Output = Result<Self::Vm, Self::Error>> + Send;
 
+    /// Resolves when nothing is left of VMs whose [`create`](Self::create) failed or was dropped. A boot
+    /// that came to nothing keeps its place in the limits until then, and a pool that stops waits for it.
+    fn settled(&self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
+
     /// Asks the VM once whether it works. The future must not borrow the VM: the VM may be handed
     /// out, and the probe dropped, at any moment. The pool adds the timeout and the retries.
     fn probe(&self, vm: &Self::Vm) -> BoxFuture<'static, Result<(), ProbeError>>;
@@ -84,6 +90,12 @@ pub trait Backend: Send + Sync + 'static {
         1
     }
 
+    /// How VMs of `profile` come to be, once the profile is prepared (metrics, spans). Asked before
+    /// each [`create`](Self::create), under the pool's lock: it must not block.
+    fn making(&self, _profile: &Profile) -> Making {
+        Making::Boot
+    }
+
     /// A short, fixed label for the kind of `error` (metrics).
     fn failure_kind(&self, _error: &Self::Error) -> &'static str {
         "backend"
@@ -107,6 +119,10 @@ impl<B: Backend> Backend for Arc<B> {
 
     async fn create(&self, profile: &Profile, id: VmId) -> Result<B::Vm, B::Error> {
         (**self).create(profile, id).await
+    }
+
+    async fn settled(&self) {
+        (**self).settled().await;
     }
 
     fn probe(&self, vm: &B::Vm) -> BoxFuture<'static, Result<(), ProbeError>> {
@@ -153,6 +169,10 @@ impl<B: Backend> Backend for Arc<B> {
         (**self).time_scale()
     }
 
+    fn making(&self, profile: &Profile) -> Making {
+        (**self).making(profile)
+    }
+
     fn failure_kind(&self, error: &B::Error) -> &'static str {
         (**self).failure_kind(error)
     }
@@ -160,6 +180,15 @@ impl<B: Backend> Backend for Arc<B> {
     fn private_bytes(&self, vm: &B::Vm) -> Option<u64> {
         (**self).private_bytes(vm)
     }
+}
+
+/// How a VM comes to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Making {
+    /// It boots from cold.
+    Boot,
+    /// It is a copy of a template.
+    Fork,
 }
 
 /// A weak handle to one VM, wherever it is.

@@ -60,7 +60,7 @@ mod status;
 mod tasks;
 
 pub use actor::CheckReport;
-pub use backend::{Backend, ProbeError, Remote};
+pub use backend::{Backend, Making, ProbeError, Remote};
 pub use config::{Autoscale, ConfigError, PoolConfig, Problem, Refill};
 pub use error::{
     AcquireError, BootFailure, Ineligible, NotReady, OfferError, OfferRefusal, ProfileStart,

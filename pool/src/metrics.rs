@@ -15,22 +15,25 @@
 //! | `hearth_pool_hits_total` | counter | callers served |
 //! | `hearth_pool_misses_total` | counter | times a caller found nothing ready |
 //! | `hearth_pool_boots_total` | counter | boots that succeeded |
-//! | `hearth_pool_boot_failures_total` | counter | boots that failed; label `reason` |
+//! | `hearth_pool_boot_failures_total` | counter | boots that failed or that the limits refused; label `reason` |
 //! | `hearth_pool_unhealthy_total` | counter | VMs that failed a check; label `reason` |
-//! | `hearth_pool_died_total` | counter | VMs that ended by themselves while parked |
+//! | `hearth_pool_died_total` | counter | VMs that ended by themselves before anybody had them |
 //! | `hearth_pool_overdue_total` | counter | leases ended by the pool; label `reason` |
 //! | `hearth_pool_abandoned_total` | counter | destructions that took too long to wait for |
 //! | `hearth_pool_acquire_seconds` | histogram | of `acquire`, to the usable lease |
 //! | `hearth_pool_wait_seconds` | histogram | of the waiting form, to the usable lease |
-//! | `hearth_pool_boot_seconds` | histogram | from the reservation to the parked VM (fork or boot) |
+//! | `hearth_pool_boot_seconds` | histogram | from the reservation to the proven VM, booted from cold |
+//! | `hearth_pool_fork_seconds` | histogram | the same of a VM that is a fork |
 //! | `hearth_pool_ping_seconds` | histogram | of one answered probe |
 //! | `hearth_pool_destroy_seconds` | histogram | of destroying one VM |
 //! | `hearth_pool_lease_seconds` | histogram | from hand-off to return |
 //! | `hearth_pool_vm_private_bytes` | histogram | memory that a VM shares with nobody, when parked |
 
+use std::time::Duration;
+
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
-use crate::backend::ProbeError;
+use crate::backend::{Making, ProbeError};
 use crate::error::BootFailure;
 use crate::ledger::{Counts, Overdue};
 
@@ -47,12 +50,13 @@ pub(crate) struct ProfileMetrics {
     breaker_open: Gauge,
     pub(crate) hits: Counter,
     pub(crate) misses: Counter,
-    pub(crate) boots: Counter,
+    boots: Counter,
     pub(crate) died: Counter,
     pub(crate) abandoned: Counter,
     pub(crate) acquire: Histogram,
     pub(crate) wait: Histogram,
-    pub(crate) boot: Histogram,
+    boot: Histogram,
+    fork: Histogram,
     pub(crate) ping: Histogram,
     pub(crate) destroy: Histogram,
     pub(crate) lease: Histogram,
@@ -81,6 +85,7 @@ impl ProfileMetrics {
             acquire: histogram("hearth_pool_acquire_seconds"),
             wait: histogram("hearth_pool_wait_seconds"),
             boot: histogram("hearth_pool_boot_seconds"),
+            fork: histogram("hearth_pool_fork_seconds"),
             ping: histogram("hearth_pool_ping_seconds"),
             destroy: histogram("hearth_pool_destroy_seconds"),
             lease: histogram("hearth_pool_lease_seconds"),
@@ -99,6 +104,14 @@ impl ProfileMetrics {
         self.waiting.set(float(counts.waiting));
         self.breaker_open
             .set(float(usize::from(counts.breaker_open)));
+    }
+
+    pub(crate) fn made(&self, how: Making, took: Duration) {
+        self.boots.increment(1);
+        match how {
+            Making::Boot => self.boot.record(took),
+            Making::Fork => self.fork.record(took),
+        }
     }
 
     /// `kind`: the backend's own word for its error.

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::actor::{Actor, Message, Verdict};
-use crate::backend::{Backend, ProbeError, Remote};
+use crate::backend::{Backend, Making, ProbeError, Remote};
 use crate::boot;
 use crate::error::{BootFailure, OfferRefusal};
 use crate::event::EventKind;
@@ -70,7 +70,11 @@ impl<B: Backend> Actor<B> {
             let prepare = async { shared.backend.prepare(&kept.spec).await };
             let prepared = tokio::select! {
                 biased;
-                () = over.cancelled() => Err(BootFailure::Stopping),
+                () = over.cancelled() => {
+                    // Something of it may still be on its way out; not for ever.
+                    let _ = timeout(shared.times.retire, shared.backend.settled()).await;
+                    Err(BootFailure::Stopping)
+                }
                 prepared = AssertUnwindSafe(prepare).catch_unwind() => match prepared {
                     Ok(prepared) => prepared.map_err(|error| BootFailure::Backend(Arc::new(error))),
                     Err(_) => Err(BootFailure::Panicked),
@@ -114,13 +118,19 @@ impl<B: Backend> Actor<B> {
         };
         self.shared
             .emit(Some(profile), Some(id), EventKind::Booting);
-        let name = self.shared.profile(profile).map(|kept| &*kept.name);
-        let span = tracing::info_span!("boot", vm = %id, profile = name);
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
+        let Some(kept) = shared.profile(profile) else {
+            return;
+        };
+        let how = guarded("making", || shared.backend.making(&kept.spec)).unwrap_or(Making::Boot);
+        let span = match how {
+            Making::Boot => tracing::info_span!("boot", vm = %id, profile = %kept.name),
+            Making::Fork => tracing::info_span!("fork", vm = %id, profile = %kept.name),
+        };
         let task = async move {
             let result = boot::boot(shared, profile, id, cancelled).await;
             // The actor outlives its tasks, save when the runtime itself ends.
-            let _ = home.send(Message::Booted(id, now, result));
+            let _ = home.send(Message::Booted(id, (how, now), result));
         };
         self.tasks.spawn(task.instrument(span));
     }
@@ -147,7 +157,9 @@ impl<B: Backend> Actor<B> {
             return self.joined(state, now, id, Err(OfferRefusal::Unhealthy(wrong)));
         }
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
-        self.tasks.spawn(async move {
+        let name = shared.profile(profile).map(|kept| &*kept.name);
+        let span = tracing::info_span!("adopt", vm = %id, profile = name);
+        let task = async move {
             let check = health::check(shared.check_rules, || shared.probe(id));
             let result = tokio::select! {
                 biased;
@@ -155,7 +167,8 @@ impl<B: Backend> Actor<B> {
                 verdict = check => verdict.map(drop).map_err(OfferRefusal::Unhealthy),
             };
             let _ = home.send(Message::Joined(id, result));
-        });
+        };
+        self.tasks.spawn(task.instrument(span));
     }
 
     fn park(&mut self, state: &mut State<B>, now: Instant, id: VmId) {

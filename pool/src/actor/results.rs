@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::{Actor, Verdict};
-use crate::backend::Backend;
+use crate::backend::{Backend, Making};
 use crate::boot::Failed;
 use crate::error::{BootFailure, OfferRefusal};
 use crate::event::EventKind;
@@ -20,7 +20,7 @@ impl<B: Backend> Actor<B> {
         state: &mut State<B>,
         now: Instant,
         id: VmId,
-        began: Instant,
+        (how, began): (Making, Instant),
         result: Result<B::Vm, Failed<B>>,
     ) {
         let Some(slot) = state.slots.get_mut(&id) else {
@@ -45,10 +45,9 @@ impl<B: Backend> Actor<B> {
             Ok(()) => {
                 let took = began.elapsed();
                 if let Some(kept) = self.shared.profile(profile) {
-                    kept.metrics.boots.increment(1);
-                    kept.metrics.boot.record(took);
+                    kept.metrics.made(how, took);
                 }
-                tracing::debug!(vm = %id, ?took, "booted");
+                tracing::debug!(vm = %id, ?how, ?took, "made");
                 self.shared
                     .emit(Some(profile), Some(id), EventKind::Ready(took));
                 state.tell(now, Event::Booted(id));

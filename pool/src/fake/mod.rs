@@ -24,7 +24,7 @@ use tokio::time::sleep;
 use vm::Life;
 pub use vm::{FakeRemote, FakeVm, FakeVmError, FakeVmHandle};
 
-use crate::backend::{Backend, ProbeError};
+use crate::backend::{Backend, Making, ProbeError};
 use crate::host::Host;
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
@@ -112,6 +112,7 @@ struct World {
     /// Percent of boots that fail, and the state of the generator that draws them.
     failing: (u64, u64),
     retire: Option<Gate>,
+    settle: Option<Gate>,
     faults: Faults,
     vms: BTreeMap<VmId, Weak<Life>>,
 }
@@ -121,6 +122,8 @@ struct World {
 pub struct FakeBackend {
     world: Arc<Mutex<World>>,
     parking: Option<Parking>,
+    making: Option<Making>,
+    time_scale: Option<u32>,
 }
 
 impl FakeBackend {
@@ -134,6 +137,20 @@ impl FakeBackend {
     #[must_use]
     pub fn with_parking(mut self, parking: Parking) -> Self {
         self.parking = Some(parking);
+        self
+    }
+
+    /// How it says that its VMs come to be; boots, unless set.
+    #[must_use]
+    pub fn with_making(mut self, making: Making) -> Self {
+        self.making = Some(making);
+        self
+    }
+
+    /// The factor on every timeout that it asks for.
+    #[must_use]
+    pub fn with_time_scale(mut self, factor: u32) -> Self {
+        self.time_scale = Some(factor);
         self
     }
 
@@ -184,6 +201,11 @@ impl FakeBackend {
     /// Every destruction waits for this gate.
     pub fn gate_retire(&self, gate: Option<Gate>) {
         self.world().retire = gate;
+    }
+
+    /// What is left of a boot or a preparation that was given up is gone when this gate says so.
+    pub fn gate_settle(&self, gate: Option<Gate>) {
+        self.world().settle = gate;
     }
 
     /// Lets the next call of a method panic.
@@ -401,6 +423,21 @@ impl Backend for FakeBackend {
     fn private_bytes(&self, _vm: &FakeVm) -> Option<u64> {
         self.trip(Method::PrivateBytes);
         Some(PRIVATE_BYTES)
+    }
+
+    async fn settled(&self) {
+        let gate = self.world().settle.clone();
+        if let Some(gate) = gate {
+            gate.pass().await;
+        }
+    }
+
+    fn making(&self, _profile: &Profile) -> Making {
+        self.making.unwrap_or(Making::Boot)
+    }
+
+    fn time_scale(&self) -> u32 {
+        self.time_scale.unwrap_or(1)
     }
 
     fn parking(&self, _profile: &Profile) -> Parking {

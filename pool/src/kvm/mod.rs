@@ -18,7 +18,7 @@ use hearth_vmm::{CpuProfile, Host, HostError, Template, Vm, VmStatus};
 pub use make::CreateError;
 pub use stream::GuestStream;
 
-use crate::backend::{Backend, ProbeError, Remote};
+use crate::backend::{Backend, Making, ProbeError, Remote};
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
 
@@ -163,6 +163,13 @@ impl Backend for KvmBackend {
 
     fn time_scale(&self) -> u32 {
         self.cpu.timeout_factor()
+    }
+
+    fn making(&self, _profile: &Profile) -> Making {
+        match self.source {
+            Source::Boot => Making::Boot,
+            Source::Fork => Making::Fork,
+        }
     }
 
     fn failure_kind(&self, error: &CreateError) -> &'static str {

@@ -11,7 +11,10 @@
 mod acquire;
 mod faults;
 mod health;
+mod observed;
+mod recorder;
 mod replenish;
 mod sizing;
 mod start_stop;
 mod support;
+mod trace;

@@ -187,8 +187,16 @@ async fn stop_during_start_ends_its_preparations_too() {
     let starting = pool.clone();
     let start = tokio::spawn(async move { starting.start().await });
     gate.held(1).await;
-    pool.stop().await;
-    assert_eq!(gate.waiting(), 0, "what it was making is gone");
+    let rest = Gate::new();
+    fake.gate_settle(Some(rest.clone()));
+    let stopping = pool.clone();
+    let stop = tokio::spawn(async move { stopping.stop().await });
+    rest.held(1).await;
+    assert_eq!(gate.waiting(), 0, "what it was making is given up");
+    settle().await;
+    assert!(!stop.is_finished(), "and awaited");
+    rest.open();
+    stop.await.unwrap();
     assert!(matches!(start.await.unwrap(), Err(StartError::Stopping)));
 }
 

@@ -11,10 +11,7 @@
 mod acquire;
 mod faults;
 mod health;
-mod observed;
-mod recorder;
 mod replenish;
 mod sizing;
 mod start_stop;
 mod support;
-mod trace;

@@ -1,5 +1,19 @@
 //! What watchers see: every documented metric is recorded, every span carries its VM, and what goes
-//! wrong is logged.
+//! wrong is logged. A program of its own, because it installs a subscriber for the whole process.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+mod recorder;
+#[allow(dead_code, reason = "the other tests need more of it")]
+#[path = "../contract/support.rs"]
+mod support;
+mod trace;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,6 +44,7 @@ fn documented() -> BTreeMap<String, Kind> {
 
 /// Runs a pool's whole life under a recorder, on paused time.
 fn recorded(life: impl AsyncFnOnce()) -> Recorder {
+    Trace::begin();
     let recorder = Recorder::default();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -133,7 +148,7 @@ fn the_gauge_of_waiting_callers_falls_when_one_goes_away() {
 
 #[tokio::test(start_paused = true)]
 async fn spans_of_boot_fork_acquire_check_adopt_and_destroy_name_their_vm() {
-    let (trace, _here) = Trace::begin();
+    let trace = Trace::begin();
     for making in [Making::Boot, Making::Fork] {
         let fake = FakeBackend::new().with_making(making);
         let pool = running(&fake, config(2)).await;
@@ -154,7 +169,7 @@ async fn spans_of_boot_fork_acquire_check_adopt_and_destroy_name_their_vm() {
         stop_clean(pool, &fake).await;
     }
     let spans = trace.spans();
-    let names: BTreeSet<_> = spans.iter().map(|span| span.name).collect();
+    let names: BTreeSet<_> = spans.iter().map(|span| &*span.name).collect();
     let expected = [
         "acquire", "adopt", "boot", "check", "destroy", "fork", "prepare",
     ];
@@ -169,7 +184,7 @@ async fn spans_of_boot_fork_acquire_check_adopt_and_destroy_name_their_vm() {
 
 #[tokio::test(start_paused = true)]
 async fn a_failed_boot_is_logged_with_its_vm_and_its_cause() {
-    let (trace, _here) = Trace::begin();
+    let trace = Trace::begin();
     let fake = FakeBackend::new();
     fake.script(PY, [Boot::Fail("a disk is full")]);
     let pool = by_hand(&fake, config(1)).await;

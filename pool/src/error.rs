@@ -236,6 +236,18 @@ pub struct UnknownProfile {
     pub known: Vec<String>,
 }
 
+/// Why a profile keeps its size.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResizeError {
+    /// There is no such profile.
+    #[error(transparent)]
+    UnknownProfile(#[from] UnknownProfile),
+    /// All pools full would no longer fit.
+    #[error("all pools full would need more than the limits allow")]
+    TooLarge(#[source] Denial),
+}
+
 /// The deadline passed first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotReady {

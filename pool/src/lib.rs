@@ -64,7 +64,7 @@ pub use backend::{Backend, Making, ProbeError, Remote};
 pub use config::{Autoscale, ConfigError, PoolConfig, Problem, Refill};
 pub use error::{
     AcquireError, BootFailure, Ineligible, NotReady, OfferError, OfferRefusal, ProfileStart,
-    Replenished, StartError, StartFailure, StartReport, UnknownProfile,
+    Replenished, ResizeError, StartError, StartFailure, StartReport, UnknownProfile,
 };
 pub use event::{EventKind, PoolEvent};
 pub use host::{Host, ThisHost};

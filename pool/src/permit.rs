@@ -47,22 +47,31 @@ pub enum Denial {
     Memory(u64),
 }
 
+impl Usage {
+    /// With so many VMs more, each of which takes `demand`.
+    pub(crate) fn plus(self, vms: usize, demand: Demand) -> Self {
+        let many = u64::try_from(vms).unwrap_or(u64::MAX);
+        let vcpus = many.saturating_mul(demand.vcpus.into());
+        let memory_mib = many.saturating_mul(demand.memory_mib);
+        Self {
+            vms: self.vms.saturating_add(vms),
+            vcpus: self.vcpus.saturating_add(vcpus),
+            memory_mib: self.memory_mib.saturating_add(memory_mib),
+        }
+    }
+}
+
 impl Limits {
-    /// `usage` after one more VM, or which limit forbids it.
-    pub(crate) fn admit(self, usage: Usage, demand: Demand) -> Result<Usage, Denial> {
-        let next = Usage {
-            vms: usage.vms.saturating_add(1),
-            vcpus: usage.vcpus.saturating_add(demand.vcpus.into()),
-            memory_mib: usage.memory_mib.saturating_add(demand.memory_mib),
-        };
-        if next.vms > self.vms {
+    /// `usage`, or which limit forbids it.
+    pub(crate) fn admit(self, usage: Usage) -> Result<Usage, Denial> {
+        if usage.vms > self.vms {
             Err(Denial::Vms(self.vms))
-        } else if next.vcpus > self.vcpus {
+        } else if usage.vcpus > self.vcpus {
             Err(Denial::Vcpus(self.vcpus))
-        } else if next.memory_mib > self.memory_mib {
+        } else if usage.memory_mib > self.memory_mib {
             Err(Denial::Memory(self.memory_mib))
         } else {
-            Ok(next)
+            Ok(usage)
         }
     }
 }
@@ -94,7 +103,7 @@ impl Admission {
 
     pub(crate) fn reserve(self: &Arc<Self>, demand: Demand) -> Result<Reservation, Denial> {
         let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
-        *usage = self.limits.admit(*usage, demand)?;
+        *usage = self.limits.admit(usage.plus(1, demand))?;
         Ok(Reservation {
             admission: Arc::clone(self),
             demand,

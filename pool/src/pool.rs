@@ -9,10 +9,13 @@ use tokio::time::{Instant, timeout};
 use crate::actor::{Attempt, CheckReport, Home, Message};
 use crate::backend::Backend;
 use crate::config::{ConfigError, PoolConfig};
-use crate::error::{BootFailure, NotReady, OfferError, OfferRefusal, Replenished, UnknownProfile};
+use crate::error::{
+    BootFailure, NotReady, OfferError, OfferRefusal, Replenished, ResizeError, UnknownProfile,
+};
 use crate::event::{EventKind, PoolEvent};
 use crate::host::{Host, ThisHost};
 use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
+use crate::permit::Usage;
 use crate::shared::Shared;
 use crate::slot::VmId;
 use crate::status::{PoolStatus, ProfileStatus};
@@ -210,12 +213,28 @@ impl<B: Backend> Pool<B> {
     /// proven longest ago; leases are left alone.
     ///
     /// # Errors
-    /// If there is no such profile.
-    pub fn resize(&self, profile: &str, size: usize) -> Result<(), UnknownProfile> {
+    /// If there is no such profile, or all pools full would no longer fit into the limits.
+    pub fn resize(&self, profile: &str, size: usize) -> Result<(), ResizeError> {
         let id = self.find(profile)?;
-        let size = size.min(crate::policy::VMS_MAX);
-        self.tell(Event::Resize(id, size));
-        self.shared().emit(Some(id), None, EventKind::Resized(size));
+        let shared = self.shared();
+        let mut state = shared.state();
+        let size_of = |other: ProfileId| {
+            let size = if other == id {
+                size
+            } else {
+                state.ledger.counts(other).size
+            };
+            let kept = shared.profile(other)?;
+            Some((kept.most(size), kept.demand))
+        };
+        let all = (0..shared.profiles.len()).filter_map(|index| size_of(ProfileId(index)));
+        let full = all.fold(Usage::default(), |sum, (size, each)| sum.plus(size, each));
+        let limits = shared.admission.limits();
+        limits.admit(full).map_err(ResizeError::TooLarge)?;
+        state.note(Instant::now(), Event::Resize(id, size));
+        shared.emit(Some(id), None, EventKind::Resized(size));
+        drop(state);
+        shared.nudge.wake();
         Ok(())
     }
 

@@ -56,6 +56,14 @@ pub(crate) struct Kept {
     pub(crate) metrics: ProfileMetrics,
 }
 
+impl Kept {
+    /// The most VMs that may be kept warm if the size is this now.
+    pub(crate) fn most(&self, size: usize) -> usize {
+        let scale = self.spec.autoscale.as_ref();
+        scale.map_or(size, |scale| scale.max.max(size))
+    }
+}
+
 /// Bounds on what the backend does, scaled.
 pub(crate) struct Times {
     pub(crate) boot: Duration,

@@ -16,6 +16,7 @@
 //! ```
 
 mod file;
+mod read;
 mod sections;
 mod validate;
 
@@ -109,11 +110,22 @@ impl PoolConfig {
     /// Reads and validates a TOML file's text.
     ///
     /// # Errors
-    /// Text that is no TOML or has a value of the wrong type; else every problem at once.
+    /// Text that is no TOML; else every problem at once, values of a wrong type included.
     pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(ConfigError::from_toml)?;
-        config.validate()?;
-        Ok(config)
+        let (config, mut problems) = read::read(text)?;
+        if let Err(error) = config.validate() {
+            // What stands in for a value of a wrong type is not the file's fault.
+            let wrong = std::mem::take(&mut problems);
+            let own = error.problems().iter().cloned();
+            let own = own.filter(|found| !wrong.iter().any(|wrong| wrong.covers(found)));
+            problems.extend(own);
+            problems.extend(wrong);
+        }
+        if problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigError::Invalid(problems))
+        }
     }
 
     /// Adds a profile.

@@ -17,6 +17,17 @@ pub struct Problem {
     pub what: String,
 }
 
+impl Problem {
+    /// Whether the other may be for no other reason than that this value is missing.
+    pub(super) fn covers(&self, other: &Self) -> bool {
+        let within = |inner: &str, outer: &str| {
+            let rest = inner.strip_prefix(outer);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        within(&other.field, &self.field) || within(&self.field, &other.field)
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.field, self.what)
@@ -145,15 +156,7 @@ impl PoolConfig {
         for profile in &self.profiles {
             // A size above the bound is a problem of its own; do not count to it.
             let size = self.largest(profile).min(policy::VMS_MAX);
-            let each = demand(profile);
-            let many = u64::try_from(size).unwrap_or(u64::MAX);
-            total.vms = total.vms.saturating_add(size);
-            total.vcpus = total
-                .vcpus
-                .saturating_add(many.saturating_mul(each.vcpus.into()));
-            total.memory_mib = total
-                .memory_mib
-                .saturating_add(many.saturating_mul(each.memory_mib));
+            total = total.plus(size, demand(profile));
         }
         let mut fit = |field: &str, needed: u64, allowed: u64, unit: &str| {
             if needed > allowed {
@@ -267,6 +270,8 @@ impl PoolConfig {
             100,
         );
         found.within("pressure.recheck_ms", self.pressure.recheck_ms, 1, DAY_MS);
+        found.within("lease.deadline_ms", self.lease.deadline_ms, 0, DAY_MS);
+        found.within("lease.idle_ms", self.lease.idle_ms, 0, DAY_MS);
     }
 
     fn check_unknown(&self, found: &mut Findings) {

@@ -4,7 +4,8 @@ use crate::support::*;
 use futures::future::join_all;
 use hearth_pool::fake::{Boot, FakeBackend, FakeHost, Gate, Ping};
 use hearth_pool::{
-    AcquireError, BootFailure, EventKind, Pool, PoolConfig, Profile, Replenished, Shortage,
+    AcquireError, BootFailure, Denial, EventKind, Pool, PoolConfig, Profile, Replenished,
+    ResizeError, Shortage,
 };
 use tokio::time::{Instant, sleep, timeout};
 
@@ -550,6 +551,29 @@ async fn a_resize_takes_effect_at_once_and_never_over_boots() {
     settle().await;
     assert_eq!((ready(&pool), fake.tally(PY).booting), (1, 0));
     assert!(pool.resize("perl", 1).is_err());
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resize_that_cannot_fit_into_the_limits_is_an_error() {
+    let fake = FakeBackend::new();
+    let scaled = Profile::new(JS, JS)
+        .warm_pool_size(1)
+        .autoscale(hearth_pool::Autoscale::between(1, 3));
+    let mut config = config(2).profile(scaled);
+    config.limits.vms = 6;
+    let pool = running(&fake, config).await;
+    let error = pool.resize(PY, 4).unwrap_err();
+    assert!(
+        matches!(error, ResizeError::TooLarge(Denial::Vms(6))),
+        "{error}"
+    );
+    assert_eq!(counts(&pool, PY).size, 2);
+    pool.resize(PY, 3).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    assert_eq!(ready(&pool), 3);
+    let error = pool.resize("perl", 1).unwrap_err();
+    assert!(matches!(error, ResizeError::UnknownProfile(_)));
     stop_clean(pool, &fake).await;
 }
 

@@ -1,5 +1,6 @@
 //! Random torture on the fake backend, in real time and on several threads: sixteen tasks acquire,
-//! use, drop and cancel, a saboteur kills, freezes and wedges VMs, and a fifth of all boots fails. At
+//! use, drop and cancel, a saboteur kills, freezes and wedges VMs, an operator resizes, drains, stops
+//! and starts, demand moves the sizes, leases have limits, and a fifth of all boots fails. At
 //! the end nothing is lost, nothing was handed out wrong, and the pool fills up.
 
 #![allow(
@@ -15,14 +16,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hearth_pool::config::{BootConfig, HealthConfig};
+use hearth_pool::config::{BootConfig, HealthConfig, LeaseConfig};
 use hearth_pool::fake::{Boot, FakeBackend, FakeHost, FakeVmError, Ping};
-use hearth_pool::{AcquireError, Parking, Phase, Pool, PoolConfig, Profile, VmId};
+use hearth_pool::{
+    AcquireError, Autoscale, Parking, Phase, Pool, PoolConfig, Profile, StartError, VmId,
+};
 use tokio::time::{Instant, sleep, timeout};
 
 const PROFILES: [&str; 2] = ["python", "javascript"];
 const TASKS: u64 = 16;
 const SIZE: usize = 6;
+const LARGEST: usize = 8;
 
 /// xorshift: repeatable by seed, as far as threads allow.
 struct Dice(u64);
@@ -51,6 +55,7 @@ struct Seen {
     cancelled: AtomicUsize,
     died_in_use: AtomicUsize,
     sabotaged: AtomicUsize,
+    restarts: AtomicUsize,
 }
 
 impl Seen {
@@ -72,10 +77,14 @@ fn config() -> PoolConfig {
     (boot.backoff_min_ms, boot.backoff_max_ms, boot.timeout_ms) = (1, 20, 200);
     (boot.breaker_cooldown_ms, boot.breaker_cooldown_max_ms) = (100, 200);
     boot.early_death_ms = 20;
-    let mut config = PoolConfig::new(12).health(health).boot(boot);
+    let mut lease = LeaseConfig::default();
+    (lease.deadline_ms, lease.idle_ms) = (20, 5);
+    let mut config = PoolConfig::new(12).health(health).boot(boot).lease(lease);
     config.limits.vms = 20;
+    let scale = Autoscale::between(2, LARGEST).window(Duration::from_millis(100));
     for profile in PROFILES {
-        config = config.profile(Profile::new(profile, "image").warm_pool_size(SIZE));
+        let profile = Profile::new(profile, "image").warm_pool_size(SIZE);
+        config = config.profile(profile.autoscale(scale.clone()));
     }
     config.park(Parking::Paused)
 }
@@ -107,7 +116,14 @@ async fn user(pool: Pool<FakeBackend>, seen: Arc<Seen>, over: Arc<AtomicBool>, s
         };
         let leases = match leases {
             Ok(leases) => leases,
-            Err(AcquireError::Exhausted { .. } | AcquireError::Timeout { .. }) => {
+            // Nothing there, or the operator is at work.
+            Err(
+                AcquireError::Exhausted { .. }
+                | AcquireError::Timeout { .. }
+                | AcquireError::Draining(_)
+                | AcquireError::Stopping
+                | AcquireError::NotStarted,
+            ) => {
                 sleep(dice.micros(500)).await;
                 continue;
             }
@@ -166,24 +182,59 @@ async fn saboteur(fake: FakeBackend, seen: Arc<Seen>, over: Arc<AtomicBool>, see
     }
 }
 
-/// Calls of the operator: by-hand passes and boots, sizes, drains; some of them given up.
-async fn operator(pool: Pool<FakeBackend>, fake: FakeBackend, over: Arc<AtomicBool>, seed: u64) {
+/// Calls of the operator: by-hand passes and boots, sizes, drains, stops and starts; some of them
+/// given up.
+async fn operator(
+    pool: Pool<FakeBackend>,
+    fake: FakeBackend,
+    seen: Arc<Seen>,
+    over: Arc<AtomicBool>,
+    seed: u64,
+) {
     let mut dice = Dice(seed);
     while !over.load(Ordering::Relaxed) {
         sleep(dice.micros(5_000)).await;
         let profile = PROFILES[dice.index(2)];
         let patience = dice.micros(3_000);
-        match dice.below(6) {
+        match dice.below(8) {
             0 => drop(timeout(patience, pool.check(profile, 3)).await),
             1 => drop(timeout(patience, pool.replenish(profile)).await),
             2 => drop(timeout(patience, pool.offer(profile, fake.make(profile))).await),
-            3 => pool.resize(profile, dice.index(9)).unwrap(),
+            3 => pool.resize(profile, dice.index(LARGEST + 1)).unwrap(),
             4 => fake.script(profile, [Boot::After(patience)]),
+            5 => {
+                let given_up = timeout(patience / 2, pool.drain(profile, patience)).await;
+                drop(given_up);
+                pool.undrain(profile).unwrap();
+            }
+            6 if dice.below(16) == 0 => {
+                drop(timeout(patience / 2, pool.stop_within(patience)).await);
+                restart(&pool, &mut dice).await;
+                seen.restarts.fetch_add(1, Ordering::Relaxed);
+            }
             _ if dice.below(16) > 0 => {}
             _ => {
                 let boots = [Boot::Panic, Boot::Hang, Boot::Frozen, Boot::Dead];
                 fake.script(profile, [boots[dice.index(boots.len())].clone()]);
             }
+        }
+    }
+}
+
+/// Until it runs, some starts given up on the way.
+async fn restart(pool: &Pool<FakeBackend>, dice: &mut Dice) {
+    loop {
+        let start = if dice.below(2) == 0 {
+            timeout(dice.micros(1_000), pool.start()).await
+        } else {
+            Ok(pool.start().await)
+        };
+        match start {
+            Ok(Ok(_) | Err(StartError::Running)) => return,
+            Ok(Err(StartError::Stopping | StartError::NoVm(_))) | Err(_) => {
+                sleep(dice.micros(1_000)).await;
+            }
+            Ok(Err(other)) => panic!("{other}"),
         }
     }
 }
@@ -239,7 +290,13 @@ async fn torture(time: Duration) {
         ));
     }
     tasks.spawn(saboteur(fake.clone(), seen.clone(), over.clone(), 77));
-    tasks.spawn(operator(pool.clone(), fake.clone(), over.clone(), 99));
+    tasks.spawn(operator(
+        pool.clone(),
+        fake.clone(),
+        seen.clone(),
+        over.clone(),
+        99,
+    ));
     tasks.spawn(auditor(pool.clone(), over.clone(), Arc::clone(&looks)));
     let ends = Instant::now() + time;
     while Instant::now() < ends {
@@ -278,12 +335,14 @@ async fn torture(time: Duration) {
     }
     let load = |count: &AtomicUsize| count.load(Ordering::Relaxed);
     eprintln!(
-        "{} served, {} cancelled, {} died in use, {} sabotaged, {} looks",
+        "{} served, {} cancelled, {} died in use, {} sabotaged, {} restarts, {} looks",
         load(&seen.served),
         load(&seen.cancelled),
         load(&seen.died_in_use),
         load(&seen.sabotaged),
+        load(&seen.restarts),
         looks.load(Ordering::Relaxed)
     );
     assert!(load(&seen.served) > 1_000 && load(&seen.cancelled) > 100);
+    assert!(load(&seen.restarts) > 10);
 }

@@ -310,23 +310,64 @@ async fn repeated_passes_happen_every_interval_and_a_parked_death_needs_none() {
     stop_clean(pool, &fake).await;
 }
 
+/// How often the runtime went to sleep in an hour: once for each time that anything woke it.
+async fn wake_ups_in_an_hour(health: HealthConfig) -> u64 {
+    let fake = FakeBackend::new();
+    let scale = hearth_pool::Autoscale::between(3, 9).window(secs(7_200));
+    let profile = hearth_pool::Profile::new(PY, PY)
+        .warm_pool_size(3)
+        .autoscale(scale);
+    let config = hearth_pool::PoolConfig::new(100)
+        .profile(profile)
+        .health(health);
+    let pool = running(&fake, config).await;
+    let lease = pool.acquire(PY).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    settle().await;
+    let metrics = tokio::runtime::Handle::current().metrics();
+    let before = metrics.worker_park_count(0);
+    sleep(secs(3_600)).await;
+    let parks = metrics.worker_park_count(0) - before;
+    drop(lease);
+    stop_clean(pool, &fake).await;
+    parks
+}
+
 #[tokio::test(start_paused = true)]
 async fn between_checks_nothing_wakes_up() {
-    let fake = FakeBackend::new();
-    let pool = running(&fake, config(3)).await;
-    settle().await;
-    // No timer is armed: paused time jumps straight to the far end.
-    let metrics = tokio::runtime::Handle::current().metrics();
-    let before = metrics.num_alive_tasks();
-    sleep(secs(3_600)).await;
-    assert_eq!(metrics.num_alive_tasks(), before);
-    assert_eq!(
-        parked(&fake)
-            .iter()
-            .map(FakeVmHandle::probes)
-            .sum::<usize>(),
-        3
+    let parks = wake_ups_in_an_hour(quiet()).await;
+    assert!(parks <= 4, "something of the pool wakes up: {parks}");
+    // And this is how something that does would look.
+    let parks = wake_ups_in_an_hour(HealthConfig::default()).await;
+    assert!(parks >= 360, "{parks}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_ping_timeout_is_scaled_by_the_backend() {
+    let fake = FakeBackend::new().with_time_scale(4);
+    let pool = by_hand(&fake, config(1)).await;
+    pool.replenish(PY).await.unwrap();
+    parked(&fake)[0].freeze();
+    let began = Instant::now();
+    assert_eq!(pool.check(PY, 1).await.unwrap().unhealthy, 1);
+    let took = began.elapsed();
+    assert!(
+        (millis(60_200)..=millis(60_700)).contains(&took),
+        "three pings of 20 s: {took:?}"
     );
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_check_of_a_dead_vm_says_unhealthy_as_often_as_it_is_asked() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    let lease = pool.acquire(PY).unwrap();
+    lease.handle().kill();
+    for _ in 0..5 {
+        assert_eq!(lease.ping().await, Err(ProbeError::Dead));
+    }
+    drop(lease);
     stop_clean(pool, &fake).await;
 }
 

@@ -464,6 +464,87 @@ async fn waiting_callers_are_served_before_stock_is_refilled() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn boots_on_behalf_of_waiting_callers_count_as_booting_and_permits_hold() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(4)).await;
+    let leases = pool.acquire_many(PY, 4).unwrap();
+    fake.by_default(PY, Boot::After(secs(1)));
+    let waiters: Vec<_> = (0..9)
+        .map(|_| {
+            let pool = pool.clone();
+            tokio::spawn(async move { pool.acquire_timeout(PY, secs(60)).await })
+        })
+        .collect();
+    settle().await;
+    let now = counts(&pool, PY);
+    assert_eq!((now.waiting, now.booting), (9, 2), "half of the size");
+    for waiter in waiters {
+        let lease = waiter.await.unwrap().unwrap();
+        let now = counts(&pool, PY);
+        assert!(now.parked() + now.booting <= 4, "{now:?}");
+        drop(lease);
+    }
+    assert_eq!(fake.tally(PY).most_booting, 2);
+    drop(leases);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_automatic_refill_switched_off_no_time_that_passes_boots_anything() {
+    let fake = FakeBackend::new();
+    let pool = by_hand(&fake, config(2)).await;
+    let waiting = pool.acquire_timeout(PY, secs(3_600)).await.unwrap_err();
+    let AcquireError::Timeout { why, .. } = waiting else {
+        panic!("{waiting}")
+    };
+    assert_eq!(why, Shortage::RefillOff);
+    pool.resize(PY, 4).unwrap();
+    pool.drain(PY, secs(1)).await.unwrap();
+    pool.undrain(PY).unwrap();
+    sleep(secs(24 * 3_600)).await;
+    assert_eq!(fake.tally(PY).boots, 0);
+    pool.replenish(PY).await.unwrap();
+    drop(pool.acquire(PY).unwrap());
+    sleep(secs(3_600)).await;
+    assert_eq!((fake.tally(PY).boots, ready(&pool)), (1, 0));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_limits_on_vcpus_and_on_memory_bound_everything_that_lives_too() {
+    for by_vcpus in [true, false] {
+        let fake = FakeBackend::new();
+        let profile = Profile::new(PY, PY)
+            .warm_pool_size(2)
+            .vcpus(2)
+            .memory_mib(100);
+        let mut config = PoolConfig::new(100).profile(profile).health(quiet());
+        if by_vcpus {
+            config.limits.vcpus = 7;
+        } else {
+            config.limits.memory_mib = 399;
+        }
+        let pool = running(&fake, config).await;
+        let leases = pool.acquire_many(PY, 2).unwrap();
+        settle().await;
+        assert_eq!((ready(&pool), fake.live().len()), (1, 3));
+        let denied = pool.replenish(PY).await.unwrap();
+        let Replenished::Failed(BootFailure::Denied(denial)) = denied else {
+            panic!("{denied:?}")
+        };
+        let expected = if by_vcpus {
+            Denial::Vcpus(7)
+        } else {
+            Denial::Memory(399)
+        };
+        assert_eq!(denial, expected);
+        drop(leases);
+        pool.wait_ready(secs(1)).await.unwrap();
+        stop_clean(pool, &fake).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn under_limits_a_profile_with_waiting_callers_boots_before_anothers_stock() {
     let fake = FakeBackend::new();
     let mut config = config(1).profile(Profile::new(JS, JS).warm_pool_size(1));

@@ -191,11 +191,11 @@ pub enum Making {
     Fork,
 }
 
-/// A weak handle to one VM, wherever it is.
+/// A weak handle to one VM, wherever it is. A VM that it ends, or has ended already, gives up what it
+/// holds of the host (threads, descriptors, memory): its owner is left with a value that knows how it
+/// ended.
 pub trait Remote: Send + Sync + 'static {
-    /// Ends the VM, whoever owns it; resolves when nothing of it runs any more and what it held of the
-    /// host (threads, descriptors, memory) is given up: its owner is left with a value that knows how
-    /// it ended. Ending an ended VM is fine, and gives up what that one still holds.
+    /// Ends the VM, whoever owns it; resolves when nothing of it runs any more. Ending an ended VM is fine.
     fn kill(&self) -> impl Future<Output = ()> + Send;
 
     /// A number that changes whenever the VM does something for its owner; the idle limit of

@@ -69,7 +69,8 @@ pub enum Parking {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Balloon {
-    /// Cold-booted VMs are inflated to the idle target while parked, forks are left alone.
+    /// Cold-booted VMs are inflated to the idle target while parked. A template is, once, before it
+    /// is captured, so that its forks are born small; they are left alone.
     #[default]
     Auto,
     /// Never touched.

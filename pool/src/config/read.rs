@@ -55,6 +55,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_file_in_the_readme_is_a_valid_one() {
+        let readme = include_str!("../../../README.md");
+        let (_, rest) = readme.split_once("```toml").unwrap();
+        let (text, _) = rest.split_once("```").unwrap();
+        let config = PoolConfig::from_toml(text).unwrap();
+        assert_eq!(config.profiles.len(), 1);
+    }
+
+    #[test]
     fn every_value_of_a_wrong_type_is_reported_with_everything_else() {
         let error = PoolConfig::from_toml(
             r#"

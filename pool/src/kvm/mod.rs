@@ -18,7 +18,7 @@ use hearth_vmm::{CpuProfile, Host, HostError, Template, Vm, VmStatus};
 pub use make::CreateError;
 pub use stream::GuestStream;
 
-use crate::backend::{Backend, Making, ProbeError, Remote};
+use crate::backend::{Backend, ProbeError, Remote};
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
 
@@ -165,10 +165,10 @@ impl Backend for KvmBackend {
         self.cpu.timeout_factor()
     }
 
-    fn making(&self, _profile: &Profile) -> Making {
+    fn making(&self, _profile: &Profile) -> crate::Making {
         match self.source {
-            Source::Boot => Making::Boot,
-            Source::Fork => Making::Fork,
+            Source::Boot => crate::Making::Boot,
+            Source::Fork => crate::Making::Fork,
         }
     }
 

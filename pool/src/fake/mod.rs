@@ -8,72 +8,28 @@
 
 mod fault;
 mod gate;
+mod host;
+mod script;
 mod vm;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 
 use fault::Faults;
 pub use fault::Method;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 pub use gate::Gate;
+pub use host::FakeHost;
+pub use script::{Boot, Ping};
 use tokio::time::sleep;
 use vm::Life;
 pub use vm::{FakeRemote, FakeVm, FakeVmError, FakeVmHandle};
 
 use crate::backend::{Backend, Making, ProbeError};
-use crate::host::Host;
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
-
-/// How one boot goes.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum Boot {
-    /// At once.
-    Fine,
-    /// After so long.
-    After(Duration),
-    /// As soon as the gate lets it through.
-    Gate(Gate),
-    /// It fails.
-    Fail(&'static str),
-    /// It fails after so long.
-    FailAfter(Duration, &'static str),
-    /// It never ends.
-    Hang,
-    /// The backend panics.
-    Panic,
-    /// It yields a VM that has ended already.
-    Dead,
-    /// It yields a VM that answers nothing.
-    Frozen,
-}
-
-/// How one ping goes.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum Ping {
-    /// Answered.
-    Pong,
-    /// Answered after so long.
-    After(Duration),
-    /// Answered as soon as the gate lets it through.
-    Gate(Gate),
-    /// Lost at once.
-    Lost,
-    /// Never answered.
-    Silence,
-    /// Answered in a way that no healthy guest answers.
-    Wrong(&'static str),
-    /// The VM ends while it is asked.
-    Dies,
-    /// The backend panics.
-    Panic,
-}
 
 /// What every fake VM says of its memory.
 const PRIVATE_BYTES: u64 = 1 << 20;
@@ -442,46 +398,5 @@ impl Backend for FakeBackend {
 
     fn parking(&self, _profile: &Profile) -> Parking {
         self.parking.unwrap_or(Parking::Running)
-    }
-}
-
-/// A host whose memory is what a test says.
-#[derive(Debug, Clone, Default)]
-pub struct FakeHost {
-    available_mib: Option<u64>,
-    stall_percent: Arc<Mutex<f64>>,
-}
-
-impl FakeHost {
-    /// A host with so much memory available; none: not known.
-    #[must_use]
-    pub fn new(available_mib: Option<u64>) -> Self {
-        Self {
-            available_mib,
-            ..Self::default()
-        }
-    }
-
-    /// Sets the memory stall.
-    pub fn stall(&self, percent: f64) {
-        *self
-            .stall_percent
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = percent;
-    }
-}
-
-impl Host for FakeHost {
-    fn memory_available_mib(&self) -> Option<u64> {
-        self.available_mib
-    }
-
-    fn memory_stall_percent(&self) -> Option<f64> {
-        Some(
-            *self
-                .stall_percent
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        )
     }
 }

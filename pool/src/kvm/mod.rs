@@ -165,15 +165,15 @@ impl Backend for KvmBackend {
         self.cpu.timeout_factor()
     }
 
+    fn failure_kind(&self, error: &CreateError) -> &'static str {
+        error.kind()
+    }
+
     fn making(&self, _profile: &Profile) -> crate::Making {
         match self.source {
             Source::Boot => crate::Making::Boot,
             Source::Fork => crate::Making::Fork,
         }
-    }
-
-    fn failure_kind(&self, error: &CreateError) -> &'static str {
-        error.kind()
     }
 }
 

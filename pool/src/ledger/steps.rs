@@ -1,4 +1,4 @@
-//! What each event changes, and what the loop does about the difference between is and should be.
+//! What each event changes.
 
 use tokio::time::Instant;
 
@@ -77,25 +77,6 @@ impl Ledger {
             Event::Undrain(profile) => self.undrain(now, profile),
             Event::Pressure(pressed) => self.pressed = pressed,
             Event::Tick => self.tick(now),
-        }
-    }
-
-    /// Level-triggered: looks at what is, not at what happened.
-    pub(super) fn reconcile(&mut self, now: Instant) {
-        match self.phase {
-            Phase::Stopped => {}
-            Phase::Starting => self.serve_tickets(now),
-            Phase::Running => {
-                self.serve_waiters(now);
-                self.serve_tickets(now);
-                self.refill(now);
-            }
-            Phase::Stopping => self.finish(now),
-        }
-        for id in std::mem::take(&mut self.fresh) {
-            if self.is_ready(id) {
-                self.out.push(Action::Park(id));
-            }
         }
     }
 
@@ -385,7 +366,7 @@ impl Ledger {
         true
     }
 
-    fn shrink(&mut self, profile: ProfileId) {
+    pub(super) fn shrink(&mut self, profile: ProfileId) {
         let target = self.books.get(profile.0).map_or(0, super::Book::target);
         self.empty(profile, target);
     }
@@ -411,7 +392,7 @@ impl Ledger {
         }
     }
 
-    fn begin_check(&mut self, profile: ProfileId, most: usize, pass: PassId) {
+    pub(super) fn begin_check(&mut self, profile: ProfileId, most: usize, pass: PassId) {
         if self.phase != Phase::Running {
             return;
         }
@@ -453,142 +434,14 @@ impl Ledger {
         held.into_iter().for_each(|id| self.retire(id));
     }
 
-    fn kill(&mut self, id: VmId, why: Overdue) {
+    pub(super) fn kill(&mut self, id: VmId, why: Overdue) {
         if matches!(self.stage(id), Some(Stage::Leased(Hold::Held | Hold::Dead))) {
             self.shift(id, Some(Stage::Leased(Hold::Ending)));
             self.out.push(Action::Kill(id, why));
         }
     }
 
-    /// A parked VM that has lived long enough to say that boots are good again.
-    fn proof(&self, now: Instant) -> Option<(ProfileId, Instant)> {
-        let mut proofs = self.proofs();
-        proofs.find_map(|(at, profile, born)| (at <= now).then_some((profile, born)))
-    }
-
-    fn tick(&mut self, now: Instant) {
-        while let Some((at, id, limit)) = self.limits.first().copied()
-            && at <= now
-        {
-            self.limits.pop_first();
-            match limit {
-                Limit::Deadline => self.kill(id, Overdue::Deadline),
-                Limit::Idle => self.out.push(Action::AskIdle(id)),
-            }
-        }
-        if self.phase != Phase::Running {
-            return;
-        }
-        while let Some((profile, born)) = self.proof(now)
-            && let Some(book) = self.books.get_mut(profile.0)
-        {
-            book.breaker.proved(born);
-        }
-        if let (Some(at), Some(every)) = (self.next_pass_at, self.rules.health_interval)
-            && at <= now
-        {
-            self.next_pass_at = Some(now + every);
-            for profile in (0..self.books.len()).map(ProfileId) {
-                let all = self.books.get(profile.0).map_or(0, |book| book.ready.len());
-                self.begin_check(profile, all, PassId::PERIODIC);
-            }
-        }
-        for profile in (0..self.books.len()).map(ProfileId) {
-            let Some(book) = self.books.get_mut(profile.0) else {
-                return;
-            };
-            let (size, parked) = (book.size, book.parked());
-            let scale = book.scale.as_mut().filter(|_| !book.draining);
-            if let Some(next) = scale.and_then(|scale| scale.decide(now, size, parked))
-                && next != size
-            {
-                book.size = next;
-                self.out.push(Action::Resized(profile, next));
-                self.shrink(profile);
-            }
-        }
-    }
-
-    fn serve_waiters(&mut self, now: Instant) {
-        while self.leased < self.rules.lease_limit {
-            let served = self.books.iter().enumerate().filter_map(|(index, book)| {
-                Some((*book.waiters.front()?, ProfileId(index), book.best()?))
-            });
-            // Over all profiles: a lease that came free goes to whoever waits longest.
-            let Some((waiter, profile, id)) = served.min() else {
-                return;
-            };
-            if let Some(book) = self.books.get_mut(profile.0) {
-                book.waiters.pop_front();
-            }
-            self.lease(now, id);
-            self.out.push(Action::Serve(profile, waiter, id));
-        }
-    }
-
-    fn serve_tickets(&mut self, now: Instant) {
-        for profile in (0..self.books.len()).map(ProfileId) {
-            while let Some(book) = self.books.get_mut(profile.0)
-                && let Some(ticket) = book.tickets.front().copied()
-            {
-                if book.parked() >= book.target() {
-                    book.tickets.pop_front();
-                    self.out.push(Action::Settle(ticket, Outcome::Full));
-                } else if book.breaker.is_open() && book.breaker.waits_until(now).is_some() {
-                    let outcome = Outcome::BreakerOpen(book.breaker.failures());
-                    book.tickets.pop_front();
-                    self.out.push(Action::Settle(ticket, outcome));
-                } else if book.has_room() && book.boots_running() < book.permits_by_hand() {
-                    book.tickets.pop_front();
-                    self.begin_boot(profile, Origin::Ticket(ticket));
-                } else {
-                    break;
-                }
-            }
-        }
-    }
-
-    fn refill(&mut self, now: Instant) {
-        let (count, first) = (self.books.len(), self.turn);
-        for only_owed in [true, false] {
-            if self.pressed && !only_owed {
-                return;
-            }
-            for profile in (0..count).map(|step| ProfileId((first + step) % count)) {
-                while self
-                    .books
-                    .get(profile.0)
-                    .is_some_and(|book| book.may_refill(now) && (!only_owed || book.is_owed()))
-                {
-                    self.begin_boot(profile, Origin::Refill);
-                }
-            }
-        }
-    }
-
-    /// Stops when all is gone; at the deadline ends the leases that are still out.
-    fn finish(&mut self, now: Instant) {
-        if self.stop_at.is_some_and(|at| at <= now) {
-            for id in self.entries.keys().copied().collect::<Vec<_>>() {
-                match self.stage(id) {
-                    Some(Stage::Leased(Hold::Held | Hold::Dead)) => {
-                        self.kill(id, Overdue::Stopping);
-                    }
-                    // The lease keeps a dead VM; the pool waits for it no longer.
-                    Some(Stage::Leased(Hold::Ended)) => self.shift(id, None),
-                    _ => {}
-                }
-            }
-        }
-        if self.entries.is_empty() {
-            self.phase = Phase::Stopped;
-            self.stop_at = None;
-            self.limits.clear();
-            self.out.push(Action::Stopped);
-        }
-    }
-
-    fn book_of(&mut self, id: VmId) -> Option<&mut super::Book> {
+    pub(super) fn book_of(&mut self, id: VmId) -> Option<&mut super::Book> {
         let profile = self.entries.get(&id)?.profile;
         self.books.get_mut(profile.0)
     }

@@ -11,7 +11,10 @@
 mod acquire;
 mod faults;
 mod health;
+mod leases;
+mod limits;
 mod replenish;
+mod sizes;
 mod sizing;
 mod start_stop;
 mod support;

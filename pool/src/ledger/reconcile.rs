@@ -1,0 +1,106 @@
+//! What is done about the difference between what is and what should be.
+
+use tokio::time::Instant;
+
+use super::event::{Action, Outcome, Overdue};
+use super::{Hold, Ledger, Origin, Phase, ProfileId, Stage};
+
+impl Ledger {
+    /// Level-triggered: looks at what is, not at what happened.
+    pub(super) fn reconcile(&mut self, now: Instant) {
+        match self.phase {
+            Phase::Stopped => {}
+            Phase::Starting => self.serve_tickets(now),
+            Phase::Running => {
+                self.serve_waiters(now);
+                self.serve_tickets(now);
+                self.refill(now);
+            }
+            Phase::Stopping => self.finish(now),
+        }
+        for id in std::mem::take(&mut self.fresh) {
+            if self.is_ready(id) {
+                self.out.push(Action::Park(id));
+            }
+        }
+    }
+
+    fn serve_waiters(&mut self, now: Instant) {
+        while self.leased < self.rules.lease_limit {
+            let served = self.books.iter().enumerate().filter_map(|(index, book)| {
+                Some((*book.waiters.front()?, ProfileId(index), book.best()?))
+            });
+            // Over all profiles: a lease that came free goes to whoever waits longest.
+            let Some((waiter, profile, id)) = served.min() else {
+                return;
+            };
+            if let Some(book) = self.books.get_mut(profile.0) {
+                book.waiters.pop_front();
+            }
+            self.lease(now, id);
+            self.out.push(Action::Serve(profile, waiter, id));
+        }
+    }
+
+    fn serve_tickets(&mut self, now: Instant) {
+        for profile in (0..self.books.len()).map(ProfileId) {
+            while let Some(book) = self.books.get_mut(profile.0)
+                && let Some(ticket) = book.tickets.front().copied()
+            {
+                if book.parked() >= book.target() {
+                    book.tickets.pop_front();
+                    self.out.push(Action::Settle(ticket, Outcome::Full));
+                } else if book.breaker.is_open() && book.breaker.waits_until(now).is_some() {
+                    let outcome = Outcome::BreakerOpen(book.breaker.failures());
+                    book.tickets.pop_front();
+                    self.out.push(Action::Settle(ticket, outcome));
+                } else if book.has_room() && book.boots_running() < book.permits_by_hand() {
+                    book.tickets.pop_front();
+                    self.begin_boot(profile, Origin::Ticket(ticket));
+                } else {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let (count, first) = (self.books.len(), self.turn);
+        for only_owed in [true, false] {
+            if self.pressed && !only_owed {
+                return;
+            }
+            for profile in (0..count).map(|step| ProfileId((first + step) % count)) {
+                while self
+                    .books
+                    .get(profile.0)
+                    .is_some_and(|book| book.may_refill(now) && (!only_owed || book.is_owed()))
+                {
+                    self.begin_boot(profile, Origin::Refill);
+                }
+            }
+        }
+    }
+
+    /// Stops when all is gone; at the deadline ends the leases that are still out.
+    fn finish(&mut self, now: Instant) {
+        if self.stop_at.is_some_and(|at| at <= now) {
+            for id in self.entries.keys().copied().collect::<Vec<_>>() {
+                match self.stage(id) {
+                    Some(Stage::Leased(Hold::Held | Hold::Dead)) => {
+                        self.kill(id, Overdue::Stopping);
+                    }
+                    // The lease keeps a dead VM; the pool waits for it no longer.
+                    Some(Stage::Leased(Hold::Ended)) => self.shift(id, None),
+                    _ => {}
+                }
+            }
+        }
+        if self.entries.is_empty() {
+            self.phase = Phase::Stopped;
+            self.stop_at = None;
+            self.limits.clear();
+            self.out.push(Action::Stopped);
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! What all profiles together may take from the host.
+
+use crate::support::*;
+use hearth_pool::fake::{FakeBackend, FakeHost};
+use hearth_pool::{
+    AcquireError, BootFailure, Denial, Pool, PoolConfig, Profile, Replenished, Shortage,
+};
+use tokio::time::sleep;
+
+#[tokio::test(start_paused = true)]
+async fn the_limits_on_vcpus_and_on_memory_bound_everything_that_lives_too() {
+    for by_vcpus in [true, false] {
+        let fake = FakeBackend::new();
+        let profile = Profile::new(PY, PY)
+            .warm_pool_size(2)
+            .vcpus(2)
+            .memory_mib(100);
+        let mut config = PoolConfig::new(100).profile(profile).health(quiet());
+        if by_vcpus {
+            config.limits.vcpus = 7;
+        } else {
+            config.limits.memory_mib = 399;
+        }
+        let pool = running(&fake, config).await;
+        let leases = pool.acquire_many(PY, 2).unwrap();
+        settle().await;
+        assert_eq!((ready(&pool), fake.live().len()), (1, 3));
+        let denied = pool.replenish(PY).await.unwrap();
+        let Replenished::Failed(BootFailure::Denied(denial)) = denied else {
+            panic!("{denied:?}")
+        };
+        let expected = if by_vcpus {
+            Denial::Vcpus(7)
+        } else {
+            Denial::Memory(399)
+        };
+        assert_eq!(denial, expected);
+        drop(leases);
+        pool.wait_ready(secs(1)).await.unwrap();
+        stop_clean(pool, &fake).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn under_limits_a_profile_with_waiting_callers_boots_before_anothers_stock() {
+    let fake = FakeBackend::new();
+    let mut config = config(1).profile(Profile::new(JS, JS).warm_pool_size(1));
+    config.limits.vms = 2;
+    let pool = running(&fake, config).await;
+    let (python, javascript) = (pool.acquire(PY).unwrap(), pool.acquire(JS).unwrap());
+    settle().await;
+    assert!(matches!(
+        pool.acquire(JS),
+        Err(AcquireError::Exhausted {
+            why: Shortage::HostLimits,
+            ..
+        })
+    ));
+    let waiting = pool.clone();
+    let waiter = tokio::spawn(async move { waiting.acquire_timeout(JS, secs(9)).await });
+    settle().await;
+    drop(python);
+    let served = waiter.await.unwrap().unwrap();
+    assert_eq!(served.profile(), JS);
+    assert_eq!(counts(&pool, PY).ready, 0, "stock came second");
+    drop((javascript, served));
+    pool.wait_ready(secs(1)).await.unwrap();
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_limits_bound_everything_that_lives() {
+    let fake = FakeBackend::new();
+    let mut config = config(2);
+    config.limits.vms = 3;
+    let pool = running(&fake, config).await;
+    let leases = pool.acquire_many(PY, 2).unwrap();
+    settle().await;
+    assert_eq!(ready(&pool), 1, "three live, and no more");
+    assert_eq!(fake.live().len(), 3);
+    let denied = pool.replenish(PY).await.unwrap();
+    assert!(
+        matches!(denied, Replenished::Failed(BootFailure::Denied(_))),
+        "{denied:?}"
+    );
+    drop(leases);
+    pool.wait_ready(secs(1)).await.unwrap();
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_pressure_stops_refill_but_not_boots_for_waiting_callers() {
+    let fake = FakeBackend::new();
+    let host = FakeHost::new(Some(100_000));
+    let pool = Pool::with_host(fake.clone(), config(2), host.clone()).unwrap();
+    pool.start().await.unwrap();
+    sleep(secs(2)).await;
+    host.stall(55.0);
+    drop(pool.acquire_many(PY, 2).unwrap());
+    sleep(secs(30)).await;
+    assert_eq!((ready(&pool), fake.tally(PY).boots), (0, 2));
+    assert!(pool.status().memory_pressure);
+    let lease = pool.acquire_timeout(PY, secs(5)).await.unwrap();
+    assert_eq!(fake.tally(PY).boots, 3);
+    host.stall(0.5);
+    pool.wait_ready(secs(3)).await.unwrap();
+    assert!(!pool.status().memory_pressure);
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}

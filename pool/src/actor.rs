@@ -223,7 +223,7 @@ impl<B: Backend> Actor<B> {
             Message::Checked(id, check, pass, verdict) => {
                 self.checked(state, now, id, check, pass, verdict);
             }
-            Message::Ended(id) => self.shared.ended(state, now, id),
+            Message::Ended(id) => self.ended(state, now, id),
             Message::Retired(id) => {
                 let slot = state.slots.get_mut(&id);
                 let profile = slot.as_ref().map(|slot| slot.profile);
@@ -282,6 +282,11 @@ impl<B: Backend> Actor<B> {
                 state.tell(now, Event::AbandonPass(pass));
             }
         }
+    }
+
+    pub(crate) fn ended(&self, state: &mut State<B>, now: Instant, id: VmId) {
+        self.shared.ended(state, now, id);
+        state.tell(now, Event::Tick);
     }
 
     /// Does all that the ledger has asked for, and what that leads to.

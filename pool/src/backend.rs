@@ -16,9 +16,11 @@ use crate::slot::VmId;
 ///
 /// # Rules for implementors
 /// - Methods that return no future ([`alive`](Self::alive), [`pause`](Self::pause),
-///   [`resume`](Self::resume), [`hand_off`](Self::hand_off), [`remote`](Self::remote)) and the part of
+///   [`resume`](Self::resume), [`remote`](Self::remote), [`making`](Self::making),
+///   [`private_bytes`](Self::private_bytes), [`Remote::activity`]) and the part of
 ///   [`probe`](Self::probe) and [`ended`](Self::ended) that makes the future run under the pool's
-///   lock: they must not block, and must not call back into the pool.
+///   lock: they must not block, and must not call back into the pool. The same holds for
+///   [`hand_off`](Self::hand_off), which runs in the caller of acquire.
 /// - `pause` and `resume` are *requests* and keep their order: the last one wins.
 /// - Dropping any future, or a VM, at any moment is safe and leaves nothing behind.
 pub trait Backend: Send + Sync + 'static {

@@ -259,7 +259,8 @@ impl<B: Backend> Shared<B> {
         }
     }
 
-    /// A VM has ended by itself. Whoever has a lease is told by the VM itself.
+    /// A VM has ended by itself. Whoever has a lease is told by the VM itself. It is replaced when the
+    /// actor looks next.
     pub(crate) fn ended(&self, state: &mut State<B>, now: Instant, id: VmId) {
         let parked = state.slots.get(&id).filter(|slot| slot.vm.is_some());
         if let Some(profile) = parked.map(|slot| slot.profile)
@@ -267,7 +268,7 @@ impl<B: Backend> Shared<B> {
         {
             self.died(profile, id);
         }
-        state.tell(now, Event::Ended(id));
+        state.note(now, Event::Ended(id));
     }
 
     /// A VM has ended before anybody had it.

@@ -183,13 +183,13 @@ impl<B: Backend> Actor<B> {
         let kept = self.shared.profile(slot.profile);
         let paused = kept.is_some_and(|kept| kept.parking == Parking::Paused);
         if paused && guarded("pause", || backend.pause(vm)).is_none() {
-            return self.shared.ended(state, now, id);
+            return self.ended(state, now, id);
         }
         if slot.watch.is_some() {
             return;
         }
         let Some(ended) = guarded("ended", || backend.ended(vm)) else {
-            return self.shared.ended(state, now, id);
+            return self.ended(state, now, id);
         };
         let unwatched = CancellationToken::new();
         slot.watch = Some(unwatched.clone());
@@ -224,7 +224,7 @@ impl<B: Backend> Actor<B> {
             && let Some(vm) = &slot.vm
             && guarded("resume", || self.shared.backend.resume(vm)).is_none()
         {
-            return self.shared.ended(state, now, id);
+            return self.ended(state, now, id);
         }
         let dropped = CancellationToken::new();
         slot.job = Some(dropped.clone());

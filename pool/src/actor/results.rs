@@ -80,9 +80,10 @@ impl<B: Backend> Actor<B> {
         };
         let private = guarded("private_bytes", || backend.private_bytes(&vm)).flatten();
         if let Some(kept) = self.shared.profile(slot.profile)
-            && let Some(bytes) = private.and_then(|bytes| u32::try_from(bytes).ok())
+            && let Some(kib) = private.and_then(|bytes| u32::try_from(bytes / 1024).ok())
         {
-            kept.metrics.private.record(f64::from(bytes));
+            // Exact to the KiB, up to 4 TiB.
+            kept.metrics.private.record(f64::from(kib) * 1024.0);
         }
         slot.remote = Some(Arc::new(remote));
         slot.vm = Some(vm);

@@ -108,3 +108,22 @@ async fn memory_pressure_stops_refill_but_not_boots_for_waiting_callers() {
     drop(lease);
     stop_clean(pool, &fake).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn memory_pressure_is_looked_at_before_the_dead_that_a_caller_finds_are_replaced() {
+    let fake = FakeBackend::new();
+    let host = FakeHost::new(Some(100_000));
+    let pool = Pool::with_host(fake.clone(), config(2), host.clone()).unwrap();
+    pool.start().await.unwrap();
+    sleep(secs(60)).await;
+    host.stall(55.0);
+    parked(&fake)
+        .iter()
+        .for_each(hearth_pool::fake::FakeVmHandle::kill);
+    assert!(pool.acquire(PY).is_err());
+    sleep(secs(30)).await;
+    assert_eq!((ready(&pool), fake.tally(PY).boots), (0, 2));
+    host.stall(0.0);
+    pool.wait_ready(secs(3)).await.unwrap();
+    stop_clean(pool, &fake).await;
+}

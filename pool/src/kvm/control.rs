@@ -53,8 +53,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Control<S> {
             Err(PingError::Connection(_)) => {
                 Err(ProbeError::Wrong("it does not speak the protocol"))
             }
-            // So many unanswered that another would tell nothing.
-            Err(_) => Err(ProbeError::Lost),
+            // So many unanswered (those who asked have gone) that this connection tells nothing any more.
+            Err(_) => {
+                *client = None;
+                Err(ProbeError::Lost)
+            }
         }
     }
 }
@@ -159,6 +162,24 @@ mod tests {
             let wrong = verdict.expect_err(case);
             assert!(!wrong.is_transient(), "{case}: {wrong}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_on_which_too_many_probes_were_dropped_is_replaced() {
+        let (control, _silent) = connected().await;
+        for _ in 0..64 {
+            let dropped = timeout(Duration::from_millis(1), control.probe(nobody())).await;
+            assert!(dropped.is_err());
+        }
+        assert_eq!(control.probe(nobody()).await, Err(ProbeError::Lost));
+        let (fresh, mut agent) = connected().await;
+        let client = fresh.client.into_inner();
+        let answers = async {
+            let nonce = agent.pinged().await;
+            agent.pong(nonce, ME).await;
+        };
+        let (verdict, ()) = tokio::join!(control.probe(async { client }), answers);
+        assert_eq!(verdict, Ok(()));
     }
 
     #[tokio::test(start_paused = true)]

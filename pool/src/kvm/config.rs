@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use hearth_vmm::CpuProfile;
 
 use super::KvmBackend;
+use super::templates::Templates;
 use crate::config::PoolConfig;
 
 /// How guests come to be.
@@ -46,7 +46,7 @@ impl KvmBackendBuilder {
             boot_timeout: scaled(config.boot.timeout_ms),
             balloon_timeout: scaled(config.balloon.timeout_ms),
             balloon_idle_mib: config.balloon.idle_target_mib,
-            templates: Mutex::default(),
+            templates: Templates::default(),
         })
     }
 

@@ -5,9 +5,10 @@ mod control;
 mod guest;
 mod make;
 mod stream;
+mod templates;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub use config::{KvmBackendBuilder, KvmImage, Source};
@@ -17,6 +18,7 @@ pub use guest::{Guest, GuestError};
 use hearth_vmm::{CpuProfile, Host, HostError, Template, Vm, VmStatus};
 pub use make::CreateError;
 pub use stream::GuestStream;
+use templates::Templates;
 
 use crate::backend::{Backend, ProbeError, Remote};
 use crate::profile::{Parking, Profile};
@@ -31,8 +33,7 @@ pub struct KvmBackend {
     boot_timeout: Duration,
     balloon_timeout: Duration,
     balloon_idle_mib: u32,
-    /// By profile; made once.
-    templates: Mutex<HashMap<String, Template>>,
+    templates: Templates<Template>,
 }
 
 impl KvmBackend {
@@ -56,20 +57,9 @@ impl KvmBackend {
         })
     }
 
-    fn template(&self, profile: &Profile) -> Option<Template> {
-        let templates = self
-            .templates
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        templates.get(&profile.name).cloned()
-    }
-
-    fn keep_template(&self, profile: &Profile, template: Template) {
-        let mut templates = self
-            .templates
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        templates.insert(profile.name.clone(), template);
+    async fn template(&self, profile: &Profile) -> Result<Template, CreateError> {
+        let make = || self.make_template(profile);
+        self.templates.get_or_make(profile.into(), make).await
     }
 }
 
@@ -79,20 +69,19 @@ impl Backend for KvmBackend {
     type Error = CreateError;
 
     async fn prepare(&self, profile: &Profile) -> Result<(), CreateError> {
-        if self.source == Source::Boot {
-            return self.preload(profile).await;
+        match self.source {
+            Source::Boot => self.preload(profile).await,
+            Source::Fork => self.template(profile).await.map(drop),
         }
-        if self.template(profile).is_none() {
-            let template = self.make_template(profile).await?;
-            self.keep_template(profile, template);
-        }
-        Ok(())
     }
 
     async fn create(&self, profile: &Profile, id: VmId) -> Result<Guest, CreateError> {
-        match self.template(profile) {
-            Some(template) => self.fork(profile, id, template).await,
-            None => self.boot(profile).await,
+        match self.source {
+            Source::Boot => self.boot(profile).await,
+            Source::Fork => {
+                let template = self.template(profile).await?;
+                self.fork(profile, id, template).await
+            }
         }
     }
 

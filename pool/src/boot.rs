@@ -41,10 +41,13 @@ pub(crate) async fn boot<B: Backend>(
 ) -> Result<B::Vm, Failed<B>> {
     let steps = AssertUnwindSafe(steps(&shared, profile, id, &cancelled));
     // A VM that the panic met on its way is dropped by it, which is safe.
-    steps
-        .catch_unwind()
-        .await
-        .unwrap_or_else(|_| Err(Failed::early(BootFailure::Panicked)))
+    let booted = steps.catch_unwind().await;
+    let booted = booted.unwrap_or_else(|_| Err(Failed::early(BootFailure::Panicked)));
+    if matches!(booted, Err(Failed { vm: None, .. })) {
+        // Something of it may still be on its way out; not for ever.
+        let _ = timeout(shared.times.retire, shared.backend.settled()).await;
+    }
+    booted
 }
 
 async fn steps<B: Backend>(

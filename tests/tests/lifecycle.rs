@@ -355,3 +355,49 @@ async fn vms_dropped_at_every_stage_leave_nothing() {
     before.assert_restored(24, Duration::from_secs(10));
     assert_eq!(leaked_vms(), 0);
 }
+
+/// Whether the process has a thread or a mapping of a guest.
+fn remains() -> bool {
+    let now = Footprint::now();
+    let thread = now.threads.contains_key("hearth-vcpu0");
+    thread
+        || now
+            .mappings
+            .keys()
+            .any(|name| name.contains("hearth-guest"))
+}
+
+#[tokio::test]
+async fn a_vm_that_others_own_can_be_taken_apart_and_what_it_carries_goes_last() {
+    if !kvm() || !alone() {
+        return;
+    }
+    /// Says at its drop whether anything of the VM was still there.
+    struct Last(std::sync::mpsc::Sender<bool>);
+    impl Drop for Last {
+        fn drop(&mut self) {
+            let _ = self.0.send(remains());
+        }
+    }
+    warm_up();
+    let (said, remained) = std::sync::mpsc::channel();
+    let vm = std::sync::Arc::new(Code::new().spin().boot());
+    assert!(remains());
+    vm.carry(Last(said.clone()));
+    assert!(remained.try_recv().is_err());
+    let owner = std::sync::Arc::clone(&vm);
+    vm.take_apart();
+    assert_eq!(remained.try_recv(), Ok(false));
+    assert_eq!(owner.status(), VmStatus::Ended(Exit::Killed));
+    assert!(owner.snapshot().is_err());
+    // Again is fine; what comes too late is not kept.
+    owner.take_apart();
+    owner.carry(Last(said.clone()));
+    assert_eq!(remained.try_recv(), Ok(false));
+    // Also when it is only dropped.
+    let vm = Code::new().spin().boot();
+    vm.carry(Last(said));
+    drop(vm);
+    let limit = hearth_tests::patience(Duration::from_secs(5));
+    assert_eq!(remained.recv_timeout(limit), Ok(false));
+}

@@ -93,7 +93,8 @@ pub struct CreateTimes {
     pub devices: Duration,
 }
 
-/// A VM's parts. Field order is irrelevant: [`Machine::take_apart`] runs at drop and knows the order.
+/// A VM's parts. [`Machine::take_apart`] runs at drop and knows their order; only the last field's place
+/// counts.
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) gate: Arc<Gate>,
@@ -114,6 +115,18 @@ pub(crate) struct Machine {
     /// Unmapped last.
     ram: Option<GuestRam>,
     images: Vec<PlacedImage>,
+    /// Dropped after everything else.
+    pub(crate) baggage: Baggage,
+}
+
+/// What a VM keeps for others until nothing of itself is left.
+#[derive(Default)]
+pub(crate) struct Baggage(pub(crate) Vec<Box<dyn Send>>);
+
+impl std::fmt::Debug for Baggage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Baggage").field(&self.0.len()).finish()
+    }
 }
 
 /// An image and its guest address.
@@ -272,6 +285,7 @@ impl Machine {
             vm: Some(vm),
             ram: Some(ram),
             images: devices.images,
+            baggage: Baggage::default(),
         })
     }
 

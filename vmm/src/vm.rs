@@ -1,7 +1,7 @@
 //! [`Vm`]: the one value that owns a guest.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::VmConfig;
@@ -22,8 +22,8 @@ use crate::virtio::vsock::VsockHost;
 /// that.
 #[derive(Debug)]
 pub struct Vm {
-    /// Taken only by drop and destroy.
-    machine: Option<Machine>,
+    /// Empty once it is taken apart, or made a template.
+    machine: Mutex<Option<Machine>>,
     /// What outlives the machine: cheap handles.
     handles: Handles,
 }
@@ -85,9 +85,13 @@ impl Vm {
             profile: machine.hardware.profile,
         };
         Vm {
-            machine: Some(machine),
+            machine: Mutex::new(Some(machine)),
             handles,
         }
+    }
+
+    fn machine(&self) -> MutexGuard<'_, Option<Machine>> {
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the VM is doing.
@@ -203,7 +207,8 @@ impl Vm {
     /// where times do not. `None` unless [`VmConfig`] asked for it and the host counts (Linux 5.14).
     #[must_use]
     pub fn emulated_instructions(&self) -> Option<u64> {
-        let stats = &self.machine.as_ref()?.stats;
+        let machine = self.machine();
+        let stats = &machine.as_ref()?.stats;
         let counts = stats.iter().map(|vcpu| vcpu.emulated_instructions().ok());
         counts.sum::<Option<u64>>().filter(|_| !stats.is_empty())
     }
@@ -228,8 +233,10 @@ impl Vm {
     /// [`SnapshotError`]; the VM goes on.
     pub fn snapshot(&self) -> Result<Template, SnapshotError> {
         let _held = self.hold()?;
-        let machine = self.machine.as_ref().ok_or(SnapshotError::Running)?;
-        Template::copy_of(machine)
+        match &*self.machine() {
+            Some(machine) => Template::copy_of(machine),
+            None => Err(SnapshotError::Running),
+        }
     }
 
     /// Makes the VM a template: it stops here, and its memory is the template's without a copy.
@@ -237,25 +244,40 @@ impl Vm {
     ///
     /// # Errors
     /// [`SnapshotError`]; the VM is gone.
-    pub fn into_template(mut self) -> Result<Template, SnapshotError> {
+    pub fn into_template(self) -> Result<Template, SnapshotError> {
         self.pause()?;
-        self.machine
-            .take()
-            .ok_or(SnapshotError::Running)
-            .and_then(Template::of)
+        let machine = self.machine().take();
+        machine.ok_or(SnapshotError::Running).and_then(Template::of)
+    }
+
+    /// Keeps `baggage` until nothing of the VM is left: it is dropped last, on whatever thread takes the
+    /// VM apart; at once if that has begun.
+    pub fn carry(&self, baggage: impl Send + 'static) {
+        if let Some(machine) = &mut *self.machine() {
+            machine.baggage.0.push(Box::new(baggage));
+        }
     }
 
     /// Ends the guest and waits until everything that it held is released (bounded: a vCPU thread
     /// that does not stop in 5 s is leaked and counted). Blocks; from async code use
     /// `spawn_blocking` or simply drop.
-    pub fn destroy(mut self) {
-        drop(self.machine.take());
+    pub fn destroy(self) {
+        self.take_apart();
+    }
+
+    /// As [`Vm::destroy`], for a VM that somebody else owns: what is left is a value that knows how its
+    /// guest ended. Does not wait if another thread takes it apart already; what the VM
+    /// [carries](Vm::carry) tells when that is done.
+    pub fn take_apart(&self) {
+        let machine = self.machine().take();
+        drop(machine);
     }
 }
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        if let Some(machine) = self.machine.take() {
+        let machine = self.machine().take();
+        if let Some(machine) = machine {
             machine.ending.report(Exit::Killed);
             Undertaker::bury(machine);
         }

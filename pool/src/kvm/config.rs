@@ -7,6 +7,7 @@ use std::time::Duration;
 use hearth_vmm::CpuProfile;
 
 use super::KvmBackend;
+use super::birth::Births;
 use super::templates::Templates;
 use crate::config::PoolConfig;
 
@@ -47,6 +48,7 @@ impl KvmBackendBuilder {
             balloon_timeout: scaled(config.balloon.timeout_ms),
             balloon_idle_mib: config.balloon.idle_target_mib,
             templates: Templates::default(),
+            births: Births::default(),
         })
     }
 

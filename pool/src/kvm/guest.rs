@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
@@ -15,6 +15,7 @@ use hearth_vmm::virtio::vsock::ConnectError;
 use hearth_vmm::{Exit, Vm, VsockHost};
 use tokio::time::timeout;
 
+use super::birth::Gone;
 use super::control::Control;
 use super::stream::GuestStream;
 
@@ -38,8 +39,9 @@ pub enum GuestError {
 
 /// A guest that runs, with its agent. Dropping it ends the guest.
 pub struct Guest {
-    /// Shared with nobody for longer than a call of [`super::GuestRemote`] takes.
+    /// Shared with nobody for longer than it takes to end the guest.
     vm: Arc<Vm>,
+    gone: Gone,
     control: Arc<Control<GuestStream>>,
     instance: InstanceId,
     activity: Arc<AtomicU64>,
@@ -50,14 +52,15 @@ pub struct Guest {
 
 impl Guest {
     pub(super) fn new(
-        vm: Arc<Vm>,
+        (vm, gone): (Vm, Gone),
         agent: AgentClient<GuestStream>,
         instance: InstanceId,
         next_nonce: u64,
         dialler: Dialler,
     ) -> Self {
         Self {
-            vm,
+            vm: Arc::new(vm),
+            gone,
             control: Arc::new(Control::new(agent, instance, next_nonce)),
             instance,
             activity: dialler.activity,
@@ -137,8 +140,12 @@ impl Guest {
         Arc::try_unwrap(self.vm).ok()
     }
 
-    pub(super) fn shared(&self) -> &Arc<Vm> {
-        &self.vm
+    /// How to end the guest, whoever owns it.
+    pub(super) fn end(&self) -> End {
+        End {
+            vm: Arc::downgrade(&self.vm),
+            gone: self.gone.clone(),
+        }
     }
 
     pub(super) fn control(&self) -> &Arc<Control<GuestStream>> {
@@ -156,6 +163,25 @@ impl Guest {
             timeout: self.connect_timeout,
             activity,
         }
+    }
+}
+
+/// A hand on a guest that can end it, and does not keep it.
+pub(super) struct End {
+    vm: Weak<Vm>,
+    gone: Gone,
+}
+
+impl End {
+    /// Ends the guest and resolves when nothing of it is left, though a value that stands for it may
+    /// be. Cancel-safe: it ends all the same.
+    pub(super) async fn bring_about(&self) {
+        if let Some(vm) = self.vm.upgrade() {
+            vm.kill();
+            // Also if that task panics, the VM goes.
+            let _ = tokio::task::spawn_blocking(move || vm.take_apart()).await;
+        }
+        self.gone.clone().wait().await;
     }
 }
 

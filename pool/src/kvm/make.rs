@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::time::{sleep, timeout};
 
+use super::birth::Birth;
 use super::guest::{Dialler, Guest, GuestError};
 use super::stream::GuestStream;
 use super::{KvmBackend, KvmImage};
@@ -124,8 +125,12 @@ impl KvmBackend {
     }
 
     /// A cold boot, to the guest that is warm and, if the profile says so, small.
-    pub(super) async fn boot(&self, profile: &Profile) -> Result<Guest, CreateError> {
-        let mut guest = self.boot_bare(profile).await?.with_env(profile.env.clone());
+    pub(super) async fn boot(
+        &self,
+        profile: &Profile,
+        birth: &Birth,
+    ) -> Result<Guest, CreateError> {
+        let mut guest = self.boot_bare(profile, birth).await?;
         warm_up(&guest, profile).await?;
         if profile.balloon == Balloon::Auto {
             self.inflate(&mut guest, profile).await;
@@ -134,9 +139,9 @@ impl KvmBackend {
     }
 
     /// Boots up to the agent's greeting, on the connection that the agent dials.
-    async fn boot_bare(&self, profile: &Profile) -> Result<Guest, CreateError> {
+    async fn boot_bare(&self, profile: &Profile, birth: &Birth) -> Result<Guest, CreateError> {
         let config = self.config(profile)?;
-        let vm = tokio::task::spawn_blocking(move || Vm::create(&config)).await??;
+        let vm = alive(birth, move || Vm::create(&config)).await?;
         let mut ready = vm.vsock().listen(READY_PORT)?;
         let exited = vm.exited();
         vm.resume()?;
@@ -153,12 +158,14 @@ impl KvmBackend {
         let stream = GuestStream::new(stream, Arc::clone(&dialler.activity));
         let agent = dialler.greet(stream).await?;
         let instance = agent.hello().instance;
-        Ok(Guest::new(Arc::new(vm), agent, instance, 1, dialler))
+        let guest = Guest::new((vm, birth.gone()), agent, instance, 1, dialler);
+        Ok(guest.with_env(profile.env.clone()))
     }
 
     /// Boots and warms up a guest, and freezes it.
     pub(super) async fn make_template(&self, profile: &Profile) -> Result<Template, CreateError> {
-        let guest = self.boot_bare(profile).await?.with_env(profile.env.clone());
+        let birth = self.births.begin();
+        let guest = self.boot_bare(profile, &birth).await?;
         let mut agent = guest.agent().await?;
         let prepared = async {
             for nonce in 1.. {
@@ -177,7 +184,9 @@ impl KvmBackend {
         drop(agent);
         // Only this task knows the guest: nobody else can hold its VM.
         let vm = guest.into_vm().ok_or(CreateError::Ended(Exit::Killed))?;
-        Ok(tokio::task::spawn_blocking(move || vm.into_template()).await??)
+        let template = tokio::task::spawn_blocking(move || vm.into_template()).await??;
+        birth.done();
+        Ok(template)
     }
 
     /// A clone that is a stranger to its siblings.
@@ -186,12 +195,13 @@ impl KvmBackend {
         profile: &Profile,
         id: VmId,
         template: Template,
+        birth: &Birth,
     ) -> Result<Guest, CreateError> {
-        let vm = tokio::task::spawn_blocking(move || template.fork()).await??;
+        let vm = alive(birth, move || template.fork()).await?;
         let dialler = self.dialler(&vm);
         let mut agent = dialler.agent().await?;
         let instance = refresh(&mut agent, id).await?;
-        let guest = Guest::new(Arc::new(vm), agent, instance, 1, dialler);
+        let guest = Guest::new((vm, birth.gone()), agent, instance, 1, dialler);
         Ok(guest.with_env(profile.env.clone()))
     }
 
@@ -221,6 +231,16 @@ impl KvmBackend {
             tracing::debug!(%error, "a parked VM keeps more memory than it should");
         }
     }
+}
+
+/// Makes a VM off the runtime. It shares the life of its birth, also when nobody waits for it any more.
+async fn alive(
+    birth: &Birth,
+    make: impl FnOnce() -> Result<Vm, BootError> + Send + 'static,
+) -> Result<Vm, CreateError> {
+    let life = birth.life();
+    let make = move || make().inspect(|vm| vm.carry(life));
+    Ok(tokio::task::spawn_blocking(make).await??)
 }
 
 async fn refresh(

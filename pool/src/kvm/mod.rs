@@ -1,5 +1,6 @@
 //! The backend that runs real guests on KVM: forks of a template, or cold boots.
 
+mod birth;
 mod config;
 mod control;
 mod guest;
@@ -8,14 +9,16 @@ mod stream;
 mod templates;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
+use birth::Births;
 pub use config::{KvmBackendBuilder, KvmImage, Source};
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use guest::End;
 pub use guest::{Guest, GuestError};
-use hearth_vmm::{CpuProfile, Host, HostError, Template, Vm, VmStatus};
+use hearth_vmm::{CpuProfile, Host, HostError, Template, VmStatus};
 pub use make::CreateError;
 pub use stream::GuestStream;
 use templates::Templates;
@@ -34,6 +37,7 @@ pub struct KvmBackend {
     balloon_timeout: Duration,
     balloon_idle_mib: u32,
     templates: Templates<Template>,
+    births: Births,
 }
 
 impl KvmBackend {
@@ -76,13 +80,16 @@ impl Backend for KvmBackend {
     }
 
     async fn create(&self, profile: &Profile, id: VmId) -> Result<Guest, CreateError> {
-        match self.source {
-            Source::Boot => self.boot(profile).await,
+        let birth = self.births.begin();
+        let guest = match self.source {
+            Source::Boot => self.boot(profile, &birth).await?,
             Source::Fork => {
                 let template = self.template(profile).await?;
-                self.fork(profile, id, template).await
+                self.fork(profile, id, template, &birth).await?
             }
-        }
+        };
+        birth.done();
+        Ok(guest)
     }
 
     fn probe(&self, vm: &Guest) -> BoxFuture<'static, Result<(), ProbeError>> {
@@ -99,13 +106,11 @@ impl Backend for KvmBackend {
     }
 
     async fn retire(&self, vm: Guest) {
-        let Some(vm) = vm.into_vm() else {
-            // Somebody ends it at this moment and will be the last to hold it.
-            return;
-        };
-        if let Err(error) = tokio::task::spawn_blocking(move || vm.destroy()).await {
-            tracing::error!(%error, "a VM was not destroyed in order");
-        }
+        vm.end().bring_about().await;
+    }
+
+    async fn settled(&self) {
+        self.births.settled().await;
     }
 
     fn ended(&self, vm: &Guest) -> BoxFuture<'static, ()> {
@@ -118,7 +123,7 @@ impl Backend for KvmBackend {
 
     fn remote(&self, vm: &Guest) -> GuestRemote {
         GuestRemote {
-            vm: Arc::downgrade(vm.shared()),
+            end: vm.end(),
             activity: Arc::clone(vm.activity()),
         }
     }
@@ -168,20 +173,13 @@ impl Backend for KvmBackend {
 
 /// Ends a guest that somebody else owns.
 pub struct GuestRemote {
-    vm: Weak<Vm>,
+    end: End,
     activity: Arc<std::sync::atomic::AtomicU64>,
 }
 
 impl Remote for GuestRemote {
     async fn kill(&self) {
-        // Not held across the wait: the owner stays the only one.
-        let exited = self.vm.upgrade().map(|vm| {
-            vm.kill();
-            guest::exit_of(&vm)
-        });
-        if let Some(exited) = exited {
-            exited.await;
-        }
+        self.end.bring_about().await;
     }
 
     fn activity(&self) -> u64 {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hearth_pool::{EventKind, Phase};
+use hearth_pool::{EventKind, Phase, Refill};
 use hearth_tests::{Footprint, alone, kvm, patience, within};
 use hearth_vmm::leaked_vms;
 
@@ -21,11 +21,27 @@ fn case(steps: impl Future<Output = ()>) {
     runtime.block_on(steps);
 }
 
+/// No guest has a thread or memory; the template, which does not run, has neither.
+fn assert_no_guest(when: &str) {
+    let now = Footprint::now();
+    let threads = now
+        .threads
+        .keys()
+        .any(|name| name.starts_with("hearth-vcpu"));
+    let memory = now
+        .mappings
+        .keys()
+        .any(|name| name.contains("hearth-guest"));
+    assert!(!threads && !memory, "{when}: {now:#?}");
+}
+
+/// What is destroyed is destroyed, though the caller still has a value that stands for it.
 async fn stopped_with_leases_out() {
     let pool = Rig::new().await.pool(config(2)).await;
     let leases = pool.acquire_many(BASE, 1).unwrap();
     within(10, "stop", pool.stop_within(Duration::from_millis(10))).await;
     assert_eq!(pool.status().phase, Phase::Stopped);
+    assert_no_guest("stopped with leases out");
     for lease in &leases {
         assert!(
             lease.ping().await.is_err(),
@@ -51,6 +67,45 @@ async fn stopped_during_boot_and_twice() {
     stop(pool).await;
 }
 
+/// A boot that is cancelled at whatever step is over when the pool says that it has stopped.
+async fn stopped_in_the_middle_of_a_boot() {
+    for micros in [0, 500, 2_000, 8_000] {
+        let pool = Rig::new().await.pool(config(1)).await;
+        let mut events = pool.subscribe();
+        drop(pool.acquire(BASE).unwrap());
+        while !matches!(events.recv().await.unwrap().kind, EventKind::Booting) {}
+        tokio::time::sleep(Duration::from_micros(micros)).await;
+        stop(pool).await;
+        assert_no_guest(&format!(
+            "stopped {micros} us after the beginning of a boot"
+        ));
+    }
+}
+
+/// Who releases a guest that is being killed waits for its end like any other.
+async fn released_while_it_is_killed() {
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(1).refill(Refill::AtStart)).await;
+    let guest = pool.acquire(BASE).unwrap();
+    let victim = rig.vm(guest.id());
+    let kill = tokio::spawn(async move { victim.kill().await });
+    tokio::task::yield_now().await;
+    within(10, "release", guest.release()).await;
+    assert_no_guest("released");
+    kill.await.unwrap();
+    stop(pool).await;
+}
+
+/// A guest that is only dropped: a thread of the library, which stays, takes it apart.
+async fn dropped() {
+    let pool = Rig::new()
+        .await
+        .pool(config(1).refill(Refill::AtStart))
+        .await;
+    drop(pool.acquire(BASE).unwrap().into_inner());
+    stop(pool).await;
+}
+
 async fn dropped_without_stop() {
     let pool = Rig::new().await.pool(config(2)).await;
     let lease = pool.acquire(BASE).unwrap();
@@ -70,10 +125,14 @@ fn nothing_is_left_of_a_pool_however_it_ends() {
         return;
     }
     // The template stays, as do the library's own threads and what it has found out about the host.
+    case(dropped());
     case(stopped_with_leases_out());
     let before = Footprint::now();
     let limit = patience(Duration::from_secs(5));
     case(stopped_with_leases_out());
+    before.assert_restored(SLACK, limit);
+    case(stopped_in_the_middle_of_a_boot());
+    case(released_while_it_is_killed());
     before.assert_restored(SLACK, limit);
     case(stopped_during_boot_and_twice());
     before.assert_restored(SLACK, limit);

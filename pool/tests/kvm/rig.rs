@@ -192,6 +192,10 @@ impl Backend for Rig {
         Ok(vm)
     }
 
+    async fn settled(&self) {
+        self.kvm.settled().await;
+    }
+
     fn probe(&self, vm: &Guest) -> BoxFuture<'static, Result<(), ProbeError>> {
         if self.is_frozen(vm) {
             // Fails only if it has ended, which is no worse.

@@ -29,6 +29,7 @@ mod legacy;
 mod limits;
 mod machine;
 pub mod memory;
+mod private;
 mod reactor;
 mod seccomp;
 mod snapshot;

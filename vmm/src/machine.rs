@@ -345,6 +345,10 @@ impl Machine {
         Ok((state, memory))
     }
 
+    pub(crate) fn ram(&self) -> Option<&GuestRam> {
+        self.ram.as_ref()
+    }
+
     /// Whether the memory is a clone's.
     pub(crate) fn memory_is_private(&self) -> bool {
         self.ram

@@ -213,6 +213,18 @@ impl Vm {
         counts.sum::<Option<u64>>().filter(|_| !stats.is_empty())
     }
 
+    /// Bytes of host memory that hold guest memory which no other VM shares: what a clone has written to,
+    /// or all that a cold VM has touched. Reads the host's page table: about 3 us per MiB.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read, or the VM has been taken apart.
+    pub fn private_bytes(&self) -> std::io::Result<u64> {
+        let machine = self.machine();
+        let ram = machine.as_ref().and_then(Machine::ram);
+        let ram = ram.ok_or(std::io::ErrorKind::NotFound)?;
+        crate::private::private_bytes(ram)
+    }
+
     /// How long the steps of making this VM took.
     #[must_use]
     pub fn times(&self) -> CreateTimes {

@@ -48,6 +48,7 @@ pub struct Guest {
     connect_timeout: Duration,
     env: BTreeMap<String, String>,
     inflated: bool,
+    private_bytes: Option<u64>,
 }
 
 impl Guest {
@@ -67,6 +68,7 @@ impl Guest {
             connect_timeout: dialler.timeout,
             env: BTreeMap::new(),
             inflated: false,
+            private_bytes: None,
         }
     }
 
@@ -81,6 +83,17 @@ impl Guest {
 
     pub(super) fn is_inflated(&self) -> bool {
         self.inflated
+    }
+
+    /// Looks how much memory it has to itself now.
+    pub(super) async fn weigh(&mut self) {
+        let vm = Arc::clone(&self.vm);
+        let weighed = tokio::task::spawn_blocking(move || vm.private_bytes().ok());
+        self.private_bytes = weighed.await.ok().flatten();
+    }
+
+    pub(super) fn private_bytes(&self) -> Option<u64> {
+        self.private_bytes
     }
 
     /// The VM.

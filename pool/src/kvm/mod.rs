@@ -81,13 +81,14 @@ impl Backend for KvmBackend {
 
     async fn create(&self, profile: &Profile, id: VmId) -> Result<Guest, CreateError> {
         let birth = self.births.begin();
-        let guest = match self.source {
+        let mut guest = match self.source {
             Source::Boot => self.boot(profile, &birth).await?,
             Source::Fork => {
                 let template = self.template(profile).await?;
                 self.fork(profile, id, template, &birth).await?
             }
         };
+        guest.weigh().await;
         birth.done();
         Ok(guest)
     }
@@ -157,6 +158,10 @@ impl Backend for KvmBackend {
 
     fn time_scale(&self) -> u32 {
         self.cpu.timeout_factor()
+    }
+
+    fn private_bytes(&self, vm: &Guest) -> Option<u64> {
+        vm.private_bytes()
     }
 
     fn failure_kind(&self, error: &CreateError) -> &'static str {

@@ -176,7 +176,7 @@ fn written_stretches(ram: &GuestRam) -> std::io::Result<Vec<Range<u64>>> {
 }
 
 /// Bytes of `file` that are allocated.
-pub(super) fn allocated(file: &File) -> u64 {
+pub(crate) fn allocated(file: &File) -> u64 {
     file.metadata().map_or(0, |metadata| {
         std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
     })

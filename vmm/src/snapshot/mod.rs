@@ -27,6 +27,7 @@ use self::chips::ChipState;
 use self::cpu::VcpuState;
 #[cfg(test)]
 pub(crate) use self::manifest::FORMAT;
+pub(crate) use self::memory::allocated;
 pub use self::origin::Difference;
 pub use self::store::StoreError;
 use crate::host::HostError;

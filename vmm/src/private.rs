@@ -1,0 +1,72 @@
+//! How much host memory a VM has to itself.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use crate::memory::{GuestRam, PAGE_SIZE, Sharing};
+use crate::snapshot::allocated;
+
+/// Bits of an entry of `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst).
+const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+const OF_A_FILE: u64 = 1 << 61;
+/// Bytes of an entry, and of what is read at once.
+const ENTRY: u64 = 8;
+const CHUNK: u64 = 64 << 10;
+
+/// Bytes of host memory that hold guest memory which no other VM shares: the pages that a clone has
+/// written to, or all that a cold VM has touched.
+pub(crate) fn private_bytes(ram: &GuestRam) -> io::Result<u64> {
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let mut buffer = vec![0; CHUNK as usize];
+    let mut pages = 0;
+    for (_, len, host) in ram.host_regions() {
+        let (mut at, end) = (host / PAGE_SIZE * ENTRY, (host + len) / PAGE_SIZE * ENTRY);
+        while at < end {
+            let count = CHUNK.min(end - at) as usize;
+            let chunk = buffer.get_mut(..count).unwrap_or_default();
+            pagemap.read_exact_at(chunk, at)?;
+            let entries = chunk.as_chunks().0.iter().copied().map(u64::from_ne_bytes);
+            let own = |entry: &u64| entry & PRESENT_OR_SWAPPED != 0 && entry & OF_A_FILE == 0;
+            pages += entries.filter(own).count() as u64;
+            at += count as u64;
+        }
+    }
+    let file = match ram.sharing() {
+        Sharing::Shared => allocated(ram.file()),
+        Sharing::Private => 0,
+    };
+    Ok(pages * PAGE_SIZE + file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory::MIB;
+
+    #[test]
+    fn a_clone_has_what_it_wrote_and_its_origin_what_it_touched() {
+        let origin = GuestRam::new(4 * MIB).unwrap();
+        assert_eq!(private_bytes(&origin).unwrap(), 0);
+        let page = |number: u64| GuestAddress(number * PAGE_SIZE);
+        for number in 0..8 {
+            origin.map().write_obj(1u8, page(number)).unwrap();
+        }
+        assert_eq!(private_bytes(&origin).unwrap(), 8 * PAGE_SIZE);
+        let file = Arc::clone(origin.file());
+        let clone = GuestRam::map_file(file, 4 * MIB, Sharing::Private).unwrap();
+        for number in 0..8 {
+            // What is only read stays shared.
+            assert_eq!(clone.map().read_obj::<u8>(page(number)).unwrap(), 1);
+        }
+        assert_eq!(private_bytes(&clone).unwrap(), 0);
+        for number in [0, 7, 700] {
+            clone.map().write_obj(2u8, page(number)).unwrap();
+        }
+        assert_eq!(private_bytes(&clone).unwrap(), 3 * PAGE_SIZE);
+    }
+}

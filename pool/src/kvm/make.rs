@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use hearth_agent::AgentClient;
 use hearth_agent::client::{ConnectionError, OutputLimits, PingError};
-use hearth_agent::proto::{InstanceId, READY_PORT, Refresh};
+use hearth_agent::proto::{InstanceId, Memory, READY_PORT, Refresh};
 use hearth_vmm::virtio::balloon::FLOOR_MIB;
 use hearth_vmm::virtio::vsock::ListenError;
 use hearth_vmm::{
@@ -13,6 +13,7 @@ use hearth_vmm::{
 };
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::birth::Birth;
@@ -24,6 +25,8 @@ use crate::slot::VmId;
 
 /// Bytes of host randomness that a clone's kernel is reseeded with.
 const ENTROPY: usize = 64;
+/// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's time.
+const WORTH_SQUEEZING: u64 = 8 << 20;
 /// Pause between two pings while a template's guest prepares itself.
 const PREPARE_PAUSE: Duration = Duration::from_millis(20);
 
@@ -121,7 +124,7 @@ impl KvmBackend {
 
     pub(super) async fn preload(&self, profile: &Profile) -> Result<(), CreateError> {
         let config = self.config(profile)?;
-        Ok(tokio::task::spawn_blocking(move || config.preload()).await??)
+        Ok(spawn_blocking(move || config.preload()).await??)
     }
 
     /// A cold boot, to the guest that is warm and, if the profile says so, small.
@@ -165,10 +168,11 @@ impl KvmBackend {
     /// Boots and warms up a guest, and freezes it.
     pub(super) async fn make_template(&self, profile: &Profile) -> Result<Template, CreateError> {
         let birth = self.births.begin();
-        let guest = self.boot_bare(profile, &birth).await?;
+        let mut guest = self.boot_bare(profile, &birth).await?;
         let mut agent = guest.agent().await?;
+        let mut nonces = 1..;
         let prepared = async {
-            for nonce in 1.. {
+            for nonce in &mut nonces {
                 if agent.ping(nonce).await?.prepared {
                     break;
                 }
@@ -181,10 +185,14 @@ impl KvmBackend {
             .await
             .map_err(|_| CreateError::Late(limit))??;
         warm_up(&guest, profile).await?;
+        if profile.balloon == Balloon::Auto {
+            let memory = agent.ping(nonces.next().unwrap_or(0)).await?.memory;
+            self.squeeze(&mut guest, memory, profile).await;
+        }
         drop(agent);
         // Only this task knows the guest: nobody else can hold its VM.
         let vm = guest.into_vm().ok_or(CreateError::Ended(Exit::Killed))?;
-        let template = tokio::task::spawn_blocking(move || vm.into_template()).await??;
+        let template = spawn_blocking(move || vm.into_template()).await??;
         birth.done();
         Ok(template)
     }
@@ -201,7 +209,11 @@ impl KvmBackend {
         let dialler = self.dialler(&vm);
         let mut agent = dialler.agent().await?;
         let instance = refresh(&mut agent, id).await?;
-        let guest = Guest::new((vm, birth.gone()), agent, instance, 1, dialler);
+        let mut guest = Guest::new((vm, birth.gone()), agent, instance, 1, dialler);
+        if guest.vm().balloon().actual() > 0 {
+            // Its template's balloon did not deflate in time.
+            guest.set_inflated();
+        }
         Ok(guest.with_env(profile.env.clone()))
     }
 
@@ -214,10 +226,35 @@ impl KvmBackend {
         }
     }
 
+    /// Guest memory that a guest at rest is not left with.
+    fn spare_mib(&self, profile: &Profile) -> u32 {
+        let left = self.balloon_idle_mib.max(FLOOR_MIB);
+        profile.memory_mib.saturating_sub(left)
+    }
+
+    /// Takes from a template's guest what its start touched and let go of, so that the template does not
+    /// hold it for ever; best effort, bounded. The guest gets its memory back, untouched, before it is
+    /// frozen: a clone then has all of it and nothing to do at its hand-off, where deflating costs each
+    /// of them processor time, and memory of its own for the kernel's records.
+    async fn squeeze(&self, guest: &mut Guest, memory: Memory, profile: &Profile) {
+        let in_use = memory.total_bytes.saturating_sub(memory.free_bytes);
+        guest.weigh().await;
+        let held = guest.private_bytes().unwrap_or(u64::MAX);
+        let target = self.spare_mib(profile);
+        if target == 0 || held.saturating_sub(in_use) < WORTH_SQUEEZING {
+            return;
+        }
+        let balloon = guest.vm().balloon();
+        for target in [target, 0] {
+            if let Err(error) = balloon.resize(target, self.balloon_timeout).await {
+                tracing::debug!(%error, "a template keeps more memory than it should");
+            }
+        }
+    }
+
     /// Best effort, bounded: what was reached in time is kept.
     async fn inflate(&self, guest: &mut Guest, profile: &Profile) {
-        let left = self.balloon_idle_mib.max(FLOOR_MIB);
-        let target = profile.memory_mib.saturating_sub(left);
+        let target = self.spare_mib(profile);
         if target == 0 {
             return;
         }
@@ -240,7 +277,7 @@ async fn alive(
 ) -> Result<Vm, CreateError> {
     let life = birth.life();
     let make = move || make().inspect(|vm| vm.carry(life));
-    Ok(tokio::task::spawn_blocking(make).await??)
+    Ok(spawn_blocking(make).await??)
 }
 
 async fn refresh(

@@ -8,6 +8,7 @@ use hearth_vmm::CpuProfile;
 
 use super::KvmBackend;
 use super::birth::Births;
+use super::store::{DEFAULT_LIMIT, Store};
 use super::templates::Templates;
 use crate::config::PoolConfig;
 
@@ -48,6 +49,7 @@ impl KvmBackendBuilder {
             balloon_timeout: scaled(config.balloon.timeout_ms),
             balloon_idle_mib: config.balloon.idle_target_mib,
             templates: Templates::default(),
+            store: Store::default_dir().map(|dir| Store::new(dir, DEFAULT_LIMIT)),
             births: Births::default(),
         })
     }
@@ -61,6 +63,23 @@ impl KvmBackendBuilder {
     /// Says how guests come to be.
     pub fn source(mut self, source: Source) -> Self {
         self.0.source = source;
+        self
+    }
+
+    /// Keeps templates in `dir`, at most `limit` bytes of them, so that they outlast the process: 4 GiB in
+    /// `$XDG_CACHE_HOME/hearth/templates` unless said otherwise. An entry is the memory of a booted
+    /// guest, and so holds what the profile's warm-up command left there; only this user can read it.
+    ///
+    /// A cache that cannot be used is no error: what cannot be read is made again, what cannot be written
+    /// is logged.
+    pub fn template_cache(mut self, dir: impl Into<PathBuf>, limit: u64) -> Self {
+        self.0.store = Some(Store::new(dir.into(), limit));
+        self
+    }
+
+    /// Makes templates anew in each process.
+    pub fn no_template_cache(mut self) -> Self {
+        self.0.store = None;
         self
     }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use hearth_agent::AgentClient;
 use hearth_agent::client::{ConnectionError, OutputLimits, PingError};
 use hearth_agent::proto::{InstanceId, Memory, READY_PORT, Refresh};
+use hearth_vmm::cache::Entry;
 use hearth_vmm::virtio::balloon::FLOOR_MIB;
 use hearth_vmm::virtio::vsock::ListenError;
 use hearth_vmm::{
@@ -18,6 +19,7 @@ use tokio::time::{sleep, timeout};
 
 use super::birth::Birth;
 use super::guest::{Dialler, Guest, GuestError};
+use super::store::MadeOf;
 use super::stream::GuestStream;
 use super::{KvmBackend, KvmImage};
 use crate::profile::{Balloon, Profile};
@@ -163,6 +165,52 @@ impl KvmBackend {
         let instance = agent.hello().instance;
         let guest = Guest::new((vm, birth.gone()), agent, instance, 1, dialler);
         Ok(guest.with_env(profile.env.clone()))
+    }
+
+    /// The stored template of the profile, or one that is made and stored. A store that fails costs time,
+    /// nothing else.
+    pub(super) async fn find_or_make_template(
+        &self,
+        profile: &Profile,
+    ) -> Result<Template, CreateError> {
+        let Some(store) = self.store.clone() else {
+            return self.make_template(profile).await;
+        };
+        let made_of = MadeOf {
+            image: self.image(profile)?.clone(),
+            ingredients: profile.into(),
+            cpu: self.cpu,
+            idle_mib: self.balloon_idle_mib,
+        };
+        let name = &profile.name;
+        let vacancy = match spawn_blocking(move || store.enter(&made_of)).await? {
+            Ok(Entry::Found(template)) => {
+                tracing::debug!(profile = name, "the template was stored");
+                return Ok(template);
+            }
+            Ok(Entry::Vacant(vacancy)) => {
+                if let Some(error) = vacancy.why() {
+                    tracing::warn!(profile = name, %error, "a stored template is made again");
+                }
+                Some(vacancy)
+            }
+            Err(error) => {
+                tracing::warn!(profile = name, %error, "the template cache cannot be used");
+                None
+            }
+        };
+        let template = self.make_template(profile).await?;
+        let Some(vacancy) = vacancy else {
+            return Ok(template);
+        };
+        let made = template.clone();
+        match spawn_blocking(move || vacancy.fill(&made)).await? {
+            Ok(kept) => Ok(kept),
+            Err(error) => {
+                tracing::warn!(profile = name, %error, "the template was not stored");
+                Ok(template)
+            }
+        }
     }
 
     /// Boots and warms up a guest, and freezes it.

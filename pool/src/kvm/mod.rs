@@ -5,6 +5,7 @@ mod config;
 mod control;
 mod guest;
 mod make;
+mod store;
 mod stream;
 mod templates;
 
@@ -20,6 +21,7 @@ use guest::End;
 pub use guest::{Guest, GuestError};
 use hearth_vmm::{CpuProfile, Host, HostError, Template, VmStatus};
 pub use make::CreateError;
+use store::Store;
 pub use stream::GuestStream;
 use templates::Templates;
 
@@ -37,6 +39,8 @@ pub struct KvmBackend {
     balloon_timeout: Duration,
     balloon_idle_mib: u32,
     templates: Templates<Template>,
+    /// Where templates outlast the process.
+    store: Option<Store>,
     births: Births,
 }
 
@@ -62,7 +66,7 @@ impl KvmBackend {
     }
 
     async fn template(&self, profile: &Profile) -> Result<Template, CreateError> {
-        let make = || self.make_template(profile);
+        let make = || self.find_or_make_template(profile);
         self.templates.get_or_make(profile.into(), make).await
     }
 }

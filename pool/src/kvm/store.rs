@@ -1,0 +1,166 @@
+//! Templates that outlast the process: the cache on disk, and what names a profile's entry in it.
+
+use std::path::PathBuf;
+
+use hearth_agent::proto;
+use hearth_vmm::cache::{Entry, TemplateCache, TemplateKey};
+use hearth_vmm::{CpuProfile, StoreError};
+
+use super::KvmImage;
+use super::templates::Ingredients;
+use crate::profile::Balloon;
+
+/// What templates take on disk at most, in bytes, when nothing else is said.
+pub(super) const DEFAULT_LIMIT: u64 = 4 << 30;
+/// Raised when templates are made otherwise from the same ingredients.
+const RECIPE: u32 = 1;
+
+/// Where templates are kept.
+#[derive(Clone, Debug)]
+pub(super) struct Store {
+    dir: PathBuf,
+    limit: u64,
+}
+
+impl Store {
+    pub(super) fn new(dir: PathBuf, limit: u64) -> Self {
+        Self { dir, limit }
+    }
+
+    /// `$XDG_CACHE_HOME/hearth/templates`, or the same in `~/.cache`; None if neither is to be had.
+    pub(super) fn default_dir() -> Option<PathBuf> {
+        let absolute = |name| {
+            let dir = PathBuf::from(std::env::var_os(name)?);
+            dir.is_absolute().then_some(dir)
+        };
+        let cache = absolute("XDG_CACHE_HOME");
+        let cache = cache.or_else(|| Some(absolute("HOME")?.join(".cache")));
+        Some(cache?.join("hearth").join("templates"))
+    }
+
+    /// The entry, or the right to make it. Blocks: reads files, and waits for who makes it just now.
+    pub(super) fn enter(&self, made_of: &MadeOf) -> Result<Entry, StoreError> {
+        let key = made_of.key()?;
+        TemplateCache::open(&self.dir, self.limit)?.enter(&key)
+    }
+}
+
+/// All that a template depends on; the files count by their content.
+#[derive(Clone, Debug)]
+pub(super) struct MadeOf {
+    pub(super) image: KvmImage,
+    pub(super) ingredients: Ingredients,
+    pub(super) cpu: CpuProfile,
+    /// Guest memory that inflating leaves.
+    pub(super) idle_mib: u32,
+}
+
+impl MadeOf {
+    fn key(&self) -> Result<TemplateKey, StoreError> {
+        // Field by field: whoever adds one has to say here whether it counts.
+        let Self {
+            image,
+            ingredients,
+            cpu,
+            idle_mib,
+        } = self;
+        let Ingredients {
+            // Its files count, not what this backend calls it.
+            image: _,
+            memory_mib,
+            vcpus,
+            packages,
+            env,
+            warm_up,
+            balloon,
+        } = ingredients;
+        let KvmImage {
+            kernel,
+            initramfs,
+            append,
+        } = image;
+        let left = match balloon {
+            Balloon::Auto => *idle_mib,
+            Balloon::Off => 0,
+        };
+        let mut key = TemplateKey::new()
+            .part("recipe", RECIPE.to_le_bytes())
+            .part("agent", proto::VERSION.to_le_bytes())
+            .part("profile", format!("{cpu:?}"))
+            .file("kernel", kernel)?
+            .file("initramfs", initramfs)?
+            .part("append", append)
+            .part("memory", memory_mib.to_le_bytes())
+            .part("vcpus", [*vcpus])
+            .part("left", left.to_le_bytes());
+        for package in packages {
+            key = key.part("package", package);
+        }
+        for (name, value) in env {
+            key = key.part("variable", name).part("value", value);
+        }
+        for word in warm_up {
+            key = key.part("warm-up", word);
+        }
+        Ok(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::profile::Profile;
+
+    #[test]
+    fn content_names_an_entry_and_the_place_of_files_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, content).unwrap();
+            path
+        };
+        let profile = || Profile::new("name", "image");
+        let base = MadeOf {
+            image: KvmImage {
+                kernel: file("kernel", "k"),
+                initramfs: file("initramfs", "i"),
+                append: String::new(),
+            },
+            ingredients: Ingredients::from(&profile()),
+            cpu: CpuProfile::Native,
+            idle_mib: 64,
+        };
+        let name = |change: &dyn Fn(&mut MadeOf)| {
+            let mut made_of = base.clone();
+            change(&mut made_of);
+            made_of.key().unwrap().name()
+        };
+        let of = |profile: Profile| name(&|made_of| made_of.ingredients = (&profile).into());
+        let same = name(&|_| {});
+        let copy = file("copy", "k");
+        assert_eq!(name(&|made_of| made_of.image.kernel = copy.clone()), same);
+        assert_eq!(of(Profile::new("other", "other")), same);
+        let other = file("other", "x");
+        let others = [
+            name(&|made_of| made_of.image.kernel = other.clone()),
+            name(&|made_of| made_of.image.initramfs = other.clone()),
+            name(&|made_of| made_of.image.append = "x".into()),
+            name(&|made_of| made_of.cpu = CpuProfile::Emulated),
+            name(&|made_of| made_of.idle_mib = 32),
+            of(profile().memory_mib(64)),
+            of(profile().vcpus(2)),
+            of(profile().package("a")),
+            of(profile().env("a", "b")),
+            of(profile().env("b", "a")),
+            of(profile().warm_up(["a"])),
+            of(profile().warm_up(["a", "b"])),
+            of(profile().balloon(Balloon::Off)),
+        ];
+        for (index, other) in others.iter().enumerate() {
+            assert_ne!(*other, same);
+            assert!(others[index + 1..].iter().all(|next| next != other));
+        }
+    }
+}

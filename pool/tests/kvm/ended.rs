@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use hearth_pool::{EventKind, Parking, Pool, PoolEvent, VmId};
+use hearth_pool::{EventKind, Parking, Pool, PoolEvent, ProbeError, VmId};
 use hearth_tests::{kvm, within};
 use hearth_vmm::VmStatus;
 use tokio::sync::broadcast::Receiver;
 
-use crate::rig::{BASE, Rig, config, counts, full, impatient, stop};
+use crate::rig::{BASE, Rig, config, counts, full, impatient, stop, verdict_on};
 
 /// Waits until the pool says that this VM has ended, and gives the time of the next one's readiness.
 async fn replaced(events: &mut Receiver<PoolEvent>, id: VmId) -> [Duration; 2] {
@@ -96,7 +96,10 @@ async fn a_frozen_guest_is_found_by_the_next_check_and_replaced() {
             let report = within(10, "check", pool.check(BASE, 2)).await.unwrap();
             assert_eq!((report.healthy, report.unhealthy), (1, 1), "{parking:?}");
         };
+        let mut verdicts = pool.subscribe();
         tokio::join!(check, replaced(&mut events, victim.id));
+        let verdict = verdict_on(&mut verdicts, victim.id).await;
+        assert!(matches!(verdict, ProbeError::TimedOut(_)), "{verdict}");
         full(&pool).await;
         assert_eq!(counts(&pool).ready, 2);
         take(&pool, victim.id);

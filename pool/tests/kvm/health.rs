@@ -6,7 +6,7 @@ use hearth_pool::{Backend, Lease, OfferRefusal, Parking, ProbeError, Refill};
 use hearth_tests::{kvm, patience, within};
 use hearth_vmm::VmStatus;
 
-use crate::rig::{BASE, Rig, config, counts, full, stop};
+use crate::rig::{BASE, Rig, config, counts, full, stop, verdict_on};
 
 #[tokio::test]
 async fn healthy_guests_stay_and_paused_ones_are_paused_again() {
@@ -23,6 +23,75 @@ async fn healthy_guests_stay_and_paused_ones_are_paused_again() {
         assert_eq!((counts(&pool).ready, counts(&pool).boots), (2, 2));
         stop(pool).await;
     }
+}
+
+#[tokio::test]
+async fn a_paused_guest_is_paused_again_after_its_check_which_opens_no_connection() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(1).park(Parking::Paused)).await;
+    let check = async || {
+        let report = within(10, "check", pool.check(BASE, 1)).await.unwrap();
+        assert_eq!((report.healthy, report.unhealthy), (1, 0));
+    };
+    for _ in 0..3 {
+        check().await;
+    }
+    let guest = pool.acquire(BASE).unwrap();
+    assert_eq!(rig.found(&guest), VmStatus::Paused);
+    // A lease asks on the same connection as the pool.
+    let victim = rig.vm(guest.id());
+    let before = victim.port().await;
+    for _ in 0..3 {
+        within(6, "ping", guest.ping()).await.unwrap();
+    }
+    assert_eq!(victim.port().await, before + 1);
+    drop(guest);
+    stop(pool).await;
+}
+
+/// Its end is not told here, as when the telling itself is at fault.
+#[tokio::test]
+async fn a_check_finds_a_dead_guest_and_has_it_replaced() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    rig.deafen();
+    let pool = rig.pool(config(2)).await;
+    let victim = rig.all().pop().unwrap();
+    victim.kill().await;
+    assert_eq!(counts(&pool).ready, 2, "nobody has noticed yet");
+    let mut events = pool.subscribe();
+    let report = within(10, "check", pool.check(BASE, 2)).await.unwrap();
+    assert_eq!((report.healthy, report.unhealthy), (1, 1));
+    assert_eq!(verdict_on(&mut events, victim.id).await, ProbeError::Dead);
+    full(&pool).await;
+    for guest in pool.acquire_many(BASE, 2).unwrap() {
+        assert_ne!(guest.id(), victim.id);
+        within(6, "ping", guest.ping()).await.unwrap();
+    }
+    stop(pool).await;
+}
+
+#[tokio::test]
+async fn every_check_of_a_dead_guest_says_unhealthy() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(1).refill(Refill::AtStart)).await;
+    let guest = pool.acquire(BASE).unwrap();
+    rig.vm(guest.id()).kill().await;
+    for _ in 0..5 {
+        assert_eq!(within(6, "ping", guest.ping()).await, Err(ProbeError::Dead));
+        let verdict = within(6, "probe", rig.probe(&guest)).await;
+        assert_eq!(verdict, Err(ProbeError::Dead));
+    }
+    drop(guest);
+    stop(pool).await;
 }
 
 #[tokio::test]

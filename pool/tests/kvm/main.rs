@@ -1,5 +1,5 @@
-//! The rows of the pool's contract that need real guests. One guest is booted for the whole binary;
-//! every VM here is a fork of it.
+//! The rows of the pool's contract that need real guests. One guest is booted for the whole binary, or
+//! found in the cache of templates; every VM here is a fork of it.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,6 +12,9 @@
 mod ended;
 mod hand_off;
 mod health;
+mod idle;
+mod leases;
 mod nothing_left;
 mod rig;
+mod templates;
 mod torture;

@@ -6,20 +6,10 @@ use hearth_pool::{EventKind, Phase, Refill};
 use hearth_tests::{Footprint, alone, kvm, patience, within};
 use hearth_vmm::leaked_vms;
 
-use crate::rig::{BASE, Rig, config, stop};
+use crate::rig::{BASE, Rig, alone_in_a_runtime, config, stop};
 
 /// Mappings of plain memory that the allocator may keep.
 const SLACK: usize = 24;
-
-/// In a runtime of its own, whose threads end with it.
-fn case(steps: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(steps);
-}
 
 /// No guest has a thread or memory; the template, which does not run, has neither.
 fn assert_no_guest(when: &str) {
@@ -125,18 +115,18 @@ fn nothing_is_left_of_a_pool_however_it_ends() {
         return;
     }
     // The template stays, as do the library's own threads and what it has found out about the host.
-    case(dropped());
-    case(stopped_with_leases_out());
+    alone_in_a_runtime(dropped());
+    alone_in_a_runtime(stopped_with_leases_out());
     let before = Footprint::now();
     let limit = patience(Duration::from_secs(5));
-    case(stopped_with_leases_out());
+    alone_in_a_runtime(stopped_with_leases_out());
     before.assert_restored(SLACK, limit);
-    case(stopped_in_the_middle_of_a_boot());
-    case(released_while_it_is_killed());
+    alone_in_a_runtime(stopped_in_the_middle_of_a_boot());
+    alone_in_a_runtime(released_while_it_is_killed());
     before.assert_restored(SLACK, limit);
-    case(stopped_during_boot_and_twice());
+    alone_in_a_runtime(stopped_during_boot_and_twice());
     before.assert_restored(SLACK, limit);
-    case(dropped_without_stop());
+    alone_in_a_runtime(dropped_without_stop());
     before.assert_restored(SLACK, limit);
     assert_eq!(leaked_vms(), 0);
 }

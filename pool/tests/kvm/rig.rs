@@ -1,42 +1,49 @@
 //! A backend of real guests that can be disturbed while they are parked.
 
-use std::collections::{BTreeMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
 use hearth_agent::AgentClient;
 use hearth_agent::client::{Command, Output, OutputLimits};
-use hearth_agent::proto::{AGENT_PORT, InstanceId};
+use hearth_agent::proto::{AGENT_PORT, InstanceId, Refresh};
 use hearth_images::{Images, Silent};
 use hearth_pool::config::{BootConfig, HealthConfig};
-use hearth_pool::kvm::{CreateError, Guest, GuestRemote, KvmBackend, KvmImage};
+use hearth_pool::kvm::{CreateError, Guest, GuestRemote, KvmBackend, KvmBackendBuilder, KvmImage};
 use hearth_pool::{
-    Backend, Counts, Demand, Parking, Phase, Pool, PoolConfig, ProbeError, Profile, Refill, Remote,
-    VmId,
+    Backend, Counts, Demand, EventKind, Parking, Phase, Pool, PoolConfig, PoolEvent, ProbeError,
+    Profile, Refill, Remote, VmId,
 };
 use hearth_tests::within;
-use hearth_vmm::VsockHost;
 use hearth_vmm::virtio::balloon::Balloon;
+use hearth_vmm::{VmStatus, VsockHost};
 use tokio::sync::OnceCell;
+use tokio::sync::broadcast::Receiver;
 
 pub(crate) const BASE: &str = "base";
 
-/// What all pools of this binary make their VMs with; holds the one template.
+/// For backends of the base image.
+pub(crate) async fn builder(config: &PoolConfig) -> KvmBackendBuilder {
+    let image = tokio::task::spawn_blocking(|| Images::open(None)?.base(&Silent));
+    let image = image.await.unwrap().expect("the base image");
+    let image = KvmImage {
+        kernel: image.kernel,
+        initramfs: image.initramfs,
+        append: String::new(),
+    };
+    let builder = KvmBackend::builder(config).expect("a host that runs guests");
+    builder.image(BASE, image)
+}
+
+/// What all pools of this binary make their VMs with; holds the one template, which is stored for the
+/// next run and for tests in processes of their own.
 async fn shared_backend() -> Arc<KvmBackend> {
     static BACKEND: OnceCell<Arc<KvmBackend>> = OnceCell::const_new();
     let make = || async {
         let config = config(1);
-        let image = tokio::task::spawn_blocking(|| Images::open(None)?.base(&Silent));
-        let image = image.await.unwrap().expect("the base image");
-        let image = KvmImage {
-            kernel: image.kernel,
-            initramfs: image.initramfs,
-            append: String::new(),
-        };
-        let builder = KvmBackend::builder(&config).expect("a host that runs guests");
-        let backend = builder.image(BASE, image).build();
+        let backend = builder(&config).await.build();
         backend
             .prepare(&config.profiles[0])
             .await
@@ -84,6 +91,10 @@ pub(crate) struct Rig {
     /// Every n-th boot fails; 0: none.
     failing: Arc<AtomicU64>,
     boots: Arc<AtomicU64>,
+    /// Ends are not told any more.
+    deaf: Arc<AtomicBool>,
+    /// How each VM was found when it was last looked at, before anything was asked of it.
+    found: Arc<Mutex<HashMap<InstanceId, VmStatus>>>,
 }
 
 /// A hand on one VM, wherever it is.
@@ -98,13 +109,29 @@ pub(crate) struct Victim {
 
 impl Rig {
     pub(crate) async fn new() -> Self {
+        Self::of(shared_backend().await)
+    }
+
+    pub(crate) fn of(kvm: Arc<KvmBackend>) -> Self {
         Self {
-            kvm: shared_backend().await,
+            kvm,
             vms: Arc::default(),
             frozen: Arc::default(),
             failing: Arc::default(),
             boots: Arc::default(),
+            deaf: Arc::default(),
+            found: Arc::default(),
         }
+    }
+
+    /// From now on no end of a guest that is parked then is told: only a check can find it.
+    pub(crate) fn deafen(&self) {
+        self.deaf.store(true, Ordering::Relaxed);
+    }
+
+    /// How the pool found the VM of a lease when it took it out of the stock.
+    pub(crate) fn found(&self, vm: &Guest) -> VmStatus {
+        self.found.lock().unwrap()[&vm.instance()].clone()
     }
 
     /// A running pool, full.
@@ -161,6 +188,25 @@ impl Victim {
         self.remote.kill().await;
     }
 
+    /// The host's port of a new connection to the agent: they are given out in order.
+    pub(crate) async fn port(&self) -> u32 {
+        let stream = within(5, "connect", self.vsock.connect(AGENT_PORT)).await;
+        stream.unwrap().host_port()
+    }
+
+    /// Sets the guest's clock behind the pool's back.
+    pub(crate) async fn set_clock(&self, time: SystemTime) {
+        let stream = within(5, "connect", self.vsock.connect(AGENT_PORT)).await;
+        let mut agent = AgentClient::handshake(stream.unwrap()).await.unwrap();
+        let wrong = Refresh {
+            entropy: vec![],
+            wall_clock: Some(time.into()),
+            instance: None,
+            hostname: None,
+        };
+        within(5, "clock", agent.refresh(wrong)).await.unwrap();
+    }
+
     /// Lets the guest run a program behind the pool's back; it ends the guest.
     pub(crate) async fn die_of(&self, program: &str) {
         let stream = within(5, "connect", self.vsock.connect(AGENT_PORT)).await;
@@ -209,11 +255,20 @@ impl Backend for Rig {
     }
 
     fn ended(&self, vm: &Guest) -> BoxFuture<'static, ()> {
+        if self.deaf.load(Ordering::Relaxed) {
+            return Box::pin(std::future::pending());
+        }
         self.kvm.ended(vm)
     }
 
     fn alive(&self, vm: &Guest) -> bool {
+        let (instance, status) = (vm.instance(), vm.vm().status());
+        self.found.lock().unwrap().insert(instance, status);
         self.kvm.alive(vm)
+    }
+
+    fn private_bytes(&self, vm: &Guest) -> Option<u64> {
+        self.kvm.private_bytes(vm)
     }
 
     fn remote(&self, vm: &Guest) -> GuestRemote {
@@ -260,6 +315,18 @@ pub(crate) async fn full(pool: &Pool<Rig>) {
         .unwrap_or_else(|error| panic!("{error}: {:?}", pool.status()));
 }
 
+/// What a check of this VM has found, or will find.
+pub(crate) async fn verdict_on(events: &mut Receiver<PoolEvent>, id: VmId) -> ProbeError {
+    loop {
+        let event = within(10, "a verdict", events.recv()).await.unwrap();
+        if let EventKind::Unhealthy(error) = event.kind
+            && event.vm == Some(id)
+        {
+            return error;
+        }
+    }
+}
+
 /// Runs a program in the guest of a lease.
 pub(crate) async fn run(guest: &Guest, command: Command) -> Output {
     let exec = within(6, "start of a program", guest.exec(command)).await;
@@ -271,4 +338,14 @@ pub(crate) async fn stop(pool: Pool<Rig>) {
     within(10, "stop", pool.stop()).await;
     let status = pool.status();
     assert_eq!((status.phase, status.usage.vms), (Phase::Stopped, 0));
+}
+
+/// Runs the steps in a runtime of their own, whose threads end with it.
+pub(crate) fn alone_in_a_runtime(steps: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(steps);
 }

@@ -1,0 +1,126 @@
+//! What a lease is good for, and when it ends by itself.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hearth_pool::{Backend, EventKind, Overdue, Parking, Refill};
+use hearth_tests::{kvm, patience, within};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::rig::{BASE, Rig, config, run, stop};
+
+#[tokio::test]
+async fn a_lease_has_streams_to_programs_of_its_guest() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(1).refill(Refill::AtStart)).await;
+    let guest = pool.acquire(BASE).unwrap();
+    let server = guest.command("vsock-echo").arg("3000");
+    let mut server = guest.exec(server).await.unwrap();
+    let mut line = [0; 10];
+    let mut stdout = server.stdout().unwrap();
+    let listening = stdout.read_exact(&mut line);
+    within(5, "echo server", listening).await.unwrap();
+    let mut stream = within(5, "connect", guest.connect(3000)).await.unwrap();
+    stream.write_all(b"there and back").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut back = String::new();
+    let echo = stream.read_to_string(&mut back);
+    within(5, "echo", echo).await.unwrap();
+    assert_eq!(back, "there and back");
+    // Nobody listens there.
+    assert!(within(6, "refusal", guest.connect(3001)).await.is_err());
+    drop(guest);
+    stop(pool).await;
+}
+
+/// The guest's clock is an hour behind; the first program of the lease sees the right time.
+#[tokio::test]
+async fn the_first_request_sets_the_clock_before_its_program_runs() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(1).park(Parking::Running)).await;
+    let victim = rig.all().pop().unwrap();
+    let hour = Duration::from_secs(3600);
+    victim.set_clock(SystemTime::now() - hour).await;
+    let guest = pool.acquire(BASE).unwrap();
+    let since_epoch = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let before = since_epoch();
+    // When the guest booted, by its clock, and how long ago that was.
+    let words = ["/proc/stat", "/proc/uptime"];
+    let output = run(&guest, guest.command("cat").args(words)).await;
+    let took = since_epoch() - before;
+    let text = String::from_utf8(output.stdout).unwrap();
+    let booted = text.lines().find_map(|line| line.strip_prefix("btime "));
+    let uptime = text.lines().last().and_then(|line| line.split(' ').next());
+    let [booted, uptime] = [booted, uptime].map(|word| word.unwrap().parse::<f64>().unwrap());
+    let off = booted + uptime - before.as_secs_f64();
+    let slack = took.as_secs_f64() + 2.0;
+    assert!(off.abs() <= slack, "its clock is {off} s off");
+    drop(guest);
+    stop(pool).await;
+}
+
+#[tokio::test]
+async fn a_lease_that_does_nothing_is_ended_and_one_that_works_is_not() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let idle = patience(Duration::from_millis(250));
+    let mut config = config(2).refill(Refill::AtStart);
+    config.lease.idle_ms = idle.as_millis() as u64;
+    let pool = rig.pool(config).await;
+    let mut events = pool.subscribe();
+    let [lazy, busy] = pool.acquire_many(BASE, 2).unwrap().try_into().unwrap();
+    let works = async {
+        loop {
+            within(6, "ping", busy.ping()).await.unwrap();
+            tokio::time::sleep(idle / 10).await;
+        }
+    };
+    let ended = async {
+        loop {
+            let event = events.recv().await.unwrap();
+            if let EventKind::Overdue(why) = event.kind {
+                return (event.vm, why);
+            }
+        }
+    };
+    let ended = within(6, "the idle limit", ended);
+    let (vm, why) = tokio::select! {
+        ended = ended => ended,
+        () = works => unreachable!(),
+    };
+    assert_eq!((vm, why), (Some(lazy.id()), Overdue::Idle));
+    within(5, "end", lazy.exited()).await;
+    within(6, "ping", busy.ping()).await.unwrap();
+    drop((lazy, busy));
+    stop(pool).await;
+}
+
+/// The pool tells a recorder how much memory each parked VM has to itself.
+#[tokio::test]
+async fn a_fork_has_little_memory_of_its_own() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(1).refill(Refill::AtStart)).await;
+    let guest = pool.acquire(BASE).unwrap();
+    let parked = rig.private_bytes(&guest).unwrap();
+    assert!((64 << 10..16 << 20).contains(&parked), "{parked} bytes");
+    run(&guest, guest.command("alloc").arg("1")).await;
+    let used = guest.vm().private_bytes().unwrap();
+    assert!(used >= parked + (1 << 20), "{parked}, then {used} bytes");
+    eprintln!(
+        "{} KiB when parked, {} KiB after use",
+        parked >> 10,
+        used >> 10
+    );
+    drop(guest);
+    stop(pool).await;
+}

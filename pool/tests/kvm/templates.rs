@@ -1,0 +1,202 @@
+//! Where templates come from and what they hold.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hearth_pool::kvm::{Guest, KvmBackend, Source};
+use hearth_pool::{Backend, Balloon, Parking, PoolConfig, VmId};
+use hearth_tests::{alone, kvm, patience, within};
+
+use crate::rig::{BASE, Rig, alone_in_a_runtime, builder, config, run, stop};
+
+async fn prepared(backend: &KvmBackend, config: &PoolConfig) -> Duration {
+    let begin = Instant::now();
+    backend.prepare(&config.profiles[0]).await.unwrap();
+    begin.elapsed()
+}
+
+async fn is_healthy(backend: &KvmBackend, config: &PoolConfig) -> Guest {
+    let guest = backend.create(&config.profiles[0], VmId(1)).await.unwrap();
+    within(6, "probe", backend.probe(&guest)).await.unwrap();
+    guest
+}
+
+/// Many processes need the template of these tests; one of them boots it.
+#[tokio::test]
+async fn a_template_that_another_process_has_stored_is_found() {
+    if !kvm() {
+        return;
+    }
+    let config = config(1);
+    // Stores it unless it is there.
+    drop(Rig::new().await);
+    let backend = builder(&config).await.build();
+    let took = prepared(&backend, &config).await;
+    // A boot takes longer on any host; so does what a loaded one makes of this.
+    assert!(took < patience(Duration::from_millis(500)), "{took:?}");
+    backend.retire(is_healthy(&backend, &config).await).await;
+}
+
+#[tokio::test]
+#[ignore = "long: four boots"]
+async fn a_stored_template_is_found_a_broken_one_made_again_and_no_cache_is_no_error() {
+    if !kvm() {
+        return;
+    }
+    let (dir, config) = (tempfile::tempdir().unwrap(), config(1));
+    let root = dir.path().join("templates");
+    let backend = async |root: &Path| {
+        let builder = builder(&config).await;
+        builder.template_cache(root, 1 << 30).build()
+    };
+    let booted = prepared(&backend(&root).await, &config).await;
+    let entries = || {
+        let entries = fs::read_dir(&root)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let entries = entries.filter(|path| path.join("manifest").exists());
+        entries.collect::<Vec<_>>()
+    };
+    let [entry] = entries().try_into().unwrap();
+    let second = backend(&root).await;
+    let found = prepared(&second, &config).await;
+    assert!(found < booted / 2, "{booted:?} booted, {found:?} found");
+    second.retire(is_healthy(&second, &config).await).await;
+    drop(second);
+
+    let memory = OpenOptions::new().write(true).open(entry.join("memory"));
+    memory.unwrap().set_len(1 << 20).unwrap();
+    let third = backend(&root).await;
+    prepared(&third, &config).await;
+    third.retire(is_healthy(&third, &config).await).await;
+    assert_eq!(entries(), std::slice::from_ref(&entry));
+    drop(third);
+    let found = prepared(&backend(&root).await, &config).await;
+    assert!(found < booted / 2, "{booted:?} booted, {found:?} found");
+
+    // Another guest has another entry.
+    let mut other = config.clone();
+    other.profiles[0] = other.profiles[0].clone().env("A", "1");
+    prepared(&backend(&root).await, &other).await;
+    assert_eq!(entries().len(), 2);
+
+    // Nowhere to keep it: there is a file in the way, which not even root can write into.
+    fs::write(dir.path().join("file"), "").unwrap();
+    let nowhere = backend(&dir.path().join("file")).await;
+    prepared(&nowhere, &config).await;
+    nowhere.retire(is_healthy(&nowhere, &config).await).await;
+}
+
+/// Memory of all guests and templates of this process in KiB, by its file.
+fn memory_files() -> BTreeMap<u64, u64> {
+    let fds = fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let memory = fds.filter_map(|fd| {
+        let name = fs::read_link(fd.path()).ok()?;
+        if !name.to_string_lossy().contains("memfd:hearth-guest") {
+            return None;
+        }
+        let file = fs::metadata(fd.path()).ok()?;
+        Some((file.ino(), file.blocks() / 2))
+    });
+    memory.collect()
+}
+
+async fn squeezed() {
+    let config = |balloon| {
+        let mut config = config(1);
+        let profile = config.profiles[0].clone().warm_up(["alloc", "12"]);
+        config.profiles[0] = profile.balloon(balloon);
+        config
+    };
+    let mut sizes = vec![];
+    for balloon in [Balloon::Off, Balloon::Auto] {
+        let config = config(balloon);
+        let backend = builder(&config).await.no_template_cache().build();
+        let took = prepared(&backend, &config).await;
+        let [size] = memory_files()
+            .into_values()
+            .collect::<Vec<_>>()
+            .try_into()
+            .unwrap();
+        let guest = is_healthy(&backend, &config).await;
+        let own = backend.private_bytes(&guest).unwrap() >> 10;
+        eprintln!("{balloon:?}: made in {took:?}, holds {size} KiB, {own} KiB of each fork");
+        // All of its memory is the guest's at once.
+        assert_eq!(guest.vm().balloon().actual(), 0);
+        let mut agent = guest.agent().await.unwrap();
+        let memory = agent.ping(1).await.unwrap().memory;
+        let in_use = (memory.total_bytes - memory.free_bytes) >> 20;
+        assert!(in_use < 24, "{in_use} MiB in use");
+        assert!(
+            run(&guest, guest.command("alloc").arg("2"))
+                .await
+                .status
+                .success()
+        );
+        backend.retire(guest).await;
+        sizes.push(size);
+    }
+    // Of the 12 MiB that the command let go of, most.
+    assert!(
+        sizes[1] + (8 << 10) <= sizes[0].max(20 << 10),
+        "{sizes:?} KiB"
+    );
+}
+
+#[test]
+#[ignore = "long: inflates and deflates a balloon where ring 0 is emulated"]
+fn a_template_does_not_hold_what_its_warm_up_let_go_of() {
+    if kvm() && alone() {
+        alone_in_a_runtime(squeezed());
+    }
+}
+
+/// Without a template: every VM boots, is inflated to its idle target, and deflates with its owner.
+#[tokio::test]
+#[ignore = "long: a cold boot, and a balloon where ring 0 is emulated"]
+async fn a_guest_booted_cold_is_small_while_parked_and_whole_when_used() {
+    if !kvm() {
+        return;
+    }
+    let mut config = config(1).park(Parking::Paused);
+    config.profiles[0].memory_mib = 96;
+    let spare = 96 - config.balloon.idle_target_mib;
+    let backend = builder(&config).await.source(Source::Boot).build();
+    let rig = Rig::of(Arc::new(backend));
+    let pool = rig.pool(config).await;
+    let victim = rig.all().pop().unwrap();
+    // Of what was asked for in the bounded time, most was reached; what was not, is not waited for.
+    let inflated = victim.balloon.actual();
+    assert!(
+        inflated + 20 >= spare && inflated <= spare,
+        "{inflated} of {spare} MiB"
+    );
+    let begin = Instant::now();
+    let guest = pool.acquire(BASE).unwrap();
+    let took = begin.elapsed();
+    assert!(took < Duration::from_millis(50), "acquire waited {took:?}");
+    within(6, "ping", guest.ping()).await.unwrap();
+    let deflated = async {
+        while victim.balloon.actual() > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    within(10, "deflation", deflated).await;
+    let free = guest
+        .agent()
+        .await
+        .unwrap()
+        .ping(1)
+        .await
+        .unwrap()
+        .memory
+        .free_bytes
+        >> 20;
+    assert!(free + 20 >= 96 - 16, "{free} MiB free");
+    drop(guest);
+    stop(pool).await;
+}

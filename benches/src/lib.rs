@@ -11,3 +11,4 @@ pub mod page;
 pub mod report;
 pub mod scenario;
 pub mod stats;
+pub mod target;

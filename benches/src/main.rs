@@ -9,7 +9,7 @@ use hearth_bench::compare::Comparison;
 use hearth_bench::environment::Environment;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
-use hearth_bench::scenario::{boot, fork, handoff, idle, refill};
+use hearth_bench::scenario::{boot, fork, handoff, idle, refill, replace};
 use hearth_images::{Images, ImagesError, Silent};
 
 /// Measures what Hearth's steps cost on this machine, beside the bare ioctls that they consist of.
@@ -24,6 +24,9 @@ struct Cli {
     /// Print JSON with all samples instead of the table.
     #[arg(long, global = true)]
     json: bool,
+    /// End with exit code 1 if a figure misses its target, or was not measured.
+    #[arg(long, global = true)]
+    check: bool,
 }
 
 #[derive(Subcommand)]
@@ -73,6 +76,14 @@ enum Scenario {
         /// Guests made one by one.
         #[arg(long, default_value_t = 50)]
         forks: usize,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// End parked guests in every way, and wait for their replacements.
+    Replace {
+        /// Times, for each way.
+        #[arg(short, default_value_t = 10)]
+        n: usize,
         #[command(flatten)]
         image: Image,
     },
@@ -177,6 +188,10 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
             let image = image.files()?;
             runtime()?.block_on(refill::run(&mut report, files(&image), n, forks))?;
         }
+        Scenario::Replace { n, image } => {
+            let image = image.files()?;
+            runtime()?.block_on(replace::run(&mut report, files(&image), n))?;
+        }
         Scenario::Idle { n, seconds, image } => {
             let (image, time) = (image.files()?, Duration::from_secs(seconds));
             runtime()?.block_on(idle::run(&mut report, files(&image), n, time))?;
@@ -187,7 +202,7 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
     } else {
         print!("{report}");
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(ExitCode::from(u8::from(cli.check && report.misses())))
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {

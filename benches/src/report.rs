@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::environment::Environment;
 use crate::stats::{Ratio, Summary};
+use crate::target::{Bound, Statistic, Target};
 
 /// Version of the JSON.
 pub const SCHEMA: u32 = 1;
@@ -53,6 +54,9 @@ pub struct Report {
     pub results: Vec<Row>,
     /// Comparisons.
     pub ratios: Vec<RatioRow>,
+    /// Figures beside what they should be.
+    #[serde(default)]
+    pub targets: Vec<Target>,
     /// What could not be measured, and why.
     pub not_measured: Vec<String>,
 }
@@ -66,6 +70,7 @@ impl Report {
             env,
             results: Vec::new(),
             ratios: Vec::new(),
+            targets: Vec::new(),
             not_measured: Vec::new(),
         }
     }
@@ -85,6 +90,46 @@ impl Report {
                 .not_measured
                 .push(format!("{scenario} {metric} ({side}): no samples")),
         }
+    }
+
+    /// Says what a figure of a metric that was added before should be.
+    pub fn expect(&mut self, metric: &str, side: &str, statistic: Statistic, bound: Bound) {
+        let mut rows = self.results.iter();
+        let row = rows.find(|row| row.metric == metric && row.side == side);
+        let figure = row.and_then(|row| match statistic {
+            Statistic::P50 => Some(row.summary.p50),
+            Statistic::P99 => Some(row.summary.p99),
+            // Of two sides: see `expect_ratio`.
+            Statistic::Ratio => None,
+        });
+        self.targets.push(Target {
+            metric: metric.into(),
+            side: side.into(),
+            unit: row.map_or_else(String::new, |row| row.unit.clone()),
+            statistic,
+            bound,
+            figure,
+        });
+    }
+
+    /// Says what the ratio of two sides that were compared before should be.
+    pub fn expect_ratio(&mut self, metric: &str, a: &str, b: &str, bound: Bound) {
+        let mut ratios = self.ratios.iter();
+        let ratio = ratios.find(|row| row.metric == metric && row.a == a && row.b == b);
+        self.targets.push(Target {
+            metric: metric.into(),
+            side: format!("{a} / {b}"),
+            unit: "x".into(),
+            statistic: Statistic::Ratio,
+            bound,
+            figure: ratio.map(|row| row.ratio.ratio),
+        });
+    }
+
+    /// Whether a figure is not what it should be, or was not measured.
+    #[must_use]
+    pub fn misses(&self) -> bool {
+        self.targets.iter().any(|target| !target.is_met())
     }
 
     /// Compares two sides of a metric that were added before.
@@ -137,6 +182,9 @@ impl fmt::Display for Report {
                 "{}: {} / {} = {:.3} (95 % {:.3} to {:.3}, n {})",
                 row.metric, row.a, row.b, r.ratio, r.ci95[0], r.ci95[1], r.n
             )?;
+        }
+        for target in &self.targets {
+            writeln!(f, "{target}")?;
         }
         for why in &self.not_measured {
             writeln!(f, "NOT MEASURED: {why}")?;

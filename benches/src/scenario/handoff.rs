@@ -12,6 +12,7 @@ use super::boot::Files;
 use super::pool::{Guest, Guests, PROFILE, backend, config, fill, start};
 use super::{ScenarioError, us};
 use crate::report::Report;
+use crate::target::{Bound, Statistic};
 
 /// Guests of a burst.
 const BURST: usize = 32;
@@ -27,7 +28,10 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     for parking in [Parking::Paused, Parking::Running] {
         let side = side(parking);
         let (acquired, answered) = to_pong(&backend, parking, n).await?;
-        report.add("handoff", "acquire on a full pool", "us", side, acquired);
+        let metric = "acquire on a full pool";
+        report.add("handoff", metric, "us", side, acquired);
+        report.expect(metric, side, Statistic::P50, Bound::AtMost(10.0));
+        report.expect(metric, side, Statistic::P99, Bound::AtMost(100.0));
         report.add("handoff", "acquire to first pong", "us", side, answered);
     }
     report.compare("acquire to first pong", "paused", "running");
@@ -109,13 +113,9 @@ async fn burst(
         give_back(guests).await;
     }
     pool.stop().await;
-    report.add(
-        "handoff",
-        "burst of 32, each caller",
-        "us",
-        "paused",
-        served,
-    );
+    let metric = "burst of 32, each caller";
+    report.add("handoff", metric, "us", "paused", served);
+    report.expect(metric, "paused", Statistic::P99, Bound::AtMost(1_000.0));
     report.add("handoff", "32 at once, one caller", "us", "paused", whole);
     Ok(())
 }
@@ -153,5 +153,6 @@ async fn refilling(
     report.add("handoff", "acquire", "us", "refilling", busy);
     report.add("handoff", "acquire", "us", "idle", idle);
     report.compare("acquire", "refilling", "idle");
+    report.expect_ratio("acquire", "refilling", "idle", Bound::AtMost(2.0));
     Ok(())
 }

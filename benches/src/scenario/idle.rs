@@ -9,6 +9,7 @@ use super::boot::Files;
 use super::pool::{backend, config, start};
 use crate::cpu;
 use crate::report::Report;
+use crate::target::{Bound, Statistic};
 
 /// Time for what filling the pool has left behind to end.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -35,6 +36,11 @@ pub async fn run(
         report.add("idle", "whole process", "% of a core", side, vec![percent]);
         let each = percent / size.max(1) as f64;
         report.add("idle", "per VM", "% of a core", side, vec![each]);
+        let (metric, most) = match parking {
+            Parking::Paused => ("whole process", 1.0),
+            Parking::Running => ("per VM", 2.0),
+        };
+        report.expect(metric, side, Statistic::P50, Bound::AtMost(most));
     }
     Ok(())
 }

@@ -7,6 +7,8 @@ pub mod handoff;
 pub mod idle;
 pub mod pool;
 pub mod refill;
+pub mod replace;
+pub mod victim;
 
 /// Why a scenario could not be run.
 #[derive(Debug, thiserror::Error)]

@@ -15,7 +15,7 @@ pub const PROFILE: &str = "base";
 /// How long filling a pool may take before the run is given up.
 const STUCK: Duration = Duration::from_secs(300);
 /// Memory of a guest in MiB.
-const MEMORY_MIB: u32 = 128;
+pub(super) const MEMORY_MIB: u32 = 128;
 
 /// A pool of real guests.
 pub type Guests = Pool<Arc<KvmBackend>>;

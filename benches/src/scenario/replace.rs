@@ -79,8 +79,7 @@ async fn replacement(
         return Err(ScenarioError::at("victim")("the pool has made none"));
     };
     let end = async {
-        victims.end(victim, way).await?;
-        let ended = Instant::now();
+        let ended = victims.end(victim, way).await?;
         if way == Way::Freeze {
             let check = pool.check(PROFILE, 1).await;
             check.map_err(ScenarioError::at("check"))?;

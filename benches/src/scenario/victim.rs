@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use futures::future::BoxFuture;
 use hearth_agent::AgentClient;
@@ -62,25 +63,34 @@ impl Victims {
         lock(&self.hands).keys().max().copied()
     }
 
-    /// Brings `way` about and resolves when the guest has ended, or is frozen.
+    /// Brings `way` about and gives the moment when the guest ended, or was frozen.
     ///
     /// # Errors
     /// When the guest cannot be made to end so.
-    pub async fn end(&self, id: VmId, way: Way) -> Result<(), ScenarioError> {
+    pub async fn end(&self, id: VmId, way: Way) -> Result<Instant, ScenarioError> {
         let Some(hand) = lock(&self.hands).remove(&id) else {
             return Err(ScenarioError::at("victim")("it is not there"));
         };
-        match way {
-            Way::Freeze => {
-                lock(&self.frozen).insert(hand.instance);
-                return Ok(());
+        // What brings it about takes longer than the guest: a kill waits until nothing of it is left.
+        let ended = async {
+            if way != Way::Freeze {
+                hand.exited.await;
             }
-            Way::Kill => hand.remote.kill().await,
-            Way::Panic => run(&hand.vsock, "panic").await?,
-            Way::PowerOff => run(&hand.vsock, "poweroff").await?,
-        }
-        hand.exited.await;
-        Ok(())
+            Ok(Instant::now())
+        };
+        let cause = async {
+            match way {
+                Way::Freeze => {
+                    lock(&self.frozen).insert(hand.instance);
+                }
+                Way::Kill => hand.remote.kill().await,
+                Way::Panic => run(&hand.vsock, "panic").await?,
+                Way::PowerOff => run(&hand.vsock, "poweroff").await?,
+            }
+            Ok(())
+        };
+        let (ended, ()) = tokio::try_join!(ended, cause)?;
+        Ok(ended)
     }
 
     fn is_frozen(&self, vm: &Guest) -> bool {

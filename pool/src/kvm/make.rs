@@ -293,8 +293,9 @@ impl KvmBackend {
             return;
         }
         let balloon = guest.vm().balloon();
-        for target in [target, 0] {
-            if let Err(error) = balloon.resize(target, self.balloon_timeout).await {
+        // What is not deflated here, every clone would have to.
+        for (target, limit) in [(target, self.balloon_timeout), (0, self.boot_timeout)] {
+            if let Err(error) = balloon.resize(target, limit).await {
                 tracing::debug!(%error, "a template keeps more memory than it should");
             }
         }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use hearth_agent::AgentClient;
 use hearth_agent::proto::{AGENT_PORT, READY_PORT};
+use hearth_vmm::virtio::vsock::VsockStream;
 use hearth_vmm::{Vm, VmConfig};
 
 use super::{ScenarioError, us};
@@ -12,6 +13,8 @@ use crate::report::Report;
 
 /// How long a boot may take before the run is given up.
 const STUCK: Duration = Duration::from_secs(300);
+/// After that a guest that was asked nothing is at rest.
+const QUIET: Duration = Duration::from_millis(200);
 
 /// The files that are booted.
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +67,7 @@ pub async fn run(
         pong.push(us(start.elapsed()));
         exits.push(vm.exits().total() as f64);
         instructions.extend(vm.emulated_instructions().map(|count| count as f64));
-        last = Some(vm);
+        last = Some((vm, agent));
     }
     report.add(
         "boot",
@@ -93,8 +96,28 @@ pub async fn run(
         let metric = "guest instructions emulated to pong";
         report.add("boot", metric, "instructions", "hearth", instructions);
     }
-    let Some(vm) = last else { return Ok(()) };
+    let Some((vm, agent)) = last else {
+        return Ok(());
+    };
+    settle(agent).await?;
     fork_to_pong(report, vm, forks).await
+}
+
+/// Waits until the agent has prepared everything, as a pool does before it makes a template, and lets its
+/// connection end.
+async fn settle(mut agent: AgentClient<VsockStream>) -> Result<(), ScenarioError> {
+    let mut nonce = 1;
+    loop {
+        nonce += 1;
+        match agent.ping(nonce).await {
+            Ok(pong) if pong.prepared => break,
+            Ok(_) => tokio::time::sleep(QUIET).await,
+            Err(error) => return Err(ScenarioError::at("preparation")(error)),
+        }
+    }
+    drop(agent);
+    tokio::time::sleep(QUIET).await;
+    Ok(())
 }
 
 async fn fork_to_pong(report: &mut Report, vm: Vm, n: usize) -> Result<(), ScenarioError> {

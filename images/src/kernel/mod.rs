@@ -52,6 +52,7 @@ patches![
     "0014-mm-hearth-do-not-look-for-bad-pages-among-those-neve.patch",
     "0015-x86-hearth-no-2-MiB-alignment-of-decrypted-data-with.patch",
     "0016-x86-kvmclock-hearth-let-root-step-the-wall-clock-of-.patch",
+    "0017-tick-hearth-fewer-timer-interrupts-where-ring-0-is-e.patch",
 ];
 
 /// Why there is no kernel.

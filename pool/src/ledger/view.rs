@@ -65,7 +65,7 @@ impl Ledger {
         self.phase
     }
 
-    /// When the next event must come at the latest (a [`Event::Tick`] if there is no other).
+    /// When the next event must come at the latest (a tick if there is no other).
     #[must_use]
     pub fn wake_at(&self, now: Instant) -> Option<Instant> {
         if self.phase == Phase::Stopped {

@@ -7,10 +7,8 @@ use rustix::time::{ClockId, clock_gettime};
 /// Processor time of all threads of this process so far, ended ones included.
 #[must_use]
 pub fn process() -> Duration {
-    let spent = clock_gettime(ClockId::ProcessCPUTime);
-    let secs = u64::try_from(spent.tv_sec).unwrap_or(0);
-    let nanos = u32::try_from(spent.tv_nsec).unwrap_or(0);
-    Duration::new(secs, nanos)
+    // What was spent is never negative.
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
 }
 
 #[cfg(test)]

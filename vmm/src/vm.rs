@@ -127,14 +127,11 @@ impl Vm {
     /// [`PauseError`]; on `Deadline` the VM goes on running.
     pub fn pause(&self) -> Result<(), PauseError> {
         self.want(Want::Pause)?;
-        if !self.handles.gate.settle(Instant::now() + PAUSE_BOUND) {
+        let settled = self.settled();
+        if let Err(PauseError::Deadline) = settled {
             self.handles.gate.set(Want::Run);
-            return Err(PauseError::Deadline);
         }
-        match self.status() {
-            VmStatus::Ended(exit) => Err(PauseError::Ended(exit)),
-            _ => Ok(()),
-        }
+        settled
     }
 
     /// As [`Vm::pause`], but returns at once: the vCPUs stop soon. A [`Vm::resume`] that follows wins.
@@ -156,12 +153,17 @@ impl Vm {
     /// Keeps the vCPUs at the gate, whoever resumes the VM meanwhile.
     fn hold(&self) -> Result<Hold<'_>, PauseError> {
         let hold = self.handles.gate.hold();
+        self.settled().map(|()| hold)
+    }
+
+    /// Waits until no vCPU runs behind the closed gate.
+    fn settled(&self) -> Result<(), PauseError> {
         if !self.handles.gate.settle(Instant::now() + PAUSE_BOUND) {
             return Err(PauseError::Deadline);
         }
         match self.status() {
             VmStatus::Ended(exit) => Err(PauseError::Ended(exit)),
-            _ => Ok(hold),
+            _ => Ok(()),
         }
     }
 

@@ -3,11 +3,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use hearth_agent::AgentClient;
-use hearth_agent::proto::{AGENT_PORT, READY_PORT};
-use hearth_vmm::virtio::vsock::VsockStream;
+use hearth_agent::proto::READY_PORT;
 use hearth_vmm::{Vm, VmConfig};
 
+use super::agent::{dial, greet, prepared};
 use super::{ScenarioError, us};
 use crate::report::Report;
 
@@ -58,9 +57,7 @@ pub async fn run(
             .await
             .map_err(ScenarioError::at("agent"))?
             .map_err(ScenarioError::at("agent"))?;
-        let mut agent = AgentClient::handshake(stream)
-            .await
-            .map_err(ScenarioError::at("handshake"))?;
+        let mut agent = greet(stream).await?;
         ready.push(us(running.elapsed()));
         init.push(agent.hello().started_us as f64);
         agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
@@ -96,28 +93,13 @@ pub async fn run(
         let metric = "guest instructions emulated to pong";
         report.add("boot", metric, "instructions", "hearth", instructions);
     }
-    let Some((vm, agent)) = last else {
+    let Some((vm, mut agent)) = last else {
         return Ok(());
     };
-    settle(agent).await?;
-    fork_to_pong(report, vm, forks).await
-}
-
-/// Waits until the agent has prepared everything, as a pool does before it makes a template, and lets its
-/// connection end.
-async fn settle(mut agent: AgentClient<VsockStream>) -> Result<(), ScenarioError> {
-    let mut nonce = 1;
-    loop {
-        nonce += 1;
-        match agent.ping(nonce).await {
-            Ok(pong) if pong.prepared => break,
-            Ok(_) => tokio::time::sleep(QUIET).await,
-            Err(error) => return Err(ScenarioError::at("preparation")(error)),
-        }
-    }
+    prepared(&mut agent, QUIET).await?;
     drop(agent);
     tokio::time::sleep(QUIET).await;
-    Ok(())
+    fork_to_pong(report, vm, forks).await
 }
 
 async fn fork_to_pong(report: &mut Report, vm: Vm, n: usize) -> Result<(), ScenarioError> {
@@ -127,14 +109,7 @@ async fn fork_to_pong(report: &mut Report, vm: Vm, n: usize) -> Result<(), Scena
         let start = Instant::now();
         let vm = template.fork().map_err(ScenarioError::at("fork"))?;
         let made = start.elapsed();
-        let stream = vm
-            .vsock()
-            .connect(AGENT_PORT)
-            .await
-            .map_err(ScenarioError::at("connect"))?;
-        let mut agent = AgentClient::handshake(stream)
-            .await
-            .map_err(ScenarioError::at("handshake"))?;
+        let mut agent = dial(vm.vsock()).await?;
         agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
         if round >= 3 {
             forked.push(us(made));

@@ -1,5 +1,6 @@
 //! What is measured.
 
+mod agent;
 pub mod boot;
 pub mod floor;
 pub mod fork;

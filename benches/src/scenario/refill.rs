@@ -3,11 +3,11 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use hearth_agent::AgentClient;
-use hearth_agent::proto::{AGENT_PORT, InstanceId, READY_PORT, Refresh};
+use hearth_agent::proto::{InstanceId, READY_PORT, Refresh};
 use hearth_pool::{Parking, Refill};
 use hearth_vmm::{Template, Vm, VmConfig};
 
+use super::agent::{dial, greet, prepared};
 use super::boot::Files;
 use super::pool::{MEMORY_MIB, PROFILE, backend, config, full, start};
 use super::{ScenarioError, us};
@@ -90,10 +90,7 @@ async fn laps(
     let begin = now();
     let vm = template.fork().map_err(ScenarioError::at("fork"))?;
     let forked = now();
-    let stream = vm.vsock().connect(AGENT_PORT).await;
-    let stream = stream.map_err(ScenarioError::at("connect"))?;
-    let agent = AgentClient::handshake(stream).await;
-    let mut agent = agent.map_err(ScenarioError::at("handshake"))?;
+    let mut agent = dial(vm.vsock()).await?;
     let greeted = now();
     let refresh = Refresh {
         // Of the right length; nobody lives on it.
@@ -132,15 +129,8 @@ async fn template(files: Files<'_>) -> Result<Template, ScenarioError> {
     let mut listener = listener.map_err(ScenarioError::at("listen"))?;
     vm.resume().map_err(ScenarioError::at("resume"))?;
     let stream = listener.accept().await;
-    let stream = stream.map_err(ScenarioError::at("agent"))?;
-    let agent = AgentClient::handshake(stream).await;
-    let mut agent = agent.map_err(ScenarioError::at("handshake"))?;
-    for nonce in 1.. {
-        let pong = agent.ping(nonce).await;
-        if pong.map_err(ScenarioError::at("ping"))?.prepared {
-            break;
-        }
-    }
+    let mut agent = greet(stream.map_err(ScenarioError::at("agent"))?).await?;
+    prepared(&mut agent, Duration::ZERO).await?;
     drop(agent);
     vm.into_template().map_err(ScenarioError::at("template"))
 }

@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use futures::future::BoxFuture;
-use hearth_agent::AgentClient;
 use hearth_agent::client::Command;
-use hearth_agent::proto::{AGENT_PORT, InstanceId};
+use hearth_agent::proto::InstanceId;
 use hearth_pool::kvm::{CreateError, Guest, GuestRemote, KvmBackend};
 use hearth_pool::{Backend, Parking, ProbeError, Profile, Remote, VmId};
 use hearth_vmm::{Exit, VsockHost};
 
 use super::ScenarioError;
+use super::agent::dial;
 
 /// How a guest ends, or goes silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,10 +100,7 @@ impl Victims {
 
 /// Starts a program that ends its guest.
 async fn run(vsock: &VsockHost, program: &str) -> Result<(), ScenarioError> {
-    let stream = vsock.connect(AGENT_PORT).await;
-    let stream = stream.map_err(ScenarioError::at("connect"))?;
-    let agent = AgentClient::handshake(stream).await;
-    let agent = agent.map_err(ScenarioError::at("handshake"))?;
+    let agent = dial(vsock).await?;
     // The guest may be gone before it has said that the program runs.
     if let Ok(exec) = agent.exec(Command::new(program)).await {
         let _ = exec.wait().await;

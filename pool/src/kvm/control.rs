@@ -123,6 +123,18 @@ mod tests {
         None
     }
 
+    /// The next to ask dials, and is answered.
+    async fn is_well_when_dialled_again(control: &Control<DuplexStream>) {
+        let (fresh, mut agent) = connected().await;
+        let client = fresh.client.into_inner();
+        let answers = async {
+            let nonce = agent.pinged().await;
+            agent.pong(nonce, ME).await;
+        };
+        let (verdict, ()) = tokio::join!(control.probe(async { client }), answers);
+        assert_eq!(verdict, Ok(()));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_late_answer_to_an_earlier_nonce_is_discarded() {
         let (control, mut agent) = connected().await;
@@ -172,14 +184,7 @@ mod tests {
             assert!(dropped.is_err());
         }
         assert_eq!(control.probe(nobody()).await, Err(ProbeError::Lost));
-        let (fresh, mut agent) = connected().await;
-        let client = fresh.client.into_inner();
-        let answers = async {
-            let nonce = agent.pinged().await;
-            agent.pong(nonce, ME).await;
-        };
-        let (verdict, ()) = tokio::join!(control.probe(async { client }), answers);
-        assert_eq!(verdict, Ok(()));
+        is_well_when_dialled_again(&control).await;
     }
 
     #[tokio::test(start_paused = true)]
@@ -188,13 +193,6 @@ mod tests {
         drop(agent);
         assert_eq!(control.probe(nobody()).await, Err(ProbeError::Lost));
         assert_eq!(control.probe(nobody()).await, Err(ProbeError::Lost));
-        let (fresh, mut agent) = connected().await;
-        let client = fresh.client.into_inner();
-        let answers = async {
-            let nonce = agent.pinged().await;
-            agent.pong(nonce, ME).await;
-        };
-        let (verdict, ()) = tokio::join!(control.probe(async { client }), answers);
-        assert_eq!(verdict, Ok(()));
+        is_well_when_dialled_again(&control).await;
     }
 }

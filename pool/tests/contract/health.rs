@@ -430,15 +430,7 @@ async fn an_offer_that_is_given_up_after_its_check_gives_its_vm_back() {
     handle.script_pings([Ping::Gate(gate.clone())]);
     let offering = pool.clone();
     let offer = tokio::spawn(async move { offering.offer(PY, vm).await });
-    gate.held(1).await;
-    gate.open();
-    // Runs when the answer is there and the pool does not know yet.
-    let shrinking = pool.clone();
-    let shrink = tokio::spawn(async move {
-        assert_eq!((gate.waiting(), counts(&shrinking, PY).booting), (0, 1));
-        shrinking.resize(PY, 0).unwrap();
-    });
-    shrink.await.unwrap();
+    shrunk_behind_the_answer(&pool, gate).await;
     let refused = offer.await.unwrap().unwrap_err();
     assert!(matches!(refused.why, OfferRefusal::Full));
     assert!(refused.vm.is_some() && handle.is_alive());

@@ -412,15 +412,7 @@ async fn a_boot_that_was_given_up_counts_for_nothing_however_it_ends() {
     let mut events = pool.subscribe();
     let other = pool.clone();
     let call = tokio::spawn(async move { other.replenish(PY).await.unwrap() });
-    gate.held(1).await;
-    gate.open();
-    // Runs when the answer is there and the pool does not know yet.
-    let shrinking = pool.clone();
-    let shrink = tokio::spawn(async move {
-        assert_eq!((gate.waiting(), counts(&shrinking, PY).booting), (0, 1));
-        shrinking.resize(PY, 0).unwrap();
-    });
-    shrink.await.unwrap();
+    shrunk_behind_the_answer(&pool, gate).await;
     assert!(matches!(call.await.unwrap(), Replenished::Full));
     settle().await;
     let now = counts(&pool, PY);

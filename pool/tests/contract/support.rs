@@ -91,3 +91,16 @@ pub(crate) async fn stop_clean(pool: Pool<FakeBackend>, fake: &FakeBackend) {
         assert_eq!(left, 0, "{profile:?}");
     }
 }
+
+/// Opens the gate before a boot's first answer, and wants no VM any more when the answer is there and the
+/// pool does not know yet.
+pub(crate) async fn shrunk_behind_the_answer(pool: &Pool<FakeBackend>, gate: Gate) {
+    gate.held(1).await;
+    gate.open();
+    let shrinking = pool.clone();
+    let shrink = tokio::spawn(async move {
+        assert_eq!((gate.waiting(), counts(&shrinking, PY).booting), (0, 1));
+        shrinking.resize(PY, 0).unwrap();
+    });
+    shrink.await.unwrap();
+}

@@ -5,7 +5,6 @@
 //! the pages that its file holds and those that it wrote, nothing else.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
@@ -14,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::manifest::Digest;
 use crate::memory::{GAP_END, GAP_START, GuestRam, PAGE_SIZE, Sharing, file_offset, memfd};
+use crate::private::each_own_page;
 
 /// Bytes copied at once.
 const CHUNK: u64 = 1 << 20;
@@ -148,30 +148,13 @@ fn data_stretches(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
     Ok(stretches)
 }
 
-/// The pages that a clone wrote, from `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst):
-/// present or swapped, and not backed by the template's file.
+/// The pages that a clone wrote.
 fn written_stretches(ram: &GuestRam) -> std::io::Result<Vec<Range<u64>>> {
-    const PRESENT: u64 = 1 << 63;
-    const SWAPPED: u64 = 1 << 62;
-    const FILE_OR_SHARED: u64 = 1 << 61;
-    let mut pagemap = File::open("/proc/self/pagemap")?;
     let mut stretches: Vec<Range<u64>> = Vec::new();
-    for (start, len, host) in ram.host_regions() {
-        pagemap.seek(SeekFrom::Start(host / PAGE_SIZE * 8))?;
-        let mut entries = vec![0u8; usize::try_from(len / PAGE_SIZE * 8).unwrap_or(0)];
-        pagemap.read_exact(&mut entries)?;
-        for (page, entry) in (0u64..).zip(entries.as_chunks::<8>().0) {
-            let entry = u64::from_le_bytes(*entry);
-            if entry & (PRESENT | SWAPPED) == 0 || entry & FILE_OR_SHARED != 0 {
-                continue;
-            }
-            let addr = start + page * PAGE_SIZE;
-            match stretches.last_mut() {
-                Some(last) if last.end == addr => last.end += PAGE_SIZE,
-                _ => stretches.push(addr..addr + PAGE_SIZE),
-            }
-        }
-    }
+    each_own_page(ram, |addr| match stretches.last_mut() {
+        Some(last) if last.end == addr => last.end += PAGE_SIZE,
+        _ => stretches.push(addr..addr + PAGE_SIZE),
+    })?;
     Ok(stretches)
 }
 

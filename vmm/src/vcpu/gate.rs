@@ -137,7 +137,7 @@ impl Gate {
                 return false;
             }
             state.want = want;
-            self.changed(&state);
+            self.announce(&state);
         }
         if want != Want::Run {
             self.kick();
@@ -151,14 +151,14 @@ impl Gate {
         {
             let mut state = self.lock();
             state.holds += 1;
-            self.changed(&state);
+            self.announce(&state);
         }
         self.kick();
         Hold(self)
     }
 
     /// Tells everyone that the state changed.
-    fn changed(&self, state: &State) {
+    fn announce(&self, state: &State) {
         self.closed.store(!state.is_open(), Ordering::Release);
         self.changed.notify_all();
     }
@@ -225,6 +225,6 @@ impl Drop for Hold<'_> {
     fn drop(&mut self) {
         let mut state = self.0.lock();
         state.holds -= 1;
-        self.0.changed(&state);
+        self.0.announce(&state);
     }
 }

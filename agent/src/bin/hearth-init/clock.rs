@@ -1,4 +1,4 @@
-//! Time that only goes forward.
+//! What the clocks show.
 
 use core::time::Duration;
 
@@ -20,6 +20,11 @@ impl Instant {
     pub(crate) fn saturating_duration_since(self, earlier: Self) -> Duration {
         self.0.saturating_sub(earlier.0)
     }
+}
+
+/// The wall clock: CLOCK_REALTIME, since 1970.
+pub(crate) fn since_epoch() -> Duration {
+    duration(clock_gettime(ClockId::Realtime))
 }
 
 /// CLOCK_BOOTTIME in microseconds.

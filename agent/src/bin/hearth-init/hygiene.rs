@@ -12,7 +12,7 @@ use rustix::{
     mount::mount_bind,
     rand::{GetRandomFlags, getrandom},
     system::sethostname,
-    time::{ClockId, Timespec, clock_gettime, clock_settime},
+    time::{ClockId, Timespec, clock_settime},
 };
 
 use crate::sys;
@@ -109,8 +109,8 @@ pub(crate) fn correct_clock(sent: WallClock) -> Result<(), Errno> {
 
 /// By how many nanoseconds the wall clock is ahead of `sent`.
 fn lead(sent: WallClock) -> i128 {
-    let now = Duration::try_from(clock_gettime(ClockId::Realtime)).unwrap_or_default();
-    i128::try_from(now.as_nanos()).unwrap_or_default() - i128::from(sent.since_epoch_ns)
+    let now = crate::clock::since_epoch().as_nanos();
+    i128::try_from(now).unwrap_or_default() - i128::from(sent.since_epoch_ns)
 }
 
 /// Whether a clock that leads a message by that much is right if the message took at most `delivery`.

@@ -9,7 +9,7 @@ use hearth_bench::compare::Comparison;
 use hearth_bench::environment::Environment;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
-use hearth_bench::scenario::{boot, fork, handoff, idle, refill, replace};
+use hearth_bench::scenario::{boot, fork, handoff, idle, ping, refill, replace};
 use hearth_images::{Images, ImagesError, Silent};
 
 /// Measures what Hearth's steps cost on this machine, beside the bare ioctls that they consist of.
@@ -65,6 +65,14 @@ enum Scenario {
     Handoff {
         #[command(flatten)]
         count: Count,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Talk to the agent of a clone: pings, fresh connections, a new identity.
+    Ping {
+        /// Exchanges of each kind.
+        #[arg(short, default_value_t = 50)]
+        n: usize,
         #[command(flatten)]
         image: Image,
     },
@@ -183,6 +191,10 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
         Scenario::Handoff { count, image } => {
             let image = image.files()?;
             runtime()?.block_on(handoff::run(&mut report, files(&image), count.n))?;
+        }
+        Scenario::Ping { n, image } => {
+            let image = image.files()?;
+            runtime()?.block_on(ping::run(&mut report, files(&image), n))?;
         }
         Scenario::Refill { n, forks, image } => {
             let image = image.files()?;

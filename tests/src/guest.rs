@@ -135,7 +135,7 @@ impl Guest {
         within(5, "first pong", agent.ping(1))
             .await
             .expect("a pong");
-        let hello = *agent.hello();
+        let hello = agent.hello().unwrap_or_default();
         let phases = Phases {
             create: vm.times(),
             kernel: Duration::from_micros(hello.started_us),
@@ -196,13 +196,15 @@ impl Guest {
         guest
     }
 
-    /// Makes the guest a template; its connection ends.
+    /// Makes the guest a template, at rest if it comes to rest; its connection ends.
     ///
     /// # Panics
     /// If it cannot be captured.
     #[must_use]
     pub fn freeze(self) -> Template {
         drop(self.agent);
+        let rested = self.vm.pause_at_rest(Duration::from_secs(5));
+        rested.unwrap_or_else(|error| panic!("{}", error_chain(&error)));
         let frozen = self.vm.into_template();
         frozen.unwrap_or_else(|error| panic!("{}", error_chain(&error)))
     }

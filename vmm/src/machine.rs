@@ -108,6 +108,8 @@ pub(crate) struct Machine {
     /// Of the vCPUs, if instructions are counted. Each holds the VM in the kernel.
     pub(crate) stats: Vec<VcpuStats>,
     pub(crate) hardware: Hardware,
+    /// Until their threads are started.
+    vcpus: Vec<VcpuFd>,
     threads: Vec<JoinHandle<()>>,
     attachment: Option<Attachment>,
     /// Closed after the threads are gone; vCPU fds are owned by the threads.
@@ -188,29 +190,22 @@ impl Machine {
         for (index, vcpu) in (0u8..).zip(&vcpus) {
             setup::boot(vcpu, index, ram.map(), &entry)?;
         }
-        let counted = vcpus.iter().filter(|_| config.count_instructions);
-        // A host that does not count is no reason not to boot.
-        let stats = counted.filter_map(|vcpu| VcpuStats::open(vcpu).ok());
-        let stats = stats.collect();
         times.kvm = start.elapsed();
 
         let start = Instant::now();
         let devices = Devices::new(hardware, images)?;
-        let mut machine = Self::assemble(hardware, ram, vm, vcpus.len(), devices)?;
-        machine.spawn(vcpus)?;
+        let mut machine = Self::assemble(hardware, ram, vm, vcpus, devices)?;
+        if config.count_instructions {
+            machine.count_instructions();
+        }
         times.devices = start.elapsed();
         machine.times = times;
-        machine.stats = stats;
+        machine.start(Want::Pause)?;
         Ok(machine)
     }
 
-    /// Makes a VM that goes on from `state` in `ram`. Its vCPUs wait at the gate, or run at once: to wake a
-    /// thread that has just come to wait takes longer than all the rest of a fork on a busy host.
-    pub(crate) fn restore(
-        state: &VmState,
-        ram: GuestRam,
-        want: Want,
-    ) -> Result<Machine, BootError> {
+    /// Makes a VM that goes on from `state` in `ram` once it is [started](Self::start).
+    pub(crate) fn restore(state: &VmState, ram: GuestRam) -> Result<Machine, BootError> {
         let host = Host::get()?;
         let mut times = CreateTimes::default();
         let start = Instant::now();
@@ -227,14 +222,12 @@ impl Machine {
 
         let start = Instant::now();
         let devices = Devices::restore(state, images)?;
-        let mut machine = Self::assemble(state.hardware, ram, vm, vcpus.len(), devices)?;
+        let mut machine = Self::assemble(state.hardware, ram, vm, vcpus, devices)?;
         for (transport, saved) in machine.board.virtio.iter().zip(&state.transports) {
             lock(transport)
                 .restore(saved)
                 .map_err(|e| BootError::State(e.to_string()))?;
         }
-        machine.gate.set(want);
-        machine.spawn(vcpus)?;
         times.devices = start.elapsed();
         machine.times = times;
         Ok(machine)
@@ -245,7 +238,7 @@ impl Machine {
         hardware: Hardware,
         ram: GuestRam,
         vm: VmFd,
-        vcpus: usize,
+        vcpus: Vec<VcpuFd>,
         devices: Devices,
     ) -> Result<Machine, BootError> {
         let mut virtio = Vec::with_capacity(devices.virtio.len());
@@ -264,7 +257,7 @@ impl Machine {
             serial,
             virtio: virtio.clone(),
         });
-        let gate = Arc::new(Gate::new(vcpus, Want::Pause));
+        let gate = Arc::new(Gate::new(vcpus.len(), Want::Pause));
         let ending = Arc::new(Ending::new(Arc::clone(&gate), devices.console.clone()));
         ending.ends_streams(devices.vsock.clone());
         let attachment =
@@ -280,7 +273,8 @@ impl Machine {
             board,
             times: CreateTimes::default(),
             stats: Vec::new(),
-            threads: Vec::with_capacity(vcpus),
+            threads: Vec::with_capacity(vcpus.len()),
+            vcpus,
             attachment: Some(attachment),
             vm: Some(vm),
             ram: Some(ram),
@@ -289,11 +283,22 @@ impl Machine {
         })
     }
 
-    /// Starts the vCPUs' threads. A failure takes the half-made machine apart by dropping it.
-    fn spawn(&mut self, vcpus: Vec<VcpuFd>) -> Result<(), BootError> {
+    /// Counts emulated instructions, if the host can; before the start.
+    pub(crate) fn count_instructions(&mut self) {
+        // A host that does not count is no reason not to run.
+        let stats = self.vcpus.iter().map(VcpuStats::open);
+        self.stats = stats.filter_map(Result::ok).collect();
+    }
+
+    /// Starts the vCPUs' threads. They wait at the gate, or run at once: to wake a thread that has just come
+    /// to wait takes longer than all the rest of a fork on a busy host. A failure takes the half-made
+    /// machine apart by dropping it.
+    pub(crate) fn start(&mut self, want: Want) -> Result<(), BootError> {
+        let start = Instant::now();
+        self.gate.set(want);
         let limits = self.hardware.limits;
         let account = limits.cpu_percent.map(Account::new).map(Arc::new);
-        for (index, fd) in vcpus.into_iter().enumerate() {
+        for (index, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
                 fd,
@@ -306,6 +311,7 @@ impl Machine {
             };
             self.threads.push(vcpu.spawn()?);
         }
+        self.times.devices += start.elapsed();
         Ok(())
     }
 
@@ -371,6 +377,7 @@ impl Machine {
             }
         }
         self.detach();
+        self.vcpus.clear();
         self.stats.clear();
         if stopped {
             drop(self.vm.take());

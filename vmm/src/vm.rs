@@ -53,6 +53,11 @@ pub enum PauseError {
 
 /// How long a pause waits for the vCPUs. They leave the guest within a signal's delivery.
 const PAUSE_BOUND: Duration = Duration::from_secs(5);
+/// How long [`Vm::pause_at_rest`] lets the guest work between two looks.
+const REST_INTERVAL: Duration = Duration::from_millis(10);
+/// How long a guest at rest has nothing to do: several times what a clone needs to answer its first ping where
+/// ring 0 is emulated.
+const QUIET: Duration = Duration::from_millis(300);
 
 impl Vm {
     /// Makes the VM and lets it run. Blocks for a few milliseconds (files are read and copied).
@@ -132,6 +137,32 @@ impl Vm {
             self.handles.gate.set(Want::Run);
         }
         settled
+    }
+
+    /// As [`Vm::pause`], but first waits until every vCPU is idle and has no timer due soon, so that a
+    /// template holds no work half done, or about to begin, which each of its clones would have to do. Looks
+    /// every few milliseconds; after half of `limit` being idle is enough, after `limit` the guest is stopped
+    /// as it is. Returns whether it was idle. Blocks.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`].
+    pub fn pause_at_rest(&self, limit: Duration) -> Result<bool, PauseError> {
+        let begin = Instant::now();
+        loop {
+            self.pause()?;
+            let quiet = self.handles.gate.quiet_for();
+            let spent = begin.elapsed();
+            let enough = if spent < limit / 2 {
+                QUIET
+            } else {
+                Duration::ZERO
+            };
+            if quiet.is_some_and(|quiet| quiet >= enough) || spent >= limit {
+                return Ok(quiet.is_some());
+            }
+            self.resume()?;
+            std::thread::sleep(REST_INTERVAL);
+        }
     }
 
     /// As [`Vm::pause`], but returns at once: the vCPUs stop soon. A [`Vm::resume`] that follows wins.

@@ -30,6 +30,10 @@ impl<S> Connection<S> {
         }
     }
 
+    pub(super) fn stream(&self) -> &S {
+        &self.stream
+    }
+
     pub(super) fn into_stream(self) -> S {
         self.stream
     }

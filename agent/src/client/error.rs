@@ -73,6 +73,9 @@ pub enum PingError {
     /// A ping with this nonce still waits for its answer: use another.
     #[error("nonce {0} is still unanswered: use another")]
     NonceInUse(u64),
+    /// No ping with this nonce waits for its answer.
+    #[error("no ping with nonce {0} waits for its answer: send one first")]
+    NotAsked(u64),
     /// So many pings went unanswered that another makes no sense.
     #[error("{0} pings are unanswered: the agent does not respond")]
     Unanswered(usize),

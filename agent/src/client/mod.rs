@@ -36,7 +36,8 @@ const MAX_UNANSWERED: usize = 64;
 #[derive(Debug)]
 pub struct AgentClient<S> {
     connection: Connection<S>,
-    hello: Hello,
+    /// None where the greetings were exchanged before this client's time.
+    hello: Option<Hello>,
     /// Nonces of pings that were given up before their answers came.
     unanswered: Vec<u64>,
 }
@@ -77,14 +78,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         connection.queue_hello().map_err(ConnectionError::from)?;
         Ok(Self {
             connection,
-            hello,
+            hello: Some(hello),
             unanswered: Vec::new(),
         })
     }
 
-    /// The agent's greeting: identity and boot times.
-    pub fn hello(&self) -> &Hello {
-        &self.hello
+    /// Goes on with a connection on which both sides have greeted and nothing is under way: what a clone has of the
+    /// connection that its template's client left open, all answers taken.
+    pub fn resume(stream: S) -> Self {
+        Self {
+            connection: Connection::new(stream),
+            hello: None,
+            unanswered: Vec::new(),
+        }
+    }
+
+    /// The agent's greeting: identity and boot times. None of a connection that was [resumed](Self::resume).
+    pub fn hello(&self) -> Option<Hello> {
+        self.hello
+    }
+
+    /// The stream that carries the connection.
+    pub fn stream(&self) -> &S {
+        self.connection.stream()
     }
 
     /// Asks whether the agent is alive. Answers to earlier pings that were given up are discarded.
@@ -96,16 +112,35 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// # Cancel safety
     /// Safe: the client stays usable, the late answer is discarded.
     pub async fn ping(&mut self, nonce: u64) -> Result<Pong, PingError> {
+        self.queue_ping(nonce)?;
+        self.pong(nonce).await
+    }
+
+    fn queue_ping(&mut self, nonce: u64) -> Result<(), PingError> {
         if self.unanswered.contains(&nonce) {
             return Err(PingError::NonceInUse(nonce));
         }
         if self.unanswered.len() >= MAX_UNANSWERED {
             return Err(PingError::Unanswered(self.unanswered.len()));
         }
-        self.unanswered.push(nonce);
         self.connection
             .queue(&Request::Ping { nonce })
             .map_err(ConnectionError::from)?;
+        self.unanswered.push(nonce);
+        Ok(())
+    }
+
+    /// The answer to a ping that [`refresh_and_ping`](Self::refresh_and_ping) has sent.
+    ///
+    /// # Errors
+    /// [`PingError::NotAsked`] if no such ping waits for its answer; otherwise as [`ping`](Self::ping).
+    ///
+    /// # Cancel safety
+    /// As [`ping`](Self::ping).
+    pub async fn pong(&mut self, nonce: u64) -> Result<Pong, PingError> {
+        if !self.unanswered.contains(&nonce) {
+            return Err(PingError::NotAsked(nonce));
+        }
         loop {
             self.connection.frame().await?;
             match self.connection.take()? {
@@ -161,8 +196,35 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// # Cancel safety
     /// Not safe: the answer would be taken for another request's. Drop the client, too.
     pub async fn refresh(&mut self, refresh: Refresh) -> Result<Refreshed, ConnectionError> {
-        self.connection
-            .queue(&Request::Refresh(Box::new(refresh)))?;
+        self.queue_refresh(refresh)?;
+        self.refreshed().await
+    }
+
+    /// As [`refresh`](Self::refresh), and sends a ping right behind, so that both cost one round trip: its answer, which
+    /// [`pong`](Self::pong) gives, comes from the refreshed guest.
+    ///
+    /// # Errors
+    /// As [`refresh`](Self::refresh) and [`ping`](Self::ping).
+    ///
+    /// # Cancel safety
+    /// As [`refresh`](Self::refresh).
+    pub async fn refresh_and_ping(
+        &mut self,
+        refresh: Refresh,
+        nonce: u64,
+    ) -> Result<Refreshed, PingError> {
+        self.queue_refresh(refresh)?;
+        self.queue_ping(nonce)?;
+        Ok(self.refreshed().await?)
+    }
+
+    fn queue_refresh(&mut self, refresh: Refresh) -> Result<(), ConnectionError> {
+        Ok(self
+            .connection
+            .queue(&Request::Refresh(Box::new(refresh)))?)
+    }
+
+    async fn refreshed(&mut self) -> Result<Refreshed, ConnectionError> {
         loop {
             self.connection.frame().await?;
             match self.connection.take()? {

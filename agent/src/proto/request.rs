@@ -145,7 +145,8 @@ pub struct WallClock {
 /// What a clone is given before any user code runs in it. Each part is optional and reported on its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refresh {
-    /// Fresh entropy, 32 to 512 bytes: credited to the kernel's generator, which is then reseeded. Empty: none.
+    /// Fresh entropy, 32 to 512 bytes, for the kernel's generator, which is then reseeded. Of 80 bytes or more the last
+    /// 16 become the boot id instead. 80 are best: kernels of ours then need not hash. Empty: none.
     #[serde(with = "serde_bytes")]
     pub entropy: Vec<u8>,
     /// The time at the host when it sent this. Our kernel steps the wall clock to the hypervisor's, which

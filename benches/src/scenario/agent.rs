@@ -1,16 +1,23 @@
-//! Reaching a guest's agent without a pool.
+//! Reaching a guest's agent without a pool, and a template as a pool makes it.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hearth_agent::AgentClient;
-use hearth_agent::proto::AGENT_PORT;
-use hearth_vmm::VsockHost;
+use hearth_agent::proto::{AGENT_PORT, InstanceId, READY_PORT, Refresh};
 use hearth_vmm::virtio::vsock::VsockStream;
+use hearth_vmm::{Template, Vm, VmConfig, VsockHost};
 
 use super::ScenarioError;
+use super::boot::Files;
+use super::pool::MEMORY_MIB;
 
 /// A connection to an agent.
 pub(super) type Agent = AgentClient<VsockStream>;
+
+/// How often a template's guest goes through a clone's first steps.
+const REHEARSALS: u64 = 2;
+/// How long it may then take to come to rest.
+pub(super) const REST: Duration = Duration::from_secs(5);
 
 /// Dials the agent.
 pub(super) async fn dial(vsock: &VsockHost) -> Result<Agent, ScenarioError> {
@@ -26,7 +33,7 @@ pub(super) async fn greet(stream: VsockStream) -> Result<Agent, ScenarioError> {
 
 /// Waits until the agent has prepared everything, as a pool does before it makes a template. `pause` lies
 /// between two pings.
-pub(super) async fn prepared(agent: &mut Agent, pause: Duration) -> Result<(), ScenarioError> {
+async fn prepared(agent: &mut Agent, pause: Duration) -> Result<(), ScenarioError> {
     // The nonce before the first may have been used.
     for nonce in 2.. {
         let pong = agent.ping(nonce).await;
@@ -36,4 +43,60 @@ pub(super) async fn prepared(agent: &mut Agent, pause: Duration) -> Result<(), S
         tokio::time::sleep(pause).await;
     }
     Ok(())
+}
+
+/// Makes a guest a template as a pool does: prepared, rehearsed, at rest, and with its connection to the
+/// agent kept for the clones.
+pub(super) async fn freeze(vm: Vm, mut agent: Agent) -> Result<Template, ScenarioError> {
+    prepared(&mut agent, Duration::from_millis(20)).await?;
+    for nonce in 0..REHEARSALS {
+        renew(&mut agent, nonce).await?;
+    }
+    agent.stream().mark_durable();
+    let at_rest = vm.pause_at_rest(REST);
+    at_rest.map_err(ScenarioError::at("rest"))?;
+    let template = vm.into_template();
+    template.map_err(ScenarioError::at("template"))
+}
+
+/// Boots a guest and makes it a template.
+pub(super) async fn template(files: Files<'_>) -> Result<Template, ScenarioError> {
+    let config = VmConfig::builder(files.kernel)
+        .initramfs(files.initramfs)
+        .memory_mib(MEMORY_MIB.into())
+        .build()
+        .map_err(ScenarioError::at("configuration"))?;
+    let vm = Vm::create(&config).map_err(ScenarioError::at("create"))?;
+    let listener = vm.vsock().listen(READY_PORT);
+    let mut listener = listener.map_err(ScenarioError::at("listen"))?;
+    vm.resume().map_err(ScenarioError::at("resume"))?;
+    let stream = listener.accept().await;
+    let agent = greet(stream.map_err(ScenarioError::at("agent"))?).await?;
+    freeze(vm, agent).await
+}
+
+/// The connection that a clone has from its template.
+pub(super) fn resume(vm: &Vm) -> Result<Agent, ScenarioError> {
+    let stream = vm.vsock().reattach_all().pop();
+    let stream = stream.ok_or("the clone has no connection of its template");
+    let stream = stream.map_err(ScenarioError::at("control connection"))?;
+    Ok(AgentClient::resume(stream))
+}
+
+/// What a clone goes through before it is parked: a new identity, and a ping, in one round trip.
+pub(super) async fn renew(agent: &mut Agent, nonce: u64) -> Result<(), ScenarioError> {
+    let refreshed = agent.refresh_and_ping(refresh(), nonce).await;
+    refreshed.map_err(ScenarioError::at("reseed"))?;
+    let pong = agent.pong(nonce).await;
+    pong.map(drop).map_err(ScenarioError::at("ping"))
+}
+
+/// A refresh of the right size; nobody lives on it.
+pub(super) fn refresh() -> Refresh {
+    Refresh {
+        entropy: vec![0; 80],
+        wall_clock: Some(SystemTime::now().into()),
+        instance: Some(InstanceId([0; 16])),
+        hostname: Some("vm-0".into()),
+    }
 }

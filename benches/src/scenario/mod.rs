@@ -6,6 +6,7 @@ pub mod floor;
 pub mod fork;
 pub mod handoff;
 pub mod idle;
+pub mod ping;
 pub mod pool;
 pub mod refill;
 pub mod replace;

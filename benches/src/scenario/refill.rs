@@ -1,15 +1,14 @@
 //! How fast an emptied pool fills from a template, what that costs, and where it goes. A guest counts
 //! when it is parked: reseeded, and proven by a ping.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use hearth_agent::proto::{InstanceId, READY_PORT, Refresh};
 use hearth_pool::{Parking, Refill};
-use hearth_vmm::{Template, Vm, VmConfig};
+use hearth_vmm::Template;
 
-use super::agent::{dial, greet, prepared};
+use super::agent::{renew, resume, template};
 use super::boot::Files;
-use super::pool::{MEMORY_MIB, PROFILE, backend, config, full, start};
+use super::pool::{PROFILE, backend, config, full, start};
 use super::{ScenarioError, us};
 use crate::cpu;
 use crate::report::Report;
@@ -58,8 +57,8 @@ fn ms(duration: Duration) -> f64 {
 async fn one_by_one(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), ScenarioError> {
     let template = template(files).await?;
     let mut steps = STEPS.map(|step| (step, vec![], vec![]));
-    for round in 0..n {
-        for ((_, wall, spent), lap) in steps.iter_mut().zip(laps(&template, round).await?) {
+    for _ in 0..n {
+        for ((_, wall, spent), lap) in steps.iter_mut().zip(laps(&template).await?) {
             wall.push(us(lap.0));
             spent.push(ms(lap.1));
         }
@@ -72,65 +71,26 @@ async fn one_by_one(report: &mut Report, files: Files<'_>, n: usize) -> Result<(
 }
 
 /// What a guest of a pool goes through.
-const STEPS: [&str; 6] = [
-    "fork",
-    "greeting",
-    "reseed",
-    "first ping",
-    "park",
-    "destroy",
-];
+const STEPS: [&str; 4] = ["fork", "reseed and ping", "park", "destroy"];
 
 /// Wall and processor time of each step of one guest.
-async fn laps(
-    template: &Template,
-    round: usize,
-) -> Result<[(Duration, Duration); 6], ScenarioError> {
+async fn laps(template: &Template) -> Result<[(Duration, Duration); 4], ScenarioError> {
     let now = || (Instant::now(), cpu::process());
     let begin = now();
     let vm = template.fork().map_err(ScenarioError::at("fork"))?;
     let forked = now();
-    let mut agent = dial(vm.vsock()).await?;
-    let greeted = now();
-    let refresh = Refresh {
-        // Of the right length; nobody lives on it.
-        entropy: vec![0; 64],
-        wall_clock: Some(SystemTime::now().into()),
-        instance: Some(InstanceId([0; 16])),
-        hostname: Some(format!("vm-{round}")),
-    };
-    let refreshed = agent.refresh(refresh).await;
-    refreshed.map_err(ScenarioError::at("reseed"))?;
-    let reseeded = now();
-    agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
+    let mut agent = resume(&vm)?;
+    renew(&mut agent, 1).await?;
     let answered = now();
     vm.pause().map_err(ScenarioError::at("park"))?;
     let parked = now();
     drop(agent);
     vm.destroy();
-    let times = [begin, forked, greeted, reseeded, answered, parked, now()];
+    let times = [begin, forked, answered, parked, now()];
     let laps = times.array_windows();
-    let mut spent = [(Duration::ZERO, Duration::ZERO); 6];
+    let mut spent = [(Duration::ZERO, Duration::ZERO); 4];
     for (lap, [from, to]) in spent.iter_mut().zip(laps) {
         *lap = (to.0 - from.0, to.1 - from.1);
     }
     Ok(spent)
-}
-
-/// A template like that of the pool, whose steps can be taken one by one.
-async fn template(files: Files<'_>) -> Result<Template, ScenarioError> {
-    let config = VmConfig::builder(files.kernel)
-        .initramfs(files.initramfs)
-        .memory_mib(MEMORY_MIB.into())
-        .build()
-        .map_err(ScenarioError::at("configuration"))?;
-    let vm = Vm::create(&config).map_err(ScenarioError::at("create"))?;
-    let listener = vm.vsock().listen(READY_PORT);
-    let mut listener = listener.map_err(ScenarioError::at("listen"))?;
-    vm.resume().map_err(ScenarioError::at("resume"))?;
-    let stream = listener.accept().await;
-    let mut agent = greet(stream.map_err(ScenarioError::at("agent"))?).await?;
-    prepared(&mut agent, Duration::ZERO).await?;
-    drop(agent);
-    vm.into_template().map_err(ScenarioError::at("template"))
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use hearth_agent::client::Command;
@@ -25,7 +25,20 @@ pub enum Way {
     PowerOff,
     /// Its vCPUs stop for ever.
     Freeze,
+    /// Its agent stops; all else in it goes on.
+    Wedge,
 }
+
+impl Way {
+    /// Whether the guest lives on and must be asked to be found out.
+    #[must_use]
+    pub fn is_silent(self) -> bool {
+        matches!(self, Self::Freeze | Self::Wedge)
+    }
+}
+
+/// An agent that does not answer for so long has stopped.
+const WEDGED: Duration = Duration::from_millis(500);
 
 /// Makes VMs as [`KvmBackend`] does, and keeps a hand on them.
 pub struct Victims {
@@ -73,7 +86,7 @@ impl Victims {
         };
         // What brings it about takes longer than the guest: a kill waits until nothing of it is left.
         let ended = async {
-            if way != Way::Freeze {
+            if !way.is_silent() {
                 hand.exited.await;
             }
             Ok(Instant::now())
@@ -83,6 +96,7 @@ impl Victims {
                 Way::Freeze => {
                     lock(&self.frozen).insert(hand.instance);
                 }
+                Way::Wedge => wedge(&hand.vsock).await?,
                 Way::Kill => hand.remote.kill().await,
                 Way::Panic => run(&hand.vsock, "panic").await?,
                 Way::PowerOff => run(&hand.vsock, "poweroff").await?,
@@ -90,7 +104,11 @@ impl Victims {
             Ok(())
         };
         let (ended, ()) = tokio::try_join!(ended, cause)?;
-        Ok(ended)
+        Ok(if way == Way::Wedge {
+            Instant::now()
+        } else {
+            ended
+        })
     }
 
     fn is_frozen(&self, vm: &Guest) -> bool {
@@ -104,6 +122,21 @@ async fn run(vsock: &VsockHost, program: &str) -> Result<(), ScenarioError> {
     // The guest may be gone before it has said that the program runs.
     if let Ok(exec) = agent.exec(Command::new(program)).await {
         let _ = exec.wait().await;
+    }
+    Ok(())
+}
+
+/// Stops the agent, and returns when it is seen to have stopped.
+async fn wedge(vsock: &VsockHost) -> Result<(), ScenarioError> {
+    let mut agent = dial(vsock).await?;
+    let program = vsock.clone();
+    // Ends with the guest.
+    tokio::spawn(async move { run(&program, "wedge-agent").await });
+    for nonce in 1.. {
+        match tokio::time::timeout(WEDGED, agent.ping(nonce)).await {
+            Ok(pong) => pong.map(drop).map_err(ScenarioError::at("ping"))?,
+            Err(_) => break,
+        }
     }
     Ok(())
 }

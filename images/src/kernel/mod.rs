@@ -53,6 +53,8 @@ patches![
     "0015-x86-hearth-no-2-MiB-alignment-of-decrypted-data-with.patch",
     "0016-x86-kvmclock-hearth-let-root-step-the-wall-clock-of-.patch",
     "0017-tick-hearth-fewer-timer-interrupts-where-ring-0-is-e.patch",
+    "0018-random-hearth-let-root-rekey-the-generator-of-a-clon.patch",
+    "0019-vsock-hearth-no-credit-update-after-each-message-whe.patch",
 ];
 
 /// Why there is no kernel.

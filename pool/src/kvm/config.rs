@@ -1,10 +1,13 @@
 //! What the backend makes guests from.
 
 use std::collections::HashMap;
+use std::num::NonZero;
 use std::path::PathBuf;
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use hearth_vmm::CpuProfile;
+use tokio::sync::Semaphore;
 
 use super::KvmBackend;
 use super::birth::Births;
@@ -33,6 +36,16 @@ pub struct KvmImage {
     pub append: String,
 }
 
+/// How many clones are made at a time. Up to its first pong a clone needs a processor, most of all where its
+/// kernel is emulated: more of them at once would only be slowed down by each other's timer ticks.
+fn forks_at_once(cpu: CpuProfile) -> usize {
+    let processors = available_parallelism().map_or(1, NonZero::get);
+    match cpu {
+        CpuProfile::Emulated => processors,
+        CpuProfile::Native => 4 * processors,
+    }
+}
+
 /// Collects a [`KvmBackend`].
 #[must_use]
 pub struct KvmBackendBuilder(KvmBackend);
@@ -51,6 +64,7 @@ impl KvmBackendBuilder {
             templates: Templates::default(),
             store: Store::default_dir().map(|dir| Store::new(dir, DEFAULT_LIMIT)),
             births: Births::default(),
+            turns: Semaphore::new(forks_at_once(cpu)),
         })
     }
 

@@ -14,20 +14,32 @@ use crate::backend::ProbeError;
 /// One at a time may ask; each with a nonce of its own, so that a late answer is told from a false
 /// one by the client.
 pub(super) struct Control<S> {
-    /// None after the connection was lost: the next to ask dials again.
-    client: Mutex<Option<AgentClient<S>>>,
+    line: Mutex<Line<S>>,
     nonce: AtomicU64,
     instance: InstanceId,
 }
 
+struct Line<S> {
+    /// None after the connection was lost: the next to ask dials again.
+    client: Option<AgentClient<S>>,
+    /// The nonce of a ping that was sent already, for the next to ask.
+    asked: Option<u64>,
+}
+
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Control<S> {
-    /// `first` is the first nonce that was not used on this connection.
-    pub(super) fn new(client: AgentClient<S>, instance: InstanceId, first: u64) -> Self {
+    /// No ping was sent on this connection but for the one with the nonce `asked`.
+    pub(super) fn new(client: AgentClient<S>, instance: InstanceId, asked: Option<u64>) -> Self {
+        let client = Some(client);
         Self {
-            client: Mutex::new(Some(client)),
-            nonce: AtomicU64::new(first),
+            line: Mutex::new(Line { client, asked }),
+            nonce: AtomicU64::new(asked.map_or(1, |nonce| nonce.wrapping_add(1))),
             instance,
         }
+    }
+
+    /// Takes the connection away, with what may be under way on it.
+    pub(super) async fn take(&self) -> Option<AgentClient<S>> {
+        self.line.lock().await.client.take()
     }
 
     /// One ping. Dropping the future is fine: its answer, when it comes, is discarded.
@@ -35,12 +47,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Control<S> {
         &self,
         dial: impl Future<Output = Option<AgentClient<S>>>,
     ) -> Result<(), ProbeError> {
-        let mut client = self.client.lock().await;
+        let mut line = self.line.lock().await;
+        let Line { client, asked } = &mut *line;
         if client.is_none() {
+            *asked = None;
             *client = dial.await;
         }
         let agent = client.as_mut().ok_or(ProbeError::Lost)?;
-        match agent.ping(self.nonce.fetch_add(1, Ordering::Relaxed)).await {
+        let pong = match asked.take() {
+            Some(nonce) => agent.pong(nonce).await,
+            None => agent.ping(self.nonce.fetch_add(1, Ordering::Relaxed)).await,
+        };
+        match pong {
             Ok(Pong { instance, .. }) if instance == self.instance => Ok(()),
             Ok(_) => Err(ProbeError::Wrong("it says that it is another guest")),
             Err(error) if error.is_protocol() => {
@@ -114,7 +132,7 @@ mod tests {
         guest.write_all(&out).await.unwrap();
         let client = AgentClient::handshake(host).await.unwrap();
         (
-            Control::new(client, ME, 1),
+            Control::new(client, ME, None),
             Agent(guest, FrameBuffer::new()),
         )
     }
@@ -126,7 +144,7 @@ mod tests {
     /// The next to ask dials, and is answered.
     async fn is_well_when_dialled_again(control: &Control<DuplexStream>) {
         let (fresh, mut agent) = connected().await;
-        let client = fresh.client.into_inner();
+        let client = fresh.take().await;
         let answers = async {
             let nonce = agent.pinged().await;
             agent.pong(nonce, ME).await;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
@@ -43,6 +43,8 @@ pub struct Guest {
     vm: Arc<Vm>,
     gone: Gone,
     control: Arc<Control<GuestStream>>,
+    /// A connection that a clone has from its template, for the first that asks for one.
+    spare: Mutex<Option<AgentClient<GuestStream>>>,
     instance: InstanceId,
     activity: Arc<AtomicU64>,
     connect_timeout: Duration,
@@ -56,13 +58,14 @@ impl Guest {
         (vm, gone): (Vm, Gone),
         agent: AgentClient<GuestStream>,
         instance: InstanceId,
-        next_nonce: u64,
+        asked: Option<u64>,
         dialler: Dialler,
     ) -> Self {
         Self {
             vm: Arc::new(vm),
             gone,
-            control: Arc::new(Control::new(agent, instance, next_nonce)),
+            control: Arc::new(Control::new(agent, instance, asked)),
+            spare: Mutex::default(),
             instance,
             activity: dialler.activity,
             connect_timeout: dialler.timeout,
@@ -74,6 +77,11 @@ impl Guest {
 
     pub(super) fn with_env(mut self, env: BTreeMap<String, String>) -> Self {
         self.env = env;
+        self
+    }
+
+    pub(super) fn with_spare(mut self, spare: Option<AgentClient<GuestStream>>) -> Self {
+        self.spare = Mutex::new(spare);
         self
     }
 
@@ -126,7 +134,15 @@ impl Guest {
     /// # Errors
     /// Why there is none.
     pub async fn agent(&self) -> Result<AgentClient<GuestStream>, GuestError> {
-        self.dialler().agent().await
+        let spare = self
+            .spare
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        match spare {
+            Some(agent) => Ok(agent),
+            None => self.dialler().agent().await,
+        }
     }
 
     /// A command with the environment of the guest's profile and the present time; refine it and
@@ -218,6 +234,12 @@ pub(super) struct Dialler {
     pub(super) activity: Arc<AtomicU64>,
 }
 
+/// The connections that a clone begins with.
+pub(super) struct Lines {
+    pub(super) control: AgentClient<GuestStream>,
+    pub(super) spare: Option<AgentClient<GuestStream>>,
+}
+
 impl Dialler {
     async fn connect(&self, port: u32) -> Result<GuestStream, GuestError> {
         let stream = self.vsock.connect_timeout(port, self.timeout).await?;
@@ -226,6 +248,25 @@ impl Dialler {
 
     pub(super) async fn agent(&self) -> Result<AgentClient<GuestStream>, GuestError> {
         self.greet(self.connect(AGENT_PORT).await?).await
+    }
+
+    /// What a clone has of its template's connections.
+    pub(super) async fn resume(&self) -> Result<Lines, GuestError> {
+        let (mut control, mut spare) = (None, None);
+        for stream in self.vsock.reattach_all() {
+            // The agent dialled the one, the pool the other.
+            let line = match stream.guest_port() {
+                AGENT_PORT => &mut spare,
+                _ => &mut control,
+            };
+            let stream = GuestStream::new(stream, Arc::clone(&self.activity));
+            *line = Some(AgentClient::resume(stream));
+        }
+        let control = match control {
+            Some(control) => control,
+            None => self.agent().await?,
+        };
+        Ok(Lines { control, spare })
     }
 
     pub(super) async fn greet(

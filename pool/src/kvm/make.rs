@@ -18,17 +18,23 @@ use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::birth::Birth;
-use super::guest::{Dialler, Guest, GuestError};
+use super::guest::{Dialler, Guest, GuestError, Lines};
 use super::store::MadeOf;
 use super::stream::GuestStream;
 use super::{KvmBackend, KvmImage};
 use crate::profile::{Balloon, Profile};
 use crate::slot::VmId;
 
-/// Bytes of host randomness that a clone's kernel is reseeded with.
-const ENTROPY: usize = 64;
+/// Bytes of host randomness for a clone: 64 for its kernel's generator, 16 for its boot id.
+const ENTROPY: usize = 80;
 /// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's time.
 const WORTH_SQUEEZING: u64 = 8 << 20;
+/// How often a template's guest goes through a clone's first steps.
+const REHEARSALS: usize = 2;
+/// How long a template's guest may take to come to rest before it is frozen.
+const REST: Duration = Duration::from_secs(5);
+/// Nonce of the ping that proves a clone alive.
+const FIRST_NONCE: u64 = 1;
 /// Pause between two pings while a template's guest prepares itself.
 const PREPARE_PAUSE: Duration = Duration::from_millis(20);
 
@@ -162,8 +168,8 @@ impl KvmBackend {
         let dialler = self.dialler(&vm);
         let stream = GuestStream::new(stream, Arc::clone(&dialler.activity));
         let agent = dialler.greet(stream).await?;
-        let instance = agent.hello().instance;
-        let guest = Guest::new((vm, birth.gone()), agent, instance, 1, dialler);
+        let instance = agent.hello().unwrap_or_default().instance;
+        let guest = Guest::new((vm, birth.gone()), agent, instance, None, dialler);
         Ok(guest.with_env(profile.env.clone()))
     }
 
@@ -217,7 +223,9 @@ impl KvmBackend {
     pub(super) async fn make_template(&self, profile: &Profile) -> Result<Template, CreateError> {
         let birth = self.births.begin();
         let mut guest = self.boot_bare(profile, &birth).await?;
-        let mut agent = guest.agent().await?;
+        // Nobody probes a guest that becomes a template.
+        let agent = guest.control().take().await;
+        let mut agent = agent.ok_or(ConnectionError::Closed)?;
         let mut nonces = 1..;
         let prepared = async {
             for nonce in &mut nonces {
@@ -237,12 +245,45 @@ impl KvmBackend {
             let memory = agent.ping(nonces.next().unwrap_or(0)).await?.memory;
             self.squeeze(&mut guest, memory, profile).await;
         }
-        drop(agent);
+        let spare = self.rehearse(&guest, &mut agent, nonces).await?;
+        for line in [&agent, &spare] {
+            line.stream().mark_durable();
+        }
         // Only this task knows the guest: nobody else can hold its VM.
         let vm = guest.into_vm().ok_or(CreateError::Ended(Exit::Killed))?;
-        let template = spawn_blocking(move || vm.into_template()).await??;
+        let freeze = move || {
+            if !vm.pause_at_rest(REST)? {
+                tracing::debug!("a template's guest was busy when it was frozen");
+            }
+            vm.into_template()
+        };
+        let template = spawn_blocking(freeze).await??;
+        drop((agent, spare));
         birth.done();
         Ok(template)
+    }
+
+    /// Does to a template's guest what each clone will go through, so that what the first time takes (pages,
+    /// caches) is part of the template. Gives the connection that a clone keeps for its owner.
+    async fn rehearse(
+        &self,
+        guest: &Guest,
+        agent: &mut AgentClient<GuestStream>,
+        nonces: impl Iterator<Item = u64>,
+    ) -> Result<AgentClient<GuestStream>, CreateError> {
+        let rehearsal = async {
+            for nonce in nonces.take(REHEARSALS) {
+                refresh(agent, "template".into(), nonce).await?;
+                agent.pong(nonce).await?;
+            }
+            let mut spare = guest.agent().await?;
+            // The agent reads this side's greeting with it.
+            spare.ping(FIRST_NONCE).await?;
+            Ok(spare)
+        };
+        let limit = self.boot_timeout;
+        let rehearsed = timeout(limit, rehearsal).await;
+        rehearsed.map_err(|_| CreateError::Late(limit))?
     }
 
     /// A clone that is a stranger to its siblings.
@@ -253,11 +294,15 @@ impl KvmBackend {
         template: Template,
         birth: &Birth,
     ) -> Result<Guest, CreateError> {
+        // Never closed: there is always a turn to come.
+        let _turn = self.turns.acquire().await;
         let vm = alive(birth, move || template.fork()).await?;
         let dialler = self.dialler(&vm);
-        let mut agent = dialler.agent().await?;
-        let instance = refresh(&mut agent, id).await?;
-        let mut guest = Guest::new((vm, birth.gone()), agent, instance, 1, dialler);
+        let Lines { mut control, spare } = dialler.resume().await?;
+        let instance = refresh(&mut control, id.to_string(), FIRST_NONCE).await?;
+        let asked = Some(FIRST_NONCE);
+        let guest = Guest::new((vm, birth.gone()), control, instance, asked, dialler);
+        let mut guest = guest.with_spare(spare);
         if guest.vm().balloon().actual() > 0 {
             // Its template's balloon did not deflate in time.
             guest.set_inflated();
@@ -329,9 +374,11 @@ async fn alive(
     Ok(spawn_blocking(make).await??)
 }
 
+/// Gives a clone its new identity, and sends a ping behind.
 async fn refresh(
     agent: &mut AgentClient<GuestStream>,
-    id: VmId,
+    hostname: String,
+    nonce: u64,
 ) -> Result<InstanceId, CreateError> {
     let mut identity = InstanceId([0; 16]);
     fill(&mut identity.0)?;
@@ -341,9 +388,13 @@ async fn refresh(
         entropy,
         wall_clock: Some(SystemTime::now().into()),
         instance: Some(identity),
-        hostname: Some(id.to_string()),
+        hostname: Some(hostname),
     };
-    let refreshed = agent.refresh(refresh).await?;
+    let refreshed = agent.refresh_and_ping(refresh, nonce).await;
+    let refreshed = refreshed.map_err(|error| match error {
+        PingError::Connection(error) => CreateError::Refresh(error),
+        other => CreateError::Ping(other),
+    })?;
     if !refreshed.all_applied() {
         return Err(CreateError::Hygiene(format!("{refreshed:?}")));
     }

@@ -24,6 +24,7 @@ pub use make::CreateError;
 use store::Store;
 pub use stream::GuestStream;
 use templates::Templates;
+use tokio::sync::Semaphore;
 
 use crate::backend::{Backend, ProbeError, Remote};
 use crate::profile::{Parking, Profile};
@@ -42,6 +43,8 @@ pub struct KvmBackend {
     /// Where templates outlast the process.
     store: Option<Store>,
     births: Births,
+    /// One for each clone that may be in the making.
+    turns: Semaphore,
 }
 
 impl KvmBackend {

@@ -21,6 +21,11 @@ impl GuestStream {
         Self { stream, activity }
     }
 
+    /// Lets the connection survive in the clones of a template that is now made of its guest.
+    pub(super) fn mark_durable(&self) {
+        self.stream.mark_durable();
+    }
+
     fn moved(&self) {
         self.activity.fetch_add(1, Ordering::Relaxed);
     }

@@ -36,13 +36,13 @@ fn take(pool: &Pool<Rig>, dead: VmId) {
 }
 
 #[tokio::test]
-async fn killed_panicked_and_powered_off_guests_are_replaced_at_once() {
+async fn killed_panicked_and_powered_off_guests_and_such_whose_agent_dies_are_replaced_at_once() {
     if !kvm() {
         return;
     }
     let rig = Rig::new().await;
     let pool = rig.pool(config(1).park(Parking::Running)).await;
-    for way in ["kill", "panic", "poweroff"] {
+    for way in ["kill", "panic", "poweroff", "crash-agent"] {
         let mut events = pool.subscribe();
         let victim = rig.all().pop().unwrap();
         let dies = async {
@@ -106,4 +106,36 @@ async fn a_frozen_guest_is_found_by_the_next_check_and_replaced() {
         stop(pool).await;
     };
     tokio::join!(found(Parking::Paused), found(Parking::Running));
+}
+
+/// All else in it goes on: only asking tells.
+#[tokio::test]
+async fn a_guest_whose_agent_stands_still_is_found_by_a_check_and_replaced() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(impatient(2).park(Parking::Running)).await;
+    let mut events = pool.subscribe();
+    let victim = rig.all().pop().unwrap();
+    let wedged = victim.wedge();
+    let mut verdicts = pool.subscribe();
+    let check = async {
+        // Until the program has done its work, the guest is well.
+        for _ in 0..100 {
+            let report = within(10, "check", pool.check(BASE, 2)).await.unwrap();
+            if report.unhealthy > 0 {
+                assert_eq!((report.healthy, report.unhealthy), (1, 1));
+                return;
+            }
+        }
+        panic!("the agent was never found silent");
+    };
+    tokio::join!(check, replaced(&mut events, victim.id));
+    let verdict = verdict_on(&mut verdicts, victim.id).await;
+    assert!(matches!(verdict, ProbeError::TimedOut(_)), "{verdict}");
+    full(&pool).await;
+    take(&pool, victim.id);
+    stop(pool).await;
+    wedged.abort();
 }

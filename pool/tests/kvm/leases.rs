@@ -35,6 +35,47 @@ async fn a_lease_has_streams_to_programs_of_its_guest() {
     stop(pool).await;
 }
 
+/// One that its template left it; the next ones open their own.
+#[tokio::test]
+async fn the_first_program_of_a_clone_needs_no_new_connection() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(1).refill(Refill::AtStart)).await;
+    let guest = pool.acquire(BASE).unwrap();
+    let victim = rig.vm(guest.id());
+    let mut port = victim.port().await;
+    for opened in [0, 1, 1] {
+        let output = run(&guest, guest.command("echo").arg("hi")).await;
+        assert_eq!(output.stdout, b"hi\n", "{opened}");
+        let next = victim.port().await;
+        assert_eq!(next - port - 1, opened);
+        port = next;
+    }
+    drop(guest);
+    stop(pool).await;
+}
+
+#[tokio::test]
+async fn every_clone_has_a_boot_id_of_its_own() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(2).refill(Refill::AtStart)).await;
+    let mut ids = Vec::new();
+    for guest in pool.acquire_many(BASE, 2).unwrap() {
+        let cat = guest.command("cat").arg("/proc/sys/kernel/random/boot_id");
+        let id = String::from_utf8(run(&guest, cat).await.stdout).unwrap();
+        let version = id.split('-').nth(2).and_then(|part| part.chars().next());
+        assert_eq!((id.len(), version), (37, Some('4')), "{id}");
+        ids.push(id);
+    }
+    assert_ne!(ids[0], ids[1]);
+    stop(pool).await;
+}
+
 /// The guest's clock is an hour behind; the first program of the lease sees the right time.
 #[tokio::test]
 async fn the_first_request_sets_the_clock_before_its_program_runs() {

@@ -207,6 +207,19 @@ impl Victim {
         within(5, "clock", agent.refresh(wrong)).await.unwrap();
     }
 
+    /// Has the guest's agent stopped by a program, soon.
+    pub(crate) fn wedge(&self) -> tokio::task::JoinHandle<()> {
+        let vsock = self.vsock.clone();
+        tokio::spawn(async move {
+            let stream = within(5, "connect", vsock.connect(AGENT_PORT)).await;
+            let agent = AgentClient::handshake(stream.unwrap()).await.unwrap();
+            // It may be stopped before it tells that the program has started.
+            if let Ok(exec) = agent.exec(Command::new("wedge-agent")).await {
+                let _ = exec.wait().await;
+            }
+        })
+    }
+
     /// Lets the guest run a program behind the pool's back; it ends the guest.
     pub(crate) async fn die_of(&self, program: &str) {
         let stream = within(5, "connect", self.vsock.connect(AGENT_PORT)).await;

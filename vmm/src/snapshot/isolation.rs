@@ -83,7 +83,8 @@ fn digest_of(template: &Template) -> manifest::Digest {
 fn clone_of(template: &Template) -> (Vm, GuestRam) {
     let memory = Arc::clone(&template.frozen.memory);
     let ram = GuestRam::map_file(memory, MEMORY, Sharing::Private).unwrap();
-    let machine = Machine::restore(&template.frozen.state, ram.clone(), Want::Pause).unwrap();
+    let mut machine = Machine::restore(&template.frozen.state, ram.clone()).unwrap();
+    machine.start(Want::Pause).unwrap();
     (Vm::of(machine), ram)
 }
 

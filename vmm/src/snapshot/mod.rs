@@ -74,6 +74,7 @@ pub(crate) struct VmState {
 #[derive(Clone, Debug)]
 pub struct Template {
     frozen: Arc<Frozen>,
+    count_instructions: bool,
     /// Keeps the cache entry that holds this template.
     _lease: Option<Arc<cache::Lease>>,
 }
@@ -109,7 +110,20 @@ impl Template {
     fn clone_that(&self, want: Want) -> Result<Vm, BootError> {
         let bytes = self.frozen.state.hardware.memory_bytes;
         let ram = GuestRam::map_file(Arc::clone(&self.frozen.memory), bytes, Sharing::Private)?;
-        Machine::restore(&self.frozen.state, ram, want).map(Vm::of)
+        let mut machine = Machine::restore(&self.frozen.state, ram)?;
+        if self.count_instructions {
+            machine.count_instructions();
+        }
+        machine.start(want)?;
+        Ok(Vm::of(machine))
+    }
+
+    /// Lets [`Vm::emulated_instructions`] count in the clones of this value: for measurements. Costs each
+    /// a descriptor per vCPU.
+    #[must_use]
+    pub fn count_instructions(mut self, on: bool) -> Self {
+        self.count_instructions = on;
+        self
     }
 
     /// Bytes of host memory (of a file, if that was mapped) that the template itself holds, once for
@@ -163,6 +177,7 @@ impl Template {
     fn with(state: VmState, memory: Arc<File>) -> Self {
         Self {
             frozen: Arc::new(Frozen { state, memory }),
+            count_instructions: false,
             _lease: None,
         }
     }
@@ -171,6 +186,7 @@ impl Template {
     fn kept_by(&self, lease: cache::Lease) -> Self {
         Self {
             frozen: Arc::clone(&self.frozen),
+            count_instructions: self.count_instructions,
             _lease: Some(Arc::new(lease)),
         }
     }

@@ -2,17 +2,21 @@
 //! captured on: it has seen CPUID, and saved state means what that KVM says it means.
 
 use std::fmt;
+use std::sync::OnceLock;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 use crate::host::{Host, HostError};
+use crate::kvm::create_vm;
 
 /// A host, as far as saved state depends on it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Origin {
     /// Release and build of the host's kernel.
     kernel: String,
+    /// Rate of the time stamp counter, to which the guest has set its clocks; 0 if KVM does not tell.
+    tsc_khz: u32,
     /// What KVM can show a guest, without what differs from one processor of the host to the next.
     cpuid: Vec<kvm_cpuid_entry2>,
 }
@@ -35,6 +39,13 @@ pub enum Difference {
         /// Its index.
         index: u32,
     },
+    /// The same processor, but its time stamp counter has another rate: the guest's clocks would be wrong.
+    Clock {
+        /// Where the template was made, in kHz.
+        there: u32,
+        /// Here.
+        here: u32,
+    },
     /// Another kernel.
     Kernel {
         /// Where the template was made.
@@ -53,6 +64,10 @@ impl fmt::Display for Difference {
             Self::Feature { leaf, index } => {
                 write!(f, "KVM's CPUID leaf {leaf:#x} index {index} differs")
             }
+            Self::Clock { there, here } => write!(
+                f,
+                "it was made on a time stamp counter of {there} kHz, this is one of {here} kHz"
+            ),
             Self::Kernel { there, here } => {
                 write!(f, "it was made on kernel {there:?}, this is {here:?}")
             }
@@ -67,16 +82,19 @@ impl Origin {
         let kernel = [uname.release(), uname.version()]
             .map(|part| part.to_string_lossy())
             .join(" ");
-        let cpuid = Host::get()?.cpuid().as_slice();
+        let host = Host::get()?;
+        let cpuid = host.cpuid().as_slice();
         Ok(Self {
             kernel,
+            tsc_khz: tsc_khz(host),
             cpuid: cpuid.iter().map(whole_host).collect(),
         })
     }
 
     /// How a template that was made on this differs from what can run `here`; `None` if it does not.
     pub(crate) fn difference(&self, here: &Self) -> Option<Difference> {
-        if self == here {
+        let same_clock = is_same_rate(self.tsc_khz, here.tsc_khz);
+        if same_clock && (&self.kernel, &self.cpuid) == (&here.kernel, &here.cpuid) {
             return None;
         }
         let (there_is, here_is) = (self.processor(), here.processor());
@@ -90,6 +108,12 @@ impl Origin {
             return Some(Difference::Kernel {
                 there: self.kernel.clone(),
                 here: here.kernel.clone(),
+            });
+        }
+        if !same_clock {
+            return Some(Difference::Clock {
+                there: self.tsc_khz,
+                here: here.tsc_khz,
             });
         }
         let lacks = |one: &Self, other: &Self| {
@@ -123,6 +147,23 @@ impl Origin {
     }
 }
 
+/// Hosts measure the rate at each boot; they agree within KVM's own tolerance
+/// (`tsc_tolerance_ppm` in arch/x86/kvm/x86.c).
+fn is_same_rate(one: u32, other: u32) -> bool {
+    const TOLERANCE_PPM: u64 = 250;
+    u64::from(one.abs_diff(other)) * 1_000_000 <= u64::from(one) * TOLERANCE_PPM
+}
+
+/// What KVM gives every guest that asks for nothing else.
+fn tsc_khz(host: &Host) -> u32 {
+    static RATE: OnceLock<u32> = OnceLock::new();
+    *RATE.get_or_init(|| {
+        let vm = create_vm(host.kvm()).ok();
+        let vcpu = vm.and_then(|vm| vm.create_vcpu(0).ok());
+        vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()).unwrap_or(0)
+    })
+}
+
 /// A leaf without what depends on which processor of the host answered (Intel SDM volume 2, CPUID; AMD
 /// APM volume 3, appendix E).
 fn whole_host(leaf: &kvm_cpuid_entry2) -> kvm_cpuid_entry2 {
@@ -154,6 +195,7 @@ pub(crate) mod tests {
         };
         Origin {
             kernel: "6.12 #1".into(),
+            tsc_khz: 2_000_000,
             cpuid: vec![
                 leaf(1, 0x50654),
                 leaf(7, 1),
@@ -200,6 +242,22 @@ pub(crate) mod tests {
         let mut other = host();
         other.cpuid.swap(0, 1);
         assert!(host().difference(&other).is_some());
+    }
+
+    #[test]
+    fn another_clock_rate_is_a_difference_and_how_exactly_it_was_measured_is_none() {
+        let at = |tsc_khz| Origin { tsc_khz, ..host() };
+        for same in [1_999_500, 2_000_000, 2_000_500] {
+            assert_eq!(host().difference(&at(same)), None);
+        }
+        for other in [0, 1_999_499, 2_000_501, 2_400_000] {
+            let there = 2_000_000;
+            let expected = Some(Difference::Clock { there, here: other });
+            assert_eq!(host().difference(&at(other)), expected);
+            assert!(at(other).difference(&host()).is_some());
+        }
+        // Nobody knows either.
+        assert_eq!(at(0).difference(&at(0)), None);
     }
 
     #[test]

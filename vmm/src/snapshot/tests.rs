@@ -369,5 +369,5 @@ fn the_format_is_what_its_version_says() {
         .take(8)
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    assert_eq!((manifest::FORMAT, digest.as_str()), (2, "9ad394e6aaec7da5"));
+    assert_eq!((manifest::FORMAT, digest.as_str()), (3, "9ad394e6aaec7da5"));
 }

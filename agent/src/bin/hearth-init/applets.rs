@@ -2,6 +2,7 @@
 //! badly on purpose, for tests. A name that PATH does not have falls back to the applet of that name, so `echo hi` runs in a
 //! guest that holds nothing but the agent.
 
+mod agent;
 mod vsock;
 
 use alloc::{
@@ -54,7 +55,7 @@ impl From<&str> for Failure {
     }
 }
 
-const APPLETS: [(&str, Applet); 25] = [
+const APPLETS: [(&str, Applet); 27] = [
     ("true", |_| Ok(0)),
     ("false", |_| Ok(1)),
     ("echo", echo),
@@ -75,6 +76,8 @@ const APPLETS: [(&str, Applet); 25] = [
     ("alloc", alloc),
     ("jump-to", jump_to),
     ("panic", panic),
+    ("wedge-agent", agent::wedge),
+    ("crash-agent", agent::crash),
     ("poweroff", |_| reboot_with(RebootCommand::PowerOff)),
     ("reboot", |_| reboot_with(RebootCommand::Restart)),
     ("halt", |_| reboot_with(RebootCommand::Halt)),

@@ -18,9 +18,10 @@ use crate::{
     clock::{Instant, uptime_us},
     diagnose,
     exec::{Pipes, Program},
-    hygiene, mounts,
+    hygiene::{self, Hygiene},
+    mounts,
     plan::Plan,
-    runtime,
+    quiet, runtime,
     spawn::{Image, Refusal, Step, spawn},
     text::Stderr,
 };
@@ -33,6 +34,7 @@ pub(crate) struct Guest {
     /// Whether this process is PID 1, and so may change the machine.
     init: bool,
     prepared: bool,
+    hygiene: Hygiene,
     pub(crate) cgroups: Cgroups,
     /// Programs that run.
     pub(crate) programs: u32,
@@ -45,6 +47,7 @@ impl Guest {
             started_us,
             init,
             prepared: false,
+            hygiene: Hygiene::new(),
             cgroups,
             programs: 0,
         }
@@ -82,6 +85,7 @@ impl Guest {
         self.prepared = true;
         if self.init {
             let failed = mounts::prepare();
+            quiet::settle();
             // The console costs an exit per byte: silent unless the boot words say `hearth_log=1`.
             if runtime::environment()
                 .iter()
@@ -98,7 +102,7 @@ impl Guest {
     pub(crate) fn refresh(&mut self, refresh: &Refresh) -> Refreshed {
         self.prepare();
         self.instance = refresh.instance.unwrap_or(self.instance);
-        hygiene::refresh(refresh, self.init)
+        self.hygiene.refresh(refresh, self.init)
     }
 
     /// Starts a program.

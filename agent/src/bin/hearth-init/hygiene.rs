@@ -7,15 +7,14 @@ use hearth_agent::proto::{
     Applied, InstanceId, MAX_ENTROPY, MAX_HOSTNAME, MIN_ENTROPY, Refresh, Refreshed, WallClock,
 };
 use rustix::{
-    fs::{Mode, OFlags, open},
-    io::{Errno, write},
+    io::Errno,
     mount::mount_bind,
     rand::{GetRandomFlags, getrandom},
     system::sethostname,
     time::{ClockId, Timespec, clock_settime},
 };
 
-use crate::sys;
+use crate::{kept::Kept, sys};
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Covers the kernel's boot id where that cannot be written.
@@ -28,7 +27,23 @@ const FROM_THE_HOST: Duration = Duration::from_secs(60);
 const SLACK_NS: i128 = 20_000_000;
 /// How long the host's message may have taken.
 const A_DELIVERY: Duration = Duration::from_secs(2);
+/// Adds fresh bytes to the generator's key, in kernels of ours.
+const REKEY: &str = "/proc/sys/kernel/random/rekey";
+/// Bytes that it takes.
+const REKEY_BYTES: usize = 64;
+/// Bytes of a boot id.
+const UUID_BYTES: usize = 16;
 const MACHINE_ID: &str = "/etc/machine-id";
+
+/// What is changed in a clone, with its files.
+#[derive(Debug)]
+pub(crate) struct Hygiene {
+    rekey: Kept,
+    step_clock: Kept,
+    machine_id: Kept,
+    boot_id: Kept,
+    boot_id_cover: Kept,
+}
 
 /// Random bytes for a name. Never waits for entropy: a guest that has none yet must come up all the same, and its host
 /// gives it another name before it matters.
@@ -53,49 +68,82 @@ pub(crate) fn in_range(refresh: &Refresh) -> bool {
         && (1..=MAX_HOSTNAME).contains(&name)
 }
 
-/// Does what was asked for, each part on its own. An ordinary process does not touch the machine that it runs on.
-pub(crate) fn refresh(refresh: &Refresh, init: bool) -> Refreshed {
-    let part = |asked: bool, run: &dyn Fn() -> Result<(), Errno>| match (asked, init) {
-        (false, _) => Applied::NotAsked,
-        (true, false) => Applied::Failed {
-            errno: Errno::PERM.raw_os_error(),
-        },
-        (true, true) => match run() {
-            Ok(()) => Applied::Done,
-            Err(errno) => Applied::Failed {
-                errno: errno.raw_os_error(),
-            },
-        },
-    };
-    // Entropy first: the boot id is drawn from it.
-    Refreshed {
-        entropy: part(!refresh.entropy.is_empty(), &|| {
-            sys::reseed(&refresh.entropy)
-        }),
-        wall_clock: part(refresh.wall_clock.is_some(), &|| {
-            step_clock(refresh.wall_clock.unwrap_or_default())
-        }),
-        machine_id: part(refresh.instance.is_some(), &|| {
-            put(
-                MACHINE_ID,
-                &format!("{}\n", refresh.instance.unwrap_or_default()),
-                OFlags::CREATE | OFlags::TRUNC,
-            )
-        }),
-        boot_id: part(refresh.instance.is_some(), &renew_boot_id),
-        hostname: part(refresh.hostname.is_some(), &|| {
-            sethostname(refresh.hostname.as_deref().unwrap_or_default().as_bytes())
-        }),
+impl Hygiene {
+    pub(crate) const fn new() -> Self {
+        Self {
+            rekey: Kept::of_kernel(REKEY),
+            step_clock: Kept::of_kernel(STEP_CLOCK),
+            machine_id: Kept::plain(MACHINE_ID),
+            boot_id: Kept::of_kernel(BOOT_ID),
+            boot_id_cover: Kept::plain(BOOT_ID_COVER),
+        }
     }
-}
 
-/// The wall clock of a clone. What the host sent is late by the delivery of the message; kernels of ours
-/// take the time from the hypervisor at the moment of the step.
-fn step_clock(sent: WallClock) -> Result<(), Errno> {
-    if put(STEP_CLOCK, "1\n", OFlags::empty()).is_ok() && is_plausible(lead(sent), FROM_THE_HOST) {
-        return Ok(());
+    /// Does what was asked for, each part on its own. An ordinary process does not touch the machine that it runs on.
+    pub(crate) fn refresh(&mut self, refresh: &Refresh, init: bool) -> Refreshed {
+        let part = |asked: bool, run: &mut dyn FnMut() -> Result<(), Errno>| match (asked, init) {
+            (false, _) => Applied::NotAsked,
+            (true, false) => Applied::Failed {
+                errno: Errno::PERM.raw_os_error(),
+            },
+            (true, true) => match run() {
+                Ok(()) => Applied::Done,
+                Err(errno) => Applied::Failed {
+                    errno: errno.raw_os_error(),
+                },
+            },
+        };
+        // Drawing the boot id here would cost more than to have it sent, with what the generator needs.
+        let entropy = refresh.entropy.as_slice();
+        let (seed, id) = match entropy.split_last_chunk::<UUID_BYTES>() {
+            Some((seed, id)) if seed.len() >= REKEY_BYTES => (seed, Some(*id)),
+            _ => (entropy, None),
+        };
+        // Entropy first: what follows may be drawn from it.
+        Refreshed {
+            entropy: part(!entropy.is_empty(), &mut || self.reseed(seed)),
+            wall_clock: part(refresh.wall_clock.is_some(), &mut || {
+                self.step_clock(refresh.wall_clock.unwrap_or_default())
+            }),
+            machine_id: part(refresh.instance.is_some(), &mut || {
+                let id = format!("{}\n", refresh.instance.unwrap_or_default());
+                self.machine_id.put(id.as_bytes())
+            }),
+            boot_id: part(refresh.instance.is_some(), &mut || {
+                self.renew_boot_id(&uuid(id.unwrap_or_else(draw)))
+            }),
+            hostname: part(refresh.hostname.is_some(), &mut || {
+                sethostname(refresh.hostname.as_deref().unwrap_or_default().as_bytes())
+            }),
+        }
     }
-    set_clock(sent)
+
+    /// Kernels of ours take a new key at once; others hash their pool for it.
+    fn reseed(&mut self, seed: &[u8]) -> Result<(), Errno> {
+        if seed.len() == REKEY_BYTES && self.rekey.put(seed).is_ok() {
+            return Ok(());
+        }
+        sys::reseed(seed)
+    }
+
+    /// The wall clock of a clone. What the host sent is late by the delivery of the message; kernels of ours
+    /// take the time from the hypervisor at the moment of the step.
+    fn step_clock(&mut self, sent: WallClock) -> Result<(), Errno> {
+        if self.step_clock.put(b"1\n").is_ok() && is_plausible(lead(sent), FROM_THE_HOST) {
+            return Ok(());
+        }
+        set_clock(sent)
+    }
+
+    /// Kernels of ours take a new boot id; others keep theirs, and a file of ours covers it.
+    fn renew_boot_id(&mut self, id: &str) -> Result<(), Errno> {
+        // Where the file covers it already, this writes to the file.
+        if self.boot_id.put(id.as_bytes()).is_ok() {
+            return Ok(());
+        }
+        self.boot_id_cover.put(id.as_bytes())?;
+        mount_bind(BOOT_ID_COVER, BOOT_ID)
+    }
 }
 
 /// Sets the wall clock, unless it leads what was sent by no more than a delivery may take: to set it then
@@ -125,17 +173,6 @@ fn set_clock(time: WallClock) -> Result<(), Errno> {
     clock_settime(ClockId::Realtime, time)
 }
 
-/// Kernels of ours take a new boot id; others keep theirs, and a file of ours covers it.
-fn renew_boot_id() -> Result<(), Errno> {
-    let id = uuid(draw());
-    // Where the file covers it already, this writes to the file.
-    if put(BOOT_ID, &id, OFlags::empty()).is_ok() {
-        return Ok(());
-    }
-    put(BOOT_ID_COVER, &id, OFlags::CREATE | OFlags::TRUNC)?;
-    mount_bind(BOOT_ID_COVER, BOOT_ID)
-}
-
 /// A random (version 4) UUID and a newline, as the kernel writes it.
 fn uuid(bytes: [u8; 16]) -> String {
     const VERSION: u128 = 0x4 << 76;
@@ -150,15 +187,6 @@ fn uuid(bytes: [u8; 16]) -> String {
         field(48, 16),
         field(0, 48)
     )
-}
-
-fn put(path: &str, text: &str, extra: OFlags) -> Result<(), Errno> {
-    let file = open(
-        path,
-        OFlags::WRONLY | OFlags::CLOEXEC | extra,
-        Mode::from_raw_mode(0o444),
-    )?;
-    write(&file, text.as_bytes()).map(drop)
 }
 
 #[cfg(test)]

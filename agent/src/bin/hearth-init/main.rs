@@ -37,9 +37,11 @@ mod guest;
 #[cfg(not(freestanding))]
 mod hosted;
 mod hygiene;
+mod kept;
 mod kill;
 mod mounts;
 mod plan;
+mod quiet;
 mod reaper;
 mod serve;
 mod spawn;

@@ -220,6 +220,13 @@ pub(crate) fn reap() -> Option<Dead> {
     })
 }
 
+/// Waits until the state of a traced process changes.
+pub(crate) fn wait_for(pid: usize) -> Result<(), Errno> {
+    const ALL_KINDS: usize = libc::__WALL.unsigned_abs() as usize;
+    // SAFETY: neither the status nor the usage is asked for.
+    unsafe { call(libc::SYS_wait4, [pid, 0, ALL_KINDS, 0]).map(drop) }
+}
+
 /// Sends a signal by number (1 to 64) to a process.
 pub(crate) fn kill(pid: Pid, signal: u8) -> bool {
     send(pid.as_raw_pid(), signal)

@@ -167,6 +167,13 @@ impl VsockHost {
         })
     }
 
+    /// As [`VsockHost::reattach`], for all that survived and were not taken up before, in no order.
+    #[must_use]
+    pub fn reattach_all(&self) -> Vec<VsockStream> {
+        let hub = self.hub.upgrade();
+        hub.map_or_else(Vec::new, |hub| lock(&hub.muxer).reattach_all())
+    }
+
     /// The VM has ended: streams fail with [`ConnectionAborted`](std::io::ErrorKind) after what the
     /// guest sent was read, pending connects and accepts fail, new ones too. Also happens when the
     /// device is dropped.

@@ -206,6 +206,10 @@ impl Muxer {
         self.detached.remove(&key)
     }
 
+    pub(super) fn reattach_all(&mut self) -> Vec<VsockStream> {
+        self.detached.drain().map(|(_, stream)| stream).collect()
+    }
+
     // The table.
 
     pub(super) fn connections(&self) -> usize {

@@ -134,7 +134,7 @@ impl Session {
         };
         // The guest's clock tells the last stretch, the host's the whole.
         let whole = micros(start.elapsed());
-        let hello = agent.hello();
+        let hello = agent.hello().unwrap_or_default();
         let ready = hello.greeted_us.saturating_sub(hello.started_us).min(whole);
         report.boot_instructions = self.vm.emulated_instructions();
         report.phases_us.boot = Some(whole.saturating_sub(ready));

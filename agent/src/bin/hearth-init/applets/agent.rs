@@ -1,0 +1,51 @@
+//! Programs that make the agent itself fail, as a fault of its own would. Only root can: they use ptrace.
+
+use alloc::vec::Vec;
+use core::time::Duration;
+
+use rustix::io::Errno;
+
+use super::Failure;
+use crate::{clock, sys};
+
+// include/uapi/linux/ptrace.h
+const PTRACE_POKEUSER: usize = 6;
+const PTRACE_CONT: usize = 7;
+const PTRACE_SEIZE: usize = 0x4206;
+const PTRACE_INTERRUPT: usize = 0x4207;
+/// Where the instruction pointer lies in `struct user` (arch/x86/include/asm/user_64.h).
+const RIP: usize = 16 * 8;
+/// In the first page, where nothing is ever mapped.
+const NOWHERE: usize = 0x800;
+const AGENT: usize = 1;
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Stops the agent for as long as this runs: it answers nothing, and the guest lives.
+pub(super) fn wedge(_: &[Vec<u8>]) -> Result<u8, Failure> {
+    stop()?;
+    loop {
+        clock::sleep(LONG);
+    }
+}
+
+/// Makes the agent crash, and with it, as it is PID 1, the guest.
+pub(super) fn crash(_: &[Vec<u8>]) -> Result<u8, Failure> {
+    stop()?;
+    trace(PTRACE_POKEUSER, RIP, NOWHERE)?;
+    trace(PTRACE_CONT, 0, 0)?;
+    loop {
+        clock::sleep(LONG);
+    }
+}
+
+fn stop() -> Result<(), Errno> {
+    trace(PTRACE_SEIZE, 0, 0)?;
+    trace(PTRACE_INTERRUPT, 0, 0)?;
+    // The stop is reported to the tracer, whoever its parent is.
+    sys::wait_for(AGENT)
+}
+
+fn trace(request: usize, address: usize, data: usize) -> Result<(), Errno> {
+    // SAFETY: none of the requests used here has the kernel read or write memory of this process.
+    unsafe { sys::call(libc::SYS_ptrace, [request, AGENT, address, data]).map(drop) }
+}

@@ -1,0 +1,86 @@
+//! Connections that outlive their client, and what costs one round trip where it was two.
+
+mod common;
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use common::Agent;
+use hearth_agent::client::{AgentClient, Command, OutputLimits, PingError};
+use hearth_agent::proto::{ExitStatus, InstanceId, Refresh};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+
+/// A stream that its client's end does not close, as a clone's is not closed by the end of its template's client.
+struct Outlives(Arc<std::sync::Mutex<UnixStream>>);
+
+impl AsyncRead for Outlives {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.lock().unwrap()).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Outlives {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.lock().unwrap()).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.lock().unwrap()).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.lock().unwrap()).poll_shutdown(cx)
+    }
+}
+
+#[tokio::test]
+async fn a_client_goes_on_with_the_connection_of_another() {
+    let agent = Agent::start().await;
+    let stream = Arc::new(std::sync::Mutex::new(agent.stream().await.unwrap()));
+    let share = || Outlives(Arc::clone(&stream));
+    let mut first = AgentClient::handshake(share()).await.unwrap();
+    let instance = first.hello().unwrap().instance;
+    first.ping(1).await.unwrap();
+    drop(first);
+
+    let mut second = AgentClient::resume(share());
+    assert!(second.hello().is_none());
+    // The same nonce: it is another client's.
+    assert_eq!(second.ping(1).await.unwrap().instance, instance);
+    let exec = second.exec(Command::new("echo").arg("on")).await.unwrap();
+    let output = exec.output(OutputLimits::default()).await.unwrap();
+    assert_eq!(output.status, ExitStatus::Code(0));
+    assert_eq!(output.stdout, b"on\n");
+}
+
+#[tokio::test]
+async fn the_ping_behind_a_refresh_is_answered_by_the_refreshed_guest() {
+    let agent = Agent::start().await;
+    let mut client = agent.client().await;
+    let refresh = Refresh {
+        instance: Some(InstanceId([7; 16])),
+        ..Refresh::default()
+    };
+    client.refresh_and_ping(refresh, 5).await.unwrap();
+    let in_use = client.ping(5).await;
+    assert!(
+        matches!(in_use, Err(PingError::NonceInUse(5))),
+        "{in_use:?}"
+    );
+    let pong = client.pong(5).await.unwrap();
+    assert_eq!(pong.instance, InstanceId([7; 16]));
+    let again = client.pong(5).await;
+    assert!(matches!(again, Err(PingError::NotAsked(5))), "{again:?}");
+    assert_eq!(client.ping(5).await.unwrap().instance, pong.instance);
+}

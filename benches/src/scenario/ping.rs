@@ -1,0 +1,112 @@
+//! What talking to an agent costs: on the connection that a clone has from its template, on fresh ones, and
+//! to make the clone a stranger to its siblings.
+
+use std::time::Instant;
+
+use hearth_vmm::Vm;
+
+use super::agent::{Agent, dial, refresh, renew, resume, template};
+use super::boot::Files;
+use super::{ScenarioError, us};
+use crate::report::Report;
+
+/// Measures `n` exchanges of each kind, in turns, with one clone, and `n` clones up to their first pong.
+///
+/// # Errors
+/// When a guest cannot be made or does not answer.
+pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), ScenarioError> {
+    let template = template(files).await?.count_instructions(true);
+    let mut to_pong = Series::new("fork to pong, reseeded");
+    for _ in 0..n {
+        let start = Instant::now();
+        let vm = template.fork().map_err(ScenarioError::at("fork"))?;
+        let mut agent = resume(&vm)?;
+        renew(&mut agent, 1).await?;
+        to_pong.add(start, vm.emulated_instructions());
+        drop(agent);
+        vm.destroy();
+    }
+    to_pong.report(report);
+
+    let vm = template.fork().map_err(ScenarioError::at("fork"))?;
+    let mut agent = resume(&vm)?;
+    renew(&mut agent, 0).await?;
+    let mut ping = Series::new("ping");
+    let mut fresh = Series::new("ping on a fresh connection");
+    let mut reseed = Series::new("reseed");
+    for nonce in (1..).take(n) {
+        ping.time(&vm, pong(&mut agent, nonce)).await?;
+        reseed.time(&vm, reseeded(&mut agent)).await?;
+        fresh.time(&vm, greeted(&vm)).await?;
+    }
+    for series in [ping, reseed, fresh] {
+        series.report(report);
+    }
+    Ok(())
+}
+
+async fn pong(agent: &mut Agent, nonce: u64) -> Result<(), ScenarioError> {
+    let pong = agent.ping(nonce).await;
+    pong.map(drop).map_err(ScenarioError::at("ping"))
+}
+
+async fn reseeded(agent: &mut Agent) -> Result<(), ScenarioError> {
+    let refreshed = agent.refresh(refresh()).await;
+    refreshed.map(drop).map_err(ScenarioError::at("reseed"))
+}
+
+async fn greeted(vm: &Vm) -> Result<(), ScenarioError> {
+    pong(&mut dial(vm.vsock()).await?, 1).await
+}
+
+/// Times and emulated instructions of one kind of exchange.
+struct Series {
+    what: &'static str,
+    us: Vec<f64>,
+    instructions: Vec<f64>,
+}
+
+impl Series {
+    fn new(what: &'static str) -> Self {
+        let (us, instructions) = (Vec::new(), Vec::new());
+        Self {
+            what,
+            us,
+            instructions,
+        }
+    }
+
+    fn add(&mut self, start: Instant, instructions: Option<u64>) {
+        self.us.push(us(start.elapsed()));
+        self.instructions
+            .extend(instructions.map(|count| count as f64));
+    }
+
+    /// Between two exchanges the guest is left to come to rest, and is not counted.
+    async fn time(
+        &mut self,
+        vm: &Vm,
+        exchange: impl Future<Output = Result<(), ScenarioError>>,
+    ) -> Result<(), ScenarioError> {
+        let rest = vm.pause_at_rest(super::agent::REST);
+        rest.map_err(ScenarioError::at("rest"))?;
+        let before = vm.emulated_instructions();
+        let start = Instant::now();
+        vm.resume().map_err(ScenarioError::at("resume"))?;
+        exchange.await?;
+        let after = vm.emulated_instructions();
+        self.add(
+            start,
+            after.zip(before).map(|(after, before)| after - before),
+        );
+        Ok(())
+    }
+
+    fn report(self, report: &mut Report) {
+        report.add("ping", self.what, "us", "hearth", self.us);
+        if !self.instructions.is_empty() {
+            let unit = "instructions";
+            report.add("ping", self.what, unit, "hearth", self.instructions);
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! Whether a vCPU that waits at the gate has anything to do.
+
+use std::time::Duration;
+
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+
+use crate::snapshot::cpu::{MSR_TSC, MSR_TSC_DEADLINE};
+
+/// For how long the vCPU has nothing to do unless an interrupt comes: until its timer is due. `None` if it is not
+/// idle, or KVM does not tell.
+pub(super) fn quiet_for(vcpu: &VcpuFd) -> Option<Duration> {
+    let state = vcpu.get_mp_state().ok()?;
+    if state.mp_state == KVM_MP_STATE_RUNNABLE {
+        return None;
+    }
+    let entries = [MSR_TSC, MSR_TSC_DEADLINE].map(|index| kvm_msr_entry {
+        index,
+        ..Default::default()
+    });
+    let mut msrs = Msrs::from_entries(&entries).ok()?;
+    vcpu.get_msrs(&mut msrs).ok()?;
+    let &[now, deadline] = msrs.as_slice() else {
+        return None;
+    };
+    // Zero: not armed (Intel SDM volume 3, section 11.5.4.1).
+    if deadline.data == 0 {
+        return Some(Duration::MAX);
+    }
+    let ticks = deadline.data.saturating_sub(now.data);
+    let khz = u64::from(vcpu.get_tsc_khz().ok()?.max(1));
+    Some(Duration::from_millis(ticks / khz))
+}

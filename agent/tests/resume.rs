@@ -1,4 +1,11 @@
 //! Connections that outlive their client, and what costs one round trip where it was two.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests"
+)]
 
 mod common;
 

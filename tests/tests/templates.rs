@@ -138,6 +138,26 @@ async fn given(vm: Vm) -> InstanceId {
     pong.instance
 }
 
+/// What passes at the host between capture and fork does not pass in the clone: else all its timers would
+/// be due at once, and after a restart of the host its time would stand still.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clones_monotonic_clock_goes_on_from_the_capture() {
+    if !kvm() {
+        return;
+    }
+    let template = Guest::template().await;
+    let mut uptimes = Vec::new();
+    for pause in [0, 20] {
+        tokio::time::sleep(Duration::from_secs(pause)).await;
+        let mut guest = Guest::of(template).await;
+        let pong = within(5, "pong", guest.agent.ping(1)).await.unwrap();
+        uptimes.push(pong.uptime);
+    }
+    // Both took about as long to answer.
+    let apart = uptimes[1].abs_diff(uptimes[0]);
+    assert!(apart < Duration::from_secs(10), "{uptimes:?}");
+}
+
 /// A program in a clone costs seconds where ring 0 is emulated, so only some of the fifty run one.
 #[tokio::test(flavor = "multi_thread")]
 async fn fifty_clones_have_identities_of_their_own_and_some_run_programs_that_draw() {

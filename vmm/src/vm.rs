@@ -55,6 +55,9 @@ pub enum PauseError {
 const PAUSE_BOUND: Duration = Duration::from_secs(5);
 /// How long [`Vm::pause_at_rest`] lets the guest work between two looks.
 const REST_INTERVAL: Duration = Duration::from_millis(10);
+/// Linux reports free pages 2 s after they were freed (mm/page_reporting.c), a clone's first quarter of a
+/// million instructions if its template had not.
+const CALM: Duration = Duration::from_millis(2200);
 /// How long a guest at rest has nothing to do: several times what a clone needs to answer its first ping where
 /// ring 0 is emulated.
 const QUIET: Duration = Duration::from_millis(300);
@@ -139,28 +142,35 @@ impl Vm {
         settled
     }
 
-    /// As [`Vm::pause`], but first waits until every vCPU is idle and has no timer due soon, so that a
-    /// template holds no work half done, or about to begin, which each of its clones would have to do. Looks
-    /// every few milliseconds; after half of `limit` being idle is enough, after `limit` the guest is stopped
-    /// as it is. Returns whether it was idle. Blocks.
+    /// As [`Vm::pause`], but first waits until the guest is at rest: every vCPU idle, no timer due soon and,
+    /// where ring 0 is emulated, no device used for 2 s. A template then holds no work half done, or about to
+    /// begin, which each of its clones would have to do. After half of `limit` being idle is enough, after
+    /// `limit` the guest is stopped as it is. Returns whether it was idle. Blocks.
     ///
     /// # Errors
     /// As [`Vm::pause`].
     pub fn pause_at_rest(&self, limit: Duration) -> Result<bool, PauseError> {
         let begin = Instant::now();
+        let calm = match self.handles.profile {
+            CpuProfile::Emulated => CALM,
+            CpuProfile::Native => Duration::ZERO,
+        };
+        let mut seen = (self.handles.exits.of_devices(), begin);
         loop {
-            self.pause()?;
-            let quiet = self.handles.gate.quiet_for();
-            let spent = begin.elapsed();
-            let enough = if spent < limit / 2 {
-                QUIET
-            } else {
-                Duration::ZERO
-            };
-            if quiet.is_some_and(|quiet| quiet >= enough) || spent >= limit {
-                return Ok(quiet.is_some());
+            let used = self.handles.exits.of_devices();
+            if used != seen.0 {
+                seen = (used, Instant::now());
             }
-            self.resume()?;
+            let hurry = begin.elapsed() >= limit / 2;
+            if hurry || seen.1.elapsed() >= calm {
+                self.pause()?;
+                let quiet = self.handles.gate.quiet_for();
+                let enough = if hurry { Duration::ZERO } else { QUIET };
+                if quiet.is_some_and(|quiet| quiet >= enough) || begin.elapsed() >= limit {
+                    return Ok(quiet.is_some());
+                }
+                self.resume()?;
+            }
             std::thread::sleep(REST_INTERVAL);
         }
     }

@@ -17,7 +17,7 @@ pub(super) type Agent = AgentClient<VsockStream>;
 /// How often a template's guest goes through a clone's first steps.
 const REHEARSALS: u64 = 2;
 /// How long it may then take to come to rest.
-pub(super) const REST: Duration = Duration::from_secs(5);
+const REST: Duration = Duration::from_secs(10);
 
 /// Dials the agent.
 pub(super) async fn dial(vsock: &VsockHost) -> Result<Agent, ScenarioError> {

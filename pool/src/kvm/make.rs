@@ -32,7 +32,7 @@ const WORTH_SQUEEZING: u64 = 8 << 20;
 /// How often a template's guest goes through a clone's first steps.
 const REHEARSALS: usize = 2;
 /// How long a template's guest may take to come to rest before it is frozen.
-const REST: Duration = Duration::from_secs(5);
+const REST: Duration = Duration::from_secs(10);
 /// Nonce of the ping that proves a clone alive.
 const FIRST_NONCE: u64 = 1;
 /// Pause between two pings while a template's guest prepares itself.

@@ -12,8 +12,9 @@ use crate::profile::Balloon;
 
 /// What templates take on disk at most, in bytes, when nothing else is said.
 pub(super) const DEFAULT_LIMIT: u64 = 4 << 30;
-/// Raised when templates are made otherwise from the same ingredients.
-const RECIPE: u32 = 1;
+/// Raised when templates are made otherwise from the same ingredients: by other steps, or with other words of the
+/// monitor on the command line.
+const RECIPE: u32 = 3;
 
 /// Where templates are kept.
 #[derive(Clone, Debug)]

@@ -76,6 +76,10 @@ impl CpuProfile {
     /// the kernel patches in when it sees these features; `hearth.emulated` switches on our kernel
     /// patches. `rodata=off` leaves the kernel's pages as they were mapped: write-protecting them walks
     /// them one by one, a tenth of the boot's instructions there, and guards the kernel only from itself.
+    ///
+    /// Such hosts run ring 3 themselves, so that the time stamp counter is the host's and cannot be restored: a
+    /// clone that went by it would find that all the time since the capture has passed at once, or, after a
+    /// restart of the host, that time stands still. KVM's clock is restored.
     #[must_use]
     pub fn kernel_words(self) -> &'static [&'static str] {
         match self {
@@ -83,6 +87,7 @@ impl CpuProfile {
             Self::Emulated => &[
                 "hearth.emulated",
                 "no_timer_check",
+                "clocksource=kvm-clock",
                 "noxsave",
                 "nofsgsbase",
                 "rodata=off",

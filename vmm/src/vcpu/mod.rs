@@ -55,6 +55,11 @@ pub struct ExitCounters {
 }
 
 impl ExitCounters {
+    /// Accesses to devices.
+    pub(crate) fn of_devices(&self) -> u64 {
+        self.pio.load(Ordering::Relaxed) + self.mmio.load(Ordering::Relaxed)
+    }
+
     /// Sum over all kinds.
     #[must_use]
     pub fn total(&self) -> u64 {

@@ -10,7 +10,7 @@ use crate::{clock, sys};
 
 // include/uapi/linux/ptrace.h
 const PTRACE_POKEUSER: usize = 6;
-const PTRACE_CONT: usize = 7;
+const PTRACE_DETACH: usize = 17;
 const PTRACE_SEIZE: usize = 0x4206;
 const PTRACE_INTERRUPT: usize = 0x4207;
 /// Where the instruction pointer lies in `struct user` (arch/x86/include/asm/user_64.h).
@@ -32,7 +32,8 @@ pub(super) fn wedge(_: &[Vec<u8>]) -> Result<u8, Failure> {
 pub(super) fn crash(_: &[Vec<u8>]) -> Result<u8, Failure> {
     stop()?;
     trace(PTRACE_POKEUSER, RIP, NOWHERE)?;
-    trace(PTRACE_CONT, 0, 0)?;
+    // Its signal must not come here first.
+    trace(PTRACE_DETACH, 0, 0)?;
     loop {
         clock::sleep(LONG);
     }

@@ -65,6 +65,39 @@ async fn every_way_to_end_is_told_apart() {
     }
 }
 
+/// Else a guest that is resumed takes the processor from the thread that resumes it.
+#[test]
+fn a_guest_that_wakes_up_does_not_preempt_its_host() {
+    if !kvm() {
+        return;
+    }
+    // jmp on the spot
+    let vm = boot([0xeb, 0xfe]);
+    // proc_pid_stat(5): the scheduling policy is the 41st field, the third is the first behind the name.
+    let policies = || {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let stats =
+            tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok());
+        let vcpus = stats.filter(|stat| stat.contains("(hearth-vcpu"));
+        let policy = |stat: String| {
+            let (_, rest) = stat.rsplit_once(") ")?;
+            rest.split(' ').nth(38)?.parse::<i32>().ok()
+        };
+        vcpus.map(|stat| policy(stat).unwrap()).collect::<Vec<_>>()
+    };
+    // Other tests' threads are among them, which may have just begun.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let policies = policies();
+        if !policies.is_empty() && policies.iter().all(|policy| *policy == libc::SCHED_BATCH) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{policies:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    vm.destroy();
+}
+
 #[tokio::test]
 async fn console_output_is_kept_after_the_end() {
     if !kvm() {

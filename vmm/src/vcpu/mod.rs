@@ -132,6 +132,7 @@ impl Vcpu {
             if let Err(error) = seat.kicker.enlist() {
                 failed(&error);
             }
+            yield_to_host();
             let mut meter = None;
             if let Some(account) = &account {
                 match Meter::start(account) {
@@ -152,6 +153,15 @@ impl Vcpu {
         drop(board);
         gate.leave();
     }
+}
+
+/// A guest that wakes up waits for its turn, instead of taking the processor from a thread of the host program:
+/// from the very one that has just resumed it, say. Threads of `SCHED_BATCH` preempt none of the usual kind when
+/// they wake (sched(7)); their share of the processor is the same. Without it they work, too.
+fn yield_to_host() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: a live structure; the call changes this thread's policy and nothing else.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
 }
 
 fn run_until_stopped(

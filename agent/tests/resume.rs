@@ -9,53 +9,17 @@
 
 mod common;
 
-use std::io;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
-
 use common::Agent;
 use hearth_agent::client::{AgentClient, Command, OutputLimits, PingError};
 use hearth_agent::proto::{ExitStatus, InstanceId, Refresh};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
-
-/// A stream that its client's end does not close, as a clone's is not closed by the end of its template's client.
-struct Outlives(Arc<std::sync::Mutex<UnixStream>>);
-
-impl AsyncRead for Outlives {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0.lock().unwrap()).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Outlives {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.0.lock().unwrap()).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0.lock().unwrap()).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.0.lock().unwrap()).poll_shutdown(cx)
-    }
-}
 
 #[tokio::test]
 async fn a_client_goes_on_with_the_connection_of_another() {
     let agent = Agent::start().await;
-    let stream = Arc::new(std::sync::Mutex::new(agent.stream().await.unwrap()));
-    let share = || Outlives(Arc::clone(&stream));
+    // The first client's end does not close it, as the end of a template's client does not close a clone's.
+    let stream = agent.stream().await.unwrap().into_std().unwrap();
+    let share = || UnixStream::from_std(stream.try_clone().unwrap()).unwrap();
     let mut first = AgentClient::handshake(share()).await.unwrap();
     let instance = first.hello().unwrap().instance;
     first.ping(1).await.unwrap();

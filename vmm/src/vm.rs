@@ -8,7 +8,7 @@ use crate::config::VmConfig;
 use crate::host::CpuProfile;
 use crate::legacy::console::Console;
 use crate::machine::{BootError, CreateTimes, Machine, Undertaker};
-use crate::snapshot::{SnapshotError, Template};
+use crate::snapshot::{SnapshotError, Template, rest};
 use crate::state::{Exit, VmStatus};
 use crate::vcpu::ExitCounters;
 use crate::vcpu::gate::{Hold, Want};
@@ -164,7 +164,7 @@ impl Vm {
             let hurry = begin.elapsed() >= limit / 2;
             if hurry || seen.1.elapsed() >= calm {
                 self.pause()?;
-                let quiet = self.handles.gate.quiet_for();
+                let quiet = rest::quiet_for(&self.handles.gate);
                 let enough = if hurry { Duration::ZERO } else { QUIET };
                 if quiet.is_some_and(|quiet| quiet >= enough) || begin.elapsed() >= limit {
                     return Ok(quiet.is_some());

@@ -14,6 +14,8 @@ use super::pool::MEMORY_MIB;
 /// A connection to an agent.
 pub(super) type Agent = AgentClient<VsockStream>;
 
+/// Pause between two pings while a template's guest prepares itself.
+const PREPARE_PAUSE: Duration = Duration::from_millis(20);
 /// How often a template's guest goes through a clone's first steps.
 const REHEARSALS: u64 = 2;
 /// How long it may then take to come to rest.
@@ -31,16 +33,15 @@ pub(super) async fn greet(stream: VsockStream) -> Result<Agent, ScenarioError> {
     agent.map_err(ScenarioError::at("handshake"))
 }
 
-/// Waits until the agent has prepared everything, as a pool does before it makes a template. `pause` lies
-/// between two pings.
-async fn prepared(agent: &mut Agent, pause: Duration) -> Result<(), ScenarioError> {
+/// Waits until the agent has prepared everything, as a pool does before it makes a template.
+async fn prepared(agent: &mut Agent) -> Result<(), ScenarioError> {
     // The nonce before the first may have been used.
     for nonce in 2.. {
         let pong = agent.ping(nonce).await;
         if pong.map_err(ScenarioError::at("preparation"))?.prepared {
             break;
         }
-        tokio::time::sleep(pause).await;
+        tokio::time::sleep(PREPARE_PAUSE).await;
     }
     Ok(())
 }
@@ -48,7 +49,7 @@ async fn prepared(agent: &mut Agent, pause: Duration) -> Result<(), ScenarioErro
 /// Makes a guest a template as a pool does: prepared, rehearsed, at rest, and with its connection to the
 /// agent kept for the clones.
 pub(super) async fn freeze(vm: Vm, mut agent: Agent) -> Result<Template, ScenarioError> {
-    prepared(&mut agent, Duration::from_millis(20)).await?;
+    prepared(&mut agent).await?;
     for nonce in 0..REHEARSALS {
         renew(&mut agent, nonce).await?;
     }

@@ -106,22 +106,8 @@ async fn fork_to_pong(
 ) -> Result<(), ScenarioError> {
     let (mut forked, mut kept, mut dialled) = (vec![], vec![], vec![]);
     for round in 0..n + 3 {
-        let start = Instant::now();
-        let vm = template.fork().map_err(ScenarioError::at("fork"))?;
-        let made = start.elapsed();
-        let mut agent = resume(&vm)?;
-        agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
-        let answered = start.elapsed();
-        drop(agent);
-        vm.destroy();
-
-        let start = Instant::now();
-        let vm = template.fork().map_err(ScenarioError::at("fork"))?;
-        let mut agent = dial(vm.vsock()).await?;
-        agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
-        let redialled = start.elapsed();
-        drop(agent);
-        vm.destroy();
+        let (made, answered) = to_pong(template, true).await?;
+        let (_, redialled) = to_pong(template, false).await?;
         if round >= 3 {
             forked.push(us(made));
             kept.push(us(answered));
@@ -135,4 +121,24 @@ async fn fork_to_pong(
     let metric = "fork to pong (fresh connection)";
     report.add("fork", metric, "us", "hearth", dialled);
     Ok(())
+}
+
+/// One clone: how long its fork took, and all up to its pong, on the connection of its template or on a new one.
+async fn to_pong(
+    template: &Template,
+    has_kept: bool,
+) -> Result<(Duration, Duration), ScenarioError> {
+    let start = Instant::now();
+    let vm = template.fork().map_err(ScenarioError::at("fork"))?;
+    let made = start.elapsed();
+    let mut agent = match has_kept {
+        true => resume(&vm)?,
+        false => dial(vm.vsock()).await?,
+    };
+    agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
+    let answered = start.elapsed();
+    drop(agent);
+    // Taken apart here, so that the next is not measured against its clean-up.
+    vm.destroy();
+    Ok((made, answered))
 }

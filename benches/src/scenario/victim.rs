@@ -86,9 +86,7 @@ impl Victims {
         };
         // What brings it about takes longer than the guest: a kill waits until nothing of it is left.
         let ended = async {
-            if !way.is_silent() {
-                hand.exited.await;
-            }
+            hand.exited.await;
             Ok(Instant::now())
         };
         let cause = async {
@@ -103,12 +101,12 @@ impl Victims {
             }
             Ok(())
         };
+        if way.is_silent() {
+            cause.await?;
+            return Ok(Instant::now());
+        }
         let (ended, ()) = tokio::try_join!(ended, cause)?;
-        Ok(if way == Way::Wedge {
-            Instant::now()
-        } else {
-            ended
-        })
+        Ok(ended)
     }
 
     fn is_frozen(&self, vm: &Guest) -> bool {

@@ -18,6 +18,7 @@ use hearth_pool::{
 };
 use hearth_tests::within;
 use hearth_vmm::virtio::balloon::Balloon;
+use hearth_vmm::virtio::vsock::VsockStream;
 use hearth_vmm::{VmStatus, VsockHost};
 use tokio::sync::OnceCell;
 use tokio::sync::broadcast::Receiver;
@@ -182,6 +183,12 @@ impl Rig {
     }
 }
 
+/// A connection to a guest's agent that the pool knows nothing of.
+async fn agent_of(vsock: &VsockHost) -> AgentClient<VsockStream> {
+    let stream = within(5, "connect", vsock.connect(AGENT_PORT)).await;
+    AgentClient::handshake(stream.unwrap()).await.unwrap()
+}
+
 impl Victim {
     /// Resolves when the guest runs no more.
     pub(crate) async fn kill(&self) {
@@ -196,8 +203,7 @@ impl Victim {
 
     /// Sets the guest's clock behind the pool's back.
     pub(crate) async fn set_clock(&self, time: SystemTime) {
-        let stream = within(5, "connect", self.vsock.connect(AGENT_PORT)).await;
-        let mut agent = AgentClient::handshake(stream.unwrap()).await.unwrap();
+        let mut agent = agent_of(&self.vsock).await;
         let wrong = Refresh {
             entropy: vec![],
             wall_clock: Some(time.into()),
@@ -211,8 +217,7 @@ impl Victim {
     pub(crate) fn wedge(&self) -> tokio::task::JoinHandle<()> {
         let vsock = self.vsock.clone();
         tokio::spawn(async move {
-            let stream = within(5, "connect", vsock.connect(AGENT_PORT)).await;
-            let agent = AgentClient::handshake(stream.unwrap()).await.unwrap();
+            let agent = agent_of(&vsock).await;
             // It may be stopped before it tells that the program has started.
             if let Ok(exec) = agent.exec(Command::new("wedge-agent")).await {
                 let _ = exec.wait().await;
@@ -222,8 +227,7 @@ impl Victim {
 
     /// Lets the guest run a program behind the pool's back; it ends the guest.
     pub(crate) async fn die_of(&self, program: &str) {
-        let stream = within(5, "connect", self.vsock.connect(AGENT_PORT)).await;
-        let agent = AgentClient::handshake(stream.unwrap()).await.unwrap();
+        let agent = agent_of(&self.vsock).await;
         // The guest may be gone before the program's start is told.
         if let Ok(exec) = agent.exec(Command::new(program)).await {
             let ended = within(6, program, exec.wait()).await;

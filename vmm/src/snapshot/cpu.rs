@@ -10,7 +10,7 @@ use crate::kvm::KvmError;
 
 /// IA32_TSC_DEADLINE; restored after the APIC and after the TSC (Intel SDM volume 3, section
 /// 11.5.4.1), so it is kept last.
-pub(crate) const MSR_TSC_DEADLINE: u32 = 0x6e0;
+pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Where the guest wants the wall clock's base written, MSR_KVM_WALL_CLOCK and its older number
 /// (Documentation/virt/kvm/x86/msr.rst). Not restored: KVM would write there once more, a page of each clone
 /// for a value that is only read when it was just asked for.
@@ -18,7 +18,7 @@ const MSR_KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 /// IA32_MTRR_DEF_TYPE: set at boot, but not in KVM's list.
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// IA32_TSC; first, because the deadline refers to it.
-pub(crate) const MSR_TSC: u32 = 0x10;
+pub(super) const MSR_TSC: u32 = 0x10;
 
 /// Debug registers after a reset (Intel SDM volume 3, table 10-1).
 const DEBUG_RESET: kvm_debugregs = kvm_debugregs {

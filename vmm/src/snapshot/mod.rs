@@ -12,6 +12,7 @@ mod isolation;
 mod manifest;
 mod memory;
 mod origin;
+pub(crate) mod rest;
 mod serial;
 mod store;
 #[cfg(test)]
@@ -185,9 +186,8 @@ impl Template {
     /// The same template, which keeps its cache entry.
     fn kept_by(&self, lease: cache::Lease) -> Self {
         Self {
-            frozen: Arc::clone(&self.frozen),
-            count_instructions: self.count_instructions,
             _lease: Some(Arc::new(lease)),
+            ..self.clone()
         }
     }
 }

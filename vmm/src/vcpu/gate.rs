@@ -19,7 +19,6 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VcpuFd;
 
 use super::kick::Kicker;
-use super::rest;
 
 /// How long to wait for acknowledgement before kicking again.
 const KICK_INTERVAL: Duration = Duration::from_millis(5);
@@ -208,13 +207,9 @@ impl Gate {
         }
     }
 
-    /// For how long no vCPU has anything to do unless an interrupt comes. `None` if one is not idle, or does not
-    /// wait at the closed gate.
-    pub(crate) fn quiet_for(&self) -> Option<Duration> {
-        (0..self.seats.len()).try_fold(Duration::MAX, |least, index| {
-            let quiet = self.with_vcpu(index, |vcpu| rest::quiet_for(vcpu))??;
-            Some(least.min(quiet))
-        })
+    /// vCPUs that have a place.
+    pub(crate) fn vcpus(&self) -> usize {
+        self.seats.len()
     }
 
     /// Looks at vCPU `index` while it waits at the closed gate; `None` when it does not.

@@ -3,7 +3,6 @@
 pub(crate) mod gate;
 pub(crate) mod kick;
 pub(crate) mod quota;
-mod rest;
 pub(crate) mod stats;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

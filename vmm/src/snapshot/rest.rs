@@ -1,15 +1,25 @@
-//! Whether a vCPU that waits at the gate has anything to do.
+//! Whether a guest that waits at the gate has anything to do.
 
 use std::time::Duration;
 
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
-use crate::snapshot::cpu::{MSR_TSC, MSR_TSC_DEADLINE};
+use super::cpu::{MSR_TSC, MSR_TSC_DEADLINE};
+use crate::vcpu::gate::Gate;
+
+/// For how long no vCPU has anything to do unless an interrupt comes. `None` if one is not idle, or does not wait at
+/// the closed gate.
+pub(crate) fn quiet_for(gate: &Gate) -> Option<Duration> {
+    (0..gate.vcpus()).try_fold(Duration::MAX, |least, index| {
+        let quiet = gate.with_vcpu(index, |vcpu| until_timer(vcpu))??;
+        Some(least.min(quiet))
+    })
+}
 
 /// For how long the vCPU has nothing to do unless an interrupt comes: until its timer is due. `None` if it is not
 /// idle, or KVM does not tell.
-pub(super) fn quiet_for(vcpu: &VcpuFd) -> Option<Duration> {
+fn until_timer(vcpu: &VcpuFd) -> Option<Duration> {
     let state = vcpu.get_mp_state().ok()?;
     if state.mp_state == KVM_MP_STATE_RUNNABLE {
         return None;

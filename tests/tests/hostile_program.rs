@@ -8,8 +8,9 @@
 
 use hearth_agent::client::Command;
 use hearth_agent::proto::{ExitStatus, User};
-use hearth_tests::{Guest, kernel_path, kvm, not_measured};
+use hearth_tests::{Guest, kernel_path, kvm, not_measured, within};
 use hearth_vmm::{CpuProfile, VmStatus};
+use tokio::io::AsyncReadExt;
 
 const NOBODY: u32 = 65534;
 
@@ -101,6 +102,25 @@ async fn a_program_that_jumps_to_the_system_call_entry_gains_nothing() {
     let words = String::from_utf8(words).unwrap();
     let emulated = guest.vm.profile() == CpuProfile::Emulated;
     assert_eq!(words.contains("hearth.emulated"), emulated, "{words}");
+}
+
+#[tokio::test]
+async fn a_program_of_real_time_priority_does_not_silence_the_agent() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::fork().await;
+    let mut agent = guest.connect().await;
+    let hog = guest.connect().await;
+    let mut exec = hog.exec(Command::new("starve-agent")).await.unwrap();
+    let mut said = exec.stdout().unwrap();
+    assert_eq!(said.read_u8().await.unwrap(), b's');
+    // It has all of the processor but the twentieth that the kernel keeps for others.
+    for nonce in 1..=3 {
+        let pong = within(5, "a pong beside it", agent.ping(nonce)).await;
+        pong.unwrap();
+    }
+    assert_eq!(guest.vm.status(), VmStatus::Running);
 }
 
 #[tokio::test]

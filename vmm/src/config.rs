@@ -165,6 +165,13 @@ impl VmConfig {
         Ok(())
     }
 
+    /// The words on the kernel's command line, the monitor's own first, on a host of kind `profile`; those that
+    /// tell where devices are come besides. What boots from the same files with the same words comes up alike.
+    #[must_use]
+    pub fn boot_words(&self, profile: CpuProfile) -> Vec<String> {
+        self.cmdline(profile, &[])
+    }
+
     /// The kernel command line as words, with those that the monitor adds.
     pub(crate) fn cmdline(&self, profile: CpuProfile, devices: &[String]) -> Vec<String> {
         let mut words: Vec<String> = Vec::new();

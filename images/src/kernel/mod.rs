@@ -55,6 +55,16 @@ patches![
     "0017-tick-hearth-fewer-timer-interrupts-where-ring-0-is-e.patch",
     "0018-random-hearth-let-root-rekey-the-generator-of-a-clon.patch",
     "0019-vsock-hearth-no-credit-update-after-each-message-whe.patch",
+    "0020-init-hearth-compare-boot-words-with-few-parameters.patch",
+    "0021-mm-hearth-plain-loops-over-the-first-struct-pages.patch",
+    "0022-mm-page_reporting-hearth-not-while-booting.patch",
+    "0023-x86-alternatives-hearth-look-before-decoding-leave-s.patch",
+    "0024-drivers-hearth-leave-out-what-nobody-looks-at.patch",
+    "0025-workqueue-hearth-rescuers-after-the-boot.patch",
+    "0026-x86-hearth-read-our-words-before-the-others.patch",
+    "0027-random-hearth-a-new-boot_id-with-the-new-key.patch",
+    "0028-sched-hearth-no-fair-server-without-real-time-tasks.patch",
+    "0029-tick-hearth-no-tick-in-a-short-wake-up.patch",
 ];
 
 /// Why there is no kernel.

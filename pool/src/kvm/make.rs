@@ -186,6 +186,7 @@ impl KvmBackend {
             image: self.image(profile)?.clone(),
             ingredients: profile.into(),
             cpu: self.cpu,
+            boot_words: self.config(profile)?.boot_words(self.cpu),
             idle_mib: self.balloon_idle_mib,
         };
         let name = &profile.name;

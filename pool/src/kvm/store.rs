@@ -12,9 +12,8 @@ use crate::profile::Balloon;
 
 /// What templates take on disk at most, in bytes, when nothing else is said.
 pub(super) const DEFAULT_LIMIT: u64 = 4 << 30;
-/// Raised when templates are made otherwise from the same ingredients: by other steps, or with other words of the
-/// monitor on the command line.
-const RECIPE: u32 = 3;
+/// Raised when templates are made by other steps from the same ingredients.
+const RECIPE: u32 = 4;
 
 /// Where templates are kept.
 #[derive(Clone, Debug)]
@@ -52,6 +51,8 @@ pub(super) struct MadeOf {
     pub(super) image: KvmImage,
     pub(super) ingredients: Ingredients,
     pub(super) cpu: CpuProfile,
+    /// On the kernel's command line, the monitor's own and the image's.
+    pub(super) boot_words: Vec<String>,
     /// Guest memory that inflating leaves.
     pub(super) idle_mib: u32,
 }
@@ -63,6 +64,7 @@ impl MadeOf {
             image,
             ingredients,
             cpu,
+            boot_words,
             idle_mib,
         } = self;
         let Ingredients {
@@ -78,7 +80,8 @@ impl MadeOf {
         let KvmImage {
             kernel,
             initramfs,
-            append,
+            // Among the boot words.
+            append: _,
         } = image;
         let left = match balloon {
             Balloon::Auto => *idle_mib,
@@ -90,7 +93,7 @@ impl MadeOf {
             .part("profile", format!("{cpu:?}"))
             .file("kernel", kernel)?
             .file("initramfs", initramfs)?
-            .part("append", append)
+            .part("words", boot_words.join(" "))
             .part("memory", memory_mib.to_le_bytes())
             .part("vcpus", [*vcpus])
             .part("left", left.to_le_bytes());
@@ -131,6 +134,7 @@ mod tests {
             },
             ingredients: Ingredients::from(&profile()),
             cpu: CpuProfile::Native,
+            boot_words: vec!["a".into()],
             idle_mib: 64,
         };
         let name = |change: &dyn Fn(&mut MadeOf)| {
@@ -147,7 +151,7 @@ mod tests {
         let others = [
             name(&|made_of| made_of.image.kernel = other.clone()),
             name(&|made_of| made_of.image.initramfs = other.clone()),
-            name(&|made_of| made_of.image.append = "x".into()),
+            name(&|made_of| made_of.boot_words.push("x".into())),
             name(&|made_of| made_of.cpu = CpuProfile::Emulated),
             name(&|made_of| made_of.idle_mib = 32),
             of(profile().memory_mib(64)),

@@ -104,10 +104,35 @@ impl VcpuState {
         }
         vcpu.set_lapic(&self.lapic)
             .map_err(KvmError::of("KVM_SET_LAPIC"))?;
-        write_msrs(vcpu, &self.msrs)?;
+        match self.msrs.split_last() {
+            Some((deadline, others)) if is_armed(deadline) => {
+                write_msrs(vcpu, others)?;
+                write_msrs(vcpu, &[self.put_off(*deadline, vcpu)?])?;
+            }
+            _ => write_msrs(vcpu, &self.msrs)?,
+        }
         vcpu.set_vcpu_events(&self.events)
             .map_err(KvmError::of("KVM_SET_VCPU_EVENTS"))
     }
+
+    /// The deadline as far ahead as it was. Where the time stamp counter cannot be restored it has gone on since: all
+    /// deadlines would be over, and each clone would begin with a timer interrupt for nothing.
+    fn put_off(&self, deadline: kvm_msr_entry, vcpu: &VcpuFd) -> Result<kvm_msr_entry, KvmError> {
+        let Some(saved) = self.msrs.first().filter(|msr| msr.index == MSR_TSC) else {
+            return Ok(deadline);
+        };
+        let now = read_msrs(vcpu, &[MSR_TSC])?;
+        let now = now.iter().find(|msr| msr.index == MSR_TSC);
+        let passed = now.map_or(0, |now| now.data.wrapping_sub(saved.data));
+        // Back at zero it would stop the timer.
+        let data = deadline.data.wrapping_add(passed).max(1);
+        Ok(kvm_msr_entry { data, ..deadline })
+    }
+}
+
+/// Whether this is the timer's deadline, and there is one (zero: none).
+fn is_armed(msr: &kvm_msr_entry) -> bool {
+    msr.index == MSR_TSC_DEADLINE && msr.data != 0
 }
 
 fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {

@@ -136,9 +136,13 @@ impl Gate {
             if state.want == Want::Stop && want != Want::Stop {
                 return false;
             }
+            if state.want == want && want == Want::Run {
+                return true;
+            }
             state.want = want;
-            self.announce(&state);
+            self.mark(&state);
         }
+        self.changed.notify_all();
         if want != Want::Run {
             self.kick();
         }
@@ -151,16 +155,17 @@ impl Gate {
         {
             let mut state = self.lock();
             state.holds += 1;
-            self.announce(&state);
+            self.mark(&state);
         }
+        self.changed.notify_all();
         self.kick();
         Hold(self)
     }
 
-    /// Tells everyone that the state changed.
-    fn announce(&self, state: &State) {
+    /// The state has changed. Whoever says so to the threads that wait does it when the lock is free again: they
+    /// would wake only to wait for it.
+    fn mark(&self, state: &State) {
         self.closed.store(!state.is_open(), Ordering::Release);
-        self.changed.notify_all();
     }
 
     /// Waits until `until`, but no longer than the gate is open.
@@ -228,8 +233,11 @@ pub(crate) struct Hold<'a>(&'a Gate);
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
-        state.holds -= 1;
-        self.0.announce(&state);
+        {
+            let mut state = self.0.lock();
+            state.holds -= 1;
+            self.0.mark(&state);
+        }
+        self.0.changed.notify_all();
     }
 }

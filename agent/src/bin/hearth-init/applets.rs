@@ -55,7 +55,7 @@ impl From<&str> for Failure {
     }
 }
 
-const APPLETS: [(&str, Applet); 27] = [
+const APPLETS: [(&str, Applet); 28] = [
     ("true", |_| Ok(0)),
     ("false", |_| Ok(1)),
     ("echo", echo),
@@ -78,6 +78,7 @@ const APPLETS: [(&str, Applet); 27] = [
     ("panic", panic),
     ("wedge-agent", agent::wedge),
     ("crash-agent", agent::crash),
+    ("starve-agent", agent::starve),
     ("poweroff", |_| reboot_with(RebootCommand::PowerOff)),
     ("reboot", |_| reboot_with(RebootCommand::Restart)),
     ("halt", |_| reboot_with(RebootCommand::Halt)),

@@ -27,9 +27,9 @@ const FROM_THE_HOST: Duration = Duration::from_secs(60);
 const SLACK_NS: i128 = 20_000_000;
 /// How long the host's message may have taken.
 const A_DELIVERY: Duration = Duration::from_secs(2);
-/// Adds fresh bytes to the generator's key, in kernels of ours.
+/// Adds fresh bytes to the generator's key, in kernels of ours, and takes a new boot id with them.
 const REKEY: &str = "/proc/sys/kernel/random/rekey";
-/// Bytes that it takes.
+/// Bytes that it takes for the generator.
 const REKEY_BYTES: usize = 64;
 /// Bytes of a boot id.
 const UUID_BYTES: usize = 16;
@@ -99,9 +99,14 @@ impl Hygiene {
             Some((seed, id)) if seed.len() >= REKEY_BYTES => (seed, Some(*id)),
             _ => (entropy, None),
         };
+        let named =
+            init && id.is_some() && refresh.instance.is_some() && self.rekey.put(entropy).is_ok();
         // Entropy first: what follows may be drawn from it.
         Refreshed {
-            entropy: part(!entropy.is_empty(), &mut || self.reseed(seed)),
+            entropy: part(!entropy.is_empty(), &mut || match named {
+                true => Ok(()),
+                false => self.reseed(seed),
+            }),
             wall_clock: part(refresh.wall_clock.is_some(), &mut || {
                 self.step_clock(refresh.wall_clock.unwrap_or_default())
             }),
@@ -109,8 +114,9 @@ impl Hygiene {
                 let id = format!("{}\n", refresh.instance.unwrap_or_default());
                 self.machine_id.put(id.as_bytes())
             }),
-            boot_id: part(refresh.instance.is_some(), &mut || {
-                self.renew_boot_id(&uuid(id.unwrap_or_else(draw)))
+            boot_id: part(refresh.instance.is_some(), &mut || match named {
+                true => Ok(()),
+                false => self.renew_boot_id(&uuid(id.unwrap_or_else(draw))),
             }),
             hostname: part(refresh.hostname.is_some(), &mut || {
                 sethostname(refresh.hostname.as_deref().unwrap_or_default().as_bytes())

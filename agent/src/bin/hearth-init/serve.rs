@@ -133,8 +133,11 @@ impl Server {
 
     /// Waits for events or for what is due next.
     fn wait(&self, now: Instant) -> Vec<(Source, PollFlags)> {
-        let mut sources = vec![Source::Children];
-        let mut fds = vec![PollFd::from_borrowed_fd(self.reaper.fd(), PollFlags::IN)];
+        let (mut sources, mut fds) = (Vec::new(), Vec::new());
+        if let Some(deaths) = self.reaper.fd() {
+            sources.push(Source::Children);
+            fds.push(PollFd::from_borrowed_fd(deaths, PollFlags::IN));
+        }
         if let (Some(listener), None) = (&self.listener, self.accept_at) {
             sources.push(Source::Listener);
             fds.push(PollFd::new(listener, PollFlags::IN));

@@ -20,7 +20,7 @@ use rustix::{
     thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 
-use crate::{plan::Ids, sys};
+use crate::{plan::Ids, reaper, sys};
 
 /// Enough for a few system calls, unoptimised; only what is touched exists.
 const STACK_BYTES: usize = 64 * 1024;
@@ -81,6 +81,7 @@ pub(crate) fn spawn(image: &Image<'_>) -> Result<Pid, Refusal> {
     };
     // Not filled: what the child does not touch costs no page.
     let mut stack = Box::new_uninit_slice(STACK_BYTES / size_of::<u128>());
+    reaper::expect_children();
     let result = clone_vfork(&mut child, &mut stack, image.cgroup);
     match (result, child.refusal) {
         (Ok(_), Some(refusal)) => Err(refusal),

@@ -190,8 +190,8 @@ pub(crate) struct Dead {
     pub(crate) max_rss_kib: u64,
 }
 
-/// Reaps one child, whichever, if one is dead.
-pub(crate) fn reap() -> Option<Dead> {
+/// Reaps one child, whichever, if one is dead. `ECHILD`: there is no child, dead or alive.
+pub(crate) fn reap() -> Result<Option<Dead>, Errno> {
     let mut status = 0_i32;
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: both pointers are to live, writable memory of the right types; all zero is a valid rusage.
@@ -203,7 +203,7 @@ pub(crate) fn reap() -> Option<Dead> {
             nohang,
             usage.as_mut_ptr().addr(),
         ];
-        (call(libc::SYS_wait4, args).ok()?, usage.assume_init())
+        (call(libc::SYS_wait4, args)?, usage.assume_init())
     };
     let micros = |time: libc::timeval| {
         let seconds = u64::try_from(time.tv_sec)
@@ -211,13 +211,14 @@ pub(crate) fn reap() -> Option<Dead> {
             .saturating_mul(1_000_000);
         seconds.saturating_add(u64::try_from(time.tv_usec).unwrap_or(0))
     };
-    Some(Dead {
-        pid: i32::try_from(pid).ok().filter(|&pid| pid > 0)?,
+    let pid = i32::try_from(pid).ok().filter(|&pid| pid > 0);
+    Ok(pid.map(|pid| Dead {
+        pid,
         status,
         user_us: micros(usage.ru_utime),
         system_us: micros(usage.ru_stime),
         max_rss_kib: u64::try_from(usage.ru_maxrss).unwrap_or(0),
-    })
+    }))
 }
 
 /// Waits until the state of a traced process changes.

@@ -1,4 +1,5 @@
-//! Programs that make the agent itself fail, as a fault of its own would. Only root can: they use ptrace.
+//! Programs that make the agent itself fail, as a fault of its own would, or try to. Only root can: they use ptrace and
+//! real-time priorities.
 
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -6,7 +7,7 @@ use core::time::Duration;
 use rustix::io::Errno;
 
 use super::Failure;
-use crate::{clock, sys};
+use crate::{clock, sys, text::say};
 
 // include/uapi/linux/ptrace.h
 const PTRACE_POKEUSER: usize = 6;
@@ -36,6 +37,19 @@ pub(super) fn crash(_: &[Vec<u8>]) -> Result<u8, Failure> {
     trace(PTRACE_DETACH, 0, 0)?;
     loop {
         clock::sleep(LONG);
+    }
+}
+
+/// Never gives up the processor to whoever has no real-time priority, the agent say; says `starving` before.
+pub(super) fn starve(_: &[Vec<u8>]) -> Result<u8, Failure> {
+    say("starving")?;
+    let parameters = libc::sched_param { sched_priority: 1 };
+    let fifo = libc::SCHED_FIFO.unsigned_abs() as usize;
+    let args = [0, fifo, (&raw const parameters).addr(), 0];
+    // SAFETY: a pointer to a live structure that the kernel reads.
+    unsafe { sys::call(libc::SYS_sched_setscheduler, args)? };
+    loop {
+        core::hint::spin_loop();
     }
 }
 

@@ -2,14 +2,15 @@
 //! first answer, a burst, and the hand-off while the pool refills.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hearth_pool::kvm::KvmBackend;
 use hearth_pool::{Parking, Refill};
 use tokio::sync::Barrier;
+use tokio::time::sleep;
 
 use super::boot::Files;
-use super::pool::{Guest, Guests, PROFILE, backend, config, fill, start};
+use super::pool::{Guest, Guests, PROFILE, backend, config, fill, full, start};
 use super::{ScenarioError, us};
 use crate::report::Report;
 use crate::target::{Bound, Statistic};
@@ -18,6 +19,8 @@ use crate::target::{Bound, Statistic};
 const BURST: usize = 32;
 /// Guests of a pool otherwise.
 const SIZE: usize = 8;
+/// For how long nothing happens before a hand-off.
+const REST: Duration = Duration::from_millis(5);
 
 /// Takes about `n` samples of each metric.
 ///
@@ -39,6 +42,9 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     // Whoever waits here is no worker of the runtime: to wake the pool's task it has to wake one.
     let (acquired, _) = to_pong(Arc::clone(&backend), Parking::Paused, n).await?;
     let metric = "acquire from a thread of one's own";
+    report.add("handoff", metric, "us", "paused", acquired);
+    let acquired = task(after_an_end(Arc::clone(&backend), n)).await?;
+    let metric = "acquire just after a guest's end";
     report.add("handoff", metric, "us", "paused", acquired);
     burst(report, &backend, n.div_ceil(BURST)).await?;
     let (idle, busy) = task(refilling(backend, n)).await?;
@@ -68,14 +74,32 @@ fn acquire(pool: &Guests) -> Result<Guest, ScenarioError> {
     pool.acquire(PROFILE).map_err(ScenarioError::at("acquire"))
 }
 
-/// Samples of the hand-off, and of the hand-off with the first answer. Nothing is booted meanwhile.
+/// Samples of the hand-off, and of the hand-off with the first answer, each of a pool that is full and at rest.
 async fn to_pong(
     backend: Arc<KvmBackend>,
     parking: Parking,
     n: usize,
 ) -> Result<(Vec<f64>, Vec<f64>), ScenarioError> {
-    let pool = start(&backend, config(SIZE, Refill::Manual), parking).await?;
+    let pool = start(&backend, config(SIZE, Refill::Automatic), parking).await?;
     let (mut acquired, mut answered) = (vec![], vec![]);
+    for _ in 0..n {
+        full(&pool).await?;
+        sleep(REST).await;
+        let begin = Instant::now();
+        let guest = acquire(&pool)?;
+        acquired.push(us(begin.elapsed()));
+        guest.ping().await.map_err(ScenarioError::at("ping"))?;
+        answered.push(us(begin.elapsed()));
+        guest.release().await;
+    }
+    pool.stop().await;
+    Ok((acquired, answered))
+}
+
+/// Samples of the hand-off just after another guest has ended, while the host still clears up after it.
+async fn after_an_end(backend: Arc<KvmBackend>, n: usize) -> Result<Vec<f64>, ScenarioError> {
+    let pool = start(&backend, config(SIZE, Refill::Manual), Parking::Paused).await?;
+    let mut acquired = vec![];
     for _ in 0..n.div_ceil(SIZE) {
         fill(&pool, SIZE).await?;
         for _ in 0..SIZE {
@@ -83,12 +107,11 @@ async fn to_pong(
             let guest = acquire(&pool)?;
             acquired.push(us(begin.elapsed()));
             guest.ping().await.map_err(ScenarioError::at("ping"))?;
-            answered.push(us(begin.elapsed()));
             guest.release().await;
         }
     }
     pool.stop().await;
-    Ok((acquired, answered))
+    Ok(acquired)
 }
 
 /// A full pool is emptied at once by as many tasks; each counts from the burst's beginning.
@@ -152,13 +175,13 @@ async fn refilling(
     let pool = start(&backend, config(SIZE, Refill::Automatic), Parking::Paused).await?;
     let (mut idle, mut busy) = (vec![], vec![]);
     while busy.len() < n {
-        super::pool::full(&pool).await?;
+        full(&pool).await?;
         let begin = Instant::now();
         let first = acquire(&pool)?;
         idle.push(us(begin.elapsed()));
         // The first one's replacement boots from here on, and soon those of the others.
         for _ in 1..SIZE {
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            sleep(Duration::from_millis(2)).await;
             let begin = Instant::now();
             let guest = acquire(&pool)?;
             busy.push(us(begin.elapsed()));

@@ -4,8 +4,8 @@
 use std::error::Error;
 use std::time::{Duration, Instant};
 
+use hearth_pool::Pool;
 use hearth_pool::kvm::KvmBackend;
-use hearth_pool::{AcquireError, Pool};
 
 mod base;
 
@@ -24,7 +24,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .map(|_| tokio::spawn(request(pool.clone(), burst)))
         .collect();
     for (number, task) in tasks.into_iter().enumerate() {
-        let (served, answered) = task.await??;
+        let (served, answered) = task.await?.map_err(|error| error.to_string())?;
         println!(
             "request {number:>3}: served after {served:>10.1?}, answered after {answered:.1?}"
         );
@@ -37,11 +37,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
 async fn request(
     pool: Pool<KvmBackend>,
     burst: Instant,
-) -> Result<(Duration, Duration), AcquireError> {
+) -> Result<(Duration, Duration), Box<dyn Error + Send + Sync>> {
     let guest = pool.acquire_timeout(base::BASE, PATIENCE).await?;
     let served = burst.elapsed();
-    if let Err(error) = guest.ping().await {
-        eprintln!("{} does not answer: {error}", guest.id());
-    }
+    guest.ping().await?;
     Ok((served, burst.elapsed()))
 }

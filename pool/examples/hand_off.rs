@@ -13,6 +13,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let program = guest.exec(guest.command("echo").arg("hello")).await?;
     let output = program.output(OutputLimits::default()).await?;
     print!("{}", String::from_utf8_lossy(&output.stdout));
+    if !output.status.success() {
+        return Err(format!("echo ended with {}", output.status).into());
+    }
     guest.release().await;
     pool.stop().await;
     Ok(())

@@ -42,7 +42,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
         Some(_) => serving.await?,
         None => tokio::select! {
             served = serving => served?,
-            answer = ask(asked) => println!("{}", answer?),
+            answer = ask(asked) => {
+                let answer = answer?;
+                println!("{answer}");
+                if !answer.starts_with("HTTP/1.1 200") {
+                    return Err("the request was not served".into());
+                }
+            }
         },
     }
     pool.stop().await;

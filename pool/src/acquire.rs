@@ -63,6 +63,10 @@ impl<B: Backend> Pool<B> {
         shared.nudge.wake();
         let leases = taken.map_err(|refusal| shared.missed(profile, refusal))?;
         let leases: Vec<_> = leases.into_iter().map(Lease::hand_off).collect();
+        if !span.is_disabled() {
+            let ids: Vec<_> = leases.iter().map(|lease| lease.id().to_string()).collect();
+            span.record("vm", ids.join(" "));
+        }
         for lease in &leases {
             tracing::debug!(vm = %lease.id(), "one of a burst");
             shared.leased(lease, profile, |kept| {

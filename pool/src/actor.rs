@@ -310,7 +310,8 @@ impl<B: Backend> Actor<B> {
         if let Some(last) = state.last_failure.get_mut(profile.0) {
             *last = Some(BootFailure::Denied(denial));
         }
-        tracing::warn!(vm = %id, %denial, "a boot was refused");
+        let name = self.shared.profile_name(profile);
+        tracing::warn!(vm = %id, profile = name, %denial, "a boot was refused");
         self.denial = Some(denial);
         state.tell(now, Event::Denied(id));
     }

@@ -16,7 +16,7 @@ use crate::slot::VmId;
 ///
 /// # Rules for implementors
 /// - Methods that return no future ([`alive`](Self::alive), [`pause`](Self::pause),
-///   [`resume`](Self::resume), [`remote`](Self::remote), [`making`](Self::making),
+///   [`resume`](Self::resume), [`fits`](Self::fits), [`remote`](Self::remote), [`making`](Self::making),
 ///   [`private_bytes`](Self::private_bytes), [`Remote::activity`]) and the part of
 ///   [`probe`](Self::probe) and [`ended`](Self::ended) that makes the future run under the pool's
 ///   lock: they must not block, and must not call back into the pool. The same holds for
@@ -55,6 +55,11 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Destroys the VM and resolves when nothing of it remains. Runs off every caller's path.
     fn retire(&self, vm: Self::Vm) -> impl Future<Output = ()> + Send;
+
+    /// Whether a VM that is offered to a pool is what `profile` describes, and nobody has had it yet.
+    fn fits(&self, _vm: &Self::Vm, _profile: &Profile) -> bool {
+        true
+    }
 
     /// Resolves when the VM has ended by itself or was killed, at once if it already has.
     fn ended(&self, vm: &Self::Vm) -> BoxFuture<'static, ()>;
@@ -133,6 +138,10 @@ impl<B: Backend> Backend for Arc<B> {
 
     async fn retire(&self, vm: B::Vm) {
         (**self).retire(vm).await;
+    }
+
+    fn fits(&self, vm: &B::Vm, profile: &Profile) -> bool {
+        B::fits(self, vm, profile)
     }
 
     fn ended(&self, vm: &B::Vm) -> BoxFuture<'static, ()> {

@@ -150,6 +150,9 @@ pub enum OfferRefusal {
     /// The pool holds as many as it should.
     #[error("the pool is full")]
     Full,
+    /// It was made for another profile, or has been handed out before.
+    #[error("the VM was made for another profile, or has been used")]
+    Unfit,
     /// It did not prove healthy.
     #[error("the VM did not prove healthy")]
     Unhealthy(#[source] ProbeError),

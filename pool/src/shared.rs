@@ -273,7 +273,8 @@ impl<B: Backend> Shared<B> {
 
     /// A VM has ended before anybody had it.
     pub(crate) fn died(&self, profile: ProfileId, id: VmId) {
-        tracing::warn!(vm = %id, "a parked VM ended by itself");
+        let name = self.profile_name(profile);
+        tracing::warn!(vm = %id, profile = name, "a parked VM ended by itself");
         if let Some(kept) = self.profile(profile) {
             kept.metrics.died.increment(1);
         }

@@ -146,11 +146,17 @@ impl<B: Backend> Actor<B> {
         let Some(cancelled) = self.admit(state, now, profile, id) else {
             return;
         };
-        let mut sound = true;
+        let (mut sound, mut fits) = (true, true);
         if let (Some(vm), Some(slot)) = (self.take_offered(ticket, id), state.slots.get_mut(&id)) {
             slot.remote = guarded("remote", || self.shared.backend.remote(&vm)).map(Arc::new);
+            let kept = self.shared.profile(profile);
+            let fitting = || kept.is_some_and(|kept| self.shared.backend.fits(&vm, &kept.spec));
+            fits = guarded("fits", fitting).unwrap_or(false);
             slot.vm = Some(vm);
             sound = slot.remote.is_some();
+        }
+        if !fits {
+            return self.joined(state, now, id, Err(OfferRefusal::Unfit));
         }
         if !sound {
             let wrong = ProbeError::Wrong("the backend panicked");

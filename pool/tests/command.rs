@@ -5,7 +5,11 @@ use std::io::Write;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use hearth_tests::flat::{Code, elf};
 use serde_json::Value;
+
+/// Where kernels of a few instructions are loaded.
+const KERNEL_AT: u64 = 16 << 20;
 
 fn hearth(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hearth"));
@@ -216,6 +220,64 @@ fn a_guest_that_ends_early_or_never_answers_is_told_apart() {
     ]));
     assert_eq!(code, Some(125));
     assert!(stderr.contains("did not answer within 10ms"), "{stderr}");
+}
+
+#[test]
+fn boot_tells_each_end_apart_by_its_exit_code() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = |name: &str, code: Code| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, elf(&[(KERNEL_AT, &code.bytes())])).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    // `lidt` of an empty table, then an undefined instruction: no handler can be reached.
+    const FAULT: &[u8] = &[0x0f, 0x01, 0x1c, 0x25, 0, 0, 0x20, 0, 0x0f, 0x0b];
+    let fault = Code::new().raw(FAULT);
+    for (name, guest, expected, said) in [
+        ("off", Code::new().report(1), 0, "powered off"),
+        ("restart", Code::new().report(2), 0, "rebooted"),
+        ("halt", Code::new().report(3), 10, "halted"),
+        ("panic", Code::new().report(4), 11, "panicked"),
+        ("fault", fault, 12, "triple fault"),
+    ] {
+        let path = kernel(name, guest.spin());
+        let (code, _, stderr) = outcome(&mut hearth(&["boot", "--kernel", &path]));
+        assert_eq!(code, Some(expected), "{name}: {stderr}");
+        assert!(stderr.contains(said), "{name}: {stderr}");
+    }
+    // All that a machine may be given, and no end of its own.
+    let path = kernel("spin", Code::new().print("here").spin());
+    let initramfs = dir.path().join("initramfs");
+    std::fs::write(&initramfs, b"070701").unwrap();
+    let initramfs = initramfs.to_str().unwrap();
+    let args = ["boot", "--kernel", &path, "--initramfs", initramfs];
+    let machine = ["--memory", "48", "--cpus", "3", "--timeout", "1"];
+    let (code, stdout, stderr) = outcome(hearth(&args).args(machine));
+    assert_eq!(code, Some(124), "{stderr}");
+    assert_eq!(stdout, "here");
+}
+
+#[test]
+fn a_program_runs_in_the_machine_that_was_asked_for_with_its_console_shown() {
+    if !kvm() {
+        return;
+    }
+    let machine = ["--console", "--memory", "96", "--cpus", "2"];
+    let program = ["--", "cat", "/proc/meminfo", "/proc/cpuinfo"];
+    let (code, stdout, stderr) = outcome(hearth(&["run"]).args(machine).args(program));
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("Linux version"), "{stderr}");
+    let total = stdout.lines().find_map(|line| {
+        let kib = line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?;
+        kib.parse::<u64>().ok()
+    });
+    let mib = total.unwrap() / 1024;
+    assert!((64..=96).contains(&mib), "{mib} MiB");
+    let processors = stdout.lines().filter(|line| line.starts_with("processor"));
+    assert_eq!(processors.count(), 2, "{stdout}");
 }
 
 #[test]

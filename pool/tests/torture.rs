@@ -131,7 +131,7 @@ async fn user(pool: Pool<FakeBackend>, seen: Arc<Seen>, over: Arc<AtomicBool>, s
         };
         for lease in leases {
             seen.first_use(lease.id());
-            assert_eq!(lease.profile(), profile, "a wrong VM");
+            assert_eq!(lease.made_for(), profile, "a wrong VM");
             match lease.work() {
                 Ok(1) => {}
                 Ok(used) => panic!("{} was used before: {used}", lease.id()),

@@ -192,15 +192,15 @@ async fn two_guests_at_once_share_nothing() {
 }
 
 #[tokio::test]
-async fn a_guest_that_never_dials_is_given_up_without_a_trace() {
+async fn a_guest_that_still_boots_is_given_up_without_a_trace() {
     if !kvm() {
         return;
     }
     // Another test may hold VMs meanwhile, so what is compared is what this guest adds: nothing named
     // like a second vCPU may stay.
-    let vm = Vm::boot(&image().vcpus(3).append("init=/missing").build().unwrap()).unwrap();
+    let vm = Vm::boot(&image().vcpus(3).build().unwrap()).unwrap();
     let mut ready = vm.vsock().listen(READY_PORT).unwrap();
-    let limit = Duration::from_millis(300);
+    let limit = Duration::from_millis(5);
     assert!(tokio::time::timeout(limit, ready.accept()).await.is_err());
     let connect = vm.vsock().connect_timeout(AGENT_PORT, limit).await;
     assert_eq!(

@@ -235,6 +235,26 @@ async fn a_guest_that_never_answers_times_out_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn devices_have_the_same_threads_however_many_vms_there_are() {
+    if !kvm() || !alone() {
+        return;
+    }
+    let event_threads = || {
+        let threads = Footprint::now().threads;
+        let events = threads
+            .iter()
+            .filter(|(name, _)| name.starts_with("hearth-events"));
+        events.map(|(_, count)| count).sum::<usize>()
+    };
+    let first = Code::new().spin().boot();
+    let with_one = event_threads();
+    assert!(with_one > 0);
+    let others: Vec<_> = (0..7).map(|_| Code::new().spin().boot()).collect();
+    assert_eq!(event_threads(), with_one);
+    drop((first, others));
+}
+
+#[tokio::test]
 async fn two_vms_at_once_do_not_see_each_other() {
     if !kvm() {
         return;

@@ -54,6 +54,15 @@ impl Command {
         self
     }
 
+    /// Sets an environment variable, unless it is set already or the environment is to start empty.
+    pub fn env_default(self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        let name = bytes(&key);
+        if self.exec.clear_env || self.exec.env.iter().any(|(known, _)| *known == name) {
+            return self;
+        }
+        self.env(key, value)
+    }
+
     /// Starts from an empty environment.
     pub fn env_clear(mut self) -> Self {
         self.exec.env.clear();

@@ -11,6 +11,8 @@ use super::{ScenarioError, us};
 use crate::report::Report;
 use crate::target::{Bound, Statistic};
 
+/// The host's part of it.
+const CREATE: &str = "create (to the first KVM_RUN)";
 /// How long a boot may take before the run is given up.
 const STUCK: Duration = Duration::from_secs(300);
 
@@ -65,13 +67,7 @@ pub async fn run(
         instructions.extend(vm.emulated_instructions().map(|count| count as f64));
         last = Some((vm, agent));
     }
-    report.add(
-        "boot",
-        "create (to the first KVM_RUN)",
-        "us",
-        "hearth",
-        create,
-    );
+    report.add("boot", CREATE, "us", "hearth", create);
     report.add(
         "boot",
         "kernel entry to init (guest clock)",
@@ -87,6 +83,13 @@ pub async fn run(
         ready,
     );
     report.add("boot", "cold boot to pong", "us", "hearth", pong);
+    report.expect(
+        "cold boot to pong",
+        "hearth",
+        Statistic::P50,
+        Bound::AtMost(7e6),
+    );
+    report.expect(CREATE, "hearth", Statistic::P50, Bound::AtMost(3_000.0));
     report.add("boot", "exits to pong", "exits", "hearth", exits);
     if !instructions.is_empty() {
         let metric = "guest instructions emulated to pong";

@@ -176,6 +176,10 @@ impl Backend for Victims {
         self.kvm.retire(vm).await;
     }
 
+    fn fits(&self, vm: &Guest, profile: &Profile) -> bool {
+        self.kvm.fits(vm, profile)
+    }
+
     fn ended(&self, vm: &Guest) -> BoxFuture<'static, ()> {
         self.kvm.ended(vm)
     }

@@ -101,7 +101,8 @@ impl<B: Backend> Actor<B> {
             *was_open = counts.breaker_open;
             let kind = if counts.breaker_open {
                 let failures = counts.failures_in_a_row;
-                tracing::error!(failures, "boots keep failing: the breaker is open");
+                let profile = self.shared.profile_name(profile);
+                tracing::error!(profile, failures, "boots keep failing: the breaker is open");
                 EventKind::BreakerOpened(failures)
             } else {
                 EventKind::BreakerClosed
@@ -120,7 +121,8 @@ impl<B: Backend> Actor<B> {
         let cause = std::error::Error::source(why)
             .map(ToString::to_string)
             .unwrap_or_default();
-        tracing::warn!(vm = %id, error = %why, cause, "a boot failed");
+        let name = self.shared.profile_name(profile);
+        tracing::warn!(vm = %id, profile = name, error = %why, cause, "a boot failed");
         if let Some(last) = state.last_failure.get_mut(profile.0) {
             *last = Some(why.clone());
         }

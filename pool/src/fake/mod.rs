@@ -372,6 +372,10 @@ impl Backend for FakeBackend {
         vm.life.set_paused(false);
     }
 
+    fn fits(&self, vm: &FakeVm, profile: &Profile) -> bool {
+        vm.life.fits(&profile.name)
+    }
+
     fn hand_off(&self, vm: &FakeVm) {
         vm.life.hand_off();
     }

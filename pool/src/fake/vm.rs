@@ -56,6 +56,10 @@ impl Life {
         self.state.send_modify(|now| now.paused = paused);
     }
 
+    pub(super) fn fits(&self, profile: &str) -> bool {
+        self.profile == profile && self.hand_offs.load(Ordering::SeqCst) == 0
+    }
+
     pub(super) fn hand_off(&self) {
         self.hand_offs.fetch_add(1, Ordering::SeqCst);
         self.set_paused(false);
@@ -136,6 +140,12 @@ pub struct FakeVm {
 }
 
 impl FakeVm {
+    /// The name of the profile that it was made for.
+    #[must_use]
+    pub fn made_for(&self) -> &str {
+        &self.life.profile
+    }
+
     /// A handle to see and disturb it.
     #[must_use]
     pub fn handle(&self) -> FakeVmHandle {

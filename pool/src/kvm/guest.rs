@@ -1,9 +1,8 @@
 //! A guest with an agent: what a lease gives.
 
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -18,6 +17,8 @@ use tokio::time::timeout;
 use super::birth::Gone;
 use super::control::Control;
 use super::stream::GuestStream;
+use super::templates::Ingredients;
+use crate::profile::Profile;
 
 /// Why a guest could not be talked to.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +49,8 @@ pub struct Guest {
     instance: InstanceId,
     activity: Arc<AtomicU64>,
     connect_timeout: Duration,
-    env: BTreeMap<String, String>,
+    made_of: Option<Ingredients>,
+    handed_out: AtomicBool,
     inflated: bool,
     private_bytes: Option<u64>,
 }
@@ -69,15 +71,28 @@ impl Guest {
             instance,
             activity: dialler.activity,
             connect_timeout: dialler.timeout,
-            env: BTreeMap::new(),
+            made_of: None,
+            handed_out: AtomicBool::new(false),
             inflated: false,
             private_bytes: None,
         }
     }
 
-    pub(super) fn with_env(mut self, env: BTreeMap<String, String>) -> Self {
-        self.env = env;
+    /// Remembers what it was made for.
+    pub(super) fn made_for(mut self, profile: &Profile) -> Self {
+        self.made_of = Some(profile.into());
         self
+    }
+
+    /// Whether it is what `profile` describes, and nobody has had it.
+    pub(super) fn fits(&self, profile: &Profile) -> bool {
+        let unused = !self.handed_out.load(Ordering::Acquire);
+        unused && self.made_of == Some(profile.into())
+    }
+
+    /// Somebody has it from here on.
+    pub(super) fn set_handed_out(&self) {
+        self.handed_out.store(true, Ordering::Release);
     }
 
     pub(super) fn with_spare(mut self, spare: Option<AgentClient<GuestStream>>) -> Self {
@@ -145,20 +160,22 @@ impl Guest {
         }
     }
 
-    /// A command with the environment of the guest's profile and the present time; refine it and
-    /// give it to [`exec`](Self::exec).
+    /// A command; refine it and give it to [`exec`](Self::exec).
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let command = Command::new(program).wall_clock(SystemTime::now());
-        self.env
-            .iter()
-            .fold(command, |command, (name, value)| command.env(name, value))
+        Command::new(program)
     }
 
-    /// Starts a program.
+    /// Starts a program, at the present time and with the environment of the guest's profile, as far as the
+    /// command does not say otherwise. What goes to the agent by another way has neither.
     ///
     /// # Errors
     /// Why it did not start.
     pub async fn exec(&self, command: Command) -> Result<Exec<GuestStream>, GuestError> {
+        let command = command.wall_clock(SystemTime::now());
+        let of_profile = self.made_of.iter().flat_map(|made_of| &made_of.env);
+        let command = of_profile.fold(command, |command, (name, value)| {
+            command.env_default(name, value)
+        });
         Ok(self.agent().await?.exec(command).await?)
     }
 

@@ -170,7 +170,7 @@ impl KvmBackend {
         let agent = dialler.greet(stream).await?;
         let instance = agent.hello().unwrap_or_default().instance;
         let guest = Guest::new((vm, birth.gone()), agent, instance, None, dialler);
-        Ok(guest.with_env(profile.env.clone()))
+        Ok(guest.made_for(profile))
     }
 
     /// The stored template of the profile, or one that is made and stored. A store that fails costs time,
@@ -308,7 +308,7 @@ impl KvmBackend {
             // Its template's balloon did not deflate in time.
             guest.set_inflated();
         }
-        Ok(guest.with_env(profile.env.clone()))
+        Ok(guest.made_for(profile))
     }
 
     fn dialler(&self, vm: &Vm) -> Dialler {

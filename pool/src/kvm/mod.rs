@@ -147,7 +147,12 @@ impl Backend for KvmBackend {
         let _ = vm.vm().resume();
     }
 
+    fn fits(&self, vm: &Guest, profile: &Profile) -> bool {
+        vm.fits(profile)
+    }
+
     fn hand_off(&self, vm: &Guest) {
+        vm.set_handed_out();
         self.resume(vm);
         if vm.is_inflated() {
             // The guest deflates while its owner goes on; a target of 0 is always possible.

@@ -205,7 +205,7 @@ impl World {
         match step {
             Step::Take(profile) => {
                 if let Ok(id) = self.ledger.take(self.now, profile) {
-                    self.hand_out(id, None);
+                    self.hand_out(id, profile, None);
                 }
                 // The actor is nudged.
                 self.tell(Event::Tick);
@@ -312,8 +312,10 @@ impl World {
         }
     }
 
-    fn hand_out(&mut self, id: VmId, waiter: Option<WaiterId>) {
+    fn hand_out(&mut self, id: VmId, profile: ProfileId, waiter: Option<WaiterId>) {
         assert_eq!(self.place(id), Some(Place::Slot), "{id} is not parked");
+        let owner = self.vms.get(&id).map(|(owner, _)| *owner);
+        assert_eq!(owner, Some(profile), "{id} is of another profile");
         assert!(!self.spent.contains(&id), "{id} is handed out used or dead");
         self.checks.remove(&id);
         self.put(id, Place::Lease { waiter });
@@ -365,7 +367,7 @@ impl World {
                 let mut others = self.waiters.iter();
                 let earlier = others.any(|(other, of)| *of == profile && *other < waiter);
                 assert!(!earlier, "served out of order");
-                self.hand_out(id, Some(waiter));
+                self.hand_out(id, profile, Some(waiter));
             }
             Action::Reject(waiter, _) => assert!(self.waiters.remove(&waiter).is_some()),
             Action::Settle(ticket, outcome) => {

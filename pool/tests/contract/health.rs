@@ -394,6 +394,22 @@ async fn offer_adopts_the_live_one_and_refuses_the_killed_one() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn offer_refuses_what_was_made_for_another_profile_or_has_been_used() {
+    let fake = FakeBackend::new();
+    let pool = by_hand(&fake, config(2)).await;
+    let other = pool.offer(PY, fake.make(JS)).await.unwrap_err();
+    assert!(matches!(other.why, OfferRefusal::Unfit), "{other}");
+    pool.offer(PY, fake.make(PY)).await.unwrap();
+    let (used, reservation) = pool.acquire(PY).unwrap().into_inner();
+    let refused = pool.offer(PY, used).await.unwrap_err();
+    assert!(matches!(refused.why, OfferRefusal::Unfit), "{refused}");
+    assert!(refused.vm.is_some(), "it comes back");
+    drop((other, refused, reservation));
+    assert_eq!(ready(&pool), 0);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn offer_refuses_when_full_and_a_dropped_offer_destroys_its_vm() {
     let fake = FakeBackend::new();
     let pool = by_hand(&fake, config(1)).await;

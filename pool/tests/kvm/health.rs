@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hearth_pool::{Backend, Lease, OfferRefusal, Parking, ProbeError, Refill};
+use hearth_pool::{Backend, OfferRefusal, Parking, ProbeError, Refill, VmId};
 use hearth_tests::{kvm, patience, within};
 use hearth_vmm::VmStatus;
 
@@ -145,13 +145,14 @@ async fn of_a_live_and_a_killed_guest_that_are_offered_the_live_one_is_adopted()
         return;
     }
     let rig = Rig::new().await;
-    let source = rig.pool(config(2)).await;
-    let guests = source.acquire_many(BASE, 2).unwrap().into_iter();
-    let (mut guests, shares): (Vec<_>, Vec<_>) = guests.map(Lease::into_inner).unzip();
-    let (dead, live) = (guests.pop().unwrap(), guests.pop().unwrap());
-    dead.vm().kill();
-
     let pool = rig.pool(config(2).refill(Refill::Manual)).await;
+    let profile = &config(2).profiles[0];
+    let (dead, live) = tokio::try_join!(
+        rig.create(profile, VmId(1 << 40)),
+        rig.create(profile, VmId(2 << 40))
+    )
+    .unwrap();
+    dead.vm().kill();
     let adopted = within(6, "offer", pool.offer(BASE, live)).await.unwrap();
     for _ in 0..2 {
         // Every time that it is asked.
@@ -173,8 +174,11 @@ async fn of_a_live_and_a_killed_guest_that_are_offered_the_live_one_is_adopted()
     let guest = pool.acquire(BASE).unwrap();
     assert_eq!(guest.id(), adopted);
     within(6, "ping", guest.ping()).await.unwrap();
-    drop(guest);
+    // Whoever has had a guest cannot pass it on as new.
+    let (used, _share) = guest.into_inner();
+    let refused = within(6, "offer", pool.offer(BASE, used))
+        .await
+        .unwrap_err();
+    assert!(matches!(refused.why, OfferRefusal::Unfit), "{refused}");
     stop(pool).await;
-    drop(shares);
-    stop(source).await;
 }

@@ -13,8 +13,8 @@ use hearth_images::{Images, Silent};
 use hearth_pool::config::{BootConfig, HealthConfig};
 use hearth_pool::kvm::{CreateError, Guest, GuestRemote, KvmBackend, KvmBackendBuilder, KvmImage};
 use hearth_pool::{
-    Backend, Counts, Demand, EventKind, Parking, Phase, Pool, PoolConfig, PoolEvent, ProbeError,
-    Profile, Refill, Remote, VmId,
+    Backend, Counts, Demand, EventKind, Making, Parking, Phase, Pool, PoolConfig, PoolEvent,
+    ProbeError, Profile, Refill, Remote, VmId,
 };
 use hearth_tests::within;
 use hearth_vmm::virtio::balloon::Balloon;
@@ -269,6 +269,18 @@ impl Backend for Rig {
 
     async fn retire(&self, vm: Guest) {
         self.kvm.retire(vm).await;
+    }
+
+    fn fits(&self, vm: &Guest, profile: &Profile) -> bool {
+        self.kvm.fits(vm, profile)
+    }
+
+    fn making(&self, profile: &Profile) -> Making {
+        self.kvm.making(profile)
+    }
+
+    fn failure_kind(&self, error: &CreateError) -> &'static str {
+        self.kvm.failure_kind(error)
     }
 
     fn ended(&self, vm: &Guest) -> BoxFuture<'static, ()> {

@@ -20,7 +20,7 @@ use crate::signals::{self, Signals};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct Args {
-    /// Kernel to boot: an uncompressed ELF file (vmlinux)
+    /// Kernel to boot: an ELF file (vmlinux) or a bzImage
     #[arg(long, value_name = "PATH")]
     kernel: PathBuf,
     /// Initramfs; uncompressed cpio is fastest

@@ -38,7 +38,7 @@ pub(crate) struct Args {
     /// Image to boot
     #[arg(long, value_name = "NAME", value_enum, default_value_t = Image::Base)]
     image: Image,
-    /// Kernel to boot instead of the image's: an uncompressed ELF file (vmlinux) with virtio-mmio and vsock
+    /// Kernel to boot instead of the image's: an ELF file (vmlinux) or a bzImage with virtio-mmio and vsock
     #[arg(
         long,
         value_name = "PATH",

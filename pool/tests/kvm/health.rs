@@ -175,10 +175,11 @@ async fn of_a_live_and_a_killed_guest_that_are_offered_the_live_one_is_adopted()
     assert_eq!(guest.id(), adopted);
     within(6, "ping", guest.ping()).await.unwrap();
     // Whoever has had a guest cannot pass it on as new.
-    let (used, _share) = guest.into_inner();
+    let (used, share) = guest.into_inner();
     let refused = within(6, "offer", pool.offer(BASE, used))
         .await
         .unwrap_err();
     assert!(matches!(refused.why, OfferRefusal::Unfit), "{refused}");
+    drop((refused, share));
     stop(pool).await;
 }

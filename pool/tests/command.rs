@@ -6,6 +6,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use hearth_tests::flat::{Code, elf};
+use hearth_tests::kvm;
 use serde_json::Value;
 
 /// Where kernels of a few instructions are loaded.
@@ -29,15 +30,6 @@ fn text(output: Output) -> (Option<i32>, String, String) {
         text(output.stdout),
         text(output.stderr),
     )
-}
-
-/// Whether there is anything to run a guest on; says so if not, past the test runner's capture.
-fn kvm() -> bool {
-    let there = std::path::Path::new("/dev/kvm").exists();
-    if !there {
-        let _ = std::io::stderr().write_all(b"\nNOT MEASURED: no /dev/kvm\n");
-    }
-    there
 }
 
 /// Wrong values, each with what the message must say.
@@ -233,15 +225,12 @@ fn boot_tells_each_end_apart_by_its_exit_code() {
         std::fs::write(&path, elf(&[(KERNEL_AT, &code.bytes())])).unwrap();
         path.to_str().unwrap().to_owned()
     };
-    // `lidt` of an empty table, then an undefined instruction: no handler can be reached.
-    const FAULT: &[u8] = &[0x0f, 0x01, 0x1c, 0x25, 0, 0, 0x20, 0, 0x0f, 0x0b];
-    let fault = Code::new().raw(FAULT);
     for (name, guest, expected, said) in [
         ("off", Code::new().report(1), 0, "powered off"),
         ("restart", Code::new().report(2), 0, "rebooted"),
         ("halt", Code::new().report(3), 10, "halted"),
         ("panic", Code::new().report(4), 11, "panicked"),
-        ("fault", fault, 12, "triple fault"),
+        ("fault", Code::new().triple_fault(), 12, "triple fault"),
     ] {
         let path = kernel(name, guest.spin());
         let (code, _, stderr) = outcome(&mut hearth(&["boot", "--kernel", &path]));

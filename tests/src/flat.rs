@@ -50,6 +50,11 @@ impl Code {
         self.out(REPORT_PORT, how)
     }
 
+    /// `lidt` of an empty table, then an undefined instruction: no handler can be reached.
+    pub fn triple_fault(self) -> Self {
+        self.raw(&[0x0f, 0x01, 0x1c, 0x25, 0x00, 0x00, 0x20, 0x00, 0x0f, 0x0b])
+    }
+
     /// Runs on the spot for ever.
     pub fn spin(self) -> Self {
         self.raw(&[0xeb, 0xfe])

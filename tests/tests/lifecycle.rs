@@ -32,11 +32,6 @@ async fn exit_of(vm: &Vm) -> Exit {
     within(2, "end of the guest", vm.exited()).await
 }
 
-/// `lidt` of an empty table, then an undefined instruction: no handler can be reached.
-fn triple_fault() -> Code {
-    Code::new().raw(&[0x0f, 0x01, 0x1c, 0x25, 0x00, 0x00, 0x20, 0x00, 0x0f, 0x0b])
-}
-
 #[tokio::test]
 async fn every_end_that_a_guest_can_make_is_told_apart() {
     if !kvm() {
@@ -48,13 +43,10 @@ async fn every_end_that_a_guest_can_make_is_told_apart() {
         (Code::new().report(3), Exit::Halt),
         (Code::new().report(4), Exit::Panic),
         (Code::new().out(0x64, 0xfe), Exit::Reboot),
-        (triple_fault(), Exit::TripleFault),
+        (Code::new().triple_fault(), Exit::TripleFault),
         // The first cause wins: a panic that ends in a restart stays a panic.
         (Code::new().report(4).report(2).out(0x64, 0xfe), Exit::Panic),
-        (
-            Code::new().report(1).raw(triple_fault().bytes().as_slice()),
-            Exit::PowerOff,
-        ),
+        (Code::new().report(1).triple_fault(), Exit::PowerOff),
         // What is no end is none: unknown reports, other keyboard commands, other ports.
         (
             Code::new()

@@ -1,6 +1,7 @@
 //! The agent, built as one static program for the guest.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,7 +19,7 @@ const SOURCES: &[&str] = &["Cargo.toml", "Cargo.lock", "agent/Cargo.toml", "agen
 /// The C library inside the program, and no relocations to process at start.
 const RUSTFLAGS: &str = "-Ctarget-feature=+crt-static\u{1f}-Crelocation-model=static";
 /// Raised when the way of building changes.
-const BUILDER: &str = "1";
+const BUILDER: &str = "2";
 /// Files larger than this are not sources of ours.
 const MAX_SOURCE_BYTES: u64 = 16 << 20;
 
@@ -47,6 +48,9 @@ pub enum AgentError {
     /// cargo is missing or failed.
     #[error("cargo did not build the agent")]
     Cargo(#[from] CommandError),
+    /// What was built is not what was asked for.
+    #[error("the agent's sources changed while it was built: build it again")]
+    Changed,
     /// Sources or cache could not be read or written.
     #[error("the image cache is not usable")]
     Cache(#[from] CacheError),
@@ -136,8 +140,18 @@ fn collect(
     Ok(())
 }
 
-/// The agent's program, stripped and statically linked.
+/// The agent's program, stripped and statically linked. Built in one place for all checkouts: at most one at a time.
 pub(crate) fn build(
+    cache: &Cache,
+    agent: &Agent,
+    progress: &dyn Progress,
+) -> Result<PathBuf, AgentError> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    build_with(&cargo, cache, agent, progress)
+}
+
+fn build_with(
+    cargo: &OsStr,
     cache: &Cache,
     agent: &Agent,
     progress: &dyn Progress,
@@ -150,39 +164,13 @@ pub(crate) fn build(
     // which holds the lock of the usual one.
     let target = cache.dir("work")?.join("agent");
     stage(progress, Stage::Agent, || {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        // Run under cargo, its settings for our own crate are in the environment.
-        for (name, _) in std::env::vars_os() {
-            if name.to_str().is_some_and(|name| {
-                name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_PROFILE_")
-            }) {
-                cargo.env_remove(name);
-            }
-        }
+        // Cargo knows sources by their names within a workspace and by their times: those of another checkout, or
+        // older ones put back in this one, would be taken for what was built last.
+        command::run(&mut within(cargo, workspace, &target, "clean"), |_| {})?;
+        let mut cargo = within(cargo, workspace, &target, "build");
         cargo
-            .current_dir(workspace)
-            .args([
-                "build",
-                "--locked",
-                "--profile",
-                "guest",
-                "--package",
-                "hearth-agent",
-            ])
-            .args([
-                "--no-default-features",
-                "--bin",
-                PROGRAM,
-                "--target",
-                TARGET,
-            ])
-            .arg("--target-dir")
-            .arg(&target)
-            .env_remove("RUSTFLAGS")
-            .env_remove("RUSTC_WRAPPER")
-            .env_remove("RUSTC_WORKSPACE_WRAPPER")
-            .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS)
-            .env("CARGO_TERM_COLOR", "never");
+            .args(["--no-default-features", "--bin", PROGRAM])
+            .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS);
         let mut done = 0;
         command::run(&mut cargo, |line| {
             if line.trim_start().starts_with("Compiling") && done < STEPS {
@@ -195,15 +183,54 @@ pub(crate) fn build(
             }
         })
     })?;
+    // What it was built of has another name in the cache.
+    if key_of(workspace)?.name() != agent.key.clone().name() {
+        return Err(AgentError::Changed);
+    }
     Ok(target.join(TARGET).join("guest").join(PROGRAM))
+}
+
+/// What cargo shall do with the agent, in a target directory of its own.
+fn within(cargo: &OsStr, workspace: &Path, target: &Path, what: &str) -> Command {
+    let mut cargo = Command::new(cargo);
+    // Run under cargo, its settings for our own crate are in the environment.
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|name| {
+            name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_PROFILE_")
+        }) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo
+        .current_dir(workspace)
+        .args([what, "--locked", "--profile", "guest"])
+        .args(["--package", "hearth-agent", "--target", TARGET])
+        .arg("--target-dir")
+        .arg(target)
+        .env_remove("RUSTFLAGS")
+        .env_remove("RUSTC_WRAPPER")
+        .env_remove("RUSTC_WORKSPACE_WRAPPER")
+        .env("CARGO_TERM_COLOR", "never");
+    cargo
 }
 
 /// Crates that a first build of the agent compiles, about.
 const STEPS: u32 = 25;
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+    use crate::progress::Silent;
+
+    /// An agent that is nowhere, by its key.
+    pub(crate) fn named(name: &str) -> Agent {
+        Agent {
+            key: Key::default().part("ready", name.as_bytes()),
+            from: From::Ready(name.into()),
+        }
+    }
 
     fn workspace() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
@@ -232,6 +259,76 @@ mod tests {
         assert_ne!(changed, base);
         fs::write(dir.path().join("agent/src/bin/b.rs"), "new").unwrap();
         assert_ne!(key(), changed);
+    }
+
+    /// A workspace with an agent that says `word`.
+    fn speaking(word: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str, text: &str| fs::write(dir.path().join(path), text).unwrap();
+        fs::create_dir_all(dir.path().join("agent/src")).unwrap();
+        at(
+            "Cargo.toml",
+            "[workspace]\nmembers = [\"agent\"]\nresolver = \"3\"\n[profile.guest]\ninherits = \"release\"\n",
+        );
+        at(
+            "Cargo.lock",
+            "version = 4\n[[package]]\nname = \"hearth-agent\"\nversion = \"0.1.0\"\n",
+        );
+        at(
+            "agent/Cargo.toml",
+            "[package]\nname = \"hearth-agent\"\nversion = \"0.1.0\"\nedition = \"2024\"\n[[bin]]\nname = \"hearth-init\"\npath = \"src/main.rs\"\n",
+        );
+        at(
+            "agent/src/main.rs",
+            &format!("fn main() {{ print!(\"{word}\"); }}"),
+        );
+        dir
+    }
+
+    #[test]
+    fn a_checkout_with_older_files_gets_an_agent_of_its_own() {
+        let cache_dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(Some(cache_dir.path().to_owned())).unwrap();
+        for word in ["newer", "older"] {
+            let dir = speaking(word);
+            if word == "older" {
+                let long_ago =
+                    std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_hours(1);
+                for file in ["Cargo.toml", "agent/Cargo.toml", "agent/src/main.rs"] {
+                    let file = fs::File::options().write(true).open(dir.path().join(file));
+                    file.unwrap().set_modified(long_ago).unwrap();
+                }
+            }
+            let agent = Agent {
+                key: key_of(dir.path()).unwrap(),
+                from: From::Workspace(dir.path().to_owned()),
+            };
+            let program = build(&cache, &agent, &Silent).unwrap();
+            let said = Command::new(program).output().unwrap().stdout;
+            assert_eq!(String::from_utf8_lossy(&said), word);
+        }
+    }
+
+    #[test]
+    fn what_was_built_of_other_sources_is_not_taken() {
+        let dir = workspace();
+        let cache = Cache::open(Some(dir.path().join("cache"))).unwrap();
+        let agent = Agent {
+            key: key_of(dir.path()).unwrap(),
+            from: From::Workspace(dir.path().to_owned()),
+        };
+        let built = |script: &str| {
+            let cargo = dir.path().join("cargo");
+            fs::write(&cargo, format!("#!/bin/sh\n{script}\n")).unwrap();
+            fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
+            build_with(cargo.as_os_str(), &cache, &agent, &Silent)
+        };
+        built("exit 0").unwrap();
+        assert!(matches!(
+            built("echo more >> agent/src/bin/a.rs"),
+            Err(AgentError::Changed)
+        ));
+        assert!(matches!(built("exit 1"), Err(AgentError::Cargo(_))));
     }
 
     #[test]

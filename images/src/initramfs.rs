@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use cpio::newc::Builder;
 
 use crate::agent::Agent;
-use crate::cache::{Cache, CacheError, io_error};
+use crate::cache::{BuildLock, Cache, CacheError, io_error};
 use crate::progress::{Progress, Stage, stage};
 
 const KIND: &str = "base";
@@ -48,22 +48,37 @@ pub(crate) fn cached(cache: &Cache, agent: &Agent) -> Option<PathBuf> {
     file.is_file().then_some(file)
 }
 
-/// Writes the archive for `program`, which is what `agent` was built to.
-pub(crate) fn write(
+/// The archive for `agent`, from the cache or of the program that `build` builds. All checkouts build it in one place: what
+/// is read there is what was built because one builds at a time.
+pub(crate) fn get<E: From<InitramfsError>>(
+    cache: &Cache,
+    agent: &Agent,
+    progress: &dyn Progress,
+    build: impl FnOnce() -> Result<PathBuf, E>,
+) -> Result<PathBuf, E> {
+    if let Some(path) = cached(cache, agent) {
+        return Ok(path);
+    }
+    let lock = cache.lock(KIND, progress).map_err(InitramfsError::from)?;
+    match cached(cache, agent) {
+        // Another one has built it meanwhile.
+        Some(path) => Ok(path),
+        None => Ok(write(cache, agent, &build()?, &lock, progress)?),
+    }
+}
+
+fn write(
     cache: &Cache,
     agent: &Agent,
     program: &Path,
+    lock: &BuildLock,
     progress: &dyn Progress,
 ) -> Result<PathBuf, InitramfsError> {
     let program = fs::read(program).map_err(|source| InitramfsError::Agent {
         path: program.to_owned(),
         source,
     })?;
-    let lock = cache.lock(KIND, progress)?;
-    if let Some(path) = cached(cache, agent) {
-        return Ok(path);
-    }
-    let scratch = cache.scratch(KIND, &lock)?;
+    let scratch = cache.scratch(KIND, lock)?;
     let entry = stage(progress, Stage::Initramfs, || {
         let entry = scratch.join("entry");
         fs::create_dir(&entry).map_err(io_error("create", &entry))?;
@@ -119,6 +134,28 @@ mod tests {
         assert_eq!(content, agent);
         let rest = reader.finish().unwrap();
         assert!(cpio::newc::Reader::new(rest).unwrap().entry().is_trailer());
+    }
+
+    #[test]
+    fn two_agents_that_are_built_in_one_place_at_once_are_not_mixed_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(Some(dir.path().join("cache"))).unwrap();
+        let place = dir.path().join("program");
+        std::thread::scope(|scope| {
+            for name in ["one", "two", "three"] {
+                let (cache, place) = (&cache, &place);
+                scope.spawn(move || {
+                    let build = || {
+                        fs::write(place, name).unwrap();
+                        std::thread::sleep(std::time::Duration::from_millis(50));
+                        Ok::<_, InitramfsError>(place.clone())
+                    };
+                    let agent = crate::agent::tests::named(name);
+                    let path = get(cache, &agent, &crate::Silent, build).unwrap();
+                    assert_eq!(fs::read(path).unwrap(), made(name.as_bytes()));
+                });
+            }
+        });
     }
 
     #[test]

@@ -181,12 +181,8 @@ impl Images {
 
     fn initramfs(&self, progress: &dyn Progress) -> Result<PathBuf, ImagesError> {
         let agent = agent::find()?;
-        Ok(match initramfs::cached(&self.cache, &agent) {
-            Some(path) => path,
-            None => {
-                let program = agent::build(&self.cache, &agent, progress)?;
-                initramfs::write(&self.cache, &agent, &program, progress)?
-            }
+        initramfs::get(&self.cache, &agent, progress, || {
+            Ok(agent::build(&self.cache, &agent, progress)?)
         })
     }
 }

@@ -8,9 +8,9 @@
 )]
 
 use hearth_agent::proto::{
-    Exec, FrameBuffer, FrameError, Hello, HelloError, Input, InstanceId, Leftover, Limits,
+    Applied, Exec, FrameBuffer, FrameError, Hello, HelloError, Input, InstanceId, Leftover, Limits,
     MAX_CHUNK, MAX_FRAME, OutputMode, Refresh, Rejection, Request, Response, ShutdownKind,
-    SpawnFailure, User, VERSION, WallClock, encode,
+    SpawnFailure, Standstill, User, VERSION, WallClock, encode,
 };
 use proptest::{collection::vec, option, prelude::*};
 use serde_bytes::ByteBuf;
@@ -168,6 +168,8 @@ proptest! {
             Request::Signal(signal),
             Request::Refresh(Box::new(refresh)),
             Request::Shutdown(ShutdownKind::Reboot),
+            Request::Freeze,
+            Request::Thaw,
         ];
         let mut wire = Vec::new();
         for request in &sent {
@@ -213,6 +215,8 @@ fn responses_come_back() {
             interpreter: "b".into(),
         }),
         Response::Rejected(Rejection::Version { agent: 1, host: 2 }),
+        Response::Frozen(Standstill::Refused { errno: 95 }),
+        Response::Thawed(Applied::Done),
     ];
     let mut wire = Vec::new();
     sent.iter()
@@ -255,7 +259,7 @@ fn a_long_length_is_refused_before_memory_is_taken() {
 /// The wire as it was when this version was fixed: a change here is a change of VERSION.
 #[test]
 fn the_wire_is_pinned() {
-    assert_eq!(VERSION, 1);
+    assert_eq!(VERSION, 2);
     let mut hello = Vec::new();
     Hello {
         instance: InstanceId([7; 16]),
@@ -267,7 +271,7 @@ fn the_wire_is_pinned() {
     assert_eq!(
         hello,
         [
-            b"\x19\0\0\0HRTH\x01\0".as_slice(),
+            b"\x19\0\0\0HRTH\x02\0".as_slice(),
             &[7; 16],
             b"\x01\xac\x02"
         ]
@@ -299,6 +303,8 @@ fn the_wire_is_pinned() {
         bytes(Request::Shutdown(ShutdownKind::PowerOff)),
         b"\x02\0\0\0\x06\0"
     );
+    assert_eq!(bytes(Request::Freeze), b"\x01\0\0\0\x07");
+    assert_eq!(bytes(Request::Thaw), b"\x01\0\0\0\x08");
 }
 
 #[test]
@@ -308,7 +314,7 @@ fn versions_are_told_apart_from_strangers() {
     assert_eq!(Hello::decode(b"HRTH"), Err(HelloError::NotHello));
     assert_eq!(Hello::decode(b"HTTP/1.1 200 OK"), Err(HelloError::NotHello));
     assert_eq!(
-        Hello::decode(b"HRTH\x01\0short"),
+        Hello::decode(b"HRTH\x02\0short"),
         Err(HelloError::Frame(FrameError::Malformed))
     );
 }

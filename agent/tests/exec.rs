@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::{Agent, eventually, is_alive, sh, sh_fed};
 use hearth_agent::{
-    client::{Command, ConnectionError, ExecError, OutputLimits},
+    client::{Command, ConnectionError, ExecError, FreezeError, OutputLimits},
     proto::{
         ExitStatus, Input, InstanceId, Leftover, Limits, OutputEnd, OutputMode, Refresh,
         SpawnFailure, User,
@@ -743,6 +743,20 @@ async fn an_agent_that_dies_is_an_error_everywhere() {
         Err(ExecError::Connection(ConnectionError::Closed))
     ));
     assert!(client.ping(1).await.is_err());
+}
+
+#[tokio::test]
+async fn without_cgroups_programs_cannot_be_held() {
+    let agent = Agent::start().await;
+    let mut client = agent.client().await;
+    let refused = client.freeze().await.unwrap_err();
+    assert!(
+        matches!(refused, FreezeError::Refused { errno: 95 }),
+        "{refused}"
+    );
+    // There is nothing to let go, and the connection is good for more.
+    client.thaw().await.unwrap();
+    client.ping(1).await.unwrap();
 }
 
 #[tokio::test]

@@ -340,8 +340,8 @@ async fn greetings_that_are_none() {
         AgentClient::handshake(ours).await.unwrap_err()
     };
     assert!(matches!(
-        hello(b"\x08\0\0\0HRTH\x02\0xx").await,
-        HandshakeError::Hello(HelloError::Version { peer: 2 })
+        hello(b"\x08\0\0\0HRTH\x07\0xx").await,
+        HandshakeError::Hello(HelloError::Version { peer: 7 })
     ));
     assert!(matches!(
         hello(b"\x04\0\0\0HTTP").await,

@@ -88,6 +88,12 @@ pub fn kernel_path() -> PathBuf {
     files().0.clone()
 }
 
+/// The initramfs that guests here boot: ours, with the agent, or `$HEARTH_INITRAMFS`.
+#[must_use]
+pub fn initramfs_path() -> PathBuf {
+    files().1.clone()
+}
+
 /// A configuration that boots our image, to be refined.
 pub fn image() -> VmConfigBuilder {
     let (kernel, initramfs) = files();
@@ -294,7 +300,11 @@ async fn greet(stream: VsockStream) -> AgentClient<VsockStream> {
         .expect("a greeting")
 }
 
-async fn dial_agent(vm: &Vm) -> AgentClient<VsockStream> {
+/// A connection to the agent of `vm`, which may be a clone that is still like its siblings.
+///
+/// # Panics
+/// If it is not established.
+pub async fn dial_agent(vm: &Vm) -> AgentClient<VsockStream> {
     let limit = crate::patience(Duration::from_secs(5));
     let stream = vm.vsock().connect_timeout(AGENT_PORT, limit).await;
     greet(stream.unwrap_or_else(|error| panic!("{error}; {:?}", vm.exits()))).await

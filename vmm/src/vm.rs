@@ -284,6 +284,9 @@ impl Vm {
     /// [`Vm::resume`] and [`Vm::pause`] said meanwhile). Blocks while the guest's touched memory is
     /// copied (about 1 ms per MiB); other VMs are not held up.
     ///
+    /// Programs in the guest go on in a clone from where they are, before it can be told that it is a clone. An agent
+    /// that can hold them (`AgentClient::freeze` of hearth-agent) should do so before.
+    ///
     /// # Errors
     /// [`SnapshotError`]; the VM goes on.
     pub fn snapshot(&self) -> Result<Template, SnapshotError> {

@@ -96,6 +96,23 @@ impl PingError {
     }
 }
 
+/// Why the programs in a guest do not stand still, or do not go on.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FreezeError {
+    /// The guest's kernel refused.
+    #[error(
+        "the guest's kernel refused (errno {errno}): it needs cgroups (version 2) to hold programs"
+    )]
+    Refused {
+        /// EOPNOTSUPP without cgroups.
+        errno: i32,
+    },
+    /// The connection failed, or the agent broke the protocol.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+}
+
 /// Why a program could not be run, or its end is not known.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]

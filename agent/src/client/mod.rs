@@ -19,16 +19,18 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use self::{
     command::Command,
-    error::{ConnectionError, ExecError, HandshakeError, PingError},
+    error::{ConnectionError, ExecError, FreezeError, HandshakeError, PingError},
     exec::{Exec, ExecOutput, ExecStdin},
     output::{Output, OutputLimits},
 };
 use self::{connection::Connection, shared::Shared};
 use crate::proto::{
-    self, FrameError, Hello, InstanceId, Memory, Refresh, Refreshed, Request, Response,
-    ShutdownKind,
+    self, Applied, FrameError, Hello, InstanceId, Memory, Refresh, Refreshed, Request, Response,
+    ShutdownKind, Standstill,
 };
 
+/// Pause before programs that do not stand still yet are asked for again.
+const FREEZE_PAUSE: Duration = Duration::from_millis(2);
 /// Pings that may wait for their answers; a healthy agent never comes near.
 const MAX_UNANSWERED: usize = 64;
 
@@ -225,12 +227,70 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     }
 
     async fn refreshed(&mut self) -> Result<Refreshed, ConnectionError> {
+        self.answer(|response| match response {
+            Response::Refreshed(refreshed) => Some(*refreshed),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Has all programs in the guest, and what they started, stand still, and waits until they do: no instruction of theirs
+    /// runs in a clone of the guest before a [`refresh`](Self::refresh) of which every part was applied, or a
+    /// [`thaw`](Self::thaw). Programs that are started meanwhile run. A root user's process that left its cgroup is not held.
+    ///
+    /// # Errors
+    /// [`FreezeError::Refused`] if the guest's kernel cannot: some may then stand still; [`FreezeError::Connection`].
+    ///
+    /// # Cancel safety
+    /// As [`refresh`](Self::refresh).
+    pub async fn freeze(&mut self) -> Result<(), FreezeError> {
+        loop {
+            self.connection
+                .queue(&Request::Freeze)
+                .map_err(ConnectionError::from)?;
+            let standstill = self.answer(|response| match response {
+                Response::Frozen(standstill) => Some(*standstill),
+                _ => None,
+            });
+            match standstill.await? {
+                Standstill::All => return Ok(()),
+                Standstill::NotYet => tokio::time::sleep(FREEZE_PAUSE).await,
+                Standstill::Refused { errno } => return Err(FreezeError::Refused { errno }),
+            }
+        }
+    }
+
+    /// Lets programs that stand still go on.
+    ///
+    /// # Errors
+    /// As [`freeze`](Self::freeze).
+    ///
+    /// # Cancel safety
+    /// As [`refresh`](Self::refresh).
+    pub async fn thaw(&mut self) -> Result<(), FreezeError> {
+        self.connection
+            .queue(&Request::Thaw)
+            .map_err(ConnectionError::from)?;
+        let thawed = self.answer(|response| match response {
+            Response::Thawed(thawed) => Some(*thawed),
+            _ => None,
+        });
+        match thawed.await? {
+            Applied::Failed { errno } => Err(FreezeError::Refused { errno }),
+            Applied::Done | Applied::NotAsked => Ok(()),
+        }
+    }
+
+    /// The answer that `wanted` knows, past late pongs.
+    async fn answer<T>(
+        &mut self,
+        wanted: impl Fn(&Response<'_>) -> Option<T>,
+    ) -> Result<T, ConnectionError> {
         loop {
             self.connection.frame().await?;
             match self.connection.take()? {
-                Some(Response::Refreshed(refreshed)) => return Ok(refreshed),
                 Some(Response::Pong(pong)) => strike(&mut self.unanswered, pong.nonce)?,
-                Some(_) => return Err(unexpected()),
+                Some(response) => return wanted(&response).ok_or_else(unexpected),
                 None => {}
             }
         }

@@ -37,12 +37,12 @@ pub use request::{
 };
 pub use response::{
     Applied, Exited, Memory, OutputEnd, Pong, Refreshed, Rejection, Resource, Response,
-    SpawnFailure, Usage,
+    SpawnFailure, Standstill, Usage,
 };
 pub use status::ExitStatus;
 
 /// The version of this protocol; both sides must have the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The vsock port on which the agent listens.
 pub const AGENT_PORT: u32 = 1024;

@@ -27,6 +27,11 @@ pub enum Request<'a> {
     Refresh(Box<Refresh>),
     /// Ends the guest. There is no answer; how the VM ends is the answer.
     Shutdown(ShutdownKind),
+    /// Has all programs, and what they started, stand still until a [`Refresh`] or a [`Thaw`](Self::Thaw). The answer
+    /// says whether they do already: ask again until they do.
+    Freeze,
+    /// Lets what stands still go on.
+    Thaw,
 }
 
 impl<'a> Request<'a> {
@@ -142,7 +147,8 @@ pub struct WallClock {
     pub since_epoch_ns: u64,
 }
 
-/// What a clone is given before any user code runs in it. Each part is optional and reported on its own.
+/// What a clone is given before any user code runs in it. Each part is optional and reported on its own. Programs that
+/// were [frozen](Request::Freeze) go on once all parts that were asked for are done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refresh {
     /// Fresh entropy, 32 to 512 bytes, for the kernel's generator, which is then reseeded. Of 80 bytes or more the last

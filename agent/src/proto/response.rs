@@ -32,6 +32,10 @@ pub enum Response<'a> {
     Refreshed(Refreshed),
     /// The request breaks the protocol; the agent closes the connection.
     Rejected(Rejection),
+    /// The answer to a freeze.
+    Frozen(Standstill),
+    /// The answer to a thaw.
+    Thawed(Applied),
 }
 
 impl<'a> Response<'a> {
@@ -192,6 +196,20 @@ pub struct Usage {
     pub max_rss_kib: u64,
 }
 
+/// Whether the programs stand still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Standstill {
+    /// All of them; or there are none.
+    All,
+    /// Some are still on their way to it, in the kernel.
+    NotYet,
+    /// The guest's kernel cannot do it.
+    Refused {
+        /// EOPNOTSUPP where it has no cgroups (version 2).
+        errno: i32,
+    },
+}
+
 /// What became of each part of a refresh.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refreshed {
@@ -205,6 +223,8 @@ pub struct Refreshed {
     pub boot_id: Applied,
     /// The host name.
     pub hostname: Applied,
+    /// Programs that stood still go on. Not asked if there are none, nor while another part failed.
+    pub programs: Applied,
 }
 
 impl Refreshed {
@@ -217,6 +237,7 @@ impl Refreshed {
             self.machine_id,
             self.boot_id,
             self.hostname,
+            self.programs,
         ]
         .iter()
         .all(|part| !matches!(part, Applied::Failed { .. }))

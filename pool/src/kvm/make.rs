@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use hearth_agent::AgentClient;
-use hearth_agent::client::{ConnectionError, OutputLimits, PingError};
+use hearth_agent::client::{ConnectionError, FreezeError, OutputLimits, PingError};
 use hearth_agent::proto::{InstanceId, Memory, READY_PORT, Refresh};
 use hearth_vmm::cache::Entry;
 use hearth_vmm::virtio::balloon::FLOOR_MIB;
@@ -248,6 +248,7 @@ impl KvmBackend {
             self.squeeze(&mut guest, memory, profile).await;
         }
         let spare = self.rehearse(&guest, &mut agent, nonces).await?;
+        self.hold(&mut agent, profile).await?;
         for line in [&agent, &spare] {
             line.stream().mark_durable();
         }
@@ -286,6 +287,29 @@ impl KvmBackend {
         let limit = self.boot_timeout;
         let rehearsed = timeout(limit, rehearsal).await;
         rehearsed.map_err(|_| CreateError::Late(limit))?
+    }
+
+    /// Has what the warm-up left running stand still: a clone lets it go on once it is a stranger to its siblings.
+    async fn hold(
+        &self,
+        agent: &mut AgentClient<GuestStream>,
+        profile: &Profile,
+    ) -> Result<(), CreateError> {
+        if profile.warm_up.is_empty() {
+            return Ok(());
+        }
+        let limit = self.boot_timeout;
+        let held = timeout(limit, agent.freeze()).await;
+        match held.map_err(|_| CreateError::Late(limit))? {
+            Err(FreezeError::Connection(error)) => Err(error.into()),
+            // A kernel of the user's own.
+            Err(error) => {
+                let name = &profile.name;
+                tracing::warn!(profile = name, %error, "what the warm-up left runs in clones at once");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
     }
 
     /// A clone that is a stranger to its siblings.

@@ -91,6 +91,31 @@ async fn a_stored_template_is_found_a_broken_one_made_again_and_no_cache_is_no_e
     nowhere.retire(is_healthy(&nowhere, &config).await).await;
 }
 
+/// It stands still in the template, and in a clone until that is a stranger to its siblings.
+#[tokio::test]
+async fn what_the_warm_up_left_running_goes_on_in_each_clone() {
+    if !kvm() {
+        return;
+    }
+    let mut config = config(1);
+    let profile = config.profiles[0].clone();
+    config.profiles[0] = profile.warm_up(["background", "sleep", "100000"]);
+    let backend = builder(&config).await.no_template_cache().build();
+    prepared(&backend, &config).await;
+    for _ in 0..2 {
+        let guest = is_healthy(&backend, &config).await;
+        let events = guest
+            .command("cat")
+            .arg("/sys/fs/cgroup/exec-0/cgroup.events");
+        let events = run(&guest, events).await;
+        assert_eq!(
+            String::from_utf8_lossy(&events.stdout),
+            "populated 1\nfrozen 0\n"
+        );
+        backend.retire(guest).await;
+    }
+}
+
 /// Memory of all guests and templates of this process in KiB, by its file.
 fn memory_files() -> BTreeMap<u64, u64> {
     let fds = fs::read_dir("/proc/self/fd").unwrap().flatten();

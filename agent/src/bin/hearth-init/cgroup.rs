@@ -4,7 +4,12 @@
 //! unless it had limits or was killed: there are kernels (6.18 is one) that kill whatever is born into a cgroup that was ever
 //! killed, because they compare its count of kills with that of the parent's cgroup.
 
-use alloc::{borrow::ToOwned, format, string::ToString, vec::Vec};
+use alloc::{
+    borrow::ToOwned,
+    format,
+    string::{String, ToString},
+    vec::Vec,
+};
 
 use hearth_agent::proto::{Limits, Resource, SpawnFailure};
 use rustix::{
@@ -14,7 +19,7 @@ use rustix::{
 };
 
 /// Cgroups that exist at most; beyond that processes that programs left behind fill them all.
-const MOST: u32 = 512;
+const MOST: usize = 512;
 
 /// All cgroups of ours.
 #[derive(Debug)]
@@ -26,7 +31,10 @@ pub(crate) struct Cgroups {
     used: Vec<Cgroup>,
     /// Numbers given out, which are never given out again.
     made: u32,
-    alive: u32,
+    /// Numbers of those that exist.
+    alive: Vec<u32>,
+    /// Numbers of those that were told to stand still.
+    frozen: Vec<u32>,
     controllers: bool,
 }
 
@@ -52,7 +60,8 @@ impl Cgroups {
             path: path.to_owned(),
             used: Vec::new(),
             made: 0,
-            alive: 0,
+            alive: Vec::new(),
+            frozen: Vec::new(),
             controllers: false,
         }
     }
@@ -67,12 +76,7 @@ impl Cgroups {
         if self.path.is_empty() || self.root.is_some() {
             return;
         }
-        self.root = open(
-            self.path.as_slice(),
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .ok();
+        self.root = open(self.path.as_slice(), DIRECTORY, Mode::empty()).ok();
         // On anything else than cgroup2 that file is missing.
         let usable = self
             .root
@@ -144,26 +148,63 @@ impl Cgroups {
         self.used.extend(group);
     }
 
+    /// Has all processes in them stand still, and says whether they do: what is in the kernel takes until it leaves it.
+    /// Empty ones stay as they are, for the programs to come.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP without cgroups; otherwise why one was not told.
+    pub(crate) fn freeze(&mut self) -> Result<bool, Errno> {
+        let root = self.root.as_ref().ok_or(Errno::OPNOTSUPP)?;
+        let mut still = true;
+        for &number in &self.alive {
+            let dir = openat(root, name(number), DIRECTORY, Mode::empty())?;
+            if events(dir.as_fd()).populated {
+                if !self.frozen.contains(&number) {
+                    put(dir.as_fd(), FREEZE, "1")?;
+                    self.frozen.push(number);
+                }
+                still &= events(dir.as_fd()).frozen;
+            }
+        }
+        Ok(still)
+    }
+
+    /// Whether any were told to stand still.
+    pub(crate) fn are_frozen(&self) -> bool {
+        !self.frozen.is_empty()
+    }
+
+    /// Lets all of them go on.
+    ///
+    /// # Errors
+    /// Why the first that refused did; it counts as frozen.
+    pub(crate) fn thaw(&mut self) -> Result<(), Errno> {
+        let Some(root) = &self.root else {
+            return Ok(());
+        };
+        while let Some(&number) = self.frozen.last() {
+            let dir = openat(root, name(number), DIRECTORY, Mode::empty())?;
+            put(dir.as_fd(), FREEZE, "0")?;
+            self.frozen.pop();
+        }
+        Ok(())
+    }
+
     fn make(&mut self) -> Result<Option<Cgroup>, SpawnFailure> {
         if self.root.is_none() {
             return Ok(None);
         }
-        if self.alive >= MOST {
+        if self.alive.len() >= MOST {
             return Err(SpawnFailure::Exhausted(Resource::Processes));
         }
         let number = self.made;
         self.made = self.made.wrapping_add(1);
         let path = self.place(number);
-        let made = mkdir(path.as_slice(), Mode::from_raw_mode(0o755)).and_then(|()| {
-            open(
-                path.as_slice(),
-                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )
-        });
+        let made = mkdir(path.as_slice(), Mode::from_raw_mode(0o755))
+            .and_then(|()| open(path.as_slice(), DIRECTORY, Mode::empty()));
         match made {
             Ok(dir) => {
-                self.alive += 1;
+                self.alive.push(number);
                 Ok(Some(Cgroup {
                     dir,
                     number,
@@ -186,12 +227,13 @@ impl Cgroups {
         )
         .is_ok()
         {
-            self.alive = self.alive.saturating_sub(1);
+            self.alive.retain(|&number| number != group.number);
+            self.frozen.retain(|&number| number != group.number);
         }
     }
 
     fn place(&self, number: u32) -> Vec<u8> {
-        [self.path.as_slice(), format!("/exec-{number}").as_bytes()].concat()
+        [self.path.as_slice(), b"/", name(number).as_bytes()].concat()
     }
 
     fn enable_controllers(&mut self) {
@@ -220,13 +262,7 @@ impl Cgroup {
     }
 
     fn is_populated(&self) -> bool {
-        let mut text = [0; 128];
-        let events = openat(&self.dir, "cgroup.events", READ, Mode::empty());
-        let count = events.and_then(|file| read(&file, &mut text)).unwrap_or(0);
-        // Unreadable counts as in use: it is then never used again.
-        !text
-            .get(..count)
-            .is_some_and(|text| text.starts_with(b"populated 0"))
+        events(self.dir.as_fd()).populated
     }
 
     fn put(&self, file: &str, value: &str) -> Result<(), Errno> {
@@ -235,6 +271,31 @@ impl Cgroup {
 }
 
 const READ: OFlags = OFlags::RDONLY.union(OFlags::CLOEXEC);
+const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+const FREEZE: &str = "cgroup.freeze";
+
+fn name(number: u32) -> String {
+    format!("exec-{number}")
+}
+
+/// What the kernel says of a cgroup (`cgroup.events`).
+#[derive(Clone, Copy, Debug)]
+struct Events {
+    populated: bool,
+    frozen: bool,
+}
+
+/// Unreadable counts as in use and on the move: it is then never used again.
+fn events(dir: BorrowedFd<'_>) -> Events {
+    let mut text = [0; 128];
+    let file = openat(dir, "cgroup.events", READ, Mode::empty());
+    let count = file.and_then(|file| read(&file, &mut text)).unwrap_or(0);
+    let mut lines = text.get(..count).unwrap_or_default().split(|&b| b == b'\n');
+    Events {
+        populated: lines.clone().all(|line| line != b"populated 0"),
+        frozen: lines.any(|line| line == b"frozen 1"),
+    }
+}
 
 fn put(dir: BorrowedFd<'_>, file: &str, value: &str) -> Result<(), Errno> {
     let file = openat(dir, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;

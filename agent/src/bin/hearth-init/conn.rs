@@ -335,6 +335,8 @@ fn answer(
         }
         Request::Refresh(refresh) => output.push(&Response::Refreshed(guest.refresh(&refresh)))?,
         Request::Shutdown(kind) => asked.shutdown = Some(kind),
+        Request::Freeze => output.push(&Response::Frozen(guest.freeze()))?,
+        Request::Thaw => output.push(&Response::Thawed(guest.thaw()))?,
     }
     Ok(())
 }

@@ -3,7 +3,8 @@
 use core::fmt::Write;
 
 use hearth_agent::proto::{
-    Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed, SpawnFailure,
+    Applied, Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed,
+    SpawnFailure, Standstill,
 };
 use rustix::{
     fd::{AsFd, OwnedFd},
@@ -102,7 +103,34 @@ impl Guest {
     pub(crate) fn refresh(&mut self, refresh: &Refresh) -> Refreshed {
         self.prepare();
         self.instance = refresh.instance.unwrap_or(self.instance);
-        self.hygiene.refresh(refresh, self.init)
+        let mut done = self.hygiene.refresh(refresh, self.init);
+        // No program sees the template's identity.
+        if self.cgroups.are_frozen() && done.all_applied() {
+            done.programs = self.thaw();
+        }
+        done
+    }
+
+    /// Has all programs stand still.
+    pub(crate) fn freeze(&mut self) -> Standstill {
+        self.prepare();
+        match self.cgroups.freeze() {
+            Ok(true) => Standstill::All,
+            Ok(false) => Standstill::NotYet,
+            Err(errno) => Standstill::Refused {
+                errno: errno.raw_os_error(),
+            },
+        }
+    }
+
+    /// Lets programs that stand still go on.
+    pub(crate) fn thaw(&mut self) -> Applied {
+        match self.cgroups.thaw() {
+            Ok(()) => Applied::Done,
+            Err(errno) => Applied::Failed {
+                errno: errno.raw_os_error(),
+            },
+        }
     }
 
     /// Starts a program.

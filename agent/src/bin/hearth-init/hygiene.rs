@@ -121,6 +121,7 @@ impl Hygiene {
             hostname: part(refresh.hostname.is_some(), &mut || {
                 sethostname(refresh.hostname.as_deref().unwrap_or_default().as_bytes())
             }),
+            programs: Applied::NotAsked,
         }
     }
 

@@ -1,0 +1,213 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+//! A program that is not ours: C with glibc, which uses what the agent's own programs do not (floating
+//! point, the C library's choice of vector code, threads, fork). It must do in a guest what it does here.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use hearth_agent::client::{Command, OutputLimits};
+use hearth_agent::proto::{ExitStatus, Input, OutputEnd};
+use hearth_tests::{Guest, dial_agent, initramfs_path, kvm, not_measured, within};
+use hearth_vmm::Vm;
+
+const SOURCE: &str = r#"
+#include <fcntl.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static char text[70000];
+static double roots[2];
+
+static void *sum(void *half) {
+    long from = half ? 500 : 0;
+    for (long i = from; i < from + 500; i++) roots[half != 0] += sqrt((double)i);
+    return NULL;
+}
+
+static int lower(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
+
+/* Counts in /run/count for ever, nobody's child. */
+static int count(void) {
+    if (fork()) return 0;
+    setsid();
+    for (int fd = 0; fd < 3; fd++) close(fd);
+    int file = open("/run/count", O_CREAT | O_WRONLY, 0644);
+    for (unsigned long n = 1;; n++) {
+        char line[32];
+        pwrite(file, line, snprintf(line, sizeof line, "%020lu", n), 0);
+        usleep(5000);
+    }
+}
+
+int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "abort")) abort();
+    if (argc > 1 && !strcmp(argv[1], "count")) return count();
+    size_t len = fread(text, 1, sizeof text - 1, stdin);
+    printf("%zu bytes, %zu before the first z\n", len, strcspn(text, "z"));
+    pthread_t other;
+    if (pthread_create(&other, NULL, sum, argv)) return 1;
+    sum(NULL);
+    pthread_join(other, NULL);
+    printf("%.9f %.17g\n", roots[0] + roots[1], exp(1.0) * sin(0.5));
+    int numbers[1000];
+    for (int i = 0; i < 1000; i++) numbers[i] = (i * 7919) % 1009;
+    qsort(numbers, 1000, sizeof *numbers, lower);
+    printf("%d %d %d\n", numbers[0], numbers[500], numbers[999]);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) _exit(41);
+    int status;
+    waitpid(child, &status, 0);
+    fprintf(stderr, "%s %s\n", getenv("WHOSE"), argv[1]);
+    return WEXITSTATUS(status) + 1;
+}
+"#;
+
+/// The program, linked statically: the guest has no libraries. Fails with what the compiler said.
+fn compile(dir: &Path) -> Result<PathBuf, String> {
+    let (source, program) = (dir.join("foreign.c"), dir.join("foreign"));
+    std::fs::write(&source, SOURCE).unwrap();
+    let cc = std::process::Command::new("cc")
+        .args(["-O2", "-static", "-pthread", "-o"])
+        .args([&program, &source])
+        .arg("-lm")
+        .output()
+        .map_err(|error| format!("cc: {error}"))?;
+    match cc.status.success() {
+        true => Ok(program),
+        false => Err(String::from_utf8_lossy(&cc.stderr).into_owned()),
+    }
+}
+
+/// The usual initramfs, and behind it a second archive with `program` as `/foreign`: the kernel unpacks
+/// what is concatenated.
+fn with_program(usual: &Path, program: &Path, into: &Path) {
+    let mut archive = std::fs::read(usual).unwrap();
+    // Archives begin at multiples of four (Documentation/driver-api/early-userspace/buffer-format.rst).
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    let bytes = std::fs::read(program).unwrap();
+    let entry = cpio::newc::Builder::new("foreign").ino(9).mode(0o100_755);
+    let mut writer = entry.write(&mut archive, u32::try_from(bytes.len()).unwrap());
+    writer.write_all(&bytes).unwrap();
+    writer.finish().unwrap();
+    cpio::newc::trailer(&mut archive).unwrap();
+    std::fs::write(into, archive).unwrap();
+}
+
+/// A guest that has the program, here and there, or why not.
+async fn guest_with_program(dir: &Path) -> Option<(Guest, PathBuf)> {
+    let program = match compile(dir) {
+        Ok(program) => program,
+        Err(said) => {
+            not_measured(&format!("no static C program: {said}"));
+            return None;
+        }
+    };
+    let initramfs = dir.join("initramfs.cpio");
+    with_program(&initramfs_path(), &program, &initramfs);
+    let guest = Guest::prepared(|config| config.initramfs(&initramfs)).await;
+    Some((guest, program))
+}
+
+/// How far the program has counted.
+async fn count(vm: &Vm) -> u64 {
+    let exec = dial_agent(vm)
+        .await
+        .exec(Command::new("cat").args(["/run/count"]))
+        .await;
+    let output = exec.unwrap().output(OutputLimits::default()).await.unwrap();
+    String::from_utf8_lossy(&output.stdout).parse().unwrap_or(0)
+}
+
+async fn counts_on(vm: &Vm, from: u64) -> u64 {
+    let on = async {
+        loop {
+            let now = count(vm).await;
+            if now > from {
+                return now;
+            }
+        }
+    };
+    within(20, "a program that counts on", on).await
+}
+
+async fn stands_still(vm: &Vm) -> u64 {
+    let at = count(vm).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(count(vm).await, at);
+    at
+}
+
+#[tokio::test]
+async fn a_c_program_does_what_it_does_here_and_none_of_it_in_a_clone_that_is_no_stranger_yet() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let Some((guest, program)) = guest_with_program(dir.path()).await else {
+        return;
+    };
+    as_it_does_here(&guest, &program).await;
+    stands_still_until_its_clone_is_a_stranger(guest).await;
+}
+
+async fn as_it_does_here(guest: &Guest, program: &Path) {
+    let input = [b'a'; 65_000];
+    let mut here = std::process::Command::new(program)
+        .arg("word")
+        .env("WHOSE", "mine")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    here.stdin.take().unwrap().write_all(&input).unwrap();
+    let here = here.wait_with_output().unwrap();
+    let command = Command::new("/foreign")
+        .args(["word"])
+        .env("WHOSE", "mine")
+        .stdin(Input::Pipe);
+    let there = guest.run_with(command, &input).await;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert_eq!(text(&there.stdout), text(&here.stdout));
+    assert_eq!(text(&there.stderr), "mine word\n");
+    assert_eq!(there.status, ExitStatus::Code(42));
+    assert_eq!(here.status.code(), Some(42));
+    assert_eq!(there.end, OutputEnd::Complete);
+
+    let aborted = guest.run(Command::new("/foreign").args(["abort"])).await;
+    assert_eq!(aborted.status, ExitStatus::Signal(6));
+}
+
+async fn stands_still_until_its_clone_is_a_stranger(guest: Guest) {
+    let started = guest.run(Command::new("/foreign").args(["count"])).await;
+    assert_eq!(started.status, ExitStatus::Code(0));
+    counts_on(&guest.vm, 0).await;
+    let mut agent = guest.connect().await;
+    within(10, "standstill", agent.freeze()).await.unwrap();
+    let at = stands_still(&guest.vm).await;
+    within(10, "thaw", agent.thaw()).await.unwrap();
+    counts_on(&guest.vm, at).await;
+
+    within(10, "standstill", agent.freeze()).await.unwrap();
+    drop(agent);
+    let template = guest.freeze();
+    for _ in 0..2 {
+        let clone = template.fork().unwrap();
+        let at = stands_still(&clone).await;
+        let clone = Guest::refreshed(clone).await;
+        counts_on(&clone.vm, at).await;
+    }
+}

@@ -8,9 +8,10 @@
 )]
 
 use hearth_agent::proto::{
-    Applied, Exec, FrameBuffer, FrameError, Hello, HelloError, Input, InstanceId, Leftover, Limits,
-    MAX_CHUNK, MAX_FRAME, OutputMode, Refresh, Rejection, Request, Response, ShutdownKind,
-    SpawnFailure, Standstill, User, VERSION, WallClock, encode,
+    Applied, DirEntry, Exec, FileFailure, FileKind, FileReply, FileRequest, FrameBuffer,
+    FrameError, Hello, HelloError, Input, InstanceId, Leftover, Limits, MAX_CHUNK, MAX_FRAME,
+    OutputMode, Place, Put, Refresh, Rejection, Request, Response, ShutdownKind, SpawnFailure,
+    Standstill, User, VERSION, WallClock, encode,
 };
 use proptest::{collection::vec, option, prelude::*};
 use serde_bytes::ByteBuf;
@@ -170,6 +171,13 @@ proptest! {
             Request::Shutdown(ShutdownKind::Reboot),
             Request::Freeze,
             Request::Thaw,
+            Request::File(Box::new(FileRequest::Rename {
+                at: Place::beneath("/a", "b"),
+                to: ByteBuf::from("c"),
+                replace: true,
+            })),
+            Request::FileData(&data),
+            Request::FileEnd,
         ];
         let mut wire = Vec::new();
         for request in &sent {
@@ -217,6 +225,12 @@ fn responses_come_back() {
         Response::Rejected(Rejection::Version { agent: 1, host: 2 }),
         Response::Frozen(Standstill::Refused { errno: 95 }),
         Response::Thawed(Applied::Done),
+        Response::File(FileReply::Data(&data)),
+        Response::File(FileReply::Entries(vec![DirEntry {
+            name: ByteBuf::from("name"),
+            kind: FileKind::Link,
+        }])),
+        Response::File(FileReply::Failed(FileFailure::Other { errno: 5 })),
     ];
     let mut wire = Vec::new();
     sent.iter()
@@ -305,6 +319,13 @@ fn the_wire_is_pinned() {
     );
     assert_eq!(bytes(Request::Freeze), b"\x01\0\0\0\x07");
     assert_eq!(bytes(Request::Thaw), b"\x01\0\0\0\x08");
+    let put = Put::new("/a").mode(0o755);
+    assert_eq!(
+        bytes(Request::File(Box::new(FileRequest::Put(put)))),
+        b"\x0b\0\0\0\x09\x03\x02/a\0\0\x01\xed\x03\0"
+    );
+    assert_eq!(bytes(Request::FileData(b"xy")), b"\x04\0\0\0\x0a\x02xy");
+    assert_eq!(bytes(Request::FileEnd), b"\x01\0\0\0\x0b");
 }
 
 #[test]

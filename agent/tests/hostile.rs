@@ -11,56 +11,24 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Agent, eventually, is_alive};
+use common::{
+    Agent, eventually, is_alive,
+    peers::{last_word, say, scripted, wire},
+};
 use hearth_agent::{
     client::{
         AgentClient, Command, ConnectionError, ExecError, HandshakeError, OutputLimits, PingError,
     },
     proto::{
-        Exec, ExitStatus, Exited, FrameBuffer, Hello, HelloError, Input, MAX_FRAME, Memory,
-        OutputEnd, Pong, Rejection, Request, Response, STDIN_WINDOW, Usage, VERSION, encode,
+        Exec, ExitStatus, Exited, FrameBuffer, HelloError, Input, MAX_FRAME, Memory, OutputEnd,
+        Pong, Rejection, Request, Response, STDIN_WINDOW, Usage, VERSION,
     },
 };
 use serde_bytes::ByteBuf;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    io::{AsyncReadExt, AsyncWriteExt, duplex},
     net::UnixStream,
 };
-
-fn wire(requests: &[Request<'_>]) -> Vec<u8> {
-    let mut out = Vec::new();
-    Hello::default().encode(&mut out).unwrap();
-    requests
-        .iter()
-        .for_each(|request| encode(request, &mut out).unwrap());
-    out
-}
-
-/// Sends bytes and gives the last thing that the agent says before it hangs up.
-async fn last_word(agent: &Agent, bytes: &[u8]) -> Option<Rejection> {
-    let mut stream = agent.stream().await.unwrap();
-    // The agent may hang up before all is written.
-    let _ = stream.write_all(bytes).await;
-    let mut answer = Vec::new();
-    tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer))
-        .await
-        .expect("no hang-up")
-        .ok();
-    let (mut buffer, mut rest, mut last) = (FrameBuffer::new(), answer.as_slice(), None);
-    while !rest.is_empty() {
-        let room = buffer.spare().unwrap();
-        let count = room.len().min(rest.len());
-        room[..count].copy_from_slice(&rest[..count]);
-        rest = &rest[count..];
-        buffer.filled(count);
-        while let Some(payload) = buffer.next_frame().unwrap() {
-            if let Ok(Response::Rejected(reason)) = Response::decode(payload) {
-                last = Some(reason);
-            }
-        }
-    }
-    last
-}
 
 fn sleeper() -> Request<'static> {
     let argv = ["sleep", "1000"].map(ByteBuf::from).into();
@@ -286,20 +254,6 @@ async fn connections_beyond_the_limit_are_refused_with_a_reason() {
 
 // From here on the guest is hostile: a scripted agent against the client.
 
-fn greeting() -> Vec<u8> {
-    let mut out = Vec::new();
-    Hello::default().encode(&mut out).unwrap();
-    out
-}
-
-fn say(responses: &[Response<'_>]) -> Vec<u8> {
-    let mut out = Vec::new();
-    responses
-        .iter()
-        .for_each(|response| encode(response, &mut out).unwrap());
-    out
-}
-
 fn pong(nonce: u64) -> Response<'static> {
     let memory = Memory::default();
     Response::Pong(Pong {
@@ -320,15 +274,6 @@ fn exited(code: u8) -> Response<'static> {
         output: OutputEnd::Complete,
         usage: Usage::default(),
     })
-}
-
-async fn scripted(responses: &[Response<'_>]) -> (AgentClient<DuplexStream>, DuplexStream) {
-    let (ours, mut guest) = duplex(1 << 20);
-    guest
-        .write_all(&[greeting(), say(responses)].concat())
-        .await
-        .unwrap();
-    (AgentClient::handshake(ours).await.unwrap(), guest)
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -161,6 +162,48 @@ fn exit_codes_are_the_programs_and_stderr_is_its_own() {
     let (code, _, stderr) = outcome(&mut hearth(&["run", "--", "no-such-program"]));
     assert_eq!(code, Some(127));
     assert!(stderr.contains("no-such-program"), "{stderr}");
+}
+
+#[test]
+fn files_go_in_before_the_program_and_come_out_after() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(at("in"), "from the host\n").unwrap();
+    std::fs::write(at("out"), "old").unwrap();
+    std::fs::set_permissions(at("in"), std::fs::Permissions::from_mode(0o640)).unwrap();
+    let copies = [
+        "--copy-in",
+        &format!("{}:/srv/new/file", at("in")),
+        "--copy-out",
+        &format!("/srv/new/file:{}", at("out")),
+        "--copy-out",
+        &format!("/nothing/here:{}", at("none")),
+    ];
+    let program = ["--", "cat", "/srv/new/file"];
+    let (code, stdout, stderr) = outcome(hearth(&["run", "--json"]).args(copies).args(program));
+    assert_eq!(stdout, "from the host\n", "{stderr}");
+    assert_eq!(
+        std::fs::read_to_string(at("out")).unwrap(),
+        "from the host\n"
+    );
+    let mode = std::fs::metadata(at("out")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o640);
+    // The second could not be copied: nothing of it is there, and the exit code says that not all went well.
+    assert_eq!(code, Some(125), "{stderr}");
+    assert!(stderr.contains("/nothing/here"), "{stderr}");
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+    let report: Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
+    assert!(report["phases_us"]["copy_in"].is_u64(), "{report}");
+
+    // What is not there is said before the program runs.
+    let copy = ["--copy-in", "/nothing/here:/file", "--", "echo", "ran"];
+    let (code, stdout, stderr) = outcome(hearth(&["run"]).args(copy));
+    assert_eq!((code, stdout.as_str()), (Some(125), ""), "{stderr}");
+    assert!(stderr.contains("/nothing/here: cannot be read"), "{stderr}");
 }
 
 #[test]

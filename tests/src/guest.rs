@@ -88,12 +88,6 @@ pub fn kernel_path() -> PathBuf {
     files().0.clone()
 }
 
-/// The initramfs that guests here boot: ours, with the agent, or `$HEARTH_INITRAMFS`.
-#[must_use]
-pub fn initramfs_path() -> PathBuf {
-    files().1.clone()
-}
-
 /// A configuration that boots our image, to be refined.
 pub fn image() -> VmConfigBuilder {
     let (kernel, initramfs) = files();

@@ -23,7 +23,5 @@ mod skip;
 
 pub use alone::alone;
 pub use footprint::Footprint;
-pub use guest::{
-    Guest, Phases, dial_agent, error_chain, image, initramfs_path, kernel_path, noise, shared,
-};
+pub use guest::{Guest, Phases, dial_agent, error_chain, image, kernel_path, noise, shared};
 pub use skip::{kvm, not_measured, patience, within};

@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! A program that is not ours: C with glibc, which uses what the agent's own programs do not (floating
+//! A program that is not ours, given to the guest as a file: C with glibc, which uses what the agent's own programs do not (floating
 //! point, the C library's choice of vector code, threads, fork). It must do in a guest what it does here.
 
 use std::io::Write;
@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use hearth_agent::client::{Command, OutputLimits};
-use hearth_agent::proto::{ExitStatus, Input, OutputEnd};
-use hearth_tests::{Guest, dial_agent, initramfs_path, kvm, not_measured, within};
+use hearth_agent::client::Command;
+use hearth_agent::proto::{ExitStatus, Input, OutputEnd, Put};
+use hearth_tests::{Guest, dial_agent, kvm, not_measured, within};
 use hearth_vmm::Vm;
 
 const SOURCE: &str = r#"
@@ -91,22 +91,10 @@ fn compile(dir: &Path) -> Result<PathBuf, String> {
     }
 }
 
-/// The usual initramfs, and behind it a second archive with `program` as `/foreign`: the kernel unpacks
-/// what is concatenated.
-fn with_program(usual: &Path, program: &Path, into: &Path) {
-    let mut archive = std::fs::read(usual).unwrap();
-    // Archives begin at multiples of four (Documentation/driver-api/early-userspace/buffer-format.rst).
-    archive.resize(archive.len().next_multiple_of(4), 0);
-    let bytes = std::fs::read(program).unwrap();
-    let entry = cpio::newc::Builder::new("foreign").ino(9).mode(0o100_755);
-    let mut writer = entry.write(&mut archive, u32::try_from(bytes.len()).unwrap());
-    writer.write_all(&bytes).unwrap();
-    writer.finish().unwrap();
-    cpio::newc::trailer(&mut archive).unwrap();
-    std::fs::write(into, archive).unwrap();
-}
+/// Where the program is in the guest.
+const THERE: &str = "/tmp/foreign";
 
-/// A guest that has the program, here and there, or why not.
+/// A guest that was given the program, and the program here; or why not.
 async fn guest_with_program(dir: &Path) -> Option<(Guest, PathBuf)> {
     let program = match compile(dir) {
         Ok(program) => program,
@@ -115,20 +103,21 @@ async fn guest_with_program(dir: &Path) -> Option<(Guest, PathBuf)> {
             return None;
         }
     };
-    let initramfs = dir.join("initramfs.cpio");
-    with_program(&initramfs_path(), &program, &initramfs);
-    let guest = Guest::prepared(|config| config.initramfs(&initramfs)).await;
+    let mut guest = Guest::fork().await;
+    let bytes = std::fs::read(&program).unwrap();
+    let put = guest.agent.put(Put::new(THERE).mode(0o755), &bytes);
+    within(20, "copy into the guest", put).await.unwrap();
+    // It comes back as it went.
+    let back = guest.agent.get(THERE, bytes.len());
+    let back = within(20, "copy out of the guest", back).await.unwrap();
+    assert!(back == bytes);
     Some((guest, program))
 }
 
 /// How far the program has counted.
 async fn count(vm: &Vm) -> u64 {
-    let exec = dial_agent(vm)
-        .await
-        .exec(Command::new("cat").args(["/run/count"]))
-        .await;
-    let output = exec.unwrap().output(OutputLimits::default()).await.unwrap();
-    String::from_utf8_lossy(&output.stdout).parse().unwrap_or(0)
+    let count = dial_agent(vm).await.get("/run/count", 100).await.unwrap();
+    String::from_utf8_lossy(&count).parse().unwrap_or(0)
 }
 
 async fn counts_on(vm: &Vm, from: u64) -> u64 {
@@ -175,7 +164,7 @@ async fn as_it_does_here(guest: &Guest, program: &Path) {
         .unwrap();
     here.stdin.take().unwrap().write_all(&input).unwrap();
     let here = here.wait_with_output().unwrap();
-    let command = Command::new("/foreign")
+    let command = Command::new(THERE)
         .args(["word"])
         .env("WHOSE", "mine")
         .stdin(Input::Pipe);
@@ -187,13 +176,24 @@ async fn as_it_does_here(guest: &Guest, program: &Path) {
     assert_eq!(here.status.code(), Some(42));
     assert_eq!(there.end, OutputEnd::Complete);
 
-    let aborted = guest.run(Command::new("/foreign").args(["abort"])).await;
+    let aborted = guest.run(Command::new(THERE).args(["abort"])).await;
     assert_eq!(aborted.status, ExitStatus::Signal(6));
 }
 
 async fn stands_still_until_its_clone_is_a_stranger(guest: Guest) {
-    let started = guest.run(Command::new("/foreign").args(["count"])).await;
+    let started = guest.run(Command::new(THERE).args(["count"])).await;
     assert_eq!(started.status, ExitStatus::Code(0));
+    // The file is there once it has begun.
+    let begun = async {
+        while guest
+            .connect()
+            .await
+            .stat("/run/count", true)
+            .await
+            .is_err()
+        {}
+    };
+    within(20, "begin of the count", begun).await;
     counts_on(&guest.vm, 0).await;
     let mut agent = guest.connect().await;
     within(10, "standstill", agent.freeze()).await.unwrap();

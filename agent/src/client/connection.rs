@@ -78,6 +78,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
+    /// Reads once if there is something to read now. No whole frame may be waiting to be taken.
+    pub(super) async fn fill_now(&mut self) -> Result<(), ConnectionError> {
+        poll_fn(|cx| match self.poll_fill(cx) {
+            Poll::Ready(filled) => Poll::Ready(filled),
+            Poll::Pending => Poll::Ready(Ok(())),
+        })
+        .await
+    }
+
     /// Waits until a whole frame is there, writing out what is queued meanwhile.
     pub(super) async fn frame(&mut self) -> Result<(), ConnectionError> {
         poll_fn(|cx| {

@@ -2,7 +2,8 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use crate::proto::{FrameError, HelloError, MAX_FRAME, Rejection, SpawnFailure};
+use super::files::MAX_ENTRIES;
+use crate::proto::{FileFailure, FrameError, HelloError, MAX_FRAME, Rejection, SpawnFailure};
 
 /// Why a connection to the agent is of no use any more.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -134,4 +135,54 @@ pub enum ExecError {
     /// The connection failed, or the agent broke the protocol.
     #[error(transparent)]
     Connection(#[from] ConnectionError),
+}
+
+/// Why something was not done with a file of the guest.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FileError {
+    /// The guest did not do it. The connection is good for the next request.
+    #[error("{path}, in the guest")]
+    Failed {
+        /// The path as it was given.
+        path: String,
+        /// Why.
+        #[source]
+        failure: FileFailure,
+    },
+    /// The file is larger than the caller wants it. The connection is good for the next request.
+    #[error("the guest's file has more than {most} bytes: allow more, or copy it with get_into")]
+    TooLarge {
+        /// What was allowed.
+        most: usize,
+    },
+    /// The directory is larger than anybody wants it. Drop the client.
+    #[error(
+        "the guest's directory has more than {MAX_ENTRIES} entries: let a program in the guest look at it"
+    )]
+    TooMany,
+    /// The path does not fit in a frame.
+    #[error("a path of {bytes} bytes: Linux knows none of more than 4095")]
+    PathTooLong {
+        /// Its length.
+        bytes: usize,
+    },
+    /// The caller's own reader or writer failed. Drop the client.
+    #[error("the host's side of the copy failed")]
+    Host(#[source] io::Error),
+    /// The connection failed, or the agent broke the protocol.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+}
+
+impl FileError {
+    pub(super) fn host(error: io::Error) -> Self {
+        Self::Host(error)
+    }
+}
+
+impl From<FrameError> for FileError {
+    fn from(error: FrameError) -> Self {
+        Self::Connection(error.into())
+    }
 }

@@ -10,6 +10,7 @@ mod command;
 mod connection;
 mod error;
 mod exec;
+mod files;
 mod output;
 mod shared;
 
@@ -19,8 +20,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use self::{
     command::Command,
-    error::{ConnectionError, ExecError, FreezeError, HandshakeError, PingError},
+    error::{ConnectionError, ExecError, FileError, FreezeError, HandshakeError, PingError},
     exec::{Exec, ExecOutput, ExecStdin},
+    files::MAX_ENTRIES,
     output::{Output, OutputLimits},
 };
 use self::{connection::Connection, shared::Shared};

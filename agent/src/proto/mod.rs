@@ -15,6 +15,8 @@
 //!   | <-- Stdin, StdinEof, Signal ------- |   Stdin only within the window (see STDIN_WINDOW)
 //!   | -- Stdout, Stderr, StdinTaken ----> |
 //!   | -- Exited ------------------------> |   the connection is free for the next exec
+//!   | <-- File, FileData, FileEnd ------- |   at most one at a time on a connection, and no exec (see FileRequest)
+//!   | -- File --------------------------> |
 //! ```
 //!
 //! - **Flow control.** Output is held back by the connection itself: the agent stops reading a program's pipes while the
@@ -24,12 +26,16 @@
 //! - **Versions.** The layout of [`Hello`] up to its version never changes. Any other change to a type here changes
 //!   [`VERSION`]; both sides refuse a peer of another version.
 
+mod file;
 mod frame;
 mod hello;
 mod request;
 mod response;
 mod status;
 
+pub use file::{
+    DirEntry, FileFailure, FileKind, FileReply, FileRequest, Metadata, Place, Put, PutMode,
+};
 pub use frame::{FrameBuffer, FrameError, encode};
 pub use hello::{Hello, HelloError, InstanceId};
 pub use request::{

@@ -5,7 +5,7 @@ use alloc::{boxed::Box, string::String, vec::Vec};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
-use super::{FrameError, InstanceId, frame::decode};
+use super::{FileRequest, FrameError, InstanceId, frame::decode};
 
 /// A message from the host, after its hello.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +32,12 @@ pub enum Request<'a> {
     Freeze,
     /// Lets what stands still go on.
     Thaw,
+    /// Does something with files. One at a time on a connection, and not while a program runs on it.
+    File(Box<FileRequest>),
+    /// Content of the file that is being put.
+    FileData(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
+    /// The content is complete.
+    FileEnd,
 }
 
 impl<'a> Request<'a> {

@@ -4,7 +4,7 @@ use alloc::string::String;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ExitStatus, FrameError, InstanceId, frame::decode};
+use super::{ExitStatus, FileReply, FrameError, InstanceId, frame::decode};
 
 /// A message from the agent, after its hello.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +36,8 @@ pub enum Response<'a> {
     Frozen(Standstill),
     /// The answer to a thaw.
     Thawed(Applied),
+    /// An answer about files.
+    File(#[serde(borrow)] FileReply<'a>),
 }
 
 impl<'a> Response<'a> {
@@ -279,6 +281,12 @@ pub enum Rejection {
     /// An exec while one runs on the connection.
     #[error("a program already runs on this connection")]
     ExecRunning,
+    /// A request while another one about files is under way on the connection.
+    #[error("a file is being transferred on this connection")]
+    FileRunning,
+    /// Content for a file that is not being put.
+    #[error("content for no file")]
+    NoFile,
     /// More input than the window allows.
     #[error("more input than the window allows")]
     StdinOverrun,

@@ -6,6 +6,8 @@
     reason = "each test binary uses its part"
 )]
 
+pub mod peers;
+
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -2,13 +2,14 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
-use hearth_agent::client::{ExecError, HandshakeError};
-use hearth_agent::proto::{AGENT_PORT, InstanceId};
+use hearth_agent::client::{ExecError, FileError, HandshakeError};
+use hearth_agent::proto::{AGENT_PORT, InstanceId, Put};
 use hearth_agent::{AgentClient, Command, Exec};
 use hearth_vmm::virtio::vsock::ConnectError;
 use hearth_vmm::{Exit, Vm, VsockHost};
@@ -36,6 +37,9 @@ pub enum GuestError {
     /// The program could not be run.
     #[error("the program could not be run")]
     Exec(#[from] ExecError),
+    /// Something could not be done with a file.
+    #[error("a file in the guest could not be read or written")]
+    File(#[from] FileError),
 }
 
 /// A guest that runs, with its agent. Dropping it ends the guest.
@@ -177,6 +181,23 @@ impl Guest {
             command.env_default(name, value)
         });
         Ok(self.agent().await?.exec(command).await?)
+    }
+
+    /// Writes a file in the guest. What is there is replaced once the new one is complete; `put` says otherwise where that is
+    /// not wanted. For more (streams, directories, paths that may not lead out) ask the [`agent`](Self::agent).
+    ///
+    /// # Errors
+    /// [`GuestError::File`] with the guest's reason.
+    pub async fn put(&self, put: Put, content: &[u8]) -> Result<(), GuestError> {
+        Ok(self.agent().await?.put(put, content).await?)
+    }
+
+    /// The content of a file of at most `most` bytes in the guest.
+    ///
+    /// # Errors
+    /// [`GuestError::File`] with the guest's reason, or if it is larger.
+    pub async fn get(&self, at: impl AsRef<Path>, most: usize) -> Result<Vec<u8>, GuestError> {
+        Ok(self.agent().await?.get(at.as_ref(), most).await?)
     }
 
     /// The VM alone; the connection to the agent ends. None if its end is being brought about this

@@ -12,6 +12,7 @@ use crate::{
     channel::{Channel, Lost, Output},
     clock::Instant,
     exec::{Program, Which},
+    files::{self, Task},
     guest::Guest,
     hygiene,
     reaper::Reaped,
@@ -23,6 +24,8 @@ pub(crate) struct Conn {
     pub(crate) channel: Channel,
     phase: Phase,
     program: Option<Program>,
+    /// What is under way with files; never beside a program.
+    task: Option<Task>,
     dialled: bool,
     greeted: bool,
 }
@@ -87,6 +90,7 @@ impl Conn {
             channel: Channel::new(socket),
             phase: Phase::Greeting,
             program: None,
+            task: None,
             dialled: false,
             greeted: false,
         };
@@ -100,6 +104,7 @@ impl Conn {
             channel: Channel::new(socket),
             phase: Phase::Connecting,
             program: None,
+            task: None,
             dialled: true,
             greeted: false,
         }
@@ -212,7 +217,12 @@ impl Conn {
     }
 
     /// Does all that can be done now: requests that have come, what is due, what is to be sent.
-    pub(crate) fn settle(&mut self, guest: &mut Guest, now: Instant) -> Asked {
+    pub(crate) fn settle(
+        &mut self,
+        guest: &mut Guest,
+        now: Instant,
+        scratch: &mut Vec<u8>,
+    ) -> Asked {
         let mut asked = Asked::default();
         if let Some(program) = &mut self.program {
             program.tick(now);
@@ -235,8 +245,36 @@ impl Conn {
                 break;
             }
         }
+        if self.is_busy() {
+            self.step(scratch);
+        }
         self.retire(guest);
         asked
+    }
+
+    /// Whether there is something to do without any event.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.phase == Phase::Ready
+            && self.task.as_ref().is_some_and(Task::is_active)
+            && self.channel.output.has_room()
+    }
+
+    /// One step of what is under way with files: others have their turn, too.
+    fn step(&mut self, scratch: &mut Vec<u8>) {
+        let Some(task) = &mut self.task else {
+            return;
+        };
+        match task.step(scratch, &mut self.channel.output) {
+            Ok(done) => {
+                if done {
+                    self.task = None;
+                }
+                if let Err(lost) = self.channel.flush() {
+                    self.lose(lost);
+                }
+            }
+            Err(_) => self.lose(Lost(None)),
+        }
     }
 
     /// Serves the requests that have come, as long as there is room for answers.
@@ -245,6 +283,7 @@ impl Conn {
             channel: Channel { input, output, .. },
             phase,
             program,
+            task,
             greeted,
             ..
         } = self;
@@ -271,7 +310,14 @@ impl Conn {
                     *phase = Phase::Ready;
                     *greeted = true;
                 }
-                _ => answer(Request::decode(payload)?, program, output, guest, asked)?,
+                _ => answer(
+                    Request::decode(payload)?,
+                    program,
+                    task,
+                    output,
+                    guest,
+                    asked,
+                )?,
             }
         }
     }
@@ -297,6 +343,7 @@ impl Conn {
 fn answer(
     request: Request<'_>,
     program: &mut Option<Program>,
+    task: &mut Option<Task>,
     output: &mut Output,
     guest: &mut Guest,
     asked: &mut Asked,
@@ -306,7 +353,12 @@ fn answer(
             asked.ponged = true;
             output.push(&Response::Pong(guest.pong(nonce)))?;
         }
-        Request::Exec(_) if program.is_some() => return Err(Rejection::ExecRunning.into()),
+        Request::Exec(_) | Request::File(_) if program.is_some() => {
+            return Err(Rejection::ExecRunning.into());
+        }
+        Request::Exec(_) | Request::File(_) if task.is_some() => {
+            return Err(Rejection::FileRunning.into());
+        }
         Request::Exec(exec) => match guest.start(&exec) {
             Ok(started) => {
                 output.push(&Response::Started { pid: started.pid() })?;
@@ -336,6 +388,16 @@ fn answer(
         Request::Refresh(refresh) => output.push(&Response::Refreshed(guest.refresh(&refresh)))?,
         Request::Shutdown(kind) => asked.shutdown = Some(kind),
         Request::Freeze => output.push(&Response::Frozen(guest.freeze()))?,
+        Request::File(request) => *task = files::begin(*request, guest, output)?,
+        Request::FileData(bytes) => {
+            let taken = task.as_mut().and_then(|task| task.data(bytes, output));
+            taken.ok_or(Rejection::NoFile)??;
+        }
+        Request::FileEnd => {
+            let put = task.take_if(|task| !task.is_active());
+            let ended = put.and_then(|task| task.end(output));
+            ended.ok_or(Rejection::NoFile)??;
+        }
         Request::Thaw => output.push(&Response::Thawed(guest.thaw()))?,
     }
     Ok(())

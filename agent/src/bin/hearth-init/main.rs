@@ -31,6 +31,7 @@ mod clock;
 mod conn;
 mod diagnose;
 mod exec;
+mod files;
 #[cfg(freestanding)]
 mod freestanding;
 mod guest;

@@ -184,7 +184,7 @@ impl Server {
 
     /// Time until something is due; none: wait for events alone.
     fn time_to_wait(&self, now: Instant) -> Option<Timespec> {
-        if self.reaper.has_more() {
+        if self.reaper.has_more() || self.conns.iter().any(Conn::is_busy) {
             return Some(Timespec {
                 tv_sec: 0,
                 tv_nsec: 0,
@@ -282,7 +282,7 @@ impl Server {
         let now = Instant::now();
         let (mut shutdown, mut ponged, mut hangup) = (None, false, None);
         for conn in &mut self.conns {
-            let asked = conn.settle(&mut self.guest, now);
+            let asked = conn.settle(&mut self.guest, now, &mut self.scratch);
             shutdown = shutdown.or(asked.shutdown);
             ponged |= asked.ponged;
             hangup = hangup.or(conn.hangup());

@@ -8,6 +8,7 @@ use hearth_images::ImagesError;
 use hearth_vmm::virtio::vsock::ListenError;
 use hearth_vmm::{BootError, ConfigError, Exit, HostError, LoadError};
 
+use super::copies::CopyError;
 use crate::FAILED;
 
 /// The guest has the program, but cannot execute it; as `env` has it.
@@ -47,6 +48,8 @@ pub(super) enum RunError {
     Overdue(Duration),
     #[error(transparent)]
     Exec(#[from] ExecError),
+    #[error("a file could not be copied")]
+    Copy(#[from] CopyError),
     #[error("the guest was ended by signal {0}")]
     Signal(u8),
 }

@@ -1,5 +1,6 @@
 //! `hearth run`: one program in one guest, with this process's streams and the program's exit code.
 
+mod copies;
 mod error;
 mod report;
 mod session;
@@ -60,6 +61,12 @@ pub(crate) struct Args {
     /// Gives the guest so many seconds to boot [default: 10, or 100 where ring 0 is emulated]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     boot_timeout: Option<Duration>,
+    /// Copies a file into the guest before the program runs; may be repeated
+    #[arg(long, value_name = "HOST:GUEST", value_parser = copies::inward)]
+    copy_in: Vec<copies::Copy>,
+    /// Copies a file out of the guest when the program has ended, however; may be repeated
+    #[arg(long, value_name = "GUEST:HOST", value_parser = copies::outward)]
+    copy_out: Vec<copies::Copy>,
     /// Prints one line of JSON to stderr, after all else, with the time of each phase in microseconds
     #[arg(long)]
     json: bool,
@@ -72,14 +79,15 @@ const EXIT_CODES: &str = "\
 Exit codes:
   that of the program; 128 and the signal's number if a signal ended it
   124  --timeout ended the program
-  125  the program's end is not known: the guest did not start, or ended before it; or wrong usage
+  125  the program's end is not known: the guest did not start, or ended before it; a file could not
+       be copied; or wrong usage
   126  the guest has the program, but cannot execute it
   127  the guest has no such program
   129, 130, 143  the guest was ended by SIGHUP, Ctrl-C, SIGTERM
 
 Phases (--json, phases_us): host_probe, once per process, then image (found or built, read), create
 (up to the first KVM_RUN), boot (to the start of the agent), agent_ready (to its greeting on the host),
-exec (request to exit status).";
+copy_in, exec (request to exit status), copy_out.";
 
 /// Images that hold an agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -127,6 +135,8 @@ fn guest(args: &Args, report: &mut Report) -> Result<hearth_agent::proto::Exited
         timeout: args.timeout,
         boot_timeout: args.boot_timeout.unwrap_or(boot_timeout(host.profile())),
         show_console: args.console,
+        copy_in: args.copy_in.clone(),
+        copy_out: args.copy_out.clone(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

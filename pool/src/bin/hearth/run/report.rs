@@ -37,8 +37,12 @@ pub(super) struct Phases {
     pub(super) boot: Option<u64>,
     /// From there to the agent's greeting on the host.
     pub(super) agent_ready: Option<u64>,
+    /// Files copied into the guest; none if there were none to copy.
+    pub(super) copy_in: Option<u64>,
     /// From the request to the program's exit status.
     pub(super) exec: Option<u64>,
+    /// Files copied out of the guest.
+    pub(super) copy_out: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]

@@ -18,6 +18,7 @@ use hearth_vmm::{Exit, Vm, VmConfig};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 
+use super::copies::{self, Copy};
 use super::error::RunError;
 use super::report::{Report, micros};
 use crate::console;
@@ -37,6 +38,8 @@ pub(super) struct Plan {
     pub(super) timeout: Option<Duration>,
     pub(super) boot_timeout: Duration,
     pub(super) show_console: bool,
+    pub(super) copy_in: Vec<Copy>,
+    pub(super) copy_out: Vec<Copy>,
 }
 
 struct Session {
@@ -82,7 +85,14 @@ impl Session {
         listener: VsockListener,
         report: &mut Report,
     ) -> Result<Exited, RunError> {
-        let agent = self.agent(listener, plan.boot_timeout, report).await?;
+        let mut agent = self.agent(listener, plan.boot_timeout, report).await?;
+        if !plan.copy_in.is_empty() {
+            let start = Instant::now();
+            let copying = copies::put(&mut agent, &plan.copy_in);
+            self.unless_ended("while files were copied", copying)
+                .await??;
+            report.phases_us.copy_in = Some(micros(start.elapsed()));
+        }
         let start = Instant::now();
         let command = plan.command.wall_clock(SystemTime::now());
         let starting = agent.exec(command);
@@ -93,7 +103,7 @@ impl Session {
             Ok(exec) => exec,
             Err(error) => return Err(self.why(error).await),
         };
-        let exited = match plan.timeout {
+        let (exited, mut agent) = match plan.timeout {
             None => self.program(exec).await?,
             Some(timeout) => {
                 let margin = MARGIN.saturating_mul(self.vm.profile().timeout_factor());
@@ -104,6 +114,13 @@ impl Session {
         };
         report.phases_us.exec = Some(micros(start.elapsed()));
         report.exited(&exited);
+        if !plan.copy_out.is_empty() {
+            let start = Instant::now();
+            let copying = copies::get(&mut agent, &plan.copy_out);
+            self.unless_ended("while files were copied", copying)
+                .await??;
+            report.phases_us.copy_out = Some(micros(start.elapsed()));
+        }
         Ok(exited)
     }
 
@@ -143,7 +160,10 @@ impl Session {
     }
 
     /// Runs the program to its end between this process's streams.
-    async fn program(&mut self, mut exec: Exec<VsockStream>) -> Result<Exited, RunError> {
+    async fn program(
+        &mut self,
+        mut exec: Exec<VsockStream>,
+    ) -> Result<(Exited, AgentClient<VsockStream>), RunError> {
         let broken = Notify::new();
         let (stdin, stdout, stderr) = (exec.stdin(), exec.stdout(), exec.stderr());
         // Stdin may never end; the program's end does not wait for it.
@@ -175,8 +195,8 @@ impl Session {
             // If it cannot be told, its connection is gone; `output` ends with it.
             let _ = exec.signal(signal).await;
         }
-        match exec.wait().await {
-            Ok(exited) => Ok(exited),
+        match exec.finish().await {
+            Ok(ended) => Ok(ended),
             Err(error) => Err(self.why(error).await),
         }
     }

@@ -1,0 +1,336 @@
+//! Files of the guest for the host: read, written, listed, made and removed.
+//!
+//! What may take long is a [`Task`] that does a bounded step at each turn of the loop, so that pings are answered meanwhile.
+
+mod place;
+mod put;
+mod remove;
+
+use alloc::{vec, vec::Vec};
+use core::mem::MaybeUninit;
+
+use hearth_agent::proto::{
+    DirEntry, FileFailure, FileKind, FileReply, FileRequest, FrameError, MAX_CHUNK, Metadata,
+    Place, Response,
+};
+use rustix::{
+    fd::OwnedFd,
+    fs::{
+        FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Stat, fchmod, fstat, mkdirat,
+        openat, renameat_with, seek,
+    },
+    io::{Errno, read},
+};
+use serde_bytes::ByteBuf;
+
+use self::{place::Spot, put::Putting, remove::Removing};
+use crate::{channel::Output, guest::Guest};
+
+/// Bytes of directory entries that are looked at in one step.
+const ENTRIES: usize = 4096;
+/// Directories that one request makes at most.
+const MAX_PARENTS: usize = 256;
+
+/// A request that is under way.
+#[derive(Debug)]
+pub(crate) enum Task {
+    Getting {
+        file: OwnedFd,
+        rest: u64,
+    },
+    Listing(OwnedFd),
+    Removing(Removing),
+    Putting(Putting),
+    /// What was to be put could not be: its content is thrown away.
+    Discarding,
+}
+
+/// Begins what is asked for; a task if it is not done with that.
+pub(crate) fn begin(
+    request: FileRequest,
+    guest: &mut Guest,
+    output: &mut Output,
+) -> Result<Option<Task>, FrameError> {
+    guest.prepare();
+    // Its content comes, whatever becomes of it.
+    let is_put = matches!(request, FileRequest::Put(_));
+    match start(request) {
+        Ok(Started::Done(reply)) => {
+            output.push(&Response::File(reply))?;
+            Ok(None)
+        }
+        Ok(Started::Task(task)) => Ok(Some(task)),
+        Err(failure) => {
+            fail(failure, output)?;
+            Ok(is_put.then_some(Task::Discarding))
+        }
+    }
+}
+
+enum Started {
+    Done(FileReply<'static>),
+    Task(Task),
+}
+
+fn start(request: FileRequest) -> Result<Started, FileFailure> {
+    let done = || Ok(Started::Done(FileReply::Done));
+    Ok(Started::Task(match request {
+        FileRequest::Stat { at, follow } => {
+            let spot = Spot::find(&at)?;
+            let links = match follow {
+                true => OFlags::empty(),
+                false => OFlags::NOFOLLOW,
+            };
+            let stat = fstat(spot.open(OFlags::PATH | links)?)?;
+            return Ok(Started::Done(FileReply::Stat(metadata(&stat))));
+        }
+        FileRequest::List { at } => {
+            Task::Listing(Spot::find(&at)?.open(OFlags::RDONLY | OFlags::DIRECTORY)?)
+        }
+        FileRequest::Get { at, offset, most } => {
+            // Without NONBLOCK a pipe would keep the agent waiting for a writer.
+            let file = Spot::find(&at)?.open(OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)?;
+            is_regular(&file)?;
+            if offset > 0 {
+                seek(&file, SeekFrom::Start(offset))?;
+            }
+            Task::Getting { file, rest: most }
+        }
+        FileRequest::Put(put) => Task::Putting(Putting::begin(&put)?),
+        FileRequest::MakeDir { at, mode, parents } => {
+            let mode = Mode::from_raw_mode(mode & 0o7777);
+            if parents {
+                make_parents(&at, mode)?;
+                return done();
+            }
+            let spot = Spot::of_entry(&at)?;
+            make_dir(&spot, mode)?;
+            return done();
+        }
+        FileRequest::Remove { at, recursive } => {
+            let spot = Spot::of_entry(&at)?;
+            match Removing::begin(spot, recursive)? {
+                Some(removing) => Task::Removing(removing),
+                None => return done(),
+            }
+        }
+        FileRequest::Rename { at, to, replace } => {
+            let from = Spot::of_entry(&at)?;
+            let to = Spot::of_entry(&Place {
+                path: to,
+                beneath: at.beneath,
+            })?;
+            let flags = match replace {
+                true => RenameFlags::empty(),
+                false => RenameFlags::NOREPLACE,
+            };
+            renameat_with(&from.dir, from.name(), &to.dir, to.name(), flags)?;
+            return done();
+        }
+    }))
+}
+
+/// The permissions are those asked for, whatever the mask is.
+fn make_dir(spot: &Spot, mode: Mode) -> Result<(), Errno> {
+    mkdirat(&spot.dir, spot.name(), mode)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    fchmod(openat(&spot.dir, spot.name(), flags, Mode::empty())?, mode)
+}
+
+fn make_parents(at: &Place, mode: Mode) -> Result<(), FileFailure> {
+    let path = at.path.as_slice();
+    let ends = path
+        .iter()
+        .enumerate()
+        .filter_map(|(index, &byte)| (byte == b'/' && index > 0).then_some(index));
+    let mut last = Ok(());
+    for (made, end) in ends.chain([path.len()]).enumerate() {
+        if made >= MAX_PARENTS {
+            return Err(FileFailure::TooDeep);
+        }
+        let part = Place {
+            path: ByteBuf::from(path.get(..end).unwrap_or_default()),
+            beneath: at.beneath.clone(),
+        };
+        last = match Spot::of_entry(&part) {
+            // `a/./b` and the like.
+            Err(FileFailure::BadPath) => continue,
+            Err(failure) => return Err(failure),
+            Ok(spot) => match make_dir(&spot, mode) {
+                Err(Errno::EXIST) => {
+                    // A link to a directory is one.
+                    spot.open(OFlags::PATH | OFlags::DIRECTORY).map(drop)
+                }
+                other => other,
+            },
+        };
+    }
+    Ok(last?)
+}
+
+impl Task {
+    /// Whether it goes on without being told.
+    pub(crate) fn is_active(&self) -> bool {
+        !matches!(self, Self::Putting(_) | Self::Discarding)
+    }
+
+    /// Does a bounded part of what is left; true once it is done.
+    pub(crate) fn step(
+        &mut self,
+        scratch: &mut Vec<u8>,
+        output: &mut Output,
+    ) -> Result<bool, FrameError> {
+        let stepped = match self {
+            Self::Getting { file, rest } => get(file, rest, scratch, output),
+            Self::Listing(dir) => list(dir, output),
+            Self::Removing(removing) => removing.step().map_err(Stop::from),
+            Self::Putting(_) | Self::Discarding => return Ok(false),
+        };
+        match stepped {
+            Ok(false) => return Ok(false),
+            Ok(true) => output.push(&Response::File(FileReply::Done))?,
+            Err(Stop::Failed(failure)) => fail(failure, output)?,
+            Err(Stop::Frame(error)) => return Err(error),
+        }
+        Ok(true)
+    }
+
+    /// Takes content. None if there is no file to put it in.
+    pub(crate) fn data(
+        &mut self,
+        bytes: &[u8],
+        output: &mut Output,
+    ) -> Option<Result<(), FrameError>> {
+        match self {
+            Self::Putting(putting) => {
+                if let Err(failure) = putting.write(bytes) {
+                    *self = Self::Discarding;
+                    return Some(fail(failure, output));
+                }
+                Some(Ok(()))
+            }
+            Self::Discarding => Some(Ok(())),
+            _ => None,
+        }
+    }
+
+    /// The content is complete. None if there is no file that it could be of.
+    pub(crate) fn end(self, output: &mut Output) -> Option<Result<(), FrameError>> {
+        match self {
+            Self::Putting(putting) => Some(match putting.finish() {
+                Ok(()) => output.push(&Response::File(FileReply::Done)),
+                Err(failure) => fail(failure, output),
+            }),
+            Self::Discarding => Some(Ok(())),
+            _ => None,
+        }
+    }
+}
+
+/// Why a step did not succeed.
+enum Stop {
+    Failed(FileFailure),
+    Frame(FrameError),
+}
+
+impl From<FileFailure> for Stop {
+    fn from(failure: FileFailure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<FrameError> for Stop {
+    fn from(error: FrameError) -> Self {
+        Self::Frame(error)
+    }
+}
+
+fn get(
+    file: &OwnedFd,
+    rest: &mut u64,
+    scratch: &mut Vec<u8>,
+    output: &mut Output,
+) -> Result<bool, Stop> {
+    if scratch.len() < MAX_CHUNK {
+        scratch.resize(MAX_CHUNK, 0);
+    }
+    let wanted = usize::try_from(*rest).unwrap_or(usize::MAX).min(MAX_CHUNK);
+    let room = scratch.get_mut(..wanted).unwrap_or_default();
+    if room.is_empty() {
+        return Ok(true);
+    }
+    let count = match read(file, &mut *room) {
+        Ok(count) => count,
+        Err(Errno::INTR) => return Ok(false),
+        Err(errno) => return Err(FileFailure::from(errno).into()),
+    };
+    if count == 0 {
+        return Ok(true);
+    }
+    let bytes = room.get(..count).unwrap_or_default();
+    output.push(&Response::File(FileReply::Data(bytes)))?;
+    *rest = rest.saturating_sub(count as u64);
+    Ok(false)
+}
+
+fn list(dir: &OwnedFd, output: &mut Output) -> Result<bool, Stop> {
+    let entries = entries(dir)?;
+    if entries.is_empty() {
+        return Ok(true);
+    }
+    output.push(&Response::File(FileReply::Entries(entries)))?;
+    Ok(false)
+}
+
+/// The next few entries of a directory; none at its end.
+fn entries(dir: &OwnedFd) -> Result<Vec<DirEntry>, FileFailure> {
+    let mut buffer = vec![MaybeUninit::uninit(); ENTRIES];
+    let mut raw = RawDir::new(dir, &mut buffer);
+    let mut found = Vec::new();
+    while let Some(entry) = raw.next() {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            found.push(DirEntry {
+                name: ByteBuf::from(name),
+                kind: kind(entry.file_type()),
+            });
+        }
+        if raw.is_buffer_empty() && !found.is_empty() {
+            break;
+        }
+    }
+    Ok(found)
+}
+
+fn is_regular(file: &OwnedFd) -> Result<(), FileFailure> {
+    match FileType::from_raw_mode(fstat(file)?.st_mode) {
+        FileType::RegularFile => Ok(()),
+        _ => Err(FileFailure::NotAFile),
+    }
+}
+
+fn kind(file_type: FileType) -> FileKind {
+    match file_type {
+        FileType::RegularFile => FileKind::File,
+        FileType::Directory => FileKind::Dir,
+        FileType::Symlink => FileKind::Link,
+        _ => FileKind::Other,
+    }
+}
+
+fn metadata(stat: &Stat) -> Metadata {
+    Metadata {
+        kind: kind(FileType::from_raw_mode(stat.st_mode)),
+        size: u64::try_from(stat.st_size).unwrap_or(0),
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        modified_s: stat.st_mtime,
+        modified_ns: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
+    }
+}
+
+fn fail(failure: FileFailure, output: &mut Output) -> Result<(), FrameError> {
+    output.push(&Response::File(FileReply::Failed(failure)))
+}

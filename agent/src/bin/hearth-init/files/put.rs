@@ -1,0 +1,148 @@
+//! Writing a file.
+
+use alloc::{format, string::String};
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use hearth_agent::proto::{FileFailure, Put, PutMode};
+use rustix::{
+    fd::OwnedFd,
+    fs::{
+        AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Uid, fchmod, fchown, openat,
+        renameat_with, statat, unlinkat,
+    },
+    io::{Errno, write},
+};
+
+use super::{is_regular, place::Spot};
+
+/// Permissions of a new file.
+const USUAL: u32 = 0o644;
+/// Names that are tried for a file that is not complete.
+const ATTEMPTS: u32 = 64;
+
+/// A file that is being written.
+#[derive(Debug)]
+pub(crate) struct Putting {
+    file: OwnedFd,
+    /// What becomes of it at its end; nothing with what is appended.
+    unfinished: Option<Unfinished>,
+}
+
+/// A file that has no name of its own yet. Dropped, it is gone.
+#[derive(Debug)]
+struct Unfinished {
+    spot: Spot,
+    name: String,
+    replace: bool,
+    /// It has its name.
+    done: bool,
+}
+
+impl Putting {
+    pub(super) fn begin(put: &Put) -> Result<Self, FileFailure> {
+        let spot = Spot::of_entry(&put.at)?;
+        let mode = put.mode.map(|mode| mode & 0o7777);
+        if put.how == PutMode::Append {
+            let flags = OFlags::WRONLY
+                | OFlags::APPEND
+                | OFlags::CREATE
+                | OFlags::NONBLOCK
+                | OFlags::NOCTTY;
+            let created = Mode::from_raw_mode(mode.unwrap_or(USUAL));
+            let file = spot
+                .open_with(flags, created)
+                .map_err(|errno| match errno {
+                    // A pipe that nobody reads.
+                    Errno::NXIO => FileFailure::NotAFile,
+                    other => other.into(),
+                })?;
+            is_regular(&file)?;
+            settle(&file, mode, put.owner)?;
+            return Ok(Self {
+                file,
+                unfinished: None,
+            });
+        }
+        let there = statat(&spot.dir, spot.name(), AtFlags::SYMLINK_NOFOLLOW).ok();
+        let there =
+            there.map(|stat| (FileType::from_raw_mode(stat.st_mode), stat.st_mode & 0o7777));
+        let kept = match (there, put.how) {
+            (Some(_), PutMode::Create) => return Err(FileFailure::Exists),
+            (Some((FileType::Directory, _)), _) => return Err(FileFailure::NotAFile),
+            (Some((FileType::RegularFile, mode)), _) => Some(mode),
+            _ => None,
+        };
+        let (file, name) = create(&spot)?;
+        let putting = Self {
+            file,
+            unfinished: Some(Unfinished {
+                spot,
+                name,
+                replace: put.how == PutMode::Replace,
+                done: false,
+            }),
+        };
+        settle(&putting.file, mode.or(kept).or(Some(USUAL)), put.owner)?;
+        Ok(putting)
+    }
+
+    pub(super) fn write(&mut self, mut bytes: &[u8]) -> Result<(), FileFailure> {
+        while !bytes.is_empty() {
+            match write(&self.file, bytes) {
+                Ok(0) => return Err(FileFailure::Full),
+                Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish(self) -> Result<(), FileFailure> {
+        let Some(mut unfinished) = self.unfinished else {
+            return Ok(());
+        };
+        let flags = match unfinished.replace {
+            true => RenameFlags::empty(),
+            false => RenameFlags::NOREPLACE,
+        };
+        let Unfinished { spot, name, .. } = &unfinished;
+        renameat_with(&spot.dir, name.as_str(), &spot.dir, spot.name(), flags)?;
+        unfinished.done = true;
+        Ok(())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.done {
+            let _ = unlinkat(&self.spot.dir, self.name.as_str(), AtFlags::empty());
+        }
+    }
+}
+
+/// A new file beside the one that it will become.
+fn create(spot: &Spot) -> Result<(OwnedFd, String), Errno> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let mut attempts = 0;
+    loop {
+        let name = format!(".hearth-put-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        match openat(&spot.dir, name.as_str(), flags, Mode::from_raw_mode(0o600)) {
+            Ok(file) => return Ok((file, name)),
+            Err(Errno::EXIST) if attempts < ATTEMPTS => attempts += 1,
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+/// The owner first: a change of it takes set-user-id away.
+fn settle(file: &OwnedFd, mode: Option<u32>, owner: Option<(u32, u32)>) -> Result<(), Errno> {
+    if let Some((uid, gid)) = owner {
+        fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+    }
+    match mode {
+        Some(mode) => fchmod(file, Mode::from_raw_mode(mode)),
+        None => Ok(()),
+    }
+}

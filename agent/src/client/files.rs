@@ -1,0 +1,319 @@
+//! Files of the guest, as a client sees them.
+
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
+
+use serde_bytes::ByteBuf;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::{
+    AgentClient,
+    error::{ConnectionError, FileError},
+    unexpected,
+};
+use crate::proto::{
+    DirEntry, FileReply, FileRequest, FrameError, MAX_CHUNK, Metadata, Place, Put, PutMode,
+    Request, Response,
+};
+
+/// Entries of one directory that a listing takes at most: the guest may make any number.
+pub const MAX_ENTRIES: usize = 100_000;
+
+impl Place {
+    /// A path in the guest; a relative one begins at `/`.
+    #[must_use]
+    pub fn new(path: impl AsRef<Path>) -> Self {
+        Self {
+            path: bytes(path.as_ref()),
+            beneath: None,
+        }
+    }
+
+    /// A relative path that may not lead out of the directory `beneath`, neither by `..` nor through a link.
+    #[must_use]
+    pub fn beneath(beneath: impl AsRef<Path>, path: impl AsRef<Path>) -> Self {
+        Self {
+            path: bytes(path.as_ref()),
+            beneath: Some(bytes(beneath.as_ref())),
+        }
+    }
+}
+
+impl<P: AsRef<Path>> From<P> for Place {
+    fn from(path: P) -> Self {
+        Self::new(path)
+    }
+}
+
+impl Put {
+    /// A file that replaces, once it is complete, what is there.
+    #[must_use]
+    pub fn new(at: impl Into<Place>) -> Self {
+        Self {
+            at: at.into(),
+            ..Self::default()
+        }
+    }
+
+    /// Sets what becomes of what is there.
+    #[must_use]
+    pub fn how(mut self, how: PutMode) -> Self {
+        self.how = how;
+        self
+    }
+
+    /// Sets the permissions (07777).
+    #[must_use]
+    pub fn mode(mut self, mode: u32) -> Self {
+        self.mode = Some(mode);
+        self
+    }
+
+    /// Sets user and group.
+    #[must_use]
+    pub fn owner(mut self, uid: u32, gid: u32) -> Self {
+        self.owner = Some((uid, gid));
+        self
+    }
+}
+
+impl DirEntry {
+    /// The entry's name.
+    #[must_use]
+    pub fn name(&self) -> &OsStr {
+        OsStr::from_bytes(&self.name)
+    }
+}
+
+fn bytes(path: &Path) -> ByteBuf {
+    ByteBuf::from(path.as_os_str().as_bytes())
+}
+
+/// Where an answer comes from.
+enum Reply {
+    Stat(Metadata),
+    Entries(Vec<DirEntry>),
+    Data(Vec<u8>),
+    Done,
+}
+
+/// Files. Unless said otherwise, a future that is dropped half-way leaves answers on the connection that a later request would
+/// take for its own: drop the client, too. What was to be put is then not there, and nothing of it remains.
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
+    /// What is at `at`; a symbolic link stands for what it points to if `follow`.
+    ///
+    /// # Errors
+    /// [`FileError::Failed`] with the reason; [`FileError::Connection`].
+    pub async fn stat(
+        &mut self,
+        at: impl Into<Place>,
+        follow: bool,
+    ) -> Result<Metadata, FileError> {
+        let at = at.into();
+        let path = at.path.clone();
+        self.ask(FileRequest::Stat { at, follow }, &path)?;
+        match self.reply(&path).await? {
+            Reply::Stat(metadata) => Ok(metadata),
+            _ => Err(unexpected().into()),
+        }
+    }
+
+    /// The entries of a directory, in no order.
+    ///
+    /// # Errors
+    /// [`FileError::TooMany`] beyond [`MAX_ENTRIES`]; otherwise as [`stat`](Self::stat).
+    pub async fn list(&mut self, at: impl Into<Place>) -> Result<Vec<DirEntry>, FileError> {
+        let at = at.into();
+        let path = at.path.clone();
+        self.ask(FileRequest::List { at }, &path)?;
+        let mut all = Vec::new();
+        loop {
+            match self.reply(&path).await? {
+                Reply::Entries(some) if all.len() + some.len() <= MAX_ENTRIES => all.extend(some),
+                Reply::Entries(_) => return Err(FileError::TooMany),
+                Reply::Done => return Ok(all),
+                _ => return Err(unexpected().into()),
+            }
+        }
+    }
+
+    /// The content of a regular file of at most `most` bytes.
+    ///
+    /// # Errors
+    /// [`FileError::TooLarge`] if it has more; otherwise as [`stat`](Self::stat).
+    pub async fn get(&mut self, at: impl Into<Place>, most: usize) -> Result<Vec<u8>, FileError> {
+        let mut content = Vec::new();
+        // One more says that there is more.
+        let ask = (most as u64).saturating_add(1);
+        let got = self.get_into(at, 0..ask, &mut content).await?;
+        match got > most as u64 {
+            true => Err(FileError::TooLarge { most }),
+            false => Ok(content),
+        }
+    }
+
+    /// Copies a part of a regular file, `0..u64::MAX` for all of it, to `writer`, and gives the number of bytes. The guest
+    /// is read no faster than `writer` takes it.
+    ///
+    /// # Errors
+    /// [`FileError::Host`] if `writer` fails: drop the client then; otherwise as [`stat`](Self::stat).
+    pub async fn get_into(
+        &mut self,
+        at: impl Into<Place>,
+        part: std::ops::Range<u64>,
+        writer: &mut (impl AsyncWrite + Unpin),
+    ) -> Result<u64, FileError> {
+        let at = at.into();
+        let path = at.path.clone();
+        let (offset, most) = (part.start, part.end.saturating_sub(part.start));
+        self.ask(FileRequest::Get { at, offset, most }, &path)?;
+        let mut copied: u64 = 0;
+        loop {
+            match self.reply(&path).await? {
+                Reply::Data(bytes) => {
+                    copied = copied.saturating_add(bytes.len() as u64);
+                    // A guest that sends more than it was asked for must not fill the host.
+                    if copied > most {
+                        return Err(unexpected().into());
+                    }
+                    writer.write_all(&bytes).await.map_err(FileError::host)?;
+                }
+                Reply::Done => {
+                    writer.flush().await.map_err(FileError::host)?;
+                    return Ok(copied);
+                }
+                _ => return Err(unexpected().into()),
+            }
+        }
+    }
+
+    /// Writes a file.
+    ///
+    /// # Errors
+    /// As [`stat`](Self::stat).
+    pub async fn put(&mut self, put: Put, content: &[u8]) -> Result<(), FileError> {
+        self.put_from(put, &mut &*content).await.map(drop)
+    }
+
+    /// Writes a file with all that `reader` gives, and tells how many bytes these were.
+    ///
+    /// # Errors
+    /// [`FileError::Host`] if `reader` fails: drop the client then, and the file is not written; otherwise as
+    /// [`stat`](Self::stat).
+    pub async fn put_from(
+        &mut self,
+        put: Put,
+        reader: &mut (impl AsyncRead + Unpin),
+    ) -> Result<u64, FileError> {
+        let path = put.at.path.clone();
+        self.ask(FileRequest::Put(put), &path)?;
+        let mut chunk = vec![0; MAX_CHUNK];
+        let mut copied: u64 = 0;
+        loop {
+            let count = reader.read(&mut chunk).await.map_err(FileError::host)?;
+            if count == 0 {
+                break;
+            }
+            let bytes = chunk.get(..count).unwrap_or_default();
+            self.connection.queue(&Request::FileData(bytes))?;
+            copied = copied.saturating_add(count as u64);
+            self.connection.flush().await?;
+            if self.has_failed().await? {
+                break;
+            }
+        }
+        self.connection.queue(&Request::FileEnd)?;
+        match self.reply(&path).await? {
+            Reply::Done => Ok(copied),
+            _ => Err(unexpected().into()),
+        }
+    }
+
+    /// Makes a directory; with `parents` also those on the way, and one that is there is good enough.
+    ///
+    /// # Errors
+    /// As [`stat`](Self::stat).
+    pub async fn make_dir(
+        &mut self,
+        at: impl Into<Place>,
+        mode: u32,
+        parents: bool,
+    ) -> Result<(), FileError> {
+        let at = at.into();
+        let path = at.path.clone();
+        self.ask(FileRequest::MakeDir { at, mode, parents }, &path)?;
+        self.done(&path).await
+    }
+
+    /// Removes a file, a link or a directory, which must be empty unless `recursive`.
+    ///
+    /// # Errors
+    /// As [`stat`](Self::stat). Of a directory, a part may be gone then.
+    pub async fn remove(&mut self, at: impl Into<Place>, recursive: bool) -> Result<(), FileError> {
+        let at = at.into();
+        let path = at.path.clone();
+        self.ask(FileRequest::Remove { at, recursive }, &path)?;
+        self.done(&path).await
+    }
+
+    /// Gives a file or directory another place in the same file system; what is there goes only if `replace`.
+    ///
+    /// # Errors
+    /// As [`stat`](Self::stat).
+    pub async fn rename(
+        &mut self,
+        at: impl Into<Place>,
+        to: impl AsRef<Path>,
+        replace: bool,
+    ) -> Result<(), FileError> {
+        let at = at.into();
+        let path = at.path.clone();
+        let to = bytes(to.as_ref());
+        self.ask(FileRequest::Rename { at, to, replace }, &path)?;
+        self.done(&path).await
+    }
+
+    fn ask(&mut self, request: FileRequest, path: &[u8]) -> Result<(), FileError> {
+        let queued = self.connection.queue(&Request::File(Box::new(request)));
+        queued.map_err(|error| match error {
+            FrameError::TooLong(_) => FileError::PathTooLong { bytes: path.len() },
+            other => other.into(),
+        })
+    }
+
+    async fn done(&mut self, path: &[u8]) -> Result<(), FileError> {
+        match self.reply(path).await? {
+            Reply::Done => Ok(()),
+            _ => Err(unexpected().into()),
+        }
+    }
+
+    /// The next answer; a failure is an error.
+    async fn reply(&mut self, path: &[u8]) -> Result<Reply, FileError> {
+        let reply = self.answer(|response| match response {
+            Response::File(reply) => Some(match reply {
+                FileReply::Stat(metadata) => Ok(Reply::Stat(*metadata)),
+                FileReply::Entries(entries) => Ok(Reply::Entries(entries.clone())),
+                FileReply::Data(bytes) => Ok(Reply::Data(bytes.to_vec())),
+                FileReply::Done => Ok(Reply::Done),
+                FileReply::Failed(failure) => Err(*failure),
+            }),
+            _ => None,
+        });
+        reply.await?.map_err(|failure| FileError::Failed {
+            path: String::from_utf8_lossy(path).into_owned(),
+            failure,
+        })
+    }
+
+    /// Whether an answer is there already, which before the end of the content can only be that it failed.
+    async fn has_failed(&mut self) -> Result<bool, ConnectionError> {
+        if self.connection.peek()?.is_none() {
+            self.connection.fill_now().await?;
+        }
+        match self.connection.peek()? {
+            Some(Response::File(FileReply::Failed(_))) => Ok(true),
+            Some(Response::File(_)) => Err(unexpected()),
+            _ => Ok(false),
+        }
+    }
+}

@@ -18,7 +18,7 @@ const SOURCES: &[&str] = &["Cargo.toml", "Cargo.lock", "agent/Cargo.toml", "agen
 /// The C library inside the program, and no relocations to process at start.
 const RUSTFLAGS: &str = "-Ctarget-feature=+crt-static\u{1f}-Crelocation-model=static";
 /// Raised when the way of building changes.
-const BUILDER: &str = "1";
+const BUILDER: &str = "2";
 /// Files larger than this are not sources of ours.
 const MAX_SOURCE_BYTES: u64 = 16 << 20;
 
@@ -146,9 +146,11 @@ pub(crate) fn build(
         From::Ready(path) => return Ok(path.clone()),
         From::Workspace(workspace) => workspace,
     };
-    // A target directory of its own: the caller may itself run under cargo,
-    // which holds the lock of the usual one.
-    let target = cache.dir("work")?.join("agent");
+    // A target directory of its own: the caller may itself run under cargo, which holds the lock of the
+    // usual one. One for each checkout: cargo takes a crate of the same place in another workspace for
+    // the same, and what was built of that one for fresh if these sources are older.
+    let checkout = Key::default().part("checkout", workspace.as_os_str().as_encoded_bytes());
+    let target = cache.dir("work")?.join("agent").join(checkout.name());
     stage(progress, Stage::Agent, || {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         // Run under cargo, its settings for our own crate are in the environment.
@@ -232,6 +234,48 @@ mod tests {
         assert_ne!(changed, base);
         fs::write(dir.path().join("agent/src/bin/b.rs"), "new").unwrap();
         assert_ne!(key(), changed);
+    }
+
+    /// A checkout whose agent is a program that prints `word`.
+    fn checkout_that_says(word: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("agent/src");
+        fs::create_dir_all(&source).unwrap();
+        let package =
+            "[package]\nname = \"hearth-agent\"\nversion = \"0.1.0\"\nedition = \"2024\"\n";
+        let bin = "[[bin]]\nname = \"hearth-init\"\npath = \"src/main.rs\"\n";
+        let lock = "version = 4\n\n[[package]]\nname = \"hearth-agent\"\nversion = \"0.1.0\"\n";
+        let workspace = "[workspace]\nresolver = \"3\"\nmembers = [\"agent\"]\n[profile.guest]\ninherits = \"release\"\n";
+        for (file, content) in [
+            ("Cargo.toml", workspace.to_owned()),
+            ("Cargo.lock", lock.to_owned()),
+            ("agent/Cargo.toml", format!("{package}{bin}")),
+            (
+                "agent/src/main.rs",
+                format!("fn main() {{ print!(\"{word}\") }}"),
+            ),
+        ] {
+            fs::write(dir.path().join(file), content).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn checkouts_that_share_a_cache_each_get_their_own_agent() {
+        let cache = tempfile::tempdir().unwrap();
+        let cache = Cache::open(Some(cache.path().to_owned())).unwrap();
+        // The second is older than what is built of the first.
+        let checkouts = ["one", "other"].map(|word| (checkout_that_says(word), word));
+        for (checkout, word) in &checkouts {
+            let workspace = checkout.path();
+            let agent = Agent {
+                key: key_of(workspace).unwrap(),
+                from: From::Workspace(workspace.to_owned()),
+            };
+            let program = build(&cache, &agent, &crate::Silent).unwrap();
+            let output = Command::new(program).output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&output.stdout), *word);
+        }
     }
 
     #[test]

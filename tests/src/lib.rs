@@ -23,7 +23,7 @@ mod skip;
 mod vcpus;
 
 pub use alone::alone;
-pub use footprint::Footprint;
+pub use footprint::{Footprint, available_kib, private_kib};
 pub use guest::{Guest, Phases, error_chain, image, kernel_path, noise, shared};
 pub use skip::{kvm, not_measured, patience, within};
 pub use vcpus::vcpu_times;

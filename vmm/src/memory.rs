@@ -2,16 +2,26 @@
 //!
 //! A cold VM maps its own memfd shared, so that it can become a template without a copy. A clone
 //! maps the template's memfd `MAP_PRIVATE`: what it writes is its own, what it reads is shared.
+//!
+//! Memory is promised, not set aside (`MAP_NORESERVE`): a page costs the host nothing until it is touched, so
+//! that guests may be given more in sum than the host has, and no setting of `vm.overcommit_memory` but 2
+//! limits them. A host that then runs out ends processes; what is promised is bounded by whoever makes the
+//! VMs (the pool's `limits.memory_mib`). [`HugePages::Reserved`] alone is set aside: a host that has none left
+//! at a guest's first touch could only end this process.
+
+mod huge;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
 };
+
+pub use huge::{HUGE_PAGE_SIZE, HugePages};
 
 /// Start of the hole below 4 GiB in which devices and interrupt controllers live.
 pub const GAP_START: u64 = 0xC000_0000;
@@ -43,7 +53,7 @@ pub enum MemoryError {
     #[error(
         "the host could not map a region of guest memory; check ulimit -v and vm.max_map_count"
     )]
-    MapRegion(#[from] vm_memory::mmap::MmapRegionError),
+    MapRegion(#[from] MmapRegionError),
     /// A range that the guest named is not inside one region of its memory.
     #[error("range of {len} bytes at {addr:#x} is not inside guest memory")]
     OutOfRange {
@@ -51,6 +61,17 @@ pub enum MemoryError {
         addr: u64,
         /// Length in bytes.
         len: u64,
+    },
+    /// The host has too few pages of 2 MiB set aside.
+    #[error(
+        "the host has not {pages} free pages of 2 MiB; set them aside with `sysctl vm.nr_hugepages=N` (N for all VMs \
+         together), or do without `HugePages::Reserved`"
+    )]
+    HugePages {
+        /// Pages that the VM needs.
+        pages: u64,
+        /// What the host said.
+        source: std::io::Error,
     },
     /// The host could not take pages back.
     #[error("the host could not release guest pages")]
@@ -73,6 +94,7 @@ pub struct GuestRam {
     file: Arc<File>,
     sharing: Sharing,
     bytes: u64,
+    huge: Option<HugePages>,
     /// Stretches that are private copies of another file (see [`GuestRam::overlay`]).
     overlays: Vec<(u64, u64)>,
 }
@@ -106,13 +128,30 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError`] when `bytes` is zero, not whole pages, or the host refuses.
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
-        if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) || i64::try_from(bytes).is_err() {
+        Self::with_pages(bytes, None)
+    }
+
+    /// As [`GuestRam::new`], of huge pages if that is chosen.
+    ///
+    /// # Errors
+    /// As [`GuestRam::new`]; [`MemoryError::HugePages`] when the host has too few of them.
+    pub fn with_pages(bytes: u64, huge: Option<HugePages>) -> Result<Self, MemoryError> {
+        let reserved = huge == Some(HugePages::Reserved);
+        let page = if reserved { HUGE_PAGE_SIZE } else { PAGE_SIZE };
+        if bytes == 0 || !bytes.is_multiple_of(page) || i64::try_from(bytes).is_err() {
             return Err(MemoryError::Size(bytes));
         }
-        let file = memfd().map_err(|source| MemoryError::Create { bytes, source })?;
-        file.set_len(bytes)
-            .map_err(|source| MemoryError::Create { bytes, source })?;
-        Self::map_file(Arc::new(file), bytes, Sharing::Shared)
+        let failed = |source| match reserved {
+            true => HugePages::too_few(bytes, source),
+            false => MemoryError::Create { bytes, source },
+        };
+        let file = HugePages::file(huge).map_err(failed)?;
+        file.set_len(bytes).map_err(failed)?;
+        let ram = Self::map_regions(Arc::new(file), bytes, Sharing::Shared, huge)?;
+        if huge == Some(HugePages::Transparent) {
+            ram.advise_huge_pages();
+        }
+        Ok(ram)
     }
 
     /// Maps `bytes` bytes of `file` from its start. The file must be at least that long and must
@@ -128,9 +167,23 @@ impl GuestRam {
         if len < bytes {
             return Err(MemoryError::Size(bytes));
         }
+        Self::map_regions(file, bytes, sharing, None)
+    }
+
+    fn map_regions(
+        file: Arc<File>,
+        bytes: u64,
+        sharing: Sharing,
+        huge: Option<HugePages>,
+    ) -> Result<Self, MemoryError> {
         let share_flag = match sharing {
             Sharing::Shared => libc::MAP_SHARED,
             Sharing::Private => libc::MAP_PRIVATE,
+        };
+        // Without this flag a mapping of reserved pages sets all of them aside, or fails.
+        let reserve_flag = match huge {
+            Some(HugePages::Reserved) => 0,
+            Some(HugePages::Transparent) | None => libc::MAP_NORESERVE,
         };
         let mut regions = Vec::new();
         let mut offset = 0;
@@ -139,8 +192,14 @@ impl GuestRam {
             let mapping = MmapRegionBuilder::new(size)
                 .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_NORESERVE | share_flag)
-                .build()?;
+                .with_mmap_flags(reserve_flag | share_flag)
+                .build()
+                .map_err(|error| match error {
+                    MmapRegionError::Mmap(source) if reserve_flag == 0 => {
+                        HugePages::too_few(bytes, source)
+                    }
+                    error => error.into(),
+                })?;
             let region = GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Size(bytes))?;
             regions.push(region);
             offset += len;
@@ -151,13 +210,15 @@ impl GuestRam {
             file,
             sharing,
             bytes,
+            huge,
             overlays: Vec::new(),
         })
     }
 
     /// Lets `[addr, addr + len)` show `file` from `offset` on, as a private copy that is made page
-    /// by page when the guest writes. Nothing is copied now. `file` must never shrink or change (a
-    /// sealed memfd). All three numbers are whole pages.
+    /// by page when the guest writes. Nothing is copied now, unless memory is of reserved huge pages, which
+    /// nothing smaller can lie over. `file` must never shrink or change (a sealed memfd). All three numbers
+    /// are whole pages.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region or not whole pages;
@@ -174,6 +235,9 @@ impl GuestRam {
             .all(|n| n.is_multiple_of(PAGE_SIZE));
         if len == 0 || !whole || !self.contains(addr, len) {
             return Err(MemoryError::OutOfRange { addr, len });
+        }
+        if self.is_reserved() {
+            return self.copy_in(addr, file, offset, len);
         }
         let host = self.host_address(addr, len)?;
         // SAFETY: `[addr, addr + len)` was checked to lie inside one mapping of ours, so the fixed
@@ -260,7 +324,8 @@ impl GuestRam {
 
     /// Gives the pages of `[addr, addr + len)` back to the host. The guest reads zeroes there
     /// afterwards, or what the template or kernel image held there: never another VM's data. Only
-    /// whole pages inside the range are released.
+    /// whole pages inside the range are released, and none of huge pages that were set aside: the guest
+    /// could not be sure to get them again.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region;
@@ -271,7 +336,7 @@ impl GuestRam {
         }
         let start = addr.next_multiple_of(PAGE_SIZE);
         let end = (addr + len) & !(PAGE_SIZE - 1);
-        if start >= end {
+        if start >= end || self.is_reserved() {
             return Ok(());
         }
         let host = self.host_address(start, end - start)?;
@@ -303,11 +368,15 @@ impl GuestRam {
 
 /// A memfd that can be sealed.
 pub(crate) fn memfd() -> std::io::Result<File> {
+    memfd_with(0)
+}
+
+fn memfd_with(flags: libc::c_uint) -> std::io::Result<File> {
     // SAFETY: the name is a NUL-terminated literal; the returned fd is checked before it is owned.
     let fd = unsafe {
         libc::memfd_create(
             c"hearth-guest".as_ptr(),
-            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags,
         )
     };
     if fd < 0 {

@@ -81,6 +81,36 @@ fn odd_sizes_are_refused() {
 }
 
 #[test]
+fn advice_is_given_for_every_region_and_changes_nothing_else() {
+    let ram = GuestRam::with_pages(GAP_START + MIB, Some(HugePages::Transparent)).unwrap();
+    ram.map().write_obj(7u8, GuestAddress(GAP_END)).unwrap();
+    let advised = |ram: &GuestRam| {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let count = ram.host_regions().into_iter().filter(|(_, len, host)| {
+            let mapping = format!("{host:x}-{:x} ", host + len);
+            let (_, rest) = smaps.split_once(&mapping).unwrap();
+            let flags = rest.lines().find(|line| line.starts_with("VmFlags:"));
+            // The kernel's name for it (proc(5)).
+            flags.unwrap().split(' ').any(|flag| flag == "hg")
+        });
+        count.count()
+    };
+    assert_eq!(advised(&ram), 2);
+    assert_eq!(advised(&GuestRam::new(GAP_START + MIB).unwrap()), 0);
+    ram.discard(GAP_END, PAGE_SIZE).unwrap();
+    assert_eq!(ram.map().read_obj::<u8>(GuestAddress(GAP_END)).unwrap(), 0);
+    assert!(ram.can_be_shared());
+}
+
+#[test]
+fn memory_of_reserved_pages_is_a_multiple_of_them() {
+    for bytes in [0, MIB, 3 * MIB, 2 * MIB + PAGE_SIZE] {
+        let made = GuestRam::with_pages(bytes, Some(HugePages::Reserved));
+        assert!(matches!(made, Err(MemoryError::Size(_))), "{bytes}");
+    }
+}
+
+#[test]
 fn discard_frees_a_shared_page_and_reads_back_zero() {
     let ram = GuestRam::new(MIB).unwrap();
     ram.map().write_obj(0xAAu8, GuestAddress(8192)).unwrap();

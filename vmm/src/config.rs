@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::boot::{EntryChoice, ImageFiles, LoadError, Payload};
 use crate::host::CpuProfile;
 use crate::limits::Limits;
-use crate::memory::{HUGE_PAGE_SIZE, HugePages};
+use crate::memory::{GAP_START, HUGE_PAGE_SIZE, HugePages};
 use crate::virtio::pmem::{MAX_IMAGES, PmemFile};
 
 /// Least guest memory in MiB.
@@ -206,6 +206,11 @@ impl VmConfig {
                 words.push("console=ttyS0".into());
             } else {
                 words.extend(["quiet", "8250.nr_uarts=0"].map(String::from));
+            }
+            // For devices that reach no further than 4 GiB the kernel keeps 64 MiB of bounce buffers, once it
+            // has memory there. Ours reach all.
+            if self.memory_bytes > GAP_START {
+                words.push("swiotlb=noforce".into());
             }
             words.extend(profile.kernel_words().iter().map(|w| (*w).to_owned()));
         }

@@ -89,3 +89,13 @@ fn the_native_profile_adds_no_emulation_words() {
         ["dev", "x"]
     );
 }
+
+#[test]
+fn a_guest_with_memory_above_4_gib_keeps_no_bounce_buffers() {
+    let has = |bytes| {
+        let config = VmConfig::builder("k").memory_bytes(bytes).0;
+        let words = config.cmdline(CpuProfile::Native, &[]);
+        words.contains(&"swiotlb=noforce".to_owned())
+    };
+    assert!(!has(GAP_START) && has(GAP_START + (1 << 20)));
+}

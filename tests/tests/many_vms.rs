@@ -158,20 +158,31 @@ async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() 
 /// Makes `count` VMs in a process that has had one, and fails if each costs a MiB or more of the process's own
 /// memory. Says so, and by how much what the host has available fell: both without guest memory.
 async fn cost_less_than_a_mib(count: u64, make: impl AsyncFn() -> Vm) {
+    /// Others use the host's memory meanwhile: the middle one of so many.
+    const ROUNDS: usize = 5;
     drop(make().await);
-    settled();
-    let (private, available) = (private_kib(), available_kib());
-    let mut vms = Vec::new();
-    for _ in 0..count {
-        vms.push(make().await);
+    let (mut private, mut guest, mut fallen) = (0, 0, Vec::new());
+    for _ in 0..ROUNDS {
+        settled();
+        // The host's kernel gives back a little later.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let (before, available) = (private_kib(), available_kib());
+        let mut vms = Vec::new();
+        for _ in 0..count {
+            vms.push(make().await);
+        }
+        let fall = available.saturating_sub(available_kib()) / count;
+        // The most is that of the first round: what the C library keeps is used again.
+        private = private.max(private_kib().saturating_sub(before) / count);
+        let guests = vms.iter().map(|vm| vm.private_bytes().unwrap() >> 10);
+        guest = guests.sum::<u64>() / count;
+        fallen.push(fall.saturating_sub(guest));
     }
-    let private = private_kib().saturating_sub(private) / count;
-    let guests: u64 = vms.iter().map(|vm| vm.private_bytes().unwrap() >> 10).sum();
-    let fallen = available.saturating_sub(available_kib());
-    let fallen = fallen.saturating_sub(guests) / count;
-    let guest = guests / count;
+    fallen.sort_unstable();
+    let middle = fallen[ROUNDS / 2];
     eprintln!(
-        "per VM of {count}: {private} KiB private, MemAvailable falls by {fallen} KiB beside {guest} KiB of its guest"
+        "per VM of {count}: {private} KiB private, MemAvailable falls by {middle} KiB {fallen:?}, beside {guest} KiB \
+         of its guest"
     );
     assert!(private < 1024, "{private} KiB");
 }
@@ -204,5 +215,5 @@ async fn a_clone_of_linux_costs_less_than_a_mib_beside_its_memory() {
         vm.carry(agent);
         vm
     };
-    cost_less_than_a_mib(50, make).await;
+    cost_less_than_a_mib(25, make).await;
 }

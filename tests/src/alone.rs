@@ -37,8 +37,13 @@ pub fn alone() -> bool {
         "{name}, alone: {}\n{text}{errors}",
         output.status
     );
-    for line in errors.lines().filter(|line| line.starts_with(UNMEASURED)) {
-        print_past_capture(line);
+    for line in errors.lines() {
+        if line.starts_with(UNMEASURED) {
+            print_past_capture(line);
+        } else {
+            // Figures, for those who run with `--nocapture`.
+            eprintln!("{line}");
+        }
     }
     false
 }

@@ -134,9 +134,67 @@ fn rss_kib() -> u64 {
         .expect("VmRSS in /proc/self/status")
 }
 
+/// Memory in KiB that this process shares with no other and that is not its guests' (proc(5), smaps): heap,
+/// stacks, what threads and handles cost. Pages of the host's kernel are not in it.
+///
+/// # Panics
+/// Without a readable `/proc/self`.
+#[must_use]
+pub fn private_kib() -> u64 {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").expect("/proc/self/smaps");
+    let (mut sum, mut of_guest) = (0, false);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Private_Clean:" | "Private_Dirty:") if !of_guest => {
+                let kib = words.next().and_then(|kib| kib.parse::<u64>().ok());
+                sum += kib.expect("a size in smaps");
+            }
+            // The first line of a mapping begins with its addresses.
+            Some(word) if !word.ends_with(':') => of_guest = line.contains("hearth-guest"),
+            _ => {}
+        }
+    }
+    sum
+}
+
+/// Memory in KiB that the host could still give to programs (`MemAvailable`), whoever uses the rest.
+///
+/// # Panics
+/// Without a readable `/proc/meminfo`.
+#[must_use]
+pub fn available_kib() -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").expect("/proc/meminfo");
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .expect("MemAvailable in /proc/meminfo")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn private_memory_is_what_was_written_and_not_a_guests() {
+        if !crate::kvm() || !crate::alone() {
+            return;
+        }
+        let before = private_kib();
+        let heap = std::hint::black_box(vec![1_u8; 8 << 20]);
+        assert!((8 << 10..9 << 10).contains(&(private_kib() - before)));
+        let boot = || crate::flat::Code::new().sleep().raw(&heap).boot();
+        // What the first VM of a process makes for all, and what the C library keeps of copies, from the second
+        // on.
+        for _ in 0..3 {
+            boot().destroy();
+        }
+        let before = private_kib();
+        let guest = boot();
+        assert!(guest.private_bytes().unwrap() >= 8 << 20);
+        assert!(private_kib() < before + 1024);
+    }
 
     #[test]
     fn a_leak_of_each_kind_is_seen_and_named() {

@@ -18,8 +18,10 @@ const KERNEL_VARIABLE: &str = "HEARTH_KERNEL";
 /// Environment variable that names an initramfs to use instead of ours.
 const INITRAMFS_VARIABLE: &str = "HEARTH_INITRAMFS";
 
-/// Seconds on hardware after which a boot counts as stuck.
+/// Seconds on hardware after which a boot counts as stuck, and for each GiB of memory: the kernel describes
+/// its pages one by one.
 const BOOT_SECONDS: u64 = 18;
+const BOOT_SECONDS_PER_GIB: u64 = 8;
 
 /// A running guest and a connection to its agent.
 #[derive(Debug)]
@@ -123,7 +125,8 @@ impl Guest {
                 exit = vm.exited() => panic!("the guest ended while it booted: {exit}\n{}", tail(&vm)),
             }
         };
-        let limit = crate::patience(Duration::from_secs(BOOT_SECONDS));
+        let seconds = BOOT_SECONDS + BOOT_SECONDS_PER_GIB * (config.memory_bytes() >> 30);
+        let limit = crate::patience(Duration::from_secs(seconds));
         let Ok(stream) = tokio::time::timeout(limit, dialled).await else {
             panic!(
                 "the agent did not dial; exits: {:?}\n{}",

@@ -20,8 +20,10 @@ pub mod flat;
 mod footprint;
 mod guest;
 mod skip;
+mod vcpus;
 
 pub use alone::alone;
-pub use footprint::Footprint;
+pub use footprint::{Footprint, available_kib, private_kib};
 pub use guest::{Guest, Phases, dial_agent, error_chain, image, kernel_path, noise, shared};
 pub use skip::{kvm, not_measured, patience, within};
+pub use vcpus::vcpu_times;

@@ -3,25 +3,18 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! A guest that takes all the processor time that it gets, and what it gets.
+//! A guest that takes all the processor time that it gets: what it gets, and what is left for its
+//! neighbours.
 
 use std::time::{Duration, Instant};
 
 use hearth_tests::flat::Code;
-use hearth_tests::{alone, kvm, patience, within};
-use hearth_vmm::{Exit, Vm, VmConfig};
+use hearth_tests::{Guest, alone, kvm, patience, vcpu_times, within};
+use hearth_vmm::{Exit, Vm, VmConfig, VmStatus};
 
-/// Processor time of this process's vCPU threads (proc(5), schedstat: nanoseconds first).
+/// Processor time of this process's vCPU threads.
 fn vcpu_time() -> Duration {
-    let threads = std::fs::read_dir("/proc/self/task").unwrap();
-    let times = threads.filter_map(|thread| {
-        let path = thread.ok()?.path();
-        let name = std::fs::read_to_string(path.join("comm")).ok()?;
-        let spent = std::fs::read_to_string(path.join("schedstat")).ok()?;
-        let spent = spent.split(' ').next()?.parse::<u64>().ok()?;
-        name.starts_with("hearth-vcpu").then_some(spent)
-    });
-    Duration::from_nanos(times.sum())
+    vcpu_times().values().sum()
 }
 
 /// How long the only vCPU of this process takes to use `amount` of processor time.
@@ -90,4 +83,48 @@ async fn a_guest_that_rests_by_quota_can_be_paused_resumed_forked_and_ended() {
     let took = time_to_use(Duration::from_millis(20)).await;
     assert!(took >= Duration::from_millis(400), "a clone's: {took:?}");
     drop(clone);
+}
+
+/// How long pings of `guest` take, each after a rest, so that they fall on all parts of a quota's period.
+async fn pings(guest: &mut Guest, count: u64) -> Vec<Duration> {
+    let mut times = Vec::new();
+    for nonce in 1..=count {
+        tokio::time::sleep(Duration::from_millis(7)).await;
+        let start = Instant::now();
+        within(5, "pong", guest.agent.ping(nonce)).await.unwrap();
+        times.push(start.elapsed());
+    }
+    times
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+#[tokio::test]
+async fn a_guest_beside_one_that_never_rests_answers_nearly_as_fast_as_alone() {
+    if !kvm() || !alone() {
+        return;
+    }
+    // What a ping may cost beside a hog, in times of one while the hog is paused.
+    const MOST: u32 = 3;
+    let mut neighbour = Guest::fork().await;
+    pings(&mut neighbour, 10).await;
+    for (name, code) in hogs() {
+        let hog = boot(code, 10);
+        // In turns, so that whatever else the host does falls on both.
+        let (mut idle, mut busy) = (Vec::new(), Vec::new());
+        for _ in 0..6 {
+            hog.pause().unwrap();
+            idle.extend(pings(&mut neighbour, 10).await);
+            hog.resume().unwrap();
+            busy.extend(pings(&mut neighbour, 10).await);
+        }
+        let (idle, busy) = (median(idle), median(busy));
+        eprintln!("{name}: a neighbour's ping {idle:?} while it is paused, {busy:?} while it runs");
+        assert!(busy <= idle * MOST, "{name}: {idle:?} alone, {busy:?}");
+        assert_eq!(hog.status(), VmStatus::Running, "{name}");
+        hog.destroy();
+    }
 }

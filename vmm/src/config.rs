@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::boot::{EntryChoice, ImageFiles, LoadError, Payload};
 use crate::host::CpuProfile;
 use crate::limits::Limits;
+use crate::memory::{GAP_START, HUGE_PAGE_SIZE, HugePages};
 use crate::virtio::pmem::{MAX_IMAGES, PmemFile};
 
 /// Least guest memory in MiB.
@@ -25,6 +26,11 @@ pub enum ConfigError {
     /// Not whole MiB.
     #[error("{0} bytes of guest memory are not whole MiB; round to a multiple of 1048576")]
     MemoryNotWhole(u64),
+    /// Not whole pages of 2 MiB, where those are to be used alone.
+    #[error(
+        "{0} bytes of guest memory are not whole pages of 2 MiB; round to a multiple of 2097152"
+    )]
+    MemoryNotHuge(u64),
     /// More than the host or any guest has.
     #[error("{asked} MiB of guest memory are more than this host's {host} MiB")]
     MemoryTooLarge {
@@ -59,6 +65,7 @@ pub enum ConfigError {
 pub struct VmConfig {
     pub(crate) payload: Payload,
     pub(crate) memory_bytes: u64,
+    pub(crate) huge_pages: Option<HugePages>,
     pub(crate) vcpus: u8,
     pub(crate) words: Vec<String>,
     pub(crate) plain_cmdline: bool,
@@ -92,6 +99,7 @@ impl VmConfig {
         VmConfigBuilder(VmConfig {
             payload,
             memory_bytes: DEFAULT_MEMORY_MIB << 20,
+            huge_pages: None,
             vcpus: 1,
             words: Vec::new(),
             plain_cmdline: false,
@@ -138,6 +146,10 @@ impl VmConfig {
         }
         if !self.memory_bytes.is_multiple_of(1 << 20) {
             return Err(ConfigError::MemoryNotWhole(self.memory_bytes));
+        }
+        let huge = self.memory_bytes.is_multiple_of(HUGE_PAGE_SIZE);
+        if self.huge_pages == Some(HugePages::Reserved) && !huge {
+            return Err(ConfigError::MemoryNotHuge(self.memory_bytes));
         }
         let host = host_mib.min(MAX_MEMORY_MIB);
         if mib > host {
@@ -195,6 +207,11 @@ impl VmConfig {
             } else {
                 words.extend(["quiet", "8250.nr_uarts=0"].map(String::from));
             }
+            // For devices that reach no further than 4 GiB the kernel keeps 64 MiB of bounce buffers, once it
+            // has memory there. Ours reach all.
+            if self.memory_bytes > GAP_START {
+                words.push("swiotlb=noforce".into());
+            }
             words.extend(profile.kernel_words().iter().map(|w| (*w).to_owned()));
         }
         words.extend(devices.iter().cloned());
@@ -220,6 +237,12 @@ impl VmConfigBuilder {
     /// Guest memory in bytes; whole MiB.
     pub fn memory_bytes(mut self, bytes: u64) -> Self {
         self.0.memory_bytes = bytes;
+        self
+    }
+
+    /// Gives the guest memory in pages of 2 MiB; ordinary ones when not said.
+    pub fn huge_pages(mut self, pages: HugePages) -> Self {
+        self.0.huge_pages = Some(pages);
         self
     }
 
@@ -317,87 +340,4 @@ fn host_memory_mib() -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn impossible_memory_is_refused_with_the_reason() {
-        let with = |bytes| {
-            VmConfig::builder("k")
-                .memory_bytes(bytes)
-                .build()
-                .map(|_| ())
-        };
-        assert_eq!(with(0), Err(ConfigError::MemoryTooSmall(0)));
-        assert_eq!(with(31 << 20), Err(ConfigError::MemoryTooSmall(31 << 20)));
-        assert_eq!(
-            with((64 << 20) + 1),
-            Err(ConfigError::MemoryNotWhole((64 << 20) + 1))
-        );
-        assert!(matches!(
-            with(1 << 60),
-            Err(ConfigError::MemoryTooLarge { .. })
-        ));
-        assert!(matches!(
-            VmConfig::builder("k").memory_mib(u64::MAX).build(),
-            Err(ConfigError::MemoryTooLarge { .. } | ConfigError::MemoryNotWhole(_))
-        ));
-        assert_eq!(with(32 << 20), Ok(()));
-    }
-
-    #[test]
-    fn impossible_vcpus_are_refused() {
-        for (vcpus, ok) in [(0, false), (1, true), (32, true), (33, false), (255, false)] {
-            assert_eq!(
-                VmConfig::builder("k").vcpus(vcpus).build().is_ok(),
-                ok,
-                "{vcpus}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_quota_is_at_least_a_percent_and_at_most_all_vcpus() {
-        let with = |vcpus, percent| {
-            let config = VmConfig::builder("k").vcpus(vcpus).cpu_quota(percent);
-            config.build().is_ok()
-        };
-        assert!(with(1, 1) && with(1, 100) && with(4, 400));
-        assert!(!with(1, 0) && !with(1, 101) && !with(4, 401) && !with(1, u32::MAX));
-    }
-
-    #[test]
-    fn more_images_than_interrupt_lines_are_refused() {
-        let with = |count| {
-            let config = VmConfig::builder("k");
-            (0..count)
-                .fold(config, |config, _| config.pmem("i"))
-                .build()
-        };
-        assert!(with(MAX_IMAGES).is_ok());
-        assert_eq!(with(9).err(), Some(ConfigError::Images(9)));
-    }
-
-    #[test]
-    fn the_native_profile_adds_no_emulation_words() {
-        let config = VmConfig::builder("k").append("a  b=c").build().unwrap();
-        let native = config.cmdline(CpuProfile::Native, &["dev".into()]);
-        assert!(
-            !native
-                .iter()
-                .any(|w| w.contains("emulated") || w.contains("clearcpuid"))
-        );
-        assert_eq!(native[native.len() - 3..], ["dev", "a", "b=c"]);
-        let emulated = config.cmdline(CpuProfile::Emulated, &[]);
-        assert!(emulated.contains(&"hearth.emulated".to_owned()));
-        let plain = VmConfig::builder("k")
-            .plain_cmdline()
-            .append("x")
-            .build()
-            .unwrap();
-        assert_eq!(
-            plain.cmdline(CpuProfile::Emulated, &["dev".into()]),
-            ["dev", "x"]
-        );
-    }
-}
+mod tests;

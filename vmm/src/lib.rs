@@ -50,6 +50,7 @@ pub use host::{CpuProfile, Host, HostError};
 pub use kvm::KvmError;
 pub use legacy::console::{Chunk, Console};
 pub use machine::{BootError, CreateTimes, GUEST_CID, leaked_vms};
+pub use memory::HugePages;
 pub use reactor::ReactorError;
 pub use seccomp::SeccompError;
 pub use snapshot::{Difference, SnapshotError, StoreError, Template, cache};

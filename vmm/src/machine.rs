@@ -24,7 +24,7 @@ use crate::layout;
 use crate::legacy::console::Console;
 use crate::legacy::serial::SerialPort;
 use crate::limits::Limits;
-use crate::memory::{GuestRam, MemoryError, Sharing};
+use crate::memory::{GuestRam, MemoryError};
 use crate::reactor::{Attachment, Reactor, ReactorError};
 use crate::snapshot::chips::ChipState;
 use crate::snapshot::cpu::VcpuState;
@@ -171,7 +171,7 @@ impl Machine {
         times.image = start.elapsed();
 
         let start = Instant::now();
-        let mut ram = GuestRam::new(config.memory_bytes)?;
+        let mut ram = GuestRam::with_pages(config.memory_bytes, config.huge_pages)?;
         let images = place_images(host, config)?;
         let count = BASE_DEVICES + u32::try_from(images.len()).unwrap_or(0);
         let devices: Vec<String> = (0..count).map(device_word).collect();
@@ -355,11 +355,9 @@ impl Machine {
         self.ram.as_ref()
     }
 
-    /// Whether the memory is a clone's.
-    pub(crate) fn memory_is_private(&self) -> bool {
-        self.ram
-            .as_ref()
-            .is_some_and(|ram| ram.sharing() == Sharing::Private)
+    /// Whether clones can have its memory as it is.
+    pub(crate) fn memory_can_be_shared(&self) -> bool {
+        self.ram.as_ref().is_some_and(GuestRam::can_be_shared)
     }
 
     /// Ends the service of the devices: nothing of the host writes to guest memory any more.

@@ -2,16 +2,26 @@
 //!
 //! A cold VM maps its own memfd shared, so that it can become a template without a copy. A clone
 //! maps the template's memfd `MAP_PRIVATE`: what it writes is its own, what it reads is shared.
+//!
+//! Memory is promised, not set aside (`MAP_NORESERVE`): a page costs the host nothing until it is touched, so
+//! that guests may be given more in sum than the host has, and no setting of `vm.overcommit_memory` but 2
+//! limits them. A host that then runs out ends processes; what is promised is bounded by whoever makes the
+//! VMs (the pool's `limits.memory_mib`). [`HugePages::Reserved`] alone is set aside: a host that has none left
+//! at a guest's first touch could only end this process.
+
+mod huge;
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
 };
+
+pub use huge::{HUGE_PAGE_SIZE, HugePages};
 
 /// Start of the hole below 4 GiB in which devices and interrupt controllers live.
 pub const GAP_START: u64 = 0xC000_0000;
@@ -43,7 +53,7 @@ pub enum MemoryError {
     #[error(
         "the host could not map a region of guest memory; check ulimit -v and vm.max_map_count"
     )]
-    MapRegion(#[from] vm_memory::mmap::MmapRegionError),
+    MapRegion(#[from] MmapRegionError),
     /// A range that the guest named is not inside one region of its memory.
     #[error("range of {len} bytes at {addr:#x} is not inside guest memory")]
     OutOfRange {
@@ -51,6 +61,17 @@ pub enum MemoryError {
         addr: u64,
         /// Length in bytes.
         len: u64,
+    },
+    /// The host has too few pages of 2 MiB set aside.
+    #[error(
+        "the host has not {pages} free pages of 2 MiB; set them aside with `sysctl vm.nr_hugepages=N` (N for all VMs \
+         together), or do without `HugePages::Reserved`"
+    )]
+    HugePages {
+        /// Pages that the VM needs.
+        pages: u64,
+        /// What the host said.
+        source: std::io::Error,
     },
     /// The host could not take pages back.
     #[error("the host could not release guest pages")]
@@ -73,6 +94,7 @@ pub struct GuestRam {
     file: Arc<File>,
     sharing: Sharing,
     bytes: u64,
+    huge: Option<HugePages>,
     /// Stretches that are private copies of another file (see [`GuestRam::overlay`]).
     overlays: Vec<(u64, u64)>,
 }
@@ -106,13 +128,30 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError`] when `bytes` is zero, not whole pages, or the host refuses.
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
-        if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) || i64::try_from(bytes).is_err() {
+        Self::with_pages(bytes, None)
+    }
+
+    /// As [`GuestRam::new`], of huge pages if that is chosen.
+    ///
+    /// # Errors
+    /// As [`GuestRam::new`]; [`MemoryError::HugePages`] when the host has too few of them.
+    pub fn with_pages(bytes: u64, huge: Option<HugePages>) -> Result<Self, MemoryError> {
+        let reserved = huge == Some(HugePages::Reserved);
+        let page = if reserved { HUGE_PAGE_SIZE } else { PAGE_SIZE };
+        if bytes == 0 || !bytes.is_multiple_of(page) || i64::try_from(bytes).is_err() {
             return Err(MemoryError::Size(bytes));
         }
-        let file = memfd().map_err(|source| MemoryError::Create { bytes, source })?;
-        file.set_len(bytes)
-            .map_err(|source| MemoryError::Create { bytes, source })?;
-        Self::map_file(Arc::new(file), bytes, Sharing::Shared)
+        let failed = |source| match reserved {
+            true => HugePages::too_few(bytes, source),
+            false => MemoryError::Create { bytes, source },
+        };
+        let file = HugePages::file(huge).map_err(failed)?;
+        file.set_len(bytes).map_err(failed)?;
+        let ram = Self::map_regions(Arc::new(file), bytes, Sharing::Shared, huge)?;
+        if huge == Some(HugePages::Transparent) {
+            ram.advise_huge_pages();
+        }
+        Ok(ram)
     }
 
     /// Maps `bytes` bytes of `file` from its start. The file must be at least that long and must
@@ -128,9 +167,23 @@ impl GuestRam {
         if len < bytes {
             return Err(MemoryError::Size(bytes));
         }
+        Self::map_regions(file, bytes, sharing, None)
+    }
+
+    fn map_regions(
+        file: Arc<File>,
+        bytes: u64,
+        sharing: Sharing,
+        huge: Option<HugePages>,
+    ) -> Result<Self, MemoryError> {
         let share_flag = match sharing {
             Sharing::Shared => libc::MAP_SHARED,
             Sharing::Private => libc::MAP_PRIVATE,
+        };
+        // Without this flag a mapping of reserved pages sets all of them aside, or fails.
+        let reserve_flag = match huge {
+            Some(HugePages::Reserved) => 0,
+            Some(HugePages::Transparent) | None => libc::MAP_NORESERVE,
         };
         let mut regions = Vec::new();
         let mut offset = 0;
@@ -139,8 +192,14 @@ impl GuestRam {
             let mapping = MmapRegionBuilder::new(size)
                 .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_NORESERVE | share_flag)
-                .build()?;
+                .with_mmap_flags(reserve_flag | share_flag)
+                .build()
+                .map_err(|error| match error {
+                    MmapRegionError::Mmap(source) if reserve_flag == 0 => {
+                        HugePages::too_few(bytes, source)
+                    }
+                    error => error.into(),
+                })?;
             let region = GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Size(bytes))?;
             regions.push(region);
             offset += len;
@@ -151,13 +210,15 @@ impl GuestRam {
             file,
             sharing,
             bytes,
+            huge,
             overlays: Vec::new(),
         })
     }
 
     /// Lets `[addr, addr + len)` show `file` from `offset` on, as a private copy that is made page
-    /// by page when the guest writes. Nothing is copied now. `file` must never shrink or change (a
-    /// sealed memfd). All three numbers are whole pages.
+    /// by page when the guest writes. Nothing is copied now, unless memory is of reserved huge pages, which
+    /// nothing smaller can lie over. `file` must never shrink or change (a sealed memfd). All three numbers
+    /// are whole pages.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region or not whole pages;
@@ -174,6 +235,9 @@ impl GuestRam {
             .all(|n| n.is_multiple_of(PAGE_SIZE));
         if len == 0 || !whole || !self.contains(addr, len) {
             return Err(MemoryError::OutOfRange { addr, len });
+        }
+        if self.is_reserved() {
+            return self.copy_in(addr, file, offset, len);
         }
         let host = self.host_address(addr, len)?;
         // SAFETY: `[addr, addr + len)` was checked to lie inside one mapping of ours, so the fixed
@@ -260,7 +324,8 @@ impl GuestRam {
 
     /// Gives the pages of `[addr, addr + len)` back to the host. The guest reads zeroes there
     /// afterwards, or what the template or kernel image held there: never another VM's data. Only
-    /// whole pages inside the range are released.
+    /// whole pages inside the range are released, and none of huge pages that were set aside: the guest
+    /// could not be sure to get them again.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region;
@@ -271,7 +336,7 @@ impl GuestRam {
         }
         let start = addr.next_multiple_of(PAGE_SIZE);
         let end = (addr + len) & !(PAGE_SIZE - 1);
-        if start >= end {
+        if start >= end || self.is_reserved() {
             return Ok(());
         }
         let host = self.host_address(start, end - start)?;
@@ -303,11 +368,15 @@ impl GuestRam {
 
 /// A memfd that can be sealed.
 pub(crate) fn memfd() -> std::io::Result<File> {
+    memfd_with(0)
+}
+
+fn memfd_with(flags: libc::c_uint) -> std::io::Result<File> {
     // SAFETY: the name is a NUL-terminated literal; the returned fd is checked before it is owned.
     let fd = unsafe {
         libc::memfd_create(
             c"hearth-guest".as_ptr(),
-            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags,
         )
     };
     if fd < 0 {
@@ -328,119 +397,4 @@ pub(crate) fn seal(file: &File) -> std::io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use vm_memory::Bytes;
-
-    #[test]
-    fn memory_below_the_gap_is_one_region() {
-        assert_eq!(ranges(GAP_START), vec![(GuestAddress(0), GAP_START)]);
-        assert_eq!(
-            ranges(GAP_START + MIB),
-            vec![(GuestAddress(0), GAP_START), (GuestAddress(GAP_END), MIB)]
-        );
-    }
-
-    #[test]
-    fn contains_checks_the_whole_range_not_only_its_start() {
-        let ram = GuestRam::new(2 * MIB).unwrap();
-        assert!(ram.contains(0, 2 * MIB));
-        assert!(ram.contains(2 * MIB - 1, 1));
-        assert!(!ram.contains(2 * MIB - 1, 2));
-        assert!(!ram.contains(2 * MIB, 0));
-        assert!(!ram.contains(0, u64::MAX));
-        assert!(!ram.contains(u64::MAX, u64::MAX));
-    }
-
-    #[test]
-    fn a_range_across_the_gap_is_not_inside() {
-        let ram = GuestRam::new(GAP_START + MIB).unwrap();
-        assert!(ram.contains(GAP_END, MIB));
-        assert!(!ram.contains(GAP_START - 4096, 8192));
-        assert!(!ram.contains(GAP_START, 1));
-        ram.map().write_obj(7u8, GuestAddress(GAP_END)).unwrap();
-    }
-
-    #[test]
-    fn odd_sizes_are_refused() {
-        for bytes in [0, 1, 4095, 4097, u64::MAX, u64::MAX - 4095] {
-            assert!(
-                matches!(GuestRam::new(bytes), Err(MemoryError::Size(_))),
-                "{bytes}"
-            );
-        }
-    }
-
-    #[test]
-    fn discard_frees_a_shared_page_and_reads_back_zero() {
-        let ram = GuestRam::new(MIB).unwrap();
-        ram.map().write_obj(0xAAu8, GuestAddress(8192)).unwrap();
-        ram.map().write_obj(0xBBu8, GuestAddress(4096)).unwrap();
-        ram.discard(8192, 4096).unwrap();
-        assert_eq!(ram.map().read_obj::<u8>(GuestAddress(8192)).unwrap(), 0);
-        assert_eq!(ram.map().read_obj::<u8>(GuestAddress(4096)).unwrap(), 0xBB);
-    }
-
-    #[test]
-    fn discard_in_a_clone_shows_the_template_and_leaves_it_alone() {
-        let template = GuestRam::new(MIB).unwrap();
-        template.map().write_obj(1u8, GuestAddress(4096)).unwrap();
-        let clone = GuestRam::map_file(Arc::clone(template.file()), MIB, Sharing::Private).unwrap();
-        clone.map().write_obj(2u8, GuestAddress(4096)).unwrap();
-        assert_eq!(
-            template.map().read_obj::<u8>(GuestAddress(4096)).unwrap(),
-            1
-        );
-        clone.discard(4096, 4096).unwrap();
-        assert_eq!(clone.map().read_obj::<u8>(GuestAddress(4096)).unwrap(), 1);
-    }
-
-    #[test]
-    fn discard_outside_memory_is_an_error() {
-        let ram = GuestRam::new(MIB).unwrap();
-        assert!(matches!(
-            ram.discard(MIB - 4096, 8192),
-            Err(MemoryError::OutOfRange { .. })
-        ));
-        assert!(matches!(
-            ram.discard(u64::MAX, 1),
-            Err(MemoryError::OutOfRange { .. })
-        ));
-        ram.discard(100, 200).unwrap();
-    }
-
-    #[test]
-    fn an_overlay_shows_its_file_and_keeps_writes_private() {
-        let image = memfd().unwrap();
-        image.set_len(8192).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&image, &[5; 8192], 0).unwrap();
-        seal(&image).unwrap();
-        let mut ram = GuestRam::new(MIB).unwrap();
-        ram.overlay(4096, &image, 0, 8192).unwrap();
-        let at = |ram: &GuestRam, addr| ram.map().read_obj::<u8>(GuestAddress(addr)).unwrap();
-        assert_eq!(
-            [
-                at(&ram, 4095),
-                at(&ram, 4096),
-                at(&ram, 12287),
-                at(&ram, 12288)
-            ],
-            [0, 5, 5, 0]
-        );
-        ram.map().write_obj(9u8, GuestAddress(4096)).unwrap();
-        let mut other = GuestRam::new(MIB).unwrap();
-        other.overlay(4096, &image, 0, 8192).unwrap();
-        assert_eq!((at(&ram, 4096), at(&other, 4096)), (9, 5));
-        ram.discard(4096, 4096).unwrap();
-        assert_eq!(at(&ram, 4096), 5);
-        assert!(ram.overlay(MIB - 4096, &image, 0, 8192).is_err());
-        assert!(ram.overlay(1, &image, 0, 4096).is_err());
-    }
-
-    #[test]
-    fn a_file_shorter_than_the_vm_is_refused() {
-        let file = Arc::new(tempfile::tempfile().unwrap());
-        file.set_len(4096).unwrap();
-        assert!(GuestRam::map_file(file, MIB, Sharing::Private).is_err());
-    }
-}
+mod tests;

@@ -164,7 +164,13 @@ mod tests {
         );
         assert_eq!(place_initramfs(128 * MIB, 32 * MIB, 96 * MIB + 1), None);
         assert_eq!(place_initramfs(128 * MIB, 32 * MIB, u64::MAX), None);
-        assert_eq!(place_initramfs(8192 * MIB, 32 * MIB, MIB), Some(2047 * MIB));
+        // Below 2 GiB, however much memory there is and wherever the gap begins.
+        for memory in [2048, 2049, 3071, 3072, 3073, 4095, 4096, 4097, 8192] {
+            let place = place_initramfs(memory * MIB, 32 * MIB, MIB);
+            assert_eq!(place, Some(2047 * MIB), "{memory} MiB");
+        }
+        let place = place_initramfs(2047 * MIB, 32 * MIB, MIB);
+        assert_eq!(place, Some(2046 * MIB));
     }
 
     #[test]

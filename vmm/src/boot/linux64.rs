@@ -73,7 +73,7 @@ pub(super) fn write(
 mod tests {
     use super::*;
     use crate::boot::memory_map;
-    use crate::memory::{GuestRam, MIB};
+    use crate::memory::{GAP_END, GAP_START, GuestRam, MIB};
 
     #[test]
     fn the_zero_page_says_what_the_protocol_wants() {
@@ -104,5 +104,19 @@ mod tests {
             .read_obj::<[u8; 32]>(GuestAddress(layout::SETUP_DATA + 16))
             .unwrap();
         assert_eq!(seed, [9; 32]);
+    }
+
+    #[test]
+    fn memory_beyond_the_gap_is_the_last_entry_of_e820() {
+        let ram = GuestRam::new(64 * MIB).unwrap();
+        write(ram.map(), &memory_map(GAP_START + MIB), None, 7, &[9; 32]).unwrap();
+        let at = |offset| GuestAddress(layout::ZERO_PAGE + offset);
+        assert_eq!(ram.map().read_obj::<u8>(at(0x1e8)).unwrap(), 4);
+        // Entries of 20 bytes.
+        let last = at(0x2d0 + 3 * 20);
+        assert_eq!(
+            ram.map().read_obj::<[u64; 2]>(last).unwrap(),
+            [GAP_END, MIB]
+        );
     }
 }

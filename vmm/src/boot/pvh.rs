@@ -58,7 +58,7 @@ pub(super) fn write(
 mod tests {
     use super::*;
     use crate::boot::memory_map;
-    use crate::memory::{GuestRam, MIB};
+    use crate::memory::{GAP_END, GAP_START, GuestRam, MIB};
 
     #[test]
     fn start_info_names_command_line_module_and_map() {
@@ -81,5 +81,17 @@ mod tests {
         let high: hvm_memmap_table_entry =
             ram.map().read_obj(GuestAddress(MEMORY_MAP + 48)).unwrap();
         assert_eq!((high.addr, high.size, high.type_), (MIB, 63 * MIB, RAM));
+    }
+
+    #[test]
+    fn the_map_of_memory_beyond_the_gap_has_an_entry_for_it() {
+        let ram = GuestRam::new(64 * MIB).unwrap();
+        write(ram.map(), &memory_map(GAP_START + MIB), None).unwrap();
+        let info: hvm_start_info = ram.map().read_obj(GuestAddress(layout::PVH_INFO)).unwrap();
+        assert_eq!((info.nr_modules, info.memmap_entries), (0, 4));
+        let at = GuestAddress(MEMORY_MAP + 72);
+        let beyond: hvm_memmap_table_entry = ram.map().read_obj(at).unwrap();
+        let found = (beyond.addr, beyond.size, beyond.type_);
+        assert_eq!(found, (GAP_END, MIB, RAM));
     }
 }

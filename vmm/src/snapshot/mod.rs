@@ -158,7 +158,7 @@ impl Template {
         // Else a device could write between its capture and the unmapping: to the template's memory,
         // past the positions that were saved.
         machine.detach();
-        if machine.memory_is_private() {
+        if !machine.memory_can_be_shared() {
             return Self::copy_of(&machine);
         }
         let (state, memory) = machine.save(|ram| {

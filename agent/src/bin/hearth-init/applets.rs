@@ -3,6 +3,7 @@
 //! guest that holds nothing but the agent.
 
 mod agent;
+mod cpu;
 mod vsock;
 
 use alloc::{
@@ -55,7 +56,7 @@ impl From<&str> for Failure {
     }
 }
 
-const APPLETS: [(&str, Applet); 28] = [
+const APPLETS: [(&str, Applet); 29] = [
     ("true", |_| Ok(0)),
     ("false", |_| Ok(1)),
     ("echo", echo),
@@ -74,6 +75,7 @@ const APPLETS: [(&str, Applet); 28] = [
     ("both", both),
     ("fill", fill),
     ("alloc", alloc),
+    ("work-on", cpu::work_on),
     ("jump-to", jump_to),
     ("panic", panic),
     ("wedge-agent", agent::wedge),

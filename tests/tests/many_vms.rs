@@ -1,0 +1,219 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+//! Many VMs, one after the other and all at once: what they leave, and what each costs.
+//!
+//! `cargo test -p hearth-tests --test many_vms -- --nocapture` prints the figures.
+
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+use hearth_tests::flat::Code;
+use hearth_tests::{Footprint, Guest, alone, available_kib, kvm, patience, private_kib, within};
+use hearth_vmm::{Exit, Template, Vm, VmConfig, VmStatus, leaked_vms};
+
+/// Anonymous mappings that the C library may keep or make: stacks and arenas for threads.
+const ARENAS: usize = 8;
+
+/// A guest that lets its first instruction be seen, an exit, and then sleeps for ever.
+fn sleeper() -> VmConfig {
+    let code = Code::new().raw(&[0xe6, 0x80]).sleep(); // out 0x80, al
+    let config = VmConfig::flat(code.bytes()).memory_mib(32);
+    config.build().unwrap()
+}
+
+/// Waits until the guest has executed its first instruction.
+async fn runs(vm: &Vm) {
+    let first = async {
+        while vm.exits().pio.load(Ordering::Relaxed) == 0 {
+            tokio::time::sleep(Duration::from_micros(100)).await;
+        }
+    };
+    within(5, "first instruction", first).await;
+}
+
+/// Makes `count` VMs one after the other, lets each run, ends it, and lets go of it in one of both ways.
+async fn create_start_kill_and_drop(config: &VmConfig, count: usize) {
+    for round in 0..count {
+        let vm = Vm::boot(config).unwrap();
+        runs(&vm).await;
+        vm.kill();
+        assert_eq!(within(5, "end", vm.exited()).await, Exit::Killed);
+        if round.is_multiple_of(2) {
+            vm.destroy();
+        }
+    }
+}
+
+/// What the process holds once nothing is left of the VMs that it dropped: they are taken apart in turn, and
+/// what a VM carries goes last.
+fn settled() -> Footprint {
+    let (said, gone) = mpsc::channel::<()>();
+    let last = Vm::boot(&sleeper()).unwrap();
+    last.carry(said);
+    drop(last);
+    let limit = patience(Duration::from_secs(10));
+    assert_eq!(
+        gone.recv_timeout(limit),
+        Err(RecvTimeoutError::Disconnected)
+    );
+    Footprint::now()
+}
+
+/// So many cycles in `stretches`, after each of which the process holds what it held at first. RSS may
+/// grow by 1 MiB, however many there are: allocators move a little, and 10,000 VMs that each left 128
+/// bytes would be more.
+async fn cycles_leave_nothing(stretches: usize, each: usize) {
+    let config = sleeper();
+    // The first ones make what lasts: event threads, the thread that takes VMs apart, arenas.
+    create_start_kill_and_drop(&config, 100).await;
+    let before = settled();
+    for stretch in 1..=stretches {
+        create_start_kill_and_drop(&config, each).await;
+        before.assert_restored(ARENAS, Duration::from_secs(10));
+        let now = Footprint::now();
+        let [fds, threads, mappings] =
+            [&now.fds, &now.threads, &now.mappings].map(|counts| counts.values().sum::<usize>());
+        let (cycles, rss) = (stretch * each, now.rss_kib);
+        eprintln!("{cycles} VMs: {fds} fds, {threads} threads, {mappings} mappings, {rss} KiB");
+        let grown = rss.saturating_sub(before.rss_kib);
+        assert!(grown < 1024, "{grown} KiB resident more after {cycles} VMs");
+    }
+    assert_eq!(leaked_vms(), 0);
+}
+
+#[tokio::test]
+async fn three_hundred_vms_leave_nothing() {
+    if kvm() && alone() {
+        cycles_leave_nothing(3, 100).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "long: 10,000 VMs"]
+async fn ten_thousand_vms_leave_nothing() {
+    if kvm() && alone() {
+        cycles_leave_nothing(10, 1000).await;
+    }
+}
+
+/// Boots and forks, in turns, up to `count` VMs that have all run.
+async fn crowd(config: &VmConfig, template: &Template, count: usize) -> Vec<Vm> {
+    let mut vms = Vec::new();
+    for index in 0..count {
+        let boots = index.is_multiple_of(2);
+        vms.push(if boots {
+            Vm::boot(config).unwrap()
+        } else {
+            template.fork().unwrap()
+        });
+    }
+    for (index, vm) in vms.iter().enumerate() {
+        // A clone goes on after that instruction.
+        if index.is_multiple_of(2) {
+            runs(vm).await;
+        }
+        assert_eq!(vm.status(), VmStatus::Running);
+    }
+    vms
+}
+
+#[tokio::test]
+async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() {
+    const VMS: usize = 200;
+    /// Event threads (`vmm::reactor` starts two at most) and the one that takes VMs apart.
+    const LASTING: usize = 3;
+    const KVM_WORKER: &str = "kvm-nx-lpage-re";
+    if !kvm() || !alone() {
+        return;
+    }
+    let config = sleeper();
+    let first = Vm::boot(&config).unwrap();
+    runs(&first).await;
+    let template = first.into_template().unwrap();
+    // As many before: the C library keeps the stacks of threads that ended, up to 40 MiB.
+    drop(crowd(&config, &template, VMS).await);
+    let before = settled();
+    let vms = crowd(&config, &template, VMS).await;
+    let mut threads = Footprint::now().threads;
+    assert_eq!(threads.remove("hearth-vcpu0"), Some(VMS));
+    // KVM's own, on hosts whose processors can be stopped by large pages (iTLB multihit): one for each VM.
+    let of_kvm = threads.remove(KVM_WORKER).unwrap_or(0);
+    assert!(of_kvm <= VMS, "{of_kvm}");
+    let mut lasting = before.threads.clone();
+    lasting.remove(KVM_WORKER);
+    let count: usize = lasting.values().sum();
+    assert_eq!(threads, lasting, "threads that serve all VMs");
+    // Of these, two are the test's.
+    assert!(count <= LASTING + 2, "{lasting:?}");
+    drop(vms);
+    before.assert_restored(ARENAS, Duration::from_secs(30));
+    assert_eq!(leaked_vms(), 0);
+}
+
+/// Makes `count` VMs in a process that has had one, and fails if each costs a MiB or more of the process's own
+/// memory. Says so, and by how much what the host has available fell: both without guest memory.
+async fn cost_less_than_a_mib(count: u64, make: impl AsyncFn() -> Vm) {
+    /// Others use the host's memory meanwhile: the middle one of so many.
+    const ROUNDS: usize = 5;
+    drop(make().await);
+    let (mut private, mut guest, mut fallen) = (0, 0, Vec::new());
+    for _ in 0..ROUNDS {
+        settled();
+        // The host's kernel gives back a little later.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let (before, available) = (private_kib(), available_kib());
+        let mut vms = Vec::new();
+        for _ in 0..count {
+            vms.push(make().await);
+        }
+        let fall = available.saturating_sub(available_kib()) / count;
+        // The most is that of the first round: what the C library keeps is used again.
+        private = private.max(private_kib().saturating_sub(before) / count);
+        let guests = vms.iter().map(|vm| vm.private_bytes().unwrap() >> 10);
+        guest = guests.sum::<u64>() / count;
+        fallen.push(fall.saturating_sub(guest));
+    }
+    fallen.sort_unstable();
+    let middle = fallen[ROUNDS / 2];
+    eprintln!(
+        "per VM of {count}: {private} KiB private, MemAvailable falls by {middle} KiB {fallen:?}, beside {guest} KiB \
+         of its guest"
+    );
+    assert!(private < 1024, "{private} KiB");
+}
+
+#[tokio::test]
+async fn a_booted_vm_costs_less_than_a_mib_beside_its_memory() {
+    if !kvm() || !alone() {
+        return;
+    }
+    let config = sleeper();
+    let make = async || {
+        let vm = Vm::boot(&config).unwrap();
+        runs(&vm).await;
+        vm
+    };
+    cost_less_than_a_mib(100, make).await;
+}
+
+#[tokio::test]
+async fn a_clone_of_linux_costs_less_than_a_mib_beside_its_memory() {
+    if !kvm() || !alone() {
+        return;
+    }
+    let template = Guest::template().await;
+    // With a connection to its agent that was used.
+    let make = async || {
+        let Guest { vm, mut agent, .. } = Guest::of(template).await;
+        within(5, "pong", agent.ping(1)).await.unwrap();
+        vm.request_pause().unwrap();
+        vm.carry(agent);
+        vm
+    };
+    cost_less_than_a_mib(25, make).await;
+}

@@ -1,0 +1,184 @@
+use super::*;
+use vm_memory::Bytes;
+
+#[test]
+fn memory_is_one_region_up_to_the_gap_and_two_beyond_it() {
+    let one = |bytes| vec![(GuestAddress(0), bytes)];
+    let two = |beyond| {
+        vec![
+            (GuestAddress(0), GAP_START),
+            (GuestAddress(GAP_END), beyond),
+        ]
+    };
+    for (bytes, wanted) in [
+        (PAGE_SIZE, one(PAGE_SIZE)),
+        (GAP_START - PAGE_SIZE, one(GAP_START - PAGE_SIZE)),
+        (GAP_START, one(GAP_START)),
+        (GAP_START + PAGE_SIZE, two(PAGE_SIZE)),
+        (GAP_END - PAGE_SIZE, two(GAP_END - GAP_START - PAGE_SIZE)),
+        (GAP_END, two(GAP_END - GAP_START)),
+        (GAP_END + PAGE_SIZE, two(GAP_END - GAP_START + PAGE_SIZE)),
+    ] {
+        assert_eq!(ranges(bytes), wanted, "{bytes:#x}");
+    }
+}
+
+#[test]
+fn the_file_goes_on_without_a_hole_where_addresses_leave_the_gap_out() {
+    assert_eq!(file_offset(GAP_START - 1), GAP_START - 1);
+    assert_eq!(file_offset(GAP_END), GAP_START);
+    assert_eq!(file_offset(GAP_END + MIB), GAP_START + MIB);
+    let ram = GuestRam::new(GAP_START + MIB).unwrap();
+    for (addr, value) in [(GAP_START - 1, 1u8), (GAP_END, 2), (GAP_END + MIB - 1, 3)] {
+        ram.map().write_obj(value, GuestAddress(addr)).unwrap();
+        let mut byte = [0];
+        let offset = file_offset(addr);
+        std::os::unix::fs::FileExt::read_exact_at(&**ram.file(), &mut byte, offset).unwrap();
+        assert_eq!(byte, [value], "{addr:#x}");
+    }
+}
+
+#[test]
+fn discard_beyond_the_gap_frees_that_page_and_no_other() {
+    let ram = GuestRam::new(GAP_START + MIB).unwrap();
+    let pages = [GAP_START - PAGE_SIZE, GAP_END, GAP_END + PAGE_SIZE];
+    let at = |addr| ram.map().read_obj::<u8>(GuestAddress(addr)).unwrap();
+    for addr in pages {
+        ram.map().write_obj(7u8, GuestAddress(addr)).unwrap();
+    }
+    ram.discard(GAP_END, PAGE_SIZE).unwrap();
+    assert_eq!(pages.map(at), [7, 0, 7]);
+}
+
+#[test]
+fn contains_checks_the_whole_range_not_only_its_start() {
+    let ram = GuestRam::new(2 * MIB).unwrap();
+    assert!(ram.contains(0, 2 * MIB));
+    assert!(ram.contains(2 * MIB - 1, 1));
+    assert!(!ram.contains(2 * MIB - 1, 2));
+    assert!(!ram.contains(2 * MIB, 0));
+    assert!(!ram.contains(0, u64::MAX));
+    assert!(!ram.contains(u64::MAX, u64::MAX));
+}
+
+#[test]
+fn a_range_across_the_gap_is_not_inside() {
+    let ram = GuestRam::new(GAP_START + MIB).unwrap();
+    assert!(ram.contains(GAP_END, MIB));
+    assert!(!ram.contains(GAP_START - 4096, 8192));
+    assert!(!ram.contains(GAP_START, 1));
+    ram.map().write_obj(7u8, GuestAddress(GAP_END)).unwrap();
+}
+
+#[test]
+fn odd_sizes_are_refused() {
+    for bytes in [0, 1, 4095, 4097, u64::MAX, u64::MAX - 4095] {
+        assert!(
+            matches!(GuestRam::new(bytes), Err(MemoryError::Size(_))),
+            "{bytes}"
+        );
+    }
+}
+
+#[test]
+fn advice_is_given_for_every_region_and_changes_nothing_else() {
+    let ram = GuestRam::with_pages(GAP_START + MIB, Some(HugePages::Transparent)).unwrap();
+    ram.map().write_obj(7u8, GuestAddress(GAP_END)).unwrap();
+    let advised = |ram: &GuestRam| {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let count = ram.host_regions().into_iter().filter(|(_, len, host)| {
+            let mapping = format!("{host:x}-{:x} ", host + len);
+            let (_, rest) = smaps.split_once(&mapping).unwrap();
+            let flags = rest.lines().find(|line| line.starts_with("VmFlags:"));
+            // The kernel's name for it (proc(5)).
+            flags.unwrap().split(' ').any(|flag| flag == "hg")
+        });
+        count.count()
+    };
+    assert_eq!(advised(&ram), 2);
+    assert_eq!(advised(&GuestRam::new(GAP_START + MIB).unwrap()), 0);
+    ram.discard(GAP_END, PAGE_SIZE).unwrap();
+    assert_eq!(ram.map().read_obj::<u8>(GuestAddress(GAP_END)).unwrap(), 0);
+    assert!(ram.can_be_shared());
+}
+
+#[test]
+fn memory_of_reserved_pages_is_a_multiple_of_them() {
+    for bytes in [0, MIB, 3 * MIB, 2 * MIB + PAGE_SIZE] {
+        let made = GuestRam::with_pages(bytes, Some(HugePages::Reserved));
+        assert!(matches!(made, Err(MemoryError::Size(_))), "{bytes}");
+    }
+}
+
+#[test]
+fn discard_frees_a_shared_page_and_reads_back_zero() {
+    let ram = GuestRam::new(MIB).unwrap();
+    ram.map().write_obj(0xAAu8, GuestAddress(8192)).unwrap();
+    ram.map().write_obj(0xBBu8, GuestAddress(4096)).unwrap();
+    ram.discard(8192, 4096).unwrap();
+    assert_eq!(ram.map().read_obj::<u8>(GuestAddress(8192)).unwrap(), 0);
+    assert_eq!(ram.map().read_obj::<u8>(GuestAddress(4096)).unwrap(), 0xBB);
+}
+
+#[test]
+fn discard_in_a_clone_shows_the_template_and_leaves_it_alone() {
+    let template = GuestRam::new(MIB).unwrap();
+    template.map().write_obj(1u8, GuestAddress(4096)).unwrap();
+    let clone = GuestRam::map_file(Arc::clone(template.file()), MIB, Sharing::Private).unwrap();
+    clone.map().write_obj(2u8, GuestAddress(4096)).unwrap();
+    assert_eq!(
+        template.map().read_obj::<u8>(GuestAddress(4096)).unwrap(),
+        1
+    );
+    clone.discard(4096, 4096).unwrap();
+    assert_eq!(clone.map().read_obj::<u8>(GuestAddress(4096)).unwrap(), 1);
+}
+
+#[test]
+fn discard_outside_memory_is_an_error() {
+    let ram = GuestRam::new(MIB).unwrap();
+    assert!(matches!(
+        ram.discard(MIB - 4096, 8192),
+        Err(MemoryError::OutOfRange { .. })
+    ));
+    assert!(matches!(
+        ram.discard(u64::MAX, 1),
+        Err(MemoryError::OutOfRange { .. })
+    ));
+    ram.discard(100, 200).unwrap();
+}
+
+#[test]
+fn an_overlay_shows_its_file_and_keeps_writes_private() {
+    let image = memfd().unwrap();
+    image.set_len(8192).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&image, &[5; 8192], 0).unwrap();
+    seal(&image).unwrap();
+    let mut ram = GuestRam::new(MIB).unwrap();
+    ram.overlay(4096, &image, 0, 8192).unwrap();
+    let at = |ram: &GuestRam, addr| ram.map().read_obj::<u8>(GuestAddress(addr)).unwrap();
+    assert_eq!(
+        [
+            at(&ram, 4095),
+            at(&ram, 4096),
+            at(&ram, 12287),
+            at(&ram, 12288)
+        ],
+        [0, 5, 5, 0]
+    );
+    ram.map().write_obj(9u8, GuestAddress(4096)).unwrap();
+    let mut other = GuestRam::new(MIB).unwrap();
+    other.overlay(4096, &image, 0, 8192).unwrap();
+    assert_eq!((at(&ram, 4096), at(&other, 4096)), (9, 5));
+    ram.discard(4096, 4096).unwrap();
+    assert_eq!(at(&ram, 4096), 5);
+    assert!(ram.overlay(MIB - 4096, &image, 0, 8192).is_err());
+    assert!(ram.overlay(1, &image, 0, 4096).is_err());
+}
+
+#[test]
+fn a_file_shorter_than_the_vm_is_refused() {
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    file.set_len(4096).unwrap();
+    assert!(GuestRam::map_file(file, MIB, Sharing::Private).is_err());
+}

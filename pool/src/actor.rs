@@ -40,7 +40,8 @@ pub(crate) enum Message<B: Backend> {
     Killed(VmId),
     /// A lease comes home that is on no book any more.
     Stray(B::Vm, Released),
-    Prepare(ProfileId, oneshot::Sender<Result<(), BootFailure>>),
+    Prepare(ProfileId, PreparedReply),
+    Prepared(ProfileId, Result<(), BootFailure>, PreparedReply),
     Replenish(ProfileId, TicketId, oneshot::Sender<Attempt>),
     Offer(ProfileId, TicketId, B::Vm, OfferReply<B>),
     Forget(TicketId),
@@ -49,6 +50,8 @@ pub(crate) enum Message<B: Backend> {
 }
 
 pub(crate) type OfferReply<B> = oneshot::Sender<Result<VmId, OfferError<<B as Backend>::Vm>>>;
+
+pub(crate) type PreparedReply = oneshot::Sender<Result<(), BootFailure>>;
 
 /// How one check went.
 pub(crate) enum Verdict {
@@ -218,7 +221,12 @@ impl<B: Backend> Actor<B> {
 
     fn receive(&mut self, state: &mut State<B>, now: Instant, message: Message<B>) {
         match message {
-            Message::Booted(id, begun, result) => self.booted(state, now, id, begun, result),
+            Message::Booted(id, begun, result) => {
+                if let Some(profile) = state.slots.get(&id).map(|slot| slot.profile) {
+                    self.show_template(state, profile);
+                }
+                self.booted(state, now, id, begun, result);
+            }
             Message::Joined(id, result) => self.joined(state, now, id, result),
             Message::Checked(id, check, pass, verdict) => {
                 self.checked(state, now, id, check, pass, verdict);
@@ -244,6 +252,11 @@ impl<B: Backend> Actor<B> {
             }
             Message::Stray(vm, done) => self.destroy(None, vm, done),
             Message::Prepare(profile, reply) => self.prepare(profile, reply),
+            Message::Prepared(profile, result, reply) => {
+                self.show_template(state, profile);
+                // The start may have been given up.
+                let _ = reply.send(result);
+            }
             Message::Replenish(profile, ticket, reply) => {
                 self.tickets.insert(ticket, reply);
                 state.tell(now, Event::Replenish(profile, ticket));

@@ -185,8 +185,7 @@ impl<B: Backend> Pool<B> {
     pub fn status(&self) -> PoolStatus {
         let shared = self.shared();
         let state = shared.state();
-        let failures = state.last_failure.iter().chain(std::iter::repeat(&None));
-        let profiles = shared.profiles.iter().zip(failures).enumerate();
+        let profiles = shared.profiles.iter().enumerate();
         PoolStatus {
             phase: state.ledger.phase(),
             leased: state.ledger.leased(),
@@ -194,10 +193,11 @@ impl<B: Backend> Pool<B> {
             usage: shared.admission.usage(),
             memory_pressure: state.pressed,
             profiles: profiles
-                .map(|(index, (kept, last_failure))| ProfileStatus {
+                .map(|(index, kept)| ProfileStatus {
                     name: kept.spec.name.clone(),
                     counts: state.ledger.counts(ProfileId(index)),
-                    last_failure: last_failure.clone(),
+                    last_failure: state.last_failure.get(index).cloned().flatten(),
+                    no_template: state.no_template.get(index).cloned().flatten(),
                 })
                 .collect(),
         }

@@ -4,12 +4,11 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use futures::FutureExt;
-use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::actor::{Actor, Message, Verdict};
+use crate::actor::{Actor, Message, PreparedReply, Verdict};
 use crate::backend::{Backend, Making, ProbeError, Remote};
 use crate::boot;
 use crate::error::{BootFailure, OfferRefusal};
@@ -55,12 +54,9 @@ impl<B: Backend> Actor<B> {
     }
 
     /// Lets the backend get ready for a profile, for as long as the pool starts.
-    pub(crate) fn prepare(
-        &mut self,
-        profile: ProfileId,
-        reply: oneshot::Sender<Result<(), BootFailure>>,
-    ) {
-        let (shared, over) = (Arc::clone(&self.shared), self.prepared.clone());
+    pub(crate) fn prepare(&mut self, profile: ProfileId, reply: PreparedReply) {
+        let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
+        let over = self.prepared.clone();
         let name = shared.profile(profile).map(|kept| &*kept.name);
         let span = tracing::info_span!("prepare", profile = name);
         let task = async move {
@@ -80,8 +76,7 @@ impl<B: Backend> Actor<B> {
                     Err(_) => Err(BootFailure::Panicked),
                 },
             };
-            // The start may have been given up.
-            let _ = reply.send(prepared);
+            let _ = home.send(Message::Prepared(profile, prepared, reply));
         };
         self.tasks.spawn(task.instrument(span));
     }

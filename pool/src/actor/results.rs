@@ -111,6 +111,36 @@ impl<B: Backend> Actor<B> {
         }
     }
 
+    /// Tells if the profile's template could not be made, or could after all, since the last time.
+    pub(super) fn show_template(&self, state: &mut State<B>, profile: ProfileId) {
+        let (Some(kept), Some(last)) = (
+            self.shared.profile(profile),
+            state.no_template.get_mut(profile.0),
+        ) else {
+            return;
+        };
+        let backend = &self.shared.backend;
+        let now = guarded("no_template", || backend.no_template(&kept.spec)).flatten();
+        let (name, event) = (&*kept.name, |kind| self.shared.emit(Some(profile), None, kind));
+        match (&*last, &now) {
+            (None, None) => return,
+            (Some(before), Some(now)) if Arc::ptr_eq(before, now) => return,
+            (_, Some(error)) => {
+                let cause = error.source().map(ToString::to_string).unwrap_or_default();
+                tracing::warn!(profile = name, %error, cause, "no template: VMs boot from cold");
+                kept.metrics.template_failures.increment(1);
+                event(EventKind::TemplateFailed(Arc::clone(error)));
+            }
+            (Some(_), None) => {
+                tracing::info!(profile = name, "a template was made after all");
+                event(EventKind::TemplateMade);
+            }
+        }
+        let without = f64::from(u8::from(now.is_some()));
+        kept.metrics.without_template.set(without);
+        *last = now;
+    }
+
     pub(crate) fn note_failure(
         &self,
         state: &mut State<B>,

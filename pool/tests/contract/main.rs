@@ -18,3 +18,4 @@ mod sizes;
 mod sizing;
 mod start_stop;
 mod support;
+mod templates;

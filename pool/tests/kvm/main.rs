@@ -9,6 +9,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod cold;
 mod ended;
 mod hand_off;
 mod health;

@@ -1,6 +1,7 @@
 //! A backend of real guests that can be disturbed while they are parked.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -277,6 +278,10 @@ impl Backend for Rig {
 
     fn making(&self, profile: &Profile) -> Making {
         self.kvm.making(profile)
+    }
+
+    fn no_template(&self, profile: &Profile) -> Option<Arc<dyn Error + Send + Sync>> {
+        self.kvm.no_template(profile)
     }
 
     fn failure_kind(&self, error: &CreateError) -> &'static str {

@@ -64,6 +64,9 @@ fn every_documented_metric_is_recorded_and_no_other() {
     });
     let seen: BTreeMap<_, _> = recorder.kinds().into_iter().collect();
     assert_eq!(seen, documented());
+    // One failure each time, made good for.
+    assert_eq!(recorder.sum("hearth_pool_template_failures_total"), 2.0);
+    assert_eq!(recorder.sum("hearth_pool_without_template"), 0.0);
 }
 
 /// All that can be measured, once at least.
@@ -72,7 +75,9 @@ async fn everything_happens(fake: &FakeBackend) {
     leases.deadline_ms = 60_000;
     let mut config = config(2).lease(leases);
     config.limits.vms = 3;
+    fake.refuse_template(PY, Some("out of memory"));
     let pool = running(fake, config).await;
+    fake.refuse_template(PY, None);
     let lease = pool.acquire(PY).unwrap();
     assert!(pool.acquire_many(PY, 9).is_err());
     drop(pool.acquire_timeout(PY, secs(1)).await.unwrap());

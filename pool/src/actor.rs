@@ -251,6 +251,10 @@ impl<B: Backend> Actor<B> {
                 state.tell(now, Event::Killed(id));
             }
             Message::Stray(vm, done) => self.destroy(None, vm, done),
+            Message::Prepare(_, reply) if state.pressed => {
+                // The start may have been given up.
+                let _ = reply.send(Err(BootFailure::MemoryPressure));
+            }
             Message::Prepare(profile, reply) => self.prepare(profile, reply),
             Message::Prepared(profile, result, reply) => {
                 self.show_template(state, profile);

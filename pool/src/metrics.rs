@@ -129,6 +129,7 @@ impl ProfileMetrics {
             BootFailure::Panicked => "panic",
             BootFailure::Denied(_) => "limits",
             BootFailure::BreakerOpen(_) => "breaker",
+            BootFailure::MemoryPressure => "pressure",
             BootFailure::Cancelled | BootFailure::Stopping => "cancelled",
         };
         self.count("hearth_pool_boot_failures_total", reason);

@@ -85,7 +85,9 @@ impl<B: Backend> Pool<B> {
 
     /// Makes at most one VM, if the profile has room: the step that the refill loop makes too.
     /// Resolves when that is done, or when others have filled the pool meanwhile. It does not wait
-    /// for the backoff after a failure, but while the breaker is open nothing is tried.
+    /// for the backoff after a failure, but while the breaker is open nothing is tried, and while the
+    /// host is short of memory nothing but for callers who wait
+    /// ([`BootFailure::MemoryPressure`](crate::BootFailure::MemoryPressure)).
     ///
     /// # Errors
     /// If there is no such profile. A boot that fails is a value, not an error.

@@ -71,6 +71,7 @@ impl<B: Backend> Actor<B> {
                 Outcome::BreakerOpen(failures) => {
                     Replenished::Failed(BootFailure::BreakerOpen(failures))
                 }
+                Outcome::Pressed => Replenished::Failed(BootFailure::MemoryPressure),
                 Outcome::Stopping => Replenished::Failed(BootFailure::Stopping),
             };
             let failed = match outcome {
@@ -88,8 +89,8 @@ impl<B: Backend> Actor<B> {
         };
         let answer = match outcome {
             Outcome::Booted(id) => Ok(id),
-            // An offer is no boot: the breaker says nothing about it.
-            Outcome::Full | Outcome::BreakerOpen(_) => Err(OfferRefusal::Full),
+            // An offer is no boot: neither the breaker nor the host's memory says anything about it.
+            Outcome::Full | Outcome::BreakerOpen(_) | Outcome::Pressed => Err(OfferRefusal::Full),
             Outcome::Stopping => Err(OfferRefusal::Stopping),
             Outcome::Failed(_) => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),
             Outcome::Denied(_) => Err(self.denial.map_or(OfferRefusal::Full, OfferRefusal::Denied)),

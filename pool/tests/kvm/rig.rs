@@ -226,6 +226,19 @@ impl Victim {
         })
     }
 
+    /// Lets the guest run a program behind the pool's back, if it still can; for as long as both go on.
+    pub(crate) async fn run_if_it_can(&self, program: &str) {
+        let Ok(stream) = self.vsock.connect(AGENT_PORT).await else {
+            return;
+        };
+        let Ok(agent) = AgentClient::handshake(stream).await else {
+            return;
+        };
+        if let Ok(exec) = agent.exec(Command::new(program)).await {
+            let _ = exec.wait().await;
+        }
+    }
+
     /// Lets the guest run a program behind the pool's back; it ends the guest.
     pub(crate) async fn die_of(&self, program: &str) {
         let agent = agent_of(&self.vsock).await;

@@ -344,6 +344,36 @@ async fn a_burst_is_served_whole_or_not_at_all() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_burst_beyond_max_concurrent_vms_is_refused_whole() {
+    let fake = FakeBackend::new();
+    let config = PoolConfig::new(3)
+        .profile(Profile::new(PY, PY).warm_pool_size(4))
+        .health(quiet());
+    let pool = running(&fake, config).await;
+    let refused = |count| {
+        let refused = pool.acquire_many(PY, count).unwrap_err();
+        let AcquireError::Exhausted { why, .. } = refused else {
+            panic!("{refused}")
+        };
+        assert_eq!(why, Shortage::LeaseLimit(3));
+        assert_eq!(ready(&pool), 4, "nothing was taken");
+    };
+    refused(4);
+    let one = pool.acquire(PY).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    refused(3);
+    let two = pool.acquire_many(PY, 2).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    refused(1);
+    let now = counts(&pool, PY);
+    assert_eq!((now.hits, now.misses), (3, 0), "all were there to be had");
+    drop(two);
+    assert_eq!(pool.acquire_many(PY, 2).unwrap().len(), 2);
+    drop(one);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn max_concurrent_vms_bounds_leases_over_all_profiles() {
     let fake = FakeBackend::new();
     let config = PoolConfig::new(2)

@@ -13,6 +13,7 @@ mod faults;
 mod health;
 mod leases;
 mod limits;
+mod parking;
 mod replenish;
 mod sizes;
 mod sizing;

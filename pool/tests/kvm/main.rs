@@ -16,6 +16,7 @@ mod health;
 mod idle;
 mod leases;
 mod nothing_left;
+mod profiles;
 mod rig;
 mod templates;
 mod torture;

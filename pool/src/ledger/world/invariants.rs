@@ -77,6 +77,8 @@ impl World {
             let done = done.or(self.kills.first().map(|id| Event::Killed(*id)));
             match done {
                 Some(event) => self.step(Step::Tell(event)),
+                // Passes never end.
+                None if self.passes && self.is_well() => break,
                 None if self.ledger.wake_at(self.now).is_some() => self.step(Step::Sleep),
                 None => break,
             }
@@ -98,6 +100,11 @@ impl World {
             }
             phase => assert_eq!(phase, Phase::Stopped, "{self:?}"),
         }
+    }
+
+    fn is_well(&self) -> bool {
+        let served = self.waiters.is_empty() && self.tickets.is_empty();
+        served && self.ledger.phase() == Phase::Running && self.ledger.is_full()
     }
 
     fn refills(&self) -> bool {

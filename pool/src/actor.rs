@@ -26,6 +26,7 @@ use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
 use crate::permit::Denial;
 use crate::shared::{Shared, State};
 use crate::slot::{Slot, VmId};
+use crate::tasks::Doomed;
 
 /// The way to the actor of one life.
 pub(crate) type Home<B> = mpsc::UnboundedSender<Message<B>>;
@@ -39,7 +40,7 @@ pub(crate) enum Message<B: Backend> {
     Retired(VmId),
     Killed(VmId),
     /// A lease comes home that is on no book any more.
-    Stray(B::Vm, Released),
+    Stray(VmId, B::Vm, Released),
     Prepare(ProfileId, PreparedReply),
     Prepared(ProfileId, Result<(), BootFailure>, PreparedReply),
     Replenish(ProfileId, TicketId, oneshot::Sender<Attempt>),
@@ -250,7 +251,7 @@ impl<B: Backend> Actor<B> {
                 }
                 state.tell(now, Event::Killed(id));
             }
-            Message::Stray(vm, done) => self.destroy(None, vm, done),
+            Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(Some(id)), vm, done),
             Message::Prepare(_, reply) if state.pressed => {
                 // The start may have been given up.
                 let _ = reply.send(Err(BootFailure::MemoryPressure));
@@ -333,12 +334,12 @@ impl<B: Backend> Actor<B> {
         state.tell(now, Event::Denied(id));
     }
 
-    pub(crate) fn discard(&mut self, slot: Option<Slot<B>>) {
+    pub(crate) fn discard(&mut self, id: VmId, slot: Option<Slot<B>>) {
         let Some(mut slot) = slot else { return };
         // A lease that comes home in the moment in which the pool gives it up.
         if let Some(vm) = slot.vm.take() {
             let released = slot.released.take();
-            self.destroy(None, vm, released);
+            self.destroy(Doomed::Stray(Some(id)), vm, released);
         }
         self.trash.push(slot);
     }

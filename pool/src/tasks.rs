@@ -21,6 +21,15 @@ use crate::profile::Parking;
 use crate::shared::State;
 use crate::slot::{Slot, VmId};
 
+/// What is known of a VM that is to be destroyed.
+#[derive(Clone, Copy)]
+pub(crate) enum Doomed {
+    /// It has a slot.
+    Kept(ProfileId, VmId),
+    /// It has none, or no more. One that was offered and refused has no number either.
+    Stray(Option<VmId>),
+}
+
 impl<B: Backend> Actor<B> {
     pub(crate) fn act(&mut self, state: &mut State<B>, now: Instant, action: Action) {
         match action {
@@ -41,7 +50,7 @@ impl<B: Backend> Actor<B> {
             Action::Retire(id) => self.retire(state, now, id),
             Action::Drop(id) => {
                 let slot = state.slots.remove(&id);
-                self.discard(slot);
+                self.discard(id, slot);
             }
             Action::Kill(id, why) => self.kill(state, now, id, why),
             Action::AskIdle(id) => ask_idle(state, now, id),
@@ -281,18 +290,19 @@ impl<B: Backend> Actor<B> {
         }
         let profile = slot.profile;
         match slot.vm.take() {
-            Some(vm) => self.destroy(Some((profile, id)), vm, None),
+            Some(vm) => self.destroy(Doomed::Kept(profile, id), vm, None),
             None => state.tell(now, Event::Retired(id)),
         }
     }
 
     /// Destroys a VM; the slot of one that is on the books is told.
-    pub(crate) fn destroy(&mut self, known: Option<(ProfileId, VmId)>, vm: B::Vm, done: Released) {
+    pub(crate) fn destroy(&mut self, doomed: Doomed, vm: B::Vm, done: Released) {
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
-        let span = match known {
-            Some((_, id)) => tracing::debug_span!("destroy", vm = %id),
-            None => tracing::debug_span!("destroy"),
+        let (known, id) = match doomed {
+            Doomed::Kept(profile, id) => (Some((profile, id)), Some(id)),
+            Doomed::Stray(id) => (None, id),
         };
+        let span = tracing::debug_span!("destroy", vm = id.map(display));
         let task = async move {
             let began = Instant::now();
             let retire = async { shared.backend.retire(vm).await };

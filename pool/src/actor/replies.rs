@@ -8,6 +8,7 @@ use crate::error::{BootFailure, OfferError, OfferRefusal, Replenished};
 use crate::ledger::{Outcome, PassId, TicketId};
 use crate::shared::State;
 use crate::slot::VmId;
+use crate::tasks::Doomed;
 
 /// What became of one request for a boot.
 pub(crate) struct Attempt {
@@ -100,7 +101,9 @@ impl<B: Backend> Actor<B> {
             Err(why) => offer.reply.send(Err(OfferError { vm: offer.vm, why })),
         };
         match answer {
-            Err(Err(OfferError { vm: Some(vm), .. })) => self.destroy(None, vm, None),
+            Err(Err(OfferError { vm: Some(vm), .. })) => {
+                self.destroy(Doomed::Stray(offer.id), vm, None);
+            }
             // Adopted, though nobody hears of it.
             Err(Ok(id)) => debug_assert!(state.slots.contains_key(&id)),
             Err(Err(_)) | Ok(()) => {}
@@ -116,14 +119,14 @@ impl<B: Backend> Actor<B> {
     /// After the end: only leases are of interest.
     pub(super) fn receive_late(&mut self, message: Message<B>) {
         match message {
-            Message::Stray(vm, done) => self.destroy(None, vm, done),
+            Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(Some(id)), vm, done),
             Message::Offer(.., vm, reply) => {
                 let refusal = OfferError {
                     vm: Some(vm),
                     why: OfferRefusal::Stopping,
                 };
                 if let Err(Err(OfferError { vm: Some(vm), .. })) = reply.send(Err(refusal)) {
-                    self.destroy(None, vm, None);
+                    self.destroy(Doomed::Stray(None), vm, None);
                 }
             }
             Message::Replenish(.., reply) => {

@@ -13,6 +13,7 @@ use crate::guard::guarded;
 use crate::ledger::{Event, PassId, ProfileId};
 use crate::shared::State;
 use crate::slot::{Slot, VmId};
+use crate::tasks::Doomed;
 
 impl<B: Backend> Actor<B> {
     pub(super) fn booted(
@@ -26,7 +27,7 @@ impl<B: Backend> Actor<B> {
         let Some(slot) = state.slots.get_mut(&id) else {
             // The ledger keeps the slot of a boot until it is answered; do not lose the VM if not.
             if let Some(vm) = result.map_or_else(|failed| failed.vm, Some) {
-                self.destroy(None, vm, None);
+                self.destroy(Doomed::Stray(Some(id)), vm, None);
             }
             return;
         };

@@ -188,6 +188,32 @@ async fn spans_of_boot_fork_acquire_check_adopt_and_destroy_name_their_vm() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_destruction_of_a_vm_that_is_on_no_book_any_more_names_it_too() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(2)).await;
+    let gate = Gate::new();
+    fake.gate_retire(Some(gate.clone()));
+    let lease = pool.acquire(PY).unwrap();
+    let stopping = pool.clone();
+    let stop = tokio::spawn(async move { stopping.stop_within(secs(1)).await });
+    // The pool has ended it and waits for it no longer, only for the parked ones.
+    sleep(secs(2)).await;
+    assert_eq!(counts(&pool, PY).leased, 0);
+    let trace = Trace::begin();
+    let name = lease.id().to_string();
+    drop(lease);
+    settle().await;
+    gate.open();
+    stop.await.unwrap();
+    let spans = trace.spans();
+    let [destroyed] = &*spans else {
+        panic!("{spans:?}")
+    };
+    assert_eq!((&*destroyed.name, &destroyed.fields["vm"]), ("destroy", &name));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_failed_boot_is_logged_with_its_vm_and_its_cause() {
     let trace = Trace::begin();
     let fake = FakeBackend::new();

@@ -199,6 +199,41 @@ async fn cancelling_an_acquire_at_any_await_point_loses_no_vm() {
     assert_eq!(tally.created, tally.retired + tally.dropped);
 }
 
+/// Polled so often, served before the so-manieth poll, then dropped.
+#[tokio::test(start_paused = true)]
+async fn an_acquire_that_is_dropped_after_any_number_of_polls_leaves_the_counts_right() {
+    for polls in 0..5 {
+        for served_before in 0..=polls {
+            let fake = FakeBackend::new();
+            let pool = by_hand(&fake, config(1)).await;
+            let waiting = pool.clone();
+            let mut waiter = Box::pin(async move { waiting.acquire_timeout(PY, secs(9)).await });
+            let mut lease = None;
+            for poll in 0..polls {
+                if poll == served_before {
+                    pool.replenish(PY).await.unwrap();
+                }
+                if let std::task::Poll::Ready(served) = futures::poll!(&mut waiter) {
+                    lease = Some(served.unwrap());
+                    break;
+                }
+            }
+            let served = lease.is_some();
+            assert_eq!(served, served_before < polls, "{polls}, {served_before}");
+            if !served {
+                // It lies in its channel, or is parked if nobody has waited yet.
+                pool.replenish(PY).await.unwrap();
+            }
+            drop((waiter, lease));
+            settle().await;
+            let (now, kept) = (counts(&pool, PY), usize::from(!served));
+            assert_eq!((now.ready, now.leased, now.waiting), (kept, 0, 0));
+            assert_eq!((now.hits, fake.live().len()), (u64::from(served), kept));
+            stop_clean(pool, &fake).await;
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn waiters_are_served_in_the_order_in_which_they_came_and_nobody_overtakes() {
     let fake = FakeBackend::new();

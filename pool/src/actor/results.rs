@@ -122,7 +122,9 @@ impl<B: Backend> Actor<B> {
         };
         let backend = &self.shared.backend;
         let now = guarded("no_template", || backend.no_template(&kept.spec)).flatten();
-        let (name, event) = (&*kept.name, |kind| self.shared.emit(Some(profile), None, kind));
+        let (name, event) = (&*kept.name, |kind| {
+            self.shared.emit(Some(profile), None, kind)
+        });
         match (&*last, &now) {
             (None, None) => return,
             (Some(before), Some(now)) if Arc::ptr_eq(before, now) => return,

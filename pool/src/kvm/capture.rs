@@ -58,7 +58,10 @@ impl KvmBackend {
             idle_mib: self.balloon_idle_mib,
         };
         let name = &profile.name;
-        let vacancy = match spawn_blocking(move || store.enter(&made_of)).await.map_err(panicked)? {
+        let vacancy = match spawn_blocking(move || store.enter(&made_of))
+            .await
+            .map_err(panicked)?
+        {
             Ok(Entry::Found(template)) => {
                 tracing::debug!(profile = name, "the template was stored");
                 return Ok(template);
@@ -79,7 +82,10 @@ impl KvmBackend {
             return Ok(template);
         };
         let made = template.clone();
-        match spawn_blocking(move || vacancy.fill(&made)).await.map_err(panicked)? {
+        match spawn_blocking(move || vacancy.fill(&made))
+            .await
+            .map_err(panicked)?
+        {
             Ok(kept) => Ok(kept),
             Err(error) => {
                 tracing::warn!(profile = name, %error, "the template was not stored");

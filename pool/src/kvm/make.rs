@@ -139,7 +139,11 @@ impl KvmBackend {
     }
 
     /// Boots up to the agent's greeting, on the connection that the agent dials.
-    pub(super) async fn boot_bare(&self, profile: &Profile, birth: &Birth) -> Result<Guest, CreateError> {
+    pub(super) async fn boot_bare(
+        &self,
+        profile: &Profile,
+        birth: &Birth,
+    ) -> Result<Guest, CreateError> {
         let config = self.config(profile)?;
         let vm = alive(birth, move || Vm::create(&config)).await?;
         let mut ready = vm.vsock().listen(READY_PORT)?;

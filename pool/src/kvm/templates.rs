@@ -291,7 +291,11 @@ mod tests {
                 templates.get_or_make(ingredients, make).await
             }
         };
-        let why = || templates.setback(Ingredients::from(&profile())).map(|why| *why);
+        let why = || {
+            templates
+                .setback(Ingredients::from(&profile()))
+                .map(|why| *why)
+        };
         let refused = || ask(|number| Err(Unmade::Refused(number)));
         // Both wait for the first try; the second makes none of its own.
         assert_eq!(tokio::join!(refused(), refused()), (Ok(None), Ok(None)));

@@ -28,7 +28,11 @@ fn lock_seals() -> usize {
 
 async fn told(events: &mut Receiver<PoolEvent>) -> Option<String> {
     loop {
-        match within(30, "word of the template", events.recv()).await.unwrap().kind {
+        match within(30, "word of the template", events.recv())
+            .await
+            .unwrap()
+            .kind
+        {
             EventKind::TemplateFailed(why) => {
                 return Some(why.source().map_or_else(String::new, ToString::to_string));
             }

@@ -61,7 +61,10 @@ async fn a_connection_to_a_guest_that_does_not_answer_fails_after_the_connect_ti
     assert!(began.elapsed() >= limit);
     let late = within(1, "the connect timeout", guest.agent()).await;
     assert!(
-        matches!(late, Err(GuestError::Connect(ConnectError::TimedOut { .. }))),
+        matches!(
+            late,
+            Err(GuestError::Connect(ConnectError::TimedOut { .. }))
+        ),
         "{late:?}"
     );
     guest.vm().resume().unwrap();

@@ -209,7 +209,10 @@ async fn the_destruction_of_a_vm_that_is_on_no_book_any_more_names_it_too() {
     let [destroyed] = &*spans else {
         panic!("{spans:?}")
     };
-    assert_eq!((&*destroyed.name, &destroyed.fields["vm"]), ("destroy", &name));
+    assert_eq!(
+        (&*destroyed.name, &destroyed.fields["vm"]),
+        ("destroy", &name)
+    );
     stop_clean(pool, &fake).await;
 }
 

@@ -17,7 +17,7 @@ use tokio::io::AsyncReadExt;
 /// What the contract allows the guest to keep of what it was asked for.
 const SLACK_MIB: u64 = 20;
 /// What the guest is asked for where its memory must fall.
-const ASKED_MIB: u32 = 48;
+const ASKED_MIB: u32 = 40;
 const MIB: u64 = 1 << 20;
 
 /// Cases look at this process's memory: one at a time.
@@ -79,15 +79,18 @@ async fn guest_memory_falls_by_what_was_asked_for_and_comes_back() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let guest = Guest::fork().await;
     let balloon = guest.vm.balloon();
+    // It is much for a host that does other things as well.
+    let limit = 2 * deadline();
     let before = free_mib(&guest).await;
-    balloon.resize(ASKED_MIB, deadline()).await.unwrap();
+    balloon.resize(ASKED_MIB, limit).await.unwrap();
     assert_eq!((balloon.target(), balloon.actual()), (ASKED_MIB, ASKED_MIB));
     let inflated = free_mib(&guest).await;
     assert!(
         before >= inflated + u64::from(ASKED_MIB) - SLACK_MIB,
         "{before} MiB free, then {inflated}"
     );
-    emptied(balloon).await;
+    balloon.resize(0, limit).await.unwrap();
+    assert_eq!(balloon.actual(), 0);
     let deflated = free_mib(&guest).await;
     assert!(
         deflated + SLACK_MIB >= before,

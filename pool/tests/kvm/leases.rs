@@ -71,7 +71,12 @@ async fn a_connection_to_a_guest_that_does_not_answer_fails_after_the_connect_ti
     within(6, "ping", kept.ping(2)).await.unwrap();
 
     // Its kernel takes connections, and its agent, which stands still, greets nobody.
-    let wedged = kept.exec(guest.command("wedge-agent")).await;
+    let wedges = async {
+        // It may be stopped before it tells that the program has started.
+        let wedged = kept.exec(guest.command("wedge-agent")).await;
+        std::future::pending::<()>().await;
+        drop(wedged);
+    };
     let silent = async {
         loop {
             if let Err(error) = guest.agent().await {
@@ -79,12 +84,17 @@ async fn a_connection_to_a_guest_that_does_not_answer_fails_after_the_connect_ti
             }
         }
     };
+    let silent = async {
+        tokio::select! {
+            silent = silent => silent,
+            () = wedges => unreachable!(),
+        }
+    };
     let silent = within(6, "a silent agent", silent).await;
     assert!(
         matches!(silent, GuestError::Silent(after) if after == limit),
         "{silent:?}"
     );
-    drop(wedged);
     backend.retire(guest).await;
 }
 

@@ -105,7 +105,8 @@ impl fmt::Display for BootFailure {
                 "the last {failures} boots failed, none is tried for a while; see the profile's last failure"
             ),
             Self::MemoryPressure => f.write_str(
-                "the host is short of memory, so nothing is booted but for callers who wait; free some, or raise pressure.stall_percent",
+                "the host is short of memory, so nothing is booted but for callers who wait; \
+                 free some, or raise pressure.stall_percent",
             ),
             Self::Cancelled => f.write_str("the boot was given up"),
             Self::Stopping => f.write_str("the pool is stopping"),

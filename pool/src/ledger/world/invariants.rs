@@ -103,8 +103,11 @@ impl World {
     }
 
     fn is_well(&self) -> bool {
-        let served = self.waiters.is_empty() && self.tickets.is_empty();
-        served && self.ledger.phase() == Phase::Running && self.ledger.is_full()
+        // Callers of a profile that is to hold nothing wait until they go away.
+        let mut callers = self.waiters.values();
+        let served = callers.all(|profile| self.ledger.counts(*profile).wanted() == 0);
+        let settled = served && self.tickets.is_empty();
+        settled && self.ledger.phase() == Phase::Running && self.ledger.is_full()
     }
 
     fn refills(&self) -> bool {

@@ -26,6 +26,7 @@ use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
 use crate::permit::Denial;
 use crate::shared::{Shared, State};
 use crate::slot::{Slot, VmId};
+use crate::tasks::Doomed;
 
 /// The way to the actor of one life.
 pub(crate) type Home<B> = mpsc::UnboundedSender<Message<B>>;
@@ -39,8 +40,9 @@ pub(crate) enum Message<B: Backend> {
     Retired(VmId),
     Killed(VmId),
     /// A lease comes home that is on no book any more.
-    Stray(B::Vm, Released),
-    Prepare(ProfileId, oneshot::Sender<Result<(), BootFailure>>),
+    Stray(VmId, B::Vm, Released),
+    Prepare(ProfileId, PreparedReply),
+    Prepared(ProfileId, Result<(), BootFailure>, PreparedReply),
     Replenish(ProfileId, TicketId, oneshot::Sender<Attempt>),
     Offer(ProfileId, TicketId, B::Vm, OfferReply<B>),
     Forget(TicketId),
@@ -49,6 +51,8 @@ pub(crate) enum Message<B: Backend> {
 }
 
 pub(crate) type OfferReply<B> = oneshot::Sender<Result<VmId, OfferError<<B as Backend>::Vm>>>;
+
+pub(crate) type PreparedReply = oneshot::Sender<Result<(), BootFailure>>;
 
 /// How one check went.
 pub(crate) enum Verdict {
@@ -218,7 +222,12 @@ impl<B: Backend> Actor<B> {
 
     fn receive(&mut self, state: &mut State<B>, now: Instant, message: Message<B>) {
         match message {
-            Message::Booted(id, begun, result) => self.booted(state, now, id, begun, result),
+            Message::Booted(id, begun, result) => {
+                if let Some(profile) = state.slots.get(&id).map(|slot| slot.profile) {
+                    self.show_template(state, profile);
+                }
+                self.booted(state, now, id, begun, result);
+            }
             Message::Joined(id, result) => self.joined(state, now, id, result),
             Message::Checked(id, check, pass, verdict) => {
                 self.checked(state, now, id, check, pass, verdict);
@@ -242,8 +251,17 @@ impl<B: Backend> Actor<B> {
                 }
                 state.tell(now, Event::Killed(id));
             }
-            Message::Stray(vm, done) => self.destroy(None, vm, done),
+            Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(Some(id)), vm, done),
+            Message::Prepare(_, reply) if state.pressed => {
+                // The start may have been given up.
+                let _ = reply.send(Err(BootFailure::MemoryPressure));
+            }
             Message::Prepare(profile, reply) => self.prepare(profile, reply),
+            Message::Prepared(profile, result, reply) => {
+                self.show_template(state, profile);
+                // The start may have been given up.
+                let _ = reply.send(result);
+            }
             Message::Replenish(profile, ticket, reply) => {
                 self.tickets.insert(ticket, reply);
                 state.tell(now, Event::Replenish(profile, ticket));
@@ -316,12 +334,12 @@ impl<B: Backend> Actor<B> {
         state.tell(now, Event::Denied(id));
     }
 
-    pub(crate) fn discard(&mut self, slot: Option<Slot<B>>) {
+    pub(crate) fn discard(&mut self, id: VmId, slot: Option<Slot<B>>) {
         let Some(mut slot) = slot else { return };
         // A lease that comes home in the moment in which the pool gives it up.
         if let Some(vm) = slot.vm.take() {
             let released = slot.released.take();
-            self.destroy(None, vm, released);
+            self.destroy(Doomed::Stray(Some(id)), vm, released);
         }
         self.trash.push(slot);
     }

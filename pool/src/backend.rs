@@ -3,6 +3,7 @@
 //! The pool decides *when*; a backend knows *how*. [`crate::fake::FakeBackend`] scripts every answer
 //! for tests, the KVM backend boots or forks real guests.
 
+use std::error::Error;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use crate::slot::VmId;
 /// # Rules for implementors
 /// - Methods that return no future ([`alive`](Self::alive), [`pause`](Self::pause),
 ///   [`resume`](Self::resume), [`fits`](Self::fits), [`remote`](Self::remote), [`making`](Self::making),
-///   [`private_bytes`](Self::private_bytes), [`Remote::activity`]) and the part of
+///   [`no_template`](Self::no_template), [`private_bytes`](Self::private_bytes), [`Remote::activity`]) and the part of
 ///   [`probe`](Self::probe) and [`ended`](Self::ended) that makes the future run under the pool's
 ///   lock: they must not block, and must not call back into the pool. The same holds for
 ///   [`hand_off`](Self::hand_off), which runs in the caller of acquire.
@@ -29,7 +30,7 @@ pub trait Backend: Send + Sync + 'static {
     /// A handle that does not keep the VM alive; see [`Remote`].
     type Remote: Remote;
     /// Why a VM could not be made.
-    type Error: std::error::Error + Send + Sync + 'static;
+    type Error: Error + Send + Sync + 'static;
 
     /// Gets ready to make VMs of `profile` (image, template). Called once per start, before the
     /// first [`create`](Self::create) of that profile; a second call should find its work done.
@@ -101,6 +102,13 @@ pub trait Backend: Send + Sync + 'static {
     /// each [`create`](Self::create), under the pool's lock: it must not block.
     fn making(&self, _profile: &Profile) -> Making {
         Making::Boot
+    }
+
+    /// Why VMs of `profile` boot from cold although they should be copies of a template: none could be
+    /// made. The backend tries again from time to time; each failure is another value. Asked after each
+    /// preparation and each boot, under the pool's lock: it must not block.
+    fn no_template(&self, _profile: &Profile) -> Option<Arc<dyn Error + Send + Sync>> {
+        None
     }
 
     /// A short, fixed label for the kind of `error` (metrics).
@@ -182,6 +190,10 @@ impl<B: Backend> Backend for Arc<B> {
 
     fn making(&self, profile: &Profile) -> Making {
         (**self).making(profile)
+    }
+
+    fn no_template(&self, profile: &Profile) -> Option<Arc<dyn Error + Send + Sync>> {
+        (**self).no_template(profile)
     }
 
     fn failure_kind(&self, error: &B::Error) -> &'static str {

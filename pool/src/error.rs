@@ -81,6 +81,8 @@ pub enum BootFailure {
     Denied(Denial),
     /// So many boots failed in a row that none is tried for a while.
     BreakerOpen(u32),
+    /// The host is short of memory: no stock is made until it has some again.
+    MemoryPressure,
     /// It was given up: nobody wants it any more.
     Cancelled,
     /// The pool stops.
@@ -102,6 +104,10 @@ impl fmt::Display for BootFailure {
                 f,
                 "the last {failures} boots failed, none is tried for a while; see the profile's last failure"
             ),
+            Self::MemoryPressure => f.write_str(
+                "the host is short of memory, so nothing is booted but for callers who wait; \
+                 free some, or raise pressure.stall_percent",
+            ),
             Self::Cancelled => f.write_str("the boot was given up"),
             Self::Stopping => f.write_str("the pool is stopping"),
         }
@@ -117,6 +123,7 @@ impl Error for BootFailure {
             Self::TimedOut(_)
             | Self::Panicked
             | Self::BreakerOpen(_)
+            | Self::MemoryPressure
             | Self::Cancelled
             | Self::Stopping => None,
         }

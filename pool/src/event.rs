@@ -1,5 +1,6 @@
 //! What a pool tells those who watch it.
 
+use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,6 +41,10 @@ pub enum EventKind {
     BreakerOpened(u32),
     /// A boot succeeded after the breaker had opened.
     BreakerClosed,
+    /// The profile's template could not be made: VMs boot from cold, and it is tried again.
+    TemplateFailed(Arc<dyn Error + Send + Sync>),
+    /// The profile has a template after all.
+    TemplateMade,
     /// A VM went to a caller.
     Leased,
     /// It came back, used or, if untouched, as good as new.

@@ -130,7 +130,7 @@ impl<B: Backend> Lease<B> {
         let stray = self.shared.take_back(self.id, vm, !self.touched, done);
         if let Err((vm, done)) = stray {
             // If nobody listens, the pool has stopped: the VM comes back in the error and is dropped.
-            let _ = self.home.send(Message::Stray(vm, done));
+            let _ = self.home.send(Message::Stray(self.id, vm, done));
         }
     }
 }

@@ -12,6 +12,8 @@
 //! | `hearth_pool_retiring` | gauge | VMs being destroyed |
 //! | `hearth_pool_waiting` | gauge | callers that wait |
 //! | `hearth_pool_breaker_open` | gauge | 1 while the breaker is open |
+//! | `hearth_pool_without_template` | gauge | 1 while VMs boot from cold because no template could be made |
+//! | `hearth_pool_template_failures_total` | counter | times that the template could not be made |
 //! | `hearth_pool_hits_total` | counter | callers served |
 //! | `hearth_pool_misses_total` | counter | times a caller found nothing ready |
 //! | `hearth_pool_boots_total` | counter | boots that succeeded |
@@ -48,6 +50,8 @@ pub(crate) struct ProfileMetrics {
     retiring: Gauge,
     waiting: Gauge,
     breaker_open: Gauge,
+    pub(crate) without_template: Gauge,
+    pub(crate) template_failures: Counter,
     pub(crate) hits: Counter,
     pub(crate) misses: Counter,
     boots: Counter,
@@ -77,6 +81,8 @@ impl ProfileMetrics {
             retiring: gauge("hearth_pool_retiring"),
             waiting: gauge("hearth_pool_waiting"),
             breaker_open: gauge("hearth_pool_breaker_open"),
+            without_template: gauge("hearth_pool_without_template"),
+            template_failures: counter("hearth_pool_template_failures_total"),
             hits: counter("hearth_pool_hits_total"),
             misses: counter("hearth_pool_misses_total"),
             boots: counter("hearth_pool_boots_total"),
@@ -123,6 +129,7 @@ impl ProfileMetrics {
             BootFailure::Panicked => "panic",
             BootFailure::Denied(_) => "limits",
             BootFailure::BreakerOpen(_) => "breaker",
+            BootFailure::MemoryPressure => "pressure",
             BootFailure::Cancelled | BootFailure::Stopping => "cancelled",
         };
         self.count("hearth_pool_boot_failures_total", reason);

@@ -85,7 +85,9 @@ impl<B: Backend> Pool<B> {
 
     /// Makes at most one VM, if the profile has room: the step that the refill loop makes too.
     /// Resolves when that is done, or when others have filled the pool meanwhile. It does not wait
-    /// for the backoff after a failure, but while the breaker is open nothing is tried.
+    /// for the backoff after a failure, but while the breaker is open nothing is tried, and while the
+    /// host is short of memory nothing but for callers who wait
+    /// ([`BootFailure::MemoryPressure`](crate::BootFailure::MemoryPressure)).
     ///
     /// # Errors
     /// If there is no such profile. A boot that fails is a value, not an error.
@@ -185,8 +187,7 @@ impl<B: Backend> Pool<B> {
     pub fn status(&self) -> PoolStatus {
         let shared = self.shared();
         let state = shared.state();
-        let failures = state.last_failure.iter().chain(std::iter::repeat(&None));
-        let profiles = shared.profiles.iter().zip(failures).enumerate();
+        let profiles = shared.profiles.iter().enumerate();
         PoolStatus {
             phase: state.ledger.phase(),
             leased: state.ledger.leased(),
@@ -194,10 +195,11 @@ impl<B: Backend> Pool<B> {
             usage: shared.admission.usage(),
             memory_pressure: state.pressed,
             profiles: profiles
-                .map(|(index, (kept, last_failure))| ProfileStatus {
+                .map(|(index, kept)| ProfileStatus {
                     name: kept.spec.name.clone(),
                     counts: state.ledger.counts(ProfileId(index)),
-                    last_failure: last_failure.clone(),
+                    last_failure: state.last_failure.get(index).cloned().flatten(),
+                    no_template: state.no_template.get(index).cloned().flatten(),
                 })
                 .collect(),
         }

@@ -5,6 +5,7 @@
 //! nudge it. VMs and leases are never dropped under the lock.
 
 use std::collections::HashMap;
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -108,6 +109,8 @@ pub(crate) struct State<B: Backend> {
     pub(crate) inbox: Option<Home<B>>,
     /// By profile.
     pub(crate) last_failure: Vec<Option<BootFailure>>,
+    /// By profile, as it was told last.
+    pub(crate) no_template: Vec<Option<Arc<dyn Error + Send + Sync>>>,
     pub(crate) pressed: bool,
     next_id: u64,
 }
@@ -212,6 +215,7 @@ impl<B: Backend> Shared<B> {
                 pending: Vec::new(),
                 inbox: None,
                 last_failure: vec![None; profiles.len()],
+                no_template: vec![None; profiles.len()],
                 pressed: false,
                 next_id: 0,
             }),

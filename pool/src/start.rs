@@ -23,7 +23,8 @@ impl<B: Backend> Pool<B> {
     /// automatic refill, made up for. A stopped pool can be started again.
     ///
     /// # Errors
-    /// If a profile has not a single VM; everything made is then destroyed.
+    /// If a profile has not a single VM; everything made is then destroyed. A host that is short of memory
+    /// is a reason ([`BootFailure::MemoryPressure`]): start again when it has some.
     ///
     /// # Cancel safety
     /// Dropping the future stops the pool in the background and destroys everything made.

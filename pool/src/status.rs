@@ -1,5 +1,8 @@
 //! A picture of a pool at one moment.
 
+use std::error::Error;
+use std::sync::Arc;
+
 use crate::error::BootFailure;
 use crate::ledger::{Counts, Phase};
 use crate::permit::{Limits, Usage};
@@ -32,6 +35,8 @@ pub struct ProfileStatus {
     pub counts: Counts,
     /// Why the last boot that failed did.
     pub last_failure: Option<BootFailure>,
+    /// Why its VMs boot from cold although they should be copies of a template.
+    pub no_template: Option<Arc<dyn Error + Send + Sync>>,
 }
 
 impl PoolStatus {

@@ -4,12 +4,11 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use futures::FutureExt;
-use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::actor::{Actor, Message, Verdict};
+use crate::actor::{Actor, Message, PreparedReply, Verdict};
 use crate::backend::{Backend, Making, ProbeError, Remote};
 use crate::boot;
 use crate::error::{BootFailure, OfferRefusal};
@@ -21,6 +20,15 @@ use crate::ledger::{Action, Event, Overdue, PassId, ProfileId, Refusal, TicketId
 use crate::profile::Parking;
 use crate::shared::State;
 use crate::slot::{Slot, VmId};
+
+/// What is known of a VM that is to be destroyed.
+#[derive(Clone, Copy)]
+pub(crate) enum Doomed {
+    /// It has a slot.
+    Kept(ProfileId, VmId),
+    /// It has none, or no more. One that was offered and refused has no number either.
+    Stray(Option<VmId>),
+}
 
 impl<B: Backend> Actor<B> {
     pub(crate) fn act(&mut self, state: &mut State<B>, now: Instant, action: Action) {
@@ -42,7 +50,7 @@ impl<B: Backend> Actor<B> {
             Action::Retire(id) => self.retire(state, now, id),
             Action::Drop(id) => {
                 let slot = state.slots.remove(&id);
-                self.discard(slot);
+                self.discard(id, slot);
             }
             Action::Kill(id, why) => self.kill(state, now, id, why),
             Action::AskIdle(id) => ask_idle(state, now, id),
@@ -55,12 +63,9 @@ impl<B: Backend> Actor<B> {
     }
 
     /// Lets the backend get ready for a profile, for as long as the pool starts.
-    pub(crate) fn prepare(
-        &mut self,
-        profile: ProfileId,
-        reply: oneshot::Sender<Result<(), BootFailure>>,
-    ) {
-        let (shared, over) = (Arc::clone(&self.shared), self.prepared.clone());
+    pub(crate) fn prepare(&mut self, profile: ProfileId, reply: PreparedReply) {
+        let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
+        let over = self.prepared.clone();
         let name = shared.profile(profile).map(|kept| &*kept.name);
         let span = tracing::info_span!("prepare", profile = name);
         let task = async move {
@@ -80,8 +85,7 @@ impl<B: Backend> Actor<B> {
                     Err(_) => Err(BootFailure::Panicked),
                 },
             };
-            // The start may have been given up.
-            let _ = reply.send(prepared);
+            let _ = home.send(Message::Prepared(profile, prepared, reply));
         };
         self.tasks.spawn(task.instrument(span));
     }
@@ -286,18 +290,19 @@ impl<B: Backend> Actor<B> {
         }
         let profile = slot.profile;
         match slot.vm.take() {
-            Some(vm) => self.destroy(Some((profile, id)), vm, None),
+            Some(vm) => self.destroy(Doomed::Kept(profile, id), vm, None),
             None => state.tell(now, Event::Retired(id)),
         }
     }
 
     /// Destroys a VM; the slot of one that is on the books is told.
-    pub(crate) fn destroy(&mut self, known: Option<(ProfileId, VmId)>, vm: B::Vm, done: Released) {
+    pub(crate) fn destroy(&mut self, doomed: Doomed, vm: B::Vm, done: Released) {
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
-        let span = match known {
-            Some((_, id)) => tracing::debug_span!("destroy", vm = %id),
-            None => tracing::debug_span!("destroy"),
+        let (known, id) = match doomed {
+            Doomed::Kept(profile, id) => (Some((profile, id)), Some(id)),
+            Doomed::Stray(id) => (None, id),
         };
+        let span = tracing::debug_span!("destroy", vm = id.map(display));
         let task = async move {
             let began = Instant::now();
             let retire = async { shared.backend.retire(vm).await };

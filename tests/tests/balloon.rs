@@ -16,6 +16,8 @@ use tokio::io::AsyncReadExt;
 
 /// What the contract allows the guest to keep of what it was asked for.
 const SLACK_MIB: u64 = 20;
+/// What the guest is asked for where its memory must fall.
+const ASKED_MIB: u32 = 40;
 const MIB: u64 = 1 << 20;
 
 /// Cases look at this process's memory: one at a time.
@@ -68,32 +70,51 @@ fn guest_rss_kib() -> u64 {
     total
 }
 
+/// So much that the slack is the smaller part.
 #[tokio::test]
-async fn the_guest_gives_and_gets_back() {
+async fn guest_memory_falls_by_what_was_asked_for_and_comes_back() {
     if !kvm() {
         return;
     }
     let _alone = ONE_AT_A_TIME.lock().await;
-    // A small one, because what is left is written to in the end.
-    let guest = Guest::prepared(|config| config.memory_mib(48)).await;
-    let balloon = guest.vm.balloon().clone();
+    let guest = Guest::fork().await;
+    let balloon = guest.vm.balloon();
+    // It is much for a host that does other things as well.
+    let limit = 2 * deadline();
     let before = free_mib(&guest).await;
-    balloon.resize(24, deadline()).await.unwrap();
-    assert_eq!((balloon.target(), balloon.actual()), (24, 24));
+    balloon.resize(ASKED_MIB, limit).await.unwrap();
+    assert_eq!((balloon.target(), balloon.actual()), (ASKED_MIB, ASKED_MIB));
     let inflated = free_mib(&guest).await;
     assert!(
-        before - inflated >= 24 - SLACK_MIB,
+        before >= inflated + u64::from(ASKED_MIB) - SLACK_MIB,
         "{before} MiB free, then {inflated}"
     );
-    balloon.resize(0, deadline()).await.unwrap();
+    balloon.resize(0, limit).await.unwrap();
     assert_eq!(balloon.actual(), 0);
     let deflated = free_mib(&guest).await;
     assert!(
         deflated + SLACK_MIB >= before,
         "{before} MiB free before, {deflated} after"
     );
-    // What came back can be used: 70 % of what is there.
-    assert!(allocate(&guest, deflated * 7 / 10).await);
+    assert_alive(&guest).await;
+}
+
+#[tokio::test]
+async fn what_deflating_returns_can_be_used() {
+    if !kvm() {
+        return;
+    }
+    let _alone = ONE_AT_A_TIME.lock().await;
+    // A small one, because most of it is written to.
+    let guest = Guest::prepared(|config| config.memory_mib(48)).await;
+    let balloon = guest.vm.balloon();
+    balloon.resize(24, deadline()).await.unwrap();
+    let left = free_mib(&guest).await;
+    emptied(balloon).await;
+    // 70 % of what is there, more than there was without what came back.
+    let wanted = free_mib(&guest).await * 7 / 10;
+    assert!(wanted > left, "{wanted} of {left} MiB");
+    assert!(allocate(&guest, wanted).await);
     assert_eq!(guest.vm.status(), VmStatus::Running);
 }
 
@@ -183,20 +204,39 @@ async fn three_inflates_in_a_row_and_a_target_of_16_mib() {
     emptied(balloon).await;
 }
 
-#[tokio::test]
-async fn an_inflate_while_a_program_takes_50_mib() {
-    if !kvm() {
-        return;
-    }
+/// Inflates while a program has written to so much memory and keeps it.
+async fn inflate_while_a_program_holds(mib: u64) {
     let _alone = ONE_AT_A_TIME.lock().await;
     let guest = Guest::fork().await;
-    let balloon = guest.vm.balloon();
-    let hold = Command::new("alloc").args(["50", "600"]);
-    let exec = guest.connect().await.exec(hold).await.unwrap();
-    balloon.resize(8, deadline()).await.unwrap();
-    assert!(free_mib(&guest).await > 0);
-    drop(exec);
+    let before = free_mib(&guest).await;
+    let hold = Command::new("alloc").args([&mib.to_string(), "600"]);
+    let mut holder = guest.connect().await.exec(hold).await.unwrap();
+    let mut said = holder.stdout().unwrap();
+    within(30, "memory written", said.read_u8()).await.unwrap();
+    let held = free_mib(&guest).await;
+    assert!(held + mib <= before, "{before} MiB free, {held} beside it");
+    guest.vm.balloon().resize(8, deadline()).await.unwrap();
     assert_alive(&guest).await;
+    // The guest took nothing from the program, and did not end it.
+    let mut agent = guest.connect().await;
+    let pong = within(5, "ping", agent.ping(1)).await.unwrap();
+    assert_eq!(pong.execs, 1);
+    drop(holder);
+}
+
+#[tokio::test]
+async fn an_inflate_while_a_program_holds_5_mib() {
+    if kvm() {
+        inflate_while_a_program_holds(5).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "long: a minute of page faults where ring 0 is emulated"]
+async fn an_inflate_while_a_program_holds_50_mib() {
+    if kvm() {
+        inflate_while_a_program_holds(50).await;
+    }
 }
 
 #[tokio::test]
@@ -267,7 +307,8 @@ async fn statistics_are_fresh_and_plausible() {
     assert!(free <= total && available <= total, "{stats:?}");
     guest.vm.balloon().resize(24, limit).await.unwrap();
     let later = guest.vm.balloon().stats(limit).await.unwrap();
+    // Stale numbers would not have moved at all.
     let fell = free.saturating_sub(later.free.unwrap()) / MIB;
-    assert!(fell + SLACK_MIB >= 24, "free memory fell by {fell} MiB");
+    assert!(fell >= 16, "free memory fell by {fell} MiB");
     emptied(guest.vm.balloon()).await;
 }

@@ -8,6 +8,7 @@ use crate::error::{BootFailure, OfferError, OfferRefusal, Replenished};
 use crate::ledger::{Outcome, PassId, TicketId};
 use crate::shared::State;
 use crate::slot::VmId;
+use crate::tasks::Doomed;
 
 /// What became of one request for a boot.
 pub(crate) struct Attempt {
@@ -71,6 +72,7 @@ impl<B: Backend> Actor<B> {
                 Outcome::BreakerOpen(failures) => {
                     Replenished::Failed(BootFailure::BreakerOpen(failures))
                 }
+                Outcome::Pressed => Replenished::Failed(BootFailure::MemoryPressure),
                 Outcome::Stopping => Replenished::Failed(BootFailure::Stopping),
             };
             let failed = match outcome {
@@ -88,8 +90,8 @@ impl<B: Backend> Actor<B> {
         };
         let answer = match outcome {
             Outcome::Booted(id) => Ok(id),
-            // An offer is no boot: the breaker says nothing about it.
-            Outcome::Full | Outcome::BreakerOpen(_) => Err(OfferRefusal::Full),
+            // An offer is no boot: neither the breaker nor the host's memory says anything about it.
+            Outcome::Full | Outcome::BreakerOpen(_) | Outcome::Pressed => Err(OfferRefusal::Full),
             Outcome::Stopping => Err(OfferRefusal::Stopping),
             Outcome::Failed(_) => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),
             Outcome::Denied(_) => Err(self.denial.map_or(OfferRefusal::Full, OfferRefusal::Denied)),
@@ -99,7 +101,9 @@ impl<B: Backend> Actor<B> {
             Err(why) => offer.reply.send(Err(OfferError { vm: offer.vm, why })),
         };
         match answer {
-            Err(Err(OfferError { vm: Some(vm), .. })) => self.destroy(None, vm, None),
+            Err(Err(OfferError { vm: Some(vm), .. })) => {
+                self.destroy(Doomed::Stray(offer.id), vm, None);
+            }
             // Adopted, though nobody hears of it.
             Err(Ok(id)) => debug_assert!(state.slots.contains_key(&id)),
             Err(Err(_)) | Ok(()) => {}
@@ -115,14 +119,14 @@ impl<B: Backend> Actor<B> {
     /// After the end: only leases are of interest.
     pub(super) fn receive_late(&mut self, message: Message<B>) {
         match message {
-            Message::Stray(vm, done) => self.destroy(None, vm, done),
+            Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(Some(id)), vm, done),
             Message::Offer(.., vm, reply) => {
                 let refusal = OfferError {
                     vm: Some(vm),
                     why: OfferRefusal::Stopping,
                 };
                 if let Err(Err(OfferError { vm: Some(vm), .. })) = reply.send(Err(refusal)) {
-                    self.destroy(None, vm, None);
+                    self.destroy(Doomed::Stray(None), vm, None);
                 }
             }
             Message::Replenish(.., reply) => {

@@ -13,6 +13,7 @@ use crate::guard::guarded;
 use crate::ledger::{Event, PassId, ProfileId};
 use crate::shared::State;
 use crate::slot::{Slot, VmId};
+use crate::tasks::Doomed;
 
 impl<B: Backend> Actor<B> {
     pub(super) fn booted(
@@ -26,7 +27,7 @@ impl<B: Backend> Actor<B> {
         let Some(slot) = state.slots.get_mut(&id) else {
             // The ledger keeps the slot of a boot until it is answered; do not lose the VM if not.
             if let Some(vm) = result.map_or_else(|failed| failed.vm, Some) {
-                self.destroy(None, vm, None);
+                self.destroy(Doomed::Stray(Some(id)), vm, None);
             }
             return;
         };
@@ -109,6 +110,38 @@ impl<B: Backend> Actor<B> {
             };
             self.shared.emit(Some(profile), None, kind);
         }
+    }
+
+    /// Tells if the profile's template could not be made, or could after all, since the last time.
+    pub(super) fn show_template(&self, state: &mut State<B>, profile: ProfileId) {
+        let (Some(kept), Some(last)) = (
+            self.shared.profile(profile),
+            state.no_template.get_mut(profile.0),
+        ) else {
+            return;
+        };
+        let backend = &self.shared.backend;
+        let now = guarded("no_template", || backend.no_template(&kept.spec)).flatten();
+        let (name, event) = (&*kept.name, |kind| {
+            self.shared.emit(Some(profile), None, kind)
+        });
+        match (&*last, &now) {
+            (None, None) => return,
+            (Some(before), Some(now)) if Arc::ptr_eq(before, now) => return,
+            (_, Some(error)) => {
+                let cause = error.source().map(ToString::to_string).unwrap_or_default();
+                tracing::warn!(profile = name, %error, cause, "no template: VMs boot from cold");
+                kept.metrics.template_failures.increment(1);
+                event(EventKind::TemplateFailed(Arc::clone(error)));
+            }
+            (Some(_), None) => {
+                tracing::info!(profile = name, "a template was made after all");
+                event(EventKind::TemplateMade);
+            }
+        }
+        let without = f64::from(u8::from(now.is_some()));
+        kept.metrics.without_template.set(without);
+        *last = now;
     }
 
     pub(crate) fn note_failure(

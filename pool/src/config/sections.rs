@@ -152,8 +152,8 @@ impl Default for LimitsConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PressureConfig {
-    /// Memory stall of the host, in percent of the last ten seconds, above which refill stops; 0:
-    /// do not look.
+    /// Memory stall of the host, in percent of the last ten seconds, above which refill stops, and starts
+    /// and calls of `replenish` are refused; 0: do not look.
     pub stall_percent: u32,
     /// How often a stopped refill looks again, in milliseconds.
     pub recheck_ms: u64,

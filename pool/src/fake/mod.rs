@@ -13,6 +13,7 @@ mod script;
 mod vm;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::error::Error;
 use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -70,6 +71,8 @@ struct World {
     retire: Option<Gate>,
     settle: Option<Gate>,
     faults: Faults,
+    /// Why profiles have no template.
+    refused: HashMap<String, Arc<FakeError>>,
     vms: BTreeMap<VmId, Weak<Life>>,
 }
 
@@ -162,6 +165,16 @@ impl FakeBackend {
     /// What is left of a boot or a preparation that was given up is gone when this gate says so.
     pub fn gate_settle(&self, gate: Option<Gate>) {
         self.world().settle = gate;
+    }
+
+    /// Says that no template of `profile` can be made, and why; none: it can. Each call is a failure, or a
+    /// success, of its own.
+    pub fn refuse_template(&self, profile: &str, why: Option<&'static str>) {
+        let refused = &mut self.world().refused;
+        match why {
+            Some(why) => refused.insert(profile.to_owned(), Arc::new(FakeError(why))),
+            None => refused.remove(profile),
+        };
     }
 
     /// Lets the next call of a method panic.
@@ -392,8 +405,16 @@ impl Backend for FakeBackend {
         }
     }
 
-    fn making(&self, _profile: &Profile) -> Making {
-        self.making.unwrap_or(Making::Boot)
+    fn making(&self, profile: &Profile) -> Making {
+        match self.no_template(profile) {
+            Some(_) => Making::Boot,
+            None => self.making.unwrap_or(Making::Boot),
+        }
+    }
+
+    fn no_template(&self, profile: &Profile) -> Option<Arc<dyn Error + Send + Sync>> {
+        let why = self.world().refused.get(&profile.name).cloned()?;
+        Some(why)
     }
 
     fn time_scale(&self) -> u32 {

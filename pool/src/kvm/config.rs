@@ -12,13 +12,15 @@ use tokio::sync::Semaphore;
 use super::KvmBackend;
 use super::birth::Births;
 use super::store::{DEFAULT_LIMIT, Store};
-use super::templates::Templates;
+use super::templates::{Retry, Templates};
 use crate::config::PoolConfig;
 
 /// How guests come to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Source {
-    /// One boot per profile becomes a template at the start; VMs are its forks.
+    /// One boot per profile becomes a template at the start; VMs are its forks. If the guest boots and cannot be
+    /// made a template (the host refuses, or is out of memory), VMs boot from cold, and the next boot after
+    /// `boot.breaker_cooldown_ms`, which doubles up to `boot.breaker_cooldown_max_ms`, tries it again.
     #[default]
     Fork,
     /// Every VM boots from cold.
@@ -61,7 +63,10 @@ impl KvmBackendBuilder {
             boot_timeout: scaled(config.boot.timeout_ms),
             balloon_timeout: scaled(config.balloon.timeout_ms),
             balloon_idle_mib: config.balloon.idle_target_mib,
-            templates: Templates::default(),
+            templates: Templates::new(Retry {
+                first: Duration::from_millis(config.boot.breaker_cooldown_ms),
+                longest: Duration::from_millis(config.boot.breaker_cooldown_max_ms),
+            }),
             store: Store::default_dir().map(|dir| Store::new(dir, DEFAULT_LIMIT)),
             births: Births::default(),
             turns: Semaphore::new(forks_at_once(cpu)),

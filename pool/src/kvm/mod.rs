@@ -1,6 +1,7 @@
-//! The backend that runs real guests on KVM: forks of a template, or cold boots.
+//! The backend that runs real guests on KVM: forks of a template, or cold boots where there is none.
 
 mod birth;
+mod capture;
 mod config;
 mod control;
 mod guest;
@@ -10,10 +11,11 @@ mod stream;
 mod templates;
 
 use std::collections::HashMap;
+use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
-use birth::Births;
+use birth::{Birth, Births};
 pub use config::{KvmBackendBuilder, KvmImage, Source};
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -26,7 +28,7 @@ pub use stream::GuestStream;
 use templates::Templates;
 use tokio::sync::Semaphore;
 
-use crate::backend::{Backend, ProbeError, Remote};
+use crate::backend::{Backend, Making, ProbeError, Remote};
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
 
@@ -39,7 +41,7 @@ pub struct KvmBackend {
     boot_timeout: Duration,
     balloon_timeout: Duration,
     balloon_idle_mib: u32,
-    templates: Templates<Template>,
+    templates: Templates<Template, CreateError>,
     /// Where templates outlast the process.
     store: Option<Store>,
     births: Births,
@@ -68,9 +70,23 @@ impl KvmBackend {
         })
     }
 
-    async fn template(&self, profile: &Profile) -> Result<Template, CreateError> {
+    /// None: there is none, and VMs boot from cold for now.
+    async fn template(&self, profile: &Profile) -> Result<Option<Template>, CreateError> {
         let make = || self.find_or_make_template(profile);
         self.templates.get_or_make(profile.into(), make).await
+    }
+
+    /// A fork of the profile's template if it has one, else a cold boot.
+    async fn fork_or_boot(
+        &self,
+        profile: &Profile,
+        id: VmId,
+        birth: &Birth,
+    ) -> Result<Guest, CreateError> {
+        match self.template(profile).await? {
+            Some(template) => self.fork(profile, id, template, birth).await,
+            None => self.boot(profile, birth).await,
+        }
     }
 }
 
@@ -90,10 +106,7 @@ impl Backend for KvmBackend {
         let birth = self.births.begin();
         let mut guest = match self.source {
             Source::Boot => self.boot(profile, &birth).await?,
-            Source::Fork => {
-                let template = self.template(profile).await?;
-                self.fork(profile, id, template, &birth).await?
-            }
+            Source::Fork => self.fork_or_boot(profile, id, &birth).await?,
         };
         guest.weigh().await;
         birth.done();
@@ -180,11 +193,16 @@ impl Backend for KvmBackend {
         error.kind()
     }
 
-    fn making(&self, _profile: &Profile) -> crate::Making {
+    fn making(&self, profile: &Profile) -> Making {
         match self.source {
-            Source::Boot => crate::Making::Boot,
-            Source::Fork => crate::Making::Fork,
+            Source::Fork if self.no_template(profile).is_none() => Making::Fork,
+            Source::Fork | Source::Boot => Making::Boot,
         }
+    }
+
+    fn no_template(&self, profile: &Profile) -> Option<Arc<dyn Error + Send + Sync>> {
+        let why = self.templates.setback(profile.into())?;
+        Some(why)
     }
 }
 

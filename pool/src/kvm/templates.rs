@@ -1,12 +1,15 @@
 //! The templates of a backend, by what they are made of. Each is made once, however many pools ask
-//! for it at a time.
+//! for it at a time; one that cannot be made is done without, and tried again from time to time.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::OnceCell;
+use tokio::time::Instant;
 
+use crate::ledger::breaker::doubled;
 use crate::profile::{Balloon, Profile};
 
 /// Everything of a profile that makes its template what it is. Its name does not: pools that share a
@@ -51,47 +54,166 @@ impl From<&Profile> for Ingredients {
     }
 }
 
-/// What was made, by its ingredients.
-pub(super) struct Templates<T> {
-    made: Mutex<HashMap<Ingredients, Arc<OnceCell<T>>>>,
+/// Why there is nothing to copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unmade<E> {
+    /// There was no guest to make it of: a boot from cold would fare no better.
+    NoGuest(E),
+    /// The guest was well, but could not be made a template of: a boot from cold will do.
+    Refused(E),
 }
 
-impl<T> Default for Templates<T> {
-    fn default() -> Self {
-        Self {
-            made: Mutex::default(),
+/// How long what was refused is not tried again: at first, and at most; doubled each time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Retry {
+    pub(super) first: Duration,
+    pub(super) longest: Duration,
+}
+
+/// What was made, by its ingredients.
+pub(super) struct Templates<T, E> {
+    retry: Retry,
+    places: Mutex<HashMap<Ingredients, Arc<Place<T, E>>>>,
+}
+
+struct Place<T, E> {
+    made: OnceCell<T>,
+    setback: Mutex<Option<Setback<E>>>,
+}
+
+struct Setback<E> {
+    why: Arc<E>,
+    times: u32,
+    again: Instant,
+}
+
+/// Whose turn it is to make something.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// Nobody has tried: whoever comes waits for the one who does.
+    InLine,
+    /// It was refused, long enough ago: one tries again, and nobody waits.
+    Again,
+    /// It was refused.
+    Nobodys,
+}
+
+impl<T, E> Place<T, E> {
+    fn setback(&self) -> MutexGuard<'_, Option<Setback<E>>> {
+        self.setback.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn turn(&self, retry: Retry) -> Turn {
+        let now = Instant::now();
+        match &mut *self.setback() {
+            None => Turn::InLine,
+            Some(setback) if now < setback.again => Turn::Nobodys,
+            Some(setback) => {
+                // Also if this try is given up half-way.
+                setback.again = now + retry.after(setback.times);
+                Turn::Again
+            }
         }
+    }
+
+    fn set_back(&self, retry: Retry, why: E) {
+        let mut setback = self.setback();
+        let times = setback.as_ref().map_or(0, |last| last.times);
+        *setback = Some(Setback {
+            why: Arc::new(why),
+            times: times.saturating_add(1),
+            again: Instant::now() + retry.after(times),
+        });
     }
 }
 
-impl<T: Clone> Templates<T> {
+impl Retry {
+    fn after(self, times: u32) -> Duration {
+        doubled(self.first, times, self.longest)
+    }
+}
+
+impl<T: Clone, E> Templates<T, E> {
+    pub(super) fn new(retry: Retry) -> Self {
+        let places = Mutex::default();
+        Self { retry, places }
+    }
+
     /// What is made of `ingredients`; made by `make` if nobody has yet. Who asks meanwhile waits for
-    /// it; if it fails or is cancelled, the next one tries.
-    pub(super) async fn get_or_make<E, F>(
+    /// it; if it fails or is cancelled, the next one tries. None: it was refused, and is tried again later.
+    ///
+    /// # Errors
+    /// If there was no guest to make it of.
+    pub(super) async fn get_or_make<F>(
         &self,
         ingredients: Ingredients,
         make: impl FnOnce() -> F,
-    ) -> Result<T, E>
+    ) -> Result<Option<T>, E>
     where
-        F: Future<Output = Result<T, E>>,
+        F: Future<Output = Result<T, Unmade<E>>>,
     {
-        let cell = {
-            let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(made.entry(ingredients).or_default())
+        let place = self.place(ingredients);
+        let turn = match place.made.get() {
+            Some(made) => return Ok(Some(made.clone())),
+            None => place.turn(self.retry),
         };
-        cell.get_or_try_init(make).await.cloned()
+        if turn == Turn::Nobodys {
+            return Ok(None);
+        }
+        let make = || async {
+            if turn == Turn::InLine && place.setback().is_some() {
+                // The one who was waited for was refused.
+                return Err(None);
+            }
+            match make().await {
+                Ok(made) => {
+                    *place.setback() = None;
+                    Ok(made)
+                }
+                Err(Unmade::NoGuest(why)) => Err(Some(why)),
+                Err(Unmade::Refused(why)) => {
+                    place.set_back(self.retry, why);
+                    Err(None)
+                }
+            }
+        };
+        match place.made.get_or_try_init(make).await {
+            Ok(made) => Ok(Some(made.clone())),
+            Err(None) => Ok(None),
+            Err(Some(why)) => Err(why),
+        }
+    }
+
+    /// Why nothing is made of `ingredients`, if it was refused last.
+    pub(super) fn setback(&self, ingredients: Ingredients) -> Option<Arc<E>> {
+        let place = self.place(ingredients);
+        let setback = place.setback();
+        setback.as_ref().map(|setback| Arc::clone(&setback.why))
+    }
+
+    fn place(&self, ingredients: Ingredients) -> Arc<Place<T, E>> {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = places.entry(ingredients).or_insert_with(|| {
+            let (made, setback) = (OnceCell::new(), Mutex::new(None));
+            Arc::new(Place { made, setback })
+        });
+        Arc::clone(place)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
-    use std::time::Duration;
 
     use tokio::time::{sleep, timeout};
 
     use super::*;
     use crate::profile::Parking;
+
+    const RETRY: Retry = Retry {
+        first: Duration::from_secs(30),
+        longest: Duration::from_secs(100),
+    };
 
     fn profile() -> Profile {
         Profile::new("one", "image")
@@ -122,9 +244,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_asks_at_the_same_time_gets_the_same_and_a_failure_or_a_cancel_is_made_good() {
-        let templates = Templates::<u32>::default();
+        let templates = Templates::<u32, ()>::new(RETRY);
         let made = AtomicU32::new(0);
-        let ask = |profile: Profile, outcome: Result<(), ()>| {
+        let ask = |profile: Profile, outcome: Result<(), Unmade<()>>| {
             let (templates, made) = (&templates, &made);
             async move {
                 let make = || async {
@@ -139,17 +261,74 @@ mod tests {
         let three = || ask(profile(), Ok(()));
         assert_eq!(
             tokio::join!(three(), three(), three()),
-            (Ok(0), Ok(0), Ok(0))
+            (Ok(Some(0)), Ok(Some(0)), Ok(Some(0)))
         );
-        assert_eq!(three().await, Ok(0));
+        assert_eq!(three().await, Ok(Some(0)));
         // Another guest under the same name is another guest.
         let other = || profile().env("A", "1");
         let cancelled = timeout(Duration::from_secs(1), ask(other(), Ok(()))).await;
         assert!(cancelled.is_err());
+        let no_guest = Err(Unmade::NoGuest(()));
         assert_eq!(
-            tokio::join!(ask(other(), Err(())), ask(other(), Ok(()))),
-            (Err(()), Ok(2))
+            tokio::join!(ask(other(), no_guest), ask(other(), Ok(()))),
+            (Err(()), Ok(Some(2)))
         );
         assert_eq!(made.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_refused_is_done_without_and_tried_again_by_one_at_a_time_ever_less_often() {
+        let templates = Templates::<(), u32>::new(RETRY);
+        let tries = AtomicU32::new(0);
+        let ask = |outcome: fn(u32) -> Result<(), Unmade<u32>>| {
+            let (templates, tries) = (&templates, &tries);
+            async move {
+                let make = || async {
+                    sleep(Duration::from_secs(1)).await;
+                    outcome(tries.fetch_add(1, Ordering::Relaxed))
+                };
+                let ingredients = Ingredients::from(&profile());
+                templates.get_or_make(ingredients, make).await
+            }
+        };
+        let why = || {
+            templates
+                .setback(Ingredients::from(&profile()))
+                .map(|why| *why)
+        };
+        let refused = || ask(|number| Err(Unmade::Refused(number)));
+        // Both wait for the first try; the second makes none of its own.
+        assert_eq!(tokio::join!(refused(), refused()), (Ok(None), Ok(None)));
+        assert_eq!((tries.load(Ordering::Relaxed), why()), (1, Some(0)));
+        for (number, wait) in [(1, 30), (2, 60), (3, 100), (4, 100)] {
+            sleep(Duration::from_secs(wait - 1)).await;
+            assert_eq!(refused().await, Ok(None));
+            assert_eq!(tries.load(Ordering::Relaxed), number, "not yet");
+            sleep(Duration::from_secs(1)).await;
+            let began = Instant::now();
+            let other = async {
+                sleep(Duration::from_millis(1)).await;
+                let other = refused().await;
+                (other, began.elapsed() < Duration::from_millis(10))
+            };
+            let (mine, other) = tokio::join!(refused(), other);
+            assert_eq!((mine, other), (Ok(None), (Ok(None), true)), "nobody waits");
+            assert_eq!(
+                (tries.load(Ordering::Relaxed), why()),
+                (number + 1, Some(number))
+            );
+        }
+        // One that is given up, or has no guest, leaves it to the next in time.
+        sleep(Duration::from_secs(100)).await;
+        let given_up = timeout(Duration::from_millis(500), refused()).await;
+        assert!(given_up.is_err());
+        assert_eq!(refused().await, Ok(None));
+        sleep(Duration::from_secs(100)).await;
+        let no_guest = ask(|number| Err(Unmade::NoGuest(number))).await;
+        assert_eq!((no_guest, why()), (Err(5), Some(4)));
+        sleep(Duration::from_secs(100)).await;
+        assert_eq!(ask(|_| Ok(())).await, Ok(Some(())));
+        assert_eq!(why(), None);
+        assert_eq!(refused().await, Ok(Some(())));
     }
 }

@@ -125,6 +125,8 @@ pub enum Outcome {
     Denied(VmId),
     /// So many boots failed in a row that none is tried for a while.
     BreakerOpen(u32),
+    /// The host is short of memory.
+    Pressed,
     /// The pool is not running.
     Stopping,
 }

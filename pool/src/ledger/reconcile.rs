@@ -54,6 +54,10 @@ impl Ledger {
                     let outcome = Outcome::BreakerOpen(book.breaker.failures());
                     book.tickets.pop_front();
                     self.out.push(Action::Settle(ticket, outcome));
+                } else if self.pressed && !book.is_owed() {
+                    // A boot for a caller who waits is no stock.
+                    book.tickets.pop_front();
+                    self.out.push(Action::Settle(ticket, Outcome::Pressed));
                 } else if book.has_room() && book.boots_running() < book.permits_by_hand() {
                     book.tickets.pop_front();
                     self.begin_boot(profile, Origin::Ticket(ticket));

@@ -2,6 +2,7 @@
 //! step checks the invariants that the module states.
 
 mod invariants;
+mod options;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{
     Action, BreakerRules, Event, Ledger, Outcome, PassId, Phase, PoolRules, ProfileId, Rules,
-    ScaleRules, TicketId, WaiterId,
+    ScaleRules, Stage, TicketId, WaiterId,
 };
 use crate::policy;
 use crate::slot::VmId;
@@ -39,6 +40,8 @@ enum Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Step {
     Take(ProfileId),
+    /// So many at once, or none.
+    TakeMany(ProfileId, usize),
     Tell(Event),
     /// Time goes by until the ledger wants to be woken.
     Sleep,
@@ -52,6 +55,10 @@ pub(super) struct Case {
     pub(super) refill: bool,
     /// Whether demand moves the sizes.
     pub(super) scales: bool,
+    /// Whether callers come for several VMs at once.
+    pub(super) bursts: bool,
+    /// Whether health passes happen by themselves.
+    pub(super) passes: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -74,6 +81,8 @@ pub(super) struct World {
     made: usize,
     lease_limit: usize,
     profiles: usize,
+    bursts: bool,
+    passes: bool,
 }
 
 impl World {
@@ -106,7 +115,7 @@ impl World {
         };
         let pool = PoolRules {
             lease_limit: case.lease_limit,
-            health_interval: None,
+            health_interval: case.passes.then_some(Duration::from_secs(15)),
             lease_deadline: Some(Duration::from_secs(1_000)),
             lease_idle: Some(Duration::from_secs(300)),
         };
@@ -125,6 +134,8 @@ impl World {
             made: 0,
             lease_limit: case.lease_limit,
             profiles: case.sizes.len(),
+            bursts: case.bursts,
+            passes: case.passes,
         }
     }
 
@@ -132,72 +143,18 @@ impl World {
         self.made
     }
 
-    /// Everything that may happen now. `lavish`: also what only callers decide.
-    pub(super) fn options(&self) -> Vec<Step> {
-        let mut events = Vec::new();
-        let mut steps = vec![Step::Sleep];
-        for profile in (0..self.profiles).map(ProfileId) {
-            steps.push(Step::Take(profile));
-            if self.waiters.len() < 2 {
-                events.push(Event::Wait(profile, WaiterId(self.next)));
-            }
-            if self.tickets.len() < 2 {
-                events.push(Event::Replenish(profile, TicketId(self.next)));
-                events.push(Event::Offer(profile, TicketId(self.next)));
-            }
-            events.push(Event::BeginCheck(profile, 1, PassId(1)));
-            events.extend((0..=2).map(|size| Event::Resize(profile, size)));
-            events.push(Event::Drain(profile));
-            events.push(Event::Undrain(profile));
-        }
-        events.extend(self.waiters.keys().map(|waiter| Event::Leave(*waiter)));
-        events.extend(self.tickets.iter().map(|ticket| Event::Forget(*ticket)));
-        for (id, (profile, place)) in &self.vms {
-            let id = *id;
-            match place {
-                Place::Booting { .. } => events.extend([
-                    Event::Booted(id),
-                    Event::BootFailed(id, false),
-                    Event::BootFailed(id, true),
-                    Event::Denied(id),
-                ]),
-                Place::Joining { .. } => events.extend([
-                    Event::Booted(id),
-                    Event::BootFailed(id, false),
-                    Event::BootFailed(id, true),
-                ]),
-                Place::Unmade => {}
-                Place::Slot => events.push(Event::Ended(id)),
-                Place::Lease { waiter } => {
-                    events.extend([Event::Returned(id), Event::Withdrawn(id), Event::Ended(id)]);
-                    if let Some(waiter) = *waiter {
-                        events.push(Event::Untouched(id));
-                        if self.spent.contains(&id) {
-                            events.push(Event::Wait(*profile, waiter));
-                        }
-                    }
+    /// Whether the loop's own pass holds a VM.
+    pub(super) fn is_in_periodic_pass(&self) -> bool {
+        let mut stages = self.ledger.entries.values().map(|entry| entry.stage);
+        stages.any(|stage| {
+            matches!(
+                stage,
+                Stage::Checking {
+                    pass: PassId::PERIODIC,
+                    ..
                 }
-                Place::Retiring => events.push(Event::Retired(id)),
-            }
-        }
-        for (id, check) in &self.verdicts {
-            events.push(Event::Checked(*id, *check, true));
-            events.push(Event::Checked(*id, *check, false));
-        }
-        events.extend(self.kills.iter().map(|id| Event::Killed(*id)));
-        for id in &self.asked {
-            events.extend([Event::Active(*id), Event::Idle(*id)]);
-        }
-        events.extend([Event::AbandonPass(PassId(1)), Event::CapacityFreed]);
-        events.extend([Event::Pressure(true), Event::Pressure(false)]);
-        match self.ledger.phase() {
-            Phase::Stopped => events.push(Event::Start),
-            Phase::Starting => events.push(Event::Run),
-            Phase::Running | Phase::Stopping => {}
-        }
-        events.push(Event::Stop(self.now + Duration::from_secs(5)));
-        steps.extend(events.into_iter().map(Step::Tell));
-        steps
+            )
+        })
     }
 
     /// Lets it happen, does what the ledger asks for and checks that all is well.
@@ -208,6 +165,23 @@ impl World {
                     self.hand_out(id, profile, None);
                 }
                 // The actor is nudged.
+                self.tell(Event::Tick);
+            }
+            Step::TakeMany(profile, count) => {
+                let before = self.ledger.counts(profile);
+                match self.ledger.take_many(self.now, profile, count) {
+                    Ok(ids) => {
+                        assert_eq!(ids.len(), count);
+                        for id in ids {
+                            self.hand_out(id, profile, None);
+                        }
+                    }
+                    Err(_) => {
+                        let after = self.ledger.counts(profile);
+                        let taken = (before.parked(), before.leased);
+                        assert_eq!((after.parked(), after.leased), taken, "not whole");
+                    }
+                }
                 self.tell(Event::Tick);
             }
             Step::Sleep => {

@@ -199,6 +199,41 @@ async fn cancelling_an_acquire_at_any_await_point_loses_no_vm() {
     assert_eq!(tally.created, tally.retired + tally.dropped);
 }
 
+/// Polled so often, served before the so-manieth poll, then dropped.
+#[tokio::test(start_paused = true)]
+async fn an_acquire_that_is_dropped_after_any_number_of_polls_leaves_the_counts_right() {
+    for polls in 0..5 {
+        for served_before in 0..=polls {
+            let fake = FakeBackend::new();
+            let pool = by_hand(&fake, config(1)).await;
+            let waiting = pool.clone();
+            let mut waiter = Box::pin(async move { waiting.acquire_timeout(PY, secs(9)).await });
+            let mut lease = None;
+            for poll in 0..polls {
+                if poll == served_before {
+                    pool.replenish(PY).await.unwrap();
+                }
+                if let std::task::Poll::Ready(served) = futures::poll!(&mut waiter) {
+                    lease = Some(served.unwrap());
+                    break;
+                }
+            }
+            let served = lease.is_some();
+            assert_eq!(served, served_before < polls, "{polls}, {served_before}");
+            if !served {
+                // It lies in its channel, or is parked if nobody has waited yet.
+                pool.replenish(PY).await.unwrap();
+            }
+            drop((waiter, lease));
+            settle().await;
+            let (now, kept) = (counts(&pool, PY), usize::from(!served));
+            assert_eq!((now.ready, now.leased, now.waiting), (kept, 0, 0));
+            assert_eq!((now.hits, fake.live().len()), (u64::from(served), kept));
+            stop_clean(pool, &fake).await;
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn waiters_are_served_in_the_order_in_which_they_came_and_nobody_overtakes() {
     let fake = FakeBackend::new();
@@ -340,6 +375,36 @@ async fn a_burst_is_served_whole_or_not_at_all() {
     assert!(pool.acquire_many(PY, 0).unwrap().is_empty());
     drop(leases);
     gate.open();
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_beyond_max_concurrent_vms_is_refused_whole() {
+    let fake = FakeBackend::new();
+    let config = PoolConfig::new(3)
+        .profile(Profile::new(PY, PY).warm_pool_size(4))
+        .health(quiet());
+    let pool = running(&fake, config).await;
+    let refused = |count| {
+        let refused = pool.acquire_many(PY, count).unwrap_err();
+        let AcquireError::Exhausted { why, .. } = refused else {
+            panic!("{refused}")
+        };
+        assert_eq!(why, Shortage::LeaseLimit(3));
+        assert_eq!(ready(&pool), 4, "nothing was taken");
+    };
+    refused(4);
+    let one = pool.acquire(PY).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    refused(3);
+    let two = pool.acquire_many(PY, 2).unwrap();
+    pool.wait_ready(secs(1)).await.unwrap();
+    refused(1);
+    let now = counts(&pool, PY);
+    assert_eq!((now.hits, now.misses), (3, 0), "all were there to be had");
+    drop(two);
+    assert_eq!(pool.acquire_many(PY, 2).unwrap().len(), 2);
+    drop(one);
     stop_clean(pool, &fake).await;
 }
 

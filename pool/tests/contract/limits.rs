@@ -1,9 +1,10 @@
 //! What all profiles together may take from the host.
 
 use crate::support::*;
-use hearth_pool::fake::{FakeBackend, FakeHost};
+use hearth_pool::fake::{Boot, FakeBackend, FakeHost};
 use hearth_pool::{
-    AcquireError, BootFailure, Denial, Pool, PoolConfig, Profile, Replenished, Shortage,
+    AcquireError, BootFailure, Denial, Pool, PoolConfig, Profile, Refill, Replenished, Shortage,
+    StartError,
 };
 use tokio::time::sleep;
 
@@ -106,6 +107,93 @@ async fn memory_pressure_stops_refill_but_not_boots_for_waiting_callers() {
     pool.wait_ready(secs(3)).await.unwrap();
     assert!(!pool.status().memory_pressure);
     drop(lease);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_pressure_refuses_replenish_by_hand_but_not_for_waiting_callers() {
+    let fake = FakeBackend::new();
+    let host = FakeHost::new(Some(100_000));
+    let config = config(2).refill(Refill::Manual);
+    let pool = Pool::with_host(fake.clone(), config, host.clone()).unwrap();
+    pool.start().await.unwrap();
+    let replenish = async || pool.replenish(PY).await.unwrap();
+    assert!(matches!(replenish().await, Replenished::Booted(_)));
+    sleep(secs(2)).await;
+    host.stall(55.0);
+    let calls = (0..3).map(|_| pool.replenish(PY));
+    for refused in futures::future::join_all(calls).await {
+        let Ok(Replenished::Failed(why @ BootFailure::MemoryPressure)) = refused else {
+            panic!("{refused:?}")
+        };
+        assert!(why.to_string().contains("pressure.stall_percent"), "{why}");
+    }
+    let now = counts(&pool, PY);
+    assert_eq!((now.boots, now.boot_failures, now.booting), (1, 0, 0));
+    assert!(!now.breaker_open, "nothing was tried");
+    // What exists is served, adopted and checked as ever.
+    pool.offer(PY, fake.make(PY)).await.unwrap();
+    assert_eq!(pool.check(PY, 2).await.unwrap().healthy, 2);
+    assert!(matches!(replenish().await, Replenished::Full));
+    let leases = pool.acquire_many(PY, 2).unwrap();
+    let waiting = pool.clone();
+    let waiter = tokio::spawn(async move { waiting.acquire_timeout(PY, secs(9)).await });
+    settle().await;
+    assert!(matches!(replenish().await, Replenished::Booted(_)));
+    drop((leases, waiter.await.unwrap().unwrap()));
+    host.stall(0.5);
+    sleep(secs(2)).await;
+    assert!(matches!(replenish().await, Replenished::Booted(_)));
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_pressure_refuses_a_start_before_it_makes_anything() {
+    for refill in [Refill::Automatic, Refill::Manual] {
+        let fake = FakeBackend::new();
+        let host = FakeHost::new(Some(100_000));
+        host.stall(55.0);
+        fake.script_prepare(PY, [Boot::Panic]);
+        let config = config(2).refill(refill);
+        let pool = Pool::with_host(fake.clone(), config, host.clone()).unwrap();
+        let error = pool.start().await.unwrap_err();
+        let StartError::NoVm(report) = &error else {
+            panic!("{error}")
+        };
+        let failure = &report.profiles[0].failures[0];
+        assert!(matches!(failure.why, BootFailure::MemoryPressure));
+        assert!(error.to_string().contains("short of memory"), "{error}");
+        assert_eq!(fake.tally(PY).boots, 0);
+        fake.script_prepare(PY, [Boot::Fine]);
+        host.stall(0.0);
+        // Not even its preparation was begun: the panic is still to come.
+        assert!(pool.start().await.is_err());
+        pool.start().await.unwrap();
+        stop_clean(pool, &fake).await;
+    }
+}
+
+/// What came before it is kept, the rest comes after it.
+#[tokio::test(start_paused = true)]
+async fn memory_pressure_in_the_middle_of_a_start_holds_what_is_left_of_it() {
+    let fake = FakeBackend::new();
+    let host = FakeHost::new(Some(100_000));
+    fake.by_default(PY, Boot::After(secs(3)));
+    let pool = Pool::with_host(fake.clone(), config(4), host.clone()).unwrap();
+    let starting = pool.clone();
+    let start = tokio::spawn(async move { starting.start().await });
+    sleep(secs(1)).await;
+    host.stall(55.0);
+    let report = start.await.unwrap().unwrap();
+    let python = &report.profiles[0];
+    assert_eq!((python.wanted, python.booted), (4, 2));
+    let held = python.failures.iter().map(|failure| &failure.why);
+    let held = held.filter(|why| matches!(why, BootFailure::MemoryPressure));
+    assert_eq!(held.count(), 2);
+    sleep(secs(60)).await;
+    assert_eq!(fake.tally(PY).boots, 2);
+    host.stall(0.0);
+    pool.wait_ready(secs(10)).await.unwrap();
     stop_clean(pool, &fake).await;
 }
 

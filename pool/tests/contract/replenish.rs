@@ -157,35 +157,37 @@ async fn sequential_calls_fill_an_empty_pool_of_size_n_in_n_boots() {
 
 #[tokio::test(start_paused = true)]
 async fn profiles_never_block_one_another() {
-    // Each one's boot waits until the other's has begun.
-    let fake = FakeBackend::new();
-    let (python, javascript) = (gated(&fake, PY), gated(&fake, JS));
-    let config = config(1).profile(Profile::new(JS, JS).warm_pool_size(1));
-    let pool = by_hand(&fake, config).await;
-    let first = pool.replenish(PY);
-    let second = pool.replenish(JS);
-    let releases = async {
-        python.held(1).await;
-        javascript.held(1).await;
-        javascript.open();
-        while counts(&pool, JS).ready == 0 {
-            tokio::task::yield_now().await;
-        }
-        python.open();
-    };
-    let (first, second, ()) = tokio::join!(first, second, releases);
-    assert_eq!(booted(&[first.unwrap(), second.unwrap()]), 2);
+    // Each one's boot waits until the other's has begun, and one's until the other's is over.
+    for [one, other] in [[PY, JS], [JS, PY]] {
+        let fake = FakeBackend::new();
+        let (waits, goes) = (gated(&fake, one), gated(&fake, other));
+        let config = config(1).profile(Profile::new(JS, JS).warm_pool_size(1));
+        let pool = by_hand(&fake, config).await;
+        let releases = async {
+            waits.held(1).await;
+            goes.held(1).await;
+            goes.open();
+            while counts(&pool, other).ready == 0 {
+                tokio::task::yield_now().await;
+            }
+            waits.open();
+        };
+        let (first, second, ()) =
+            tokio::join!(pool.replenish(one), pool.replenish(other), releases);
+        assert_eq!(booted(&[first.unwrap(), second.unwrap()]), 2);
+        stop_clean(pool, &fake).await;
+    }
 
     // A profile whose boots hang does not keep the other from refilling.
-    let lease = (pool.acquire(PY).unwrap(), pool.acquire(JS).unwrap());
+    let fake = FakeBackend::new();
     fake.by_default(PY, Boot::Hang);
-    fake.by_default(JS, Boot::Fine);
+    let config = config(1).profile(Profile::new(JS, JS).warm_pool_size(1));
+    let pool = by_hand(&fake, config).await;
     let other = pool.clone();
     let hanging = tokio::spawn(async move { other.replenish(PY).await });
     settle().await;
     assert_eq!(booted(&[pool.replenish(JS).await.unwrap()]), 1);
     hanging.abort();
-    drop(lease);
     stop_clean(pool, &fake).await;
 }
 
@@ -246,6 +248,21 @@ async fn the_loop_retries_a_failed_boot_with_backoff_until_the_pool_is_full() {
     let took = began.elapsed();
     assert!((millis(600)..=millis(2_900)).contains(&took), "{took:?}");
     assert_eq!(fake.tally(PY).boots, 5);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_ends_the_retries() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(1)).await;
+    fake.by_default(PY, Boot::Fail("for ever"));
+    drop(pool.acquire(PY).unwrap());
+    sleep(millis(300)).await;
+    let boots = fake.tally(PY).boots;
+    assert!(boots > 1, "it was tried");
+    pool.stop().await;
+    sleep(secs(3_600)).await;
+    assert_eq!(fake.tally(PY).boots, boots);
     stop_clean(pool, &fake).await;
 }
 

@@ -401,6 +401,30 @@ async fn wait_ready_resolves_when_every_profile_is_full() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn wait_ready_does_not_poll() {
+    let fake = FakeBackend::new();
+    let mut config = config(2);
+    config.boot.timeout_ms = 7_200_000;
+    let pool = running(&fake, config).await;
+    let gate = gated(&fake, PY);
+    let lease = pool.acquire(PY).unwrap();
+    let waiting = pool.clone();
+    let waits = tokio::spawn(async move { waiting.wait_ready(secs(7_200)).await });
+    settle().await;
+    let metrics = tokio::runtime::Handle::current().metrics();
+    let before = metrics.worker_park_count(0);
+    // Less than a boot may take here.
+    sleep(secs(3_600)).await;
+    let parks = metrics.worker_park_count(0) - before;
+    assert!(parks <= 4, "{parks} wake-ups in an hour");
+    assert!(!waits.is_finished());
+    gate.open();
+    assert_eq!(waits.await.unwrap(), Ok(()));
+    drop(lease);
+    stop_clean(pool, &fake).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn dropping_the_pool_without_stop_cleans_up_in_the_background() {
     let fake = FakeBackend::new();
     let metrics = tokio::runtime::Handle::current().metrics();

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use hearth_pool::{AcquireError, Parking};
 use hearth_tests::{kvm, within};
+use hearth_vmm::{CpuProfile, Host, VmStatus};
 
 use crate::rig::{BASE, Rig, config, counts, full, run, stop};
 
@@ -22,6 +23,32 @@ async fn a_parked_guest_is_handed_out_answers_and_runs_programs_paused_or_runnin
         assert_eq!(output.stdout, b"warm\n");
         within(6, "release", guest.release()).await;
         full(&pool).await;
+        stop(pool).await;
+    }
+}
+
+/// Where its kernel is emulated a guest that runs costs processor time though it does nothing.
+#[tokio::test]
+async fn a_guest_waits_as_suits_the_kind_of_host_unless_it_is_told_how() {
+    if !kvm() {
+        return;
+    }
+    let of_host = match Host::get().unwrap().profile() {
+        CpuProfile::Native => Parking::Running,
+        CpuProfile::Emulated => Parking::Paused,
+    };
+    for told in [None, Some(Parking::Running), Some(Parking::Paused)] {
+        let rig = Rig::new().await;
+        let mut config = config(1);
+        config.park = told;
+        let pool = rig.pool(config).await;
+        let guest = pool.acquire(BASE).unwrap();
+        let expected = match told.unwrap_or(of_host) {
+            Parking::Running => VmStatus::Running,
+            Parking::Paused => VmStatus::Paused,
+        };
+        assert_eq!(rig.found(&guest), expected, "{told:?}");
+        drop(guest);
         stop(pool).await;
     }
 }

@@ -54,23 +54,28 @@ async fn a_paused_guest_is_paused_again_after_its_check_which_opens_no_connectio
 
 /// Its end is not told here, as when the telling itself is at fault.
 #[tokio::test]
-async fn a_check_finds_a_dead_guest_and_has_it_replaced() {
+async fn a_check_finds_a_guest_that_was_killed_panicked_went_off_or_lost_its_agent() {
     if !kvm() {
         return;
     }
     let rig = Rig::new().await;
     rig.deafen();
-    let pool = rig.pool(config(2)).await;
-    let victim = rig.all().pop().unwrap();
-    victim.kill().await;
-    assert_eq!(counts(&pool).ready, 2, "nobody has noticed yet");
-    let mut events = pool.subscribe();
-    let report = within(10, "check", pool.check(BASE, 2)).await.unwrap();
-    assert_eq!((report.healthy, report.unhealthy), (1, 1));
-    assert_eq!(verdict_on(&mut events, victim.id).await, ProbeError::Dead);
-    full(&pool).await;
+    let pool = rig.pool(config(2).park(Parking::Running)).await;
+    for way in ["kill", "panic", "poweroff", "crash-agent"] {
+        let victim = rig.all().pop().unwrap();
+        match way {
+            "kill" => victim.kill().await,
+            program => victim.die_of(program).await,
+        }
+        assert_eq!(counts(&pool).ready, 2, "{way}: nobody has noticed yet");
+        let mut events = pool.subscribe();
+        let report = within(10, "check", pool.check(BASE, 2)).await.unwrap();
+        assert_eq!((report.healthy, report.unhealthy), (1, 1), "{way}");
+        let verdict = verdict_on(&mut events, victim.id).await;
+        assert_eq!(verdict, ProbeError::Dead, "{way}");
+        full(&pool).await;
+    }
     for guest in pool.acquire_many(BASE, 2).unwrap() {
-        assert_ne!(guest.id(), victim.id);
         within(6, "ping", guest.ping()).await.unwrap();
     }
     stop(pool).await;

@@ -1,12 +1,14 @@
 //! What a lease is good for, and when it ends by itself.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use hearth_pool::{Backend, EventKind, Overdue, Parking, Refill};
+use hearth_pool::kvm::GuestError;
+use hearth_pool::{Backend, EventKind, Overdue, Parking, Refill, VmId};
 use hearth_tests::{kvm, patience, within};
+use hearth_vmm::virtio::vsock::ConnectError;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::rig::{BASE, Rig, config, run, stop};
+use crate::rig::{BASE, Rig, builder, config, run, stop};
 
 #[tokio::test]
 async fn a_lease_has_streams_to_programs_of_its_guest() {
@@ -33,6 +35,67 @@ async fn a_lease_has_streams_to_programs_of_its_guest() {
     assert!(within(6, "refusal", guest.connect(3001)).await.is_err());
     drop(guest);
     stop(pool).await;
+}
+
+#[tokio::test]
+async fn a_connection_to_a_guest_that_does_not_answer_fails_after_the_connect_timeout() {
+    if !kvm() {
+        return;
+    }
+    let mut config = config(1);
+    config.boot.connect_timeout_ms = 300;
+    let limit = patience(Duration::from_millis(300));
+    let backend = builder(&config).await.build();
+    let profile = &config.profiles[0];
+    let guest = backend.create(profile, VmId(1)).await.unwrap();
+    // The connection that it has from its template is there already.
+    let mut kept = guest.agent().await.unwrap();
+    within(6, "ping", kept.ping(1)).await.unwrap();
+    guest.vm().pause().unwrap();
+    let began = Instant::now();
+    let late = within(1, "the connect timeout", guest.connect(3000)).await;
+    assert!(
+        matches!(late, Err(GuestError::Connect(ConnectError::TimedOut { waited, .. })) if waited == limit),
+        "{late:?}"
+    );
+    assert!(began.elapsed() >= limit);
+    let late = within(1, "the connect timeout", guest.agent()).await;
+    assert!(
+        matches!(
+            late,
+            Err(GuestError::Connect(ConnectError::TimedOut { .. }))
+        ),
+        "{late:?}"
+    );
+    guest.vm().resume().unwrap();
+    within(6, "ping", kept.ping(2)).await.unwrap();
+
+    // Its kernel takes connections, and its agent, which stands still, greets nobody.
+    let wedges = async {
+        // It may be stopped before it tells that the program has started.
+        let wedged = kept.exec(guest.command("wedge-agent")).await;
+        std::future::pending::<()>().await;
+        drop(wedged);
+    };
+    let silent = async {
+        loop {
+            if let Err(error) = guest.agent().await {
+                return error;
+            }
+        }
+    };
+    let silent = async {
+        tokio::select! {
+            silent = silent => silent,
+            () = wedges => unreachable!(),
+        }
+    };
+    let silent = within(6, "a silent agent", silent).await;
+    assert!(
+        matches!(silent, GuestError::Silent(after) if after == limit),
+        "{silent:?}"
+    );
+    backend.retire(guest).await;
 }
 
 /// One that its template left it; the next ones open their own.

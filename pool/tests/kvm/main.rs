@@ -9,12 +9,14 @@
     reason = "a test fails by panicking"
 )]
 
+mod cold;
 mod ended;
 mod hand_off;
 mod health;
 mod idle;
 mod leases;
 mod nothing_left;
+mod profiles;
 mod rig;
 mod templates;
 mod torture;

@@ -1,6 +1,7 @@
 //! A backend of real guests that can be disturbed while they are parked.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -225,6 +226,19 @@ impl Victim {
         })
     }
 
+    /// Lets the guest run a program behind the pool's back, if it still can; for as long as both go on.
+    pub(crate) async fn run_if_it_can(&self, program: &str) {
+        let Ok(stream) = self.vsock.connect(AGENT_PORT).await else {
+            return;
+        };
+        let Ok(agent) = AgentClient::handshake(stream).await else {
+            return;
+        };
+        if let Ok(exec) = agent.exec(Command::new(program)).await {
+            let _ = exec.wait().await;
+        }
+    }
+
     /// Lets the guest run a program behind the pool's back; it ends the guest.
     pub(crate) async fn die_of(&self, program: &str) {
         let agent = agent_of(&self.vsock).await;
@@ -277,6 +291,10 @@ impl Backend for Rig {
 
     fn making(&self, profile: &Profile) -> Making {
         self.kvm.making(profile)
+    }
+
+    fn no_template(&self, profile: &Profile) -> Option<Arc<dyn Error + Send + Sync>> {
+        self.kvm.no_template(profile)
     }
 
     fn failure_kind(&self, error: &CreateError) -> &'static str {

@@ -64,6 +64,9 @@ fn every_documented_metric_is_recorded_and_no_other() {
     });
     let seen: BTreeMap<_, _> = recorder.kinds().into_iter().collect();
     assert_eq!(seen, documented());
+    // One failure each time, made good for.
+    assert_eq!(recorder.sum("hearth_pool_template_failures_total"), 2.0);
+    assert_eq!(recorder.sum("hearth_pool_without_template"), 0.0);
 }
 
 /// All that can be measured, once at least.
@@ -72,7 +75,9 @@ async fn everything_happens(fake: &FakeBackend) {
     leases.deadline_ms = 60_000;
     let mut config = config(2).lease(leases);
     config.limits.vms = 3;
+    fake.refuse_template(PY, Some("out of memory"));
     let pool = running(fake, config).await;
+    fake.refuse_template(PY, None);
     let lease = pool.acquire(PY).unwrap();
     assert!(pool.acquire_many(PY, 9).is_err());
     drop(pool.acquire_timeout(PY, secs(1)).await.unwrap());
@@ -180,6 +185,35 @@ async fn spans_of_boot_fork_acquire_check_adopt_and_destroy_name_their_vm() {
     }
     let acquired = spans.iter().filter(|span| span.name == "acquire");
     assert_eq!(acquired.count(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_destruction_of_a_vm_that_is_on_no_book_any_more_names_it_too() {
+    let fake = FakeBackend::new();
+    let pool = running(&fake, config(2)).await;
+    let gate = Gate::new();
+    fake.gate_retire(Some(gate.clone()));
+    let lease = pool.acquire(PY).unwrap();
+    let stopping = pool.clone();
+    let stop = tokio::spawn(async move { stopping.stop_within(secs(1)).await });
+    // The pool has ended it and waits for it no longer, only for the parked ones.
+    sleep(secs(2)).await;
+    assert_eq!(counts(&pool, PY).leased, 0);
+    let trace = Trace::begin();
+    let name = lease.id().to_string();
+    drop(lease);
+    settle().await;
+    gate.open();
+    stop.await.unwrap();
+    let spans = trace.spans();
+    let [destroyed] = &*spans else {
+        panic!("{spans:?}")
+    };
+    assert_eq!(
+        (&*destroyed.name, &destroyed.fields["vm"]),
+        ("destroy", &name)
+    );
+    stop_clean(pool, &fake).await;
 }
 
 #[tokio::test(start_paused = true)]

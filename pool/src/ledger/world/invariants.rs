@@ -77,6 +77,8 @@ impl World {
             let done = done.or(self.kills.first().map(|id| Event::Killed(*id)));
             match done {
                 Some(event) => self.step(Step::Tell(event)),
+                // Passes never end.
+                None if self.passes && self.is_well() => break,
                 None if self.ledger.wake_at(self.now).is_some() => self.step(Step::Sleep),
                 None => break,
             }
@@ -98,6 +100,14 @@ impl World {
             }
             phase => assert_eq!(phase, Phase::Stopped, "{self:?}"),
         }
+    }
+
+    fn is_well(&self) -> bool {
+        // Callers of a profile that is to hold nothing wait until they go away.
+        let mut callers = self.waiters.values();
+        let served = callers.all(|profile| self.ledger.counts(*profile).wanted() == 0);
+        let settled = served && self.tickets.is_empty();
+        settled && self.ledger.phase() == Phase::Running && self.ledger.is_full()
     }
 
     fn refills(&self) -> bool {

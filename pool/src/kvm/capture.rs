@@ -1,0 +1,228 @@
+//! How a template comes to be: a guest is booted, warmed up, rehearsed and frozen.
+
+use std::ops::RangeFrom;
+use std::time::Duration;
+
+use hearth_agent::AgentClient;
+use hearth_agent::client::{ConnectionError, FreezeError, PingError};
+use hearth_agent::proto::Memory;
+use hearth_vmm::cache::Entry;
+use hearth_vmm::{Exit, Template};
+use tokio::task::{JoinError, spawn_blocking};
+use tokio::time::{sleep, timeout};
+
+use super::KvmBackend;
+use super::guest::Guest;
+use super::make::{CreateError, FIRST_NONCE, refresh, warm_up};
+use super::store::MadeOf;
+use super::stream::GuestStream;
+use super::templates::Unmade;
+use crate::profile::{Balloon, Profile};
+
+/// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's time. What is held is
+/// some 5 MiB more than it seems: a guest also counts as used what it has never touched.
+const WORTH_SQUEEZING: u64 = 4 << 20;
+/// How often a template's guest goes through a clone's first steps.
+const REHEARSALS: usize = 2;
+/// How long a template's guest may take to come to rest before it is frozen.
+const REST: Duration = Duration::from_secs(10);
+/// Pause between two pings while a template's guest prepares itself.
+const PREPARE_PAUSE: Duration = Duration::from_millis(20);
+
+/// The connection to the agent of a guest that becomes a template, and the nonces not used on it yet.
+struct Line {
+    agent: AgentClient<GuestStream>,
+    nonces: RangeFrom<u64>,
+}
+
+fn panicked(error: JoinError) -> Unmade<CreateError> {
+    Unmade::Refused(error.into())
+}
+
+impl KvmBackend {
+    /// The stored template of the profile, or one that is made and stored. A store that fails costs time,
+    /// nothing else.
+    pub(super) async fn find_or_make_template(
+        &self,
+        profile: &Profile,
+    ) -> Result<Template, Unmade<CreateError>> {
+        let Some(store) = self.store.clone() else {
+            return self.make_template(profile).await;
+        };
+        let config = self.config(profile).map_err(Unmade::NoGuest)?;
+        let made_of = MadeOf {
+            image: self.image(profile).map_err(Unmade::NoGuest)?.clone(),
+            ingredients: profile.into(),
+            cpu: self.cpu,
+            boot_words: config.boot_words(self.cpu),
+            idle_mib: self.balloon_idle_mib,
+        };
+        let name = &profile.name;
+        let vacancy = match spawn_blocking(move || store.enter(&made_of))
+            .await
+            .map_err(panicked)?
+        {
+            Ok(Entry::Found(template)) => {
+                tracing::debug!(profile = name, "the template was stored");
+                return Ok(template);
+            }
+            Ok(Entry::Vacant(vacancy)) => {
+                if let Some(error) = vacancy.why() {
+                    tracing::warn!(profile = name, %error, "a stored template is made again");
+                }
+                Some(vacancy)
+            }
+            Err(error) => {
+                tracing::warn!(profile = name, %error, "the template cache cannot be used");
+                None
+            }
+        };
+        let template = self.make_template(profile).await?;
+        let Some(vacancy) = vacancy else {
+            return Ok(template);
+        };
+        let made = template.clone();
+        match spawn_blocking(move || vacancy.fill(&made))
+            .await
+            .map_err(panicked)?
+        {
+            Ok(kept) => Ok(kept),
+            Err(error) => {
+                tracing::warn!(profile = name, %error, "the template was not stored");
+                Ok(template)
+            }
+        }
+    }
+
+    /// Boots and warms up a guest, and freezes it.
+    async fn make_template(&self, profile: &Profile) -> Result<Template, Unmade<CreateError>> {
+        let birth = self.births.begin();
+        let guest = self.boot_bare(profile, &birth).await;
+        let guest = guest.map_err(Unmade::NoGuest)?;
+        let line = self.prepared(&guest).await.map_err(Unmade::Refused)?;
+        warm_up(&guest, profile).await.map_err(Unmade::NoGuest)?;
+        let frozen = self.freeze(guest, line, profile).await;
+        let template = frozen.map_err(Unmade::Refused)?;
+        birth.done();
+        Ok(template)
+    }
+
+    /// Waits until the agent has prepared all that clones begin with.
+    async fn prepared(&self, guest: &Guest) -> Result<Line, CreateError> {
+        // Nobody probes a guest that becomes a template.
+        let agent = guest.control().take().await;
+        let mut agent = agent.ok_or(ConnectionError::Closed)?;
+        let mut nonces = 1..;
+        let prepared = async {
+            for nonce in &mut nonces {
+                if agent.ping(nonce).await?.prepared {
+                    break;
+                }
+                sleep(PREPARE_PAUSE).await;
+            }
+            Ok::<_, PingError>(())
+        };
+        let limit = self.boot_timeout;
+        let prepared = timeout(limit, prepared).await;
+        prepared.map_err(|_| CreateError::Late(limit))??;
+        Ok(Line { agent, nonces })
+    }
+
+    /// From the guest that is warm to its template.
+    async fn freeze(
+        &self,
+        mut guest: Guest,
+        line: Line,
+        profile: &Profile,
+    ) -> Result<Template, CreateError> {
+        let Line {
+            mut agent,
+            mut nonces,
+        } = line;
+        if profile.balloon == Balloon::Auto {
+            let memory = agent.ping(nonces.next().unwrap_or(0)).await?.memory;
+            self.squeeze(&mut guest, memory, profile).await;
+        }
+        let spare = self.rehearse(&guest, &mut agent, nonces).await?;
+        self.hold(&mut agent, profile).await?;
+        for line in [&agent, &spare] {
+            line.stream().mark_durable();
+        }
+        // Only this task knows the guest: nobody else can hold its VM.
+        let vm = guest.into_vm().ok_or(CreateError::Ended(Exit::Killed))?;
+        let freeze = move || {
+            if !vm.pause_at_rest(REST)? {
+                tracing::debug!("a template's guest was busy when it was frozen");
+            }
+            vm.into_template()
+        };
+        Ok(spawn_blocking(freeze).await??)
+    }
+
+    /// Does to a template's guest what each clone will go through, so that what the first time takes (pages,
+    /// caches) is part of the template. Gives the connection that a clone keeps for its owner.
+    async fn rehearse(
+        &self,
+        guest: &Guest,
+        agent: &mut AgentClient<GuestStream>,
+        nonces: impl Iterator<Item = u64>,
+    ) -> Result<AgentClient<GuestStream>, CreateError> {
+        let rehearsal = async {
+            for nonce in nonces.take(REHEARSALS) {
+                refresh(agent, "template".into(), nonce).await?;
+                agent.pong(nonce).await?;
+            }
+            let mut spare = guest.agent().await?;
+            // The agent reads this side's greeting with it.
+            spare.ping(FIRST_NONCE).await?;
+            Ok(spare)
+        };
+        let limit = self.boot_timeout;
+        let rehearsed = timeout(limit, rehearsal).await;
+        rehearsed.map_err(|_| CreateError::Late(limit))?
+    }
+
+    /// Has what the warm-up left running stand still: a clone lets it go on once it is a stranger to its siblings.
+    async fn hold(
+        &self,
+        agent: &mut AgentClient<GuestStream>,
+        profile: &Profile,
+    ) -> Result<(), CreateError> {
+        if profile.warm_up.is_empty() {
+            return Ok(());
+        }
+        let limit = self.boot_timeout;
+        let held = timeout(limit, agent.freeze()).await;
+        match held.map_err(|_| CreateError::Late(limit))? {
+            Err(FreezeError::Connection(error)) => Err(error.into()),
+            // A kernel of the user's own.
+            Err(error) => {
+                let name = &profile.name;
+                tracing::warn!(profile = name, %error, "what the warm-up left runs in clones at once");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Takes from a template's guest what its start touched and let go of, so that the template does not
+    /// hold it for ever; best effort, bounded. The guest gets its memory back, untouched, before it is
+    /// frozen: a clone then has all of it and nothing to do at its hand-off, where deflating costs each
+    /// of them processor time, and memory of its own for the kernel's records.
+    async fn squeeze(&self, guest: &mut Guest, memory: Memory, profile: &Profile) {
+        let in_use = memory.total_bytes.saturating_sub(memory.free_bytes);
+        guest.weigh().await;
+        let held = guest.private_bytes().unwrap_or(u64::MAX);
+        let target = self.spare_mib(profile);
+        if target == 0 || held.saturating_sub(in_use) < WORTH_SQUEEZING {
+            return;
+        }
+        let balloon = guest.vm().balloon();
+        // What is not deflated here, every clone would have to.
+        for (target, limit) in [(target, self.balloon_timeout), (0, self.boot_timeout)] {
+            if let Err(error) = balloon.resize(target, limit).await {
+                tracing::debug!(%error, "a template keeps more memory than it should");
+            }
+        }
+    }
+}

@@ -169,8 +169,9 @@ async fn user(pool: Pool<Rig>, seen: Arc<Seen>, over: Arc<AtomicBool>, seed: u64
                 let _ = timeout(dice.millis(10), lease.ping()).await;
             }
             2 => {
-                let exec = lease.exec(lease.command("panic")).await;
-                drop(exec);
+                // A guest that was frozen meanwhile never answers: how long to wait is the caller's to say.
+                let exec = lease.exec(lease.command("panic"));
+                let _ = timeout(patience(Duration::from_secs(1)), exec).await;
             }
             _ => match lease.ping().await {
                 Ok(()) => {

@@ -41,6 +41,19 @@ pub enum Fault {
     Request(&'static str),
 }
 
+/// How a guest's driver treated one device: what a host program sees of [`Fault`]s.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFaults {
+    /// Device id (virtio 1.2 section 5): 19 vsock, 5 balloon, 27 image.
+    pub device: u32,
+    /// The device serves nothing before the driver resets it.
+    pub needs_reset: bool,
+    /// How often the driver broke the contract.
+    pub count: u64,
+    /// How it did so last, in words for a log.
+    pub last: Option<String>,
+}
+
 /// What is left to do after a bounded run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {

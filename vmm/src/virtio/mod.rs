@@ -6,6 +6,8 @@
 //! says `DRIVER_OK` and are dropped at reset, so that nothing can reconfigure them in between.
 
 pub mod balloon;
+#[cfg(test)]
+mod hostile;
 pub mod interrupt;
 pub mod mmio;
 pub mod pmem;
@@ -36,6 +38,10 @@ pub enum Fault {
     /// A descriptor names memory that the guest does not have.
     #[error("descriptor outside guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
+    /// The available index said that there is a chain, and then that there is none. No driver takes
+    /// one back; a ring that lies over another ring does.
+    #[error("a chain that was available is gone; do rings overlap?")]
+    Gone,
     /// The payload of a request is not what the device's section allows.
     #[error("malformed request: {0}")]
     Request(&'static str),

@@ -54,10 +54,10 @@ fn tests_of(source: &str) -> BTreeSet<String> {
             .strip_prefix("async ")
             .unwrap_or(line)
             .strip_prefix("fn ");
-        if let Some((name, _)) = name.and_then(|rest| rest.split_once('(')) {
-            if std::mem::take(&mut marked) {
-                tests.insert(name.to_owned());
-            }
+        if let Some((name, _)) = name.and_then(|rest| rest.split_once('('))
+            && std::mem::take(&mut marked)
+        {
+            tests.insert(name.to_owned());
         }
     }
     tests

@@ -211,6 +211,10 @@ impl Vm {
     }
 
     fn want(&self, want: Want) -> Result<(), PauseError> {
+        // The end is known before the gate is shut for good.
+        if let Some(exit) = self.handles.ending.known() {
+            return Err(PauseError::Ended(exit));
+        }
         if self.handles.gate.set(want) {
             return Ok(());
         }

@@ -118,6 +118,44 @@ impl Code {
             .raw(&[value])
     }
 
+    /// Writes two bytes of a device register.
+    pub fn write16(self, offset: u64, value: u16) -> Self {
+        // mov word [rbx + offset], value
+        self.raw(&[0x66, 0xc7, 0x83])
+            .raw(&(offset as u32).to_le_bytes())
+            .raw(&value.to_le_bytes())
+    }
+
+    /// Writes eight bytes, the value sign-extended, from a device register on.
+    pub fn write64(self, offset: u64, value: i32) -> Self {
+        // mov qword [rbx + offset], value
+        self.raw(&[0x48, 0xc7, 0x83])
+            .raw(&(offset as u32).to_le_bytes())
+            .raw(&value.to_le_bytes())
+    }
+
+    /// Prints the byte at an address below 2 GiB on the serial console, as it is.
+    pub fn print_byte(self, address: u32) -> Self {
+        assert!(address < 1 << 31, "an absolute address is sign-extended");
+        // mov al, [address]; mov dx, 0x3f8; out dx, al
+        self.raw(&[0x8a, 0x04, 0x25])
+            .raw(&address.to_le_bytes())
+            .raw(&[0x66, 0xba, 0xf8, 0x03, 0xee])
+    }
+
+    /// Does `body`, which leaves r8 alone, `count` times.
+    pub fn repeat(self, count: u32, body: Code) -> Self {
+        let body = body.bytes();
+        // dec r8d; jnz back to the body: 3 and 6 bytes
+        let back = -(i32::try_from(body.len()).expect("a short body") + 9);
+        // mov r8d, count
+        self.raw(&[0x41, 0xb8])
+            .raw(&count.to_le_bytes())
+            .raw(&body)
+            .raw(&[0x41, 0xff, 0xc8, 0x0f, 0x85])
+            .raw(&back.to_le_bytes())
+    }
+
     /// Prints the low byte of a device register on the serial console, as it is.
     pub fn print_register(self, offset: u64) -> Self {
         // mov eax, [rbx + offset]; mov dx, 0x3f8; out dx, al

@@ -57,6 +57,7 @@ pub use snapshot::{Difference, SnapshotError, StoreError, Template, cache};
 pub use state::{Exit, InternalError, VmStatus};
 pub use vcpu::kick::kick_signal;
 pub use vcpu::{ExitCounters, VcpuError};
+pub use virtio::DeviceFaults;
 pub use virtio::balloon::{Balloon, BalloonError, BalloonStats};
 pub use virtio::pmem::PmemError;
 pub use virtio::vsock::VsockHost;

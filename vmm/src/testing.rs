@@ -4,6 +4,9 @@
 use std::path::Path;
 
 use crate::boot::{self, KernelError};
+use crate::snapshot::blank;
+use crate::virtio::VirtioDevice;
+use crate::virtio::pmem::{PmemDevice, PmemError, PmemImage};
 
 /// Reads the file as a kernel, as a boot would.
 ///
@@ -11,4 +14,28 @@ use crate::boot::{self, KernelError};
 /// Those of a boot.
 pub fn check_kernel(path: &Path) -> Result<(), KernelError> {
     boot::check_kernel(path)
+}
+
+/// A template's manifest file whose devices are these bytes.
+#[must_use]
+pub fn template_with(devices: &[u8]) -> Vec<u8> {
+    blank::file_with(devices)
+}
+
+/// Reads a template's manifest file, and restores the devices that it describes. Whether all of that was
+/// possible.
+///
+/// # Panics
+/// If what was read is not what is written again.
+#[must_use]
+pub fn read_template(file: &[u8]) -> bool {
+    blank::read(file)
+}
+
+/// The device of a read-only image, which lies at guest address `address`.
+///
+/// # Errors
+/// Those of an image file.
+pub fn image_device(path: &Path, address: u64) -> Result<Box<dyn VirtioDevice>, PmemError> {
+    Ok(Box::new(PmemDevice::new(PmemImage::open(path)?, address)))
 }

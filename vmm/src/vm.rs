@@ -4,6 +4,7 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::board::lock;
 use crate::config::VmConfig;
 use crate::host::CpuProfile;
 use crate::legacy::console::Console;
@@ -12,6 +13,7 @@ use crate::snapshot::{SnapshotError, Template, rest};
 use crate::state::{Exit, VmStatus};
 use crate::vcpu::ExitCounters;
 use crate::vcpu::gate::{Hold, Want};
+use crate::virtio::DeviceFaults;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::VsockHost;
 
@@ -209,6 +211,10 @@ impl Vm {
     }
 
     fn want(&self, want: Want) -> Result<(), PauseError> {
+        // The end is known before the gate is shut for good.
+        if let Some(exit) = self.handles.ending.known() {
+            return Err(PauseError::Ended(exit));
+        }
         if self.handles.gate.set(want) {
             return Ok(());
         }
@@ -243,6 +249,16 @@ impl Vm {
     #[must_use]
     pub fn exits(&self) -> &ExitCounters {
         &self.handles.exits
+    }
+
+    /// How the guest's drivers treated the virtio devices, in the order of their windows: vsock, balloon,
+    /// images. Empty once the VM has been taken apart. For logs: a guest can make these numbers what it
+    /// likes.
+    #[must_use]
+    pub fn device_faults(&self) -> Vec<DeviceFaults> {
+        let machine = self.machine();
+        let virtio = machine.iter().flat_map(|machine| &machine.board.virtio);
+        virtio.map(|transport| lock(transport).report()).collect()
     }
 
     /// Guest instructions that KVM's emulator has run so far, over all vCPUs: nearly all of the guest's

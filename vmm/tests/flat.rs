@@ -148,6 +148,23 @@ async fn a_killed_vm_stays_dead() {
     assert_eq!(vm.status(), VmStatus::Ended(Exit::Killed));
 }
 
+#[test]
+fn a_guest_that_ended_is_not_resumed_however_soon_one_asks() {
+    if !kvm() {
+        return;
+    }
+    for _ in 0..50 {
+        let vm = boot(report(0x5f0, 1));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        // At once when it is known: the vCPU's thread is still on its way out.
+        while !matches!(vm.status(), VmStatus::Ended(_)) {
+            assert!(Instant::now() < deadline, "the guest did not end");
+        }
+        assert!(vm.resume().is_err());
+        vm.destroy();
+    }
+}
+
 /// Counts up in memory at 2 MiB for ever: `inc dword [0x200000]; jmp`.
 const COUNTER: [u8; 9] = [0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0xeb, 0xf7];
 

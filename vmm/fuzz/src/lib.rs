@@ -2,6 +2,7 @@
 
 use arbitrary::Arbitrary;
 use hearth_vmm::memory::{GuestRam, MIB};
+use hearth_vmm::testing::image_device;
 use hearth_vmm::virtio::balloon::BalloonDevice;
 use hearth_vmm::virtio::mmio::{MmioTransport, register, status};
 use hearth_vmm::virtio::vsock::VsockDevice;
@@ -18,6 +19,23 @@ const MOST: usize = 256;
 pub enum Kind {
     Vsock,
     Balloon,
+    Image,
+}
+
+/// Where the driver puts a queue's driver ring and device ring, as bytes from the descriptors on: over each
+/// other, over the descriptors, or apart.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+pub struct Layout {
+    driver: u16,
+    device: u16,
+}
+
+impl Layout {
+    /// Where `Ring` of the test harness has them.
+    const APART: Self = Self {
+        driver: 0x4000,
+        device: 0x8000,
+    };
 }
 
 /// One thing that a driver may do.
@@ -118,6 +136,11 @@ impl Driver {
         let device: Box<dyn VirtioDevice> = match kind {
             Kind::Vsock => Box::new(VsockDevice::new(3, bell.clone()).0),
             Kind::Balloon => Box::new(BalloonDevice::new(64, bell.clone()).0),
+            Kind::Image => {
+                let file = tempfile::NamedTempFile::new().expect("a file");
+                file.as_file().set_len(2 * MIB).expect("room");
+                image_device(file.path(), 1 << 32).expect("an image")
+            }
         };
         let sizes = device.queue_sizes().to_vec();
         let interrupt = Interrupt::new().expect("a descriptor");
@@ -145,6 +168,32 @@ impl Driver {
     }
 
     fn set_up(&mut self, wanted: u64) {
+        self.begin(wanted);
+        for index in 0..self.sizes.len() {
+            self.place(index, Layout::APART);
+        }
+        self.set(register::STATUS, 15);
+    }
+
+    /// Brings the device up with a queue laid out oddly, makes a chain available there as often as `chains`
+    /// says, and lets it run.
+    pub fn lay(&mut self, wanted: u64, odd: (u8, Layout), chains: u16) {
+        self.begin(wanted);
+        let queue = usize::from(odd.0) % self.sizes.len();
+        for index in 0..self.sizes.len() {
+            self.place(index, if index == queue { odd.1 } else { Layout::APART });
+        }
+        self.set(register::STATUS, 15);
+        let base = queue as u64 * 0x1_0000 + 0x1000;
+        self.rings[queue].write_desc(&self.ram, 0, MIB, 64, 0, 0);
+        let index = GuestAddress(base + u64::from(odd.1.driver) + 2);
+        let _ = self.ram.map().write_obj(chains, index);
+        for _ in 0..MOST {
+            self.transport.run();
+        }
+    }
+
+    fn begin(&mut self, wanted: u64) {
         self.set(register::STATUS, 0);
         self.set(register::STATUS, 1);
         self.set(register::STATUS, 3);
@@ -167,17 +216,18 @@ impl Driver {
             .map()
             .write_slice(&zeroes, GuestAddress(0x1000))
             .expect("inside memory");
-        for index in 0..self.sizes.len() {
-            // Where `Ring` has its parts.
-            let base = index as u32 * 0x1_0000 + 0x1000;
-            self.set(register::QUEUE_SEL, index as u32);
-            self.set(register::QUEUE_NUM, self.sizes[index].into());
-            self.set(register::QUEUE_DESC_LOW, base);
-            self.set(register::QUEUE_DRIVER_LOW, base + 0x4000);
-            self.set(register::QUEUE_DEVICE_LOW, base + 0x8000);
-            self.set(register::QUEUE_READY, 1);
-        }
-        self.set(register::STATUS, 15);
+    }
+
+    /// Sets a queue up.
+    fn place(&mut self, index: usize, layout: Layout) {
+        // Where `Ring` has its descriptors.
+        let base = index as u32 * 0x1_0000 + 0x1000;
+        self.set(register::QUEUE_SEL, index as u32);
+        self.set(register::QUEUE_NUM, self.sizes[index].into());
+        self.set(register::QUEUE_DESC_LOW, base);
+        self.set(register::QUEUE_DRIVER_LOW, base + u32::from(layout.driver));
+        self.set(register::QUEUE_DEVICE_LOW, base + u32::from(layout.device));
+        self.set(register::QUEUE_READY, 1);
     }
 
     /// # Panics

@@ -69,7 +69,7 @@ impl ChipState {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 impl ChipState {
     /// Of a VM that never ran.
     pub(super) fn blank() -> Self {

@@ -183,7 +183,7 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> 
     Ok(())
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 impl VcpuState {
     /// Of a vCPU that never ran.
     pub(super) fn blank() -> Self {

@@ -4,6 +4,8 @@
 //! interrupt controllers, CPUID, clock, vCPUs, devices. A [`Template`]'s memory is a sealed memfd:
 //! no clone, and nothing else, can change it.
 
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod blank;
 pub mod cache;
 pub(crate) mod chips;
 pub(crate) mod cpu;

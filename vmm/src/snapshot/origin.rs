@@ -11,7 +11,7 @@ use crate::host::{Host, HostError};
 use crate::kvm::create_vm;
 
 /// A host, as far as saved state depends on it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Origin {
     /// Release and build of the host's kernel.
     kernel: String,

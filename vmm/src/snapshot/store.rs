@@ -243,20 +243,13 @@ impl Stored {
                 difference,
             });
         }
-        let hardware = manifest.state.hardware;
-        let possible = hardware.memory_bytes > 0
-            && hardware.memory_bytes.is_multiple_of(MIB)
-            && hardware.memory_bytes / MIB <= MAX_MEMORY_MIB
-            && (1..=MAX_VCPUS).contains(&hardware.vcpus)
-            && manifest.state.vcpus.len() == usize::from(hardware.vcpus)
-            && !has_images(&manifest.state);
-        if !possible {
+        if !is_possible(&manifest.state) {
             return Err(StoreError::Damaged(path));
         }
         let path = dir.join(MEMORY);
         let (memory, metadata) = open_part(&at, MEMORY, &path)?;
         private &= is_private(metadata.uid(), metadata.mode());
-        if metadata.len() != hardware.memory_bytes {
+        if metadata.len() != manifest.state.hardware.memory_bytes {
             return Err(StoreError::Damaged(path));
         }
         Ok(Self {
@@ -265,6 +258,17 @@ impl Stored {
             private,
         })
     }
+}
+
+/// Whether a template on disk can have this state, as far as it can be told without KVM.
+pub(super) fn is_possible(state: &VmState) -> bool {
+    let hardware = state.hardware;
+    hardware.memory_bytes > 0
+        && hardware.memory_bytes.is_multiple_of(MIB)
+        && hardware.memory_bytes / MIB <= MAX_MEMORY_MIB
+        && (1..=MAX_VCPUS).contains(&hardware.vcpus)
+        && state.vcpus.len() == usize::from(hardware.vcpus)
+        && !has_images(state)
 }
 
 fn has_images(state: &VmState) -> bool {

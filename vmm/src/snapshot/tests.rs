@@ -7,44 +7,12 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
-use crate::host::CpuProfile;
-use crate::limits::Limits;
 use crate::memory::{MIB, PAGE_SIZE, memfd};
 use crate::snapshot::origin::Origin;
 use crate::snapshot::origin::tests::host;
 use crate::snapshot::store::write_parts;
-use crate::virtio::balloon::BalloonDevice;
-use crate::virtio::mmio::MmioTransport;
-use crate::virtio::vsock::VsockDevice;
-use crate::virtio::{Bell, Interrupt, VirtioDevice};
 
 const BYTES: u64 = 2 * MIB;
-
-/// The state of a VM that never ran.
-fn state() -> VmState {
-    let ram = GuestRam::new(BYTES).unwrap();
-    let transport = |device: Box<dyn VirtioDevice>, bell| {
-        MmioTransport::new(device, ram.clone(), bell, Interrupt::new().unwrap()).save()
-    };
-    let bell = || Bell::new().unwrap();
-    VmState {
-        hardware: Hardware {
-            memory_bytes: BYTES,
-            vcpus: 1,
-            console: true,
-            pit: true,
-            profile: CpuProfile::Native,
-            limits: Limits::default(),
-        },
-        vcpus: vec![VcpuState::blank()],
-        chips: ChipState::blank(),
-        transports: vec![
-            transport(Box::new(VsockDevice::new(3, bell()).0), bell()),
-            transport(Box::new(BalloonDevice::new(2, bell()).0), bell()),
-        ],
-        serial: Some(SerialState::default()),
-    }
-}
 
 /// A template whose memory has `content` at its third page, and zeroes that are written out.
 fn template(content: &[u8]) -> Template {
@@ -52,7 +20,7 @@ fn template(content: &[u8]) -> Template {
     memory.set_len(BYTES).unwrap();
     memory.write_all_at(&[0; 3 * 4096], MIB).unwrap();
     memory.write_all_at(content, 2 * PAGE_SIZE).unwrap();
-    Template::freeze(state(), Arc::new(memory)).unwrap()
+    Template::freeze(blank::state(BYTES), Arc::new(memory)).unwrap()
 }
 
 /// Writes a template's directory.
@@ -196,7 +164,7 @@ fn sizes_that_no_vm_has_are_refused_before_memory_is_taken() {
     {
         let dir = scratch.path().join(number.to_string());
         fs::create_dir(&dir).unwrap();
-        let mut state = state();
+        let mut state = blank::state(BYTES);
         change(&mut state);
         let bytes = manifest::encode(&host(), "", [0; 32], &state).unwrap();
         fs::write(dir.join("manifest"), bytes).unwrap();
@@ -344,7 +312,7 @@ proptest! {
 
 #[test]
 fn every_byte_of_a_manifest_counts() {
-    let good = manifest::encode(&host(), "", [7; 32], &state()).unwrap();
+    let good = manifest::encode(&host(), "", [7; 32], &blank::state(BYTES)).unwrap();
     manifest::Manifest::decode(&good).unwrap();
     // Each byte of the header and of the first of the body, then every 97th.
     for at in (0..200).chain((200..good.len()).step_by(97)) {
@@ -363,11 +331,25 @@ fn every_byte_of_a_manifest_counts() {
 #[test]
 fn the_format_is_what_its_version_says() {
     use sha2::Digest as _;
-    let bytes = postcard::to_stdvec(&state()).unwrap();
+    let bytes = postcard::to_stdvec(&blank::state(BYTES)).unwrap();
     let digest: String = sha2::Sha256::digest(&bytes)
         .iter()
         .take(8)
         .map(|byte| format!("{byte:02x}"))
         .collect();
     assert_eq!((manifest::FORMAT, digest.as_str()), (3, "9ad394e6aaec7da5"));
+}
+
+/// Else the fuzz target of templates begins with nothing.
+#[cfg(feature = "testing")]
+#[test]
+fn the_seeds_of_the_fuzz_target_can_be_restored() {
+    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/snapshot");
+    for name in ["idle", "live", "connections", "without-serial"] {
+        let seed = fs::read(seeds.join(name)).unwrap();
+        let (how, devices) = seed.split_first().unwrap();
+        assert_eq!(how & 1, 0, "{name}: devices");
+        let file = crate::testing::template_with(devices);
+        assert!(crate::testing::read_template(&file), "{name}");
+    }
 }

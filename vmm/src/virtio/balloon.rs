@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
-use super::serve::{Chain, serve};
+use super::serve::{Chain, descriptors, serve};
 use super::{
     Activation, Bell, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
     QueuePosition, VirtioDevice,
@@ -28,12 +28,14 @@ const F_REPORTING: u64 = 1 << 5;
 const QUEUE_SIZE: u16 = 128;
 /// Pages of one balloon unit and of a MiB.
 const PAGES_PER_MIB: u32 = (MIB / PAGE_SIZE) as u32;
-/// Page numbers that one chain may carry; Linux sends 256.
-const MAX_PFNS: usize = 4096;
+/// Page numbers that one chain may carry: a page full, as Windows sends; Linux sends 256.
+const MAX_PFNS: usize = 1024;
 /// Bytes of one statistics report that are looked at; Linux sends 10 to 18 entries of 10 bytes.
 const MAX_STATS_BYTES: usize = 640;
 /// Chains served per run, over all queues.
 const BUDGET: usize = 64;
+/// Stretches of memory that are released at the price of a chain: each is two calls of the host's.
+const RELEASES_PER_CHAIN: usize = 16;
 /// Guest memory that a balloon must leave.
 pub const FLOOR_MIB: u32 = 16;
 
@@ -375,14 +377,14 @@ impl VirtioDevice for BalloonDevice {
             interrupt,
             ..
         } = active;
-        serve(inflate, ram, interrupt, &mut budget, |chain| {
-            release_pfns(ram, chain).map(|()| 0)
+        serve(inflate, ram, interrupt, &mut budget, |chain, budget| {
+            release_pfns(ram, chain, budget).map(|()| 0)
         })?;
         // Deflated pages come back by being touched.
-        serve(deflate, ram, interrupt, &mut budget, |_| Ok(0))?;
+        serve(deflate, ram, interrupt, &mut budget, |_, _| Ok(0))?;
         if let Some(reporting) = reporting {
-            serve(reporting, ram, interrupt, &mut budget, |chain| {
-                let pages = release_ranges(ram, chain);
+            serve(reporting, ram, interrupt, &mut budget, |chain, budget| {
+                let pages = release_ranges(ram, chain, budget);
                 self.shared.reported.fetch_add(pages, Ordering::Relaxed);
                 Ok(0)
             })?;
@@ -424,10 +426,11 @@ impl VirtioDevice for BalloonDevice {
 
 /// The inflate queue: arrays of 32-bit page numbers. Runs of neighbours are released together;
 /// numbers outside memory are ignored, as the page is not ours to give.
-fn release_pfns(ram: &GuestRam, chain: Chain<'_>) -> Result<(), Fault> {
+fn release_pfns(ram: &GuestRam, chain: Chain<'_>, budget: &mut usize) -> Result<(), Fault> {
     let mut left = MAX_PFNS;
+    let mut releases = 0;
     let mut run: Option<(u64, u64)> = None;
-    for descriptor in chain.readable() {
+    for descriptor in descriptors(chain).filter(|d| !d.is_write_only()) {
         let count = (descriptor.len() / 4) as usize;
         left = left.checked_sub(count).ok_or(Fault::Request(
             "more page numbers than a balloon chain may carry",
@@ -442,6 +445,7 @@ fn release_pfns(ram: &GuestRam, chain: Chain<'_>) -> Result<(), Fault> {
                 Some((start, len)) if pfn + 1 == start => Some((pfn, len + 1)),
                 Some(done) => {
                     release(ram, done);
+                    releases += 1;
                     Some((pfn, 1))
                 }
                 None => Some((pfn, 1)),
@@ -451,6 +455,7 @@ fn release_pfns(ram: &GuestRam, chain: Chain<'_>) -> Result<(), Fault> {
     if let Some(done) = run {
         release(ram, done);
     }
+    *budget = budget.saturating_sub(releases / RELEASES_PER_CHAIN);
     Ok(())
 }
 
@@ -461,15 +466,18 @@ fn release(ram: &GuestRam, (pfn, count): (u64, u64)) {
 }
 
 /// Free page reporting: each descriptor is a free range. Returns the pages released.
-fn release_ranges(ram: &GuestRam, chain: Chain<'_>) -> u32 {
+fn release_ranges(ram: &GuestRam, chain: Chain<'_>, budget: &mut usize) -> u32 {
     let mut pages = 0u32;
-    for descriptor in chain.writable() {
+    let mut releases = 0;
+    for descriptor in descriptors(chain).filter(|d| d.is_write_only()) {
+        releases += 1;
         let (addr, len) = (descriptor.addr().0, u64::from(descriptor.len()));
         match ram.discard(addr, len) {
             Ok(()) => pages = pages.saturating_add((len / PAGE_SIZE) as u32),
             Err(error) => tracing::debug!(addr, len, %error, "free pages not released"),
         }
     }
+    *budget = budget.saturating_sub(releases / RELEASES_PER_CHAIN);
     pages
 }
 
@@ -481,11 +489,16 @@ impl Active {
             return Ok(());
         };
         let mem = self.ram.map();
+        let mut promised = false;
         loop {
             while *budget > 0 {
                 let Some(chain) = queue.iter(mem)?.next() else {
+                    if promised {
+                        return Err(Fault::Gone);
+                    }
                     break;
                 };
+                promised = false;
                 *budget -= 1;
                 if self.stats_held.is_some() {
                     return Err(Fault::Request("a second statistics buffer"));
@@ -500,6 +513,7 @@ impl Active {
             if *budget == 0 || !queue.enable_notification(mem)? {
                 break;
             }
+            promised = true;
         }
         if let Some(head) = self.stats_held
             && shared.stats_wanted.swap(false, Ordering::SeqCst)
@@ -518,7 +532,7 @@ impl Active {
 /// `struct virtio_balloon_stat { le16 tag; le64 val; }`, packed. Unknown tags are skipped.
 fn parse_stats(mem: &GuestMemoryMmap, chain: Chain<'_>) -> Result<BalloonStats, Fault> {
     let mut bytes = Vec::new();
-    for descriptor in chain.readable() {
+    for descriptor in descriptors(chain).filter(|d| !d.is_write_only()) {
         let room = MAX_STATS_BYTES.saturating_sub(bytes.len());
         let mut part = vec![0u8; (descriptor.len() as usize).min(room)];
         mem.read_slice(&mut part, descriptor.addr())?;

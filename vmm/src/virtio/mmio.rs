@@ -7,7 +7,8 @@
 use virtio_queue::{Queue, QueueT};
 
 use super::{
-    Activation, Bell, DeviceState, Fault, Interrupt, Progress, QueuePosition, VirtioDevice,
+    Activation, Bell, DeviceFaults, DeviceState, Fault, Interrupt, Progress, QueuePosition,
+    VirtioDevice,
 };
 use crate::memory::GuestRam;
 
@@ -100,6 +101,7 @@ pub struct MmioTransport {
     queue_sel: u32,
     queues: Vec<QueueSetup>,
     faults: u64,
+    last_fault: Option<Fault>,
     /// While the VM's state is captured, the device does nothing: it would write to guest memory.
     asleep: bool,
 }
@@ -136,6 +138,7 @@ impl MmioTransport {
             queue_sel: 0,
             queues,
             faults: 0,
+            last_fault: None,
             asleep: false,
         }
     }
@@ -222,6 +225,22 @@ impl MmioTransport {
         self.faults
     }
 
+    /// How it did so last, resets or not.
+    #[must_use]
+    pub fn last_fault(&self) -> Option<&Fault> {
+        self.last_fault.as_ref()
+    }
+
+    /// What its VM tells of it.
+    pub(crate) fn report(&self) -> DeviceFaults {
+        DeviceFaults {
+            device: self.device.device_type(),
+            needs_reset: self.status & status::NEEDS_RESET != 0,
+            count: self.faults,
+            last: self.last_fault.as_ref().map(Fault::to_string),
+        }
+    }
+
     fn is_active(&self) -> bool {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
@@ -234,7 +253,7 @@ impl MmioTransport {
         match self.device.run() {
             Ok(progress) => progress,
             Err(fault) => {
-                self.needs_reset(&fault);
+                self.needs_reset(fault);
                 Progress::Idle
             }
         }
@@ -261,10 +280,11 @@ impl MmioTransport {
     }
 
     /// Section 2.1.2: the device tells its driver that only a reset helps.
-    fn needs_reset(&mut self, fault: &Fault) {
+    fn needs_reset(&mut self, fault: Fault) {
         self.faults += 1;
         tracing::debug!(device = self.device.device_type(), %fault, "device needs reset");
         self.status |= status::NEEDS_RESET;
+        self.last_fault = Some(fault);
         if self.status & status::DRIVER_OK != 0 {
             self.interrupt.config_changed();
         }
@@ -321,7 +341,7 @@ impl MmioTransport {
             Ok(bytes) if offset.is_multiple_of(4) => {
                 self.write_register(offset, u32::from_le_bytes(bytes));
             }
-            _ => self.needs_reset(&Fault::Request(
+            _ => self.needs_reset(Fault::Request(
                 "register access that is not 32 bits wide and aligned",
             )),
         }
@@ -360,7 +380,7 @@ impl MmioTransport {
         let negotiating =
             self.status & (status::DRIVER | status::FEATURES_OK | status::FAILED) == status::DRIVER;
         if !negotiating {
-            return self.needs_reset(&Fault::Request("features written outside negotiation"));
+            return self.needs_reset(Fault::Request("features written outside negotiation"));
         }
         let shift = match self.driver_features_sel {
             0 => 0,
@@ -378,18 +398,18 @@ impl MmioTransport {
         let configuring =
             self.status & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
         if !configuring {
-            return self.needs_reset(&Fault::Request("queue configured outside its phase"));
+            return self.needs_reset(Fault::Request("queue configured outside its phase"));
         }
         let Some(queue) = self.selected().and_then(|i| self.queues.get_mut(i)) else {
             return;
         };
         if queue.ready && offset != register::QUEUE_READY {
-            return self.needs_reset(&Fault::Request("a ready queue was changed"));
+            return self.needs_reset(Fault::Request("a ready queue was changed"));
         }
         match offset {
             register::QUEUE_NUM => match u16::try_from(value) {
                 Ok(size) => queue.size = size,
-                Err(_) => self.needs_reset(&Fault::Request("queue larger than 65535")),
+                Err(_) => self.needs_reset(Fault::Request("queue larger than 65535")),
             },
             register::QUEUE_READY => queue.ready = value & 1 == 1,
             register::QUEUE_DESC_LOW => set_low(&mut queue.desc, value),
@@ -411,7 +431,7 @@ impl MmioTransport {
         let kept = self.status & !NEEDS_RESET;
         let added = value & !self.status & !NEEDS_RESET;
         if value & kept != kept {
-            return self.needs_reset(&Fault::Request("a status bit was cleared"));
+            return self.needs_reset(Fault::Request("a status bit was cleared"));
         }
         if added & FAILED != 0 {
             self.status |= FAILED;
@@ -425,10 +445,10 @@ impl MmioTransport {
             DRIVER_OK => ACKNOWLEDGE | DRIVER | FEATURES_OK,
             // Firmware and simple drivers set the first two at once.
             both if both == ACKNOWLEDGE | DRIVER => 0,
-            _ => return self.needs_reset(&Fault::Request("status bits out of order")),
+            _ => return self.needs_reset(Fault::Request("status bits out of order")),
         };
         if kept != after {
-            return self.needs_reset(&Fault::Request("status bits out of order"));
+            return self.needs_reset(Fault::Request("status bits out of order"));
         }
         match added {
             FEATURES_OK => {
@@ -451,7 +471,7 @@ impl MmioTransport {
         match activated {
             // Buffers may have been made available before DRIVER_OK.
             Ok(()) => self.bell.ring(),
-            Err(fault) => self.needs_reset(&fault),
+            Err(fault) => self.needs_reset(fault),
         }
     }
 

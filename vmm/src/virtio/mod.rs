@@ -6,6 +6,8 @@
 //! says `DRIVER_OK` and are dropped at reset, so that nothing can reconfigure them in between.
 
 pub mod balloon;
+#[cfg(test)]
+mod hostile;
 pub mod interrupt;
 pub mod mmio;
 pub mod pmem;
@@ -36,9 +38,26 @@ pub enum Fault {
     /// A descriptor names memory that the guest does not have.
     #[error("descriptor outside guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
+    /// The available index said that there is a chain, and then that there is none. No driver takes
+    /// one back; a ring that lies over another ring does.
+    #[error("a chain that was available is gone; do rings overlap?")]
+    Gone,
     /// The payload of a request is not what the device's section allows.
     #[error("malformed request: {0}")]
     Request(&'static str),
+}
+
+/// How a guest's driver treated one device: what a host program sees of [`Fault`]s.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFaults {
+    /// Device id (virtio 1.2 section 5): 19 vsock, 5 balloon, 27 image.
+    pub device: u32,
+    /// The device serves nothing before the driver resets it.
+    pub needs_reset: bool,
+    /// How often the driver broke the contract.
+    pub count: u64,
+    /// How it did so last, in words for a log.
+    pub last: Option<String>,
 }
 
 /// What is left to do after a bounded run.

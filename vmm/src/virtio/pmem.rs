@@ -14,7 +14,7 @@ use vm_memory::Bytes;
 
 pub use self::image::{GRANULE, PmemError};
 pub(crate) use self::image::{PmemFile, PmemImage, place};
-use super::serve::{Chain, serve};
+use super::serve::{Chain, descriptors, serve};
 use super::{
     Activation, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress, QueuePosition,
     VirtioDevice,
@@ -116,7 +116,7 @@ impl VirtioDevice for PmemDevice {
             requests,
         } = active;
         let mut budget = BUDGET;
-        serve(requests, ram, interrupt, &mut budget, |chain| {
+        serve(requests, ram, interrupt, &mut budget, |chain, _| {
             answer(ram, chain)
         })?;
         Ok(if budget == 0 {
@@ -149,7 +149,7 @@ fn answer(ram: &GuestRam, chain: Chain<'_>) -> Result<u32, Fault> {
     let short = Fault::Request("a pmem request without its 4 bytes each way");
     let mut kind = None;
     let mut result = None;
-    for descriptor in chain {
+    for descriptor in descriptors(chain) {
         if descriptor.len() < 4 {
             continue;
         }

@@ -267,12 +267,17 @@ impl Active {
             bytes: RUN_BYTES,
         };
         let mut used = false;
+        let mut promised = false;
         let progress = loop {
             self.tx.disable_notification(ram)?;
             while !budget.is_spent() && muxer.can_receive() {
                 let Some(chain) = self.tx.iter(ram)?.next() else {
+                    if promised {
+                        return Err(Fault::Gone);
+                    }
                     break;
                 };
+                promised = false;
                 let head = chain.head_index();
                 let mut packet = Chain::readable(ram, chain)?;
                 let mut wire = [0; HEADER_BYTES];
@@ -298,6 +303,7 @@ impl Active {
             if !self.tx.enable_notification(ram)? {
                 break Progress::Idle;
             }
+            promised = true;
         };
         if used && self.tx.needs_notification(ram)? {
             self.interrupt.used();
@@ -314,6 +320,7 @@ impl Active {
             bytes: RUN_BYTES,
         };
         let mut used = false;
+        let mut promised = false;
         let stalled = !muxer.can_receive();
         self.rx.disable_notification(ram)?;
         let progress = loop {
@@ -324,12 +331,17 @@ impl Active {
                 break Progress::More;
             }
             let Some(chain) = self.rx.iter(ram)?.next() else {
+                if promised {
+                    return Err(Fault::Gone);
+                }
                 if self.rx.enable_notification(ram)? {
                     self.rx.disable_notification(ram)?;
+                    promised = true;
                     continue;
                 }
                 break Progress::Idle;
             };
+            promised = false;
             let head = chain.head_index();
             let mut buffer = Chain::writable(ram, chain)?;
             let room = buffer
@@ -381,13 +393,13 @@ impl Active {
     /// Puts an event into the guest's event queue; false if it has no buffer there.
     fn send_event(&mut self, event: [u8; 4]) -> Result<bool, Fault> {
         let ram = self.ram.map();
-        let chain = loop {
-            if let Some(chain) = self.events.iter(ram)?.next() {
-                break chain;
-            }
-            if !self.events.enable_notification(ram)? {
-                return Ok(false);
-            }
+        let mut chain = self.events.iter(ram)?.next();
+        if chain.is_none() && self.events.enable_notification(ram)? {
+            // One came meanwhile.
+            chain = Some(self.events.iter(ram)?.next().ok_or(Fault::Gone)?);
+        }
+        let Some(chain) = chain else {
+            return Ok(false);
         };
         let head = chain.head_index();
         Chain::writable(ram, chain)?

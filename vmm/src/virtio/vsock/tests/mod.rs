@@ -13,6 +13,7 @@ mod faults;
 mod hostile;
 mod model;
 mod progress;
+mod queues;
 mod restore;
 mod unix;
 

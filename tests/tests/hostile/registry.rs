@@ -1,0 +1,122 @@
+//! `tests/HOSTILE.md` is true: what it names is there, and what is there is named.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// A row of the table.
+struct Attack {
+    name: String,
+    by: String,
+    file: PathBuf,
+    test: String,
+    result: String,
+}
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// The rows: attack, device, by, test, what catches it, what becomes of it. Under each heading the file of
+/// the tests below it.
+fn attacks() -> Vec<Attack> {
+    let table = std::fs::read_to_string(repository().join("tests/HOSTILE.md")).unwrap();
+    let mut file = PathBuf::new();
+    let mut attacks = Vec::new();
+    for line in table.lines() {
+        if let Some(heading) = line.strip_prefix("## `") {
+            file = repository().join(heading.trim_end_matches('`'));
+        }
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [name, _, by, test, _, result] = cells[..] else {
+            continue;
+        };
+        if name == "attack" {
+            continue;
+        }
+        attacks.push(Attack {
+            name: name.to_owned(),
+            by: by.to_owned(),
+            file: file.clone(),
+            test: test.trim_matches('`').to_owned(),
+            result: result.to_owned(),
+        });
+    }
+    attacks
+}
+
+/// The names of a file's tests.
+fn tests_of(source: &str) -> BTreeSet<String> {
+    let mut tests = BTreeSet::new();
+    let mut marked = false;
+    for line in source.lines().map(str::trim) {
+        marked |= line.starts_with("#[test]") || line.starts_with("#[tokio::test");
+        let name = line
+            .strip_prefix("async ")
+            .unwrap_or(line)
+            .strip_prefix("fn ");
+        if let Some((name, _)) = name.and_then(|rest| rest.split_once('('))
+            && std::mem::take(&mut marked)
+        {
+            tests.insert(name.to_owned());
+        }
+    }
+    tests
+}
+
+#[test]
+fn every_attack_of_the_table_is_in_the_test_that_it_names() {
+    for attack in attacks() {
+        let source = std::fs::read_to_string(&attack.file).unwrap();
+        let place = format!("{}: {}", attack.file.display(), attack.name);
+        let test = &attack.test;
+        assert!(tests_of(&source).contains(test), "{place}: no test {test}");
+        // A test of many attacks names each; a test of one is named after it.
+        let (_, body) = source.split_once(&format!("fn {test}(")).unwrap();
+        let body = body.split_once("\n}\n").unwrap().0;
+        let named = body.contains(&format!("\"{}\"", attack.name));
+        let by_name = test.replace('_', " ").contains(&attack.name);
+        assert!(named || by_name, "{place}: not in {test}");
+    }
+}
+
+#[test]
+fn every_hostile_test_is_in_the_table() {
+    let listed: BTreeSet<(PathBuf, String)> = attacks()
+        .into_iter()
+        .map(|attack| (attack.file, attack.test))
+        .collect();
+    for directory in ["vmm/src/virtio/hostile", "tests/tests/hostile"] {
+        for entry in std::fs::read_dir(repository().join(directory)).unwrap() {
+            let file = entry.unwrap().path();
+            // This file's tests are none of guests.
+            if file.ends_with("registry.rs") {
+                continue;
+            }
+            for test in tests_of(&std::fs::read_to_string(&file).unwrap()) {
+                let place = (file.clone(), test);
+                assert!(listed.contains(&place), "not in HOSTILE.md: {place:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_table_has_enough_attacks_no_two_alike() {
+    let attacks = attacks();
+    let mut seen = BTreeSet::new();
+    for attack in &attacks {
+        let place = (&attack.file, &attack.test, &attack.name);
+        assert!(seen.insert(place), "twice: {place:?}");
+        assert!(
+            ["real", "played"].contains(&attack.by.as_str()),
+            "{place:?}"
+        );
+        assert!(!attack.result.is_empty(), "{place:?}");
+    }
+    let real = attacks.iter().filter(|attack| attack.by == "real").count();
+    assert!(
+        attacks.len() >= 40 && real >= 10,
+        "{}, {real}",
+        attacks.len()
+    );
+}

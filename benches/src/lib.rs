@@ -8,6 +8,7 @@ pub mod compare;
 pub mod cpu;
 pub mod environment;
 pub mod page;
+pub mod process;
 pub mod report;
 pub mod scenario;
 pub mod stats;

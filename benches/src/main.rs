@@ -9,7 +9,7 @@ use hearth_bench::compare::Comparison;
 use hearth_bench::environment::Environment;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
-use hearth_bench::scenario::{boot, fork, handoff, idle, ping, refill, replace};
+use hearth_bench::scenario::{boot, density, fork, handoff, idle, ping, refill, replace};
 use hearth_images::{Images, ImagesError, Silent};
 
 /// Measures what Hearth's steps cost on this machine, beside the bare ioctls that they consist of.
@@ -91,6 +91,14 @@ enum Scenario {
     Replace {
         /// Times, for each way.
         #[arg(short, default_value_t = 10)]
+        n: usize,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Keep many parked clones of one guest alive at once: memory, threads and time of each.
+    Density {
+        /// Clones; each takes six descriptors (ulimit -n) and a thread.
+        #[arg(short, default_value_t = 100)]
         n: usize,
         #[command(flatten)]
         image: Image,
@@ -195,6 +203,10 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
         Scenario::Ping { n, image } => {
             let image = image.files()?;
             runtime()?.block_on(ping::run(&mut report, files(&image), n))?;
+        }
+        Scenario::Density { n, image } => {
+            let image = image.files()?;
+            runtime()?.block_on(density::run(&mut report, files(&image), n))?;
         }
         Scenario::Refill { n, forks, image } => {
             let image = image.files()?;

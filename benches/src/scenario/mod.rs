@@ -2,6 +2,7 @@
 
 mod agent;
 pub mod boot;
+pub mod density;
 pub mod floor;
 pub mod fork;
 pub mod handoff;

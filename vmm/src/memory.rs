@@ -205,14 +205,37 @@ impl GuestRam {
             offset += len;
         }
         let map = GuestMemoryMmap::from_regions(regions).map_err(|_| MemoryError::Size(bytes))?;
-        Ok(Self {
+        let ram = Self {
             map: Arc::new(map),
             file,
             sharing,
             bytes,
             huge,
             overlays: Vec::new(),
-        })
+        };
+        for (addr, len, _) in ram.host_regions() {
+            ram.keep_from_children(addr, len)?;
+        }
+        Ok(ram)
+    }
+
+    /// A child that the host program forks, and that executes nothing else, does not get `[addr, addr + len)`: it
+    /// would hold the memory when the VM is gone, and make the guest copy each page that it writes.
+    fn keep_from_children(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
+        let host = self.host_address(addr, len)?;
+        // SAFETY: `[addr, addr + len)` lies inside one mapping of ours that lives as long as this value; the call
+        // changes what a child of this process inherits, nothing in this one.
+        let kept = unsafe {
+            let len = usize::try_from(len).unwrap_or(0);
+            libc::madvise(host.cast(), len, libc::MADV_DONTFORK)
+        };
+        match kept {
+            0 => Ok(()),
+            _ => Err(MemoryError::Create {
+                bytes: len,
+                source: std::io::Error::last_os_error(),
+            }),
+        }
     }
 
     /// Lets `[addr, addr + len)` show `file` from `offset` on, as a private copy that is made page
@@ -257,6 +280,7 @@ impl GuestRam {
             let source = std::io::Error::last_os_error();
             return Err(MemoryError::Create { bytes: len, source });
         }
+        self.keep_from_children(addr, len)?;
         self.overlays.push((addr, len));
         Ok(())
     }

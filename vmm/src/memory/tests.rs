@@ -80,20 +80,42 @@ fn odd_sizes_are_refused() {
     }
 }
 
+/// Whether the mapping of `[host, host + len)` has a flag, by the kernel's name for it (proc(5)).
+fn has_flag(host: u64, len: u64, flag: &str) -> bool {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mapping = format!("{host:x}-{:x} ", host + len);
+    let (_, rest) = smaps.split_once(&mapping).unwrap();
+    let flags = rest.lines().find(|line| line.starts_with("VmFlags:"));
+    flags.unwrap().split(' ').any(|known| known == flag)
+}
+
+#[test]
+fn a_child_of_the_host_program_gets_none_of_it() {
+    let image = memfd().unwrap();
+    image.set_len(8192).unwrap();
+    let mut ram = GuestRam::new(GAP_START + MIB).unwrap();
+    for (_, len, host) in ram.host_regions() {
+        assert!(has_flag(host, len, "dc"));
+    }
+    ram.overlay(GAP_END + 4096, &image, 0, 8192).unwrap();
+    let (_, len, host) = ram.host_regions()[1];
+    assert!(has_flag(host, 4096, "dc"));
+    assert!(has_flag(host + 4096, 8192, "dc"));
+    assert!(has_flag(host + 12288, len - 12288, "dc"));
+    let clone = GuestRam::map_file(Arc::clone(ram.file()), MIB, Sharing::Private).unwrap();
+    let (_, len, host) = clone.host_regions()[0];
+    assert!(has_flag(host, len, "dc"));
+}
+
 #[test]
 fn advice_is_given_for_every_region_and_changes_nothing_else() {
     let ram = GuestRam::with_pages(GAP_START + MIB, Some(HugePages::Transparent)).unwrap();
     ram.map().write_obj(7u8, GuestAddress(GAP_END)).unwrap();
     let advised = |ram: &GuestRam| {
-        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let count = ram.host_regions().into_iter().filter(|(_, len, host)| {
-            let mapping = format!("{host:x}-{:x} ", host + len);
-            let (_, rest) = smaps.split_once(&mapping).unwrap();
-            let flags = rest.lines().find(|line| line.starts_with("VmFlags:"));
-            // The kernel's name for it (proc(5)).
-            flags.unwrap().split(' ').any(|flag| flag == "hg")
-        });
-        count.count()
+        let regions = ram.host_regions().into_iter();
+        regions
+            .filter(|&(_, len, host)| has_flag(host, len, "hg"))
+            .count()
     };
     assert_eq!(advised(&ram), 2);
     assert_eq!(advised(&GuestRam::new(GAP_START + MIB).unwrap()), 0);

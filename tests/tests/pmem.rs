@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use hearth_agent::client::Command;
 use hearth_tests::flat::Code;
 use hearth_tests::{Guest, kvm, noise, within};
-use hearth_vmm::{Exit, Vm, VmConfig};
+use hearth_vmm::{Exit, StoreError, Template, Vm, VmConfig};
 use tempfile::NamedTempFile;
 
 const GRANULE: usize = 2 << 20;
@@ -165,6 +165,18 @@ async fn a_real_guest_finds_its_images_and_so_do_its_clones() {
     let template = guest.vm.into_template().unwrap();
     let clone = Guest::of(&template).await;
     assert_eq!(checksum(&clone, 1).await, fnv(&contents[1][..READ]));
+
+    // On disk it names its images, and is loaded with them.
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = scratch.path().join("template");
+    template.save(&dir).unwrap();
+    drop((clone, template));
+    let paths = images.each_ref().map(NamedTempFile::path);
+    let template = Template::load_with(&dir, &paths).unwrap();
+    let clone = Guest::of(&template).await;
+    assert_eq!(checksum(&clone, 0).await, fnv(&contents[0][..READ]));
+    let refused = Template::load(&dir).unwrap_err();
+    assert!(matches!(refused, StoreError::Images { wanted: 2, .. }));
 }
 
 /// The checksum of the guest's n-th image, as the guest reads its beginning.

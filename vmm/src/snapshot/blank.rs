@@ -60,8 +60,9 @@ pub(crate) fn file_with(devices: &[u8]) -> Vec<u8> {
         ..
     } = without_devices(2 << 20);
     let origin = super::origin::Origin::default();
+    let no_images = Vec::<()>::new();
     // A tuple is encoded as the structs of its members.
-    let body = postcard::to_stdvec(&(origin, "", [0u8; 32], hardware, vcpus, chips));
+    let body = postcard::to_stdvec(&(origin, "", [0u8; 32], no_images, hardware, vcpus, chips));
     let mut body = body.unwrap_or_default();
     body.extend(devices);
     super::manifest::seal_body(&body)
@@ -85,13 +86,13 @@ pub(crate) fn read(file: &[u8]) -> bool {
             origin,
             key,
             memory,
+            images,
             state,
         } = read;
-        encode(origin, key, *memory, state).expect("what was read can be written")
+        encode(origin, key, *memory, images, state).expect("what was read can be written")
     };
     let written = write(&manifest);
     let again = Manifest::decode(&written).expect("what was written can be read");
     assert_eq!(write(&again), written, "the same each time");
-    super::store::is_possible(&manifest.state)
-        && crate::machine::restore_devices(&manifest.state).is_ok()
+    manifest.is_possible() && crate::machine::restore_devices(&manifest.state).is_ok()
 }

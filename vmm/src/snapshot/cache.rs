@@ -178,16 +178,25 @@ impl TemplateCache {
     /// [`StoreError::Host`] without KVM; [`StoreError::Io`] when locks cannot be had. An entry that
     /// cannot be used is no error but [`Vacancy::why`].
     pub fn enter(&self, key: &TemplateKey) -> Result<Entry, StoreError> {
+        self.enter_with(key, &[])
+    }
+
+    /// As [`TemplateCache::enter`], for a guest that is given `images` (see [`Template::load_with`]): their content
+    /// should be part of the key, or an entry of others is made again.
+    ///
+    /// # Errors
+    /// As [`TemplateCache::enter`].
+    pub fn enter_with(&self, key: &TemplateKey, images: &[&Path]) -> Result<Entry, StoreError> {
         let here = Origin::here()?;
         let key = key.name();
-        if let Ok(Some(template)) = self.load(&key, &here) {
+        if let Ok(Some(template)) = self.load(&key, &here, images) {
             return Ok(Entry::Found(template));
         }
         let path = self.lock_path(&key);
         let lock = open_lock(&path)?;
         lock.lock().map_err(io_error("lock", &path))?;
         // It may have been made meanwhile.
-        let why = match self.load(&key, &here) {
+        let why = match self.load(&key, &here, images) {
             Ok(Some(template)) => return Ok(Entry::Found(template)),
             Ok(None) => None,
             Err(why) => Some(why),
@@ -236,7 +245,12 @@ impl TemplateCache {
     }
 
     /// The entry, marked as used now; `None` if there is none.
-    fn load(&self, key: &str, here: &Origin) -> Result<Option<Template>, StoreError> {
+    fn load(
+        &self,
+        key: &str,
+        here: &Origin,
+        images: &[&Path],
+    ) -> Result<Option<Template>, StoreError> {
         let dir = self.root.join(key);
         let path = dir.join(MANIFEST);
         let manifest = match File::open(&path) {
@@ -258,7 +272,9 @@ impl TemplateCache {
         let lease = Lease {
             _manifest: manifest,
         };
-        Ok(Some(Template::load_entry(&dir, here, key)?.kept_by(lease)))
+        Ok(Some(
+            Template::load_entry(&dir, here, key, images)?.kept_by(lease),
+        ))
     }
 
     fn entries(&self) -> Result<Vec<Present>, StoreError> {

@@ -12,11 +12,12 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use super::VmState;
+use super::images::Named;
 use super::origin::Origin;
 
 /// Version of the format; others are refused. Raised whenever any struct below [`Manifest`] changes, or
 /// what a vCPU is given that is not saved (its CPUID).
-pub(crate) const FORMAT: u32 = 3;
+pub(crate) const FORMAT: u32 = 4;
 /// Most bytes of a manifest: far more than 32 vCPUs and all connections of a device need.
 pub(super) const MAX_BYTES: u64 = 4 << 20;
 
@@ -36,6 +37,8 @@ pub(super) struct Manifest {
     pub(super) key: String,
     /// Of the memory; see [`copy_pages`](super::memory::copy_pages).
     pub(super) memory: Digest,
+    /// The images of the guest, in their order.
+    pub(super) images: Vec<Named>,
     pub(super) state: VmState,
 }
 
@@ -55,10 +58,11 @@ pub(super) fn encode(
     origin: &Origin,
     key: &str,
     memory: Digest,
+    images: &[Named],
     state: &VmState,
 ) -> Result<Vec<u8>, postcard::Error> {
     // A tuple is encoded as the struct of its members.
-    postcard::to_stdvec(&(origin, key, memory, state)).map(|body| seal_body(&body))
+    postcard::to_stdvec(&(origin, key, memory, images, state)).map(|body| seal_body(&body))
 }
 
 /// A manifest file with this body.

@@ -9,6 +9,7 @@ pub(crate) mod blank;
 pub mod cache;
 pub(crate) mod chips;
 pub(crate) mod cpu;
+mod images;
 #[cfg(test)]
 mod isolation;
 mod manifest;

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{Mode, OFlags, openat};
 
+use super::images;
 use super::manifest::{self, Defect, Manifest};
 use super::memory::copy_pages;
 use super::origin::{Difference, Origin};
@@ -22,7 +23,7 @@ use super::{Template, VmState};
 use crate::config::{MAX_MEMORY_MIB, MAX_VCPUS};
 use crate::host::HostError;
 use crate::memory::{MIB, memfd, seal};
-use crate::virtio::DeviceState;
+use crate::virtio::pmem::{MAX_IMAGES, PmemError};
 
 pub(super) const MANIFEST: &str = "manifest";
 const MEMORY: &str = "memory";
@@ -68,8 +69,29 @@ pub enum StoreError {
     },
     /// The guest was given images (see [`VmConfigBuilder::pmem`](crate::VmConfigBuilder::pmem)), whose
     /// files are no part of a template.
-    #[error("{} would lack the images that its guest was given; only templates without images are saved", .0.display())]
-    Images(PathBuf),
+    #[error(
+        "the guest of {} was given {wanted} images, {given} are named; load it with those of its configuration, in their order",
+        path.display()
+    )]
+    Images {
+        /// The template.
+        path: PathBuf,
+        /// How many its guest was given.
+        wanted: usize,
+        /// How many were named.
+        given: usize,
+    },
+    /// An image is not the one that the guest was given.
+    #[error("{} is not the image that the guest of {} was given", image.display(), path.display())]
+    OtherImage {
+        /// The template.
+        path: PathBuf,
+        /// The image.
+        image: PathBuf,
+    },
+    /// An image cannot be given to a guest.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// [`Template::load_trusted`] of what others may write.
     #[error("{} can be written by others than this user; make it private or use load", .0.display())]
     NotPrivate(PathBuf),
@@ -92,7 +114,7 @@ pub(super) fn io_error(
 
 impl Template {
     /// Writes the template to `dir`, which must not exist (or be empty): all of it or nothing, also if
-    /// the host fails meanwhile. A process that is killed leaves a directory `.NAME.PID.NUMBER` beside
+    /// the host fails meanwhile. Images that its guest was given are no part of it. A process that is killed leaves a directory `.NAME.PID.NUMBER` beside
     /// it. Pages of zeroes take no space. Blocks for the disk.
     ///
     /// # Errors
@@ -120,25 +142,50 @@ impl Template {
     /// about 1 ms per MiB.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// [`StoreError`]; [`StoreError::Images`] if the guest was given any.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
-        Self::load_for(dir.as_ref(), &Origin::here()?)
+        Self::load_with(dir, &[])
     }
 
-    pub(super) fn load_for(dir: &Path, here: &Origin) -> Result<Self, StoreError> {
-        Self::read(dir, Stored::open(dir, here)?)
+    /// As [`Template::load`], for a guest that was given `images`: those of its configuration, in their order. They are
+    /// mapped, not copied, as at a boot; their content must be what it was when the template was saved (some 1 ms per
+    /// MiB to look at).
+    ///
+    /// # Errors
+    /// [`StoreError`]; [`StoreError::OtherImage`] for an image with another content.
+    pub fn load_with(dir: impl AsRef<Path>, images: &[&Path]) -> Result<Self, StoreError> {
+        Self::load_for(dir.as_ref(), &Origin::here()?, images)
+    }
+
+    pub(super) fn load_for(
+        dir: &Path,
+        here: &Origin,
+        images: &[&Path],
+    ) -> Result<Self, StoreError> {
+        Self::read(dir, Stored::open(dir, here)?, images)
     }
 
     /// As [`Template::load_for`], and refuses what was written as an entry of another key.
-    pub(super) fn load_entry(dir: &Path, here: &Origin, key: &str) -> Result<Self, StoreError> {
+    pub(super) fn load_entry(
+        dir: &Path,
+        here: &Origin,
+        key: &str,
+        images: &[&Path],
+    ) -> Result<Self, StoreError> {
         let stored = Stored::open(dir, here)?;
         if stored.manifest.key != key {
             return Err(StoreError::Damaged(dir.join(MANIFEST)));
         }
-        Self::read(dir, stored)
+        Self::read(dir, stored, images)
     }
 
-    fn read(dir: &Path, stored: Stored) -> Result<Self, StoreError> {
+    fn read(dir: &Path, mut stored: Stored, given: &[&Path]) -> Result<Self, StoreError> {
+        let Manifest {
+            state,
+            images: named,
+            ..
+        } = &mut stored.manifest;
+        images::bring(dir, state, named, given, false)?;
         let path = dir.join(MEMORY);
         let bytes = stored.manifest.state.hardware.memory_bytes;
         let target = memfd().map_err(io_error("make memory for", &path))?;
@@ -168,22 +215,38 @@ impl Template {
     /// # Errors
     /// [`StoreError`]; [`StoreError::NotPrivate`] where others may write.
     pub fn load_trusted(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
-        Self::load_trusted_for(dir.as_ref(), &Origin::here()?)
+        Self::load_trusted_with(dir, &[])
     }
 
-    pub(super) fn load_trusted_for(dir: &Path, here: &Origin) -> Result<Self, StoreError> {
+    /// As [`Template::load_trusted`], for a guest that was given `images`; see [`Template::load_with`]. Of these only
+    /// the size is looked at.
+    ///
+    /// # Errors
+    /// As [`Template::load_trusted`]; [`StoreError::OtherImage`] for an image of another size.
+    pub fn load_trusted_with(dir: impl AsRef<Path>, images: &[&Path]) -> Result<Self, StoreError> {
+        Self::load_trusted_for(dir.as_ref(), &Origin::here()?, images)
+    }
+
+    pub(super) fn load_trusted_for(
+        dir: &Path,
+        here: &Origin,
+        given: &[&Path],
+    ) -> Result<Self, StoreError> {
         let stored = Stored::open(dir, here)?;
         if !stored.private {
             return Err(StoreError::NotPrivate(dir.to_owned()));
         }
-        Ok(Self::with(stored.manifest.state, Arc::new(stored.memory)))
+        let Manifest {
+            mut state,
+            images: named,
+            ..
+        } = stored.manifest;
+        images::bring(dir, &mut state, &named, given, true)?;
+        Ok(Self::with(state, Arc::new(stored.memory)))
     }
 
     /// Writes the parts into an empty directory and waits until the disk has them.
     pub(super) fn write_into(&self, dir: &Path, key: &str) -> Result<(), StoreError> {
-        if has_images(&self.frozen.state) {
-            return Err(StoreError::Images(dir.to_owned()));
-        }
         write_parts(
             dir,
             &self.frozen.state,
@@ -243,7 +306,7 @@ impl Stored {
                 difference,
             });
         }
-        if !is_possible(&manifest.state) {
+        if !manifest.is_possible() {
             return Err(StoreError::Damaged(path));
         }
         let path = dir.join(MEMORY);
@@ -260,20 +323,18 @@ impl Stored {
     }
 }
 
-/// Whether a template on disk can have this state, as far as it can be told without KVM.
-pub(super) fn is_possible(state: &VmState) -> bool {
-    let hardware = state.hardware;
-    hardware.memory_bytes > 0
-        && hardware.memory_bytes.is_multiple_of(MIB)
-        && hardware.memory_bytes / MIB <= MAX_MEMORY_MIB
-        && (1..=MAX_VCPUS).contains(&hardware.vcpus)
-        && state.vcpus.len() == usize::from(hardware.vcpus)
-        && !has_images(state)
-}
-
-fn has_images(state: &VmState) -> bool {
-    let mut devices = state.transports.iter().map(|transport| &transport.device);
-    devices.any(|device| matches!(device, DeviceState::Pmem(_)))
+impl Manifest {
+    /// Whether a template on disk can be of this state and have these images, as far as it can be told without KVM.
+    pub(super) fn is_possible(&self) -> bool {
+        let hardware = self.state.hardware;
+        hardware.memory_bytes > 0
+            && hardware.memory_bytes.is_multiple_of(MIB)
+            && hardware.memory_bytes / MIB <= MAX_MEMORY_MIB
+            && (1..=MAX_VCPUS).contains(&hardware.vcpus)
+            && self.state.vcpus.len() == usize::from(hardware.vcpus)
+            && self.images.len() <= MAX_IMAGES
+            && images::fit(&self.state, &self.images)
+    }
 }
 
 /// Opens a part, which must be a plain file.
@@ -306,6 +367,7 @@ pub(super) fn write_parts(
         let file = options.write(true).create_new(true).mode(0o600).open(&path);
         file.map_err(io_error("create", &path)).map(|f| (f, path))
     };
+    let images = images::name(dir, state)?;
     let (file, path) = create(MEMORY)?;
     let bytes = state.hardware.memory_bytes;
     let write = || {
@@ -316,7 +378,8 @@ pub(super) fn write_parts(
     };
     let memory = write().map_err(io_error("write", &path))?;
     let (mut file, path) = create(MANIFEST)?;
-    let encoded = manifest::encode(here, key, memory, state).map_err(std::io::Error::other);
+    let encoded =
+        manifest::encode(here, key, memory, &images, state).map_err(std::io::Error::other);
     encoded
         .and_then(|bytes| std::io::Write::write_all(&mut file, &bytes))
         .and_then(|()| file.sync_all())

@@ -31,7 +31,7 @@ fn write(template: &Template, dir: &Path) {
 }
 
 fn load(dir: &Path) -> Result<Template, StoreError> {
-    Template::load_for(dir, &host())
+    Template::load_for(dir, &host(), &[])
 }
 
 fn page(template: &Template, number: u64) -> Vec<u8> {
@@ -166,7 +166,7 @@ fn sizes_that_no_vm_has_are_refused_before_memory_is_taken() {
         fs::create_dir(&dir).unwrap();
         let mut state = blank::state(BYTES);
         change(&mut state);
-        let bytes = manifest::encode(&host(), "", [0; 32], &state).unwrap();
+        let bytes = manifest::encode(&host(), "", [0; 32], &[], &state).unwrap();
         fs::write(dir.join("manifest"), bytes).unwrap();
         resize_new(&dir.join("memory"), BYTES);
         assert!(
@@ -185,7 +185,7 @@ fn a_trusted_template_is_private_and_has_its_whole_memory() {
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path().join("t");
     write(&template(b"content"), &dir);
-    let trusted = |dir: &Path| Template::load_trusted_for(dir, &host());
+    let trusted = |dir: &Path| Template::load_trusted_for(dir, &host(), &[]);
     assert_eq!(&page(&trusted(&dir).unwrap(), 2)[..7], b"content");
     for path in [dir.clone(), dir.join("memory"), dir.join("manifest")] {
         let mode = fs::metadata(&path).unwrap().permissions().mode();
@@ -312,7 +312,7 @@ proptest! {
 
 #[test]
 fn every_byte_of_a_manifest_counts() {
-    let good = manifest::encode(&host(), "", [7; 32], &blank::state(BYTES)).unwrap();
+    let good = manifest::encode(&host(), "", [7; 32], &[], &blank::state(BYTES)).unwrap();
     manifest::Manifest::decode(&good).unwrap();
     // Each byte of the header and of the first of the body, then every 97th.
     for at in (0..200).chain((200..good.len()).step_by(97)) {
@@ -337,7 +337,7 @@ fn the_format_is_what_its_version_says() {
         .take(8)
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    assert_eq!((manifest::FORMAT, digest.as_str()), (3, "9ad394e6aaec7da5"));
+    assert_eq!((manifest::FORMAT, digest.as_str()), (4, "9ad394e6aaec7da5"));
 }
 
 /// Else the fuzz target of templates begins with nothing.

@@ -1,10 +1,11 @@
 //! An image file as guest memory: mapped once, shared and read-only, for all VMs that are given it.
 
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use sha2::{Digest as _, Sha256};
 use vm_memory::FileOffset;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 
@@ -109,6 +110,25 @@ impl PmemImage {
     /// Bytes of the image.
     pub(crate) fn bytes(&self) -> u64 {
         self.0.bytes
+    }
+
+    /// SHA-256 of the file's content. Reads it through its descriptor: a file that was cut short is an error there,
+    /// not the end of this process.
+    pub(crate) fn digest(&self) -> std::io::Result<[u8; 32]> {
+        let file = self.0.region.file_offset();
+        let file = file.ok_or(std::io::ErrorKind::NotFound)?.file();
+        let mut content = Sha256::new();
+        let mut buffer = vec![0; 1 << 16];
+        let mut at = 0;
+        while at < self.0.bytes {
+            let count = file.read_at(&mut buffer, at)?;
+            if count == 0 {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            content.update(buffer.get(..count).unwrap_or_default());
+            at += count as u64;
+        }
+        Ok(content.finalize().into())
     }
 
     /// Where the host's mapping begins.

@@ -26,6 +26,7 @@
 mod agent;
 mod cache;
 mod command;
+mod import;
 mod initramfs;
 mod kernel;
 mod progress;
@@ -36,6 +37,7 @@ use std::path::{Path, PathBuf};
 pub use agent::AgentError;
 pub use cache::CacheError;
 pub use command::CommandError;
+pub use import::{ImportError, import};
 pub use initramfs::InitramfsError;
 pub use kernel::{KernelError, Wrong};
 pub use progress::{Event, Progress, Silent, Stage};

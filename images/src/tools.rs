@@ -28,6 +28,8 @@ const NEEDS: &[(Sign, &str)] = &[
     (Sign::Header("stdio.h"), "libc6-dev"),
     // objtool checks and fixes every object of an x86 kernel.
     (Sign::Header("gelf.h"), "libelf-dev"),
+    // Not for the kernel, but for root file systems.
+    (Sign::Program("mkfs.erofs"), "erofs-utils"),
 ];
 
 /// Debian packages that a kernel build needs and this machine lacks.
@@ -95,7 +97,7 @@ mod tests {
         assert_eq!(
             missing.install_command(),
             "sudo apt-get install -y --no-install-recommends apt dpkg tar xz-utils patch make \
-             gcc binutils flex bison bc libc6-dev libelf-dev"
+             gcc binutils flex bison bc libc6-dev libelf-dev erofs-utils"
         );
     }
 

@@ -37,14 +37,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .warm_pool_size(WARM);
     let config = PoolConfig::new(4).profile(profile);
     let backend = KvmBackend::builder(&config)?
-        .image(
-            "base",
-            KvmImage {
-                kernel: image.kernel,
-                initramfs: image.initramfs,
-                append: String::new(),
-            },
-        )
+        .image("base", KvmImage::new(image.kernel, image.initramfs))
         .build();
     let pool = Pool::new(backend, config)?;
     let mut events = pool.subscribe();

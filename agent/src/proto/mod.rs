@@ -65,6 +65,10 @@ pub const MAX_FRAME: usize = MAX_CHUNK + 1024;
 /// Most bytes of input that the host may have sent and the agent not yet reported as taken ([`Response::StdinTaken`]).
 pub const STDIN_WINDOW: usize = 128 * 1024;
 
+/// The word on a guest's command line that makes its first image the root file system: an EROFS file system, over which
+/// what programs write is kept in the guest's memory.
+pub const ROOT_WORD: &str = "hearth_root=/dev/pmem0";
+
 /// Longest time to wait for output after the main process has ended, in milliseconds.
 pub const MAX_LINGER_MS: u32 = 60_000;
 

@@ -130,6 +130,14 @@ pub enum SpawnFailure {
         /// The system's reason.
         errno: i32,
     },
+    /// The image that was to be the guest's root file system could not be mounted.
+    #[error(
+        "the guest's root file system cannot be mounted (errno {errno}): its first image must be an EROFS file system"
+    )]
+    NoRoot {
+        /// The system's reason.
+        errno: i32,
+    },
     /// Anything else.
     #[error("cannot start the program (errno {errno})")]
     Other {

@@ -28,11 +28,7 @@ pub type Guest = Lease<Arc<KvmBackend>>;
 /// When the host runs no guests, or this one does not come up.
 pub async fn backend(files: Files<'_>) -> Result<Arc<KvmBackend>, ScenarioError> {
     let config = config(1, Refill::Manual);
-    let image = KvmImage {
-        kernel: files.kernel.to_owned(),
-        initramfs: files.initramfs.to_owned(),
-        append: String::new(),
-    };
+    let image = KvmImage::new(files.kernel, files.initramfs);
     let builder = KvmBackend::builder(&config).map_err(ScenarioError::at("host"))?;
     let backend = builder.image(PROFILE, image).build();
     for profile in &config.profiles {

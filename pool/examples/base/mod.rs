@@ -18,11 +18,7 @@ pub(crate) async fn pool(warm: usize) -> Result<Pool<KvmBackend>, Box<dyn Error>
         .memory_mib(128)
         .warm_pool_size(warm);
     let config = PoolConfig::new(2 * warm).profile(profile);
-    let image = KvmImage {
-        kernel: image.kernel,
-        initramfs: image.initramfs,
-        append: String::new(),
-    };
+    let image = KvmImage::new(image.kernel, image.initramfs);
     let backend = KvmBackend::builder(&config)?.image(BASE, image).build();
     let pool = Pool::new(backend, config)?;
     pool.start().await?;

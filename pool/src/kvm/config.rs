@@ -29,13 +29,36 @@ pub enum Source {
 
 /// The files of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct KvmImage {
     /// An uncompressed ELF kernel (or what the monitor else takes).
     pub kernel: PathBuf,
     /// The initramfs; its `/init` is the agent.
     pub initramfs: PathBuf,
+    /// An EROFS file system that becomes the guest's root (see `hearth image import`); without one a guest has the
+    /// agent's few built-in programs alone. All guests read one copy in the host's memory; what they write is their own.
+    pub root: Option<PathBuf>,
     /// Words for the kernel's command line.
     pub append: String,
+}
+
+impl KvmImage {
+    /// A guest of this kernel and this initramfs.
+    pub fn new(kernel: impl Into<PathBuf>, initramfs: impl Into<PathBuf>) -> Self {
+        Self {
+            kernel: kernel.into(),
+            initramfs: initramfs.into(),
+            root: None,
+            append: String::new(),
+        }
+    }
+
+    /// Sets the root file system.
+    #[must_use]
+    pub fn root(mut self, image: impl Into<PathBuf>) -> Self {
+        self.root = Some(image.into());
+        self
+    }
 }
 
 /// How many clones are made at a time. Up to its first pong a clone needs a processor, most of all where its

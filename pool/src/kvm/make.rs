@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use hearth_agent::AgentClient;
 use hearth_agent::client::{ConnectionError, OutputLimits, PingError};
-use hearth_agent::proto::{InstanceId, READY_PORT, Refresh};
+use hearth_agent::proto::{InstanceId, READY_PORT, ROOT_WORD, Refresh};
 use hearth_vmm::virtio::balloon::FLOOR_MIB;
 use hearth_vmm::virtio::vsock::ListenError;
 use hearth_vmm::{
@@ -109,6 +109,7 @@ impl KvmBackend {
         let KvmImage {
             kernel,
             initramfs,
+            root,
             append,
         } = self.image(profile)?;
         let config = VmConfig::builder(kernel)
@@ -116,6 +117,10 @@ impl KvmBackend {
             .memory_mib(profile.memory_mib.into())
             .vcpus(profile.vcpus)
             .append(append);
+        let config = match root {
+            Some(root) => config.pmem(root).append(ROOT_WORD),
+            None => config,
+        };
         Ok(config.build()?)
     }
 

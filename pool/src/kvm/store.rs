@@ -1,6 +1,6 @@
 //! Templates that outlast the process: the cache on disk, and what names a profile's entry in it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use hearth_agent::proto;
 use hearth_vmm::cache::{Entry, TemplateCache, TemplateKey};
@@ -13,7 +13,7 @@ use crate::profile::Balloon;
 /// What templates take on disk at most, in bytes, when nothing else is said.
 pub(super) const DEFAULT_LIMIT: u64 = 4 << 30;
 /// Raised when templates are made by other steps from the same ingredients.
-const RECIPE: u32 = 5;
+const RECIPE: u32 = 6;
 
 /// Where templates are kept.
 #[derive(Clone, Debug)]
@@ -41,7 +41,8 @@ impl Store {
     /// The entry, or the right to make it. Blocks: reads files, and waits for who makes it just now.
     pub(super) fn enter(&self, made_of: &MadeOf) -> Result<Entry, StoreError> {
         let key = made_of.key()?;
-        TemplateCache::open(&self.dir, self.limit)?.enter(&key)
+        let images: Vec<&Path> = made_of.image.root.iter().map(PathBuf::as_path).collect();
+        TemplateCache::open(&self.dir, self.limit)?.enter_with(&key, &images)
     }
 }
 
@@ -80,6 +81,7 @@ impl MadeOf {
         let KvmImage {
             kernel,
             initramfs,
+            root,
             // Among the boot words.
             append: _,
         } = image;
@@ -97,6 +99,9 @@ impl MadeOf {
             .part("memory", memory_mib.to_le_bytes())
             .part("vcpus", [*vcpus])
             .part("left", left.to_le_bytes());
+        if let Some(root) = root {
+            key = key.file("root", root)?;
+        }
         for package in packages {
             key = key.part("package", package);
         }
@@ -127,11 +132,7 @@ mod tests {
         };
         let profile = || Profile::new("name", "image");
         let base = MadeOf {
-            image: KvmImage {
-                kernel: file("kernel", "k"),
-                initramfs: file("initramfs", "i"),
-                append: String::new(),
-            },
+            image: KvmImage::new(file("kernel", "k"), file("initramfs", "i")),
             ingredients: Ingredients::from(&profile()),
             cpu: CpuProfile::Native,
             boot_words: vec!["a".into()],
@@ -151,6 +152,8 @@ mod tests {
         let others = [
             name(&|made_of| made_of.image.kernel = other.clone()),
             name(&|made_of| made_of.image.initramfs = other.clone()),
+            name(&|made_of| made_of.image.root = Some(other.clone())),
+            name(&|made_of| made_of.image.root = Some(copy.clone())),
             name(&|made_of| made_of.boot_words.push("x".into())),
             name(&|made_of| made_of.cpu = CpuProfile::Emulated),
             name(&|made_of| made_of.idle_mib = 32),

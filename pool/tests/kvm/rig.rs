@@ -30,11 +30,7 @@ pub(crate) const BASE: &str = "base";
 pub(crate) async fn builder(config: &PoolConfig) -> KvmBackendBuilder {
     let image = tokio::task::spawn_blocking(|| Images::open(None)?.base(&Silent));
     let image = image.await.unwrap().expect("the base image");
-    let image = KvmImage {
-        kernel: image.kernel,
-        initramfs: image.initramfs,
-        append: String::new(),
-    };
+    let image = KvmImage::new(image.kernel, image.initramfs);
     let builder = KvmBackend::builder(config).expect("a host that runs guests");
     builder.image(BASE, image)
 }

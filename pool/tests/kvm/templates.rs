@@ -7,9 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hearth_pool::kvm::{Guest, KvmBackend, Source};
+use hearth_images::{Images, Silent};
+use hearth_pool::kvm::{Guest, KvmBackend, KvmImage, Source};
 use hearth_pool::{Backend, Balloon, Parking, PoolConfig, VmId};
-use hearth_tests::{alone, kvm, patience, within};
+use hearth_tests::{alone, error_chain, kvm, not_measured, patience, within};
 
 use crate::rig::{BASE, Rig, alone_in_a_runtime, builder, config, run, stop};
 
@@ -114,6 +115,42 @@ async fn what_the_warm_up_left_running_goes_on_in_each_clone() {
         );
         backend.retire(guest).await;
     }
+}
+
+/// A backend whose guests have the root file system `root`, and its templates in `cache`.
+async fn rooted(config: &PoolConfig, root: &Path, cache: &Path) -> KvmBackend {
+    let base = tokio::task::spawn_blocking(|| Images::open(None)?.base(&Silent));
+    let base = base.await.unwrap().expect("the base image");
+    let image = KvmImage::new(base.kernel, base.initramfs).root(root);
+    let builder = KvmBackend::builder(config).unwrap();
+    builder
+        .image(BASE, image)
+        .template_cache(cache, 1 << 30)
+        .build()
+}
+
+#[tokio::test]
+async fn guests_with_a_root_of_their_own_are_forked_from_a_template_that_is_found_with_it() {
+    if !kvm() {
+        return;
+    }
+    let (dir, config) = (tempfile::tempdir().unwrap(), config(1));
+    let (root, cache) = (dir.path().join("root"), dir.path().join("templates"));
+    let tree = tempfile::tempdir().unwrap();
+    fs::write(tree.path().join("motto"), "of the root\n").unwrap();
+    if let Err(error) = hearth_images::import(tree.path(), &root) {
+        return not_measured(&error_chain(&error));
+    }
+    let first = rooted(&config, &root, &cache).await;
+    let booted = prepared(&first, &config).await;
+    drop(first);
+    let second = rooted(&config, &root, &cache).await;
+    let found = prepared(&second, &config).await;
+    assert!(found < booted / 2, "{booted:?} booted, {found:?} found");
+    let guest = is_healthy(&second, &config).await;
+    let output = run(&guest, guest.command("cat").arg("/motto")).await;
+    assert_eq!(output.stdout, b"of the root\n");
+    second.retire(guest).await;
 }
 
 /// Memory of all guests and templates of this process in KiB, by its file.

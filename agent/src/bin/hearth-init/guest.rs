@@ -22,7 +22,7 @@ use crate::{
     hygiene::{self, Hygiene},
     mounts,
     plan::Plan,
-    quiet, runtime,
+    quiet, root, runtime,
     spawn::{Image, Refusal, Step, spawn},
     text::Stderr,
 };
@@ -35,6 +35,8 @@ pub(crate) struct Guest {
     /// Whether this process is PID 1, and so may change the machine.
     init: bool,
     prepared: bool,
+    /// Why the root file system that was asked for is not there.
+    no_root: Option<Errno>,
     hygiene: Hygiene,
     pub(crate) cgroups: Cgroups,
     /// Programs that run.
@@ -48,6 +50,7 @@ impl Guest {
             started_us,
             init,
             prepared: false,
+            no_root: None,
             hygiene: Hygiene::new(),
             cgroups,
             programs: 0,
@@ -85,10 +88,14 @@ impl Guest {
         }
         self.prepared = true;
         if self.init {
+            let environment = runtime::environment();
+            if let Some(device) = root::device(&environment) {
+                self.no_root = root::switch_to(device).err();
+            }
             let failed = mounts::prepare();
             quiet::settle();
             // The console costs an exit per byte: silent unless the boot words say `hearth_log=1`.
-            if runtime::environment()
+            if environment
                 .iter()
                 .any(|word| word.starts_with(b"hearth_log="))
             {
@@ -136,6 +143,12 @@ impl Guest {
     /// Starts a program.
     pub(crate) fn start(&mut self, exec: &Exec) -> Result<Program, SpawnFailure> {
         self.prepare();
+        if let Some(errno) = self.no_root {
+            // Programs of another root are not what was asked for.
+            return Err(SpawnFailure::NoRoot {
+                errno: errno.raw_os_error(),
+            });
+        }
         if let Some(time) = exec.wall_clock
             && self.init
         {

@@ -44,6 +44,7 @@ mod mounts;
 mod plan;
 mod quiet;
 mod reaper;
+mod root;
 mod serve;
 mod spawn;
 mod sys;

@@ -1,6 +1,6 @@
 //! `hearth image`: builds and finds what guests boot from.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Subcommand, ValueEnum};
@@ -21,6 +21,15 @@ pub(crate) enum Command {
     Build {
         /// The image
         name: Name,
+    },
+    /// Makes an EROFS image of a directory or tar archive, for `hearth run --root`
+    ///
+    /// All files belong to root. `docker export NAME > NAME.tar` writes such an archive.
+    Import {
+        /// The root file system: a directory or a tar archive, compressed or not
+        source: PathBuf,
+        /// The image to be written
+        output: PathBuf,
     },
     /// Lists the images and where they are cached
     List,
@@ -47,6 +56,10 @@ pub(crate) fn image(command: &Command) -> ExitCode {
     };
     match command {
         Command::Build { name } => match build(&images, *name) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&error),
+        },
+        Command::Import { source, output } => match hearth_images::import(source, output) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&error),
         },

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use hearth_agent::Command;
-use hearth_agent::proto::Input;
+use hearth_agent::proto::{Input, ROOT_WORD};
 use hearth_images::Images;
 use hearth_vmm::{CpuProfile, Host, VmConfig};
 
@@ -30,7 +30,8 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
 ///
 /// The guest's program gets this command's stdin, stdout, stderr, and gives its exit code. Ctrl-C and
 /// SIGTERM are passed on to the program; the second one ends the guest. The base image holds small
-/// built-in programs only: cat echo env exit false id ls pwd sleep true uname.
+/// built-in programs only: cat echo env exit false id ls pwd sleep true uname. For others give the
+/// guest a root file system of yours (--root), or a program (--copy-in).
 ///
 /// The first run builds the guest's kernel, which takes minutes.
 #[derive(Debug, clap::Args)]
@@ -50,6 +51,9 @@ pub(crate) struct Args {
     /// Initramfs to boot instead of the image's; its /init must be the agent
     #[arg(long, value_name = "PATH", env = "HEARTH_INITRAMFS")]
     initramfs: Option<PathBuf>,
+    /// Root file system of the guest: an EROFS image, as `hearth image import` makes it
+    #[arg(long, value_name = "PATH")]
+    root: Option<PathBuf>,
     #[command(flatten)]
     machine: Machine,
     /// Shows the guest's serial console on stderr; slows the boot
@@ -158,6 +162,10 @@ fn config(args: &Args) -> Result<VmConfig, RunError> {
     let (kernel, initramfs) = image(args)?;
     let config = VmConfig::builder(kernel).initramfs(initramfs);
     let config = args.machine.apply(config).console(args.console);
+    let config = match &args.root {
+        Some(root) => config.pmem(root).append(ROOT_WORD),
+        None => config,
+    };
     Ok(config.count_instructions(args.json).build()?)
 }
 

@@ -1,0 +1,154 @@
+//! A root file system of the user's as an image that guests read in place: EROFS, uncompressed.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::cache::{CacheError, io_error};
+use crate::command::{self, CommandError};
+
+/// Guests plug images in by pieces of this size.
+const GRANULE: u64 = 2 << 20;
+/// The same tree gives the same bytes: no time, no chance.
+const FIXED: [&str; 4] = [
+    "-T0",
+    "-U00000000-0000-0000-0000-000000000000",
+    "--all-root",
+    "--quiet",
+];
+
+/// Why no image was made. Nothing is left where it was to be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImportError {
+    /// There is no such directory or archive.
+    #[error("{}: neither a directory nor a tar archive", .0.display())]
+    Source(PathBuf),
+    /// Something has the name already.
+    #[error("{} exists; remove it first or choose another name", .0.display())]
+    Exists(PathBuf),
+    /// `mkfs.erofs` is missing or failed.
+    #[error(
+        "the image was not made; mkfs.erofs is in the package erofs-utils (sudo apt-get install -y erofs-utils)"
+    )]
+    Mkfs(#[source] CommandError),
+    /// `tar` is missing or failed.
+    #[error("the archive was not unpacked")]
+    Tar(#[source] CommandError),
+    /// A file operation failed.
+    #[error(transparent)]
+    File(#[from] CacheError),
+}
+
+/// Makes the image `output` of a directory or of a tar archive (compressed or not), such as `docker export` writes. All
+/// files belong to root; an archive's devices are left out, for the guest's kernel makes them. Needs no root. Blocks.
+///
+/// # Errors
+/// [`ImportError`].
+pub fn import(source: &Path, output: &Path) -> Result<(), ImportError> {
+    if output.exists() {
+        return Err(ImportError::Exists(output.to_owned()));
+    }
+    let near = match output.parent() {
+        Some(dir) if dir.file_name().is_some() => dir,
+        _ => Path::new("."),
+    };
+    // Where there is room for the image there is for what it is made of.
+    let scratch = tempfile::tempdir_in(near).map_err(io_error("make a directory in", near))?;
+    let tree = if source.is_dir() {
+        source.to_owned()
+    } else if source.is_file() {
+        unpack(source, &scratch.path().join("tree"))?
+    } else {
+        return Err(ImportError::Source(source.to_owned()));
+    };
+    let image = scratch.path().join("image");
+    let mut mkfs = Command::new("mkfs.erofs");
+    command::run(mkfs.args(FIXED).arg(&image).arg(&tree), |_| {}).map_err(ImportError::Mkfs)?;
+    let whole = || {
+        let file = File::options().write(true).open(&image)?;
+        let bytes = file.metadata()?.len();
+        file.set_len(bytes.next_multiple_of(GRANULE))?;
+        file.sync_all()
+    };
+    whole().map_err(io_error("write", &image))?;
+    std::fs::rename(&image, output).map_err(io_error("write", output))?;
+    Ok(())
+}
+
+fn unpack(archive: &Path, tree: &Path) -> Result<PathBuf, ImportError> {
+    std::fs::create_dir(tree).map_err(io_error("create", tree))?;
+    let mut tar = Command::new("tar");
+    tar.args(["--extract", "--no-same-owner", "--exclude=dev/*", "--file"])
+        .arg(archive)
+        .arg("--directory")
+        .arg(tree);
+    command::run(&mut tar, |_| {}).map_err(ImportError::Tar)?;
+    Ok(tree.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn have_mkfs() -> bool {
+        let there = Command::new("mkfs.erofs").arg("--help").output().is_ok();
+        if !there {
+            use std::io::Write;
+            let line = b"\nNOT MEASURED: no mkfs.erofs\n";
+            let _ = std::io::stderr().write_all(line);
+        }
+        there
+    }
+
+    #[test]
+    fn a_directory_and_its_archive_give_the_same_image_each_time() {
+        if !have_mkfs() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("tree/etc")).unwrap();
+        fs::write(at("tree/etc/name"), "value").unwrap();
+        std::os::unix::fs::symlink("etc/name", at("tree/link")).unwrap();
+        let tar = [
+            "--create",
+            "--file",
+            "archive.tar",
+            "--directory",
+            "tree",
+            ".",
+        ];
+        let made = Command::new("tar").args(tar).current_dir(&dir).status();
+        assert!(made.unwrap().success());
+        import(&at("tree"), &at("one")).unwrap();
+        import(&at("tree"), &at("two")).unwrap();
+        import(&at("archive.tar"), &at("three")).unwrap();
+        let one = fs::read(at("one")).unwrap();
+        assert_eq!(one.len(), 2 << 20);
+        // EROFS_SUPER_MAGIC_V1 (fs/erofs/erofs_fs.h) after 1 KiB.
+        assert_eq!(one[1024..1028], 0xE0F5_E1E2_u32.to_le_bytes());
+        assert!(one == fs::read(at("two")).unwrap());
+        assert!(one == fs::read(at("three")).unwrap());
+        assert!(matches!(
+            import(&at("tree"), &at("one")),
+            Err(ImportError::Exists(_))
+        ));
+        let names = fs::read_dir(&dir).unwrap().count();
+        assert_eq!(names, 5, "nothing is left over");
+    }
+
+    #[test]
+    fn what_is_neither_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let none = import(&dir.path().join("none"), &out);
+        assert!(matches!(none, Err(ImportError::Source(_))), "{none:?}");
+        let text = dir.path().join("text");
+        fs::write(&text, "no archive").unwrap();
+        assert!(matches!(import(&text, &out), Err(ImportError::Tar(_))));
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
+    }
+}

@@ -227,7 +227,7 @@ mod tests {
         assert_eq!(
             (crate::snapshot::FORMAT, format!("{seen:x}").as_str()),
             (
-                3,
+                4,
                 "71f0931b26adeb104dd2b759a0ab25eae5e243be185351d864f1f8267ed3a466"
             ),
             "raise FORMAT, then note both here"

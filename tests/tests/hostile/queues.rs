@@ -102,13 +102,9 @@ async fn a_notification_switch_laid_over_the_index_does_not_hold_the_event_threa
         let code = code
             .store(rings(index)[1] + 4, 1)
             .write(register::QUEUE_NOTIFY, index);
-        assert_reset(
-            "notification switch over the index",
-            device,
-            code,
-            "rings overlap",
-        )
-        .await;
+        // The device may come upon the ring before the guest has written all of it: which fault it finds then is a
+        // race (played alone, it is the overlap). That it finds one, and ends its run, is what counts.
+        assert_reset("notification switch over the index", device, code, "").await;
     }
 }
 

@@ -11,7 +11,7 @@ use hearth_agent::proto::{
     Applied, DirEntry, Exec, FileFailure, FileKind, FileReply, FileRequest, FrameBuffer,
     FrameError, Hello, HelloError, Input, InstanceId, Leftover, Limits, MAX_CHUNK, MAX_FRAME,
     OutputMode, Place, Put, Refresh, Rejection, Request, Response, ShutdownKind, SpawnFailure,
-    Standstill, User, VERSION, WallClock, encode,
+    Standstill, User, VERSION, WallClock, WindowSize, encode,
 };
 use proptest::{collection::vec, option, prelude::*};
 use serde_bytes::ByteBuf;
@@ -62,8 +62,9 @@ fn exec() -> impl Strategy<Value = Exec> {
         any::<u32>(),
         any::<bool>(),
     );
-    (what, how, option::of(user()), limits(), clock()).prop_map(
-        |(what, how, user, limits, wall_clock)| Exec {
+    let terminal = option::of((any::<u16>(), any::<u16>()));
+    (what, how, option::of(user()), limits(), clock(), terminal).prop_map(
+        |(what, how, user, limits, wall_clock, terminal)| Exec {
             argv: what.0,
             env: what.1,
             clear_env: what.2,
@@ -85,6 +86,7 @@ fn exec() -> impl Strategy<Value = Exec> {
             user,
             limits,
             wall_clock,
+            terminal: terminal.map(|(rows, columns)| WindowSize { rows, columns }),
         },
     )
 }
@@ -178,6 +180,7 @@ proptest! {
             })),
             Request::FileData(&data),
             Request::FileEnd,
+            Request::Resize(WindowSize { rows: 24, columns: 80 }),
         ];
         let mut wire = Vec::new();
         for request in &sent {
@@ -273,7 +276,7 @@ fn a_long_length_is_refused_before_memory_is_taken() {
 /// The wire as it was when this version was fixed: a change here is a change of VERSION.
 #[test]
 fn the_wire_is_pinned() {
-    assert_eq!(VERSION, 2);
+    assert_eq!(VERSION, 3);
     let mut hello = Vec::new();
     Hello {
         instance: InstanceId([7; 16]),
@@ -285,7 +288,7 @@ fn the_wire_is_pinned() {
     assert_eq!(
         hello,
         [
-            b"\x19\0\0\0HRTH\x02\0".as_slice(),
+            b"\x19\0\0\0HRTH\x03\0".as_slice(),
             &[7; 16],
             b"\x01\xac\x02"
         ]
@@ -304,7 +307,7 @@ fn the_wire_is_pinned() {
     };
     assert_eq!(
         bytes(Request::Exec(Box::new(exec))),
-        b"\x14\0\0\0\x01\x01\x01a\0\0\0\0\0\x01\x01\0\0\0\0\0\0\0\0\0"
+        b"\x15\0\0\0\x01\x01\x01a\0\0\0\0\0\x01\x01\0\0\0\0\0\0\0\0\0\0"
     );
     assert_eq!(bytes(Request::Stdin(b"xy")), b"\x04\0\0\0\x02\x02xy");
     assert_eq!(bytes(Request::StdinEof), b"\x01\0\0\0\x03");
@@ -326,6 +329,11 @@ fn the_wire_is_pinned() {
     );
     assert_eq!(bytes(Request::FileData(b"xy")), b"\x04\0\0\0\x0a\x02xy");
     assert_eq!(bytes(Request::FileEnd), b"\x01\0\0\0\x0b");
+    let size = WindowSize {
+        rows: 24,
+        columns: 300,
+    };
+    assert_eq!(bytes(Request::Resize(size)), b"\x04\0\0\0\x0c\x18\xac\x02");
 }
 
 #[test]
@@ -335,7 +343,7 @@ fn versions_are_told_apart_from_strangers() {
     assert_eq!(Hello::decode(b"HRTH"), Err(HelloError::NotHello));
     assert_eq!(Hello::decode(b"HTTP/1.1 200 OK"), Err(HelloError::NotHello));
     assert_eq!(
-        Hello::decode(b"HRTH\x02\0short"),
+        Hello::decode(b"HRTH\x03\0short"),
         Err(HelloError::Frame(FrameError::Malformed))
     );
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command as HostCommand;
 
 use hearth_agent::client::{Command, ExecError};
-use hearth_agent::proto::{ExitStatus, Put, ROOT_WORD, SpawnFailure};
+use hearth_agent::proto::{ExitStatus, Put, ROOT_WORD, SpawnFailure, WindowSize};
 use hearth_images::import;
 use hearth_tests::{Guest, kvm, not_measured, within};
 
@@ -60,6 +60,13 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
     let mounts = guest.run(Command::new("cat").arg("/proc/mounts")).await;
     let mounts = text(&mounts.stdout);
     assert!(mounts.contains("overlay / overlay"), "{mounts}");
+    // A terminal, whatever the image has in /dev.
+    let script = "[ -t 0 ] && read -r line && echo \"<$line>\" && echo direct > /dev/tty";
+    let terminal = sh(script).terminal(WindowSize::default());
+    let output = guest.run_with(terminal, b"typed\n").await;
+    assert_eq!(output.status, ExitStatus::Code(0));
+    let shown = text(&output.stdout);
+    assert!(shown.ends_with("<typed>\r\ndirect\r\n"), "{shown:?}");
     let template = guest.freeze();
     let mut clones = [Guest::of(&template).await, Guest::of(&template).await];
     let [one, other] = &mut clones;

@@ -8,7 +8,9 @@ use std::{
 
 use serde_bytes::ByteBuf;
 
-use crate::proto::{Exec, Input, Leftover, Limits, MAX_LINGER_MS, OutputMode, User, WallClock};
+use crate::proto::{
+    Exec, Input, Leftover, Limits, MAX_LINGER_MS, OutputMode, User, WallClock, WindowSize,
+};
 
 /// A program to run in a guest, built as `std::process::Command` is.
 ///
@@ -85,6 +87,15 @@ impl Command {
     /// Says whether stdout and stderr are one stream.
     pub fn output_mode(mut self, mode: OutputMode) -> Self {
         self.exec.output = mode;
+        self
+    }
+
+    /// Gives the program a terminal of this size, which is its stdin, stdout and stderr; what it writes comes as stdout. What is
+    /// written to its stdin is what somebody types: control characters act, and are echoed. The end of input is typed, too.
+    /// TERM is `xterm` unless [`env`](Self::env) sets it.
+    pub fn terminal(mut self, size: WindowSize) -> Self {
+        self.exec.terminal = Some(size);
+        self.exec.stdin = Input::Pipe;
         self
     }
 

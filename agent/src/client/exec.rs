@@ -20,7 +20,7 @@ use super::{
     output::{Output, OutputLimits, collect},
     shared::{Handle, Queue, Shared, State},
 };
-use crate::proto::{Exited, MAX_CHUNK, Request};
+use crate::proto::{Exited, MAX_CHUNK, Request, WindowSize};
 
 /// A program that runs in a guest. Dropping it, also in the middle of [`wait`](Self::wait), kills the program and all that it
 /// started.
@@ -95,8 +95,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
     /// # Cancel safety
     /// The signal may or may not be sent, whole in either case.
     pub async fn signal(&mut self, signal: u8) -> Result<(), ConnectionError> {
+        self.tell(Request::Signal(signal)).await
+    }
+
+    /// Sets the size of the program's terminal, of which it is told by SIGWINCH. One that has no terminal ignores it.
+    ///
+    /// # Errors
+    /// [`ConnectionError`] if the connection is gone.
+    ///
+    /// # Cancel safety
+    /// As [`signal`](Self::signal).
+    pub async fn resize(&mut self, size: WindowSize) -> Result<(), ConnectionError> {
+        self.tell(Request::Resize(size)).await
+    }
+
+    /// Sends a request that has no answer.
+    async fn tell(&mut self, request: Request<'static>) -> Result<(), ConnectionError> {
         let shared = self.shared()?;
-        let mut request = Some(Request::Signal(signal));
+        let mut request = Some(request);
         poll_fn(|cx| {
             shared.poll_until(Handle::Main, cx, |state, cx| {
                 if state.end.is_some() {

@@ -12,7 +12,7 @@
 //!   | -- Pong --------------------------> |
 //!   | <-- Exec -------------------------- |   at most one at a time on a connection
 //!   | -- Started | Failed --------------> |
-//!   | <-- Stdin, StdinEof, Signal ------- |   Stdin only within the window (see STDIN_WINDOW)
+//!   | <-- Stdin, StdinEof, Signal, Resize |   Stdin only within the window (see STDIN_WINDOW)
 //!   | -- Stdout, Stderr, StdinTaken ----> |
 //!   | -- Exited ------------------------> |   the connection is free for the next exec
 //!   | <-- File, FileData, FileEnd ------- |   at most one at a time on a connection, and no exec (see FileRequest)
@@ -40,6 +40,7 @@ pub use frame::{FrameBuffer, FrameError, encode};
 pub use hello::{Hello, HelloError, InstanceId};
 pub use request::{
     Exec, Input, Leftover, Limits, OutputMode, Refresh, Request, ShutdownKind, User, WallClock,
+    WindowSize,
 };
 pub use response::{
     Applied, Exited, Memory, OutputEnd, Pong, Refreshed, Rejection, Resource, Response,
@@ -48,7 +49,7 @@ pub use response::{
 pub use status::ExitStatus;
 
 /// The version of this protocol; both sides must have the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// The vsock port on which the agent listens.
 pub const AGENT_PORT: u32 = 1024;

@@ -19,7 +19,7 @@ pub enum Request<'a> {
     Exec(Box<Exec>),
     /// Input for the running program; ignored when there is none any more.
     Stdin(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
-    /// The input is complete.
+    /// The input is complete. On a terminal it is the end-of-file character that says so.
     StdinEof,
     /// Sends this signal (1 to 64) to the running program's process group; ignored when it has ended.
     Signal(u8),
@@ -38,6 +38,8 @@ pub enum Request<'a> {
     FileData(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
     /// The content is complete.
     FileEnd,
+    /// Sets the size of the running program's terminal; ignored when there is none.
+    Resize(WindowSize),
 }
 
 impl<'a> Request<'a> {
@@ -81,6 +83,18 @@ pub struct Exec {
     /// The time at the host when it sent this: the guest's wall clock is set to it before the program
     /// starts, unless it is ahead by no more than the 2 s that the message may have taken.
     pub wall_clock: Option<WallClock>,
+    /// Gives the program a terminal of this size: its controlling terminal, stdin, stdout and stderr, reported as stdout.
+    /// It needs [`Input::Pipe`] to be typed on, and has TERM set unless it is given. Closing the connection hangs it up.
+    pub terminal: Option<WindowSize>,
+}
+
+/// The size of a terminal; zero: unknown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub columns: u16,
 }
 
 /// Where a program's stdin comes from.

@@ -144,6 +144,14 @@ pub enum SpawnFailure {
         /// The system's reason.
         errno: i32,
     },
+    /// There is no terminal for it.
+    #[error(
+        "the guest has no terminal to give (errno {errno}): its kernel needs UNIX98_PTYS, and /dev/pts must be mounted"
+    )]
+    NoTerminal {
+        /// The system's reason.
+        errno: i32,
+    },
 }
 
 /// A resource of the guest.

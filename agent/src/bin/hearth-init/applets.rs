@@ -314,6 +314,7 @@ fn start(
         env: &strings(&runtime::environment())?,
         cwd: c".",
         session,
+        terminal: false,
         stdio: [stdin(), output, stderr()],
         limits: &[],
         user: None,

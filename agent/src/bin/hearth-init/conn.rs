@@ -225,7 +225,9 @@ impl Conn {
     ) -> Asked {
         let mut asked = Asked::default();
         if let Some(program) = &mut self.program {
-            program.tick(now);
+            if program.tick(now, &mut self.channel.output).is_err() {
+                self.lose(Lost(None));
+            }
         }
         loop {
             if matches!(self.phase, Phase::Over(_) | Phase::Connecting) {
@@ -379,6 +381,11 @@ fn answer(
         Request::Signal(signal @ 1..=64) => {
             if let Some(program) = program {
                 program.signal(signal);
+            }
+        }
+        Request::Resize(size) => {
+            if let Some(program) = program {
+                program.resize(size);
             }
         }
         Request::Signal(_) => return Err(Rejection::OutOfRange.into()),

@@ -29,6 +29,7 @@ pub(crate) fn failure(plan: &Plan, refusal: Refusal) -> SpawnFailure {
             errno,
         },
         (Step::User, _) => SpawnFailure::User { errno },
+        (Step::Terminal, _) => SpawnFailure::NoTerminal { errno },
         (Step::Limit(Resource::Nofile), _) => SpawnFailure::Limit {
             limit: proto::Resource::OpenFiles,
             errno,

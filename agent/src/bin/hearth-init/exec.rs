@@ -6,12 +6,12 @@
 //!    | timeout: TERM, grace, KILL         |
 //! ```
 
-use alloc::vec::Vec;
+use alloc::{vec, vec::Vec};
 use core::time::Duration;
 
 use hearth_agent::proto::{
     Exec, ExitStatus, Exited, FrameError, Leftover, MAX_CHUNK, OutputEnd, Rejection, Response,
-    STDIN_WINDOW, Usage,
+    STDIN_WINDOW, Usage, WindowSize,
 };
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
@@ -25,7 +25,7 @@ use crate::{
     clock::Instant,
     kill::{KILL, TERM, kill_tree},
     reaper::Reaped,
-    sys,
+    sys, terminal,
 };
 
 /// Input taken is reported when this much is unreported, so that small writes cost no message each.
@@ -40,6 +40,8 @@ pub(crate) struct Pipes {
     pub(crate) stdout: OwnedFd,
     /// None if stderr goes where stdout goes.
     pub(crate) stderr: Option<OwnedFd>,
+    /// Whether they are a terminal.
+    pub(crate) terminal: bool,
 }
 
 /// A running program.
@@ -50,6 +52,7 @@ pub(crate) struct Program {
     stdin: Stdin,
     stdout: Stream,
     stderr: Stream,
+    terminal: bool,
     timeout: Timeout,
     linger: Duration,
     leftover: Leftover,
@@ -72,6 +75,8 @@ enum Stream {
         pipe: OwnedFd,
         rest: usize,
     },
+    /// A terminal that nobody has open. To close this end, too, would hang up on the program.
+    Unattended(OwnedFd),
     Closed {
         end: OutputEnd,
     },
@@ -85,6 +90,8 @@ struct Stdin {
     /// What the program took and the host does not know.
     unreported: usize,
     eof: bool,
+    /// On a terminal whose end of input is still to be typed: whether a line was begun.
+    line_begun: Option<bool>,
 }
 
 #[derive(Debug)]
@@ -122,6 +129,7 @@ impl Program {
                 waiting: Vec::new(),
                 unreported: 0,
                 eof: false,
+                line_begun: pipes.terminal.then_some(false),
             },
             stdout: Stream::Open(pipes.stdout),
             stderr: pipes.stderr.map_or(
@@ -130,6 +138,7 @@ impl Program {
                 },
                 Stream::Open,
             ),
+            terminal: pipes.terminal,
             timeout: term_at.map_or(Timeout::Never, |term_at| Timeout::Running {
                 term_at,
                 grace,
@@ -165,6 +174,7 @@ impl Program {
             waiting,
             unreported,
             eof,
+            ..
         } = &mut self.stdin;
         if pipe.is_none() {
             return Ok(());
@@ -179,8 +189,13 @@ impl Program {
     /// Ends the input, once all of it is written.
     pub(crate) fn end_input(&mut self) {
         self.stdin.eof = true;
-        if self.stdin.waiting.is_empty() {
-            self.stdin.pipe = None;
+        self.stdin.finish();
+    }
+
+    /// Sets the size of the program's terminal, if it has one.
+    pub(crate) fn resize(&self, size: WindowSize) {
+        if let Some(terminal) = self.stdout.pipe().filter(|_| self.terminal) {
+            let _ = terminal::resize(terminal, size);
         }
     }
 
@@ -191,13 +206,20 @@ impl Program {
             waiting,
             unreported,
             eof,
+            line_begun,
         } = &mut self.stdin;
         let Some(fd) = pipe else { return Ok(()) };
         if !waiting.is_empty() {
             match write(&*fd, waiting) {
                 Ok(count) => {
-                    waiting.drain(..count.min(waiting.len()));
-                    *unreported += count;
+                    let written = waiting.drain(..count.min(waiting.len()));
+                    if let (Some(begun), Some(last)) = (line_begun, written.last()) {
+                        *begun = last != b'\n';
+                    }
+                    // After the end nobody waits for room, and the end itself was not sent.
+                    if !*eof {
+                        *unreported += count;
+                    }
                 }
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(_) => {
@@ -207,10 +229,9 @@ impl Program {
                 }
             }
         }
-        if waiting.is_empty() && *eof {
-            *pipe = None;
-        } else if *unreported >= REPORT {
-            let taken = core::mem::take(unreported);
+        self.stdin.finish();
+        if self.stdin.pipe.is_some() && self.stdin.unreported >= REPORT {
+            let taken = core::mem::take(&mut self.stdin.unreported);
             out.push(&Response::StdinTaken(
                 u32::try_from(taken).unwrap_or(u32::MAX),
             ))?;
@@ -268,12 +289,34 @@ impl Program {
                     stream.emptied();
                     break;
                 }
+                // A terminal's way to say that nobody has it open any more.
+                Err(_) if self.terminal && self.exit.is_none() => stream.leave(),
                 Err(_) => {
                     *stream = Stream::Closed {
                         end: OutputEnd::Complete,
                     }
                 }
             }
+        }
+        if self.terminal && self.stdout.pipe().is_none() && self.stdin.pipe.take().is_some() {
+            // Nobody will read what is typed.
+            self.stdin.waiting = Vec::new();
+            out.push(&Response::StdinClosed)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what the terminal holds, which no number tells beforehand, and settles for that.
+    fn empty_terminal(&mut self, out: &mut Output) -> Result<(), FrameError> {
+        if let Stream::Open(terminal) = &self.stdout {
+            let mut rest = vec![0; terminal::MOST_HELD];
+            while let Ok(count @ 1..) = read(terminal, &mut *rest) {
+                out.push(&Response::Stdout(rest.get(..count).unwrap_or_default()))?;
+                rest.truncate(rest.len().saturating_sub(count));
+            }
+            self.stdout = Stream::Closed {
+                end: OutputEnd::StillOpen,
+            };
         }
         Ok(())
     }
@@ -301,6 +344,7 @@ impl Program {
             },
             give_up_at: now.checked_add(self.linger).unwrap_or(now),
         });
+        self.stdout.attend();
         self.stdin.pipe = None;
         self.stdin.waiting = Vec::new();
         if self.leftover == Leftover::Kill
@@ -312,8 +356,11 @@ impl Program {
     }
 
     /// Does what is due at `now`.
-    pub(crate) fn tick(&mut self, now: Instant) {
+    pub(crate) fn tick(&mut self, now: Instant, out: &mut Output) -> Result<(), FrameError> {
         match (&self.exit, &self.timeout) {
+            (Some(exit), _) if now >= exit.give_up_at && self.terminal => {
+                self.empty_terminal(out)?;
+            }
             (Some(exit), _) if now >= exit.give_up_at => {
                 self.stdout.give_up();
                 self.stderr.give_up();
@@ -331,6 +378,7 @@ impl Program {
             }
             _ => {}
         }
+        Ok(())
     }
 
     /// When [`tick`](Self::tick) has something to do next.
@@ -387,12 +435,48 @@ impl Program {
     }
 }
 
+impl Stdin {
+    /// Once all input is written and no more comes: the end.
+    fn finish(&mut self) {
+        if !self.eof || !self.waiting.is_empty() {
+            return;
+        }
+        match (&self.pipe, self.line_begun.take()) {
+            (Some(terminal), Some(begun)) => {
+                self.waiting = terminal::end_of_input(terminal.as_fd(), begun);
+            }
+            _ => self.pipe = None,
+        }
+    }
+}
+
 impl Stream {
     fn pipe(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Open(pipe) | Self::Last { pipe, .. } => Some(pipe.as_fd()),
-            Self::Closed { .. } => None,
+            Self::Unattended(_) | Self::Closed { .. } => None,
         }
+    }
+
+    fn leave(&mut self) {
+        self.exchange(|stream| match stream {
+            Self::Open(terminal) => Self::Unattended(terminal),
+            other => other,
+        });
+    }
+
+    fn attend(&mut self) {
+        self.exchange(|stream| match stream {
+            Self::Unattended(terminal) => Self::Open(terminal),
+            other => other,
+        });
+    }
+
+    fn exchange(&mut self, change: impl FnOnce(Self) -> Self) {
+        let closed = Self::Closed {
+            end: OutputEnd::StillOpen,
+        };
+        *self = change(core::mem::replace(self, closed));
     }
 
     fn passed(&mut self, count: usize) {
@@ -422,14 +506,12 @@ impl Stream {
                 .ok()
                 .and_then(|count| usize::try_from(count).ok())
                 .unwrap_or(0);
-            let closed = Self::Closed {
-                end: OutputEnd::StillOpen,
-            };
-            if let Self::Open(pipe) = core::mem::replace(self, closed)
-                && rest > 0
-            {
-                *self = Self::Last { pipe, rest };
-            }
+            self.exchange(|stream| match stream {
+                Self::Open(pipe) if rest > 0 => Self::Last { pipe, rest },
+                _ => Self::Closed {
+                    end: OutputEnd::StillOpen,
+                },
+            });
         }
     }
 }

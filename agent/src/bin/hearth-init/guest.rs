@@ -4,12 +4,12 @@ use core::fmt::Write;
 
 use hearth_agent::proto::{
     Applied, Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed,
-    SpawnFailure, Standstill,
+    SpawnFailure, Standstill, WindowSize,
 };
 use rustix::{
-    fd::{AsFd, OwnedFd},
+    fd::{AsFd, BorrowedFd, OwnedFd},
     fs::{Mode, OFlags, fcntl_setfl, open},
-    io::Errno,
+    io::{Errno, fcntl_dupfd_cloexec},
     pipe::{PipeFlags, pipe_with},
     system::sysinfo,
 };
@@ -24,6 +24,7 @@ use crate::{
     plan::Plan,
     quiet, root, runtime,
     spawn::{Image, Refusal, Step, spawn},
+    terminal,
     text::Stderr,
 };
 
@@ -182,10 +183,10 @@ fn launch(
     plan: &Plan,
     cgroup: Option<&Cgroup>,
 ) -> Result<(rustix::process::Pid, Pipes), Refusal> {
-    let refused = |errno| Refusal {
-        step: Step::Stdio,
-        errno,
-    };
+    if let Some(size) = exec.terminal {
+        return launch_on_terminal(exec, size, plan, cgroup);
+    }
+    let refused = refused_at(Step::Stdio);
     let (stdin, stdin_ours) = match exec.stdin {
         Input::Pipe => {
             let (theirs, ours) =
@@ -204,30 +205,67 @@ fn launch(
             (Some(ours), Some(theirs))
         }
     };
-    let image = Image {
-        candidates: &plan.candidates,
-        argv: &plan.argv,
-        env: &plan.env,
-        cwd: &plan.cwd,
-        session: true,
-        stdio: [
-            stdin.as_fd(),
-            stdout.as_fd(),
-            stderr.as_ref().unwrap_or(&stdout).as_fd(),
-        ],
-        limits: &plan.limits,
-        user: plan.user.as_ref(),
-        cgroup: cgroup.map(Cgroup::dir),
-    };
-    let pid = spawn(&image)?;
+    let stdio = [
+        stdin.as_fd(),
+        stdout.as_fd(),
+        stderr.as_ref().unwrap_or(&stdout).as_fd(),
+    ];
+    let pid = spawn(&image(plan, stdio, cgroup))?;
     Ok((
         pid,
         Pipes {
             stdin: stdin_ours,
             stdout: stdout_ours,
             stderr: stderr_ours,
+            terminal: false,
         },
     ))
+}
+
+fn launch_on_terminal(
+    exec: &Exec,
+    size: WindowSize,
+    plan: &Plan,
+    cgroup: Option<&Cgroup>,
+) -> Result<(rustix::process::Pid, Pipes), Refusal> {
+    let refused = refused_at(Step::Terminal);
+    let owner = plan.user.as_ref().map(|(uid, ..)| *uid);
+    let (ours, theirs) = terminal::open(size, owner).map_err(refused)?;
+    let stdin = match exec.stdin {
+        Input::Pipe => Some(fcntl_dupfd_cloexec(&ours, 0).map_err(refused)?),
+        Input::Null => None,
+    };
+    let mut image = image(plan, [theirs.as_fd(); 3], cgroup);
+    image.terminal = true;
+    let pid = spawn(&image)?;
+    Ok((
+        pid,
+        Pipes {
+            stdin,
+            stdout: ours,
+            stderr: None,
+            terminal: true,
+        },
+    ))
+}
+
+fn image<'a>(plan: &'a Plan, stdio: [BorrowedFd<'a>; 3], cgroup: Option<&'a Cgroup>) -> Image<'a> {
+    Image {
+        candidates: &plan.candidates,
+        argv: &plan.argv,
+        env: &plan.env,
+        cwd: &plan.cwd,
+        session: true,
+        terminal: false,
+        stdio,
+        limits: &plan.limits,
+        user: plan.user.as_ref(),
+        cgroup: cgroup.map(Cgroup::dir),
+    }
+}
+
+fn refused_at(step: Step) -> impl Fn(Errno) -> Refusal + Copy {
+    move |errno| Refusal { step, errno }
 }
 
 /// Only our end must never block: the program's end is its own open file.

@@ -48,6 +48,7 @@ mod root;
 mod serve;
 mod spawn;
 mod sys;
+mod terminal;
 mod text;
 mod transport;
 

@@ -52,6 +52,9 @@ impl Plan {
             env.insert(&b"PATH"[..], DEFAULT_PATH);
             env.insert(&b"HOME"[..], home);
         }
+        if exec.terminal.is_some() && !exec.clear_env {
+            env.insert(&b"TERM"[..], b"xterm");
+        }
         for (key, value) in &exec.env {
             if key.is_empty() || key.contains(&b'=') {
                 return Err(bad(

@@ -15,7 +15,7 @@ use core::{
 use rustix::{
     fd::{AsRawFd, BorrowedFd},
     io::Errno,
-    process::{Pid, Resource, Rlimit, chdir, setrlimit, setsid},
+    process::{Pid, Resource, Rlimit, chdir, ioctl_tiocsctty, setrlimit, setsid},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
     thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
@@ -34,6 +34,8 @@ pub(crate) struct Image<'a> {
     pub(crate) cwd: &'a CStr,
     /// Whether to start a session, and so a process group.
     pub(crate) session: bool,
+    /// Whether stdin is a terminal that the session is to control.
+    pub(crate) terminal: bool,
     /// What becomes stdin, stdout and stderr, in this order.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
     pub(crate) limits: &'a [(Resource, u64)],
@@ -48,6 +50,7 @@ pub(crate) enum Step {
     /// It does not exist.
     Clone,
     Session,
+    Terminal,
     Stdio,
     Cwd,
     Limit(Resource),
@@ -186,6 +189,9 @@ fn become_program(child: &Child<'_>) -> Refusal {
             setsid().map_err(refused(Step::Session))?;
         }
         let [stdin, stdout, stderr] = image.stdio;
+        if image.terminal {
+            ioctl_tiocsctty(stdin).map_err(refused(Step::Terminal))?;
+        }
         dup2_stdin(stdin).map_err(refused(Step::Stdio))?;
         dup2_stdout(stdout).map_err(refused(Step::Stdio))?;
         dup2_stderr(stderr).map_err(refused(Step::Stdio))?;

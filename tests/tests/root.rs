@@ -6,27 +6,9 @@
 )]
 //! A root file system of the user's: programs of this machine, linked dynamically, in a guest.
 
-use std::path::Path;
-use std::process::Command as HostCommand;
-
 use hearth_agent::client::{Command, ExecError};
 use hearth_agent::proto::{ExitStatus, Put, ROOT_WORD, SpawnFailure, WindowSize};
-use hearth_images::import;
-use hearth_tests::{Guest, kvm, not_measured, within};
-
-/// Copies this machine's shell with the libraries that it is linked to.
-fn shell_tree(tree: &Path) -> Option<()> {
-    let said = HostCommand::new("ldd").arg("/bin/sh").output().ok()?;
-    let said = String::from_utf8(said.stdout).ok()?;
-    let libraries = said.split_whitespace().filter(|word| word.starts_with('/'));
-    for file in libraries.chain(["/bin/sh"]) {
-        let to = tree.join(file.trim_start_matches('/'));
-        std::fs::create_dir_all(to.parent()?).ok()?;
-        std::fs::copy(file, to).ok()?;
-    }
-    std::fs::create_dir_all(tree.join("etc")).ok()?;
-    std::fs::write(tree.join("etc/motto"), "from the image\n").ok()
-}
+use hearth_tests::{Guest, kvm, shell_root, within};
 
 fn sh(script: &str) -> Command {
     Command::new("sh").args(["-c", script])
@@ -38,13 +20,10 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let (tree, image) = (dir.path().join("tree"), dir.path().join("image"));
-    if shell_tree(&tree).is_none() {
-        return not_measured("no shell with libraries to copy");
-    }
-    if let Err(error) = import(&tree, &image) {
-        return not_measured(&hearth_tests::error_chain(&error));
-    }
+    let files = [("etc/motto", "from the image\n")];
+    let Some(image) = shell_root(dir.path(), &[], &files) else {
+        return;
+    };
     let before = std::fs::read(&image).unwrap();
     let guest = Guest::prepared(|config| config.pmem(&image).append(ROOT_WORD)).await;
     let script = "read -r line < /etc/motto; echo \"$line $((6 * 7))\"; echo mine > /etc/motto";

@@ -1,16 +1,18 @@
 //! The `hearth` command: a thin layer over the libraries, one file for each subcommand.
 //!
-//! Exit codes: `run` gives those of the guest's program, `boot` and `doctor` have codes of their own,
+//! Exit codes: `run` and `shell` give those of the guest's program, `boot` and `doctor` have codes of their own,
 //! and whatever goes wrong in the command itself is [`FAILED`].
 
 mod boot;
 mod console;
 mod doctor;
 mod failure;
+mod guest;
 mod image;
 mod machine;
 mod progress;
 mod run;
+mod shell;
 mod signals;
 
 use std::io::IsTerminal;
@@ -44,6 +46,7 @@ enum Subcommands {
     #[command(subcommand)]
     Image(image::Command),
     Run(run::Args),
+    Shell(shell::Args),
     Boot(boot::Args),
 }
 
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Subcommands::Doctor(args) => doctor::doctor(&args),
         Subcommands::Image(command) => image::image(&command),
         Subcommands::Run(args) => run::run(&args),
+        Subcommands::Shell(args) => shell::shell(&args),
         Subcommands::Boot(args) => boot::boot(&args),
     }
 }

@@ -2,12 +2,13 @@
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Catches SIGINT, SIGTERM and SIGHUP while it lives, and after.
+/// Catches SIGINT, SIGTERM, SIGHUP and SIGQUIT while it lives, and after.
 #[derive(Debug)]
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
     hangup: Signal,
+    quit: Signal,
 }
 
 impl Signals {
@@ -17,6 +18,7 @@ impl Signals {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
             hangup: signal(SignalKind::hangup())?,
+            quit: signal(SignalKind::quit())?,
         })
     }
 
@@ -26,6 +28,7 @@ impl Signals {
             _ = self.interrupt.recv() => 2,
             _ = self.terminate.recv() => 15,
             _ = self.hangup.recv() => 1,
+            _ = self.quit.recv() => 3,
         }
     }
 }

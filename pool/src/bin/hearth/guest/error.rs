@@ -14,10 +14,10 @@ use crate::FAILED;
 /// The guest has the program, but cannot execute it; as `env` has it.
 const NOT_EXECUTABLE: u8 = 126;
 /// The guest has no such program.
-const NOT_FOUND: u8 = 127;
+pub(super) const NOT_FOUND: u8 = 127;
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum RunError {
+pub(crate) enum RunError {
     #[error(transparent)]
     Host(#[from] HostError),
     #[error(transparent)]
@@ -32,6 +32,17 @@ pub(super) enum RunError {
     Runtime(#[source] std::io::Error),
     #[error("name a program after --")]
     NoProgram,
+    #[error(
+        "stdin is no terminal, and a shell is for somebody who types: for a script there is hearth run -- sh -c ..."
+    )]
+    NoTerminal,
+    #[error(
+        "the guest has no /bin/sh: give it a root file system that has one (--root; hearth image import makes one), or name \
+         a program after --"
+    )]
+    NoShell,
+    #[error("the terminal cannot be set up")]
+    Terminal(#[source] std::io::Error),
     #[error("cannot wait for the guest's agent")]
     Listen(#[from] ListenError),
     #[error("{exit} {when}{}", hint(*.console))]

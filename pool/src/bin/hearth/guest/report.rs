@@ -8,11 +8,11 @@ use serde::Serialize;
 
 /// Where the time went, as far as it came.
 #[derive(Debug, Default, Serialize)]
-pub(super) struct Report {
-    pub(super) exit_code: u8,
+pub(crate) struct Report {
+    pub(crate) exit_code: u8,
     pub(super) timed_out: bool,
     /// Why the program's end is not known.
-    pub(super) error: Option<String>,
+    pub(crate) error: Option<String>,
     pub(super) profile: Option<CpuProfile>,
     pub(super) phases_us: Phases,
     /// What `create` consists of.
@@ -60,7 +60,7 @@ pub(super) struct Program {
 }
 
 impl Report {
-    pub(super) fn line(&self) -> String {
+    pub(crate) fn line(&self) -> String {
         // Numbers and strings: cannot fail.
         serde_json::to_string(self).unwrap_or_default()
     }

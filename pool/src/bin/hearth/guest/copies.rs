@@ -21,7 +21,7 @@ pub(super) struct Copy {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum CopyError {
+pub(crate) enum CopyError {
     #[error("{}: cannot be {what}", path.display())]
     Host {
         path: PathBuf,

@@ -9,18 +9,19 @@ use std::future::Future;
 use std::pin::pin;
 use std::time::{Duration, Instant, SystemTime};
 
-use hearth_agent::client::{
-    AgentClient, Command, ConnectionError, Exec, ExecError, HandshakeError,
-};
+use hearth_agent::client::{AgentClient, ConnectionError, Exec, ExecError, HandshakeError};
 use hearth_agent::proto::{Exited, READY_PORT};
 use hearth_vmm::virtio::vsock::{VsockListener, VsockStream};
 use hearth_vmm::{Exit, Vm, VmConfig};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
+use super::Job;
 use super::copies::{self, Copy};
 use super::error::RunError;
 use super::report::{Report, micros};
+use super::terminal::{self, Raw};
 use crate::console;
 use crate::signals::Signals;
 
@@ -34,8 +35,7 @@ const SIGPIPE: u8 = 13;
 
 pub(super) struct Plan {
     pub(super) config: VmConfig,
-    pub(super) command: Command,
-    pub(super) timeout: Option<Duration>,
+    pub(super) job: Job,
     pub(super) boot_timeout: Duration,
     pub(super) show_console: bool,
     pub(super) copy_in: Vec<Copy>,
@@ -45,11 +45,19 @@ pub(super) struct Plan {
 struct Session {
     vm: Vm,
     signals: Signals,
+    /// The terminal's size changed; none if the program does not run on it.
+    resized: Option<Signal>,
     console: bool,
 }
 
 pub(super) async fn session(plan: Plan, report: &mut Report) -> Result<Exited, RunError> {
     let signals = Signals::catch().map_err(RunError::Runtime)?;
+    let resized = plan
+        .job
+        .on_terminal
+        .then(|| signal(SignalKind::window_change()))
+        .transpose()
+        .map_err(RunError::Terminal)?;
     let start = Instant::now();
     let vm = Vm::create(&plan.config)?;
     let listener = vm.vsock().listen(READY_PORT)?;
@@ -62,6 +70,7 @@ pub(super) async fn session(plan: Plan, report: &mut Report) -> Result<Exited, R
     let mut session = Session {
         vm,
         signals,
+        resized,
         console: plan.show_console,
     };
     // A VM that ended between these lines is noticed by whoever waits for it next.
@@ -94,7 +103,13 @@ impl Session {
             report.phases_us.copy_in = Some(micros(start.elapsed()));
         }
         let start = Instant::now();
-        let command = plan.command.wall_clock(SystemTime::now());
+        let Job {
+            command, timeout, ..
+        } = plan.job;
+        let mut command = command.wall_clock(SystemTime::now());
+        if self.resized.is_some() {
+            command = command.terminal(terminal::size());
+        }
         let starting = agent.exec(command);
         let exec = self
             .unless_ended("before it ran the program", starting)
@@ -103,7 +118,7 @@ impl Session {
             Ok(exec) => exec,
             Err(error) => return Err(self.why(error).await),
         };
-        let (exited, mut agent) = match plan.timeout {
+        let (exited, mut agent) = match timeout {
             None => self.program(exec).await?,
             Some(timeout) => {
                 let margin = MARGIN.saturating_mul(self.vm.profile().timeout_factor());
@@ -164,6 +179,10 @@ impl Session {
         &mut self,
         mut exec: Exec<VsockStream>,
     ) -> Result<(Exited, AgentClient<VsockStream>), RunError> {
+        let _raw = match &self.resized {
+            Some(_) => Some(Raw::enter().map_err(RunError::Terminal)?),
+            None => None,
+        };
         let broken = Notify::new();
         let (stdin, stdout, stderr) = (exec.stdin(), exec.stdout(), exec.stderr());
         // Stdin may never end; the program's end does not wait for it.
@@ -178,13 +197,18 @@ impl Session {
                 copy(stderr, tokio::io::stderr(), &broken),
             );
         });
-        let mut told = false;
+        // On a terminal Ctrl-C is a key like others; a signal is meant for this process.
+        let mut told = self.resized.is_some();
         loop {
             let signal = tokio::select! {
                 biased;
                 () = &mut output => break,
                 () = &mut input => continue,
                 () = broken.notified() => SIGPIPE,
+                () = next(&mut self.resized) => {
+                    let _ = exec.resize(terminal::size()).await;
+                    continue;
+                }
                 signal = self.signals.next() => {
                     if std::mem::replace(&mut told, true) {
                         return Err(RunError::Signal(signal));
@@ -240,6 +264,17 @@ impl Session {
             when,
             console: self.console,
         }
+    }
+}
+
+/// The next signal of these; none ever comes of none. Cancel-safe.
+async fn next(signals: &mut Option<Signal>) {
+    let came = match signals {
+        Some(signals) => signals.recv().await,
+        None => None,
+    };
+    if came.is_none() {
+        std::future::pending().await
     }
 }
 

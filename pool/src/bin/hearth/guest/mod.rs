@@ -1,0 +1,171 @@
+//! One program in one guest, for the commands that run some: what the guest is made of, and how its end becomes an exit code.
+
+mod copies;
+mod error;
+mod report;
+mod session;
+pub(crate) mod terminal;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use hearth_agent::Command;
+use hearth_agent::proto::{Exited, ROOT_WORD};
+use hearth_images::Images;
+use hearth_vmm::{CpuProfile, Host, VmConfig};
+
+pub(crate) use self::error::RunError;
+pub(crate) use self::report::Report;
+use crate::machine::{Machine, seconds};
+use crate::progress;
+use crate::signals;
+use crate::{FAILED, TIMED_OUT};
+
+/// How long a guest may take to its agent's greeting on hardware; scaled by the CPU profile.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The guest.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Image to boot
+    #[arg(long, value_name = "NAME", value_enum, default_value_t = Image::Base)]
+    image: Image,
+    /// Kernel to boot instead of the image's: an ELF file (vmlinux) or a bzImage with virtio-mmio and vsock
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "HEARTH_KERNEL",
+        conflicts_with = "image"
+    )]
+    kernel: Option<PathBuf>,
+    /// Initramfs to boot instead of the image's; its /init must be the agent
+    #[arg(long, value_name = "PATH", env = "HEARTH_INITRAMFS")]
+    initramfs: Option<PathBuf>,
+    /// Root file system of the guest: an EROFS image, as `hearth image import` makes it
+    #[arg(long, value_name = "PATH")]
+    root: Option<PathBuf>,
+    #[command(flatten)]
+    machine: Machine,
+    /// Shows the guest's serial console on stderr; slows the boot
+    #[arg(long)]
+    console: bool,
+    /// Gives the guest so many seconds to boot [default: 10, or 100 where ring 0 is emulated]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    boot_timeout: Option<Duration>,
+    /// Copies a file into the guest before the program runs; may be repeated
+    #[arg(long, value_name = "HOST:GUEST", value_parser = copies::inward)]
+    copy_in: Vec<copies::Copy>,
+    /// Copies a file out of the guest when the program has ended, however; may be repeated
+    #[arg(long, value_name = "GUEST:HOST", value_parser = copies::outward)]
+    copy_out: Vec<copies::Copy>,
+}
+
+/// Images that hold an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Image {
+    /// Our kernel, and an initramfs that holds nothing but the agent and its built-in programs
+    Base,
+}
+
+/// What runs in it, and how.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) command: Command,
+    pub(crate) timeout: Option<Duration>,
+    /// On this process's terminal, instead of between its streams.
+    pub(crate) on_terminal: bool,
+    /// Counts the guest's instructions where the host can, which costs a little.
+    pub(crate) count_instructions: bool,
+}
+
+impl Options {
+    /// Whether the guest has nothing but the agent's built-in programs.
+    pub(crate) fn is_bare(&self) -> bool {
+        self.root.is_none() && self.initramfs.is_none()
+    }
+
+    fn config(&self, count_instructions: bool) -> Result<VmConfig, RunError> {
+        // Impossible values are refused before minutes go into an image.
+        self.machine.apply(VmConfig::builder("")).build()?;
+        let (kernel, initramfs) = self.image()?;
+        let config = VmConfig::builder(kernel).initramfs(initramfs);
+        let config = self.machine.apply(config).console(self.console);
+        let config = match &self.root {
+            Some(root) => config.pmem(root).append(ROOT_WORD),
+            None => config,
+        };
+        Ok(config.count_instructions(count_instructions).build()?)
+    }
+
+    /// Kernel and initramfs; only what the user does not bring is found or built.
+    fn image(&self) -> Result<(PathBuf, PathBuf), RunError> {
+        let Image::Base = self.image;
+        let build = || {
+            let images = Images::open(None)?;
+            Ok::<_, RunError>((images, progress::on_stderr()))
+        };
+        Ok(match (&self.kernel, &self.initramfs) {
+            (Some(kernel), Some(initramfs)) => (kernel.clone(), initramfs.clone()),
+            (None, Some(initramfs)) => {
+                let (images, progress) = build()?;
+                (images.kernel(progress.as_ref())?, initramfs.clone())
+            }
+            (Some(kernel), None) => {
+                let (images, progress) = build()?;
+                let guest = images.with_kernel(kernel, progress.as_ref())?;
+                (guest.kernel, guest.initramfs)
+            }
+            (None, None) => {
+                let (images, progress) = build()?;
+                let guest = images.base(progress.as_ref())?;
+                (guest.kernel, guest.initramfs)
+            }
+        })
+    }
+}
+
+/// Runs the program in a fresh guest.
+pub(crate) fn run(options: &Options, job: Job, report: &mut Report) -> Result<Exited, RunError> {
+    let start = Instant::now();
+    let host = Host::get()?;
+    report.phases_us.host_probe = Some(report::micros(start.elapsed()));
+    report.profile = Some(host.profile());
+
+    let start = Instant::now();
+    let config = options.config(job.count_instructions)?;
+    config.preload()?;
+    report.phases_us.image = Some(report::micros(start.elapsed()));
+
+    let plan = session::Plan {
+        config,
+        job,
+        boot_timeout: options.boot_timeout.unwrap_or(boot_timeout(host.profile())),
+        show_console: options.console,
+        copy_in: options.copy_in.clone(),
+        copy_out: options.copy_out.clone(),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(RunError::Runtime)?;
+    let result = runtime.block_on(session::session(plan, report));
+    // A read of stdin that nobody waits for any more must not hold the exit up.
+    runtime.shutdown_background();
+    result
+}
+
+fn boot_timeout(profile: CpuProfile) -> Duration {
+    BOOT_TIMEOUT.saturating_mul(profile.timeout_factor())
+}
+
+/// The exit code for a program's end, or for why that is not known.
+pub(crate) fn exit_code(result: &Result<Exited, RunError>) -> u8 {
+    match result {
+        Ok(exited) if exited.timed_out => TIMED_OUT,
+        Ok(exited) => exited.status.shell_code(),
+        Err(RunError::Signal(signal)) => signals::exit_code(*signal),
+        Err(RunError::Exec(error)) => error::exec_code(error),
+        Err(RunError::NoShell) => error::NOT_FOUND,
+        Err(_) => FAILED,
+    }
+}

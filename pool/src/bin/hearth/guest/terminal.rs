@@ -1,0 +1,42 @@
+//! This process's terminal, while a program in a guest has it.
+
+use std::io::{self, IsTerminal};
+
+use hearth_agent::proto::WindowSize;
+use rustix::stdio::stdin;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+
+/// Whether there is one to type on.
+pub(crate) fn is_there() -> bool {
+    io::stdin().is_terminal()
+}
+
+/// Its size, as far as it knows.
+pub(crate) fn size() -> WindowSize {
+    tcgetwinsize(stdin()).map_or(WindowSize::default(), |size| WindowSize {
+        rows: size.ws_row,
+        columns: size.ws_col,
+    })
+}
+
+/// Hands every key on as it is, the control characters included, until it is dropped.
+pub(super) struct Raw {
+    before: Termios,
+}
+
+impl Raw {
+    pub(super) fn enter() -> io::Result<Self> {
+        let before = tcgetattr(stdin())?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        // Fails only if the terminal is gone.
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &self.before);
+    }
+}

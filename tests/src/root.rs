@@ -1,0 +1,50 @@
+//! A root file system for guests, of programs of this machine.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::guest::error_chain;
+use crate::skip::not_measured;
+
+/// Makes an image in `dir` with this machine's `/bin/sh`, the other `programs` (absolute paths) and the libraries that they are
+/// linked to, and these `files`. Where that is not possible it says so, and there is none.
+#[must_use]
+#[track_caller]
+pub fn shell_root(dir: &Path, programs: &[&str], files: &[(&str, &str)]) -> Option<PathBuf> {
+    let (tree, image) = (dir.join("tree"), dir.join("image"));
+    for program in programs.iter().chain(&["/bin/sh"]) {
+        if add_program(&tree, program).is_none() {
+            not_measured(&format!("no {program} with libraries to copy"));
+            return None;
+        }
+    }
+    for (name, content) in files {
+        add_file(&tree, name, content);
+    }
+    match hearth_images::import(&tree, &image) {
+        Ok(_) => Some(image),
+        Err(error) => {
+            not_measured(&error_chain(&error));
+            None
+        }
+    }
+}
+
+fn add_program(tree: &Path, program: &str) -> Option<()> {
+    let said = Command::new("ldd").arg(program).output().ok()?;
+    let said = String::from_utf8(said.stdout).ok()?;
+    let libraries = said.split_whitespace().filter(|word| word.starts_with('/'));
+    for file in libraries.chain([program]) {
+        let to = tree.join(file.trim_start_matches('/'));
+        std::fs::create_dir_all(to.parent()?).ok()?;
+        std::fs::copy(file, to).ok()?;
+    }
+    Some(())
+}
+
+fn add_file(tree: &Path, name: &str, content: &str) {
+    let place = tree.join(name);
+    let dir = place.parent().unwrap_or(tree);
+    let added = std::fs::create_dir_all(dir).and_then(|()| std::fs::write(&place, content));
+    added.unwrap_or_else(|error| panic!("{}: {error}", place.display()));
+}

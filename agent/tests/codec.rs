@@ -8,7 +8,7 @@
 )]
 
 use hearth_agent::proto::{
-    Applied, DirEntry, Exec, FileFailure, FileKind, FileReply, FileRequest, FrameBuffer,
+    Account, Applied, DirEntry, Exec, FileFailure, FileKind, FileReply, FileRequest, FrameBuffer,
     FrameError, Hello, HelloError, Input, InstanceId, Leftover, Limits, MAX_CHUNK, MAX_FRAME,
     OutputMode, Place, Put, Refresh, Rejection, Request, Response, ShutdownKind, SpawnFailure,
     Standstill, User, VERSION, WallClock, WindowSize, encode,
@@ -20,12 +20,13 @@ fn word() -> impl Strategy<Value = ByteBuf> {
     vec(any::<u8>(), 0..40).prop_map(ByteBuf::from)
 }
 
-fn user() -> impl Strategy<Value = User> {
-    (any::<u32>(), any::<u32>(), vec(any::<u32>(), 0..5)).prop_map(|(uid, gid, groups)| User {
-        uid,
-        gid,
-        groups,
-    })
+fn user() -> impl Strategy<Value = Account> {
+    let ids = (any::<u32>(), any::<u32>(), vec(any::<u32>(), 0..5));
+    prop_oneof![
+        ids.prop_map(|(uid, gid, groups)| Account::Ids(User { uid, gid, groups })),
+        word().prop_map(Account::Name),
+        Just(Account::Usual),
+    ]
 }
 
 fn limits() -> impl Strategy<Value = Limits> {

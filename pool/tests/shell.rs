@@ -128,23 +128,24 @@ fn somebody_types_to_a_shell_in_a_guest() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let Some(image) = shell_root(dir.path(), &["/usr/bin/stty"], &[]) else {
+    let passwd = [("etc/passwd", "user:x:1000:1000::/home/user:/bin/sh\n")];
+    let Some(image) = shell_root(dir.path(), &["/usr/bin/stty"], &passwd) else {
         return;
     };
     let args = ["shell", "--root", image.to_str().unwrap()];
     let Some(mut seat) = Seat::take(&args, (30, 100)) else {
         return;
     };
-    seat.sees("# ");
+    seat.sees("$ ");
     // Keys go to the guest as they are.
     assert!(
         !seat
             .modes()
             .intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG)
     );
-    seat.types("stty size; echo $TERM-$((6 * 7))\r");
+    seat.types("pwd; stty size; echo $TERM-$((6 * 7))\r");
     let shown = seat.sees("vt100-42");
-    assert!(shown.contains("\n30 100\r"), "{shown:?}");
+    assert!(shown.contains("\n/home/user\r\n30 100\r"), "{shown:?}");
     // The window's new size.
     resize(&seat.terminal, (40, 120));
     let deadline = Instant::now() + PATIENCE;
@@ -159,7 +160,7 @@ fn somebody_types_to_a_shell_in_a_guest() {
     seat.types("echo be''gun; while :; do :; done\r");
     seat.sees("begun");
     seat.types("\x03");
-    seat.sees("# ");
+    seat.sees("$ ");
     seat.types("echo code-$?\r");
     seat.sees("code-130");
     seat.types("exit 7\r");

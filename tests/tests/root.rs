@@ -20,7 +20,8 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let files = [("etc/motto", "from the image\n")];
+    let passwd = "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n";
+    let files = [("etc/motto", "from the image\n"), ("etc/passwd", passwd)];
     let Some(image) = shell_root(dir.path(), &[], &files) else {
         return;
     };
@@ -39,6 +40,19 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
     let mounts = guest.run(Command::new("cat").arg("/proc/mounts")).await;
     let mounts = text(&mounts.stdout);
     assert!(mounts.contains("overlay / overlay"), "{mounts}");
+    // The user whom the image is made for has a home, though in an image all files are root's.
+    let script = "echo $USER $HOME; pwd; echo mine > file; read -r line < file; echo $line";
+    let output = guest.run(sh(script).usual_user()).await;
+    let expected = "user /home/user\n/home/user\nmine\n";
+    assert_eq!(text(&output.stdout), expected, "{}", text(&output.stderr));
+    for (command, expected) in [
+        (Command::new("id").usual_user(), "uid=1000 gid=1000 "),
+        (Command::new("id").user_name("root"), "uid=0 gid=0 "),
+        (Command::new("id"), "uid=0 gid=0 "),
+    ] {
+        let output = guest.run(command).await;
+        assert!(text(&output.stdout).starts_with(expected), "{output:?}");
+    }
     // A terminal, whatever the image has in /dev.
     let script = "[ -t 0 ] && read -r line && echo \"<$line>\" && echo direct > /dev/tty";
     let terminal = sh(script).terminal(WindowSize::default());

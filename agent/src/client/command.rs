@@ -9,7 +9,7 @@ use std::{
 use serde_bytes::ByteBuf;
 
 use crate::proto::{
-    Exec, Input, Leftover, Limits, MAX_LINGER_MS, OutputMode, User, WallClock, WindowSize,
+    Account, Exec, Input, Leftover, Limits, MAX_LINGER_MS, OutputMode, User, WallClock, WindowSize,
 };
 
 /// A program to run in a guest, built as `std::process::Command` is.
@@ -127,9 +127,24 @@ impl Command {
         self
     }
 
-    /// Runs the program as this user.
-    pub fn user(mut self, user: User) -> Self {
-        self.exec.user = Some(user);
+    /// Runs the program as the user with these ids.
+    pub fn user(self, user: User) -> Self {
+        self.account(Account::Ids(user))
+    }
+
+    /// Runs the program as the user of this name in the guest's `/etc/passwd`, with HOME, USER and LOGNAME, and in the user's home.
+    /// `root` is there in any case.
+    pub fn user_name(self, name: impl AsRef<OsStr>) -> Self {
+        self.account(Account::Name(bytes(name)))
+    }
+
+    /// Runs the program as whom the guest's image is made for: `user`, if its `/etc/passwd` has one, and root otherwise.
+    pub fn usual_user(self) -> Self {
+        self.account(Account::Usual)
+    }
+
+    fn account(mut self, account: Account) -> Self {
+        self.exec.user = Some(account);
         self
     }
 

@@ -39,8 +39,8 @@ pub use file::{
 pub use frame::{FrameBuffer, FrameError, encode};
 pub use hello::{Hello, HelloError, InstanceId};
 pub use request::{
-    Exec, Input, Leftover, Limits, OutputMode, Refresh, Request, ShutdownKind, User, WallClock,
-    WindowSize,
+    Account, Exec, Input, Leftover, Limits, OutputMode, Refresh, Request, ShutdownKind, User,
+    WallClock, WindowSize,
 };
 pub use response::{
     Applied, Exited, Memory, OutputEnd, Pong, Refreshed, Rejection, Resource, Response,

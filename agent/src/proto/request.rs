@@ -57,11 +57,12 @@ impl<'a> Request<'a> {
 pub struct Exec {
     /// Program and arguments. The program is searched in PATH unless it has a slash.
     pub argv: Vec<ByteBuf>,
-    /// Environment, on top of the agent's defaults (PATH, HOME) unless [`clear_env`](Self::clear_env).
+    /// Environment, on top of the agent's defaults (PATH, HOME; for a user who has a name USER and LOGNAME) unless
+    /// [`clear_env`](Self::clear_env).
     pub env: Vec<(ByteBuf, ByteBuf)>,
     /// Start from an empty environment.
     pub clear_env: bool,
-    /// Working directory; `/` if none is given.
+    /// Working directory. If none is given, the home of a user who has a name and one that is there; `/` otherwise.
     pub cwd: Option<ByteBuf>,
     /// Where stdin comes from.
     pub stdin: Input,
@@ -77,7 +78,7 @@ pub struct Exec {
     /// What happens to processes that outlive the main process.
     pub leftover: Leftover,
     /// Whom to run as; none: the agent's own user (root).
-    pub user: Option<User>,
+    pub user: Option<Account>,
     /// Resource limits.
     pub limits: Limits,
     /// The time at the host when it sent this: the guest's wall clock is set to it before the program
@@ -128,7 +129,19 @@ pub enum Leftover {
     Kill,
 }
 
-/// Whom a program runs as.
+/// Somebody in the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Account {
+    /// Who has these ids.
+    Ids(User),
+    /// Whom the guest's `/etc/passwd` has under this name, with the groups of `/etc/group`. `root` is there in any case. A
+    /// home below `/home` is made, and made the user's own.
+    Name(ByteBuf),
+    /// Whom the guest's image is made for: `user` as a [`Name`](Self::Name), and the agent's own user (root) if there is none.
+    Usual,
+}
+
+/// Ids of a user.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct User {
     /// User id.

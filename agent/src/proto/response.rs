@@ -152,6 +152,12 @@ pub enum SpawnFailure {
         /// The system's reason.
         errno: i32,
     },
+    /// Nobody has the name of the user whom it was to run as.
+    #[error("no user {name} in the guest's /etc/passwd")]
+    NoUser {
+        /// As it was asked for.
+        name: String,
+    },
 }
 
 /// A resource of the guest.

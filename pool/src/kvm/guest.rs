@@ -164,9 +164,10 @@ impl Guest {
         }
     }
 
-    /// A command; refine it and give it to [`exec`](Self::exec).
+    /// A command; refine it and give it to [`exec`](Self::exec). It runs as the user whom the guest's image is made for, unless
+    /// it is refined by [`user_name`](Command::user_name) (`root`, say).
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        Command::new(program)
+        Command::new(program).usual_user()
     }
 
     /// Starts a program, at the present time and with the environment of the guest's profile, as far as the

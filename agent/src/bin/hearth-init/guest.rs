@@ -1,9 +1,10 @@
 //! What the agent knows of the guest, and does for all connections alike.
 
+use alloc::string::String;
 use core::fmt::Write;
 
 use hearth_agent::proto::{
-    Applied, Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed,
+    Account, Applied, Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed,
     SpawnFailure, Standstill, WindowSize,
 };
 use rustix::{
@@ -15,6 +16,7 @@ use rustix::{
 };
 
 use crate::{
+    account::{self, Person},
     cgroup::{Cgroup, Cgroups},
     clock::{Instant, uptime_us},
     diagnose,
@@ -157,7 +159,8 @@ impl Guest {
                 errno: errno.raw_os_error(),
             })?;
         }
-        let plan = Plan::new(exec)?;
+        let person = self.person(exec)?;
+        let plan = Plan::new(exec, person.as_ref())?;
         let cgroup = self.cgroups.acquire(&exec.limits)?;
         match launch(exec, &plan, cgroup.as_ref()) {
             Ok((pid, pipes)) => {
@@ -169,6 +172,26 @@ impl Guest {
                 Err(diagnose::failure(&plan, refusal))
             }
         }
+    }
+
+    /// Whom a program is to run as; none: our own user.
+    fn person(&self, exec: &Exec) -> Result<Option<Person>, SpawnFailure> {
+        let person = account::person(exec.user.as_ref()).map_err(|_| SpawnFailure::NoUser {
+            name: match &exec.user {
+                Some(Account::Name(name)) => String::from_utf8_lossy(name).into_owned(),
+                _ => String::new(),
+            },
+        })?;
+        if let Some(Person {
+            ids,
+            entry: Some(entry),
+        }) = &person
+            && self.init
+        {
+            // What is missing then shows when the program needs it.
+            let _ = entry.settle_home(ids);
+        }
+        Ok(person)
     }
 
     /// Takes note of a program's end.

@@ -24,6 +24,7 @@ extern crate alloc;
 #[cfg(not(freestanding))]
 extern crate std;
 
+mod account;
 mod applets;
 mod cgroup;
 mod channel;

@@ -4,9 +4,9 @@ use alloc::{borrow::ToOwned, collections::BTreeMap, ffi::CString, string::String
 use core::ffi::CStr;
 
 use hearth_agent::proto::{Exec, SpawnFailure};
-use rustix::process::Resource;
+use rustix::{fs::FileType, process::Resource};
 
-use crate::applets;
+use crate::{account::Person, applets};
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Directories of PATH that are searched.
@@ -35,22 +35,26 @@ impl Plan {
     ///
     /// # Errors
     /// [`SpawnFailure::BadArgument`] that says which part is bad.
-    pub(crate) fn new(exec: &Exec) -> Result<Self, SpawnFailure> {
+    pub(crate) fn new(exec: &Exec, person: Option<&Person>) -> Result<Self, SpawnFailure> {
         let argv = exec
             .argv
             .iter()
             .map(|arg| text(arg, "argument"))
             .collect::<Result<Vec<_>, _>>()?;
         let program = argv.first().ok_or_else(|| bad("no program given"))?;
-        let home: &[u8] = if exec.user.as_ref().is_none_or(|user| user.uid == 0) {
-            b"/root"
-        } else {
-            b"/"
+        let entry = person.and_then(|person| person.entry.as_ref());
+        let home: &[u8] = match (entry, person) {
+            (Some(entry), _) => &entry.home,
+            (None, Some(person)) if person.ids.uid != 0 => b"/",
+            _ => b"/root",
         };
         let mut env = BTreeMap::new();
         if !exec.clear_env {
             env.insert(&b"PATH"[..], DEFAULT_PATH);
             env.insert(&b"HOME"[..], home);
+            for name in [&b"USER"[..], b"LOGNAME"] {
+                env.extend(entry.map(|entry| (name, entry.name.as_slice())));
+            }
         }
         if exec.terminal.is_some() && !exec.clear_env {
             env.insert(&b"TERM"[..], b"xterm");
@@ -72,7 +76,12 @@ impl Plan {
             .map(|(key, value)| text(&[key, &b"="[..], value].concat(), "environment variable"))
             .collect::<Result<Vec<_>, _>>()?;
         let cwd = text(
-            exec.cwd.as_ref().map_or(b"/", |cwd| cwd.as_slice()),
+            match (&exec.cwd, entry) {
+                (Some(cwd), _) => cwd.as_slice(),
+                // Some users' homes are nowhere.
+                (None, Some(entry)) if is_dir(&entry.home) => &entry.home,
+                (None, _) => b"/",
+            },
             "working directory",
         )?;
         let limits = [
@@ -83,7 +92,7 @@ impl Plan {
             .into_iter()
             .filter_map(|(resource, value)| Some((resource, value?)))
             .collect();
-        let user = exec.user.as_ref().map(ids).transpose()?;
+        let user = person.map(|person| ids(&person.ids)).transpose()?;
         Ok(Self {
             candidates,
             argv,
@@ -122,6 +131,11 @@ fn candidates(program: &CStr, path: &[u8]) -> Result<Vec<CString>, SpawnFailure>
         found.push(c"/proc/self/exe".to_owned());
     }
     Ok(found)
+}
+
+fn is_dir(path: &[u8]) -> bool {
+    let found = rustix::fs::stat(path);
+    found.is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
 }
 
 fn ids(user: &hearth_agent::proto::User) -> Result<Ids, SpawnFailure> {

@@ -46,6 +46,9 @@ pub(crate) struct Options {
     root: Option<PathBuf>,
     #[command(flatten)]
     machine: Machine,
+    /// User of the guest to run the program as [default: `user` if the root file system has one, else root]
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
     /// Shows the guest's serial console on stderr; slows the boot
     #[arg(long)]
     console: bool,
@@ -82,6 +85,14 @@ impl Options {
     /// Whether the guest has nothing but the agent's built-in programs.
     pub(crate) fn is_bare(&self) -> bool {
         self.root.is_none() && self.initramfs.is_none()
+    }
+
+    /// The command, by the right user.
+    fn by_user(&self, command: Command) -> Command {
+        match &self.user {
+            Some(name) => command.user_name(name),
+            None => command.usual_user(),
+        }
     }
 
     fn config(&self, count_instructions: bool) -> Result<VmConfig, RunError> {
@@ -125,7 +136,12 @@ impl Options {
 }
 
 /// Runs the program in a fresh guest.
-pub(crate) fn run(options: &Options, job: Job, report: &mut Report) -> Result<Exited, RunError> {
+pub(crate) fn run(
+    options: &Options,
+    mut job: Job,
+    report: &mut Report,
+) -> Result<Exited, RunError> {
+    job.command = options.by_user(job.command);
     let start = Instant::now();
     let host = Host::get()?;
     report.phases_us.host_probe = Some(report::micros(start.elapsed()));

@@ -179,6 +179,18 @@ proptest! {
                 to: ByteBuf::from("c"),
                 replace: true,
             })),
+            Request::File(Box::new(FileRequest::MakeDir {
+                at: Place::new("/a"),
+                mode: 0o755,
+                parents: true,
+                owner: Some(Account::Usual),
+            })),
+            Request::File(Box::new(FileRequest::MakeLink {
+                at: Place::new("/a"),
+                target: ByteBuf::from("b"),
+                owner: None,
+            })),
+            Request::File(Box::new(FileRequest::ReadLink { at: Place::new("/a") })),
             Request::FileData(&data),
             Request::FileEnd,
             Request::Resize(WindowSize { rows: 24, columns: 80 }),

@@ -207,6 +207,47 @@ fn files_go_in_before_the_program_and_come_out_after() {
 }
 
 #[test]
+fn directories_go_in_and_come_out_and_nothing_is_written_beside_them() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    for (name, link) in [("tree", "../file"), ("bad", "/etc/passwd")] {
+        std::fs::create_dir_all(at(&format!("{name}/inner/empty"))).unwrap();
+        std::fs::write(at(&format!("{name}/file")), "content").unwrap();
+        std::os::unix::fs::symlink(link, at(&format!("{name}/inner/link"))).unwrap();
+    }
+    let program = std::fs::Permissions::from_mode(0o750);
+    std::fs::set_permissions(at("tree/file"), program).unwrap();
+    let copies = [
+        "--copy-in",
+        &format!("{}:/srv/tree", at("tree")),
+        "--copy-in",
+        &format!("{}:/srv/bad", at("bad")),
+        "--copy-out",
+        &format!("/srv/tree:{}", at("out")),
+        "--copy-out",
+        &format!("/srv/bad:{}", at("none")),
+    ];
+    let program = ["--", "cat", "/srv/tree/inner/link"];
+    let (code, stdout, stderr) = outcome(hearth(&["run"]).args(copies).args(program));
+    assert_eq!(stdout, "content", "{stderr}");
+    let mode = std::fs::metadata(at("out/file")).unwrap().permissions();
+    assert_eq!(mode.mode() & 0o7777, 0o750);
+    assert!(std::fs::metadata(at("out/inner/empty")).unwrap().is_dir());
+    let link = std::fs::read_link(at("out/inner/link")).unwrap();
+    assert_eq!(link.to_str(), Some("../file"));
+    // A link that leads out could make whoever uses the copy read or write elsewhere.
+    assert_eq!(code, Some(125), "{stderr}");
+    assert!(stderr.contains("/srv/bad/inner/link"), "{stderr}");
+    let left = std::fs::read_dir(dir.path()).unwrap();
+    let mut left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["bad", "out", "tree"]);
+}
+
+#[test]
 fn a_time_limit_and_a_signal_end_the_program() {
     if !kvm() {
         return;

@@ -143,7 +143,8 @@ impl Command {
         self.account(Account::Usual)
     }
 
-    fn account(mut self, account: Account) -> Self {
+    /// Runs the program as this account.
+    pub fn account(mut self, account: Account) -> Self {
         self.exec.user = Some(account);
         self
     }

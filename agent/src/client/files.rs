@@ -1,6 +1,10 @@
 //! Files of the guest, as a client sees them.
 
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
+use std::{
+    ffi::{OsStr, OsString},
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::{Path, PathBuf},
+};
 
 use serde_bytes::ByteBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -11,8 +15,8 @@ use super::{
     unexpected,
 };
 use crate::proto::{
-    DirEntry, FileReply, FileRequest, FrameError, MAX_CHUNK, Metadata, Place, Put, PutMode,
-    Request, Response,
+    Account, DirEntry, FileReply, FileRequest, FrameError, MAX_CHUNK, Metadata, Place, Put,
+    PutMode, Request, Response, User,
 };
 
 /// Entries of one directory that a listing takes at most: the guest may make any number.
@@ -71,7 +75,18 @@ impl Put {
     /// Sets user and group.
     #[must_use]
     pub fn owner(mut self, uid: u32, gid: u32) -> Self {
-        self.owner = Some((uid, gid));
+        self.owner = Some(Account::Ids(User {
+            uid,
+            gid,
+            groups: Vec::new(),
+        }));
+        self
+    }
+
+    /// Sets whom it belongs to.
+    #[must_use]
+    pub fn account(mut self, owner: Option<Account>) -> Self {
+        self.owner = owner;
         self
     }
 }
@@ -84,12 +99,12 @@ impl DirEntry {
     }
 }
 
-fn bytes(path: &Path) -> ByteBuf {
+pub(super) fn bytes(path: &Path) -> ByteBuf {
     ByteBuf::from(path.as_os_str().as_bytes())
 }
 
 /// Where an answer comes from.
-enum Reply {
+pub(super) enum Reply {
     Stat(Metadata),
     Entries(Vec<DirEntry>),
     Data(Vec<u8>),
@@ -240,8 +255,50 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     ) -> Result<(), FileError> {
         let at = at.into();
         let path = at.path.clone();
-        self.ask(FileRequest::MakeDir { at, mode, parents }, &path)?;
+        let owner = None;
+        let request = FileRequest::MakeDir {
+            at,
+            mode,
+            parents,
+            owner,
+        };
+        self.ask(request, &path)?;
         self.done(&path).await
+    }
+
+    /// Makes a symbolic link; what is there is replaced, unless it is a directory.
+    ///
+    /// # Errors
+    /// As [`stat`](Self::stat).
+    pub async fn make_link(
+        &mut self,
+        at: impl Into<Place>,
+        target: impl AsRef<Path>,
+    ) -> Result<(), FileError> {
+        let at = at.into();
+        let path = at.path.clone();
+        let request = FileRequest::MakeLink {
+            at,
+            target: bytes(target.as_ref()),
+            owner: None,
+        };
+        self.ask(request, &path)?;
+        self.done(&path).await
+    }
+
+    /// What a symbolic link points to.
+    ///
+    /// # Errors
+    /// As [`stat`](Self::stat).
+    pub async fn read_link(&mut self, at: impl Into<Place>) -> Result<PathBuf, FileError> {
+        let at = at.into();
+        let path = at.path.clone();
+        self.ask(FileRequest::ReadLink { at }, &path)?;
+        let Reply::Data(target) = self.reply(&path).await? else {
+            return Err(unexpected().into());
+        };
+        self.done(&path).await?;
+        Ok(OsString::from_vec(target).into())
     }
 
     /// Removes a file, a link or a directory, which must be empty unless `recursive`.
@@ -272,7 +329,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         self.done(&path).await
     }
 
-    fn ask(&mut self, request: FileRequest, path: &[u8]) -> Result<(), FileError> {
+    pub(super) fn ask(&mut self, request: FileRequest, path: &[u8]) -> Result<(), FileError> {
         let queued = self.connection.queue(&Request::File(Box::new(request)));
         queued.map_err(|error| match error {
             FrameError::TooLong(_) => FileError::PathTooLong { bytes: path.len() },
@@ -288,7 +345,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     }
 
     /// The next answer; a failure is an error.
-    async fn reply(&mut self, path: &[u8]) -> Result<Reply, FileError> {
+    pub(super) async fn reply(&mut self, path: &[u8]) -> Result<Reply, FileError> {
         let reply = self.answer(|response| match response {
             Response::File(reply) => Some(match reply {
                 FileReply::Stat(metadata) => Ok(Reply::Stat(*metadata)),
@@ -305,10 +362,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         })
     }
 
-    /// Whether an answer is there already, which before the end of the content can only be that it failed.
-    async fn has_failed(&mut self) -> Result<bool, ConnectionError> {
+    /// Whether an answer about files is there already.
+    pub(super) async fn has_reply(&mut self) -> Result<bool, ConnectionError> {
         if self.connection.peek()?.is_none() {
             self.connection.fill_now().await?;
+        }
+        let next = self.connection.peek()?;
+        Ok(matches!(next, Some(Response::File(_))))
+    }
+
+    /// Whether an answer is there already, which before the end of the content can only be that it failed.
+    async fn has_failed(&mut self) -> Result<bool, ConnectionError> {
+        if !self.has_reply().await? {
+            return Ok(false);
         }
         match self.connection.peek()? {
             Some(Response::File(FileReply::Failed(_))) => Ok(true),

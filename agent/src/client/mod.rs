@@ -13,6 +13,7 @@ mod exec;
 mod files;
 mod output;
 mod shared;
+mod tree;
 
 use std::{io, time::Duration};
 
@@ -24,6 +25,7 @@ pub use self::{
     exec::{Exec, ExecOutput, ExecStdin},
     files::MAX_ENTRIES,
     output::{Output, OutputLimits},
+    tree::{Node, TreeCount, TreeEntry, TreeError, TreeLimits, TreeReader, TreeWriter},
 };
 use self::{connection::Connection, shared::Shared};
 use crate::proto::{

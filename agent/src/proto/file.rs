@@ -10,6 +10,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
+use super::Account;
+
 /// Something to do with files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FileRequest {
@@ -45,6 +47,8 @@ pub enum FileRequest {
         mode: u32,
         /// Make missing directories on the way, and be content with one that is there.
         parents: bool,
+        /// Whom it belongs to, with those on the way that are made; none: the agent's own user.
+        owner: Option<Account>,
     },
     /// Removes a file, a link, an empty directory.
     Remove {
@@ -61,6 +65,20 @@ pub enum FileRequest {
         to: ByteBuf,
         /// Whether what is there is replaced.
         replace: bool,
+    },
+    /// A symbolic link. What is there is replaced, unless it is a directory.
+    MakeLink {
+        /// Where.
+        at: Place,
+        /// What it points to.
+        target: ByteBuf,
+        /// Whom it belongs to; none: the agent's own user.
+        owner: Option<Account>,
+    },
+    /// What a symbolic link points to: [`FileReply::Data`], then [`FileReply::Done`].
+    ReadLink {
+        /// The link.
+        at: Place,
     },
 }
 
@@ -82,8 +100,8 @@ pub struct Put {
     pub how: PutMode,
     /// Permissions (07777); none: those of the file that is replaced, or 0644.
     pub mode: Option<u32>,
-    /// User and group; none: those of the agent.
-    pub owner: Option<(u32, u32)>,
+    /// Whom it belongs to; none: the agent's own user.
+    pub owner: Option<Account>,
 }
 
 /// What becomes of a file that is there.
@@ -196,6 +214,12 @@ pub enum FileFailure {
         /// Why.
         errno: i32,
     },
+    /// Something else where a symbolic link is wanted.
+    #[error("not a symbolic link")]
+    NotALink,
+    /// Nobody has the name of the user whom it was to belong to.
+    #[error("no such user in the guest's /etc/passwd")]
+    NoUser,
 }
 
 impl From<Errno> for FileFailure {

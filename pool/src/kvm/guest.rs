@@ -2,17 +2,20 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
-use hearth_agent::client::{ExecError, FileError, HandshakeError};
-use hearth_agent::proto::{AGENT_PORT, InstanceId, Put};
+use hearth_agent::client::{
+    ExecError, FileError, HandshakeError, TreeCount, TreeError, TreeLimits,
+};
+use hearth_agent::proto::{AGENT_PORT, Account, InstanceId, Put};
 use hearth_agent::{AgentClient, Command, Exec};
 use hearth_vmm::virtio::vsock::ConnectError;
 use hearth_vmm::{Exit, Vm, VsockHost};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use super::birth::Gone;
@@ -40,6 +43,9 @@ pub enum GuestError {
     /// Something could not be done with a file.
     #[error("a file in the guest could not be read or written")]
     File(#[from] FileError),
+    /// A tree of files could not be copied.
+    #[error("a directory could not be copied")]
+    Tree(#[from] TreeError),
 }
 
 /// A guest that runs, with its agent. Dropping it ends the guest.
@@ -199,6 +205,33 @@ impl Guest {
     /// [`GuestError::File`] with the guest's reason, or if it is larger.
     pub async fn get(&self, at: impl AsRef<Path>, most: usize) -> Result<Vec<u8>, GuestError> {
         Ok(self.agent().await?.get(at.as_ref(), most).await?)
+    }
+
+    /// Unpacks a tar archive into a directory of the guest, for the user whom the guest's image is made for, as
+    /// [`AgentClient::put_tree`] does.
+    ///
+    /// # Errors
+    /// [`GuestError::Tree`].
+    pub async fn put_tree(
+        &self,
+        dir: impl Into<PathBuf>,
+        archive: &mut (impl AsyncRead + Unpin),
+    ) -> Result<TreeCount, GuestError> {
+        let owner = Some(Account::Usual);
+        Ok(self.agent().await?.put_tree(dir, owner, archive).await?)
+    }
+
+    /// Packs a directory of the guest into a tar archive, as [`AgentClient::get_tree`] does.
+    ///
+    /// # Errors
+    /// [`GuestError::Tree`].
+    pub async fn get_tree(
+        &self,
+        dir: impl Into<PathBuf>,
+        limits: TreeLimits,
+        archive: &mut (impl AsyncWrite + Unpin),
+    ) -> Result<TreeCount, GuestError> {
+        Ok(self.agent().await?.get_tree(dir, limits, archive).await?)
     }
 
     /// The VM alone; the connection to the agent ends. None if its end is being brought about this

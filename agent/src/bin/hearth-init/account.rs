@@ -55,6 +55,12 @@ pub(crate) fn person(account: Option<&Account>) -> Result<Option<Person>, Unknow
     }
 }
 
+/// Whom something is to belong to; none: whom it belongs to anyway.
+pub(crate) fn owner(account: Option<&Account>) -> Result<Option<(Uid, Gid)>, Unknown> {
+    let person = person(account)?;
+    Ok(person.map(|person| (Uid::from_raw(person.ids.uid), Gid::from_raw(person.ids.gid))))
+}
+
 /// Finds a name. Root is there in any case.
 fn look_up(name: &[u8], passwd: &[u8], group: impl FnOnce() -> Vec<u8>) -> Option<Person> {
     let mut lines = passwd.split(|&byte| byte == b'\n');

@@ -6,7 +6,7 @@ mod place;
 mod put;
 mod remove;
 
-use alloc::{vec, vec::Vec};
+use alloc::{ffi::CString, vec, vec::Vec};
 use core::mem::MaybeUninit;
 
 use hearth_agent::proto::{
@@ -16,15 +16,19 @@ use hearth_agent::proto::{
 use rustix::{
     fd::OwnedFd,
     fs::{
-        FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Stat, fchmod, fstat, mkdirat,
-        openat, renameat_with, seek,
+        FileType, Gid, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Stat, Uid, fchmod, fchown,
+        fstat, mkdirat, openat, readlinkat, renameat_with, seek,
     },
     io::{Errno, read},
 };
 use serde_bytes::ByteBuf;
 
 use self::{place::Spot, put::Putting, remove::Removing};
-use crate::{channel::Output, guest::Guest};
+use crate::{
+    account::{self, Unknown},
+    channel::Output,
+    guest::Guest,
+};
 
 /// Bytes of directory entries that are looked at in one step.
 const ENTRIES: usize = 4096;
@@ -39,6 +43,8 @@ pub(crate) enum Task {
         rest: u64,
     },
     Listing(OwnedFd),
+    /// What a link points to.
+    Told(CString),
     Removing(Removing),
     Putting(Putting),
     /// What was to be put could not be: its content is thrown away.
@@ -97,14 +103,20 @@ fn start(request: FileRequest) -> Result<Started, FileFailure> {
             Task::Getting { file, rest: most }
         }
         FileRequest::Put(put) => Task::Putting(Putting::begin(&put)?),
-        FileRequest::MakeDir { at, mode, parents } => {
+        FileRequest::MakeDir {
+            at,
+            mode,
+            parents,
+            owner,
+        } => {
             let mode = Mode::from_raw_mode(mode & 0o7777);
+            let owner = account::owner(owner.as_ref())?;
             if parents {
-                make_parents(&at, mode)?;
+                make_parents(&at, mode, owner)?;
                 return done();
             }
             let spot = Spot::of_entry(&at)?;
-            make_dir(&spot, mode)?;
+            make_dir(&spot, mode, owner)?;
             return done();
         }
         FileRequest::Remove { at, recursive } => {
@@ -127,17 +139,34 @@ fn start(request: FileRequest) -> Result<Started, FileFailure> {
             renameat_with(&from.dir, from.name(), &to.dir, to.name(), flags)?;
             return done();
         }
+        FileRequest::MakeLink { at, target, owner } => {
+            let owner = account::owner(owner.as_ref())?;
+            put::link(&Spot::of_entry(&at)?, &target, owner)?;
+            return done();
+        }
+        FileRequest::ReadLink { at } => {
+            let spot = Spot::of_entry(&at)?;
+            let target = readlinkat(&spot.dir, spot.name(), Vec::new());
+            Task::Told(target.map_err(|errno| match errno {
+                Errno::INVAL => FileFailure::NotALink,
+                other => other.into(),
+            })?)
+        }
     }))
 }
 
 /// The permissions are those asked for, whatever the mask is.
-fn make_dir(spot: &Spot, mode: Mode) -> Result<(), Errno> {
+fn make_dir(spot: &Spot, mode: Mode, owner: Option<(Uid, Gid)>) -> Result<(), Errno> {
     mkdirat(&spot.dir, spot.name(), mode)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    fchmod(openat(&spot.dir, spot.name(), flags, Mode::empty())?, mode)
+    let dir = openat(&spot.dir, spot.name(), flags, Mode::empty())?;
+    if let Some((uid, gid)) = owner {
+        fchown(&dir, Some(uid), Some(gid))?;
+    }
+    fchmod(dir, mode)
 }
 
-fn make_parents(at: &Place, mode: Mode) -> Result<(), FileFailure> {
+fn make_parents(at: &Place, mode: Mode, owner: Option<(Uid, Gid)>) -> Result<(), FileFailure> {
     let path = at.path.as_slice();
     let ends = path
         .iter()
@@ -156,7 +185,7 @@ fn make_parents(at: &Place, mode: Mode) -> Result<(), FileFailure> {
             // `a/./b` and the like.
             Err(FileFailure::BadPath) => continue,
             Err(failure) => return Err(failure),
-            Ok(spot) => match make_dir(&spot, mode) {
+            Ok(spot) => match make_dir(&spot, mode, owner) {
                 Err(Errno::EXIST) => {
                     // A link to a directory is one.
                     spot.open(OFlags::PATH | OFlags::DIRECTORY).map(drop)
@@ -183,6 +212,10 @@ impl Task {
         let stepped = match self {
             Self::Getting { file, rest } => get(file, rest, scratch, output),
             Self::Listing(dir) => list(dir, output),
+            Self::Told(target) => output
+                .push(&Response::File(FileReply::Data(target.to_bytes())))
+                .map(|()| true)
+                .map_err(Stop::Frame),
             Self::Removing(removing) => removing.step().map_err(Stop::from),
             Self::Putting(_) | Self::Discarding => return Ok(false),
         };
@@ -224,6 +257,12 @@ impl Task {
             Self::Discarding => Some(Ok(())),
             _ => None,
         }
+    }
+}
+
+impl From<Unknown> for FileFailure {
+    fn from(_: Unknown) -> Self {
+        Self::NoUser
     }
 }
 

@@ -7,13 +7,14 @@ use hearth_agent::proto::{FileFailure, Put, PutMode};
 use rustix::{
     fd::OwnedFd,
     fs::{
-        AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Uid, fchmod, fchown, openat,
-        renameat_with, statat, unlinkat,
+        AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Uid, chownat, fchmod, fchown, openat,
+        renameat, renameat_with, statat, symlinkat, unlinkat,
     },
     io::{Errno, write},
 };
 
 use super::{is_regular, place::Spot};
+use crate::account::owner;
 
 /// Permissions of a new file.
 const USUAL: u32 = 0o644;
@@ -42,6 +43,7 @@ impl Putting {
     pub(super) fn begin(put: &Put) -> Result<Self, FileFailure> {
         let spot = Spot::of_entry(&put.at)?;
         let mode = put.mode.map(|mode| mode & 0o7777);
+        let owner = owner(put.owner.as_ref())?;
         if put.how == PutMode::Append {
             let flags = OFlags::WRONLY
                 | OFlags::APPEND
@@ -57,7 +59,7 @@ impl Putting {
                     other => other.into(),
                 })?;
             is_regular(&file)?;
-            settle(&file, mode, put.owner)?;
+            settle(&file, mode, owner)?;
             return Ok(Self {
                 file,
                 unfinished: None,
@@ -82,7 +84,7 @@ impl Putting {
                 done: false,
             }),
         };
-        settle(&putting.file, mode.or(kept).or(Some(USUAL)), put.owner)?;
+        settle(&putting.file, mode.or(kept).or(Some(USUAL)), owner)?;
         Ok(putting)
     }
 
@@ -121,15 +123,42 @@ impl Drop for Unfinished {
     }
 }
 
+/// Makes a symbolic link, which replaces at once what is there.
+pub(super) fn link(
+    spot: &Spot,
+    target: &[u8],
+    owner: Option<(Uid, Gid)>,
+) -> Result<(), FileFailure> {
+    let ((), name) = beside(|name| symlinkat(target, &spot.dir, name))?;
+    let name = name.as_str();
+    let named = match owner {
+        Some((uid, gid)) => {
+            let itself = AtFlags::SYMLINK_NOFOLLOW;
+            chownat(&spot.dir, name, Some(uid), Some(gid), itself)
+        }
+        None => Ok(()),
+    };
+    let named = named.and_then(|()| renameat(&spot.dir, name, &spot.dir, spot.name()));
+    if named.is_err() {
+        let _ = unlinkat(&spot.dir, name, AtFlags::empty());
+    }
+    Ok(named?)
+}
+
 /// A new file beside the one that it will become.
 fn create(spot: &Spot) -> Result<(OwnedFd, String), Errno> {
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    beside(|name| openat(&spot.dir, name, flags, Mode::from_raw_mode(0o600)))
+}
+
+/// Makes something under a name that nothing has yet.
+fn beside<T>(make: impl Fn(&str) -> Result<T, Errno>) -> Result<(T, String), Errno> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
     let mut attempts = 0;
     loop {
         let name = format!(".hearth-put-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
-        match openat(&spot.dir, name.as_str(), flags, Mode::from_raw_mode(0o600)) {
-            Ok(file) => return Ok((file, name)),
+        match make(&name) {
+            Ok(made) => return Ok((made, name)),
             Err(Errno::EXIST) if attempts < ATTEMPTS => attempts += 1,
             Err(errno) => return Err(errno),
         }
@@ -137,9 +166,9 @@ fn create(spot: &Spot) -> Result<(OwnedFd, String), Errno> {
 }
 
 /// The owner first: a change of it takes set-user-id away.
-fn settle(file: &OwnedFd, mode: Option<u32>, owner: Option<(u32, u32)>) -> Result<(), Errno> {
+fn settle(file: &OwnedFd, mode: Option<u32>, owner: Option<(Uid, Gid)>) -> Result<(), Errno> {
     if let Some((uid, gid)) = owner {
-        fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        fchown(file, Some(uid), Some(gid))?;
     }
     match mode {
         Some(mode) => fchmod(file, Mode::from_raw_mode(mode)),

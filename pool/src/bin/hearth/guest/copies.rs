@@ -5,15 +5,17 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use hearth_agent::client::{AgentClient, FileError};
-use hearth_agent::proto::Put;
+use hearth_agent::client::{AgentClient, FileError, TreeError};
+use hearth_agent::proto::{Account, FileKind, Put};
 use hearth_vmm::virtio::vsock::VsockStream;
 use tokio::fs;
 
-/// Bytes that one file may bring out: a guest must not fill the host's disk.
-const MOST: u64 = 4 << 30;
+use super::trees;
 
-/// One regular file and its two places.
+/// Bytes that one file or directory may bring out: a guest must not fill the host's disk.
+pub(super) const MOST: u64 = 4 << 30;
+
+/// One regular file or directory and its two places.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Copy {
     pub(super) from: PathBuf,
@@ -28,12 +30,33 @@ pub(crate) enum CopyError {
         what: &'static str,
         source: std::io::Error,
     },
-    #[error("{}: not a regular file; pack a directory into an archive first", .0.display())]
-    NotAFile(PathBuf),
+    #[error("{}: neither a file nor a directory nor a symbolic link: leave it out", .0.display())]
+    NotPlain(PathBuf),
+    #[error("{}: is there already: a directory is not copied over anything", .0.display())]
+    Exists(PathBuf),
+    #[error(
+        "{}: a link to {}, out of the directory: have a program in the guest pack it as an archive", link.display(),
+        target.display()
+    )]
+    LeadsOut { link: PathBuf, target: PathBuf },
     #[error("{}: larger than {} GiB", .0.display(), MOST >> 30)]
     TooLarge(PathBuf),
     #[error(transparent)]
     Guest(#[from] FileError),
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+}
+
+impl CopyError {
+    pub(super) fn read(path: &Path, source: std::io::Error) -> Self {
+        let (path, what) = (path.to_owned(), "read");
+        Self::Host { path, what, source }
+    }
+
+    pub(super) fn written(path: &Path, source: std::io::Error) -> Self {
+        let (path, what) = (path.to_owned(), "written");
+        Self::Host { path, what, source }
+    }
 }
 
 /// `FROM:TO`. A host's path may have colons, a guest's may not.
@@ -64,58 +87,53 @@ pub(super) fn outward(text: &str) -> Result<Copy, String> {
     split(OsStr::new(text), false)
 }
 
-/// Puts the host's files into the guest, with their permissions, and makes the directories that they need.
+/// Puts the host's files and directories into the guest, with their permissions, and makes the directories that they need.
 pub(super) async fn put(
     agent: &mut AgentClient<VsockStream>,
     copies: &[Copy],
+    owner: &Account,
 ) -> Result<(), CopyError> {
     for Copy { from, to } in copies {
-        let failed = |what, source| CopyError::Host {
-            path: from.clone(),
-            what,
-            source,
-        };
-        let opened = fs::File::open(from).await;
-        let mut file = opened.map_err(|error| failed("read", error))?;
-        let metadata = file
-            .metadata()
-            .await
-            .map_err(|error| failed("read", error))?;
-        if !metadata.is_file() {
-            return Err(CopyError::NotAFile(from.clone()));
+        let failed = |source| CopyError::read(from, source);
+        let metadata = fs::metadata(from).await.map_err(failed)?;
+        if metadata.is_dir() {
+            trees::put(agent, from, to, owner).await?;
+            continue;
         }
+        if !metadata.is_file() {
+            return Err(CopyError::NotPlain(from.clone()));
+        }
+        let mut file = fs::File::open(from).await.map_err(failed)?;
         if let Some(dir) = to.parent().filter(|dir| dir.file_name().is_some()) {
             agent.make_dir(dir, 0o755, true).await?;
         }
-        let put = Put::new(to).mode(metadata.permissions().mode() & 0o777);
+        let put = Put::new(to)
+            .mode(metadata.permissions().mode() & 0o777)
+            .account(Some(owner.clone()));
         agent.put_from(put, &mut file).await?;
     }
     Ok(())
 }
 
-/// Takes files of the guest, with their permissions; each replaces the host's when it is complete.
+/// Takes files and directories of the guest, with their permissions. Each is there when it is complete: a file replaces the
+/// host's, a directory does not.
 pub(super) async fn get(
     agent: &mut AgentClient<VsockStream>,
     copies: &[Copy],
 ) -> Result<(), CopyError> {
     for Copy { from, to } in copies {
-        let part = part_of(to);
-        let got = get_one(agent, from, &part).await;
-        let named = match got {
-            Ok(()) => fs::rename(&part, to)
-                .await
-                .map_err(|source| CopyError::Host {
-                    path: to.clone(),
-                    what: "written",
-                    source,
-                }),
-            Err(error) => Err(error),
-        };
-        if named.is_err() {
-            // It may not be there.
-            let _ = fs::remove_file(&part).await;
+        let part = Part::of(to);
+        let found = agent.stat(from, true).await?;
+        if found.kind == FileKind::Dir {
+            if fs::symlink_metadata(to).await.is_ok() {
+                return Err(CopyError::Exists(to.clone()));
+            }
+            trees::get(agent, from, &part.0).await?;
+        } else {
+            get_one(agent, from, found.mode & 0o777, &part.0).await?;
         }
-        named?;
+        let named = fs::rename(&part.0, to).await;
+        named.map_err(|source| CopyError::written(to, source))?;
     }
     Ok(())
 }
@@ -123,14 +141,10 @@ pub(super) async fn get(
 async fn get_one(
     agent: &mut AgentClient<VsockStream>,
     from: &Path,
+    mode: u32,
     part: &Path,
 ) -> Result<(), CopyError> {
-    let failed = |source| CopyError::Host {
-        path: part.to_owned(),
-        what: "written",
-        source,
-    };
-    let mode = agent.stat(from, true).await?.mode & 0o777;
+    let failed = |source| CopyError::written(part, source);
     let mut file = fs::File::create(part).await.map_err(failed)?;
     if agent.get_into(from, 0..MOST, &mut file).await? == MOST {
         return Err(CopyError::TooLarge(from.to_owned()));
@@ -139,12 +153,23 @@ async fn get_one(
     file.set_permissions(permissions).await.map_err(failed)
 }
 
-/// Where a file is until it is complete.
-fn part_of(to: &Path) -> PathBuf {
-    let mut name = OsString::from(".");
-    name.push(to.file_name().unwrap_or_default());
-    name.push(".hearth-part");
-    to.with_file_name(name)
+/// Where something is until it is complete. Dropped before, it is gone.
+struct Part(PathBuf);
+
+impl Part {
+    fn of(to: &Path) -> Self {
+        let mut name = OsString::from(".");
+        name.push(to.file_name().unwrap_or_default());
+        name.push(".hearth-part");
+        Self(to.with_file_name(name))
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // Neither is there any more if it has its name. Links are not followed.
+        let _ = std::fs::remove_file(&self.0).or_else(|_| std::fs::remove_dir_all(&self.0));
+    }
 }
 
 #[cfg(test)]
@@ -165,7 +190,10 @@ mod tests {
         for wrong in ["", "a", ":", "a:", ":b"] {
             assert!(inward(wrong).is_err() && outward(wrong).is_err(), "{wrong}");
         }
-        assert_eq!(part_of(Path::new("/a/b")), Path::new("/a/.b.hearth-part"));
-        assert_eq!(part_of(Path::new("b")), Path::new(".b.hearth-part"));
+        assert_eq!(
+            Part::of(Path::new("/a/b")).0,
+            Path::new("/a/.b.hearth-part")
+        );
+        assert_eq!(Part::of(Path::new("b")).0, Path::new(".b.hearth-part"));
     }
 }

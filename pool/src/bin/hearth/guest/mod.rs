@@ -5,12 +5,13 @@ mod error;
 mod report;
 mod session;
 pub(crate) mod terminal;
+mod trees;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hearth_agent::Command;
-use hearth_agent::proto::{Exited, ROOT_WORD};
+use hearth_agent::proto::{Account, Exited, ROOT_WORD};
 use hearth_images::Images;
 use hearth_vmm::{CpuProfile, Host, VmConfig};
 
@@ -55,10 +56,10 @@ pub(crate) struct Options {
     /// Gives the guest so many seconds to boot [default: 10, or 100 where ring 0 is emulated]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     boot_timeout: Option<Duration>,
-    /// Copies a file into the guest before the program runs; may be repeated
+    /// Copies a file or directory into the guest before the program runs, for the program's user; may be repeated
     #[arg(long, value_name = "HOST:GUEST", value_parser = copies::inward)]
     copy_in: Vec<copies::Copy>,
-    /// Copies a file out of the guest when the program has ended, however; may be repeated
+    /// Copies a file or directory out of the guest when the program has ended, however; may be repeated
     #[arg(long, value_name = "GUEST:HOST", value_parser = copies::outward)]
     copy_out: Vec<copies::Copy>,
 }
@@ -87,11 +88,11 @@ impl Options {
         self.root.is_none() && self.initramfs.is_none()
     }
 
-    /// The command, by the right user.
-    fn by_user(&self, command: Command) -> Command {
+    /// Whom the program runs as, and what is copied in belongs to.
+    fn account(&self) -> Account {
         match &self.user {
-            Some(name) => command.user_name(name),
-            None => command.usual_user(),
+            Some(name) => Account::Name(name.clone().into_bytes().into()),
+            None => Account::Usual,
         }
     }
 
@@ -141,7 +142,7 @@ pub(crate) fn run(
     mut job: Job,
     report: &mut Report,
 ) -> Result<Exited, RunError> {
-    job.command = options.by_user(job.command);
+    job.command = job.command.account(options.account());
     let start = Instant::now();
     let host = Host::get()?;
     report.phases_us.host_probe = Some(report::micros(start.elapsed()));
@@ -157,6 +158,7 @@ pub(crate) fn run(
         job,
         boot_timeout: options.boot_timeout.unwrap_or(boot_timeout(host.profile())),
         show_console: options.console,
+        owner: options.account(),
         copy_in: options.copy_in.clone(),
         copy_out: options.copy_out.clone(),
     };

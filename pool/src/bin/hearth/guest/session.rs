@@ -10,7 +10,7 @@ use std::pin::pin;
 use std::time::{Duration, Instant, SystemTime};
 
 use hearth_agent::client::{AgentClient, ConnectionError, Exec, ExecError, HandshakeError};
-use hearth_agent::proto::{Exited, READY_PORT};
+use hearth_agent::proto::{Account, Exited, READY_PORT};
 use hearth_vmm::virtio::vsock::{VsockListener, VsockStream};
 use hearth_vmm::{Exit, Vm, VmConfig};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -38,6 +38,8 @@ pub(super) struct Plan {
     pub(super) job: Job,
     pub(super) boot_timeout: Duration,
     pub(super) show_console: bool,
+    /// Whom what is copied in belongs to.
+    pub(super) owner: Account,
     pub(super) copy_in: Vec<Copy>,
     pub(super) copy_out: Vec<Copy>,
 }
@@ -97,7 +99,7 @@ impl Session {
         let mut agent = self.agent(listener, plan.boot_timeout, report).await?;
         if !plan.copy_in.is_empty() {
             let start = Instant::now();
-            let copying = copies::put(&mut agent, &plan.copy_in);
+            let copying = copies::put(&mut agent, &plan.copy_in, &plan.owner);
             self.unless_ended("while files were copied", copying)
                 .await??;
             report.phases_us.copy_in = Some(micros(start.elapsed()));

@@ -1,0 +1,191 @@
+//! A tree on its way into the guest.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    os::unix::ffi::OsStrExt,
+    path::{Component, Path, PathBuf},
+};
+
+use serde_bytes::ByteBuf;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+
+use super::{Node, TreeCount, TreeEntry, TreeError};
+use crate::{
+    client::{
+        AgentClient,
+        error::FileError,
+        files::{Reply, bytes},
+        unexpected,
+    },
+    proto::{Account, FileRequest, MAX_CHUNK, Place, Put, Request},
+};
+
+/// Requests that may wait for their answers: enough to keep the guest busy, few enough for their answers to fit in its buffer.
+const WINDOW: usize = 32;
+
+/// Writes a tree into a directory of the guest, entry by entry. Does not wait for each answer: what went wrong is said by a later call, and
+/// by [`finish`](Self::finish) at the latest. Drop the client after an error, and if this is dropped before.
+#[derive(Debug)]
+pub struct TreeWriter<'a, S> {
+    client: &'a mut AgentClient<S>,
+    dir: PathBuf,
+    owner: Option<Account>,
+    /// Directories that are on their way.
+    made: HashSet<PathBuf>,
+    /// The paths of requests without an answer yet.
+    unanswered: VecDeque<ByteBuf>,
+    count: TreeCount,
+}
+
+impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
+    /// Begins with the directory, which is made if it is not there.
+    ///
+    /// # Errors
+    /// [`FileError::PathTooLong`], as a [`TreeError`].
+    pub fn begin(
+        client: &'a mut AgentClient<S>,
+        dir: PathBuf,
+        owner: Option<Account>,
+    ) -> Result<Self, TreeError> {
+        let mut writer = Self {
+            client,
+            owner,
+            made: HashSet::new(),
+            unanswered: VecDeque::new(),
+            count: TreeCount::default(),
+            dir,
+        };
+        let at = Place::new(&writer.dir);
+        writer.make_dir(at, 0o755)?;
+        Ok(writer)
+    }
+
+    /// Adds an entry; directories on the way are made. `content` is read for a regular file, and must have its size.
+    ///
+    /// # Errors
+    /// [`TreeError`], perhaps of an earlier entry.
+    pub async fn add(
+        &mut self,
+        entry: &TreeEntry,
+        content: &mut (impl AsyncRead + Unpin),
+    ) -> Result<(), TreeError> {
+        let mut names = entry.path.components();
+        if entry.path.as_os_str().is_empty()
+            || entry.path.as_os_str().as_bytes().contains(&0)
+            || !names.all(|name| matches!(name, Component::Normal(_)))
+        {
+            return Err(TreeError::BadPath(entry.path.clone()));
+        }
+        let at = Place::beneath(&self.dir, &entry.path);
+        match &entry.node {
+            Node::Dir => {
+                self.made.insert(entry.path.clone());
+                self.make_dir(at, entry.mode)?;
+            }
+            Node::Link { target } => {
+                self.make_parent(&entry.path)?;
+                let request = FileRequest::MakeLink {
+                    at,
+                    target: bytes(target),
+                    owner: self.owner.clone(),
+                };
+                self.ask(request, bytes(&entry.path))?;
+            }
+            Node::File { size } => {
+                self.make_parent(&entry.path)?;
+                let put = Put::new(at).mode(entry.mode).account(self.owner.clone());
+                self.ask(FileRequest::Put(put), bytes(&entry.path))?;
+                self.copy(&entry.path, *size, content).await?;
+            }
+        }
+        self.count.entries += 1;
+        self.settle(WINDOW).await
+    }
+
+    /// Waits for all answers.
+    ///
+    /// # Errors
+    /// [`TreeError`].
+    pub async fn finish(mut self) -> Result<TreeCount, TreeError> {
+        self.settle(0).await?;
+        Ok(self.count)
+    }
+
+    fn make_dir(&mut self, at: Place, mode: u32) -> Result<(), TreeError> {
+        let path = at.path.clone();
+        let request = FileRequest::MakeDir {
+            at,
+            mode,
+            parents: true,
+            owner: self.owner.clone(),
+        };
+        self.ask(request, path)
+    }
+
+    /// An archive need not name the directories that its files are in.
+    fn make_parent(&mut self, path: &Path) -> Result<(), TreeError> {
+        let Some(parent) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else {
+            return Ok(());
+        };
+        match self.made.insert(parent.to_owned()) {
+            true => self.make_dir(Place::beneath(&self.dir, parent), 0o755),
+            false => Ok(()),
+        }
+    }
+
+    fn ask(&mut self, request: FileRequest, path: ByteBuf) -> Result<(), TreeError> {
+        self.client.ask(request, &path)?;
+        self.unanswered.push_back(path);
+        Ok(())
+    }
+
+    /// Sends a file's content, and sees meanwhile what came of what was sent before.
+    async fn copy(
+        &mut self,
+        path: &Path,
+        size: u64,
+        content: &mut (impl AsyncRead + Unpin),
+    ) -> Result<(), TreeError> {
+        let mut content = content.take(size);
+        let mut chunk = vec![0; MAX_CHUNK];
+        let mut copied = 0;
+        loop {
+            let count = content.read(&mut chunk).await.map_err(TreeError::host)?;
+            if count == 0 {
+                break;
+            }
+            copied += count as u64;
+            let bytes = chunk.get(..count).unwrap_or_default();
+            let queued = self.client.connection.queue(&Request::FileData(bytes));
+            queued.map_err(FileError::from)?;
+            self.client.connection.flush().await?;
+            while self.client.has_reply().await? {
+                self.answer().await?;
+            }
+        }
+        if copied < size {
+            return Err(TreeError::Changed(path.to_owned()));
+        }
+        self.count.bytes = self.count.bytes.saturating_add(copied);
+        let queued = self.client.connection.queue(&Request::FileEnd);
+        Ok(queued.map_err(FileError::from)?)
+    }
+
+    /// Takes answers until no more than so many are missing.
+    async fn settle(&mut self, missing: usize) -> Result<(), TreeError> {
+        while self.unanswered.len() > missing {
+            self.answer().await?;
+        }
+        Ok(())
+    }
+
+    async fn answer(&mut self) -> Result<(), TreeError> {
+        let Some(path) = self.unanswered.pop_front() else {
+            return Err(unexpected().into());
+        };
+        match self.client.reply(&path).await? {
+            Reply::Done => Ok(()),
+            _ => Err(unexpected().into()),
+        }
+    }
+}

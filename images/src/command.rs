@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 
 /// How many of the last lines an error carries, and how long each may be.
 const TAIL_LINES: usize = 30;
@@ -34,7 +34,36 @@ pub enum CommandError {
 }
 
 /// Runs to the end and hands each line of output (both streams) to `line`.
-pub(crate) fn run(command: &mut Command, mut line: impl FnMut(&str)) -> Result<(), CommandError> {
+pub(crate) fn run(command: &mut Command, line: impl FnMut(&str)) -> Result<(), CommandError> {
+    run_with(command, Stdio::null(), line)
+}
+
+/// Runs both to the end, the first one's output the second one's input.
+pub(crate) fn pipe(from: &mut Command, to: &mut Command) -> Result<(), CommandError> {
+    let program = from.get_program().to_string_lossy().into_owned();
+    let start = |source| CommandError::Start { program, source };
+    tracing::debug!(command = ?from, "run");
+    from.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = match from.stderr(Stdio::piped()).spawn() {
+        Ok(child) => child,
+        Err(error) => return Err(start(error)),
+    };
+    let input = child.stdout.take().map_or_else(Stdio::null, Stdio::from);
+    let second = run_with(to, input, |_| {});
+    let output = child.wait_with_output().map_err(start)?;
+    // What the first one says is why the second one failed, unless it was cut off by that.
+    second?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(failed(from, &output))
+}
+
+fn run_with(
+    command: &mut Command,
+    input: Stdio,
+    mut line: impl FnMut(&str),
+) -> Result<(), CommandError> {
     let program = command.get_program().to_string_lossy().into_owned();
     let start = |source| CommandError::Start {
         program: program.clone(),
@@ -45,13 +74,16 @@ pub(crate) fn run(command: &mut Command, mut line: impl FnMut(&str)) -> Result<(
     let other = writer.try_clone().map_err(start)?;
     tracing::debug!(?command, "run");
     let mut child = command
-        .stdin(Stdio::null())
+        .stdin(input)
         .stdout(writer)
         .stderr(other)
         .spawn()
         .map_err(start)?;
     // Our copies of the pipe's end must go, or its end is never seen.
-    command.stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
 
     let mut tail = VecDeque::with_capacity(TAIL_LINES);
     let mut reader = BufReader::new(reader);
@@ -93,13 +125,17 @@ pub(crate) fn output(command: &mut Command) -> Result<String, CommandError> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    Err(CommandError::Failed {
+    Err(failed(command, &output))
+}
+
+fn failed(command: &Command, output: &Output) -> CommandError {
+    CommandError::Failed {
         program: describe(command),
         status: output.status,
         tail: String::from_utf8_lossy(&output.stderr)
             .trim_end()
             .to_owned(),
-    })
+    }
 }
 
 fn describe(command: &Command) -> String {
@@ -138,6 +174,27 @@ mod tests {
         assert_eq!(status.code(), Some(3));
         assert_eq!(tail.lines().count(), TAIL_LINES);
         assert!(tail.ends_with("100\nbroken"), "{tail}");
+    }
+
+    #[test]
+    fn a_pipe_fails_with_either_end() {
+        let sh = |script: &str| {
+            let mut sh = Command::new("sh");
+            sh.args(["-c", script]);
+            sh
+        };
+        pipe(&mut sh("echo word"), &mut sh("read w; test $w = word")).unwrap();
+        for (from, to) in [
+            ("echo word; echo first >&2; exit 3", "cat"),
+            ("seq 100000", "echo second; exit 3"),
+        ] {
+            let error = pipe(&mut sh(from), &mut sh(to)).unwrap_err();
+            let CommandError::Failed { status, tail, .. } = &error else {
+                panic!("{error:?}");
+            };
+            assert_eq!(status.code(), Some(3));
+            assert!(["first", "second"].contains(&tail.as_str()), "{tail}");
+        }
     }
 
     #[test]

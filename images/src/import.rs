@@ -1,21 +1,11 @@
 //! A root file system of the user's as an image that guests read in place: EROFS, uncompressed.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::cache::{CacheError, io_error};
 use crate::command::{self, CommandError};
-
-/// Guests plug images in by pieces of this size.
-const GRANULE: u64 = 2 << 20;
-/// The same tree gives the same bytes: no time, no chance.
-const FIXED: [&str; 4] = [
-    "-T0",
-    "-U00000000-0000-0000-0000-000000000000",
-    "--all-root",
-    "--quiet",
-];
+use crate::erofs::{self, ErofsError};
 
 /// Why no image was made. Nothing is left where it was to be.
 #[derive(Debug, thiserror::Error)]
@@ -27,11 +17,9 @@ pub enum ImportError {
     /// Something has the name already.
     #[error("{} exists; remove it first or choose another name", .0.display())]
     Exists(PathBuf),
-    /// `mkfs.erofs` is missing or failed.
-    #[error(
-        "the image was not made; mkfs.erofs is in the package erofs-utils (sudo apt-get install -y erofs-utils)"
-    )]
-    Mkfs(#[source] CommandError),
+    /// The image could not be made.
+    #[error(transparent)]
+    Image(#[from] ErofsError),
     /// `tar` is missing or failed.
     #[error("the archive was not unpacked")]
     Tar(#[source] CommandError),
@@ -63,15 +51,7 @@ pub fn import(source: &Path, output: &Path) -> Result<(), ImportError> {
         return Err(ImportError::Source(source.to_owned()));
     };
     let image = scratch.path().join("image");
-    let mut mkfs = Command::new("mkfs.erofs");
-    command::run(mkfs.args(FIXED).arg(&image).arg(&tree), |_| {}).map_err(ImportError::Mkfs)?;
-    let whole = || {
-        let file = File::options().write(true).open(&image)?;
-        let bytes = file.metadata()?.len();
-        file.set_len(bytes.next_multiple_of(GRANULE))?;
-        file.sync_all()
-    };
-    whole().map_err(io_error("write", &image))?;
+    erofs::make(&tree, &image)?;
     std::fs::rename(&image, output).map_err(io_error("write", output))?;
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! under the hash of what it was built from; nothing here needs root. The
 //! kernel comes from Debian's `linux-source` package, our configuration and
 //! our patches; the initramfs holds the statically linked agent and nothing
-//! else.
+//! else; root file systems are made of Debian packages, as a [`Recipe`] says.
 //!
 //! ```no_run
 //! use hearth_images::{Images, Silent};
@@ -26,22 +26,33 @@
 mod agent;
 mod cache;
 mod command;
+mod debian;
+mod erofs;
 mod import;
 mod initramfs;
 mod kernel;
+mod lock;
 mod progress;
+mod recipe;
+mod root;
 mod tools;
+mod wheels;
 
 use std::path::{Path, PathBuf};
 
 pub use agent::AgentError;
 pub use cache::CacheError;
 pub use command::CommandError;
+pub use debian::DebianError;
+pub use erofs::ErofsError;
 pub use import::{ImportError, import};
 pub use initramfs::InitramfsError;
 pub use kernel::{KernelError, Wrong};
 pub use progress::{Event, Progress, Silent, Stage};
+pub use recipe::{Recipe, RecipeError};
+pub use root::{CachedRoot, RootError};
 pub use tools::MissingTools;
+pub use wheels::WheelsError;
 
 use cache::Cache;
 
@@ -62,6 +73,8 @@ pub struct Cached {
     pub kernel: Option<PathBuf>,
     /// The initramfs that [`Images::base`] would return without building.
     pub initramfs: Option<PathBuf>,
+    /// Root file systems by name, those that an earlier version or recipe made among them.
+    pub roots: Vec<CachedRoot>,
 }
 
 /// Why an image could not be had.
@@ -80,6 +93,12 @@ pub enum ImagesError {
     /// The initramfs could not be written.
     #[error("the initramfs could not be written")]
     Initramfs(#[from] InitramfsError),
+    /// The root file system could not be built.
+    #[error("the root file system could not be built")]
+    Root(#[from] RootError),
+    /// The recipe's packages could not be pinned.
+    #[error("the recipe's packages could not be pinned")]
+    Lock(#[source] RootError),
     /// The user's own kernel is not a readable file.
     #[error("cannot read the kernel {}: check the path and its permissions", path.display())]
     OwnKernel {
@@ -124,6 +143,7 @@ impl Images {
             initramfs: agent::find()
                 .ok()
                 .and_then(|agent| initramfs::cached(&self.cache, &agent)),
+            roots: root::all(&self.cache),
         }
     }
 
@@ -179,6 +199,34 @@ impl Images {
             kernel: kernel.to_owned(),
             initramfs: self.initramfs(progress)?,
         })
+    }
+
+    /// The root file system of a recipe, built if it is not cached: an EROFS image that guests read in place.
+    ///
+    /// # Errors
+    /// [`ImagesError::Root`]; nothing half-built is left in the cache.
+    pub fn root(&self, recipe: &Recipe, progress: &dyn Progress) -> Result<PathBuf, ImagesError> {
+        Ok(root::get(&self.cache, recipe, progress)?)
+    }
+
+    /// The image that [`Images::root`] would return without building.
+    #[must_use]
+    pub fn cached_root(&self, recipe: &Recipe) -> Option<PathBuf> {
+        root::cached(&self.cache, recipe)
+    }
+
+    /// Pins the packages of a recipe to what Debian (and, for Python packages, pip's index) has now: writes the lock beside
+    /// the recipe, and returns its path. For a recipe of this crate, by name, recipe and lock are first copied into the
+    /// working directory.
+    ///
+    /// # Errors
+    /// [`ImagesError::Lock`]; the lock is then as it was.
+    pub fn lock(
+        &self,
+        name_or_path: &str,
+        progress: &dyn Progress,
+    ) -> Result<PathBuf, ImagesError> {
+        root::lock(&self.cache, name_or_path, progress).map_err(ImagesError::Lock)
     }
 
     fn initramfs(&self, progress: &dyn Progress) -> Result<PathBuf, ImagesError> {

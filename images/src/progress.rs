@@ -20,6 +20,18 @@ pub enum Stage {
     Agent,
     /// The initramfs is written.
     Initramfs,
+    /// Debian's index is fetched (10 MB) and packages are chosen.
+    Resolve,
+    /// Debian packages are fetched.
+    Packages,
+    /// Python packages are chosen and fetched.
+    Wheels,
+    /// Packages are unpacked, and what the recipe changes is changed.
+    Tree,
+    /// A recipe's commands run.
+    Commands,
+    /// The image of a root file system is written.
+    Root,
 }
 
 impl Stage {
@@ -35,6 +47,12 @@ impl Stage {
             Self::Compile => "compiling the kernel",
             Self::Agent => "compiling the agent",
             Self::Initramfs => "writing the initramfs",
+            Self::Resolve => "choosing packages",
+            Self::Packages => "fetching packages",
+            Self::Wheels => "fetching Python packages",
+            Self::Tree => "unpacking packages",
+            Self::Commands => "running the recipe's commands",
+            Self::Root => "writing the root file system",
         }
     }
 }

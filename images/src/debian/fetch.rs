@@ -1,0 +1,262 @@
+//! The files of locked packages, kept in the cache under their hashes.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use sha2::{Digest, Sha256};
+
+use super::{DebianError, mirror};
+use crate::cache::io_error;
+use crate::command::{self, CommandError};
+use crate::lock::Package;
+use crate::progress::{Event, Progress, Stage, stage};
+
+/// apt's tool for one file: its ways to the network, and a check of the hash.
+const HELPER: &str = "/usr/lib/apt/apt-helper";
+
+/// The file of each package in `dir`, in their order; those that are not there are fetched.
+pub(crate) fn fetch(
+    packages: &[Package],
+    suite: &str,
+    dir: &Path,
+    progress: &dyn Progress,
+) -> Result<Vec<PathBuf>, DebianError> {
+    let files: Vec<PathBuf> = packages
+        .iter()
+        .map(|package| file_in(dir, package))
+        .collect();
+    let mut missing = Vec::new();
+    for (package, file) in packages.iter().zip(&files) {
+        if !has(file, &package.sha256).map_err(io_error("read", file))? {
+            missing.push(package);
+        }
+    }
+    if !missing.is_empty() {
+        let mirrors = mirror::mirrors(suite)?;
+        stage(progress, Stage::Packages, || {
+            from_mirrors(&mirrors, &missing, dir, progress)
+        })?;
+    }
+    Ok(files)
+}
+
+fn file_in(dir: &Path, package: &Package) -> PathBuf {
+    dir.join(format!("{}.deb", package.sha256))
+}
+
+/// Whether the file is there. One that is not what its name says is removed.
+fn has(file: &Path, sha256: &str) -> io::Result<bool> {
+    let mut hash = Sha256::new();
+    match fs::File::open(file) {
+        Ok(mut file) => io::copy(&mut file, &mut hash)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let digits = hash.finalize();
+    let digits: String = digits.iter().map(|byte| format!("{byte:02x}")).collect();
+    if digits == sha256 {
+        return Ok(true);
+    }
+    fs::remove_file(file)?;
+    Ok(false)
+}
+
+fn from_mirrors(
+    mirrors: &[String],
+    packages: &[&Package],
+    dir: &Path,
+    progress: &dyn Progress,
+) -> Result<(), DebianError> {
+    let mut missing = packages.to_vec();
+    let mut failure = None;
+    for mirror in mirrors {
+        match from_mirror(mirror, &missing, dir, progress) {
+            Ok(()) => return Ok(()),
+            Err(error) => {
+                missing.retain(|package| !file_in(dir, package).exists());
+                // What the likeliest mirror says counts.
+                failure.get_or_insert(error);
+            }
+        }
+    }
+    Err(failure.unwrap_or(DebianError::NoMirror))
+}
+
+fn from_mirror(
+    mirror: &str,
+    packages: &[&Package],
+    dir: &Path,
+    progress: &dyn Progress,
+) -> Result<(), DebianError> {
+    let part = tempfile::Builder::new()
+        .prefix("part-")
+        .tempdir_in(dir)
+        .map_err(io_error("create a directory in", dir))?;
+    let mut helper = Command::new(HELPER);
+    // The user that root's apt would become cannot write here.
+    helper.args(["-q", "-o", "APT::Sandbox::User=root", "download-file"]);
+    for package in packages {
+        helper
+            .arg(format!("{mirror}/{}", package.path))
+            .arg(file_in(part.path(), package))
+            .arg(format!("SHA256:{}", package.sha256));
+    }
+    let total = u32::try_from(packages.len()).unwrap_or(u32::MAX);
+    let mut done = 0;
+    let fetched = command::run(helper.env("LC_ALL", "C"), |line| {
+        if line.starts_with("Get:") && done < total {
+            done += 1;
+            let stage = Stage::Packages;
+            progress.event(Event::Step { stage, done, total });
+        }
+    });
+    let mut lacking = Vec::new();
+    for package in packages {
+        let (from, to) = (file_in(part.path(), package), file_in(dir, package));
+        // apt names a file so only when its hash is right.
+        match publish(&from, &to) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => lacking.push(*package),
+            result => result.map_err(io_error("publish", &to))?,
+        }
+    }
+    match fetched {
+        Err(error) if !lacking.is_empty() => Err(failed(&lacking, error)),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// From a mirror that is a directory of this machine apt brings links.
+fn publish(from: &Path, to: &Path) -> io::Result<()> {
+    if from.symlink_metadata()?.is_symlink() {
+        let whole = from.with_extension("copy");
+        fs::copy(from, &whole)?;
+        return fs::rename(&whole, to);
+    }
+    fs::rename(from, to)
+}
+
+fn failed(lacking: &[&Package], source: CommandError) -> DebianError {
+    let said = match &source {
+        CommandError::Failed { tail, .. } => tail.as_str(),
+        CommandError::Start { .. } => "",
+    };
+    let vanished = |package: &&&Package| {
+        let mut lines = said.lines();
+        lines.any(|line| line.contains(&package.path) && line.contains("404"))
+    };
+    let named = |package: &&Package| format!("{} {}", package.name, package.version);
+    let gone: Vec<String> = lacking.iter().filter(vanished).map(named).collect();
+    if gone.is_empty() {
+        let packages = lacking.iter().map(named).collect();
+        return DebianError::Fetch { packages, source };
+    }
+    DebianError::Vanished { packages: gone }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Silent;
+
+    /// An archive as a directory: apt takes `file:` addresses.
+    fn package(archive: &Path, name: &str, content: &[u8]) -> Package {
+        let path = format!("pool/{name}_1%2b2_all.deb");
+        fs::create_dir_all(archive.join("pool")).unwrap();
+        fs::write(archive.join(format!("pool/{name}_1+2_all.deb")), content).unwrap();
+        let sha256 = Sha256::digest(content)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let (name, version) = (name.to_owned(), "1+2".to_owned());
+        Package {
+            name,
+            version,
+            path,
+            sha256,
+        }
+    }
+
+    fn there_is_apt() -> bool {
+        let there = Path::new(HELPER).exists();
+        if !there {
+            use std::io::Write;
+            let _ = io::stderr().write_all(b"\nNOT MEASURED: no apt\n");
+        }
+        there
+    }
+
+    #[test]
+    fn packages_are_fetched_once_and_again_when_the_cache_is_damaged() {
+        if !there_is_apt() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (archive, cache) = (dir.path().join("archive"), dir.path().join("cache"));
+        fs::create_dir(&cache).unwrap();
+        let (one, two) = (
+            package(&archive, "one", b"1"),
+            package(&archive, "two", b"2"),
+        );
+        // The first mirror is none.
+        let mirrors = [
+            "file:/nowhere".to_owned(),
+            format!("file:{}", archive.display()),
+        ];
+        from_mirrors(&mirrors, &[&one, &two], &cache, &Silent).unwrap();
+        let packages = [one, two];
+        // No mirror is asked for what is there.
+        let files = fetch(&packages, "none", &cache, &Silent).unwrap();
+        assert_eq!(fs::read(&files[1]).unwrap(), b"2");
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 2);
+        fs::write(&files[1], b"other").unwrap();
+        assert!(!has(&files[1], &packages[1].sha256).unwrap());
+        from_mirrors(&mirrors, &[&packages[1]], &cache, &Silent).unwrap();
+        assert_eq!(fs::read(&files[1]).unwrap(), b"2");
+    }
+
+    #[test]
+    fn what_is_not_as_locked_is_not_taken() {
+        if !there_is_apt() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (archive, cache) = (dir.path().join("archive"), dir.path().join("cache"));
+        fs::create_dir(&cache).unwrap();
+        let (good, mut bad) = (
+            package(&archive, "good", b"1"),
+            package(&archive, "bad", b"2"),
+        );
+        bad.sha256 = "0".repeat(64);
+        let mirrors = [format!("file:{}", archive.display())];
+        let error = from_mirrors(&mirrors, &[&good, &bad], &cache, &Silent).unwrap_err();
+        assert_eq!(error.to_string(), "cannot fetch bad 1+2");
+        assert!(has(&file_in(&cache, &good), &good.sha256).unwrap());
+        assert!(!file_in(&cache, &bad).exists());
+    }
+
+    #[test]
+    fn a_version_that_vanished_is_told_from_a_network_that_fails() {
+        let package = Package {
+            name: "jq".to_owned(),
+            version: "1.6".to_owned(),
+            path: "pool/main/j/jq/jq_1.6_amd64.deb".to_owned(),
+            sha256: String::new(),
+        };
+        let said = |tail: &str| CommandError::Failed {
+            program: "apt-helper".to_owned(),
+            status: std::process::ExitStatus::default(),
+            tail: tail.to_owned(),
+        };
+        let gone = "E: Failed to fetch http://m.example/debian/pool/main/j/jq/jq_1.6_amd64.deb  404  Not Found";
+        let error = failed(&[&package], said(gone)).to_string();
+        assert!(error.contains("no longer has jq 1.6"), "{error}");
+        let other = "E: Failed to fetch http://m.example/debian/pool/main/j/jq/jq_1.6_amd64.deb  Could not resolve";
+        assert!(matches!(
+            failed(&[&package], said(other)),
+            DebianError::Fetch { .. }
+        ));
+    }
+}

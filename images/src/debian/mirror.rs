@@ -1,0 +1,98 @@
+//! Where Debian's archive is for this machine: its own apt knows.
+
+use std::process::Command;
+
+use super::{DebianError, MIRROR_VARIABLE};
+use crate::command;
+
+/// What is asked of each source: release, component, the archive's label (once its lists were fetched), address.
+const FORMAT: &str = "$(RELEASE)|$(COMPONENT)|$(LABEL)|$(REPO_URI)";
+/// The label of Debian's archive; that of its security updates is another.
+const LABEL: &str = "Debian";
+
+/// Addresses without a slash at the end, the likeliest first. What comes from them is checked by signature or hash, so that a
+/// wrong one costs time only.
+pub(super) fn mirrors(suite: &str) -> Result<Vec<String>, DebianError> {
+    if let Some(mirror) = std::env::var(MIRROR_VARIABLE)
+        .ok()
+        .filter(|named| !named.is_empty())
+    {
+        return Ok(vec![mirror.trim_end_matches('/').to_owned()]);
+    }
+    let mut apt = Command::new("apt-get");
+    apt.args(["indextargets", "--format", FORMAT, "Created-By: Packages"]);
+    let found = of_targets(&command::output(apt.env("LC_ALL", "C"))?, suite);
+    if found.is_empty() {
+        return Err(DebianError::NoMirror);
+    }
+    Ok(found)
+}
+
+fn of_targets(targets: &str, suite: &str) -> Vec<String> {
+    let mut found: Vec<(u8, &str)> = targets
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split('|');
+            let (release, component) = (fields.next()?, fields.next()?);
+            let (label, uri) = (fields.next()?, fields.next()?);
+            // What apt does not know stays as it was asked for.
+            let known = !label.starts_with("$(") && !label.is_empty();
+            let rank = match (label == LABEL, known, release == suite) {
+                (true, _, true) => 0,
+                (true, _, false) => 1,
+                (false, false, true) => 2,
+                _ => return None,
+            };
+            (component == "main").then_some((rank, uri.trim_end_matches('/')))
+        })
+        .collect();
+    // Stable: apt's own order among equals.
+    found.sort_by_key(|(rank, _)| *rank);
+    let mut uris: Vec<String> = Vec::new();
+    for (_, uri) in found {
+        if !uris.iter().any(|known| known == uri) {
+            uris.push(uri.to_owned());
+        }
+    }
+    uris
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debian_s_own_source_is_found_and_no_other() {
+        let targets = "\
+bookworm|main|Vendor|https://vendor.example/debian/
+bookworm-security|main|Debian-Security|http://mirror.example/debian-security/
+bookworm-updates|main|Debian|http://mirror.example/debian/
+bookworm|contrib|Debian|http://other.example/debian/
+bookworm|main|Debian|http://mirror.example/debian/
+nodistro|main|$(LABEL)|https://node.example/node/
+";
+        assert_eq!(
+            of_targets(targets, "bookworm"),
+            ["http://mirror.example/debian"]
+        );
+        // The pool is one for all suites.
+        assert_eq!(
+            of_targets(targets, "trixie"),
+            ["http://mirror.example/debian"]
+        );
+        assert!(of_targets("", "bookworm").is_empty());
+    }
+
+    #[test]
+    fn before_the_first_update_the_release_decides() {
+        let targets = "\
+bookworm|main|$(LABEL)|http://mirror.example/debian/
+nodistro|main|$(LABEL)|https://node.example/node/
+";
+        assert_eq!(
+            of_targets(targets, "bookworm"),
+            ["http://mirror.example/debian"]
+        );
+        assert!(of_targets(targets, "trixie").is_empty());
+    }
+}

@@ -1,0 +1,535 @@
+//! What a root file system is made of: a recipe, written by hand, and its lock, which pins each package by its hash.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::cache::Key;
+use crate::lock::Lock;
+
+/// Recipes that are part of this crate: name, recipe, lock.
+const BUILT_IN: &[(&str, &str, &str)] = &[
+    (
+        "javascript",
+        include_str!("../recipes/javascript.toml"),
+        include_str!("../recipes/javascript.lock"),
+    ),
+    (
+        "python",
+        include_str!("../recipes/python.toml"),
+        include_str!("../recipes/python.lock"),
+    ),
+    (
+        "shell",
+        include_str!("../recipes/shell.toml"),
+        include_str!("../recipes/shell.lock"),
+    ),
+];
+/// Recipes and files of recipes larger than this are a mistake.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// Why a recipe cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecipeError {
+    /// No recipe of this crate has the name.
+    #[error(
+        "no recipe is named {name}; there are {}, and those in files (./NAME.toml)",
+        Recipe::built_in_names().collect::<Vec<_>>().join(", ")
+    )]
+    Unknown {
+        /// The name as given.
+        name: String,
+    },
+    /// A file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The recipe, its lock, or a file that it names.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is not the TOML of a recipe or lock.
+    #[error("{what} is not as it should be")]
+    Parse {
+        /// The recipe or lock.
+        what: String,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// A value does not make sense.
+    #[error("recipe {recipe}: {problem}")]
+    Invalid {
+        /// The recipe's name.
+        recipe: String,
+        /// What is wrong, and what would be right.
+        problem: String,
+    },
+    /// There is no lock, or it was made for other packages.
+    #[error(
+        "the packages of recipe {recipe} are not pinned ({why}): run `hearth image lock {}`",
+        file.as_deref().map_or_else(|| recipe.clone(), |file| file.display().to_string())
+    )]
+    Unlocked {
+        /// The recipe's name.
+        recipe: String,
+        /// Its file, unless it is part of this crate.
+        file: Option<PathBuf>,
+        /// What is the matter with the lock.
+        why: &'static str,
+    },
+}
+
+/// A root file system to be: Debian packages, and what is changed in their files.
+///
+/// ```toml
+/// name = "tool"
+/// suite = "bookworm"                   # of Debian; the component is main
+/// packages = ["jq", "libc6=2.36-9"]    # with all that they depend on
+/// leave_out = ["perl-base"]            # taken for installed: neither it nor what only it depends on
+/// applets = true                       # links to busybox (package busybox-static) for programs that no package has
+/// remove = ["/usr/share/jq"]
+/// python = ["numpy==2.2.0"]            # wheels, into the packages of the image's Python
+/// commands = ["jq --version"]          # by the image's /bin/sh, as its root, without network
+///
+/// [[file]]
+/// path = "/etc/motd"                   # and one of:
+/// content = "hello\n"
+/// # source = "motd"                    # a file beside the recipe
+/// # link = "issue"
+/// mode = 0o644
+///
+/// [[user]]
+/// name = "user"
+/// uid = 1000                           # home /home/user, which is the user's
+/// ```
+///
+/// The lock is a file beside the recipe with the suffix `.lock`, written by [`Images::lock`](crate::Images::lock).
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    pub(crate) text: Text,
+    /// The file that it was read from.
+    pub(crate) file: Option<PathBuf>,
+    pub(crate) lock: Option<Lock>,
+    /// Python packages that were asked for besides the recipe's.
+    pub(crate) extra: Vec<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Text {
+    pub(crate) name: String,
+    pub(crate) suite: String,
+    pub(crate) packages: Vec<String>,
+    #[serde(default)]
+    pub(crate) leave_out: Vec<String>,
+    #[serde(default)]
+    pub(crate) applets: bool,
+    #[serde(default)]
+    pub(crate) remove: Vec<String>,
+    #[serde(default)]
+    pub(crate) python: Vec<String>,
+    #[serde(default)]
+    pub(crate) commands: Vec<String>,
+    #[serde(default, rename = "file")]
+    pub(crate) files: Vec<FileText>,
+    #[serde(default, rename = "user")]
+    pub(crate) users: Vec<User>,
+}
+
+/// A file of the recipe's own.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct FileText {
+    pub(crate) path: String,
+    pub(crate) content: Option<String>,
+    source: Option<PathBuf>,
+    pub(crate) link: Option<String>,
+    #[serde(default = "readable")]
+    pub(crate) mode: u32,
+    /// What `source` names.
+    #[serde(skip)]
+    pub(crate) bytes: Vec<u8>,
+}
+
+fn readable() -> u32 {
+    0o644
+}
+
+/// A user besides root, with a group of the same name and number.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct User {
+    pub(crate) name: String,
+    pub(crate) uid: u16,
+    #[serde(default = "shell")]
+    pub(crate) shell: String,
+}
+
+fn shell() -> String {
+    "/bin/sh".to_owned()
+}
+
+impl User {
+    pub(crate) fn home(&self) -> String {
+        format!("/home/{}", self.name)
+    }
+}
+
+impl Recipe {
+    /// The names of the recipes that are part of this crate.
+    pub fn built_in_names() -> impl Iterator<Item = &'static str> {
+        BUILT_IN.iter().map(|(name, ..)| *name)
+    }
+
+    /// The recipe of this crate with that name.
+    ///
+    /// # Errors
+    /// [`RecipeError::Unknown`].
+    pub fn built_in(name: &str) -> Result<Self, RecipeError> {
+        let (_, text, lock) = BUILT_IN
+            .iter()
+            .find(|(known, ..)| *known == name)
+            .ok_or_else(|| RecipeError::Unknown {
+                name: name.to_owned(),
+            })?;
+        let mut recipe = Self::parse(text, name, Path::new(""))?;
+        recipe.lock = Some(Lock::parse(lock, name)?);
+        Ok(recipe)
+    }
+
+    /// Reads a recipe and, if there is one, its lock.
+    ///
+    /// # Errors
+    /// [`RecipeError`], but for a missing lock, which only a build minds.
+    pub fn read(file: &Path) -> Result<Self, RecipeError> {
+        let shown = file.display().to_string();
+        let text = read_text(file)?;
+        let dir = file.parent().unwrap_or(Path::new(""));
+        let mut recipe = Self::parse(&text, &shown, dir)?;
+        let lock = file.with_extension("lock");
+        if lock.exists() {
+            let text = read_text(&lock)?;
+            recipe.lock = Some(Lock::parse(&text, &lock.display().to_string())?);
+        }
+        recipe.file = Some(file.to_owned());
+        Ok(recipe)
+    }
+
+    /// By the name of a recipe of this crate, or by a path: whatever has a slash or the suffix `.toml`.
+    ///
+    /// # Errors
+    /// As [`Recipe::built_in`] or [`Recipe::read`].
+    pub fn find(name_or_path: &str) -> Result<Self, RecipeError> {
+        if name_or_path.contains('/') || name_or_path.ends_with(".toml") {
+            Self::read(Path::new(name_or_path))
+        } else {
+            Self::built_in(name_or_path)
+        }
+    }
+
+    /// Adds a Python package, such as `numpy` or `numpy==2.2.0`, and what it depends on, as wheels. Which version a
+    /// bare name means is settled by the first build and kept by this machine's cache.
+    #[must_use]
+    pub fn python_package(mut self, requirement: impl Into<String>) -> Self {
+        self.extra.push(requirement.into());
+        self
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.text.name
+    }
+
+    /// The text of a recipe of this crate.
+    pub(crate) fn built_in_text(name: &str) -> Option<&'static str> {
+        let found = BUILT_IN.iter().find(|(known, ..)| *known == name)?;
+        Some(found.1)
+    }
+
+    fn parse(text: &str, what: &str, dir: &Path) -> Result<Self, RecipeError> {
+        let mut text: Text = toml::from_str(text).map_err(|source| RecipeError::Parse {
+            what: what.to_owned(),
+            source: Box::new(source),
+        })?;
+        if let Some(problem) = text.problem() {
+            return Err(RecipeError::Invalid {
+                recipe: what.to_owned(),
+                problem,
+            });
+        }
+        for file in &mut text.files {
+            if let Some(source) = &file.source {
+                file.bytes = read(&dir.join(source))?;
+            }
+        }
+        Ok(Self {
+            text,
+            file: None,
+            lock: None,
+            extra: Vec::new(),
+        })
+    }
+
+    /// The lock, if it is for what the recipe asks for.
+    pub(crate) fn locked(&self) -> Result<&Lock, RecipeError> {
+        let unlocked = |why| RecipeError::Unlocked {
+            recipe: self.text.name.clone(),
+            file: self.file.clone(),
+            why,
+        };
+        let lock = self.lock.as_ref().ok_or_else(|| unlocked("no lock"))?;
+        if lock.asked != self.text.asked() {
+            return Err(unlocked("its lock is for others"));
+        }
+        Ok(lock)
+    }
+}
+
+impl Text {
+    /// The hash of all that decides which packages there are.
+    pub(crate) fn asked(&self) -> String {
+        let lists = [&self.packages, &self.leave_out, &self.python];
+        let key = Key::default().part("suite", self.suite.as_bytes());
+        let key = lists.iter().fold(key, |key, list| {
+            list.iter().fold(key.part("list", b""), |key, word| {
+                key.part("", word.as_bytes())
+            })
+        });
+        key.name()
+    }
+
+    /// The hash of all that decides what is done with the packages.
+    pub(crate) fn key(&self) -> Key {
+        let key = Key::default()
+            .part("name", self.name.as_bytes())
+            .part("applets", &[self.applets.into()]);
+        let words = |key: Key, name: &str, list: &[String]| {
+            list.iter()
+                .fold(key, |key, word| key.part(name, word.as_bytes()))
+        };
+        let key = words(key, "remove", &self.remove);
+        let key = words(key, "command", &self.commands);
+        let key = self.files.iter().fold(key, |key, file| {
+            key.part("path", file.path.as_bytes())
+                .part("mode", &file.mode.to_le_bytes())
+                .part("link", file.link.as_deref().unwrap_or_default().as_bytes())
+                .part("content", file.content())
+        });
+        self.users.iter().fold(key, |key, user| {
+            key.part("user", user.name.as_bytes())
+                .part("uid", &user.uid.to_le_bytes())
+                .part("shell", user.shell.as_bytes())
+        })
+    }
+
+    /// The first thing that does not make sense.
+    fn problem(&self) -> Option<String> {
+        let is_name = |text: &str| {
+            let letters =
+                |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c);
+            !text.is_empty() && text.chars().all(letters) && !text.starts_with('-')
+        };
+        if !is_name(&self.name) || ["kernel", "base"].contains(&self.name.as_str()) {
+            return Some(format!(
+                "its name {:?}: use lower-case letters, digits, - and _; kernel and base are taken",
+                self.name
+            ));
+        }
+        let is_word = |text: &&String| {
+            let letters = |c: char| c.is_ascii_alphanumeric() || "+-.:~=".contains(c);
+            !text.is_empty() && text.chars().all(letters) && !text.starts_with('-')
+        };
+        let mut words = self.packages.iter().chain(&self.leave_out);
+        if let Some(word) = words
+            .find(|word| !is_word(word))
+            .or(Some(&self.suite).filter(|s| !is_word(s)))
+        {
+            return Some(format!(
+                "{word:?}: not the name of a Debian package or suite"
+            ));
+        }
+        let files = self.files.iter().map(|file| &file.path);
+        if let Some(path) = files.chain(&self.remove).find(|path| !is_path(path)) {
+            return Some(format!("{path:?}: give a path from / without . and .."));
+        }
+        let one = |file: &&FileText| {
+            let given = [
+                file.content.is_some(),
+                file.source.is_some(),
+                file.link.is_some(),
+            ];
+            given.iter().filter(|given| **given).count() == 1
+        };
+        if let Some(file) = self.files.iter().find(|file| !one(file)) {
+            return Some(format!(
+                "{}: give one of content, source and link",
+                file.path
+            ));
+        }
+        if let Some(file) = self.files.iter().find(|file| file.mode > 0o7777) {
+            return Some(format!(
+                "{}: no mode of a file is {:o}",
+                file.path, file.mode
+            ));
+        }
+        let bad = |user: &&User| !is_name(&user.name) || user.uid == 0 || !is_path(&user.shell);
+        self.users.iter().find(bad).map(|user| {
+            format!(
+                "user {:?}: give a name of lower-case letters, a uid from 1 up, and a path as shell",
+                user.name
+            )
+        })
+    }
+}
+
+impl FileText {
+    /// What the file is to hold.
+    pub(crate) fn content(&self) -> &[u8] {
+        match &self.content {
+            Some(content) => content.as_bytes(),
+            None => &self.bytes,
+        }
+    }
+}
+
+/// An absolute path in the image that stays there.
+fn is_path(path: &str) -> bool {
+    use std::path::Component;
+    let mut components = Path::new(path).components();
+    components.next() == Some(Component::RootDir)
+        && components.clone().next().is_some()
+        && components.all(|part| matches!(part, Component::Normal(_)))
+        && !path.contains(['\n', ':'])
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, RecipeError> {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    fs::File::open(path)
+        .and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes))
+        .map_err(|source| RecipeError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+    Ok(bytes)
+}
+
+fn read_text(path: &Path) -> Result<String, RecipeError> {
+    String::from_utf8(read(path)?).map_err(|error| RecipeError::Read {
+        path: path.to_owned(),
+        source: std::io::Error::new(std::io::ErrorKind::InvalidData, error),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Recipe, RecipeError> {
+        Recipe::parse(text, "test", Path::new("/nowhere"))
+    }
+
+    const LEAST: &str = "name = 'a'\nsuite = 'bookworm'\npackages = ['jq']\n";
+
+    #[test]
+    fn each_recipe_of_this_crate_is_in_order_and_locked() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+        let mut there: Vec<String> = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter_map(|name| Some(name.strip_suffix(".toml")?.to_owned()))
+            .collect();
+        there.sort();
+        let mut names: Vec<&str> = Recipe::built_in_names().collect();
+        names.sort_unstable();
+        assert_eq!(names, there);
+        for name in names {
+            let recipe = Recipe::built_in(name).unwrap();
+            assert_eq!(recipe.name(), name);
+            let lock = recipe.locked().unwrap();
+            assert!(!lock.packages.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_with_what_would() {
+        parsed(LEAST).unwrap();
+        let wrong = [
+            ("name = 'base'\nsuite = 'bookworm'\npackages = []", "taken"),
+            ("name = 'a'\nsuite = 'book worm'\npackages = []", "suite"),
+            ("name = 'a'\nsuite = 'b'\npackages = ['-o=x']", "-o=x"),
+            (
+                "name = 'a'\nsuite = 'b'\npackages = []\nremove = ['/../etc']",
+                "without . and ..",
+            ),
+            (
+                "name = 'a'\nsuite = 'b'\npackages = []\n[[file]]\npath = '/a'",
+                "one of content",
+            ),
+            (
+                "name = 'a'\nsuite = 'b'\npackages = []\n[[file]]\npath = '/a'\nlink = 'b'\ncontent = ''",
+                "one of content",
+            ),
+            (
+                "name = 'a'\nsuite = 'b'\npackages = []\n[[user]]\nname = 'root'\nuid = 0",
+                "from 1 up",
+            ),
+        ];
+        for (text, said) in wrong {
+            let error = parsed(text).unwrap_err();
+            assert!(error.to_string().contains(said), "{text}: {error}");
+        }
+        let error = parsed(&format!("{LEAST}no_such = 1")).unwrap_err();
+        assert!(matches!(error, RecipeError::Parse { .. }), "{error}");
+        let error = parsed(&format!("{LEAST}[[file]]\npath = '/a'\nsource = 'none'")).unwrap_err();
+        assert!(matches!(error, RecipeError::Read { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_build_wants_a_lock_for_these_packages() {
+        let recipe = parsed(LEAST).unwrap();
+        let error = recipe.locked().unwrap_err().to_string();
+        assert!(error.contains("hearth image lock a"), "{error}");
+        let mut other = Recipe::built_in("python").unwrap();
+        other.locked().unwrap();
+        other.text.packages.push("jq".to_owned());
+        let error = other.locked().unwrap_err().to_string();
+        assert!(error.contains("for others"), "{error}");
+    }
+
+    #[test]
+    fn a_name_that_is_unknown_is_told_the_known_ones() {
+        let error = Recipe::find("pyhton").unwrap_err().to_string();
+        assert!(error.contains("python"), "{error}");
+        assert!(matches!(
+            Recipe::find("./none.toml"),
+            Err(RecipeError::Read { .. })
+        ));
+    }
+
+    #[test]
+    fn the_key_tells_every_difference() {
+        let base = parsed(LEAST).unwrap().text.key().name();
+        for more in [
+            "applets = true",
+            "remove = ['/a']",
+            "commands = ['/a']",
+            "[[file]]\npath = '/a'\nlink = 'b'",
+            "[[file]]\npath = '/a'\ncontent = 'b'",
+            "[[user]]\nname = 'b'\nuid = 1",
+        ] {
+            let other = parsed(&format!("{LEAST}{more}")).unwrap().text;
+            assert_ne!(base, other.key().name(), "{more}");
+        }
+        let asked = parsed(LEAST).unwrap().text.asked();
+        for more in ["leave_out = ['a']", "python = ['a']"] {
+            assert_ne!(
+                asked,
+                parsed(&format!("{LEAST}{more}")).unwrap().text.asked()
+            );
+        }
+    }
+}

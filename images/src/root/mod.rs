@@ -1,0 +1,210 @@
+//! Root file systems of recipes: packages are fetched, unpacked without running any of their scripts, changed as the recipe
+//! says, and written as an image that guests read in place.
+
+mod commands;
+mod python;
+mod tree;
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::cache::{Cache, CacheError, Key, io_error};
+use crate::command::CommandError;
+use crate::debian::{self, DebianError};
+use crate::erofs::{self, ErofsError};
+use crate::lock::Lock;
+use crate::progress::{Progress, Stage, stage};
+use crate::recipe::{Recipe, RecipeError};
+use crate::wheels::{self, Wheels, WheelsError};
+
+const KIND: &str = "root";
+const FILE: &str = "root.erofs";
+/// Raised when the same recipe and packages give another image.
+const BUILDER: &str = "1";
+
+/// Why there is no root file system.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RootError {
+    /// The recipe or its lock cannot be used.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    /// The Debian packages cannot be had.
+    #[error(transparent)]
+    Debian(#[from] DebianError),
+    /// The Python packages cannot be had.
+    #[error(transparent)]
+    Wheels(#[from] WheelsError),
+    /// Packages could not be unpacked.
+    #[error("a package could not be unpacked")]
+    Unpack(#[source] CommandError),
+    /// A program of the image's failed on its files.
+    #[error("the image's {tool} failed")]
+    Tool {
+        /// The program's name.
+        tool: &'static str,
+        /// What it said.
+        source: CommandError,
+    },
+    /// This machine does not let an ordinary user run commands in a tree of files.
+    #[error(
+        "the recipe has commands, and this machine permits no user namespaces to run them in: \
+         sudo sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=1000, or build without commands"
+    )]
+    NoNamespaces(#[source] CommandError),
+    /// A command of the recipe failed.
+    #[error("the recipe's command `{command}` failed")]
+    Command {
+        /// As the recipe has it.
+        command: String,
+        /// What it said.
+        source: CommandError,
+    },
+    /// The image could not be written.
+    #[error(transparent)]
+    Erofs(#[from] ErofsError),
+    /// The cache failed.
+    #[error("the image cache is not usable")]
+    Cache(#[from] CacheError),
+}
+
+/// A root file system in the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CachedRoot {
+    /// The recipe's name, and after a `+` each Python package that was asked for besides.
+    pub name: String,
+    /// The image.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// Name of the cache's entry: what it is, and the hash of all that decides its content.
+fn entry_name(recipe: &Recipe, lock: &Lock, wheels: &Wheels) -> String {
+    let key = recipe.text.key().part("builder", BUILDER.as_bytes());
+    let key = wheels
+        .files()
+        .iter()
+        .fold(lock.add_to(key), |key: Key, wheel| {
+            key.part("wheel", wheel.sha256.as_bytes())
+        });
+    format!("{}-{}", label(recipe), key.name())
+}
+
+fn label(recipe: &Recipe) -> String {
+    let tame = |c: char| {
+        if c.is_ascii_alphanumeric() || "=.".contains(c) {
+            c
+        } else {
+            '_'
+        }
+    };
+    let extra = recipe.extra.iter();
+    extra.fold(recipe.name().to_owned(), |name, package| {
+        let package: String = package.chars().take(40).map(tame).collect();
+        format!("{name}+{package}")
+    })
+}
+
+pub(crate) fn cached(cache: &Cache, recipe: &Recipe) -> Option<PathBuf> {
+    let lock = recipe.locked().ok()?;
+    let wheels = wheels::cached(cache, recipe, lock)?;
+    let file = cache
+        .entry(KIND, &entry_name(recipe, lock, &wheels))?
+        .join(FILE);
+    file.is_file().then_some(file)
+}
+
+/// All that are cached, by name.
+pub(crate) fn all(cache: &Cache) -> Vec<CachedRoot> {
+    let of = |entry: String| {
+        let path = cache.entry(KIND, &entry)?.join(FILE);
+        let (name, _) = entry.rsplit_once('-')?;
+        let bytes = path.metadata().ok()?.len();
+        Some(CachedRoot {
+            name: name.to_owned(),
+            path,
+            bytes,
+        })
+    };
+    let mut all: Vec<CachedRoot> = cache.names(KIND).into_iter().filter_map(of).collect();
+    all.sort_by(|a, b| (&a.name, &a.path).cmp(&(&b.name, &b.path)));
+    all
+}
+
+pub(crate) fn get(
+    cache: &Cache,
+    recipe: &Recipe,
+    progress: &dyn Progress,
+) -> Result<PathBuf, RootError> {
+    let lock = recipe.locked()?;
+    if let Some(path) = cached(cache, recipe) {
+        return Ok(path);
+    }
+    let build = cache.lock(KIND, progress)?;
+    if let Some(path) = cached(cache, recipe) {
+        return Ok(path);
+    }
+    let wheels = wheels::get(cache, recipe, lock, progress)?;
+    let packages = cache.dir("source")?;
+    let packages = debian::fetch(&lock.packages, &recipe.text.suite, &packages, progress)?;
+
+    let scratch = cache.scratch(KIND, &build)?;
+    let (tree, entry) = (scratch.join("tree"), scratch.join("entry"));
+    let text = &recipe.text;
+    stage(progress, Stage::Tree, || {
+        tree::make(&tree, &packages, text, progress)?;
+        python::install(&tree, lock.python(), wheels.paths())
+    })?;
+    if !text.commands.is_empty() {
+        stage(progress, Stage::Commands, || {
+            commands::run(&tree, &text.commands)
+        })?;
+    }
+    stage(progress, Stage::Root, || {
+        python::compile(&tree, lock.python())?;
+        tree::index_libraries(&tree)?;
+        fs::create_dir(&entry).map_err(io_error("create", &entry))?;
+        let image = entry.join(FILE);
+        erofs::make(&tree, &image)?;
+        for user in &text.users {
+            erofs::own(&image, &user.home(), user.uid)?;
+        }
+        Ok::<_, RootError>(())
+    })?;
+    let entry = cache.publish(KIND, &entry_name(recipe, lock, &wheels), &entry)?;
+    // Hundreds of megabytes that no later build would trust.
+    drop(cache.scratch(KIND, &build)?);
+    Ok(entry.join(FILE))
+}
+
+/// Writes the lock of a recipe; see [`Images::lock`](crate::Images::lock).
+pub(crate) fn lock(
+    cache: &Cache,
+    name_or_path: &str,
+    progress: &dyn Progress,
+) -> Result<PathBuf, RootError> {
+    let (file, new) = match Recipe::built_in_text(name_or_path) {
+        Some(text) => (PathBuf::from(format!("{name_or_path}.toml")), Some(text)),
+        None => (PathBuf::from(name_or_path), None),
+    };
+    if let Some(text) = new.filter(|_| !file.exists()) {
+        fs::write(&file, text).map_err(io_error("write", &file))?;
+    }
+    let recipe = Recipe::read(&file)?;
+    let text = &recipe.text;
+    let scratch = cache.dir("work")?;
+    let scratch =
+        tempfile::tempdir_in(&scratch).map_err(io_error("create a directory in", &scratch))?;
+    let (packages, left_out) = (&text.packages, &text.leave_out);
+    let packages = debian::resolve(packages, left_out, &text.suite, scratch.path(), progress)?;
+    let mut lock = Lock {
+        asked: text.asked(),
+        packages,
+        wheels: Vec::new(),
+    };
+    lock.wheels = wheels::resolve(&recipe, &lock, &scratch.path().join("wheels"), progress)?;
+    let to = file.with_extension("lock");
+    lock.write(&to)?;
+    Ok(to)
+}

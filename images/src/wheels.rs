@@ -1,0 +1,272 @@
+//! Python packages as wheels: chosen and fetched by this machine's pip, for the image's Python.
+//!
+//! What a set of requirements was resolved to is an entry of the cache, so that the same words mean the same packages
+//! until it is removed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use sha2::{Digest, Sha256};
+
+use crate::cache::{Cache, CacheError, Key, io_error};
+use crate::command::{self, CommandError};
+use crate::lock::{Lock, Wheel};
+use crate::progress::{Progress, Stage, stage};
+use crate::recipe::Recipe;
+
+const KIND: &str = "wheels";
+/// The oldest C library that wheels may be for; Debian's is newer.
+const PLATFORMS: [&str; 4] = [
+    "manylinux_2_28_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "linux_x86_64",
+];
+
+/// Why there are no Python packages.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WheelsError {
+    /// The recipe's packages hold no Python.
+    #[error(
+        "recipe {recipe} has no Python to give packages to: add python3.11-minimal, say, to its packages"
+    )]
+    NoPython {
+        /// The recipe's name.
+        recipe: String,
+    },
+    /// This machine has no pip.
+    #[error("Python packages are fetched by pip: sudo apt-get install -y python3-pip")]
+    NoPip(#[source] CommandError),
+    /// It is not the name of a package, perhaps with versions.
+    #[error("{0:?}: give a Python package as numpy or numpy==2.2.0")]
+    Requirement(String),
+    /// pip did not find wheels that fit together, or could not fetch them.
+    #[error("pip found no wheels for {}", requirements.join(" "))]
+    Pip {
+        /// What was asked for.
+        requirements: Vec<String>,
+        /// What pip said.
+        source: CommandError,
+    },
+    /// A wheel is not what the lock says.
+    #[error("{file} is not the file that the recipe's lock has: run `hearth image lock`")]
+    Other {
+        /// The wheel's name.
+        file: String,
+    },
+    /// The cache failed.
+    #[error("the image cache is not usable")]
+    Cache(#[from] CacheError),
+}
+
+/// Wheels in the cache.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Wheels {
+    paths: Vec<PathBuf>,
+    files: Vec<Wheel>,
+}
+
+impl Wheels {
+    pub(crate) fn paths(&self) -> &[PathBuf] {
+        &self.paths
+    }
+
+    /// Name and hash of each, by name.
+    pub(crate) fn files(&self) -> &[Wheel] {
+        &self.files
+    }
+
+    fn in_dir(dir: &Path) -> Result<Self, CacheError> {
+        let entries = fs::read_dir(dir).map_err(io_error("read", dir))?;
+        let mut names: Vec<String> = entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|name| name.ends_with(".whl"))
+            .collect();
+        names.sort();
+        let mut wheels = Self::default();
+        for file in names {
+            let path = dir.join(&file);
+            let bytes = fs::read(&path).map_err(io_error("read", &path))?;
+            let sha256 = Sha256::digest(bytes)
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect();
+            wheels.files.push(Wheel { file, sha256 });
+            wheels.paths.push(path);
+        }
+        Ok(wheels)
+    }
+}
+
+/// What is to be asked of pip: the lock's versions, and what was asked for besides.
+fn requirements(recipe: &Recipe, lock: &Lock) -> Vec<String> {
+    let locked = lock.wheels.iter().filter_map(|wheel| {
+        let mut parts = wheel.file.split('-');
+        Some(format!("{}=={}", parts.next()?, parts.next()?))
+    });
+    locked.chain(recipe.extra.iter().cloned()).collect()
+}
+
+fn entry_name(requirements: &[String], python: &str) -> String {
+    let key = Key::default().part("python", python.as_bytes());
+    let words = requirements.iter();
+    words
+        .fold(key, |key, word| key.part("", word.as_bytes()))
+        .name()
+}
+
+/// The recipe's wheels, if they are in the cache or there are none.
+pub(crate) fn cached(cache: &Cache, recipe: &Recipe, lock: &Lock) -> Option<Wheels> {
+    let wanted = requirements(recipe, lock);
+    if wanted.is_empty() {
+        return Some(Wheels::default());
+    }
+    let wheels = cache.entry(KIND, &entry_name(&wanted, lock.python()?))?;
+    checked(Wheels::in_dir(&wheels).ok()?, lock).ok()
+}
+
+/// The recipe's wheels, fetched if they are not in the cache.
+pub(crate) fn get(
+    cache: &Cache,
+    recipe: &Recipe,
+    lock: &Lock,
+    progress: &dyn Progress,
+) -> Result<Wheels, WheelsError> {
+    if let Some(wheels) = cached(cache, recipe, lock) {
+        return Ok(wheels);
+    }
+    let python = python_of(recipe, lock)?;
+    let wanted = requirements(recipe, lock);
+    let build = cache.lock(KIND, progress)?;
+    let scratch = cache.scratch(KIND, &build)?.join("entry");
+    let fetched = stage(progress, Stage::Wheels, || fetch(&wanted, python, &scratch))?;
+    checked(fetched, lock)?;
+    let entry = cache.publish(KIND, &entry_name(&wanted, python), &scratch)?;
+    checked(Wheels::in_dir(&entry)?, lock)
+}
+
+/// What the requirements of the recipe's text mean today.
+pub(crate) fn resolve(
+    recipe: &Recipe,
+    lock: &Lock,
+    scratch: &Path,
+    progress: &dyn Progress,
+) -> Result<Vec<Wheel>, WheelsError> {
+    if recipe.text.python.is_empty() {
+        return Ok(Vec::new());
+    }
+    let python = python_of(recipe, lock)?;
+    let fetched = stage(progress, Stage::Wheels, || {
+        fetch(&recipe.text.python, python, scratch)
+    })?;
+    Ok(fetched.files)
+}
+
+fn python_of<'a>(recipe: &Recipe, lock: &'a Lock) -> Result<&'a str, WheelsError> {
+    lock.python().ok_or_else(|| WheelsError::NoPython {
+        recipe: recipe.name().to_owned(),
+    })
+}
+
+fn checked(wheels: Wheels, lock: &Lock) -> Result<Wheels, WheelsError> {
+    for wanted in &lock.wheels {
+        if !wheels.files.contains(wanted) {
+            let file = wanted.file.clone();
+            return Err(WheelsError::Other { file });
+        }
+    }
+    Ok(wheels)
+}
+
+/// Fetches what pip chooses into `dir`.
+fn fetch(requirements: &[String], python: &str, dir: &Path) -> Result<Wheels, WheelsError> {
+    if let Some(wrong) = requirements.iter().find(|text| !is_requirement(text)) {
+        return Err(WheelsError::Requirement(wrong.clone()));
+    }
+    let pip = || {
+        let mut pip = Command::new("python3");
+        pip.args(["-m", "pip", "--disable-pip-version-check", "--no-input"]);
+        pip
+    };
+    command::run(pip().arg("--version"), |_| {}).map_err(WheelsError::NoPip)?;
+    let mut download = pip();
+    download
+        .args([
+            "download",
+            "--quiet",
+            "--no-cache-dir",
+            "--only-binary=:all:",
+        ])
+        .args(["--implementation", "cp", "--python-version", python])
+        .args(
+            PLATFORMS
+                .iter()
+                .flat_map(|platform| ["--platform", platform]),
+        )
+        .arg("--dest")
+        .arg(dir)
+        .arg("--")
+        .args(requirements);
+    command::run(&mut download, |_| {}).map_err(|source| WheelsError::Pip {
+        requirements: requirements.to_vec(),
+        source,
+    })?;
+    Ok(Wheels::in_dir(dir)?)
+}
+
+/// A name, perhaps with extras and versions: no path, no address, no option.
+fn is_requirement(text: &str) -> bool {
+    let letters = |c: char| c.is_ascii_alphanumeric() || "-_.,[]<>=!~+*".contains(c);
+    text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(letters)
+        && !text.ends_with(".whl")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_requirement_is_a_name_and_versions() {
+        for good in ["numpy", "numpy==2.2.0", "a[b]>=1,<2", "six~=1.16"] {
+            assert!(is_requirement(good), "{good}");
+        }
+        for bad in [
+            "",
+            "-r",
+            "./numpy",
+            "https://m.example/a.whl",
+            "a @ file:/b",
+            "a.whl",
+            "a b",
+        ] {
+            assert!(!is_requirement(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_lock_s_versions_are_asked_for_and_no_other_file_is_taken() {
+        let mut recipe = Recipe::built_in("python").unwrap();
+        let mut lock = recipe.lock.take().unwrap();
+        assert!(requirements(&recipe, &lock).is_empty());
+        let file = "numpy-2.2.0-cp311-cp311-manylinux_2_17_x86_64.whl".to_owned();
+        lock.wheels.push(Wheel {
+            file,
+            sha256: "ab".to_owned(),
+        });
+        let recipe = recipe.python_package("six");
+        assert_eq!(requirements(&recipe, &lock), ["numpy==2.2.0", "six"]);
+        let mut wheels = Wheels {
+            paths: Vec::new(),
+            files: lock.wheels.clone(),
+        };
+        assert!(checked(wheels.clone(), &lock).is_ok());
+        wheels.files[0].sha256 = "cd".to_owned();
+        assert!(matches!(
+            checked(wheels, &lock),
+            Err(WheelsError::Other { .. })
+        ));
+    }
+}

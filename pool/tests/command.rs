@@ -51,8 +51,8 @@ const REFUSED: [(&[&str], &str); 9] = [
     (&["run", "--cpus", "0", "--", "true"], "choose 1 to 32"),
     (&["run", "--cpus", "1000", "--", "true"], "choose 1 to 32"),
     (&["run", "--timeout", "0", "--", "true"], "give seconds"),
-    (&["run", "true"], "-- <ARGV>"),
-    (&["image", "build", "nosuch"], "kernel, base"),
+    (&["run", "true"], "hearth run -- true"),
+    (&["image", "build", "nosuch"], "javascript, python, shell"),
 ];
 
 #[test]

@@ -199,5 +199,5 @@ fn without_a_terminal_or_a_shell_it_says_what_to_do() {
         return;
     };
     assert_eq!(seat.leaves().code(), Some(127));
-    seat.sees("--root");
+    seat.sees("--image shell");
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use hearth_vmm::{BootError, ConfigError, EntryChoice, Exit, Vm, VmConfig};
+use hearth_vmm::{BootError, ConfigError, DEFAULT_MEMORY_MIB, EntryChoice, Exit, Vm, VmConfig};
 
 use crate::TIMED_OUT;
 use crate::console;
@@ -126,9 +126,10 @@ fn guest(args: &Args) -> Result<End, GuestError> {
 }
 
 fn config(args: &Args) -> Result<VmConfig, ConfigError> {
+    let config = VmConfig::builder(&args.kernel);
     let mut config = args
         .machine
-        .apply(VmConfig::builder(&args.kernel))
+        .apply(config, DEFAULT_MEMORY_MIB)
         .console(true)
         // A guest that knows nothing of KVM has no other timer.
         .pit(true)

@@ -6,17 +6,19 @@ use hearth_vmm::{DEFAULT_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, VmConfigBuilder}
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Machine {
-    /// Memory of the guest in MiB, a whole number from 32 up
-    #[arg(long, value_name = "MIB", default_value_t = DEFAULT_MEMORY_MIB, value_parser = memory)]
-    memory: u64,
+    /// Memory of the guest in MiB, a whole number from 32 up [default: 128, or what the image needs]
+    #[arg(long, value_name = "MIB", value_parser = memory)]
+    memory: Option<u64>,
     /// Number of virtual CPUs, 1 to 32
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = cpus)]
     cpus: u8,
 }
 
 impl Machine {
-    pub(crate) fn apply(&self, config: VmConfigBuilder) -> VmConfigBuilder {
-        config.memory_mib(self.memory).vcpus(self.cpus)
+    /// `usual_mib` is the memory of a guest that was given no amount.
+    pub(crate) fn apply(&self, config: VmConfigBuilder, usual_mib: u64) -> VmConfigBuilder {
+        let memory_mib = self.memory.unwrap_or(usual_mib);
+        config.memory_mib(memory_mib).vcpus(self.cpus)
     }
 }
 

@@ -1,10 +1,11 @@
 //! Why the end of a program is not known.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use hearth_agent::client::{ExecError, HandshakeError};
 use hearth_agent::proto::SpawnFailure;
-use hearth_images::ImagesError;
+use hearth_images::{ImagesError, RecipeError};
 use hearth_vmm::virtio::vsock::ListenError;
 use hearth_vmm::{BootError, ConfigError, Exit, HostError, LoadError};
 
@@ -30,15 +31,38 @@ pub(crate) enum RunError {
     Boot(#[from] BootError),
     #[error("cannot start the event loop")]
     Runtime(#[source] std::io::Error),
-    #[error("name a program after --")]
+    #[error(
+        "there is nothing to run: give code (--lang python 'print(1)'), a file (script.py) or, after --, a program of the guest"
+    )]
     NoProgram,
+    #[error(
+        "{path}: its language is not known; its name should end in .py, .js or .sh, or give --lang and the code itself or \
+         stdin. A program of the guest goes after two dashes: hearth run -- {path}", path = .0.display()
+    )]
+    NoLanguage(PathBuf),
+    #[error("{name}: the code cannot be read")]
+    Code {
+        name: String,
+        source: std::io::Error,
+    },
+    #[error(
+        "the guest has no {interpreter} to run the code: image {image} has it (--image {image})"
+    )]
+    NoInterpreter {
+        interpreter: &'static str,
+        image: &'static str,
+    },
+    #[error("--package is for images with Python: --image python")]
+    NoPackages,
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
     #[error(
         "stdin is no terminal, and a shell is for somebody who types: for a script there is hearth run -- sh -c ..."
     )]
     NoTerminal,
     #[error(
-        "the guest has no /bin/sh: give it a root file system that has one (--root; hearth image import makes one), or name \
-         a program after --"
+        "the guest has no /bin/sh: choose an image that has one (--image shell), or a root file system (--root), or name a \
+         program after --"
     )]
     NoShell,
     #[error("the terminal cannot be set up")]

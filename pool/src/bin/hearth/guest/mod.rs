@@ -2,6 +2,7 @@
 
 mod copies;
 mod error;
+mod image;
 mod report;
 mod session;
 pub(crate) mod terminal;
@@ -16,6 +17,7 @@ use hearth_images::Images;
 use hearth_vmm::{CpuProfile, Host, VmConfig};
 
 pub(crate) use self::error::RunError;
+use self::image::Image;
 pub(crate) use self::report::Report;
 use crate::machine::{Machine, seconds};
 use crate::progress;
@@ -28,22 +30,21 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The guest.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Image to boot
-    #[arg(long, value_name = "NAME", value_enum, default_value_t = Image::Base)]
-    image: Image,
+    /// Image of the guest: base, which holds nothing but the agent and its built-in programs; or a root file system on top,
+    /// by the name of its recipe (python, javascript, shell) or the recipe's path [default: base, or what the language needs]
+    #[arg(long, value_name = "NAME", value_parser = image::image)]
+    image: Option<Image>,
+    /// Adds a Python package to the image; may be repeated
+    #[arg(long, value_name = "NAME[==VERSION]")]
+    package: Vec<String>,
     /// Kernel to boot instead of the image's: an ELF file (vmlinux) or a bzImage with virtio-mmio and vsock
-    #[arg(
-        long,
-        value_name = "PATH",
-        env = "HEARTH_KERNEL",
-        conflicts_with = "image"
-    )]
+    #[arg(long, value_name = "PATH", env = "HEARTH_KERNEL")]
     kernel: Option<PathBuf>,
     /// Initramfs to boot instead of the image's; its /init must be the agent
     #[arg(long, value_name = "PATH", env = "HEARTH_INITRAMFS")]
     initramfs: Option<PathBuf>,
     /// Root file system of the guest: an EROFS image, as `hearth image import` makes it
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["image", "package"])]
     root: Option<PathBuf>,
     #[command(flatten)]
     machine: Machine,
@@ -64,17 +65,14 @@ pub(crate) struct Options {
     copy_out: Vec<copies::Copy>,
 }
 
-/// Images that hold an agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Image {
-    /// Our kernel, and an initramfs that holds nothing but the agent and its built-in programs
-    Base,
-}
-
 /// What runs in it, and how.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) command: Command,
+    /// What the command is to find in the guest.
+    pub(crate) code: Option<Code>,
+    /// The image that it needs, by name; any does if there is none.
+    pub(crate) image: Option<&'static str>,
     pub(crate) timeout: Option<Duration>,
     /// On this process's terminal, instead of between its streams.
     pub(crate) on_terminal: bool,
@@ -82,10 +80,21 @@ pub(crate) struct Job {
     pub(crate) count_instructions: bool,
 }
 
+/// Code, and what is to run it.
+#[derive(Debug)]
+pub(crate) struct Code {
+    pub(crate) place: PathBuf,
+    pub(crate) content: Vec<u8>,
+    pub(crate) interpreter: &'static str,
+    /// An image that has it.
+    pub(crate) image: &'static str,
+}
+
 impl Options {
     /// Whether the guest has nothing but the agent's built-in programs.
     pub(crate) fn is_bare(&self) -> bool {
-        self.root.is_none() && self.initramfs.is_none()
+        let root = matches!(self.image, Some(Image::Root(_))) || self.root.is_some();
+        !root && self.initramfs.is_none()
     }
 
     /// Whom the program runs as, and what is copied in belongs to.
@@ -96,22 +105,35 @@ impl Options {
         }
     }
 
-    fn config(&self, count_instructions: bool) -> Result<VmConfig, RunError> {
+    fn config(&self, job: &Job) -> Result<VmConfig, RunError> {
+        let image = match (&self.image, job.image) {
+            (Some(image), _) => image.clone(),
+            (None, Some(needed)) if self.is_bare() => image::image(needed)?,
+            (None, _) => Image::Base,
+        };
+        let memory_mib = image.memory_mib();
         // Impossible values are refused before minutes go into an image.
-        self.machine.apply(VmConfig::builder("")).build()?;
-        let (kernel, initramfs) = self.image()?;
+        let machine = |config| self.machine.apply(config, memory_mib);
+        machine(VmConfig::builder("")).build()?;
+        if image == Image::Base && !self.package.is_empty() {
+            return Err(RunError::NoPackages);
+        }
+        let (kernel, initramfs) = self.boot_files()?;
+        let root = match &self.root {
+            Some(root) => Some(root.clone()),
+            None => image.root(&self.package)?,
+        };
         let config = VmConfig::builder(kernel).initramfs(initramfs);
-        let config = self.machine.apply(config).console(self.console);
-        let config = match &self.root {
+        let config = machine(config).console(self.console);
+        let config = match root {
             Some(root) => config.pmem(root).append(ROOT_WORD),
             None => config,
         };
-        Ok(config.count_instructions(count_instructions).build()?)
+        Ok(config.count_instructions(job.count_instructions).build()?)
     }
 
     /// Kernel and initramfs; only what the user does not bring is found or built.
-    fn image(&self) -> Result<(PathBuf, PathBuf), RunError> {
-        let Image::Base = self.image;
+    fn boot_files(&self) -> Result<(PathBuf, PathBuf), RunError> {
         let build = || {
             let images = Images::open(None)?;
             Ok::<_, RunError>((images, progress::on_stderr()))
@@ -149,7 +171,7 @@ pub(crate) fn run(
     report.profile = Some(host.profile());
 
     let start = Instant::now();
-    let config = options.config(job.count_instructions)?;
+    let config = options.config(&job)?;
     config.preload()?;
     report.phases_us.image = Some(report::micros(start.elapsed()));
 
@@ -183,7 +205,7 @@ pub(crate) fn exit_code(result: &Result<Exited, RunError>) -> u8 {
         Ok(exited) => exited.status.shell_code(),
         Err(RunError::Signal(signal)) => signals::exit_code(*signal),
         Err(RunError::Exec(error)) => error::exec_code(error),
-        Err(RunError::NoShell) => error::NOT_FOUND,
+        Err(RunError::NoShell | RunError::NoInterpreter { .. }) => error::NOT_FOUND,
         Err(_) => FAILED,
     }
 }

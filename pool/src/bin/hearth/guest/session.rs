@@ -10,18 +10,18 @@ use std::pin::pin;
 use std::time::{Duration, Instant, SystemTime};
 
 use hearth_agent::client::{AgentClient, ConnectionError, Exec, ExecError, HandshakeError};
-use hearth_agent::proto::{Account, Exited, READY_PORT};
+use hearth_agent::proto::{Account, Exited, Put, READY_PORT, SpawnFailure};
 use hearth_vmm::virtio::vsock::{VsockListener, VsockStream};
 use hearth_vmm::{Exit, Vm, VmConfig};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
-use super::Job;
-use super::copies::{self, Copy};
+use super::copies::{self, Copy, CopyError};
 use super::error::RunError;
 use super::report::{Report, micros};
 use super::terminal::{self, Raw};
+use super::{Code, Job};
 use crate::console;
 use crate::signals::Signals;
 
@@ -104,10 +104,20 @@ impl Session {
                 .await??;
             report.phases_us.copy_in = Some(micros(start.elapsed()));
         }
-        let start = Instant::now();
         let Job {
-            command, timeout, ..
+            command,
+            code,
+            timeout,
+            ..
         } = plan.job;
+        if let Some(code) = &code {
+            let put = Put::new(&code.place).mode(0o644).account(Some(plan.owner));
+            let putting = agent.put(put, &code.content);
+            self.unless_ended("while code was copied", putting)
+                .await?
+                .map_err(CopyError::from)?;
+        }
+        let start = Instant::now();
         let mut command = command.wall_clock(SystemTime::now());
         if self.resized.is_some() {
             command = command.terminal(terminal::size());
@@ -118,7 +128,7 @@ impl Session {
             .await?;
         let exec = match exec {
             Ok(exec) => exec,
-            Err(error) => return Err(self.why(error).await),
+            Err(error) => return Err(self.not_started(error, code).await),
         };
         let (exited, mut agent) = match timeout {
             None => self.program(exec).await?,
@@ -239,6 +249,19 @@ impl Session {
             done = work => Ok(done),
             exit = exited => Err(self.ended_by(exit, when)),
             signal = self.signals.next() => Err(RunError::Signal(signal)),
+        }
+    }
+
+    /// Why the program does not run.
+    async fn not_started(&self, error: ExecError, code: Option<Code>) -> RunError {
+        match (error, code) {
+            (ExecError::Failed(SpawnFailure::NotFound { .. }), Some(code)) => {
+                let Code {
+                    interpreter, image, ..
+                } = code;
+                RunError::NoInterpreter { interpreter, image }
+            }
+            (error, _) => self.why(error).await,
         }
     }
 

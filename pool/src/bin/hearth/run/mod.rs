@@ -1,5 +1,7 @@
 //! `hearth run`: one program in one guest, with this process's streams and the program's exit code.
 
+mod code;
+
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,20 +9,25 @@ use std::time::Duration;
 use hearth_agent::Command;
 use hearth_agent::proto::Input;
 
+use self::code::Language;
 use crate::failure::chain;
 use crate::guest::{self, Job, Report, RunError};
 use crate::machine::seconds;
 
-/// Runs one program in a fresh guest
+/// Runs one program, or code, in a fresh guest
+///
+/// hearth run -- echo hello                     a program of the guest
+/// hearth run --lang python 'print(6 * 7)'      code; without it, stdin is the code
+/// hearth run script.js -- argument             a file with code, by its name: .py, .js, .sh
 ///
 /// The guest's program gets this command's stdin, stdout, stderr, and gives its exit code. Ctrl-C and
 /// SIGTERM are passed on to the program; the second one ends the guest. The base image holds small
-/// built-in programs only: cat echo env exit false id ls pwd sleep true uname. For others give the
-/// guest a root file system of yours (--root), or a program (--copy-in).
+/// built-in programs only: cat echo env exit false id ls pwd sleep true uname. For others choose an image (--image),
+/// give the guest a root file system of yours (--root), or a program (--copy-in).
 ///
 /// The first run builds the guest's kernel, which takes minutes.
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXIT_CODES)]
+#[command(after_help = EXIT_CODES, verbatim_doc_comment)]
 pub(crate) struct Args {
     #[command(flatten)]
     guest: guest::Options,
@@ -30,8 +37,14 @@ pub(crate) struct Args {
     /// Prints one line of JSON to stderr, after all else, with the time of each phase in microseconds
     #[arg(long)]
     json: bool,
-    /// The program and its arguments
-    #[arg(last = true, required = true, value_name = "ARGV")]
+    /// Language of the code
+    #[arg(long, value_name = "LANGUAGE", value_enum)]
+    lang: Option<Language>,
+    /// With --lang the code itself, or - for stdin; else a file with code
+    #[arg(value_name = "CODE|FILE")]
+    code: Option<OsString>,
+    /// The program and its arguments; after code or a file, arguments for that
+    #[arg(last = true, value_name = "ARGV")]
     argv: Vec<OsString>,
 }
 
@@ -66,13 +79,28 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 }
 
 fn job(args: &Args) -> Result<Job, RunError> {
-    let (program, rest) = args.argv.split_first().ok_or(RunError::NoProgram)?;
-    let mut command = Command::new(program).args(rest).stdin(Input::Pipe);
+    let (mut command, code, image) = match (args.lang, &args.code, args.argv.split_first()) {
+        (None, None, Some((program, rest))) => {
+            let command = Command::new(program).args(rest).stdin(Input::Pipe);
+            (command, None, None)
+        }
+        (language, text, _) => {
+            let found = code::find(language, text.as_ref(), &args.argv)?;
+            let stdin = match found.stdin_is_free {
+                true => Input::Pipe,
+                false => Input::Null,
+            };
+            let image = found.code.image;
+            (found.command.stdin(stdin), Some(found.code), Some(image))
+        }
+    };
     if let Some(timeout) = args.timeout {
         command = command.timeout(timeout);
     }
     Ok(Job {
         command,
+        code,
+        image,
         timeout: args.timeout,
         on_terminal: false,
         count_instructions: args.json,

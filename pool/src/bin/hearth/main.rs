@@ -10,6 +10,7 @@ mod failure;
 mod guest;
 mod image;
 mod machine;
+mod pool;
 mod progress;
 mod run;
 mod shell;
@@ -47,6 +48,7 @@ enum Subcommands {
     Image(image::Command),
     Run(run::Args),
     Shell(shell::Args),
+    Pool(pool::Args),
     Boot(boot::Args),
 }
 
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
         Subcommands::Image(command) => image::image(&command),
         Subcommands::Run(args) => run::run(&args),
         Subcommands::Shell(args) => shell::shell(&args),
+        Subcommands::Pool(args) => pool::pool(&args),
         Subcommands::Boot(args) => boot::boot(&args),
     }
 }

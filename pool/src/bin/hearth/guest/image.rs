@@ -15,14 +15,14 @@ const MEMORY: [(&str, u64); 2] = [("python", 256), ("javascript", 512)];
 
 /// An image by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Image {
+pub(crate) enum Image {
     Base,
     /// The name of a recipe, or the path of one.
     Root(String),
 }
 
 /// Wrong names are found before anything is done; files are read when they are needed.
-pub(super) fn image(name: &str) -> Result<Image, RecipeError> {
+pub(crate) fn image(name: &str) -> Result<Image, RecipeError> {
     if name == BASE {
         return Ok(Image::Base);
     }
@@ -34,7 +34,7 @@ pub(super) fn image(name: &str) -> Result<Image, RecipeError> {
 
 impl Image {
     /// The root file system, if it has one; built if it is not cached.
-    pub(super) fn root(&self, packages: &[String]) -> Result<Option<PathBuf>, RunError> {
+    pub(crate) fn root(&self, packages: &[String]) -> Result<Option<PathBuf>, RunError> {
         let Self::Root(name) = self else {
             return Ok(None);
         };
@@ -45,7 +45,7 @@ impl Image {
         Ok(Some(root))
     }
 
-    pub(super) fn memory_mib(&self) -> u64 {
+    pub(crate) fn memory_mib(&self) -> u64 {
         let known = MEMORY.iter().find(|(name, _)| match self {
             Self::Base => false,
             Self::Root(root) => root == name,

@@ -17,7 +17,7 @@ use hearth_images::Images;
 use hearth_vmm::{CpuProfile, Host, VmConfig};
 
 pub(crate) use self::error::RunError;
-use self::image::Image;
+pub(crate) use self::image::{Image, image as image_by_name};
 pub(crate) use self::report::Report;
 use crate::machine::{Machine, seconds};
 use crate::progress;

@@ -152,12 +152,13 @@ pub struct User {
     pub groups: Vec<u32>,
 }
 
-/// Resource limits of one program and all that it starts; none: unlimited.
+/// Resource limits of one program and all that it starts; none: unlimited, but for the number of processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Memory of all its processes, in bytes (cgroup `memory.max`).
     pub memory_bytes: Option<u64>,
-    /// Processes and threads (cgroup `pids.max`).
+    /// Processes and threads (cgroup `pids.max`); none: half of what the guest's kernel makes at all, so that a program
+    /// that forks without end leaves some for others.
     pub processes: Option<u32>,
     /// Open files per process (RLIMIT_NOFILE).
     pub open_files: Option<u32>,

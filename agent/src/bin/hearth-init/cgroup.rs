@@ -36,6 +36,8 @@ pub(crate) struct Cgroups {
     /// Numbers of those that were told to stand still.
     frozen: Vec<u32>,
     controllers: bool,
+    /// Processes that one program may have if it was given no number of its own; none: the kernel cannot count them.
+    share: Option<u32>,
 }
 
 /// A cgroup.
@@ -63,6 +65,7 @@ impl Cgroups {
             alive: Vec::new(),
             frozen: Vec::new(),
             controllers: false,
+            share: None,
         }
     }
 
@@ -84,7 +87,14 @@ impl Cgroups {
             .is_some_and(|root| openat(root, "cgroup.procs", READ, Mode::empty()).is_ok());
         if !usable {
             self.root = None;
-        } else if let Ok(Some(first)) = self.make() {
+            return;
+        }
+        if let Some(root) = &self.root
+            && put(root.as_fd(), CONTROL, "+pids").is_ok()
+        {
+            self.share = share_of_processes();
+        }
+        if let Ok(Some(first)) = self.make() {
             self.used.push(first);
         }
     }
@@ -107,7 +117,7 @@ impl Cgroups {
             (Resource::Memory, "memory.max", limits.memory_bytes),
             (
                 Resource::Processes,
-                "pids.max",
+                PROCESSES,
                 limits.processes.map(u64::from),
             ),
         ];
@@ -205,6 +215,9 @@ impl Cgroups {
         match made {
             Ok(dir) => {
                 self.alive.push(number);
+                if let Some(share) = self.share {
+                    let _ = put(dir.as_fd(), PROCESSES, &share.to_string());
+                }
                 Ok(Some(Cgroup {
                     dir,
                     number,
@@ -243,7 +256,7 @@ impl Cgroups {
             self.controllers = true;
             // One by one: a kernel may have only one of them. What is missing shows when the limit is set.
             for controller in ["+memory", "+pids"] {
-                let _ = put(root.as_fd(), "cgroup.subtree_control", controller);
+                let _ = put(root.as_fd(), CONTROL, controller);
             }
         }
     }
@@ -273,6 +286,18 @@ impl Cgroup {
 const READ: OFlags = OFlags::RDONLY.union(OFlags::CLOEXEC);
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 const FREEZE: &str = "cgroup.freeze";
+const CONTROL: &str = "cgroup.subtree_control";
+const PROCESSES: &str = "pids.max";
+
+/// Half of all that the kernel would make: who takes all of that leaves others as many.
+fn share_of_processes() -> Option<u32> {
+    let file = open("/proc/sys/kernel/threads-max", READ, Mode::empty()).ok()?;
+    let mut text = [0; 16];
+    let count = read(&file, &mut text).ok()?;
+    let text = core::str::from_utf8(text.get(..count)?).ok()?;
+    let most: u32 = text.trim().parse().ok()?;
+    Some(most / 2)
+}
 
 fn name(number: u32) -> String {
     format!("exec-{number}")

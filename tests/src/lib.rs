@@ -26,6 +26,6 @@ mod vcpus;
 pub use alone::alone;
 pub use footprint::{Footprint, available_kib, private_kib};
 pub use guest::{Guest, Phases, dial_agent, error_chain, image, kernel_path, noise, shared};
-pub use root::shell_root;
+pub use root::{shell_guest, shell_root};
 pub use skip::{kvm, not_measured, patience, within};
 pub use vcpus::vcpu_times;

@@ -3,8 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::guest::error_chain;
-use crate::skip::not_measured;
+use hearth_agent::proto::ROOT_WORD;
+use hearth_vmm::Template;
+use tokio::sync::OnceCell;
+
+use crate::guest::{Guest, error_chain};
+use crate::skip::{kvm, not_measured};
+
+/// Memory of guests with a shell: little, so that it is soon taken.
+const MEMORY_MIB: u64 = 40;
 
 /// Makes an image in `dir` with this machine's `/bin/sh`, the other `programs` (absolute paths) and the libraries that they are
 /// linked to, and these `files`. Where that is not possible it says so, and there is none.
@@ -28,6 +35,29 @@ pub fn shell_root(dir: &Path, programs: &[&str], files: &[(&str, &str)]) -> Opti
             None
         }
     }
+}
+
+/// A guest of its own for a case, with a shell, `cat` and `mkfifo`: a clone of one that was booted once per test binary. Where that cannot
+/// be had it says so, and there is none.
+///
+/// # Panics
+/// As [`Guest::prepared`].
+pub async fn shell_guest() -> Option<Guest> {
+    static TEMPLATE: OnceCell<Option<(Template, tempfile::TempDir)>> = OnceCell::const_new();
+    if !kvm() {
+        return None;
+    }
+    let make = || async {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let image = shell_root(dir.path(), &["/bin/cat", "/usr/bin/mkfifo"], &[])?;
+        let guest = Guest::prepared(|config| {
+            let config = config.pmem(&image).append(ROOT_WORD);
+            config.memory_mib(MEMORY_MIB)
+        });
+        Some((guest.await.freeze(), dir))
+    };
+    let (template, _) = TEMPLATE.get_or_init(make).await.as_ref()?;
+    Some(Guest::of(template).await)
 }
 
 fn add_program(tree: &Path, program: &str) -> Option<()> {

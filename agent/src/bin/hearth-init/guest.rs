@@ -96,6 +96,7 @@ impl Guest {
                 self.no_root = root::switch_to(device).err();
             }
             let failed = mounts::prepare();
+            mounts::bound();
             quiet::settle();
             // The console costs an exit per byte: silent unless the boot words say `hearth_log=1`.
             if environment

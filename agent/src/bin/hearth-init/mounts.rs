@@ -1,11 +1,11 @@
-//! The guest's file systems. None is needed to answer a ping, so they come after the first pong.
+//! The guest's file systems. `/tmp` is a part of the root, so that one bound holds for both. None is needed to answer a ping, so they come after the first pong.
 
 use alloc::vec::Vec;
 
 use rustix::{
     fs::{Mode, chmod, mkdir, symlink},
     io::Errno,
-    mount::{MountFlags, mount},
+    mount::{MountFlags, mount, mount_remount},
 };
 
 /// Where the cgroup file system is mounted.
@@ -24,9 +24,15 @@ const SAFE: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NOEXEC);
 const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
-/// In order: some lie inside others. The temporary directories are limited to half of the memory each, the default.
-const TABLE: [Entry; 7] = [
-    (c"devtmpfs", "/dev", MountFlags::NOSUID, None),
+/// How much of the memory files may take: all of them together leave some, or else the kernel would find nobody to kill but
+/// programs, one after the other, for memory that only files have.
+pub(crate) const ROOT_SHARE: &core::ffi::CStr = c"mode=0755,size=60%";
+const SHARED_MEMORY: &core::ffi::CStr = c"mode=1777,size=10%";
+const DEVICES: &core::ffi::CStr = c"mode=0755,size=1m";
+
+/// In order: some lie inside others.
+const TABLE: [Entry; 6] = [
+    (c"devtmpfs", "/dev", MountFlags::NOSUID, Some(DEVICES)),
     (c"proc", "/proc", SAFE, None),
     (c"sysfs", "/sys", SAFE, None),
     (c"cgroup2", CGROUP_ROOT, SAFE, None),
@@ -36,12 +42,12 @@ const TABLE: [Entry; 7] = [
         MountFlags::NOSUID.union(MountFlags::NOEXEC),
         Some(c"mode=620,ptmxmode=666"),
     ),
-    (c"tmpfs", "/dev/shm", PLAIN, Some(c"mode=1777")),
-    (c"tmpfs", "/tmp", PLAIN, Some(c"mode=1777")),
+    (c"tmpfs", "/dev/shm", PLAIN, Some(SHARED_MEMORY)),
 ];
 
 /// Directories that programs expect; they lie in the root file system.
-const DIRECTORIES: [(&str, u32); 4] = [
+const DIRECTORIES: [(&str, u32); 5] = [
+    ("/tmp", 0o1777),
     ("/run", 0o755),
     ("/etc", 0o755),
     ("/root", 0o700),
@@ -74,11 +80,15 @@ pub(crate) fn prepare() -> Vec<(&'static str, Errno)> {
     for (target, place) in LINKS {
         let _ = symlink(target, place);
     }
-    // Where /tmp could not be mounted it is a plain directory, for everybody all the same.
-    if failed.iter().any(|&(place, _)| place == "/tmp") {
-        let _ = chmod("/tmp", Mode::from_raw_mode(0o1777));
-    }
+    // For everybody, whatever the mask or an image says.
+    let _ = chmod("/tmp", Mode::from_raw_mode(0o1777));
     failed
+}
+
+/// Bounds what the kernel mounted before there was an agent: its root, and the devices' directory.
+pub(crate) fn bound() {
+    let _ = mount_remount("/", MountFlags::empty(), ROOT_SHARE);
+    let _ = mount_remount("/dev", MountFlags::NOSUID, DEVICES);
 }
 
 fn make_dir(place: &str, mode: u32) {

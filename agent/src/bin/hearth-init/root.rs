@@ -6,11 +6,11 @@ use core::time::Duration;
 use rustix::{
     fs::{Mode, mkdir},
     io::Errno,
-    mount::{MountFlags, mount, mount_move},
+    mount::{MountFlags, mount, mount_bind, mount_move},
     process::{chdir, chroot},
 };
 
-use crate::clock;
+use crate::{clock, mounts::ROOT_SHARE};
 
 /// The boot word, as the kernel hands it on in the environment: the image's device.
 const WORD: &[u8] = b"hearth_root=";
@@ -20,6 +20,8 @@ const PAUSE: Duration = Duration::from_millis(5);
 const IMAGE: &str = "/.image";
 const LAYER: &str = "/.layer";
 const ROOT: &str = "/.root";
+/// What becomes `/tmp`.
+const TEMPORARY: &str = "/.layer/tmp";
 
 /// The device that a boot word names.
 pub(crate) fn device(environment: &[alloc::vec::Vec<u8>]) -> Option<&[u8]> {
@@ -27,7 +29,7 @@ pub(crate) fn device(environment: &[alloc::vec::Vec<u8>]) -> Option<&[u8]> {
 }
 
 /// Makes the image's files the root of this process and all that it starts. What was the root, with this program, stays
-/// in memory and has no name any more. The layer may hold half of the memory, tmpfs's default.
+/// in memory and has no name any more.
 pub(crate) fn switch_to(device: &[u8]) -> Result<(), Errno> {
     for place in ["/dev", IMAGE, LAYER, ROOT] {
         make_dir(place)?;
@@ -38,11 +40,15 @@ pub(crate) fn switch_to(device: &[u8]) -> Result<(), Errno> {
         Err(errno) => return Err(errno),
     }
     mount_image(device)?;
-    mount(c"tmpfs", LAYER, c"tmpfs", MountFlags::NODEV, c"mode=0755")?;
+    mount(c"tmpfs", LAYER, c"tmpfs", MountFlags::NODEV, ROOT_SHARE)?;
     make_dir("/.layer/upper")?;
     make_dir("/.layer/work")?;
+    make_dir(TEMPORARY)?;
     let layers = c"lowerdir=/.image,upperdir=/.layer/upper,workdir=/.layer/work";
     mount(c"overlay", ROOT, c"overlay", MountFlags::NODEV, layers)?;
+    // In the layer itself: nothing of the image is to be looked for there.
+    make_dir("/.root/tmp")?;
+    mount_bind(TEMPORARY, "/.root/tmp")?;
     chdir(ROOT)?;
     mount_move(".", "/")?;
     chroot(".")?;

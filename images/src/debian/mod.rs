@@ -29,7 +29,8 @@ pub enum DebianError {
     NoKeys,
     /// The archive moved on to other versions.
     #[error(
-        "Debian's archive no longer has {}: pin what it has with `hearth image lock`",
+        "Debian's archive no longer has {}: `hearth image lock NAME` pins what it has now (a recipe of Hearth's own \
+         is then in ./NAME.toml)",
         packages.join(", ")
     )]
     Vanished {

@@ -9,8 +9,8 @@
 use std::path::Path;
 use std::process::Command as HostCommand;
 
-use hearth_agent::client::{Command, ExecError};
-use hearth_agent::proto::{ExitStatus, Put, ROOT_WORD, SpawnFailure};
+use hearth_agent::client::{Command, ExecError, FileError};
+use hearth_agent::proto::{ExitStatus, FileFailure, Put, ROOT_WORD, SpawnFailure, layer_word};
 use hearth_images::import;
 use hearth_tests::{Guest, kvm, not_measured, within};
 
@@ -46,7 +46,11 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
         return not_measured(&hearth_tests::error_chain(&error));
     }
     let before = std::fs::read(&image).unwrap();
-    let guest = Guest::prepared(|config| config.pmem(&image).append(ROOT_WORD)).await;
+    let guest = Guest::prepared(|config| {
+        let config = config.pmem(&image).append(ROOT_WORD);
+        config.append(&layer_word(1))
+    })
+    .await;
     let script = "read -r line < /etc/motto; echo \"$line $((6 * 7))\"; echo mine > /etc/motto";
     let output = guest.run(sh(script)).await;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -60,6 +64,14 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
     let mounts = guest.run(Command::new("cat").arg("/proc/mounts")).await;
     let mounts = text(&mounts.stdout);
     assert!(mounts.contains("overlay / overlay"), "{mounts}");
+    // Files take as much of it as was said.
+    let big = Put::new("/big");
+    let refused = guest.connect().await.put(big, &vec![1; 2 << 20]).await;
+    let error = refused.unwrap_err();
+    let FileError::Failed { failure, .. } = &error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(*failure, FileFailure::Full);
     let template = guest.freeze();
     let mut clones = [Guest::of(&template).await, Guest::of(&template).await];
     let [one, other] = &mut clones;

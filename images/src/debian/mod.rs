@@ -37,7 +37,15 @@ pub enum DebianError {
         /// Name and version of each.
         packages: Vec<String>,
     },
-    /// Packages are not what the lock says, or cannot be had for another reason.
+    /// The archive has something else under a package's name.
+    #[error("the archive's files are not those of the lock: {}", packages.join(", "))]
+    Mismatch {
+        /// Name and version of each.
+        packages: Vec<String>,
+        /// What apt said.
+        source: CommandError,
+    },
+    /// Packages cannot be had for another reason: the network, mostly.
     #[error("cannot fetch {}", packages.join(", "))]
     Fetch {
         /// Name and version of each.

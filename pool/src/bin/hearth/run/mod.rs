@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use hearth_agent::Command;
-use hearth_agent::proto::{Input, ROOT_WORD};
+use hearth_agent::proto::{Input, ROOT_WORD, layer_word};
 use hearth_images::Images;
 use hearth_vmm::{CpuProfile, Host, VmConfig};
 
@@ -54,6 +54,9 @@ pub(crate) struct Args {
     /// Root file system of the guest: an EROFS image, as `hearth image import` makes it
     #[arg(long, value_name = "PATH")]
     root: Option<PathBuf>,
+    /// Lets programs write so many MiB over the files of --root [default: half of the memory]
+    #[arg(long, value_name = "MIB", requires = "root")]
+    layer: Option<u64>,
     #[command(flatten)]
     machine: Machine,
     /// Shows the guest's serial console on stderr; slows the boot
@@ -164,6 +167,10 @@ fn config(args: &Args) -> Result<VmConfig, RunError> {
     let config = args.machine.apply(config).console(args.console);
     let config = match &args.root {
         Some(root) => config.pmem(root).append(ROOT_WORD),
+        None => config,
+    };
+    let config = match args.layer {
+        Some(mib) => config.append(&layer_word(mib)),
         None => config,
     };
     Ok(config.count_instructions(args.json).build()?)

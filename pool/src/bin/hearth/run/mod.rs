@@ -51,7 +51,7 @@ pub(crate) struct Args {
     /// Initramfs to boot instead of the image's; its /init must be the agent
     #[arg(long, value_name = "PATH", env = "HEARTH_INITRAMFS")]
     initramfs: Option<PathBuf>,
-    /// Root file system of the guest: an EROFS image, as `hearth image import` makes it
+    /// Root file system of the guest: an EROFS image, as `hearth image build python` or `import` makes it
     #[arg(long, value_name = "PATH")]
     root: Option<PathBuf>,
     /// Lets programs write so many MiB over the files of --root [default: half of the memory]

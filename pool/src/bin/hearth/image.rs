@@ -66,16 +66,19 @@ enum Name {
     Root(String),
 }
 
-fn name(text: &str) -> Result<Name, RecipeError> {
+fn name(text: &str) -> Result<Name, String> {
     Ok(match text {
         "kernel" => Name::Kernel,
         "base" => Name::Base,
-        root => {
-            // Wrong names are found before anything is done; files are read when they are needed.
-            if !root.contains('/') && !root.ends_with(".toml") {
-                Recipe::built_in(root)?;
-            }
-            Name::Root(root.to_owned())
+        // Wrong names are found before anything is done; files are read when they are needed.
+        name if name.contains('/') || name.ends_with(".toml") || Recipe::built_in(name).is_ok() => {
+            Name::Root(name.to_owned())
+        }
+        _ => {
+            let recipes = Recipe::built_in_names().collect::<Vec<_>>().join(", ");
+            return Err(format!(
+                "no such image; there are kernel, base, {recipes}, and recipes in files (./NAME.toml)"
+            ));
         }
     })
 }

@@ -88,3 +88,54 @@ fn every_recipe_gives_the_same_bytes_again_without_root() {
         );
     }
 }
+
+/// Resolved by apt with a state and a source of its own, fetched, built; and what is said when the archive moved on.
+#[test]
+#[ignore = "long: fetches Debian's index"]
+fn a_recipe_of_one_s_own_is_pinned_and_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = Images::open(Some(dir.path().join("cache"))).unwrap();
+    let file = dir.path().join("mine.toml");
+    let text = "name = 'mine'\nsuite = 'bookworm'\npackages = ['busybox-static', 'jq']\nleave_out = ['libc6']\n\
+                applets = true\n";
+    std::fs::write(&file, text).unwrap();
+    let path = file.to_str().unwrap();
+    let lock = match images.lock(path, &Silent) {
+        Ok(lock) => lock,
+        Err(ImagesError::Lock(RootError::Debian(error @ DebianError::Resolve(_)))) => {
+            let why = std::error::Error::source(&error).unwrap();
+            return not_measured(&why.to_string());
+        }
+        Err(error) => panic!("{error:?}"),
+    };
+    let pins = std::fs::read_to_string(&lock).unwrap();
+    let names = pins.lines().filter_map(|line| line.strip_prefix("name = "));
+    let mut names: Vec<&str> = names.collect();
+    names.sort_unstable();
+    // With what jq needs, but for the C library and what only it needs.
+    let wanted = ["busybox-static", "jq", "libjq1", "libonig5"];
+    assert_eq!(names, wanted.map(|name| format!("\"{name}\"")));
+    assert!(!pins.contains("://"), "{pins}");
+
+    let root = images.root(&Recipe::read(&file).unwrap(), &Silent).unwrap();
+    assert_eq!(images.cached().roots[0].path, root);
+
+    let moved = pins
+        .replace("/busybox-static_", "/busybox-static_0")
+        .replace("sha256 = \"", "sha256 = \"00");
+    let moved: Vec<String> = moved
+        .lines()
+        .map(|line| match line.strip_prefix("sha256 = \"") {
+            Some(hash) => format!("sha256 = \"{}\"", &hash[..64]),
+            None => line.to_owned(),
+        })
+        .collect();
+    std::fs::write(&lock, moved.join("\n")).unwrap();
+    let error = images
+        .root(&Recipe::read(&file).unwrap(), &Silent)
+        .unwrap_err();
+    let ImagesError::Root(RootError::Debian(DebianError::Vanished { packages })) = error else {
+        panic!("{error:?}");
+    };
+    assert!(packages[0].starts_with("busybox-static "), "{packages:?}");
+}

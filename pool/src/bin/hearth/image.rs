@@ -50,8 +50,8 @@ pub(crate) enum Command {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Image {
     /// kernel: the guest kernel alone; base: the kernel, and an initramfs with the agent and its small
-    /// built-in programs; else a root file system, by the name of its recipe or the recipe's path (with
-    /// a slash or the suffix .toml)
+    /// built-in programs; javascript, python, shell: root file systems; else one by the path of its
+    /// recipe (with a slash or the suffix .toml)
     #[arg(value_name = "NAME", value_parser = name)]
     name: Name,
     /// Adds a Python package to a root file system; may be repeated

@@ -38,6 +38,15 @@ pub(crate) fn run(command: &mut Command, line: impl FnMut(&str)) -> Result<(), C
     run_with(command, Stdio::null(), line)
 }
 
+/// A command for a program whose files everybody may read, whatever this process's files are like.
+pub(crate) fn open_handed(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command
+        .args(["-c", "umask 022; exec \"$@\"", "sh"])
+        .arg(program);
+    command
+}
+
 /// Runs both to the end, the first one's output the second one's input.
 pub(crate) fn pipe(from: &mut Command, to: &mut Command) -> Result<(), CommandError> {
     let program = from.get_program().to_string_lossy().into_owned();

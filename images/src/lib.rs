@@ -7,15 +7,17 @@
 //! else; root file systems are made of Debian packages, as a [`Recipe`] says.
 //!
 //! ```no_run
-//! use hearth_images::{Images, Silent};
+//! use hearth_images::{Images, Recipe, Silent};
 //!
-//! # fn main() -> Result<(), hearth_images::ImagesError> {
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let images = Images::open(None)?;
 //! if let Some(missing) = images.missing_tools() {
 //!     eprintln!("to build a kernel, first run: {}", missing.install_command());
 //! }
 //! let guest = images.base(&Silent)?;
 //! println!("{} {}", guest.kernel.display(), guest.initramfs.display());
+//! let recipe = Recipe::built_in("python")?.python_package("numpy");
+//! println!("{}", images.root(&recipe, &Silent)?.display());
 //! # Ok(())
 //! # }
 //! ```

@@ -91,6 +91,24 @@ fn exists(path: &Path) -> bool {
 mod tests {
     use super::*;
 
+    /// Those of the list that no Debian lacks are not installed by the script.
+    #[test]
+    fn the_script_that_installs_packages_has_the_same_list() {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.ci/packages");
+        let script = std::fs::read_to_string(script).unwrap();
+        let list = script
+            .lines()
+            .find_map(|line| line.strip_prefix("packages=\""));
+        let list = list.unwrap().trim_end_matches('"');
+        let mut installed: Vec<&str> = list.split(' ').chain(["apt", "dpkg", "tar"]).collect();
+        let mut needed: Vec<&str> = NEEDS.iter().map(|(_, package)| *package).collect();
+        for list in [&mut installed, &mut needed] {
+            list.sort_unstable();
+            list.dedup();
+        }
+        assert_eq!(installed, needed);
+    }
+
     #[test]
     fn an_empty_machine_lacks_each_package_once() {
         let missing = missing_from(&[], &[]).unwrap();

@@ -34,7 +34,7 @@ fn text(output: Output) -> (Option<i32>, String, String) {
 }
 
 /// Wrong values, each with what the message must say.
-const REFUSED: [(&[&str], &str); 9] = [
+const REFUSED: [(&[&str], &str); 12] = [
     (
         &["run", "--memory", "1.5", "--", "true"],
         "whole number of MiB",
@@ -53,7 +53,33 @@ const REFUSED: [(&[&str], &str); 9] = [
     (&["run", "--timeout", "0", "--", "true"], "give seconds"),
     (&["run", "true"], "hearth run -- true"),
     (&["image", "build", "nosuch"], "javascript, python, shell"),
+    (&["run", "--layer", "4", "--", "true"], "or --root"),
+    (
+        &["image", "build", "base", "--package", "six"],
+        "with Python",
+    ),
+    (
+        &["image", "build", "./none.toml"],
+        "cannot read ./none.toml",
+    ),
 ];
+
+#[test]
+fn images_that_are_not_there_are_listed_with_what_builds_them() {
+    let home = tempfile::tempdir().unwrap();
+    let there = |args| outcome(hearth(args).env("XDG_CACHE_HOME", home.path()));
+    let (code, stdout, stderr) = there(&["image", "list"]);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    for name in ["kernel", "base", "javascript", "python", "shell"] {
+        let hint = format!("not cached; build it with: hearth image build {name}");
+        let line = stdout.lines().find(|line| line.starts_with(name)).unwrap();
+        assert!(line.ends_with(&hint), "{line}");
+    }
+    let (code, stdout, stderr) = there(&["image", "path", "python", "--package", "six"]);
+    assert_eq!((code, stdout.as_str()), (Some(125), ""));
+    let hint = "hearth image build python --package six\n";
+    assert!(stderr.ends_with(hint), "{stderr}");
+}
 
 #[test]
 fn wrong_usage_says_what_would_be_right_and_is_not_taken_for_a_program() {

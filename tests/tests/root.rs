@@ -6,8 +6,10 @@
 )]
 //! A root file system of the user's: programs of this machine, linked dynamically, in a guest.
 
-use hearth_agent::client::{Command, ExecError};
-use hearth_agent::proto::{ExitStatus, Put, ROOT_WORD, SpawnFailure, WindowSize};
+use hearth_agent::client::{Command, ExecError, FileError};
+use hearth_agent::proto::{
+    ExitStatus, FileFailure, Put, ROOT_WORD, SpawnFailure, WindowSize, layer_word,
+};
 use hearth_tests::{Guest, kvm, shell_root, within};
 
 fn sh(script: &str) -> Command {
@@ -26,7 +28,11 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
         return;
     };
     let before = std::fs::read(&image).unwrap();
-    let guest = Guest::prepared(|config| config.pmem(&image).append(ROOT_WORD)).await;
+    let guest = Guest::prepared(|config| {
+        let config = config.pmem(&image).append(ROOT_WORD);
+        config.append(&layer_word(1))
+    })
+    .await;
     let script = "read -r line < /etc/motto; echo \"$line $((6 * 7))\"; echo mine > /etc/motto";
     let output = guest.run(sh(script)).await;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -60,6 +66,14 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
     assert_eq!(output.status, ExitStatus::Code(0));
     let shown = text(&output.stdout);
     assert!(shown.ends_with("<typed>\r\ndirect\r\n"), "{shown:?}");
+    // Files take as much of it as was said.
+    let big = Put::new("/big");
+    let refused = guest.connect().await.put(big, &vec![1; 2 << 20]).await;
+    let error = refused.unwrap_err();
+    let FileError::Failed { failure, .. } = &error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(*failure, FileFailure::Full);
     let template = guest.freeze();
     let mut clones = [Guest::of(&template).await, Guest::of(&template).await];
     let [one, other] = &mut clones;

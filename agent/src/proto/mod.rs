@@ -70,6 +70,13 @@ pub const STDIN_WINDOW: usize = 128 * 1024;
 /// what programs write is kept in the guest's memory.
 pub const ROOT_WORD: &str = "hearth_root=/dev/pmem0";
 
+/// The word beside [`ROOT_WORD`] that limits what programs write over the image to so many MiB of the guest's memory.
+/// Without it, the limit is 60 % of the memory. `/tmp` is a part of that.
+#[must_use]
+pub fn layer_word(mib: u64) -> alloc::string::String {
+    alloc::format!("hearth_layer={mib}m")
+}
+
 /// Longest time to wait for output after the main process has ended, in milliseconds.
 pub const MAX_LINGER_MS: u32 = 60_000;
 

@@ -143,17 +143,27 @@ fn failed(lacking: &[&Package], source: CommandError) -> DebianError {
         CommandError::Failed { tail, .. } => tail.as_str(),
         CommandError::Start { .. } => "",
     };
-    let vanished = |package: &&&Package| {
-        let mut lines = said.lines();
-        lines.any(|line| line.contains(&package.path) && line.contains("404"))
-    };
     let named = |package: &&Package| format!("{} {}", package.name, package.version);
-    let gone: Vec<String> = lacking.iter().filter(vanished).map(named).collect();
-    if gone.is_empty() {
-        let packages = lacking.iter().map(named).collect();
-        return DebianError::Fetch { packages, source };
+    // One line of apt's says which address and why.
+    let lacks = |why: &str| -> Vec<String> {
+        let said_of = |package: &&&Package| {
+            let mut lines = said.lines();
+            lines.any(|line| line.contains(&package.path) && line.contains(why))
+        };
+        lacking.iter().filter(said_of).map(named).collect()
+    };
+    let (gone, others) = (lacks("404"), lacks("Hash Sum mismatch"));
+    match (gone.is_empty(), others.is_empty()) {
+        (false, _) => DebianError::Vanished { packages: gone },
+        (_, false) => {
+            let packages = others;
+            DebianError::Mismatch { packages, source }
+        }
+        _ => {
+            let packages = lacking.iter().map(named).collect();
+            DebianError::Fetch { packages, source }
+        }
     }
-    DebianError::Vanished { packages: gone }
 }
 
 #[cfg(test)]
@@ -232,7 +242,10 @@ mod tests {
         bad.sha256 = "0".repeat(64);
         let mirrors = [format!("file:{}", archive.display())];
         let error = from_mirrors(&mirrors, &[&good, &bad], &cache, &Silent).unwrap_err();
-        assert_eq!(error.to_string(), "cannot fetch bad 1+2");
+        let DebianError::Mismatch { packages, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(packages, ["bad 1+2"]);
         assert!(has(&file_in(&cache, &good), &good.sha256).unwrap());
         assert!(!file_in(&cache, &bad).exists());
     }

@@ -29,14 +29,23 @@ pub enum DebianError {
     NoKeys,
     /// The archive moved on to other versions.
     #[error(
-        "Debian's archive no longer has {}: pin what it has with `hearth image lock`",
+        "Debian's archive no longer has {}: `hearth image lock NAME` pins what it has now (a recipe of Hearth's own \
+         is then in ./NAME.toml)",
         packages.join(", ")
     )]
     Vanished {
         /// Name and version of each.
         packages: Vec<String>,
     },
-    /// Packages are not what the lock says, or cannot be had for another reason.
+    /// The archive has something else under a package's name.
+    #[error("the archive's files are not those of the lock: {}", packages.join(", "))]
+    Mismatch {
+        /// Name and version of each.
+        packages: Vec<String>,
+        /// What apt said.
+        source: CommandError,
+    },
+    /// Packages cannot be had for another reason: the network, mostly.
     #[error("cannot fetch {}", packages.join(", "))]
     Fetch {
         /// Name and version of each.

@@ -95,6 +95,7 @@ APT::Architecture "{ARCHITECTURE}";
 #clear APT::Architectures;
 APT::Architectures {{ "{ARCHITECTURE}"; }};
 APT::Sandbox::User "root";
+APT::Update::Error-Mode "any";
 Acquire::Languages "none";
 Acquire::ForceHash "SHA256";
 #clear Acquire::IndexTargets::deb::DEP-11;

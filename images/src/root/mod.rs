@@ -3,6 +3,8 @@
 
 mod commands;
 mod python;
+#[cfg(test)]
+mod tests;
 mod tree;
 
 use std::fs;

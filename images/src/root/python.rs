@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::RootError;
+use super::{RootError, tree};
 use crate::cache::io_error;
 use crate::command::{self, CommandError};
 
@@ -23,7 +23,7 @@ pub(super) fn install(
         return Ok(());
     };
     let packages = packages_in(tree, version);
-    fs::create_dir_all(&packages).map_err(io_error("create", &packages))?;
+    tree::make_dirs(&packages)?;
     for wheel in wheels {
         let mut unpack = interpreter(tree, version);
         unpack
@@ -47,7 +47,7 @@ fn spread(packages: &Path) -> Result<(), RootError> {
     for dir in data {
         for part in ["purelib", "platlib"].map(|part| dir.join(part)) {
             if part.is_dir() {
-                let mut copy = Command::new("cp");
+                let mut copy = command::open_handed("cp");
                 copy.args(["--recursive", "--no-target-directory"])
                     .arg(&part)
                     .arg(packages);
@@ -96,7 +96,7 @@ pub(super) fn compile(tree: &Path, version: Option<&str>) -> Result<(), RootErro
 /// The image's Python with the image's libraries. It leaves nothing in the image, and is not led by this machine's
 /// settings or by chance.
 fn interpreter(tree: &Path, version: &str) -> Command {
-    let mut python = Command::new(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
+    let mut python = command::open_handed(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
     python
         .arg("--library-path")
         .arg(tree.join("usr/lib/x86_64-linux-gnu"))

@@ -80,7 +80,7 @@ pub(super) fn make(
         let path = inside(tree, &file.path);
         remove(&path)?;
         if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).map_err(io_error("create", parent))?;
+            make_dirs(parent)?;
         }
         match &file.link {
             Some(to) => link_to(to, &path)?,
@@ -97,7 +97,7 @@ pub(super) fn index_libraries(tree: &Path) -> Result<(), RootError> {
         return Ok(());
     }
     // Linked statically; it works on the tree without being its root, too.
-    let mut ldconfig = Command::new(program);
+    let mut ldconfig = command::open_handed(program);
     let ran = command::run(ldconfig.arg("-r").arg(tree), |_| {});
     ran.map_err(|source| RootError::Tool {
         tool: "ldconfig",
@@ -180,8 +180,20 @@ fn inside(tree: &Path, path: &str) -> PathBuf {
     tree.join(path.trim_start_matches('/'))
 }
 
+/// The directory and those that it is in, if they are not there.
+pub(super) fn make_dirs(path: &Path) -> Result<(), CacheError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        make_dirs(parent)?;
+    }
+    fs::create_dir(path).map_err(io_error("create", path))?;
+    set_mode(path, 0o755)
+}
+
 fn make_dir(path: &Path, mode: u32) -> Result<(), CacheError> {
-    fs::create_dir_all(path).map_err(io_error("create", path))?;
+    make_dirs(path)?;
     set_mode(path, mode)
 }
 

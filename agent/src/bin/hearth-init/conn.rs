@@ -224,10 +224,10 @@ impl Conn {
         scratch: &mut Vec<u8>,
     ) -> Asked {
         let mut asked = Asked::default();
-        if let Some(program) = &mut self.program {
-            if program.tick(now, &mut self.channel.output).is_err() {
-                self.lose(Lost(None));
-            }
+        if let Some(program) = &mut self.program
+            && program.tick(now, &mut self.channel.output).is_err()
+        {
+            self.lose(Lost(None));
         }
         loop {
             if matches!(self.phase, Phase::Over(_) | Phase::Connecting) {

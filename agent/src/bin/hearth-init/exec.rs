@@ -212,8 +212,8 @@ impl Program {
         if !waiting.is_empty() {
             match write(&*fd, waiting) {
                 Ok(count) => {
-                    let written = waiting.drain(..count.min(waiting.len()));
-                    if let (Some(begun), Some(last)) = (line_begun, written.last()) {
+                    let mut written = waiting.drain(..count.min(waiting.len()));
+                    if let (Some(begun), Some(last)) = (line_begun, written.next_back()) {
                         *begun = last != b'\n';
                     }
                     // After the end nobody waits for room, and the end itself was not sent.

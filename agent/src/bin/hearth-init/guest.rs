@@ -24,7 +24,9 @@ use crate::{
     hygiene::{self, Hygiene},
     mounts,
     plan::Plan,
-    quiet, root, runtime,
+    quiet,
+    root::{self, Root},
+    runtime,
     spawn::{Image, Refusal, Step, spawn},
     terminal,
     text::Stderr,
@@ -92,8 +94,8 @@ impl Guest {
         self.prepared = true;
         if self.init {
             let environment = runtime::environment();
-            if let Some(device) = root::device(&environment) {
-                self.no_root = root::switch_to(device).err();
+            if let Some(root) = Root::named(&environment) {
+                self.no_root = root::switch_to(&root).err();
             }
             let failed = mounts::prepare();
             mounts::bound();

@@ -1,6 +1,7 @@
 //! A root file system of the user's: an EROFS image in persistent memory, read in place, and over it a layer in the guest's
 //! memory that takes what is written.
 
+use alloc::{ffi::CString, vec::Vec};
 use core::time::Duration;
 
 use rustix::{
@@ -12,8 +13,9 @@ use rustix::{
 
 use crate::{clock, mounts::ROOT_SHARE};
 
-/// The boot word, as the kernel hands it on in the environment: the image's device.
-const WORD: &[u8] = b"hearth_root=";
+/// The boot words, as the kernel hands them on in the environment: the image's device, and the size of the layer.
+const ROOT_WORD: &[u8] = b"hearth_root=";
+const LAYER_WORD: &[u8] = b"hearth_layer=";
 /// How long the image's device may take to come up, large as it is and slow as the host may be; and between two looks.
 const PATIENCE: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(5);
@@ -23,14 +25,27 @@ const ROOT: &str = "/.root";
 /// What becomes `/tmp`.
 const TEMPORARY: &str = "/.layer/tmp";
 
-/// The device that a boot word names.
-pub(crate) fn device(environment: &[alloc::vec::Vec<u8>]) -> Option<&[u8]> {
-    environment.iter().find_map(|word| word.strip_prefix(WORD))
+/// What the boot words say of the root.
+pub(crate) struct Root<'a> {
+    device: &'a [u8],
+    /// As tmpfs has it: bytes, or with k, m, g or %.
+    layer: Option<&'a [u8]>,
+}
+
+impl<'a> Root<'a> {
+    /// If the boot words name a device.
+    pub(crate) fn named(environment: &'a [Vec<u8>]) -> Option<Self> {
+        let value = |name: &[u8]| environment.iter().find_map(|word| word.strip_prefix(name));
+        Some(Self {
+            device: value(ROOT_WORD)?,
+            layer: value(LAYER_WORD),
+        })
+    }
 }
 
 /// Makes the image's files the root of this process and all that it starts. What was the root, with this program, stays
 /// in memory and has no name any more.
-pub(crate) fn switch_to(device: &[u8]) -> Result<(), Errno> {
+pub(crate) fn switch_to(root: &Root) -> Result<(), Errno> {
     for place in ["/dev", IMAGE, LAYER, ROOT] {
         make_dir(place)?;
     }
@@ -39,8 +54,15 @@ pub(crate) fn switch_to(device: &[u8]) -> Result<(), Errno> {
         Ok(()) | Err(Errno::BUSY) => {}
         Err(errno) => return Err(errno),
     }
-    mount_image(device)?;
-    mount(c"tmpfs", LAYER, c"tmpfs", MountFlags::NODEV, ROOT_SHARE)?;
+    mount_image(root.device)?;
+    let options = layer_options(root.layer)?;
+    mount(
+        c"tmpfs",
+        LAYER,
+        c"tmpfs",
+        MountFlags::NODEV,
+        options.as_c_str(),
+    )?;
     make_dir("/.layer/upper")?;
     make_dir("/.layer/work")?;
     make_dir(TEMPORARY)?;
@@ -53,6 +75,13 @@ pub(crate) fn switch_to(device: &[u8]) -> Result<(), Errno> {
     mount_move(".", "/")?;
     chroot(".")?;
     chdir("/")
+}
+
+fn layer_options(size: Option<&[u8]>) -> Result<CString, Errno> {
+    let Some(size) = size else {
+        return Ok(ROOT_SHARE.into());
+    };
+    CString::new([b"mode=0755,size=", size].concat()).map_err(|_| Errno::INVAL)
 }
 
 /// Mounts the image once it is there: the kernel looks for it beside all else.

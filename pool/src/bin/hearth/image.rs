@@ -50,8 +50,8 @@ pub(crate) enum Command {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Image {
     /// kernel: the guest kernel alone; base: the kernel, and an initramfs with the agent and its small
-    /// built-in programs; else a root file system, by the name of its recipe or the recipe's path (with
-    /// a slash or the suffix .toml)
+    /// built-in programs; javascript, python, shell: root file systems; else one by the path of its
+    /// recipe (with a slash or the suffix .toml)
     #[arg(value_name = "NAME", value_parser = name)]
     name: Name,
     /// Adds a Python package to a root file system; may be repeated
@@ -66,16 +66,19 @@ enum Name {
     Root(String),
 }
 
-fn name(text: &str) -> Result<Name, RecipeError> {
+fn name(text: &str) -> Result<Name, String> {
     Ok(match text {
         "kernel" => Name::Kernel,
         "base" => Name::Base,
-        root => {
-            // Wrong names are found before anything is done; files are read when they are needed.
-            if !root.contains('/') && !root.ends_with(".toml") {
-                Recipe::built_in(root)?;
-            }
-            Name::Root(root.to_owned())
+        // Wrong names are found before anything is done; files are read when they are needed.
+        name if name.contains('/') || name.ends_with(".toml") || Recipe::built_in(name).is_ok() => {
+            Name::Root(name.to_owned())
+        }
+        _ => {
+            let recipes = Recipe::built_in_names().collect::<Vec<_>>().join(", ");
+            return Err(format!(
+                "no such image; there are kernel, base, {recipes}, and recipes in files (./NAME.toml)"
+            ));
         }
     })
 }

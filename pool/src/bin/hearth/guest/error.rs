@@ -52,6 +52,8 @@ pub(crate) enum RunError {
         interpreter: &'static str,
         image: &'static str,
     },
+    #[error("--layer is for guests with a root file system: --image python, say, or --root")]
+    NoRoot,
     #[error("--package is for images with Python: --image python")]
     NoPackages,
     #[error(transparent)]

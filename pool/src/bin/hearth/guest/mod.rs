@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hearth_agent::Command;
-use hearth_agent::proto::{Account, Exited, ROOT_WORD};
+use hearth_agent::proto::{Account, Exited, ROOT_WORD, layer_word};
 use hearth_images::Images;
 use hearth_vmm::{CpuProfile, Host, VmConfig};
 
@@ -43,9 +43,12 @@ pub(crate) struct Options {
     /// Initramfs to boot instead of the image's; its /init must be the agent
     #[arg(long, value_name = "PATH", env = "HEARTH_INITRAMFS")]
     initramfs: Option<PathBuf>,
-    /// Root file system of the guest: an EROFS image, as `hearth image import` makes it
+    /// Root file system of the guest: an EROFS image, as `hearth image build python` or `import` makes it
     #[arg(long, value_name = "PATH", conflicts_with_all = ["image", "package"])]
     root: Option<PathBuf>,
+    /// Lets programs write so many MiB over the files of the root file system [default: 60 % of the memory]
+    #[arg(long, value_name = "MIB")]
+    layer: Option<u64>,
     #[command(flatten)]
     machine: Machine,
     /// User of the guest to run the program as [default: `user` if the root file system has one, else root]
@@ -118,6 +121,9 @@ impl Options {
         if image == Image::Base && !self.package.is_empty() {
             return Err(RunError::NoPackages);
         }
+        if image == Image::Base && self.root.is_none() && self.layer.is_some() {
+            return Err(RunError::NoRoot);
+        }
         let (kernel, initramfs) = self.boot_files()?;
         let root = match &self.root {
             Some(root) => Some(root.clone()),
@@ -127,6 +133,10 @@ impl Options {
         let config = machine(config).console(self.console);
         let config = match root {
             Some(root) => config.pmem(root).append(ROOT_WORD),
+            None => config,
+        };
+        let config = match self.layer {
+            Some(mib) => config.append(&layer_word(mib)),
             None => config,
         };
         Ok(config.count_instructions(job.count_instructions).build()?)

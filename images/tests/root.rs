@@ -1,0 +1,141 @@
+//! Builds root file systems of our own recipes, of Debian's packages.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use hearth_images::{DebianError, Images, ImagesError, Recipe, RootError, Silent};
+
+/// Names the cache of the process that the test starts.
+const PLACE: &str = "HEARTH_TEST_PLACE";
+
+fn not_measured(reason: &str) {
+    let line = format!("\nNOT MEASURED: {reason}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+fn build_all(images: &Images) -> Result<Vec<PathBuf>, ImagesError> {
+    let recipes = Recipe::built_in_names().map(|name| Recipe::built_in(name).unwrap());
+    recipes
+        .map(|recipe| images.root(&recipe, &Silent))
+        .collect()
+}
+
+/// In this user's cache if they are not there, and in another place from the same packages: by another process, with other
+/// permissions for new files, and by an ordinary user if this one is root.
+#[test]
+#[ignore = "long: builds each recipe twice, of packages that it fetches"]
+fn every_recipe_gives_the_same_bytes_again_without_root() {
+    if let Some(place) = std::env::var_os(PLACE) {
+        let images = Images::open(Some(place.into())).unwrap();
+        build_all(&images).unwrap();
+        return;
+    }
+    let images = Images::open(None).unwrap();
+    let first = match build_all(&images) {
+        Ok(paths) => paths,
+        Err(error @ ImagesError::Root(RootError::Debian(DebianError::Fetch { .. }))) => {
+            return not_measured(&error.to_string());
+        }
+        Err(error) => panic!("{error:?}"),
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("place");
+    let copy = |from: &Path, to: &Path| {
+        let copied = Command::new("cp")
+            .arg("--recursive")
+            .arg(from)
+            .arg(to)
+            .status();
+        assert!(copied.unwrap().success());
+    };
+    std::fs::create_dir(&place).unwrap();
+    copy(&images.cache_dir().join("source"), &place.join("source"));
+    // Where this was built nobody else may be let in.
+    let program = dir.path().join("program");
+    copy(&std::env::current_exe().unwrap(), &program);
+    let id = Command::new("id").arg("-u").output().unwrap();
+    let other_user = if id.stdout == b"0\n" {
+        let mut chown = Command::new("chown");
+        let owned = chown.args(["--recursive", "65534:65534"]).arg(dir.path());
+        assert!(owned.status().unwrap().success());
+        "setpriv --reuid=65534 --regid=65534 --clear-groups"
+    } else {
+        ""
+    };
+    let script = format!("umask 077; exec {other_user} \"$@\"");
+    let mut again = Command::new("sh");
+    again.args(["-c", &script, "sh"]).arg(&program).args([
+        "--exact",
+        "every_recipe_gives_the_same_bytes_again_without_root",
+        "--ignored",
+        "--nocapture",
+    ]);
+    let output = again.env(PLACE, &place).current_dir("/").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let passed = output.status.success() && said.contains("1 passed");
+    assert!(passed, "{said}\n{errors}");
+    for one in first {
+        let entry = one.strip_prefix(images.cache_dir()).unwrap().to_owned();
+        let other = place.join(&entry);
+        let (one, other) = (std::fs::read(one).unwrap(), std::fs::read(other).unwrap());
+        assert!(
+            one == other,
+            "{} depends on where it was built",
+            entry.display()
+        );
+    }
+}
+
+/// Resolved by apt with a state and a source of its own, fetched, built; and what is said when the archive moved on.
+#[test]
+#[ignore = "long: fetches Debian's index"]
+fn a_recipe_of_one_s_own_is_pinned_and_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = Images::open(Some(dir.path().join("cache"))).unwrap();
+    let file = dir.path().join("mine.toml");
+    let text = "name = 'mine'\nsuite = 'bookworm'\npackages = ['busybox-static', 'jq']\nleave_out = ['libc6']\n\
+                applets = true\n";
+    std::fs::write(&file, text).unwrap();
+    let path = file.to_str().unwrap();
+    let lock = match images.lock(path, &Silent) {
+        Ok(lock) => lock,
+        Err(ImagesError::Lock(RootError::Debian(error @ DebianError::Resolve(_)))) => {
+            let why = std::error::Error::source(&error).unwrap();
+            return not_measured(&why.to_string());
+        }
+        Err(error) => panic!("{error:?}"),
+    };
+    let pins = std::fs::read_to_string(&lock).unwrap();
+    let names = pins.lines().filter_map(|line| line.strip_prefix("name = "));
+    let mut names: Vec<&str> = names.collect();
+    names.sort_unstable();
+    // With what jq needs, but for the C library and what only it needs.
+    let wanted = ["busybox-static", "jq", "libjq1", "libonig5"];
+    assert_eq!(names, wanted.map(|name| format!("\"{name}\"")));
+    assert!(!pins.contains("://"), "{pins}");
+
+    let root = images.root(&Recipe::read(&file).unwrap(), &Silent).unwrap();
+    assert_eq!(images.cached().roots[0].path, root);
+
+    let moved = pins
+        .replace("/busybox-static_", "/busybox-static_0")
+        .replace("sha256 = \"", "sha256 = \"00");
+    let moved: Vec<String> = moved
+        .lines()
+        .map(|line| match line.strip_prefix("sha256 = \"") {
+            Some(hash) => format!("sha256 = \"{}\"", &hash[..64]),
+            None => line.to_owned(),
+        })
+        .collect();
+    std::fs::write(&lock, moved.join("\n")).unwrap();
+    let error = images
+        .root(&Recipe::read(&file).unwrap(), &Silent)
+        .unwrap_err();
+    let ImagesError::Root(RootError::Debian(DebianError::Vanished { packages })) = error else {
+        panic!("{error:?}");
+    };
+    assert!(packages[0].starts_with("busybox-static "), "{packages:?}");
+}

@@ -190,13 +190,14 @@ impl Guest {
         Ok(self.agent().await?.exec(command).await?)
     }
 
-    /// Writes a file in the guest. What is there is replaced once the new one is complete; `put` says otherwise where that is
+    /// Writes a file in the guest, for the user whom the guest's image is made for unless `put` names another. What is there is replaced once the new one is complete; `put` says otherwise where that is
     /// not wanted. For more (streams, directories, paths that may not lead out) ask the [`agent`](Self::agent).
     ///
     /// # Errors
     /// [`GuestError::File`] with the guest's reason.
     pub async fn put(&self, put: Put, content: &[u8]) -> Result<(), GuestError> {
-        Ok(self.agent().await?.put(put, content).await?)
+        let owner = put.owner.clone().or(Some(Account::Usual));
+        Ok(self.agent().await?.put(put.account(owner), content).await?)
     }
 
     /// The content of a file of at most `most` bytes in the guest.

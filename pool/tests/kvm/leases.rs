@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use hearth_agent::client::TreeLimits;
+use hearth_agent::proto::Put;
 use hearth_pool::kvm::GuestError;
 use hearth_pool::{Backend, EventKind, Overdue, Parking, Refill, VmId};
-use hearth_tests::{kvm, patience, within};
+use hearth_tests::{kvm, noise, patience, within};
 use hearth_vmm::virtio::vsock::ConnectError;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -34,6 +36,33 @@ async fn a_lease_has_streams_to_programs_of_its_guest() {
     // Nobody listens there.
     assert!(within(6, "refusal", guest.connect(3001)).await.is_err());
     drop(guest);
+    stop(pool).await;
+}
+
+#[tokio::test]
+async fn a_tree_goes_from_one_lease_to_another() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let pool = rig.pool(config(2).refill(Refill::AtStart)).await;
+    let (one, other) = (pool.acquire(BASE).unwrap(), pool.acquire(BASE).unwrap());
+    let mut agent = one.agent().await.unwrap();
+    let made = agent.make_dir("/srv/tree/inner", 0o755, true);
+    within(5, "directory", made).await.unwrap();
+    let content = noise(100_000, 3);
+    let put = one.put(Put::new("/srv/tree/inner/file").mode(0o640), &content);
+    within(5, "file", put).await.unwrap();
+    let mut archive = Vec::new();
+    let got = one.get_tree("/srv/tree", TreeLimits::default(), &mut archive);
+    let got = within(10, "tree out", got).await.unwrap();
+    assert_eq!((got.entries, got.bytes), (2, 100_000));
+    let mut archive = archive.as_slice();
+    let put = other.put_tree("/srv/copy", &mut archive);
+    assert_eq!(within(10, "tree in", put).await.unwrap(), got);
+    let back = other.get("/srv/copy/inner/file", 1 << 20);
+    assert!(within(5, "file back", back).await.unwrap() == content);
+    drop((one, other));
     stop(pool).await;
 }
 

@@ -6,19 +6,23 @@
 //!    | timeout: TERM, grace, KILL         |
 //! ```
 
+mod stdin;
+mod stream;
+
 use alloc::{vec, vec::Vec};
 use core::time::Duration;
 
 use hearth_agent::proto::{
     Exec, ExitStatus, Exited, FrameError, Leftover, MAX_CHUNK, OutputEnd, Rejection, Response,
-    STDIN_WINDOW, Usage, WindowSize,
+    Usage, WindowSize,
 };
 use rustix::{
-    fd::{AsFd, BorrowedFd, OwnedFd},
-    io::{Errno, ioctl_fionread, read, write},
+    fd::{BorrowedFd, OwnedFd},
+    io::{Errno, read},
     process::Pid,
 };
 
+use self::{stdin::Stdin, stream::Stream};
 use crate::{
     cgroup::Cgroup,
     channel::Output,
@@ -28,8 +32,6 @@ use crate::{
     sys, terminal,
 };
 
-/// Input taken is reported when this much is unreported, so that small writes cost no message each.
-const REPORT: usize = STDIN_WINDOW / 4;
 /// Reads from one pipe before other events have their turn.
 const READS: usize = 4;
 
@@ -68,33 +70,6 @@ pub(crate) enum Which {
 }
 
 #[derive(Debug)]
-enum Stream {
-    Open(OwnedFd),
-    /// The linger time is over; so many bytes are still to be read.
-    Last {
-        pipe: OwnedFd,
-        rest: usize,
-    },
-    /// A terminal that nobody has open. To close this end, too, would hang up on the program.
-    Unattended(OwnedFd),
-    Closed {
-        end: OutputEnd,
-    },
-}
-
-#[derive(Debug)]
-struct Stdin {
-    pipe: Option<OwnedFd>,
-    /// What the pipe had no room for.
-    waiting: Vec<u8>,
-    /// What the program took and the host does not know.
-    unreported: usize,
-    eof: bool,
-    /// On a terminal whose end of input is still to be typed: whether a line was begun.
-    line_begun: Option<bool>,
-}
-
-#[derive(Debug)]
 enum Timeout {
     Never,
     Running { term_at: Instant, grace: Duration },
@@ -124,13 +99,7 @@ impl Program {
         Self {
             pid,
             started: now,
-            stdin: Stdin {
-                pipe: pipes.stdin,
-                waiting: Vec::new(),
-                unreported: 0,
-                eof: false,
-                line_begun: pipes.terminal.then_some(false),
-            },
+            stdin: Stdin::new(pipes.stdin, pipes.terminal),
             stdout: Stream::Open(pipes.stdout),
             stderr: pipes.stderr.map_or(
                 Stream::Closed {
@@ -156,12 +125,7 @@ impl Program {
 
     /// The descriptors to wait for: input only while some waits, output only while the connection has room.
     pub(crate) fn waits_for(&self, room: bool) -> [Option<BorrowedFd<'_>>; 3] {
-        let stdin = self
-            .stdin
-            .pipe
-            .as_ref()
-            .filter(|_| !self.stdin.waiting.is_empty())
-            .map(AsFd::as_fd);
+        let stdin = self.stdin.waits_for();
         let [stdout, stderr] =
             [&self.stdout, &self.stderr].map(|stream| stream.pipe().filter(|_| room));
         [stdin, stdout, stderr]
@@ -169,27 +133,17 @@ impl Program {
 
     /// Takes input; what the program has no room for waits.
     pub(crate) fn input(&mut self, bytes: &[u8], out: &mut Output) -> Result<(), Rejection> {
-        let Stdin {
-            pipe,
-            waiting,
-            unreported,
-            eof,
-            ..
-        } = &mut self.stdin;
-        if pipe.is_none() {
-            return Ok(());
-        }
-        if *eof || waiting.len() + *unreported + bytes.len() > STDIN_WINDOW {
-            return Err(Rejection::StdinOverrun);
-        }
-        waiting.extend_from_slice(bytes);
-        self.pump_input(out).map_err(|_| Rejection::Malformed)
+        self.stdin.take(bytes, out)
     }
 
     /// Ends the input, once all of it is written.
     pub(crate) fn end_input(&mut self) {
-        self.stdin.eof = true;
-        self.stdin.finish();
+        self.stdin.end();
+    }
+
+    /// Writes waiting input and reports what was taken.
+    pub(crate) fn pump_input(&mut self, out: &mut Output) -> Result<(), FrameError> {
+        self.stdin.pump(out)
     }
 
     /// Sets the size of the program's terminal, if it has one.
@@ -197,46 +151,6 @@ impl Program {
         if let Some(terminal) = self.stdout.pipe().filter(|_| self.terminal) {
             let _ = terminal::resize(terminal, size);
         }
-    }
-
-    /// Writes waiting input and reports what was taken.
-    pub(crate) fn pump_input(&mut self, out: &mut Output) -> Result<(), FrameError> {
-        let Stdin {
-            pipe,
-            waiting,
-            unreported,
-            eof,
-            line_begun,
-        } = &mut self.stdin;
-        let Some(fd) = pipe else { return Ok(()) };
-        if !waiting.is_empty() {
-            match write(&*fd, waiting) {
-                Ok(count) => {
-                    let mut written = waiting.drain(..count.min(waiting.len()));
-                    if let (Some(begun), Some(last)) = (line_begun, written.next_back()) {
-                        *begun = last != b'\n';
-                    }
-                    // After the end nobody waits for room, and the end itself was not sent.
-                    if !*eof {
-                        *unreported += count;
-                    }
-                }
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(_) => {
-                    *pipe = None;
-                    waiting.clear();
-                    return out.push(&Response::StdinClosed);
-                }
-            }
-        }
-        self.stdin.finish();
-        if self.stdin.pipe.is_some() && self.stdin.unreported >= REPORT {
-            let taken = core::mem::take(&mut self.stdin.unreported);
-            out.push(&Response::StdinTaken(
-                u32::try_from(taken).unwrap_or(u32::MAX),
-            ))?;
-        }
-        Ok(())
     }
 
     /// Reads output that is there; `scratch` grows with what programs write. When all writers have hung up, or may have,
@@ -298,9 +212,8 @@ impl Program {
                 }
             }
         }
-        if self.terminal && self.stdout.pipe().is_none() && self.stdin.pipe.take().is_some() {
-            // Nobody will read what is typed.
-            self.stdin.waiting = Vec::new();
+        // Nobody will read what is typed.
+        if self.terminal && self.stdout.pipe().is_none() && self.stdin.close() {
             out.push(&Response::StdinClosed)?;
         }
         Ok(())
@@ -345,8 +258,7 @@ impl Program {
             give_up_at: now.checked_add(self.linger).unwrap_or(now),
         });
         self.stdout.attend();
-        self.stdin.pipe = None;
-        self.stdin.waiting = Vec::new();
+        self.stdin.close();
         if self.leftover == Leftover::Kill
             || matches!(self.timeout, Timeout::Terminated { .. } | Timeout::Killed)
         {
@@ -432,86 +344,5 @@ impl Program {
     /// Gives up the program's cgroup.
     pub(crate) fn into_cgroup(self) -> Option<Cgroup> {
         self.cgroup
-    }
-}
-
-impl Stdin {
-    /// Once all input is written and no more comes: the end.
-    fn finish(&mut self) {
-        if !self.eof || !self.waiting.is_empty() {
-            return;
-        }
-        match (&self.pipe, self.line_begun.take()) {
-            (Some(terminal), Some(begun)) => {
-                self.waiting = terminal::end_of_input(terminal.as_fd(), begun);
-            }
-            _ => self.pipe = None,
-        }
-    }
-}
-
-impl Stream {
-    fn pipe(&self) -> Option<BorrowedFd<'_>> {
-        match self {
-            Self::Open(pipe) | Self::Last { pipe, .. } => Some(pipe.as_fd()),
-            Self::Unattended(_) | Self::Closed { .. } => None,
-        }
-    }
-
-    fn leave(&mut self) {
-        self.exchange(|stream| match stream {
-            Self::Open(terminal) => Self::Unattended(terminal),
-            other => other,
-        });
-    }
-
-    fn attend(&mut self) {
-        self.exchange(|stream| match stream {
-            Self::Unattended(terminal) => Self::Open(terminal),
-            other => other,
-        });
-    }
-
-    fn exchange(&mut self, change: impl FnOnce(Self) -> Self) {
-        let closed = Self::Closed {
-            end: OutputEnd::StillOpen,
-        };
-        *self = change(core::mem::replace(self, closed));
-    }
-
-    fn passed(&mut self, count: usize) {
-        if let Self::Last { rest, .. } = self {
-            *rest = rest.saturating_sub(count);
-            if *rest == 0 {
-                *self = Self::Closed {
-                    end: OutputEnd::StillOpen,
-                };
-            }
-        }
-    }
-
-    /// Somebody else read from the pipe: what was promised is not there.
-    fn emptied(&mut self) {
-        if let Self::Last { .. } = self {
-            *self = Self::Closed {
-                end: OutputEnd::StillOpen,
-            };
-        }
-    }
-
-    /// Settles for what is in the pipe now, which includes all that the main process wrote.
-    fn give_up(&mut self) {
-        if let Self::Open(pipe) = self {
-            let rest = ioctl_fionread(&*pipe)
-                .ok()
-                .and_then(|count| usize::try_from(count).ok())
-                .unwrap_or(0);
-            self.exchange(|stream| match stream {
-                Self::Open(pipe) if rest > 0 => Self::Last { pipe, rest },
-                _ => Self::Closed {
-                    end: OutputEnd::StillOpen,
-                },
-            });
-        }
     }
 }

@@ -1,0 +1,88 @@
+//! An output of a program, as far as it was read.
+
+use hearth_agent::proto::OutputEnd;
+use rustix::{
+    fd::{AsFd, BorrowedFd, OwnedFd},
+    io::ioctl_fionread,
+};
+
+#[derive(Debug)]
+pub(super) enum Stream {
+    Open(OwnedFd),
+    /// The linger time is over; so many bytes are still to be read.
+    Last {
+        pipe: OwnedFd,
+        rest: usize,
+    },
+    /// A terminal that nobody has open. To close this end, too, would hang up on the program.
+    Unattended(OwnedFd),
+    Closed {
+        end: OutputEnd,
+    },
+}
+
+impl Stream {
+    pub(super) fn pipe(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Open(pipe) | Self::Last { pipe, .. } => Some(pipe.as_fd()),
+            Self::Unattended(_) | Self::Closed { .. } => None,
+        }
+    }
+
+    pub(super) fn leave(&mut self) {
+        self.exchange(|stream| match stream {
+            Self::Open(terminal) => Self::Unattended(terminal),
+            other => other,
+        });
+    }
+
+    pub(super) fn attend(&mut self) {
+        self.exchange(|stream| match stream {
+            Self::Unattended(terminal) => Self::Open(terminal),
+            other => other,
+        });
+    }
+
+    fn exchange(&mut self, change: impl FnOnce(Self) -> Self) {
+        let closed = Self::Closed {
+            end: OutputEnd::StillOpen,
+        };
+        *self = change(core::mem::replace(self, closed));
+    }
+
+    pub(super) fn passed(&mut self, count: usize) {
+        if let Self::Last { rest, .. } = self {
+            *rest = rest.saturating_sub(count);
+            if *rest == 0 {
+                *self = Self::Closed {
+                    end: OutputEnd::StillOpen,
+                };
+            }
+        }
+    }
+
+    /// Somebody else read from the pipe: what was promised is not there.
+    pub(super) fn emptied(&mut self) {
+        if let Self::Last { .. } = self {
+            *self = Self::Closed {
+                end: OutputEnd::StillOpen,
+            };
+        }
+    }
+
+    /// Settles for what is in the pipe now, which includes all that the main process wrote.
+    pub(super) fn give_up(&mut self) {
+        if let Self::Open(pipe) = self {
+            let rest = ioctl_fionread(&*pipe)
+                .ok()
+                .and_then(|count| usize::try_from(count).ok())
+                .unwrap_or(0);
+            self.exchange(|stream| match stream {
+                Self::Open(pipe) if rest > 0 => Self::Last { pipe, rest },
+                _ => Self::Closed {
+                    end: OutputEnd::StillOpen,
+                },
+            });
+        }
+    }
+}

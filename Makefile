@@ -21,7 +21,7 @@ test-long: packages ## Runs the tests that take longer
 lint: ## Checks formatting, clippy and the documentation
 	@.ci/test lint
 
-fuzz-smoke: ## Runs each fuzz target for a few seconds; needs a nightly compiler and cargo-fuzz
+fuzz-smoke: ## Runs each fuzz target for a few seconds; needs a nightly compiler
 	@.ci/fuzz-smoke
 
 image: packages ## Builds the guest's kernel and initramfs, unless they are cached

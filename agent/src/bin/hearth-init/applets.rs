@@ -316,6 +316,7 @@ fn start(
         session,
         terminal: false,
         stdio: [stdin(), output, stderr()],
+        results: None,
         limits: &[],
         user: None,
         cgroup: None,

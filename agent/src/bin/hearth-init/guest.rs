@@ -231,18 +231,29 @@ fn launch(
             (Some(ours), Some(theirs))
         }
     };
+    let (results_ours, results) = match exec.results {
+        true => {
+            let (ours, theirs) =
+                our_end_first(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
+            (Some(ours), Some(theirs))
+        }
+        false => (None, None),
+    };
     let stdio = [
         stdin.as_fd(),
         stdout.as_fd(),
         stderr.as_ref().unwrap_or(&stdout).as_fd(),
     ];
-    let pid = spawn(&image(plan, stdio, cgroup))?;
+    let mut image = image(plan, stdio, cgroup);
+    image.results = results.as_ref().map(AsFd::as_fd);
+    let pid = spawn(&image)?;
     Ok((
         pid,
         Pipes {
             stdin: stdin_ours,
             stdout: stdout_ours,
             stderr: stderr_ours,
+            results: results_ours,
             terminal: false,
         },
     ))
@@ -270,6 +281,7 @@ fn launch_on_terminal(
             stdin,
             stdout: ours,
             stderr: None,
+            results: None,
             terminal: true,
         },
     ))
@@ -284,6 +296,7 @@ fn image<'a>(plan: &'a Plan, stdio: [BorrowedFd<'a>; 3], cgroup: Option<&'a Cgro
         session: true,
         terminal: false,
         stdio,
+        results: None,
         limits: &plan.limits,
         user: plan.user.as_ref(),
         cgroup: cgroup.map(Cgroup::dir),

@@ -9,7 +9,9 @@ use hearth_bench::compare::Comparison;
 use hearth_bench::environment::Environment;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
-use hearth_bench::scenario::{boot, density, fork, handoff, idle, ping, refill, replace};
+use hearth_bench::scenario::{
+    boot, density, fork, handoff, idle, ping, refill, replace, vsock,
+};
 use hearth_images::{Images, ImagesError, Silent};
 
 /// Measures what Hearth's steps cost on this machine, beside the bare ioctls that they consist of.
@@ -72,6 +74,14 @@ enum Scenario {
     Ping {
         /// Exchanges of each kind.
         #[arg(short, default_value_t = 50)]
+        n: usize,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Exchange bytes with a program in a guest, in turns with one at the other end of a Unix socket pair.
+    Vsock {
+        /// Exchanges of each kind, on each side.
+        #[arg(short, default_value_t = 15)]
         n: usize,
         #[command(flatten)]
         image: Image,
@@ -204,6 +214,10 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
             let image = image.files()?;
             runtime()?.block_on(ping::run(&mut report, files(&image), n))?;
         }
+        Scenario::Vsock { n, image } => {
+            let image = image.files()?;
+            runtime()?.block_on(vsock::run(&mut report, files(&image), n))?;
+        }
         Scenario::Density { n, image } => {
             let image = image.files()?;
             runtime()?.block_on(density::run(&mut report, files(&image), n))?;
@@ -231,7 +245,7 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
-        .enable_time()
+        .enable_all()
         .build()
 }
 

@@ -154,6 +154,15 @@ impl Report {
     }
 }
 
+/// A figure with as many digits as say something.
+fn figure(value: f64) -> String {
+    match value.abs() {
+        below if below < 1.0 => format!("{value:.3}"),
+        below if below < 10.0 => format!("{value:.2}"),
+        _ => format!("{value:.1}"),
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let env = &self.env;
@@ -169,10 +178,11 @@ impl fmt::Display for Report {
         )?;
         for row in &self.results {
             let s = &row.summary;
+            let [min, p50, p99, max] = [s.min, s.p50, s.p99, s.max].map(figure);
             writeln!(
                 f,
-                "{:<10} {:<34} {:<12} {:>5} {:>11.1} {:>11.1} {:>11.1} {:>11.1}  {}",
-                row.scenario, row.metric, row.side, s.n, s.min, s.p50, s.p99, s.max, row.unit
+                "{:<10} {:<34} {:<12} {:>5} {min:>11} {p50:>11} {p99:>11} {max:>11}  {}",
+                row.scenario, row.metric, row.side, s.n, row.unit
             )?;
         }
         for row in &self.ratios {

@@ -3,6 +3,7 @@
 mod agent;
 pub mod boot;
 pub mod density;
+mod exchange;
 pub mod floor;
 pub mod fork;
 pub mod handoff;
@@ -12,6 +13,7 @@ pub mod pool;
 pub mod refill;
 pub mod replace;
 pub mod victim;
+pub mod vsock;
 
 /// Why a scenario could not be run.
 #[derive(Debug, thiserror::Error)]

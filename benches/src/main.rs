@@ -10,8 +10,9 @@ use hearth_bench::environment::Environment;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
 use hearth_bench::scenario::{
-    boot, density, fork, handoff, idle, ping, refill, replace, vsock,
+    balloon, boot, churn, density, exec, fork, handoff, idle, ping, refill, replace, vsock,
 };
+use hearth_bench::suite::{self, Effort, chain};
 use hearth_images::{Images, ImagesError, Silent};
 
 /// Measures what Hearth's steps cost on this machine, beside the bare ioctls that they consist of.
@@ -33,6 +34,17 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Scenario {
+    /// Run every scenario; leaves the results as JSON and as a page with charts.
+    All {
+        /// Few samples of each: minutes where ring 0 is emulated.
+        #[arg(long)]
+        quick: bool,
+        /// Directory for results.json and report.html.
+        #[arg(short, long, default_value = "bench-results")]
+        output: PathBuf,
+        #[command(flatten)]
+        image: Image,
+    },
     /// Fork a guest by raw ioctls, without any code of Hearth's.
     Floor(Count),
     /// Fork a template up to its first instruction, in turns with the floor.
@@ -45,6 +57,31 @@ enum Scenario {
         /// Forks of the booted guest.
         #[arg(long, default_value_t = 50)]
         forks: usize,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Make VMs, run them to their first instruction and destroy them; see whether anything stays.
+    Churn {
+        /// Batches of 20 VMs, each of VMs that are created and of VMs that are forked.
+        #[arg(short, default_value_t = 20)]
+        n: usize,
+    },
+    /// Run a plain program in guests of a warm pool, from the hand-off to its result.
+    Exec {
+        /// Guests.
+        #[arg(short, default_value_t = 20)]
+        n: usize,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Take memory from a guest and give it back, by its balloon and by the pages that it reports free.
+    Balloon {
+        /// Times that the balloon takes and gives.
+        #[arg(short, default_value_t = 10)]
+        n: usize,
+        /// Programs that leave memory behind, for each way to return it.
+        #[arg(long, default_value_t = 3)]
+        touches: usize,
         #[command(flatten)]
         image: Image,
     },
@@ -159,13 +196,7 @@ fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
-            eprint!("vmm-bench: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                eprint!(": {error}");
-                cause = error.source();
-            }
-            eprintln!();
+            eprintln!("vmm-bench: {}", chain(&*error));
             // 1 is what a comparison says.
             ExitCode::from(2)
         }
@@ -200,6 +231,30 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut report = Report::new(Environment::here()?);
     match cli.scenario {
         Scenario::Report { .. } | Scenario::Compare { .. } => {}
+        Scenario::All {
+            quick,
+            output,
+            image,
+        } => {
+            let image = image.files()?;
+            let effort = if quick { Effort::Quick } else { Effort::Full };
+            let say = |line: &str| eprintln!("{line}");
+            runtime()?.block_on(suite::run(&mut report, files(&image), effort, say));
+            std::fs::create_dir_all(&output)?;
+            let (results, charts) = (output.join("results.json"), output.join("report.html"));
+            std::fs::write(&results, serde_json::to_string(&report)?)?;
+            std::fs::write(&charts, page(&report))?;
+            eprintln!("{} and {}", results.display(), charts.display());
+        }
+        Scenario::Churn { n } => churn::run(&mut report, n)?,
+        Scenario::Exec { n, image } => {
+            let image = image.files()?;
+            runtime()?.block_on(exec::run(&mut report, files(&image), n))?;
+        }
+        Scenario::Balloon { n, touches, image } => {
+            let image = image.files()?;
+            runtime()?.block_on(balloon::run(&mut report, files(&image), n, touches))?;
+        }
         Scenario::Floor(count) => fork::floor_only(&mut report, count.n)?,
         Scenario::Fork(count) => fork::beside_floor(&mut report, count.n)?,
         Scenario::Boot { n, forks, image } => {

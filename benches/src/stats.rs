@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 
 /// Fewest samples a side that a ratio is made of.
 pub const MIN_SAMPLES: usize = 10;
+/// A confidence interval whose ends lie further apart than this says nothing: the machine was too noisy.
+pub const MOST_SPREAD: f64 = 2.0;
 /// Resamples of the bootstrap.
 const RESAMPLES: usize = 2000;
 
@@ -55,7 +57,7 @@ impl Ratio {
     /// The ratio of the medians of `a` and `b`; the reason if it would mean nothing.
     ///
     /// # Errors
-    /// Fewer than [`MIN_SAMPLES`] on a side, or a median of zero.
+    /// Fewer than [`MIN_SAMPLES`] on a side, a median of zero, or an interval wider than [`MOST_SPREAD`].
     pub fn of(a: &[f64], b: &[f64]) -> Result<Self, String> {
         let n = a.len().min(b.len());
         if n < MIN_SAMPLES {
@@ -74,9 +76,16 @@ impl Ratio {
             .collect();
         ratios.sort_by(f64::total_cmp);
         let bound = |q| quantile(&ratios, q).unwrap_or(f64::NAN);
+        let [low, high] = [bound(0.025), bound(0.975)];
+        // A side of a rate may be zero in a resample: no number, and no ratio either.
+        if !(low > 0.0 && high <= low * MOST_SPREAD) {
+            return Err(format!(
+                "too noisy: the ratio lies between {low:.3} and {high:.3}"
+            ));
+        }
         Ok(Self {
             ratio: median(a) / median(b),
-            ci95: [bound(0.025), bound(0.975)],
+            ci95: [low, high],
             n,
         })
     }
@@ -191,6 +200,15 @@ mod tests {
         });
         let low = low.count();
         assert!((6..=40).contains(&low), "{low} of 200");
+    }
+
+    #[test]
+    fn a_noisy_side_gives_no_ratio() {
+        let calm = vec![1.0; 20];
+        let noisy: Vec<f64> = (0..20).map(|i| f64::from(i * i + 1)).collect();
+        let why = Ratio::of(&noisy, &calm).unwrap_err();
+        assert!(why.contains("too noisy"), "{why}");
+        assert!(Ratio::of(&calm, &calm).is_ok());
     }
 
     #[test]

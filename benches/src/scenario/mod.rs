@@ -1,9 +1,12 @@
 //! What is measured.
 
 mod agent;
+pub mod balloon;
 pub mod boot;
+pub mod churn;
 pub mod density;
 mod exchange;
+pub mod exec;
 pub mod floor;
 pub mod fork;
 pub mod handoff;
@@ -12,6 +15,7 @@ pub mod ping;
 pub mod pool;
 pub mod refill;
 pub mod replace;
+mod samples;
 pub mod victim;
 pub mod vsock;
 

@@ -7,10 +7,12 @@
 pub mod compare;
 pub mod cpu;
 pub mod environment;
+pub mod fit;
 pub mod page;
 pub mod process;
 pub mod report;
 pub mod scenario;
 pub mod stats;
 pub mod suite;
+pub mod sweep;
 pub mod target;

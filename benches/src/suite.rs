@@ -94,7 +94,7 @@ impl Step {
         match self {
             Self::Floor => fork::floor_only(report, n(50, 200)),
             Self::Fork => fork::beside_floor(report, n(50, 200)),
-            Self::Churn => churn::run(report, n(10, 20)),
+            Self::Churn => churn::run(report, files.shape, n(10, 20)),
             Self::Boot => boot::run(report, files, n(2, 10), n(20, 50)).await,
             Self::Ping => ping::run(report, files, n(20, 50)).await,
             Self::Handoff => handoff::run(report, files, n(64, 200)).await,

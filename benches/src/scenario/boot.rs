@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use hearth_agent::proto::READY_PORT;
-use hearth_vmm::{Template, Vm, VmConfig};
+use hearth_vmm::{Template, Vm, VmConfig, VmConfigBuilder};
 
 use super::agent::{Agent, dial, freeze, greet, resume};
 use super::samples::Samples;
@@ -20,13 +20,43 @@ const PONG: &str = "cold boot to pong";
 /// How long a boot may take before the run is given up.
 const STUCK: Duration = Duration::from_secs(300);
 
-/// The files that are booted.
+/// What a guest has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Processors.
+    pub vcpus: u8,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            memory_mib: 128,
+            vcpus: 1,
+        }
+    }
+}
+
+/// The files that are booted, and in what.
 #[derive(Clone, Copy, Debug)]
 pub struct Files<'a> {
     /// Kernel.
     pub kernel: &'a Path,
     /// Initramfs with the agent.
     pub initramfs: &'a Path,
+    /// What the guest has.
+    pub shape: Shape,
+}
+
+impl Files<'_> {
+    /// A configuration that boots them.
+    pub(super) fn config(self) -> VmConfigBuilder {
+        VmConfig::builder(self.kernel)
+            .initramfs(self.initramfs)
+            .memory_mib(self.shape.memory_mib.into())
+            .vcpus(self.shape.vcpus)
+    }
 }
 
 /// Boots `n` times, then forks the last guest `forks` times.
@@ -39,8 +69,8 @@ pub async fn run(
     n: usize,
     forks: usize,
 ) -> Result<(), ScenarioError> {
-    let config = VmConfig::builder(files.kernel)
-        .initramfs(files.initramfs)
+    let config = files
+        .config()
         .count_instructions(true)
         .build()
         .map_err(ScenarioError::at("configuration"))?;

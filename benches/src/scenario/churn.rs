@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use hearth_vmm::{Vm, VmConfig};
 
 use super::ScenarioError;
+use super::boot::Shape;
 use super::fork::{CODE, wait_for_exit};
 use super::samples::Samples;
 use crate::process::Held;
@@ -30,8 +31,11 @@ const COUNTS: [&str; 3] = [
 ///
 /// # Errors
 /// When a VM cannot be made or does not run.
-pub fn run(report: &mut Report, n: usize) -> Result<(), ScenarioError> {
-    let config = VmConfig::flat(CODE).memory_mib(128).build();
+pub fn run(report: &mut Report, shape: Shape, n: usize) -> Result<(), ScenarioError> {
+    let config = VmConfig::flat(CODE)
+        .memory_mib(shape.memory_mib.into())
+        .vcpus(shape.vcpus)
+        .build();
     let config = config.map_err(ScenarioError::at("configuration"))?;
     let vm = Vm::boot(&config).map_err(ScenarioError::at("boot"))?;
     wait_for_exit(&vm)?;

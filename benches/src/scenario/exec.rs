@@ -24,7 +24,12 @@ const WORD: &str = "result";
 /// When a guest cannot be made, or its program says anything else.
 pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), ScenarioError> {
     let backend = backend(files).await?;
-    let pool = start(&backend, config(SIZE, Refill::Automatic), Parking::Paused).await?;
+    let pool = start(
+        &backend,
+        config(files.shape, SIZE, Refill::Automatic),
+        Parking::Paused,
+    )
+    .await?;
     let mut samples = Samples::default();
     // The first one is not counted.
     for round in 0..=n {

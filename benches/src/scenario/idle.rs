@@ -28,7 +28,12 @@ pub async fn run(
 ) -> Result<(), ScenarioError> {
     let backend = backend(files).await?;
     for (side, parking) in [("paused", Parking::Paused), ("running", Parking::Running)] {
-        let pool = start(&backend, config(size, Refill::Automatic), parking).await?;
+        let pool = start(
+            &backend,
+            config(files.shape, size, Refill::Automatic),
+            parking,
+        )
+        .await?;
         tokio::time::sleep(SETTLE).await;
         let (mut whole, end) = (vec![], Instant::now() + time);
         while Instant::now() < end {

@@ -2,7 +2,7 @@
 # The work is done by cargo and by the scripts in .ci/; this file only names the entrances.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint fuzz-smoke image packages
+.PHONY: help demo test test-long lint fuzz-smoke counts image packages
 
 CARGO ?= cargo
 
@@ -23,6 +23,9 @@ lint: ## Checks formatting, clippy and the documentation
 
 fuzz-smoke: ## Runs each fuzz target for a few seconds; needs a nightly compiler
 	@.ci/fuzz-smoke
+
+counts: packages ## Compares instruction counts of the hot paths with benches/counts.txt; needs valgrind
+	@.ci/counts || [ $$? = 77 ]
 
 image: packages ## Builds the guest's kernel and initramfs, unless they are cached
 	@$(CARGO) run --quiet --locked --package hearth-pool --features cli -- image build base

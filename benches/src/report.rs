@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::environment::Environment;
+use crate::fit::Fit;
 use crate::stats::{Ratio, Summary};
 use crate::target::{Bound, Statistic, Target};
 
@@ -57,6 +58,9 @@ pub struct Report {
     /// Figures beside what they should be.
     #[serde(default)]
     pub targets: Vec<Target>,
+    /// How metrics grow with what was swept.
+    #[serde(default)]
+    pub fits: Vec<Fit>,
     /// What could not be measured, and why.
     pub not_measured: Vec<String>,
 }
@@ -71,6 +75,7 @@ impl Report {
             results: Vec::new(),
             ratios: Vec::new(),
             targets: Vec::new(),
+            fits: Vec::new(),
             not_measured: Vec::new(),
         }
     }
@@ -154,6 +159,16 @@ impl Report {
     }
 }
 
+/// A figure with as many digits as say something.
+fn figure(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".into(),
+        below if below < 1.0 => format!("{value:.3}"),
+        below if below < 10.0 => format!("{value:.2}"),
+        _ => format!("{value:.1}"),
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let env = &self.env;
@@ -169,10 +184,11 @@ impl fmt::Display for Report {
         )?;
         for row in &self.results {
             let s = &row.summary;
+            let [min, p50, p99, max] = [s.min, s.p50, s.p99, s.max].map(figure);
             writeln!(
                 f,
-                "{:<10} {:<34} {:<12} {:>5} {:>11.1} {:>11.1} {:>11.1} {:>11.1}  {}",
-                row.scenario, row.metric, row.side, s.n, s.min, s.p50, s.p99, s.max, row.unit
+                "{:<10} {:<34} {:<12} {:>5} {min:>11} {p50:>11} {p99:>11} {max:>11}  {}",
+                row.scenario, row.metric, row.side, s.n, row.unit
             )?;
         }
         for row in &self.ratios {
@@ -182,6 +198,9 @@ impl fmt::Display for Report {
                 "{}: {} / {} = {:.3} (95 % {:.3} to {:.3}, n {})",
                 row.metric, row.a, row.b, r.ratio, r.ci95[0], r.ci95[1], r.n
             )?;
+        }
+        for fit in &self.fits {
+            writeln!(f, "{fit}")?;
         }
         for target in &self.targets {
             writeln!(f, "{target}")?;

@@ -10,7 +10,7 @@ use super::{ScenarioError, us};
 use crate::report::Report;
 
 /// `l: out 0x80, al; jmp l`.
-const CODE: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
+pub(super) const CODE: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
 /// How long a clone may take to its first instruction before the run is given up.
 const STUCK: Duration = Duration::from_secs(10);
 
@@ -74,7 +74,7 @@ fn fork_once(template: &Template) -> Result<(Duration, Vm), ScenarioError> {
 }
 
 /// Spins until the guest's first OUT was seen.
-fn wait_for_exit(vm: &Vm) -> Result<(), ScenarioError> {
+pub(super) fn wait_for_exit(vm: &Vm) -> Result<(), ScenarioError> {
     let start = Instant::now();
     while vm.exits().pio.load(Ordering::Relaxed) == 0 {
         if start.elapsed() > STUCK {

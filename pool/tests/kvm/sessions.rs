@@ -5,28 +5,30 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hearth_agent::client::{Call, CallEnd, Outcome};
-use hearth_images::{Images, Recipe, Silent};
+use hearth_images::{DebianError, Images, ImagesError, Recipe, RootError, Silent};
 use hearth_pool::kvm::{Guest, KvmBackend, KvmImage, Session};
 use hearth_pool::{Language, Pool, PoolConfig, Profile};
-use hearth_tests::{kvm, not_measured, patience, within};
-
+use hearth_tests::{error_chain, kvm, not_measured, patience, within};
 
 /// The language's image; says so where it cannot be had.
 async fn image(language: Language) -> Option<KvmImage> {
     let found = tokio::task::spawn_blocking(move || {
         let images = Images::open(None)?;
         let base = images.base(&Silent)?;
-        let root = images.root(&Recipe::built_in(language.as_str())?, &Silent)?;
-        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(
-            KvmImage::new(base.kernel, base.initramfs).root(root),
-        )
+        let root = images.root(&Recipe::built_in(language.as_str()).unwrap(), &Silent)?;
+        Ok::<_, ImagesError>(KvmImage::new(base.kernel, base.initramfs).root(root))
     });
     match found.await.unwrap() {
         Ok(image) => Some(image),
-        Err(error) => {
-            not_measured(&format!("no {language} image: {error}"));
+        Err(
+            error @ ImagesError::Root(RootError::Debian(
+                DebianError::Fetch { .. } | DebianError::NoMirror,
+            )),
+        ) => {
+            not_measured(&error_chain(&error));
             None
         }
+        Err(error) => panic!("{}", error_chain(&error)),
     }
 }
 

@@ -9,7 +9,7 @@ use hearth_agent::proto::{
 };
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
-    fs::{Mode, OFlags, fcntl_setfl, open},
+    fs::{Mode, OFlags, fchown, fcntl_setfl, open},
     io::{Errno, fcntl_dupfd_cloexec},
     pipe::{PipeFlags, pipe_with},
     system::sysinfo,
@@ -246,6 +246,14 @@ fn launch(
     ];
     let mut image = image(plan, stdio, cgroup);
     image.results = results.as_ref().map(AsFd::as_fd);
+    if let Some((uid, gid, _)) = plan.user.as_ref().filter(|(uid, ..)| !uid.is_root()) {
+        // So that the user can open them by name, as /dev/stderr. What that fails of, the program sees when it tries.
+        let [stdin, outputs @ ..] = stdio;
+        let stdin = (exec.stdin == Input::Pipe).then_some(stdin);
+        for pipe in outputs.into_iter().chain(stdin).chain(image.results) {
+            let _ = fchown(pipe, Some(*uid), Some(*gid));
+        }
+    }
     let pid = spawn(&image)?;
     Ok((
         pid,

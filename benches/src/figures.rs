@@ -173,10 +173,10 @@ mod tests {
     fn a_document_keeps_all_but_its_table() {
         let mut report = report();
         report.add("boot", "cold boot to pong", "us", "hearth", vec![5e6; 12]);
-        let document = format!("before\n{BEGIN}\nold\n{END}\nafter\n");
+        let document = format!("before\n{BEGIN}\nstale\n{END}\nafter\n");
         let once = replaced(&document, &report).unwrap();
         assert!(once.starts_with("before\n") && once.ends_with("after\n"));
-        assert!(!once.contains("old"));
+        assert!(!once.contains("stale"));
         assert!(
             once.contains("| cold boot, to the agent's pong | 5000000.0 | 5000000.0 | us | 12 |"),
             "{once}"

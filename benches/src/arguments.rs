@@ -1,8 +1,10 @@
 //! What the command is told.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use hearth_bench::peer::Peers;
 use hearth_bench::sweep::{Key, Sweep};
 use hearth_images::{Images, ImagesError, Silent};
 
@@ -36,6 +38,8 @@ pub(crate) enum Scenario {
         /// Directory for results.json and report.html.
         #[arg(short, long, default_value = "bench-results")]
         output: PathBuf,
+        #[command(flatten)]
+        peers: OtherMonitors,
         #[command(flatten)]
         image: Image,
     },
@@ -87,6 +91,13 @@ pub(crate) enum Scenario {
         #[arg(short, long, default_value = "report.html")]
         output: PathBuf,
     },
+    /// Write a run's figures into a document that has a place for them.
+    Figures {
+        /// What a run printed with --json.
+        results: PathBuf,
+        /// The document.
+        document: PathBuf,
+    },
     /// Compare two runs' JSON; exit code 1 if anything became slower.
     Compare {
         /// The run before.
@@ -98,6 +109,16 @@ pub(crate) enum Scenario {
     Handoff {
         #[command(flatten)]
         count: Count,
+        #[command(flatten)]
+        image: Image,
+    },
+    /// Boot and restore guests by other monitors, in turns with Hearth: same kernel, initramfs, words and sizes.
+    Peers {
+        /// Samples of each side (a ratio needs 10).
+        #[arg(short, default_value_t = 10)]
+        n: usize,
+        #[command(flatten)]
+        peers: OtherMonitors,
         #[command(flatten)]
         image: Image,
     },
@@ -158,6 +179,29 @@ pub(crate) enum Scenario {
 }
 
 #[derive(Args)]
+pub(crate) struct OtherMonitors {
+    /// QEMU's program for x86-64: boots on its machine for microVMs.
+    #[arg(long, value_name = "PATH")]
+    qemu: Option<PathBuf>,
+    /// Firecracker's program: boots, and restores of a fresh snapshot.
+    #[arg(long, value_name = "PATH")]
+    firecracker: Option<PathBuf>,
+    /// Seconds after which a monitor's guest counts as hanging.
+    #[arg(long, value_name = "SECONDS")]
+    peer_limit: Option<u64>,
+}
+
+impl OtherMonitors {
+    pub(crate) fn peers(&self) -> Peers {
+        Peers {
+            firecracker: self.firecracker.clone(),
+            qemu: self.qemu.clone(),
+            limit: self.peer_limit.map(Duration::from_secs),
+        }
+    }
+}
+
+#[derive(Args)]
 pub(crate) struct Image {
     /// A kernel of your own; the cached base image when not given.
     #[arg(long, requires = "initramfs")]
@@ -192,7 +236,7 @@ impl Scenario {
     pub(crate) fn image(&self) -> Option<&Image> {
         match self {
             Self::Floor(_) | Self::Fork(_) | Self::Churn { .. } => None,
-            Self::Report { .. } | Self::Compare { .. } => None,
+            Self::Report { .. } | Self::Figures { .. } | Self::Compare { .. } => None,
             Self::All { image, .. }
             | Self::Balloon { image, .. }
             | Self::Boot { image, .. }
@@ -200,6 +244,7 @@ impl Scenario {
             | Self::Exec { image, .. }
             | Self::Handoff { image, .. }
             | Self::Idle { image, .. }
+            | Self::Peers { image, .. }
             | Self::Ping { image, .. }
             | Self::Refill { image, .. }
             | Self::Replace { image, .. }
@@ -212,7 +257,7 @@ impl Scenario {
         match self {
             // The floor has one size, and so has what stands beside it.
             Self::All { .. } | Self::Floor(_) | Self::Fork(_) => &[],
-            Self::Report { .. } | Self::Compare { .. } => &[],
+            Self::Report { .. } | Self::Figures { .. } | Self::Compare { .. } => &[],
             Self::Density { .. } | Self::Idle { .. } => &[Key::Memory, Key::Vcpus, Key::Guests],
             _ => &[Key::Memory, Key::Vcpus],
         }

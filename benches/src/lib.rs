@@ -7,8 +7,10 @@
 pub mod compare;
 pub mod cpu;
 pub mod environment;
+pub mod figures;
 pub mod fit;
 pub mod page;
+pub mod peer;
 pub mod process;
 pub mod report;
 pub mod scenario;

@@ -11,12 +11,13 @@ use arguments::{Cli, Count, Scenario};
 use clap::Parser;
 use hearth_bench::compare::Comparison;
 use hearth_bench::environment::Environment;
+use hearth_bench::figures::replaced;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
 use hearth_bench::scenario::boot::Files;
 use hearth_bench::scenario::{
-    ScenarioError, balloon, boot, churn, density, exec, fork, handoff, idle, ping, refill, replace,
-    vsock,
+    ScenarioError, balloon, boot, churn, density, exec, fork, handoff, idle, peers, ping, refill,
+    replace, vsock,
 };
 use hearth_bench::suite::{self, Effort, chain};
 use hearth_bench::sweep::Point;
@@ -48,6 +49,13 @@ fn run(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
         Scenario::Report { results, output } => {
             std::fs::write(output, page(&read(results)?))?;
             println!("{}", output.display());
+            return Ok(ExitCode::SUCCESS);
+        }
+        Scenario::Figures { results, document } => {
+            let text = std::fs::read_to_string(document)?;
+            let text = replaced(&text, &read(results)?);
+            let text = text.ok_or("the document has no place for figures")?;
+            std::fs::write(document, text)?;
             return Ok(ExitCode::SUCCESS);
         }
         Scenario::Compare { old, new } => {
@@ -105,16 +113,22 @@ async fn run_scenario(
     guests: Option<usize>,
 ) -> Result<(), ScenarioError> {
     match *scenario {
-        Scenario::Report { .. } | Scenario::Compare { .. } => Ok(()),
-        Scenario::All { quick, .. } => {
+        Scenario::Report { .. } | Scenario::Figures { .. } | Scenario::Compare { .. } => Ok(()),
+        Scenario::All {
+            quick, ref peers, ..
+        } => {
             let effort = if quick { Effort::Quick } else { Effort::Full };
-            suite::run(report, files, effort, |line| eprintln!("{line}")).await;
+            suite::run(report, files, &peers.peers(), effort, |line| {
+                eprintln!("{line}")
+            })
+            .await;
             Ok(())
         }
         Scenario::Floor(Count { n }) => fork::floor_only(report, n),
         Scenario::Fork(Count { n }) => fork::beside_floor(report, n),
         Scenario::Churn { n } => churn::run(report, files.shape, n),
         Scenario::Boot { n, forks, .. } => boot::run(report, files, n, forks).await,
+        Scenario::Peers { n, ref peers, .. } => peers::run(report, files, &peers.peers(), n).await,
         Scenario::Ping { n, .. } => ping::run(report, files, n).await,
         Scenario::Handoff { ref count, .. } => handoff::run(report, files, count.n).await,
         Scenario::Exec { n, .. } => exec::run(report, files, n).await,

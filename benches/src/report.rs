@@ -61,6 +61,9 @@ pub struct Report {
     /// How metrics grow with what was swept.
     #[serde(default)]
     pub fits: Vec<Fit>,
+    /// What is not like for like.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// What could not be measured, and why.
     pub not_measured: Vec<String>,
 }
@@ -76,6 +79,7 @@ impl Report {
             ratios: Vec::new(),
             targets: Vec::new(),
             fits: Vec::new(),
+            notes: Vec::new(),
             not_measured: Vec::new(),
         }
     }
@@ -160,7 +164,7 @@ impl Report {
 }
 
 /// A figure with as many digits as say something.
-fn figure(value: f64) -> String {
+pub(crate) fn figure(value: f64) -> String {
     match value.abs() {
         0.0 => "0".into(),
         below if below < 1.0 => format!("{value:.3}"),
@@ -205,6 +209,9 @@ impl fmt::Display for Report {
         for target in &self.targets {
             writeln!(f, "{target}")?;
         }
+        for note in &self.notes {
+            writeln!(f, "note: {note}")?;
+        }
         for why in &self.not_measured {
             writeln!(f, "NOT MEASURED: {why}")?;
         }
@@ -224,6 +231,8 @@ pub(crate) mod tests {
             kernel: "k".into(),
             profile: hearth_vmm::CpuProfile::Native,
             load: 0.0,
+            date: String::new(),
+            governor: String::new(),
         })
     }
 

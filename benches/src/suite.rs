@@ -2,11 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use crate::peer::Peers;
 use crate::report::Report;
 use crate::scenario::boot::Files;
 use crate::scenario::{
-    ScenarioError, balloon, boot, churn, density, exec, fork, handoff, idle, ping, refill, replace,
-    vsock,
+    ScenarioError, balloon, boot, churn, density, exec, fork, handoff, idle, peers, ping, refill,
+    replace, vsock,
 };
 
 /// How many samples are taken.
@@ -35,6 +36,7 @@ pub enum Step {
     Fork,
     Churn,
     Boot,
+    Peers,
     Ping,
     Handoff,
     Exec,
@@ -48,11 +50,12 @@ pub enum Step {
 
 impl Step {
     /// All, those that need no guest image first.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Floor,
         Self::Fork,
         Self::Churn,
         Self::Boot,
+        Self::Peers,
         Self::Ping,
         Self::Handoff,
         Self::Exec,
@@ -72,6 +75,7 @@ impl Step {
             Self::Fork => "fork",
             Self::Churn => "churn",
             Self::Boot => "boot",
+            Self::Peers => "peers",
             Self::Ping => "ping",
             Self::Handoff => "handoff",
             Self::Exec => "exec",
@@ -88,6 +92,7 @@ impl Step {
         self,
         report: &mut Report,
         files: Files<'_>,
+        peers: &Peers,
         effort: Effort,
     ) -> Result<(), ScenarioError> {
         let n = |quick, full| effort.of(quick, full);
@@ -96,6 +101,7 @@ impl Step {
             Self::Fork => fork::beside_floor(report, n(50, 200)),
             Self::Churn => churn::run(report, files.shape, n(10, 20)),
             Self::Boot => boot::run(report, files, n(2, 10), n(20, 50)).await,
+            Self::Peers => peers::run(report, files, peers, n(3, 10)).await,
             Self::Ping => ping::run(report, files, n(20, 50)).await,
             Self::Handoff => handoff::run(report, files, n(64, 200)).await,
             Self::Exec => exec::run(report, files, n(10, 20)).await,
@@ -113,13 +119,19 @@ impl Step {
 }
 
 /// Runs all scenarios. One that fails counts as not measured, and the next one is run.
-pub async fn run(report: &mut Report, files: Files<'_>, effort: Effort, progress: impl Fn(&str)) {
+pub async fn run(
+    report: &mut Report,
+    files: Files<'_>,
+    peers: &Peers,
+    effort: Effort,
+    progress: impl Fn(&str),
+) {
     let count = Step::ALL.len();
     for (index, step) in Step::ALL.into_iter().enumerate() {
         let name = step.name();
         progress(&format!("{} of {count}: {name}", index + 1));
         let begin = Instant::now();
-        match step.run(report, files, effort).await {
+        match step.run(report, files, peers, effort).await {
             Ok(()) => progress(&format!("    {:.1} s", begin.elapsed().as_secs_f64())),
             Err(error) => {
                 let why = chain(&error);

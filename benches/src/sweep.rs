@@ -116,6 +116,7 @@ impl Sweep {
                 target.side = side(&target.side);
                 report.targets.push(target);
             }
+            report.notes.extend(part.notes);
             let missing = part.not_measured.into_iter();
             report.not_measured.extend(missing.map(|why| side(&why)));
         }

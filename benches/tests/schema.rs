@@ -149,7 +149,8 @@ fn what_the_command_prints_is_what_the_schema_says() {
 fn what_the_schema_does_not_say_is_found() {
     let good = serde_json::json!({
         "schema": 1,
-        "env": {"version": "0", "cpu": "c", "cpus": 2, "kernel": "k", "profile": "native", "load": 0.5},
+        "env": {"version": "0", "cpu": "c", "cpus": 2, "kernel": "k", "profile": "native", "load": 0.5,
+            "date": "2026-01-31", "governor": ""},
         "results": [{"scenario": "s", "metric": "m", "unit": "us", "side": "hearth", "n": 1, "min": 1.0,
             "p50": 1.0, "p95": 1.0, "p99": 1.0, "max": 1.0, "samples": [1.0]}],
         "ratios": [{"metric": "m", "a": "a", "b": "b", "ratio": 1.0, "ci95": [0.9, 1.1], "n": 10}],
@@ -157,6 +158,7 @@ fn what_the_schema_does_not_say_is_found() {
             "bound": {"at_most": 1.0}, "figure": null}],
         "fits": [{"scenario": "s", "metric": "m", "unit": "us", "side": "hearth", "per": "MiB",
             "points": [[128, 1.0], [256, 2.0]], "base": 0.0, "slope": 0.1, "ci95": [-0.1, 0.3]}],
+        "notes": ["said"],
         "not_measured": ["why"]
     });
     assert_eq!(check(&good), [""; 0]);

@@ -48,12 +48,18 @@ fn environment(report: &Report) -> String {
         hearth_vmm::CpuProfile::Emulated => "emulated by KVM (not hardware KVM)",
     };
     format!(
-        "<p>{} × {}, Linux {}; guests' kernel mode {ring0}; load {:.1} at the start; vmm-bench {}.</p>\n",
+        "<p>{} × {}, Linux {}; guests' kernel mode {ring0}; governor {}; load {:.1} at the start; vmm-bench {}, {}.</p>\n",
         env.cpus,
         escape(&env.cpu),
         escape(&env.kernel),
+        if env.governor.is_empty() {
+            "unknown".into()
+        } else {
+            escape(&env.governor)
+        },
         env.load,
-        escape(&env.version)
+        escape(&env.version),
+        escape(&env.date)
     )
 }
 
@@ -198,6 +204,9 @@ fn ratios(report: &Report) -> String {
             );
         }
         html.push_str("</table>\n");
+    }
+    for note in &report.notes {
+        let _ = writeln!(html, "<p>Note: {}</p>", escape(note));
     }
     for why in &report.not_measured {
         let _ = writeln!(html, "<p class=\"note\">NOT MEASURED: {}</p>", escape(why));

@@ -16,7 +16,7 @@ const CHUNK: usize = 64 * 1024;
 pub(super) struct Exchange {
     /// Of the question, at least [`HEAD`].
     pub(super) asked: u32,
-    /// Of the answer.
+    /// Of the answer, at least one: without an answer to wait for, the next question would run into this one.
     pub(super) answered: u32,
 }
 
@@ -99,7 +99,7 @@ mod tests {
         let mut here = tokio::net::UnixStream::from_std(here).unwrap();
         let sizes = [8, 9, 64, 65_535, 65_536, 65_544, 65_545, 1 << 20];
         for asked in sizes {
-            for answered in [0, 1].into_iter().chain(sizes) {
+            for answered in [1].into_iter().chain(sizes) {
                 let exchange = Exchange { asked, answered };
                 exchange.on(&mut here).await.unwrap();
             }

@@ -8,6 +8,7 @@
 //!     r#"
 //!     max_concurrent_vms = 10
 //!     [profiles.python]
+//!     session = "python"
 //!     memory_mib = 256
 //!     "#,
 //! )?;

@@ -20,9 +20,10 @@ use super::stream::GuestStream;
 use super::templates::Unmade;
 use crate::profile::{Balloon, Profile};
 
-/// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's time. What is held is
-/// some 5 MiB more than it seems: a guest also counts as used what it has never touched.
-const WORTH_SQUEEZING: u64 = 4 << 20;
+/// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's time: all that is free goes
+/// through it, half a minute for 128 MiB where ring 0 is emulated. What is held is some 5 MiB more than it seems: a
+/// guest also counts as used what it has never touched.
+const WORTH_SQUEEZING: u64 = 8 << 20;
 /// How often a template's guest goes through a clone's first steps.
 const REHEARSALS: usize = 2;
 /// How long a template's guest may take to come to rest before it is frozen.
@@ -226,6 +227,12 @@ impl KvmBackend {
         guest.weigh().await;
         let held = guest.private_bytes().unwrap_or(u64::MAX);
         let target = self.spare_mib(profile);
+        tracing::debug!(
+            held,
+            in_use,
+            target,
+            "what a template's guest holds and uses"
+        );
         if target == 0 || held.saturating_sub(in_use) < WORTH_SQUEEZING {
             return;
         }

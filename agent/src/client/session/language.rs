@@ -33,6 +33,16 @@ impl Language {
         }
     }
 
+    /// Whether the interpreter that `command` starts can miss an interrupt. Bash does while it starts a program: it waits for
+    /// that first, which has not been told. The others are told once, so that code may clean up in peace.
+    pub(super) fn misses_interrupts(command: &Command) -> bool {
+        command
+            .exec
+            .argv
+            .first()
+            .is_some_and(|name| *name == "bash")
+    }
+
     /// Starts an interpreter with that program, as the user whom the guest's image is made for. To be refined: by an
     /// environment or limits, say.
     pub fn command(self) -> Command {

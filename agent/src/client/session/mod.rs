@@ -12,7 +12,7 @@ use std::{future::poll_fn, sync::Arc, task::Context, task::Poll, task::Waker, ti
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use self::{
@@ -31,6 +31,8 @@ use crate::proto::{ExitStatus, MAX_CHUNK, Request, STDIN_UNREPORTED, STDIN_WINDO
 
 /// SIGINT.
 const INTERRUPT: u8 = 2;
+/// After this time an interpreter that may have missed the interrupt is told again.
+const AGAIN: Duration = Duration::from_secs(1);
 /// SIGKILL.
 const KILL: u8 = 9;
 /// How long the guest may take to report that an interpreter was killed.
@@ -254,10 +256,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
             return Ok((reply?, false));
         }
         self.signal(INTERRUPT);
-        if let Ok(reply) = timeout(call.grace, self.reply(&mut *print)).await {
+        if let Some(reply) = self.reply_of_interrupted(call.grace, &mut *print).await {
             return Ok((reply?, true));
         }
         Ok((self.kill(print).await?, true))
+    }
+
+    /// The reply to a call that was interrupted; `None` if there is none within `grace`.
+    async fn reply_of_interrupted(
+        &mut self,
+        grace: Duration,
+        mut print: impl FnMut(OutputStream, &[u8]),
+    ) -> Option<Result<Reply, SessionError>> {
+        let until = Instant::now().checked_add(grace);
+        loop {
+            let left = until.map_or(grace, |until| {
+                until.saturating_duration_since(Instant::now())
+            });
+            let is_deaf = Language::misses_interrupts(&self.command);
+            let wait = if is_deaf { left.min(AGAIN) } else { left };
+            if let Ok(reply) = timeout(wait, self.reply(&mut print)).await {
+                return Some(reply);
+            }
+            if wait == left {
+                return None;
+            }
+            self.signal(INTERRUPT);
+        }
     }
 
     /// Brings an earlier call to its end, and sees to it that there is an interpreter.
@@ -266,9 +291,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
             // It was interrupted when it was given up. Code of which only a part was sent is not to run at all.
             let whole = self.sent == self.message.len();
             let ended = whole
-                && timeout(GIVEN_UP, self.reply(|_, _| {}))
+                && self
+                    .reply_of_interrupted(GIVEN_UP, |_, _| {})
                     .await
-                    .is_ok_and(|reply| reply.is_ok());
+                    .is_some_and(|reply| reply.is_ok());
             if !ended && !self.over {
                 self.kill(|_, _| {}).await?;
             }

@@ -33,7 +33,7 @@ struct Cli {
 enum Scenario {
     /// Fork a guest by raw ioctls, without any code of Hearth's.
     Floor(Count),
-    /// Fork a template up to its first instruction, in turns with the floor.
+    /// Fork a template up to its first instruction, with and without a ready shell, in turns with the floor.
     Fork(Count),
     /// Boot the base image to the agent's pong, then fork it to pong.
     Boot {
@@ -191,7 +191,9 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
     match cli.scenario {
         Scenario::Report { .. } | Scenario::Compare { .. } => {}
         Scenario::Floor(count) => fork::floor_only(&mut report, count.n)?,
-        Scenario::Fork(count) => fork::beside_floor(&mut report, count.n)?,
+        Scenario::Fork(count) => {
+            runtime()?.block_on(fork::beside_floor(&mut report, count.n))?;
+        }
         Scenario::Boot { n, forks, image } => {
             let image = image.files()?;
             runtime()?.block_on(boot::run(&mut report, files(&image), n, forks))?;

@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial, SerialState};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::console::Console;
 
@@ -35,10 +35,9 @@ impl std::fmt::Debug for SerialPort {
 }
 
 impl SerialPort {
-    pub(crate) fn new(console: Console) -> std::io::Result<(Self, EventFd)> {
-        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let irq = fd.try_clone()?;
-        Ok((Self(Mutex::new(Serial::new(Line(fd), console))), irq))
+    /// `irq` is the eventfd of its interrupt.
+    pub(crate) fn new(console: Console, irq: EventFd) -> Self {
+        Self(Mutex::new(Serial::new(Line(irq), console)))
     }
 
     /// The registers, for a snapshot.
@@ -50,14 +49,13 @@ impl SerialPort {
     pub(crate) fn restore(
         state: &SerialState,
         console: Console,
-    ) -> std::io::Result<(Self, EventFd)> {
-        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let irq = fd.try_clone()?;
+        irq: EventFd,
+    ) -> std::io::Result<Self> {
         // One raised shortly before the capture may not have reached the controllers.
-        fd.write(1)?;
-        let port = Serial::from_state(state, Line(fd), NoEvents, console)
+        irq.write(1)?;
+        let port = Serial::from_state(state, Line(irq), NoEvents, console)
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::InvalidData))?;
-        Ok((Self(Mutex::new(port)), irq))
+        Ok(Self(Mutex::new(port)))
     }
 
     fn lock(&self) -> MutexGuard<'_, Serial<Line, NoEvents, Console>> {

@@ -204,21 +204,13 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Makes a VM that goes on from `state` in `frame`, whose memory and images are the state's, once it is
-    /// [started](Self::start).
-    pub(crate) fn restore(state: &VmState, mut frame: Frame) -> Result<Machine, BootError> {
-        let mut times = CreateTimes::default();
+    /// Makes a VM that can go on from `state`, whose memory and images are those of `frame`. Its devices have
+    /// their state and sleep; all else is left to [`Machine::restore`].
+    pub(crate) fn shell(state: &VmState, mut frame: Frame) -> Result<Machine, BootError> {
         let start = Instant::now();
-        state.chips.restore(&frame.vm)?;
         if state.vcpus.len() != frame.vcpus.len() {
             return Err(BootError::State("not as many vCPUs as the VM has".into()));
         }
-        for (index, (saved, vcpu)) in state.vcpus.iter().zip(&frame.vcpus).enumerate() {
-            saved.restore(vcpu, index)?;
-        }
-        times.kvm = start.elapsed();
-
-        let start = Instant::now();
         let irq = frame.serial.take();
         let devices = Devices::restore(state, &frame.images, &frame.wires, irq)?;
         let mut machine = Self::assemble(state.hardware, frame, devices);
@@ -227,9 +219,43 @@ impl Machine {
                 .restore(saved)
                 .map_err(|e| BootError::State(e.to_string()))?;
         }
-        times.devices = start.elapsed();
-        machine.times = times;
+        machine.times.devices = start.elapsed();
         Ok(machine)
+    }
+
+    /// Gives a shell of `state` what is left of it. Its vCPUs have no threads yet, or wait at the gate.
+    pub(crate) fn restore(&mut self, state: &VmState) -> Result<(), BootError> {
+        let start = Instant::now();
+        let Some(vm) = &self.vm else {
+            return Err(BootError::State("the VM was taken apart".into()));
+        };
+        state.chips.restore(vm)?;
+        for (index, saved) in state.vcpus.iter().enumerate() {
+            let restore = |vcpu: &VcpuFd| saved.restore(vcpu, index);
+            match self.vcpus.get(index) {
+                Some(vcpu) => restore(vcpu)?,
+                None => self
+                    .gate
+                    .with_vcpu(index, |vcpu| restore(vcpu))
+                    .ok_or_else(|| BootError::State("a vCPU's thread is gone".into()))??,
+            }
+        }
+        self.times.kvm += start.elapsed();
+        let start = Instant::now();
+        // Now that the controllers can take interrupts.
+        for transport in &self.board.virtio {
+            lock(transport).begin();
+        }
+        if let Some(serial) = &self.board.serial {
+            serial.begin();
+        }
+        self.times.devices += start.elapsed();
+        Ok(())
+    }
+
+    /// Waits until the threads of the vCPUs, if they were started, are at the gate.
+    pub(crate) fn settle(&self) -> bool {
+        self.gate.settle(Instant::now() + STOP_BOUND)
     }
 
     /// All but the vCPUs' threads and the service of the devices.
@@ -363,7 +389,7 @@ impl Machine {
 
     fn take_apart(&mut self) {
         self.ending.report(Exit::Killed);
-        let stopped = self.gate.settle(Instant::now() + STOP_BOUND);
+        let stopped = self.settle();
         self.detach();
         self.vcpus.clear();
         self.stats.clear();
@@ -560,6 +586,7 @@ pub(crate) fn restore_devices(state: &VmState) -> Result<(), BootError> {
         transport
             .restore(saved)
             .map_err(|e| BootError::State(e.to_string()))?;
+        transport.begin();
         let mut runs = std::iter::repeat_with(|| transport.run()).take(RUNS);
         let _ = runs.find(|progress| *progress == crate::virtio::Progress::Idle);
     }

@@ -45,17 +45,21 @@ impl SerialPort {
         self.lock().state()
     }
 
-    /// A port that goes on from `state`.
+    /// A port that goes on from `state`, once it [begins](Self::begin).
     pub(crate) fn restore(
         state: &SerialState,
         console: Console,
         irq: EventFd,
     ) -> std::io::Result<Self> {
-        // One raised shortly before the capture may not have reached the controllers.
-        irq.write(1)?;
         let port = Serial::from_state(state, Line(irq), NoEvents, console)
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::InvalidData))?;
         Ok(Self(Mutex::new(port)))
+    }
+
+    /// Raises its interrupt: one raised shortly before the capture may not have reached the controllers.
+    pub(crate) fn begin(&self) {
+        // The line takes every interrupt (see `Line`).
+        let _ = self.lock().interrupt_evt().trigger();
     }
 
     fn lock(&self) -> MutexGuard<'_, Serial<Line, NoEvents, Console>> {

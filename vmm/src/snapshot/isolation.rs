@@ -82,7 +82,7 @@ fn digest_of(template: &Template) -> manifest::Digest {
 /// A clone whose memory the test can see.
 fn clone_of(template: &Template) -> (Vm, GuestRam) {
     let shell = template.shell().unwrap();
-    let ram = shell.ram().clone();
+    let ram = shell.ram();
     (shell.fork_paused().unwrap(), ram)
 }
 

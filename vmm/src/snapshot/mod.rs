@@ -1,7 +1,7 @@
 //! Templates: a guest that was booted once, frozen, and is forked copy-on-write.
 //!
 //! Capture order: vCPUs wait at the gate, devices, KVM state, memory. Restore order: memory slots,
-//! interrupt controllers, CPUID (up to here it is a [`Shell`]), clock, vCPUs, devices. A [`Template`]'s memory is a sealed memfd:
+//! interrupt controllers, CPUID, devices (up to here it is a [`Shell`]), clock, vCPUs, pending interrupts. A [`Template`]'s memory is a sealed memfd:
 //! no clone, and nothing else, can change it.
 
 #[cfg(any(test, feature = "testing"))]
@@ -40,6 +40,7 @@ use crate::host::HostError;
 use crate::kvm::KvmError;
 use crate::machine::{BootError, Hardware, Machine};
 use crate::memory::seal;
+use crate::vcpu::gate::Want;
 use crate::virtio::mmio::TransportState;
 use crate::vm::{PauseError, Vm};
 
@@ -101,7 +102,7 @@ impl Template {
     /// # Errors
     /// [`BootError`] when the host refuses; nothing is left behind.
     pub fn fork(&self) -> Result<Vm, BootError> {
-        self.shell()?.fork()
+        shell::fork(self, Want::Run)
     }
 
     /// As [`Template::fork`], but the VM does not run before [`Vm::resume`].
@@ -109,10 +110,10 @@ impl Template {
     /// # Errors
     /// As [`Template::fork`].
     pub fn fork_paused(&self) -> Result<Vm, BootError> {
-        self.shell()?.fork_paused()
+        shell::fork(self, Want::Pause)
     }
 
-    /// The part of a fork that can be made ahead of demand: [`Shell::fork`] does the rest.
+    /// The part of a fork that can be made ahead of demand: [`Shell::fork`] does the rest, in a fraction of the time.
     ///
     /// # Errors
     /// As [`Template::fork`].

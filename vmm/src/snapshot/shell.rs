@@ -1,7 +1,7 @@
 //! Shells: what of a clone is made ahead of demand.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::{Frozen, Template};
 use crate::frame::Frame;
@@ -12,40 +12,32 @@ use crate::vcpu::gate::Want;
 use crate::vcpu::runner::Crew;
 use crate::vm::Vm;
 
-/// A clone of a template without the template's state: KVM's VM with its memory, vCPUs and the wires of its
-/// devices, and threads that wait for the vCPUs. It is most of the work of a fork, and can be made ahead of demand.
+/// A clone of a template that has all but the state of its processors, interrupt controllers and clock: most of the
+/// work of a fork, made ahead of demand. See [`Template::shell`].
 ///
 /// A shell costs the host what a parked clone does but for the clone's own pages (it has none), and does nothing.
-/// Dropping it releases all of that, which takes up to some milliseconds.
+/// Dropping it releases all of that, off the caller's thread.
 #[derive(Debug)]
 pub struct Shell {
-    // Before the frame: threads that are not needed do not wait for KVM.
-    crew: Crew,
-    frame: Frame,
+    vm: Vm,
     frozen: Arc<Frozen>,
-    count_instructions: bool,
-    took: Duration,
 }
 
 impl Shell {
     pub(super) fn of(template: &Template) -> Result<Self, BootError> {
-        let start = Instant::now();
-        let host = Host::get()?;
-        let state = &template.frozen.state;
-        let hardware = state.hardware;
-        let memory = Arc::clone(&template.frozen.memory);
-        let ram = GuestRam::map_file(memory, hardware.memory_bytes, Sharing::Private)?;
-        let images = saved_images(state)?;
+        let mut machine = assemble(template)?;
+        let hardware = machine.hardware;
+        machine.start(Crew::muster(hardware.vcpus, hardware.limits)?, Want::Pause)?;
+        if !machine.settle() {
+            return Err(BootError::State("its threads do not come to wait".into()));
+        }
         Ok(Self {
-            crew: Crew::muster(hardware.vcpus, hardware.limits)?,
-            frame: Frame::new(host, hardware, ram, images)?,
+            vm: Vm::of(machine),
             frozen: Arc::clone(&template.frozen),
-            count_instructions: template.count_instructions,
-            took: start.elapsed(),
         })
     }
 
-    /// As [`Template::fork`].
+    /// As [`Template::fork`], from here on.
     ///
     /// # Errors
     /// As [`Template::fork`].
@@ -53,7 +45,7 @@ impl Shell {
         self.begin(Want::Run)
     }
 
-    /// As [`Template::fork_paused`].
+    /// As [`Template::fork_paused`], from here on.
     ///
     /// # Errors
     /// As [`Template::fork_paused`].
@@ -62,18 +54,41 @@ impl Shell {
     }
 
     fn begin(self, want: Want) -> Result<Vm, BootError> {
-        let mut machine = Machine::restore(&self.frozen.state, self.frame)?;
-        machine.times.kvm += self.took;
-        if self.count_instructions {
-            machine.count_instructions();
-        }
-        machine.start(self.crew, want)?;
-        Ok(Vm::of(machine))
+        let Self { mut vm, frozen } = self;
+        vm.restore(&frozen.state, want)?;
+        Ok(vm)
     }
 
     /// The memory that the clone will have.
     #[cfg(test)]
-    pub(super) fn ram(&self) -> &GuestRam {
-        &self.frame.ram
+    pub(super) fn ram(&self) -> GuestRam {
+        self.vm.ram().unwrap()
     }
+}
+
+/// All of a clone but its state and its threads.
+fn assemble(template: &Template) -> Result<Machine, BootError> {
+    let start = Instant::now();
+    let host = Host::get()?;
+    let state = &template.frozen.state;
+    let memory = Arc::clone(&template.frozen.memory);
+    let ram = GuestRam::map_file(memory, state.hardware.memory_bytes, Sharing::Private)?;
+    let frame = Frame::new(host, state.hardware, ram, saved_images(state)?)?;
+    let took = start.elapsed();
+    let mut machine = Machine::shell(state, frame)?;
+    machine.times.kvm = took;
+    if template.count_instructions {
+        machine.count_instructions();
+    }
+    Ok(machine)
+}
+
+/// A clone without a shell of its own: its threads get their vCPUs when those have their state, and need not be woken
+/// a second time.
+pub(super) fn fork(template: &Template, want: Want) -> Result<Vm, BootError> {
+    let mut machine = assemble(template)?;
+    machine.restore(&template.frozen.state)?;
+    let hardware = machine.hardware;
+    machine.start(Crew::muster(hardware.vcpus, hardware.limits)?, want)?;
+    Ok(Vm::of(machine))
 }

@@ -104,13 +104,10 @@ impl Vcpu {
         let gate = Arc::clone(&self.gate);
         if let (Some(seat), Some(fd)) = (gate.seat(self.index), self.fd.take()) {
             let run = AssertUnwindSafe(|| {
-                let failed = |error: String| self.ending.report(Exit::Failed(error));
-                if let Err(error) = seat.kicker.enlist() {
-                    failed(error.to_string());
-                }
+                seat.kicker.enlist();
                 match ready {
                     Ok(meter) => self.run_until_stopped(fd, meter),
-                    Err(error) => failed(error.to_owned()),
+                    Err(error) => self.ending.report(Exit::Failed(error.to_owned())),
                 }
             });
             if catch_unwind(run).is_err() {
@@ -138,8 +135,9 @@ impl Vcpu {
         let mut has_run = false;
         loop {
             if gate.is_closed() {
-                if has_run {
-                    prepare_to_wait(&mut fd, board, ending, exits);
+                match has_run {
+                    true => prepare_to_wait(&mut fd, board, ending, exits),
+                    false => warm_up(&mut fd),
                 }
                 match gate.pass(*index, fd) {
                     Some(back) => fd = back,
@@ -183,6 +181,15 @@ impl Vcpu {
             }
         }
     }
+}
+
+/// Enters KVM, and leaves it before the guest: what a VM that runs needs of KVM (on some hosts a thread) is made
+/// before anybody waits for the guest.
+fn warm_up(fd: &mut VcpuFd) {
+    fd.set_kvm_immediate_exit(1);
+    // EINTR is the expected answer. What is wrong the first run says too.
+    let _ = fd.run();
+    fd.set_kvm_immediate_exit(0);
 }
 
 /// Brings the vCPU to a point at which its state is whole, without running the guest: completes an exit

@@ -140,6 +140,7 @@ fn serve(todo: &Receiver<Job>, limits: Limits, account: Option<&Account>) {
 
 /// What a thread can only do before it is confined, and that.
 fn prepare(limits: Limits, account: Option<&Account>) -> Result<Option<Meter<'_>>, String> {
+    kick::let_in().map_err(|error| error.to_string())?;
     let meter = account.map(Meter::start).transpose();
     let meter = meter.map_err(|error| VcpuError::Timer(error).to_string())?;
     if limits.seccomp {

@@ -2,7 +2,7 @@
 # The work is done by cargo and by the scripts in .ci/; this file only names the entrances.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint fuzz-smoke image packages
+.PHONY: help demo test test-long lint fuzz-smoke bench counts image packages
 
 CARGO ?= cargo
 
@@ -21,8 +21,16 @@ test-long: packages ## Runs the tests that take longer
 lint: ## Checks formatting, clippy and the documentation
 	@.ci/test lint
 
-fuzz-smoke: ## Runs each fuzz target for a few seconds; needs a nightly compiler and cargo-fuzz
+fuzz-smoke: ## Runs each fuzz target for a few seconds; needs a nightly compiler
 	@.ci/fuzz-smoke
+
+bench: packages ## Measures everything for some minutes and writes the figures into README.md; QEMU=PATH, FIRECRACKER=PATH add peers
+	@$(CARGO) run --quiet --locked --release --package hearth-bench -- all \
+		$(if $(QEMU),--qemu $(QEMU)) $(if $(FIRECRACKER),--firecracker $(FIRECRACKER))
+	@$(CARGO) run --quiet --locked --release --package hearth-bench -- figures bench-results/results.json README.md
+
+counts: packages ## Compares instruction counts of the hot paths with benches/counts.txt; needs valgrind
+	@.ci/counts || [ $$? = 77 ]
 
 image: packages ## Builds the guest's kernel and initramfs, unless they are cached
 	@$(CARGO) run --quiet --locked --package hearth-pool --features cli -- image build base

@@ -64,8 +64,9 @@ fn exec() -> impl Strategy<Value = Exec> {
         any::<bool>(),
     );
     let terminal = option::of((any::<u16>(), any::<u16>()));
-    (what, how, option::of(user()), limits(), clock(), terminal).prop_map(
-        |(what, how, user, limits, wall_clock, terminal)| Exec {
+    let outputs = (terminal, any::<bool>());
+    (what, how, option::of(user()), limits(), clock(), outputs).prop_map(
+        |(what, how, user, limits, wall_clock, (terminal, results))| Exec {
             argv: what.0,
             env: what.1,
             clear_env: what.2,
@@ -88,6 +89,7 @@ fn exec() -> impl Strategy<Value = Exec> {
             limits,
             wall_clock,
             terminal: terminal.map(|(rows, columns)| WindowSize { rows, columns }),
+            results,
         },
     )
 }
@@ -232,6 +234,7 @@ fn responses_come_back() {
         Response::Started { pid: 77 },
         Response::Stdout(&data),
         Response::Stderr(b""),
+        Response::Results(&data),
         Response::StdinTaken(u32::MAX),
         Response::StdinClosed,
         Response::Failed(SpawnFailure::MissingInterpreter {
@@ -320,7 +323,7 @@ fn the_wire_is_pinned() {
     };
     assert_eq!(
         bytes(Request::Exec(Box::new(exec))),
-        b"\x15\0\0\0\x01\x01\x01a\0\0\0\0\0\x01\x01\0\0\0\0\0\0\0\0\0\0"
+        b"\x16\0\0\0\x01\x01\x01a\0\0\0\0\0\x01\x01\0\0\0\0\0\0\0\0\0\0\0"
     );
     assert_eq!(bytes(Request::Stdin(b"xy")), b"\x04\0\0\0\x02\x02xy");
     assert_eq!(bytes(Request::StdinEof), b"\x01\0\0\0\x03");

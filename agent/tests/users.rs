@@ -11,8 +11,8 @@ mod common;
 
 use common::{Agent, sh};
 use hearth_agent::{
-    client::{Command, ExecError},
-    proto::SpawnFailure,
+    client::{Command, ExecError, OutputLimits},
+    proto::{Input, SpawnFailure},
 };
 
 const WHO: &str = "id -u; id -g; echo $HOME $USER $LOGNAME; pwd";
@@ -47,6 +47,30 @@ async fn a_name_leads_to_ids_home_and_environment() {
     assert_eq!(said(&agent, command).await, "/elsewhere root\n/usr\n");
     let command = sh("echo -$HOME-$USER-").user_name("root").env_clear();
     assert_eq!(said(&agent, command).await, "---\n");
+}
+
+#[tokio::test]
+async fn a_user_can_open_its_streams_by_name_and_the_rest_is_left_alone() {
+    if !rustix::process::geteuid().is_root() {
+        let skipped = b"\nNOT MEASURED: only root can run a program as somebody else\n";
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), skipped);
+        return;
+    }
+    let agent = Agent::start().await;
+    let command = sh("cat /dev/stdin > /dev/stdout; echo err > /dev/stderr").user_name("nobody");
+    let exec = agent.exec(command.clone().stdin(Input::Pipe)).await;
+    let output = exec
+        .output_with(b"in", OutputLimits::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        (&*output.stdout, &*output.stderr),
+        (&b"in"[..], &b"err\n"[..]),
+        "{output:?}"
+    );
+    agent.output(command).await;
+    let null = std::fs::metadata("/dev/null").unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&null), 0);
 }
 
 #[tokio::test]

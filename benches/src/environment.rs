@@ -1,5 +1,7 @@
 //! What the figures were measured on.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use hearth_vmm::{CpuProfile, Host, HostError};
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +20,12 @@ pub struct Environment {
     pub profile: CpuProfile,
     /// Load average of the last minute at the start.
     pub load: f64,
+    /// Day of the run (UTC), as 2026-01-31; empty in results that are older than this field.
+    #[serde(default)]
+    pub date: String,
+    /// What chooses the processor's frequency; empty if the host does not say.
+    #[serde(default)]
+    pub governor: String,
 }
 
 impl Environment {
@@ -42,6 +50,55 @@ impl Environment {
                 .next()
                 .and_then(|load| load.parse().ok())
                 .unwrap_or(0.0),
+            date: day(SystemTime::now()),
+            governor: read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+                .trim()
+                .to_owned(),
         })
+    }
+}
+
+/// The day of a moment in UTC, by the Gregorian calendar (H. Hinnant, "chrono-compatible low-level date algorithms").
+fn day(moment: SystemTime) -> String {
+    let seconds = moment
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    // Days from 0000-03-01: leap days end the years, and 400 of these are 146,097 days.
+    let days = seconds / 86_400 + 719_468;
+    let (era, of_era) = (days / 146_097, days % 146_097);
+    let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let (month, later) = if month < 10 {
+        (month + 3, 0)
+    } else {
+        (month - 9, 1)
+    };
+    format!("{:04}-{month:02}-{day:02}", era * 400 + year + later)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn days_are_those_of_the_calendar() {
+        for (days, name) in [
+            (0, "1970-01-01"),
+            (58, "1970-02-28"),
+            (59, "1970-03-01"),
+            (789, "1972-02-29"),
+            (11_016, "2000-02-29"),
+            (19_722, "2023-12-31"),
+            (19_723, "2024-01-01"),
+            (47_540, "2100-02-28"),
+            (47_541, "2100-03-01"),
+        ] {
+            let noon = UNIX_EPOCH + Duration::from_secs(days * 86_400 + 43_200);
+            assert_eq!(day(noon), name);
+        }
     }
 }

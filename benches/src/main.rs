@@ -1,168 +1,39 @@
 //! `vmm-bench`: see `vmm-bench --help`.
 
-use std::path::{Path, PathBuf};
+mod arguments;
+
+use std::error::Error;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use arguments::{Cli, Count, Scenario};
+use clap::Parser;
 use hearth_bench::compare::Comparison;
 use hearth_bench::environment::Environment;
+use hearth_bench::figures::replaced;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
-use hearth_bench::scenario::{boot, density, fork, handoff, idle, ping, refill, replace};
-use hearth_images::{Images, ImagesError, Silent};
-
-/// Measures what Hearth's steps cost on this machine, beside the bare ioctls that they consist of.
-///
-/// Close other programs first: figures from a busy machine say little. Ratios come with a 95 %
-/// confidence interval, and are refused when too few samples stand behind them.
-#[derive(Parser)]
-#[command(version)]
-struct Cli {
-    #[command(subcommand)]
-    scenario: Scenario,
-    /// Print JSON with all samples instead of the table.
-    #[arg(long, global = true)]
-    json: bool,
-    /// End with exit code 1 if a figure misses its target, or was not measured.
-    #[arg(long, global = true)]
-    check: bool,
-}
-
-#[derive(Subcommand)]
-enum Scenario {
-    /// Fork a guest by raw ioctls, without any code of Hearth's.
-    Floor(Count),
-    /// Fork a template up to its first instruction, with and without a ready shell, in turns with the floor.
-    Fork(Count),
-    /// Boot the base image to the agent's pong, then fork it to pong.
-    Boot {
-        /// Boots (each takes seconds where ring 0 is emulated).
-        #[arg(short, default_value_t = 3)]
-        n: usize,
-        /// Forks of the booted guest.
-        #[arg(long, default_value_t = 50)]
-        forks: usize,
-        #[command(flatten)]
-        image: Image,
-    },
-    /// Make a page with charts of a run's JSON.
-    Report {
-        /// What a run printed with --json.
-        results: PathBuf,
-        /// The page.
-        #[arg(short, long, default_value = "report.html")]
-        output: PathBuf,
-    },
-    /// Compare two runs' JSON; exit code 1 if anything became slower.
-    Compare {
-        /// The run before.
-        old: PathBuf,
-        /// The run after.
-        new: PathBuf,
-    },
-    /// Take guests from a warm pool: alone, up to their first pong, in a burst, during a refill.
-    Handoff {
-        #[command(flatten)]
-        count: Count,
-        #[command(flatten)]
-        image: Image,
-    },
-    /// Talk to the agent of a clone: pings, fresh connections, a new identity.
-    Ping {
-        /// Exchanges of each kind.
-        #[arg(short, default_value_t = 50)]
-        n: usize,
-        #[command(flatten)]
-        image: Image,
-    },
-    /// Refill an emptied pool from a template, and make guests one by one.
-    Refill {
-        /// Times that the pool is emptied.
-        #[arg(short, default_value_t = 10)]
-        n: usize,
-        /// Guests made one by one.
-        #[arg(long, default_value_t = 50)]
-        forks: usize,
-        #[command(flatten)]
-        image: Image,
-    },
-    /// End parked guests in every way, and wait for their replacements.
-    Replace {
-        /// Times, for each way.
-        #[arg(short, default_value_t = 10)]
-        n: usize,
-        #[command(flatten)]
-        image: Image,
-    },
-    /// Keep many parked clones of one guest alive at once: memory, threads and time of each.
-    Density {
-        /// Clones; each takes six descriptors (ulimit -n) and a thread.
-        #[arg(short, default_value_t = 100)]
-        n: usize,
-        #[command(flatten)]
-        image: Image,
-    },
-    /// Leave a full pool alone, paused and running.
-    Idle {
-        /// Guests of the pool.
-        #[arg(short, default_value_t = 20)]
-        n: usize,
-        /// How long, for each way to park.
-        #[arg(long, default_value_t = 30)]
-        seconds: u64,
-        #[command(flatten)]
-        image: Image,
-    },
-}
-
-#[derive(Args)]
-struct Image {
-    /// A kernel of your own; the cached base image when not given.
-    #[arg(long, requires = "initramfs")]
-    kernel: Option<PathBuf>,
-    /// An initramfs with the agent.
-    #[arg(long, requires = "kernel")]
-    initramfs: Option<PathBuf>,
-}
-
-impl Image {
-    fn files(self) -> Result<(PathBuf, PathBuf), ImagesError> {
-        match (self.kernel, self.initramfs) {
-            (Some(kernel), Some(initramfs)) => Ok((kernel, initramfs)),
-            _ => {
-                let image = Images::open(None)?.base(&Silent)?;
-                Ok((image.kernel, image.initramfs))
-            }
-        }
-    }
-}
-
-#[derive(Args)]
-struct Count {
-    /// Samples of each side.
-    #[arg(short, default_value_t = 200)]
-    n: usize,
-}
+use hearth_bench::scenario::boot::Files;
+use hearth_bench::scenario::{
+    ScenarioError, balloon, boot, churn, density, exec, fork, handoff, idle, peers, ping, refill,
+    replace, vsock,
+};
+use hearth_bench::suite::{self, Effort, chain};
+use hearth_bench::sweep::Point;
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    match run(&Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
-            eprint!("vmm-bench: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                eprint!(": {error}");
-                cause = error.source();
-            }
-            eprintln!();
+            eprintln!("vmm-bench: {}", chain(&*error));
             // 1 is what a comparison says.
             ExitCode::from(2)
         }
     }
 }
 
-fn read(path: &Path) -> Result<Report, Box<dyn std::error::Error>> {
+fn read(path: &Path) -> Result<Report, Box<dyn Error>> {
     let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let text = std::fs::read_to_string(path).map_err(|e| named(&e))?;
     let report: Report = serde_json::from_str(&text).map_err(|e| named(&e))?;
@@ -173,11 +44,18 @@ fn read(path: &Path) -> Result<Report, Box<dyn std::error::Error>> {
     Ok(report)
 }
 
-fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
+fn run(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
     match &cli.scenario {
         Scenario::Report { results, output } => {
             std::fs::write(output, page(&read(results)?))?;
             println!("{}", output.display());
+            return Ok(ExitCode::SUCCESS);
+        }
+        Scenario::Figures { results, document } => {
+            let text = std::fs::read_to_string(document)?;
+            let text = replaced(&text, &read(results)?);
+            let text = text.ok_or("the document has no place for figures")?;
+            std::fs::write(document, text)?;
             return Ok(ExitCode::SUCCESS);
         }
         Scenario::Compare { old, new } => {
@@ -188,40 +66,20 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
         _ => {}
     }
     let mut report = Report::new(Environment::here()?);
-    match cli.scenario {
-        Scenario::Report { .. } | Scenario::Compare { .. } => {}
-        Scenario::Floor(count) => fork::floor_only(&mut report, count.n)?,
-        Scenario::Fork(count) => {
-            runtime()?.block_on(fork::beside_floor(&mut report, count.n))?;
+    match &cli.sweep {
+        None => measure(&cli.scenario, &mut report, Point::default())?,
+        Some(sweep) if cli.scenario.keys().contains(&sweep.key) => {
+            let each = |report: &mut Report, point| measure(&cli.scenario, report, point);
+            sweep.run(&mut report, each)?;
         }
-        Scenario::Boot { n, forks, image } => {
-            let image = image.files()?;
-            runtime()?.block_on(boot::run(&mut report, files(&image), n, forks))?;
-        }
-        Scenario::Handoff { count, image } => {
-            let image = image.files()?;
-            runtime()?.block_on(handoff::run(&mut report, files(&image), count.n))?;
-        }
-        Scenario::Ping { n, image } => {
-            let image = image.files()?;
-            runtime()?.block_on(ping::run(&mut report, files(&image), n))?;
-        }
-        Scenario::Density { n, image } => {
-            let image = image.files()?;
-            runtime()?.block_on(density::run(&mut report, files(&image), n))?;
-        }
-        Scenario::Refill { n, forks, image } => {
-            let image = image.files()?;
-            runtime()?.block_on(refill::run(&mut report, files(&image), n, forks))?;
-        }
-        Scenario::Replace { n, image } => {
-            let image = image.files()?;
-            runtime()?.block_on(replace::run(&mut report, files(&image), n))?;
-        }
-        Scenario::Idle { n, seconds, image } => {
-            let (image, time) = (image.files()?, Duration::from_secs(seconds));
-            runtime()?.block_on(idle::run(&mut report, files(&image), n, time))?;
-        }
+        Some(_) => return Err("this scenario has no such size to sweep; see --help".into()),
+    }
+    if let Scenario::All { output, .. } = &cli.scenario {
+        std::fs::create_dir_all(output)?;
+        let (results, charts) = (output.join("results.json"), output.join("report.html"));
+        std::fs::write(&results, serde_json::to_string(&report)?)?;
+        std::fs::write(&charts, page(&report))?;
+        eprintln!("{} and {}", results.display(), charts.display());
     }
     if cli.json {
         println!("{}", serde_json::to_string(&report)?);
@@ -231,12 +89,57 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
     Ok(ExitCode::from(u8::from(cli.check && report.misses())))
 }
 
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_time()
-        .build()
+/// Runs one scenario at one size.
+fn measure(scenario: &Scenario, report: &mut Report, point: Point) -> Result<(), Box<dyn Error>> {
+    // Scenarios without a guest do without an image, too.
+    let (kernel, initramfs) = match scenario.image() {
+        Some(image) => image.files()?,
+        None => Default::default(),
+    };
+    let files = Files {
+        kernel: &kernel,
+        initramfs: &initramfs,
+        shape: point.shape,
+    };
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let measured = run_scenario(scenario, report, files, point.guests);
+    Ok(runtime.enable_all().build()?.block_on(measured)?)
 }
 
-fn files((kernel, initramfs): &(PathBuf, PathBuf)) -> boot::Files<'_> {
-    boot::Files { kernel, initramfs }
+async fn run_scenario(
+    scenario: &Scenario,
+    report: &mut Report,
+    files: Files<'_>,
+    guests: Option<usize>,
+) -> Result<(), ScenarioError> {
+    match *scenario {
+        Scenario::Report { .. } | Scenario::Figures { .. } | Scenario::Compare { .. } => Ok(()),
+        Scenario::All {
+            quick, ref peers, ..
+        } => {
+            let effort = if quick { Effort::Quick } else { Effort::Full };
+            suite::run(report, files, &peers.peers(), effort, |line| {
+                eprintln!("{line}")
+            })
+            .await;
+            Ok(())
+        }
+        Scenario::Floor(Count { n }) => fork::floor_only(report, n),
+        Scenario::Fork(Count { n }) => fork::beside_floor(report, n).await,
+        Scenario::Churn { n } => churn::run(report, files.shape, n).await,
+        Scenario::Boot { n, forks, .. } => boot::run(report, files, n, forks).await,
+        Scenario::Peers { n, ref peers, .. } => peers::run(report, files, &peers.peers(), n).await,
+        Scenario::Ping { n, .. } => ping::run(report, files, n).await,
+        Scenario::Handoff { ref count, .. } => handoff::run(report, files, count.n).await,
+        Scenario::Exec { n, .. } => exec::run(report, files, n).await,
+        Scenario::Refill { n, forks, .. } => refill::run(report, files, n, forks).await,
+        Scenario::Replace { n, .. } => replace::run(report, files, n).await,
+        Scenario::Density { n, .. } => density::run(report, files, guests.unwrap_or(n)).await,
+        Scenario::Vsock { n, .. } => vsock::run(report, files, n).await,
+        Scenario::Balloon { n, touches, .. } => balloon::run(report, files, n, touches).await,
+        Scenario::Idle { n, seconds, .. } => {
+            let time = Duration::from_secs(seconds);
+            idle::run(report, files, guests.unwrap_or(n), time).await
+        }
+    }
 }

@@ -10,6 +10,10 @@ pub struct Held {
     pub threads: usize,
     /// Open descriptors.
     pub fds: usize,
+    /// Mappings of files, of those in memory as well.
+    pub mappings: usize,
+    /// Resident memory of this process in KiB.
+    pub rss_kib: u64,
     /// Memory of this process in KiB, what it shares divided among those who share it (`Pss`).
     pub pss_kib: u64,
     /// Memory of the host that could still be used, in KiB (`MemAvailable`).
@@ -26,6 +30,8 @@ impl Held {
             threads: count("/proc/self/task")?,
             // One of them is that of the directory itself.
             fds: count("/proc/self/fd")?.saturating_sub(1),
+            mappings: mappings()?,
+            rss_kib: kib("/proc/self/status", "VmRSS:")?,
             pss_kib: kib("/proc/self/smaps_rollup", "Pss:")?,
             available_kib: kib("/proc/meminfo", "MemAvailable:")?,
         })
@@ -34,6 +40,15 @@ impl Held {
 
 fn count(dir: &str) -> io::Result<usize> {
     Ok(fs::read_dir(dir)?.count())
+}
+
+/// Plain memory is left out: the allocator and the C library map it as they please.
+fn mappings() -> io::Result<usize> {
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    let names = maps
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(5));
+    Ok(names.filter(|name| !name.starts_with('[')).count())
 }
 
 /// The figure of the line that begins with `name`.
@@ -68,6 +83,7 @@ mod tests {
             after.pss_kib > before.pss_kib + (50 << 10),
             "{before:?} {after:?}"
         );
+        assert!(after.rss_kib > before.rss_kib + (50 << 10));
         drop((waits, files, memory));
         thread.join().unwrap().unwrap_err();
     }

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::environment::Environment;
+use crate::fit::Fit;
 use crate::stats::{Ratio, Summary};
 use crate::target::{Bound, Statistic, Target};
 
@@ -57,6 +58,12 @@ pub struct Report {
     /// Figures beside what they should be.
     #[serde(default)]
     pub targets: Vec<Target>,
+    /// How metrics grow with what was swept.
+    #[serde(default)]
+    pub fits: Vec<Fit>,
+    /// What is not like for like.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// What could not be measured, and why.
     pub not_measured: Vec<String>,
 }
@@ -71,6 +78,8 @@ impl Report {
             results: Vec::new(),
             ratios: Vec::new(),
             targets: Vec::new(),
+            fits: Vec::new(),
+            notes: Vec::new(),
             not_measured: Vec::new(),
         }
     }
@@ -154,6 +163,16 @@ impl Report {
     }
 }
 
+/// A figure with as many digits as say something.
+pub(crate) fn figure(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".into(),
+        below if below < 1.0 => format!("{value:.3}"),
+        below if below < 10.0 => format!("{value:.2}"),
+        _ => format!("{value:.1}"),
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let env = &self.env;
@@ -169,10 +188,11 @@ impl fmt::Display for Report {
         )?;
         for row in &self.results {
             let s = &row.summary;
+            let [min, p50, p99, max] = [s.min, s.p50, s.p99, s.max].map(figure);
             writeln!(
                 f,
-                "{:<10} {:<34} {:<12} {:>5} {:>11.1} {:>11.1} {:>11.1} {:>11.1}  {}",
-                row.scenario, row.metric, row.side, s.n, s.min, s.p50, s.p99, s.max, row.unit
+                "{:<10} {:<34} {:<12} {:>5} {min:>11} {p50:>11} {p99:>11} {max:>11}  {}",
+                row.scenario, row.metric, row.side, s.n, row.unit
             )?;
         }
         for row in &self.ratios {
@@ -183,8 +203,14 @@ impl fmt::Display for Report {
                 row.metric, row.a, row.b, r.ratio, r.ci95[0], r.ci95[1], r.n
             )?;
         }
+        for fit in &self.fits {
+            writeln!(f, "{fit}")?;
+        }
         for target in &self.targets {
             writeln!(f, "{target}")?;
+        }
+        for note in &self.notes {
+            writeln!(f, "note: {note}")?;
         }
         for why in &self.not_measured {
             writeln!(f, "NOT MEASURED: {why}")?;
@@ -205,6 +231,8 @@ pub(crate) mod tests {
             kernel: "k".into(),
             profile: hearth_vmm::CpuProfile::Native,
             load: 0.0,
+            date: String::new(),
+            governor: String::new(),
         })
     }
 

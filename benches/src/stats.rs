@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 
 /// Fewest samples a side that a ratio is made of.
 pub const MIN_SAMPLES: usize = 10;
+/// A confidence interval whose ends lie further apart than this says nothing: the machine was too noisy.
+pub const MOST_SPREAD: f64 = 2.0;
 /// Resamples of the bootstrap.
 const RESAMPLES: usize = 2000;
 
@@ -55,7 +57,7 @@ impl Ratio {
     /// The ratio of the medians of `a` and `b`; the reason if it would mean nothing.
     ///
     /// # Errors
-    /// Fewer than [`MIN_SAMPLES`] on a side, or a median of zero.
+    /// Fewer than [`MIN_SAMPLES`] on a side, a median of zero, or an interval wider than [`MOST_SPREAD`].
     pub fn of(a: &[f64], b: &[f64]) -> Result<Self, String> {
         let n = a.len().min(b.len());
         if n < MIN_SAMPLES {
@@ -63,20 +65,25 @@ impl Ratio {
                 "{n} samples on a side; a ratio needs {MIN_SAMPLES}"
             ));
         }
-        let median = |samples: &[f64]| quantile(&sorted(samples), 0.5).unwrap_or(0.0);
         if median(b) <= 0.0 {
             return Err("the other side's median is zero".into());
         }
-        // A fixed seed: the same samples give the same interval.
-        let mut random = SplitMix(0x9e37_79b9_7f4a_7c15);
+        let mut random = SplitMix::new();
         let mut ratios: Vec<f64> = (0..RESAMPLES)
             .map(|_| median(&random.resample(a)) / median(&random.resample(b)))
             .collect();
         ratios.sort_by(f64::total_cmp);
         let bound = |q| quantile(&ratios, q).unwrap_or(f64::NAN);
+        let [low, high] = [bound(0.025), bound(0.975)];
+        // A side of a rate may be zero in a resample: no number, and no ratio either.
+        if !(low > 0.0 && high <= low * MOST_SPREAD) {
+            return Err(format!(
+                "too noisy: the ratio lies between {low:.3} and {high:.3}"
+            ));
+        }
         Ok(Self {
             ratio: median(a) / median(b),
-            ci95: [bound(0.025), bound(0.975)],
+            ci95: [low, high],
             n,
         })
     }
@@ -86,11 +93,10 @@ impl Ratio {
 /// two-sided, over 2,000 ways to deal all samples to the two sides. Between 1/2,001 and 1.
 #[must_use]
 pub fn chance(a: &[f64], b: &[f64]) -> f64 {
-    let median = |samples: &[f64]| quantile(&sorted(samples), 0.5).unwrap_or(0.0);
     let apart = |a: &[f64], b: &[f64]| (median(a) - median(b)).abs();
     let seen = apart(a, b);
     let mut all = [a, b].concat();
-    let mut random = SplitMix(0x9e37_79b9_7f4a_7c15);
+    let mut random = SplitMix::new();
     let as_far = (0..RESAMPLES).filter(|_| {
         random.shuffle(&mut all);
         let (a, b) = all.split_at(a.len());
@@ -106,8 +112,13 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
     sorted
 }
 
+/// The median; zero of no samples.
+pub(crate) fn median(samples: &[f64]) -> f64 {
+    quantile(&sorted(samples), 0.5).unwrap_or(0.0)
+}
+
 /// The q-quantile of sorted samples, between neighbours by distance.
-fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
+pub(crate) fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
     let last = sorted.len().checked_sub(1)?;
     let at = q * last as f64;
     let (low, high) = (
@@ -118,9 +129,14 @@ fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
 }
 
 /// SplitMix64 (Steele, Lea, Flood 2014): enough randomness to draw samples.
-struct SplitMix(u64);
+pub(crate) struct SplitMix(u64);
 
 impl SplitMix {
+    /// With a fixed seed: the same samples give the same interval.
+    pub(crate) fn new() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -136,7 +152,8 @@ impl SplitMix {
         }
     }
 
-    fn resample(&mut self, samples: &[f64]) -> Vec<f64> {
+    /// As many of the samples, drawn with replacement.
+    pub(crate) fn resample(&mut self, samples: &[f64]) -> Vec<f64> {
         let n = samples.len() as u64;
         (0..n)
             .filter_map(|_| samples.get((self.next() % n) as usize).copied())
@@ -191,6 +208,15 @@ mod tests {
         });
         let low = low.count();
         assert!((6..=40).contains(&low), "{low} of 200");
+    }
+
+    #[test]
+    fn a_noisy_side_gives_no_ratio() {
+        let calm = vec![1.0; 20];
+        let noisy: Vec<f64> = (0..20).map(|i| f64::from(i * i + 1)).collect();
+        let why = Ratio::of(&noisy, &calm).unwrap_err();
+        assert!(why.contains("too noisy"), "{why}");
+        assert!(Ratio::of(&calm, &calm).is_ok());
     }
 
     #[test]

@@ -17,11 +17,13 @@ pub enum Language {
     Python,
     /// Node.js, named `javascript`.
     Javascript,
+    /// Bash, named `shell`.
+    Shell,
 }
 
 impl Language {
     /// All languages, in the order in which they are listed to people.
-    pub const ALL: [Self; 2] = [Self::Python, Self::Javascript];
+    pub const ALL: [Self; 3] = [Self::Python, Self::Javascript, Self::Shell];
 
     /// The name that [`FromStr`] takes back.
     #[must_use]
@@ -29,6 +31,7 @@ impl Language {
         match self {
             Self::Python => "python",
             Self::Javascript => "javascript",
+            Self::Shell => "shell",
         }
     }
 }
@@ -113,6 +116,13 @@ pub struct Profile {
     pub env: BTreeMap<String, String>,
     /// Run in the guest before it counts as ready; empty: nothing.
     pub warm_up: Vec<String>,
+    /// The language of an interpreter that is kept warm in the guest: it is there, and has run code, before the guest counts
+    /// as ready. Not given: none.
+    pub session: Option<Language>,
+    /// Code that the interpreter has run by then (`import numpy`, say); needs a [`session`](Self::session). Empty: none. Where
+    /// guests are forks, it runs once, in their template; the guest's clock is a day behind meanwhile, by which
+    /// OpenSSL in a clone knows that its random state is old.
+    pub prelude: String,
     /// Balloon policy while parked.
     pub balloon: Balloon,
     /// How its VMs wait; not given: the pool's setting.
@@ -136,6 +146,8 @@ impl Default for Profile {
             packages: BTreeSet::new(),
             env: BTreeMap::new(),
             warm_up: Vec::new(),
+            session: None,
+            prelude: String::new(),
             balloon: Balloon::default(),
             park: None,
             warm_pool_size: None,
@@ -159,16 +171,17 @@ impl Profile {
         }
     }
 
-    /// The built-in profile of `language`: name and image are the language's name.
+    /// The built-in profile of `language`: name and image are the language's name, and an interpreter is kept warm.
     #[must_use]
     pub fn of(language: Language) -> Self {
         let memory_mib = match language {
-            Language::Python => Self::DEFAULT_MEMORY_MIB,
+            Language::Python | Language::Shell => Self::DEFAULT_MEMORY_MIB,
             // Node.js reserves more than twice of what CPython needs.
             Language::Javascript => 512,
         };
         Self {
             memory_mib,
+            session: Some(language),
             ..Self::new(language.as_str(), language.as_str())
         }
     }
@@ -205,6 +218,20 @@ impl Profile {
     #[must_use]
     pub fn warm_up(mut self, argv: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.warm_up = argv.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Keeps an interpreter warm.
+    #[must_use]
+    pub fn session(mut self, language: Language) -> Self {
+        self.session = Some(language);
+        self
+    }
+
+    /// Sets code that the interpreter has run before a guest counts as ready.
+    #[must_use]
+    pub fn prelude(mut self, code: impl Into<String>) -> Self {
+        self.prelude = code.into();
         self
     }
 
@@ -417,7 +444,7 @@ mod tests {
         }
         let error = "perl".parse::<Language>().unwrap_err().to_string();
         assert!(
-            error.contains("perl") && error.contains("python, javascript"),
+            error.contains("perl") && error.contains("python, javascript, shell"),
             "{error}"
         );
     }

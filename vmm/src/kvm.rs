@@ -34,22 +34,27 @@ impl KvmError {
     }
 }
 
-/// `KVM_CREATE_VM`; retried while interrupted (a busy host answers EINTR) or short of memory.
-pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
-    let mut attempt = 0;
-    loop {
-        match kvm.create_vm() {
-            Ok(vm) => return Ok(vm),
-            Err(e)
-                if attempt < CREATE_ATTEMPTS
-                    && matches!(e.errno(), libc::EINTR | libc::EAGAIN | libc::ENOMEM) =>
-            {
-                attempt += 1;
+/// Calls KVM again while it answers with one of `passing` errors, `attempts` times at most, each pause longer than the last.
+pub(crate) fn patiently<T>(
+    passing: &[i32],
+    attempts: u32,
+    mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    for attempt in 1..attempts {
+        match call() {
+            Err(e) if passing.contains(&e.errno()) => {
                 std::thread::sleep(Duration::from_micros(u64::from(100 * attempt)));
             }
-            Err(e) => return Err(KvmError::of("KVM_CREATE_VM")(e)),
+            answer => return answer,
         }
     }
+    call()
+}
+
+/// `KVM_CREATE_VM`; again while it is interrupted (a busy host answers EINTR) or short of memory.
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    let passing = [libc::EINTR, libc::EAGAIN, libc::ENOMEM];
+    patiently(&passing, CREATE_ATTEMPTS, || kvm.create_vm()).map_err(KvmError::of("KVM_CREATE_VM"))
 }
 
 /// One memory slot for each region of `ram`. Before [`create_irqchip`]: after it, each slot waits
@@ -119,4 +124,68 @@ pub(crate) fn create_irqchip(vm: &VmFd, pit: bool) -> Result<(), KvmError> {
             .map_err(KvmError::of("KVM_CREATE_PIT2"))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::time::Instant;
+
+    use vmm_sys_util::signal::Killable;
+
+    use super::*;
+    use crate::vcpu::kick;
+
+    /// FC#5179: the first `KVM_RUN` said ENOMEM for no reason. FC#5046: so did `KVM_CREATE_VM` say EINTR.
+    #[test]
+    fn an_error_that_passes_is_waited_for_and_one_that_stays_is_told() {
+        let failing = |times: u32, errno: i32| {
+            let mut calls = 0;
+            let answer = patiently(&[libc::ENOMEM, libc::EINTR], 4, || {
+                calls += 1;
+                if calls > times {
+                    return Ok(());
+                }
+                Err(kvm_ioctls::Error::new(errno))
+            });
+            (answer.map_err(|e| e.errno()), calls)
+        };
+        assert_eq!(failing(0, libc::ENOMEM), (Ok(()), 1));
+        assert_eq!(failing(3, libc::ENOMEM), (Ok(()), 4));
+        assert_eq!(failing(3, libc::EINTR), (Ok(()), 4));
+        assert_eq!(failing(4, libc::EINTR), (Err(libc::EINTR), 4));
+        assert_eq!(failing(1, libc::EFAULT), (Err(libc::EFAULT), 1));
+    }
+
+    /// FC#5046, on the host's own KVM: a signal that comes while a VM is made.
+    #[test]
+    fn a_vm_is_made_although_signals_interrupt_its_making() {
+        let Ok(kvm) = Kvm::new() else {
+            let _ = writeln!(std::io::stderr(), "\nNOT MEASURED: no /dev/kvm");
+            return;
+        };
+        kick::install().unwrap();
+        let maker = std::thread::spawn(move || {
+            let (begin, mut interrupted) = (Instant::now(), 0);
+            while interrupted < 3 && begin.elapsed() < Duration::from_secs(30) {
+                match kvm.create_vm() {
+                    Ok(_) => {}
+                    Err(e) if e.errno() == libc::EINTR => interrupted += 1,
+                    Err(e) => panic!("{e}"),
+                }
+                create_vm(&kvm).unwrap();
+            }
+            interrupted
+        });
+        while !maker.is_finished() {
+            maker.kill(kick::kick_signal()).unwrap();
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if maker.join().unwrap() < 3 {
+            let _ = writeln!(
+                std::io::stderr(),
+                "\nNOT MEASURED: this kernel is not interrupted while it makes a VM"
+            );
+        }
+    }
 }

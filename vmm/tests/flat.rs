@@ -99,6 +99,34 @@ fn a_guest_that_wakes_up_does_not_preempt_its_host() {
     vm.destroy();
 }
 
+/// LK#373, LK#561: the end of a VM ended the program that embedded it, or left it with other signal handlers.
+#[tokio::test]
+async fn of_the_programs_signals_one_is_taken_and_no_other() {
+    if !kvm() {
+        return;
+    }
+    // proc_pid_status(5): masks of what is ignored and what is caught, bit 0 for signal 1.
+    let masks = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let mask = |name| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+        };
+        (mask("SigIgn:"), mask("SigCgt:"))
+    };
+    let ours = 1 << (hearth_vmm::kick_signal() - 1);
+    let (ignored, caught) = masks();
+    let vm = boot(vec![0xeb, 0xfe]);
+    vm.pause().unwrap();
+    vm.resume().unwrap();
+    let clone = vm.snapshot().unwrap().fork().unwrap();
+    vm.kill();
+    assert_eq!(exit_of(&vm).await, Exit::Killed);
+    clone.destroy();
+    vm.destroy();
+    assert_eq!(masks(), (ignored, caught | ours));
+}
+
 #[tokio::test]
 async fn console_output_is_kept_after_the_end() {
     if !kvm() {

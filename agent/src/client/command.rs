@@ -99,6 +99,12 @@ impl Command {
         self
     }
 
+    /// Gives the program a third output, on descriptor 3.
+    pub(super) fn results(mut self) -> Self {
+        self.exec.results = true;
+        self
+    }
+
     /// Ends the program after this time: SIGTERM, [`grace`](Self::grace), SIGKILL to all that it started.
     /// Rounded up to whole milliseconds.
     pub fn timeout(mut self, timeout: Duration) -> Self {

@@ -220,7 +220,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         }
     }
 
-    fn shared(&self) -> Result<Arc<Shared<S>>, ConnectionError> {
+    pub(super) fn shared(&self) -> Result<Arc<Shared<S>>, ConnectionError> {
         self.shared.clone().ok_or(ConnectionError::Closed)
     }
 }

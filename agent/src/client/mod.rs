@@ -12,6 +12,7 @@ mod error;
 mod exec;
 mod files;
 mod output;
+mod session;
 mod shared;
 mod tree;
 
@@ -25,6 +26,7 @@ pub use self::{
     exec::{Exec, ExecOutput, ExecStdin},
     files::MAX_ENTRIES,
     output::{Output, OutputLimits},
+    session::{Call, CallEnd, Language, Outcome, OutputStream, SEED_BYTES, Session, SessionError},
     tree::{Node, TreeCount, TreeEntry, TreeError, TreeLimits, TreeReader, TreeWriter},
 };
 use self::{connection::Connection, shared::Shared};
@@ -174,6 +176,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         let bound = command.guest_bound();
         let Command { exec, host_margin } = command;
         let piped = exec.stdin == proto::Input::Pipe;
+        let results = exec.results;
         self.connection
             .queue(&Request::Exec(Box::new(exec)))
             .map_err(|error| match error {
@@ -184,7 +187,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
             self.connection.frame().await?;
             match self.connection.take()? {
                 Some(Response::Started { pid }) => {
-                    return Ok(Exec::new(Shared::new(self, piped), pid, bound, host_margin));
+                    let shared = Shared::new(self, piped, results);
+                    return Ok(Exec::new(shared, pid, bound, host_margin));
                 }
                 Some(Response::Failed(failure)) => return Err(failure.into()),
                 Some(Response::Pong(pong)) => strike(&mut self.unanswered, pong.nonce)?,

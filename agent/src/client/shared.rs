@@ -49,6 +49,8 @@ pub(super) struct State<S> {
     pub(super) stdin: StdinState,
     pub(super) stdout: Queue,
     pub(super) stderr: Queue,
+    /// None of a program without a third output.
+    pub(super) results: Option<Queue>,
     /// How it all ended.
     pub(super) end: Option<Result<Exited, ConnectionError>>,
     /// When the guest was last heard.
@@ -97,7 +99,7 @@ enum Step {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Shared<S> {
-    pub(super) fn new(client: AgentClient<S>, piped: bool) -> Arc<Self> {
+    pub(super) fn new(client: AgentClient<S>, piped: bool, results: bool) -> Arc<Self> {
         let state = State {
             client: Some(client),
             stdin: StdinState {
@@ -106,6 +108,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Shared<S> {
             },
             stdout: Queue::default(),
             stderr: Queue::default(),
+            results: results.then(Queue::default),
             end: None,
             heard: Instant::now(),
         };
@@ -204,6 +207,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
                     return Ok(Step::Blocked);
                 }
                 self.stderr.push(chunk);
+            }
+            Response::Results(chunk) => {
+                let Some(results) = &mut self.results else {
+                    return Err(unexpected());
+                };
+                if results.full() {
+                    return Ok(Step::Blocked);
+                }
+                results.push(chunk);
             }
             Response::StdinTaken(count) => self.stdin.taken(count)?,
             Response::StdinClosed => self.stdin.open = false,

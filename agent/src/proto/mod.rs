@@ -13,7 +13,7 @@
 //!   | <-- Exec -------------------------- |   at most one at a time on a connection
 //!   | -- Started | Failed --------------> |
 //!   | <-- Stdin, StdinEof, Signal, Resize |   Stdin only within the window (see STDIN_WINDOW)
-//!   | -- Stdout, Stderr, StdinTaken ----> |
+//!   | -- Stdout, Stderr, Results, StdinTaken > |
 //!   | -- Exited ------------------------> |   the connection is free for the next exec
 //!   | <-- File, FileData, FileEnd ------- |   at most one at a time on a connection, and no exec (see FileRequest)
 //!   | -- File --------------------------> |
@@ -65,6 +65,10 @@ pub const MAX_FRAME: usize = MAX_CHUNK + 1024;
 
 /// Most bytes of input that the host may have sent and the agent not yet reported as taken ([`Response::StdinTaken`]).
 pub const STDIN_WINDOW: usize = 128 * 1024;
+
+/// Bytes of input that the agent has passed on and need not have reported, so that small writes cost no message each: fewer
+/// than these.
+pub const STDIN_UNREPORTED: usize = STDIN_WINDOW / 4;
 
 /// The word on a guest's command line that makes its first image the root file system: an EROFS file system, over which
 /// what programs write is kept in the guest's memory.

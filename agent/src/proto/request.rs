@@ -87,6 +87,9 @@ pub struct Exec {
     /// Gives the program a terminal of this size: its controlling terminal, stdin, stdout and stderr, reported as stdout.
     /// It needs [`Input::Pipe`] to be typed on, and has TERM set unless it is given. Closing the connection hangs it up.
     pub terminal: Option<WindowSize>,
+    /// Gives the program a third output, on descriptor 3, reported as [`Response::Results`](super::Response::Results):
+    /// what it says beside what its users' code prints. What it wrote to the other two before is reported before.
+    pub results: bool,
 }
 
 /// The size of a terminal; zero: unknown.

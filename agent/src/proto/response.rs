@@ -38,6 +38,8 @@ pub enum Response<'a> {
     Thawed(Applied),
     /// An answer about files.
     File(#[serde(borrow)] FileReply<'a>),
+    /// What the program wrote to descriptor 3.
+    Results(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
 }
 
 impl<'a> Response<'a> {

@@ -152,6 +152,58 @@ pub(super) fn cdf(sides: &[Series<'_>]) -> String {
     svg + "</svg>"
 }
 
+/// Points, and the line that was fitted to them; both axes begin at zero.
+pub(super) fn line(points: &[[f64; 2]], base: f64, slope: f64) -> String {
+    let most = |of: usize| {
+        let values = points.iter().filter_map(|point| point.get(of));
+        values.copied().fold(0.0, f64::max)
+    };
+    let (far, high) = (most(0), most(1));
+    let (across, up) = (Axis::of(0.0, far), Axis::of(0.0, high));
+    let y = |value: f64| TOP + (1.0 - up.share(value).clamp(0.0, 1.0)) * (HEIGHT - TOP - BOTTOM);
+    let mut svg = open(HEIGHT, "growth");
+    for tick in up.ticks() {
+        let at = y(tick);
+        let _ = write!(
+            svg,
+            "<line x1=\"{LEFT}\" x2=\"{}\" y1=\"{at:.1}\" y2=\"{at:.1}\" stroke=\"#ddd\"/>\
+             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+            WIDTH - RIGHT,
+            LEFT - 5.0,
+            at + 4.0,
+            figure(tick)
+        );
+    }
+    for tick in across.ticks() {
+        let _ = write!(
+            svg,
+            "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
+            across.x(tick),
+            HEIGHT - 8.0,
+            figure(tick)
+        );
+    }
+    let _ = write!(
+        svg,
+        "<line x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{:.1}\" y2=\"{:.1}\" stroke=\"{}\" stroke-dasharray=\"4\"/>",
+        across.x(0.0),
+        across.x(far),
+        y(base),
+        y(base + slope * far),
+        COLOURS[1]
+    );
+    for [at, value] in points {
+        let _ = write!(
+            svg,
+            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\" fill=\"{}\"/>",
+            across.x(*at),
+            y(*value),
+            COLOURS[0]
+        );
+    }
+    svg + "</svg>"
+}
+
 /// Values as bars from zero, each with its name and figure.
 pub(super) fn bars(rows: &[(String, f64)]) -> String {
     const ROW: f64 = 34.0;

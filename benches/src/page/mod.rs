@@ -34,7 +34,9 @@ pub fn page(report: &Report) -> String {
         html.push_str(&distributions(&rows));
         html.push_str("</div>\n");
     }
+    html.push_str(&growth(report));
     html.push_str(&ratios(report));
+    html.push_str(&targets(report));
     html.push_str("</body></html>\n");
     html
 }
@@ -46,12 +48,18 @@ fn environment(report: &Report) -> String {
         hearth_vmm::CpuProfile::Emulated => "emulated by KVM (not hardware KVM)",
     };
     format!(
-        "<p>{} × {}, Linux {}; guests' kernel mode {ring0}; load {:.1} at the start; vmm-bench {}.</p>\n",
+        "<p>{} × {}, Linux {}; guests' kernel mode {ring0}; governor {}; load {:.1} at the start; vmm-bench {}, {}.</p>\n",
         env.cpus,
         escape(&env.cpu),
         escape(&env.kernel),
+        if env.governor.is_empty() {
+            "unknown".into()
+        } else {
+            escape(&env.governor)
+        },
         env.load,
-        escape(&env.version)
+        escape(&env.version),
+        escape(&env.date)
     )
 }
 
@@ -138,6 +146,43 @@ fn captioned(title: &str, unit: &str, svg: &str) -> String {
     )
 }
 
+/// How metrics grow with what was swept: medians, and the line through them.
+fn growth(report: &Report) -> String {
+    if report.fits.is_empty() {
+        return String::new();
+    }
+    let mut html = String::from("<h2>Growth</h2><div class=\"charts\">\n");
+    for fit in &report.fits {
+        let title = format!("{} {} ({})", fit.scenario, fit.metric, fit.side);
+        let unit = format!("{} by {}", fit.unit, fit.per);
+        let svg = chart::line(&fit.points, fit.base, fit.slope);
+        html.push_str(&captioned(&title, &unit, &svg));
+    }
+    html.push_str("</div>\n<ul>\n");
+    for fit in &report.fits {
+        let _ = writeln!(html, "<li>{}</li>", escape(&fit.to_string()));
+    }
+    html + "</ul>\n"
+}
+
+/// Figures beside what they should be.
+fn targets(report: &Report) -> String {
+    let mut html = String::new();
+    if !report.targets.is_empty() {
+        html.push_str("<h2>Targets</h2><ul>\n");
+        for target in &report.targets {
+            let class = if target.is_met() {
+                ""
+            } else {
+                " class=\"note\""
+            };
+            let _ = writeln!(html, "<li{class}>{}</li>", escape(&target.to_string()));
+        }
+        html.push_str("</ul>\n");
+    }
+    html
+}
+
 fn ratios(report: &Report) -> String {
     let mut html = String::new();
     if !report.ratios.is_empty() {
@@ -159,6 +204,9 @@ fn ratios(report: &Report) -> String {
             );
         }
         html.push_str("</table>\n");
+    }
+    for note in &report.notes {
+        let _ = writeln!(html, "<p>Note: {}</p>", escape(note));
     }
     for why in &report.not_measured {
         let _ = writeln!(html, "<p class=\"note\">NOT MEASURED: {}</p>", escape(why));
@@ -211,6 +259,24 @@ mod tests {
         assert_eq!(html.matches("<polyline").count(), 3);
         assert!(html.contains("hearth / floor"));
         assert!(html.contains("NOT MEASURED: first exit: hearth / firecracker"));
+    }
+
+    #[test]
+    fn growth_and_targets_are_on_the_page() {
+        let mut report = sample();
+        let sweep: crate::sweep::Sweep = "memory=128,256,512".parse().unwrap();
+        let scenario = |report: &mut Report, point: crate::sweep::Point| {
+            let mib = f64::from(point.shape.memory_mib);
+            report.add("s", "grows", "us", "hearth", vec![mib; 12]);
+            Ok::<(), std::convert::Infallible>(())
+        };
+        sweep.run(&mut report, scenario).unwrap();
+        let bound = crate::target::Bound::AtMost(1.0);
+        report.expect("nothing", "hearth", crate::target::Statistic::P50, bound);
+        let html = page(&report);
+        assert_eq!(html.matches("<circle").count(), 3);
+        assert!(html.contains("us by MiB"));
+        assert!(html.contains("<li class=\"note\">target NOT MEASURED: nothing"));
     }
 
     #[test]

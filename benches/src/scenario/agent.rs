@@ -5,11 +5,10 @@ use std::time::{Duration, SystemTime};
 use hearth_agent::AgentClient;
 use hearth_agent::proto::{AGENT_PORT, InstanceId, READY_PORT, Refresh};
 use hearth_vmm::virtio::vsock::VsockStream;
-use hearth_vmm::{Template, Vm, VmConfig, VsockHost};
+use hearth_vmm::{Template, Vm, VsockHost};
 
 use super::ScenarioError;
 use super::boot::Files;
-use super::pool::MEMORY_MIB;
 
 /// A connection to an agent.
 pub(super) type Agent = AgentClient<VsockStream>;
@@ -62,11 +61,8 @@ pub(super) async fn freeze(vm: Vm, mut agent: Agent) -> Result<Template, Scenari
 
 /// Boots a guest and makes it a template.
 pub(super) async fn template(files: Files<'_>) -> Result<Template, ScenarioError> {
-    let config = VmConfig::builder(files.kernel)
-        .initramfs(files.initramfs)
-        .memory_mib(MEMORY_MIB.into())
-        .build()
-        .map_err(ScenarioError::at("configuration"))?;
+    let config = files.config().build();
+    let config = config.map_err(ScenarioError::at("configuration"))?;
     let vm = Vm::create(&config).map_err(ScenarioError::at("create"))?;
     let listener = vm.vsock().listen(READY_PORT);
     let mut listener = listener.map_err(ScenarioError::at("listen"))?;

@@ -1,28 +1,62 @@
 //! A cold boot to the agent's pong, by phase; then a template of that guest, forked to pong.
 
 use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use hearth_agent::proto::READY_PORT;
-use hearth_vmm::{Template, Vm, VmConfig};
+use hearth_vmm::{Template, Vm, VmConfig, VmConfigBuilder};
 
-use super::agent::{dial, freeze, greet, resume};
+use super::agent::{Agent, dial, freeze, greet, resume};
+use super::samples::Samples;
 use super::{ScenarioError, us};
 use crate::report::Report;
 use crate::target::{Bound, Statistic};
 
 /// The host's part of it.
 const CREATE: &str = "create (to the first KVM_RUN)";
+/// All of it.
+const PONG: &str = "cold boot to pong";
 /// How long a boot may take before the run is given up.
 const STUCK: Duration = Duration::from_secs(300);
 
-/// The files that are booted.
+/// What a guest has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Processors.
+    pub vcpus: u8,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            memory_mib: 128,
+            vcpus: 1,
+        }
+    }
+}
+
+/// The files that are booted, and in what.
 #[derive(Clone, Copy, Debug)]
 pub struct Files<'a> {
     /// Kernel.
     pub kernel: &'a Path,
     /// Initramfs with the agent.
     pub initramfs: &'a Path,
+    /// What the guest has.
+    pub shape: Shape,
+}
+
+impl Files<'_> {
+    /// A configuration that boots them.
+    pub(super) fn config(self) -> VmConfigBuilder {
+        VmConfig::builder(self.kernel)
+            .initramfs(self.initramfs)
+            .memory_mib(self.shape.memory_mib.into())
+            .vcpus(self.shape.vcpus)
+    }
 }
 
 /// Boots `n` times, then forks the last guest `forks` times.
@@ -35,71 +69,79 @@ pub async fn run(
     n: usize,
     forks: usize,
 ) -> Result<(), ScenarioError> {
-    let config = VmConfig::builder(files.kernel)
-        .initramfs(files.initramfs)
+    let config = files
+        .config()
         .count_instructions(true)
         .build()
         .map_err(ScenarioError::at("configuration"))?;
     config.preload().map_err(ScenarioError::at("image"))?;
-    let (mut create, mut init, mut ready, mut pong) = (vec![], vec![], vec![], vec![]);
-    let (mut exits, mut instructions) = (vec![], vec![]);
+    let mut samples = Samples::default();
     let mut last = None;
     for _ in 0..n {
-        let start = Instant::now();
-        let vm = Vm::create(&config).map_err(ScenarioError::at("create"))?;
-        let mut listener = vm
-            .vsock()
-            .listen(READY_PORT)
-            .map_err(ScenarioError::at("listen"))?;
-        create.push(us(start.elapsed()));
-        let running = Instant::now();
-        vm.resume().map_err(ScenarioError::at("resume"))?;
-        let stream = tokio::time::timeout(STUCK, listener.accept())
-            .await
-            .map_err(ScenarioError::at("agent"))?
-            .map_err(ScenarioError::at("agent"))?;
-        let mut agent = greet(stream).await?;
-        ready.push(us(running.elapsed()));
-        init.push(agent.hello().unwrap_or_default().started_us as f64);
-        agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
-        pong.push(us(start.elapsed()));
-        exits.push(vm.exits().total() as f64);
-        instructions.extend(vm.emulated_instructions().map(|count| count as f64));
-        last = Some((vm, agent));
+        // Before the next one begins, so that none boots beside another.
+        drop(last.take());
+        last = Some(to_ready(&config, &mut samples).await?);
     }
-    report.add("boot", CREATE, "us", "hearth", create);
-    report.add(
-        "boot",
-        "kernel entry to init (guest clock)",
-        "us",
-        "hearth",
-        init,
-    );
-    report.add(
-        "boot",
-        "first KVM_RUN to agent ready",
-        "us",
-        "hearth",
-        ready,
-    );
-    report.add("boot", "cold boot to pong", "us", "hearth", pong);
-    report.expect(
-        "cold boot to pong",
-        "hearth",
-        Statistic::P50,
-        Bound::AtMost(7e6),
-    );
-    report.expect(CREATE, "hearth", Statistic::P50, Bound::AtMost(3_000.0));
-    report.add("boot", "exits to pong", "exits", "hearth", exits);
-    if !instructions.is_empty() {
-        let metric = "guest instructions emulated to pong";
-        report.add("boot", metric, "instructions", "hearth", instructions);
+    samples.report(report, "boot", "hearth");
+    for (metric, most) in [(PONG, 7e6), (CREATE, 3_000.0)] {
+        report.expect(metric, "hearth", Statistic::P50, Bound::AtMost(most));
     }
     let Some((vm, agent)) = last else {
         return Ok(());
     };
     let template = freeze(vm, agent).await?;
     fork_to_pong(report, &template, forks).await
+}
+
+/// One boot, by phase.
+async fn to_ready(config: &VmConfig, samples: &mut Samples) -> Result<(Vm, Agent), ScenarioError> {
+    let start = Instant::now();
+    let vm = Vm::create(config).map_err(ScenarioError::at("create"))?;
+    let listener = vm.vsock().listen(READY_PORT);
+    let mut listener = listener.map_err(ScenarioError::at("listen"))?;
+    samples.time(CREATE, start.elapsed());
+    let steps = vm.times();
+    samples.time("memory and image", steps.load);
+    samples.time("KVM's part", steps.kvm);
+    samples.time("devices and threads", steps.devices);
+
+    let running = Instant::now();
+    vm.resume().map_err(ScenarioError::at("resume"))?;
+    let stream = tokio::time::timeout(STUCK, listener.accept()).await;
+    let stream = stream.map_err(ScenarioError::at("agent"))?;
+    let mut agent = greet(stream.map_err(ScenarioError::at("agent"))?).await?;
+    let ready = running.elapsed();
+    let hello = agent.hello().unwrap_or_default();
+    let guest = |us| Duration::from_micros(us);
+    samples.time(
+        "kernel entry to init (guest clock)",
+        guest(hello.started_us),
+    );
+    let greeted = hello.greeted_us.saturating_sub(hello.started_us);
+    samples.time("init to greeting (guest clock)", guest(greeted));
+    samples.time("first KVM_RUN to agent ready", ready);
+    agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
+    samples.time(PONG, start.elapsed());
+
+    let exits = vm.exits();
+    let kinds = [
+        ("exits to pong", exits.total()),
+        ("of these, ports", exits.pio.load(Relaxed)),
+        ("of these, devices", exits.mmio.load(Relaxed)),
+        ("of these, signals", exits.interrupted.load(Relaxed)),
+        ("of these, others", exits.other.load(Relaxed)),
+    ];
+    for (kind, count) in kinds {
+        samples.push(kind, "exits", count as f64);
+    }
+    let touched = vm.private_bytes();
+    let touched = touched.map_err(ScenarioError::at("guest memory"))?;
+    samples.push("guest memory touched", "KiB", touched as f64 / 1024.0);
+    if let Some(count) = vm.emulated_instructions() {
+        let metric = "guest instructions emulated to pong";
+        samples.push(metric, "instructions", count as f64);
+    }
+    Ok((vm, agent))
 }
 
 async fn fork_to_pong(

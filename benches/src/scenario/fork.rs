@@ -10,7 +10,7 @@ use crate::report::Report;
 use crate::target::Bound;
 
 /// `out 0x80, al; mov al, 1; mov dx, 0x5f0; out dx, al`: seen, and powered off.
-const CODE: [u8; 9] = [0xe6, 0x80, 0xb0, 1, 0x66, 0xba, 0xf0, 0x05, 0xee];
+pub(super) const CODE: [u8; 9] = [0xe6, 0x80, 0xb0, 1, 0x66, 0xba, 0xf0, 0x05, 0xee];
 /// How long a clone may take to its end before the run is given up.
 const STUCK: Duration = Duration::from_secs(10);
 /// How much of the floor a fork may take.
@@ -99,7 +99,7 @@ async fn shell_once(template: &Template) -> Result<Duration, ScenarioError> {
 }
 
 /// When the guest's first OUT was seen. Waits for the guest's end.
-async fn first_exit(vm: &Vm) -> Result<Instant, ScenarioError> {
+pub(super) async fn first_exit(vm: &Vm) -> Result<Instant, ScenarioError> {
     let failed = ScenarioError::at("first instruction");
     let ended = tokio::time::timeout(STUCK, vm.exited()).await;
     match (ended, vm.exits().first()) {

@@ -13,6 +13,8 @@ use crate::target::{Bound, Statistic};
 
 /// Time for what filling the pool has left behind to end.
 const SETTLE: Duration = Duration::from_secs(2);
+/// Each of so long gives a sample.
+const WINDOW: Duration = Duration::from_secs(1);
 
 /// Watches `size` parked guests for `time`, for each way to park.
 ///
@@ -26,16 +28,25 @@ pub async fn run(
 ) -> Result<(), ScenarioError> {
     let backend = backend(files).await?;
     for (side, parking) in [("paused", Parking::Paused), ("running", Parking::Running)] {
-        let pool = start(&backend, config(size, Refill::Automatic), parking).await?;
+        let pool = start(
+            &backend,
+            config(files.shape, size, Refill::Automatic),
+            parking,
+        )
+        .await?;
         tokio::time::sleep(SETTLE).await;
-        let (begin, spent) = (Instant::now(), cpu::process());
-        tokio::time::sleep(time).await;
-        let share = (cpu::process() - spent).as_secs_f64() / begin.elapsed().as_secs_f64();
+        let (mut whole, end) = (vec![], Instant::now() + time);
+        while Instant::now() < end {
+            let (begin, spent) = (Instant::now(), cpu::process());
+            tokio::time::sleep(WINDOW).await;
+            let share = (cpu::process() - spent).as_secs_f64() / begin.elapsed().as_secs_f64();
+            whole.push(100.0 * share);
+        }
         pool.stop().await;
-        let percent = 100.0 * share;
-        report.add("idle", "whole process", "% of a core", side, vec![percent]);
-        let each = percent / size.max(1) as f64;
-        report.add("idle", "per VM", "% of a core", side, vec![each]);
+        let each = whole.iter().map(|percent| percent / size.max(1) as f64);
+        let each = each.collect();
+        report.add("idle", "whole process", "% of a core", side, whole);
+        report.add("idle", "per VM", "% of a core", side, each);
         let (metric, most) = match parking {
             Parking::Paused => ("whole process", 1.0),
             Parking::Running => ("per VM", 2.0),

@@ -1,17 +1,24 @@
 //! What is measured.
 
 mod agent;
+pub mod balloon;
 pub mod boot;
+pub mod churn;
 pub mod density;
+mod exchange;
+pub mod exec;
 pub mod floor;
 pub mod fork;
 pub mod handoff;
 pub mod idle;
+pub mod peers;
 pub mod ping;
 pub mod pool;
 pub mod refill;
 pub mod replace;
+mod samples;
 pub mod victim;
+pub mod vsock;
 
 /// Why a scenario could not be run.
 #[derive(Debug, thiserror::Error)]

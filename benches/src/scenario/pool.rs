@@ -8,14 +8,12 @@ use hearth_pool::kvm::{KvmBackend, KvmImage};
 use hearth_pool::{Backend, Lease, Parking, Pool, PoolConfig, Profile, Refill, Replenished};
 
 use super::ScenarioError;
-use super::boot::Files;
+use super::boot::{Files, Shape};
 
 /// The one profile.
 pub const PROFILE: &str = "base";
 /// How long filling a pool may take before the run is given up.
 const STUCK: Duration = Duration::from_secs(300);
-/// Memory of a guest in MiB.
-pub(super) const MEMORY_MIB: u32 = 128;
 
 /// A pool of real guests.
 pub type Guests = Pool<Arc<KvmBackend>>;
@@ -27,7 +25,7 @@ pub type Guest = Lease<Arc<KvmBackend>>;
 /// # Errors
 /// When the host runs no guests, or this one does not come up.
 pub async fn backend(files: Files<'_>) -> Result<Arc<KvmBackend>, ScenarioError> {
-    let config = config(1, Refill::Manual);
+    let config = config(files.shape, 1, Refill::Manual);
     let image = KvmImage::new(files.kernel, files.initramfs);
     let builder = KvmBackend::builder(&config).map_err(ScenarioError::at("host"))?;
     let backend = builder.image(PROFILE, image).build();
@@ -40,11 +38,12 @@ pub async fn backend(files: Files<'_>) -> Result<Arc<KvmBackend>, ScenarioError>
 
 /// Pools of `size` guests, which nothing but the scenario disturbs.
 #[must_use]
-pub fn config(size: usize, refill: Refill) -> PoolConfig {
+pub fn config(shape: Shape, size: usize, refill: Refill) -> PoolConfig {
     let mut health = HealthConfig::default();
     health.interval_ms = 0;
     let profile = Profile::new(PROFILE, PROFILE)
-        .memory_mib(MEMORY_MIB)
+        .memory_mib(shape.memory_mib)
+        .vcpus(shape.vcpus)
         .warm_pool_size(size);
     PoolConfig::new(2 * size.max(1))
         .profile(profile)

@@ -28,7 +28,12 @@ pub async fn run(
     n: usize,
 ) -> Result<(), ScenarioError> {
     let backend = backend(files).await?;
-    let pool = start(&backend, config(SIZE, Refill::Automatic), Parking::Paused).await?;
+    let pool = start(
+        &backend,
+        config(files.shape, SIZE, Refill::Automatic),
+        Parking::Paused,
+    )
+    .await?;
     let (mut rate, mut cost) = (vec![], vec![]);
     for _ in 0..rounds {
         let guests = pool

@@ -26,7 +26,7 @@ const NOTICED_MS: f64 = 50.0;
 /// When a guest cannot be made, or is not replaced.
 pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), ScenarioError> {
     let victims = Victims::new(backend(files).await?);
-    let mut config = config(1, Refill::Automatic).park(Parking::Running);
+    let mut config = config(files.shape, 1, Refill::Automatic).park(Parking::Running);
     (config.health.ping_timeout_ms, config.health.attempts) = (PING_TIMEOUT_MS, 1);
     // A guest that ends soon after its boot makes the pool doubt its image, and some of them open the circuit
     // breaker. Here they end because we make them.

@@ -312,6 +312,12 @@ impl PoolConfig {
                     found.add(at("env"), format!("{name:?} is no name of a variable"));
                 }
             }
+            if !profile.prelude.is_empty() && profile.session.is_none() {
+                found.add(at("prelude"), "there is no session to run it: add one");
+            }
+            if profile.prelude.contains('\0') {
+                found.add(at("prelude"), "has a NUL in it");
+            }
             found.unknown(&format!("profiles.{}", profile.name), &profile.unknown);
             if let Some(scale) = &profile.autoscale {
                 found.within(&at("autoscale.min"), scale.min, 1, policy::VMS_MAX);
@@ -348,6 +354,7 @@ mod tests {
             memory_mib = 8
             vcpus = 33
             cpus = 2
+            prelude = "import json"
             "#,
         )
         .unwrap_err();
@@ -362,11 +369,12 @@ mod tests {
             "profiles.python.memory_mib",
             "profiles.python.vcpus",
             "profiles.python.cpus",
+            "profiles.python.prelude",
         ] {
             assert!(fields.contains(&field), "{field} is missing in {fields:?}");
         }
-        assert_eq!(fields.len(), 9, "{fields:?}");
-        assert!(error.to_string().contains("9 problem(s)"), "{error}");
+        assert_eq!(fields.len(), 10, "{fields:?}");
+        assert!(error.to_string().contains("10 problem(s)"), "{error}");
     }
 
     #[test]
@@ -393,6 +401,7 @@ mod tests {
             .profile(
                 Profile::of(Language::Python)
                     .env("A", "b")
+                    .prelude("import json")
                     .warm_up(["python3", "-V"]),
             );
         let text = toml::to_string(&config).unwrap();

@@ -14,6 +14,7 @@ use tokio::time::{sleep, timeout};
 use super::KvmBackend;
 use super::guest::Guest;
 use super::make::{CreateError, FIRST_NONCE, refresh, warm_up};
+use super::session::Session;
 use super::store::MadeOf;
 use super::stream::GuestStream;
 use super::templates::Unmade;
@@ -101,7 +102,10 @@ impl KvmBackend {
         let guest = guest.map_err(Unmade::NoGuest)?;
         let line = self.prepared(&guest).await.map_err(Unmade::Refused)?;
         warm_up(&guest, profile).await.map_err(Unmade::NoGuest)?;
-        let frozen = self.freeze(guest, line, profile).await;
+        // Before the connection that clones have spare, so that it is known by its place.
+        let session = self.start_session(&guest, profile, true).await;
+        let session = session.map_err(Unmade::NoGuest)?;
+        let frozen = self.freeze(guest, line, session, profile).await;
         let template = frozen.map_err(Unmade::Refused)?;
         birth.done();
         Ok(template)
@@ -133,6 +137,7 @@ impl KvmBackend {
         &self,
         mut guest: Guest,
         line: Line,
+        mut session: Option<Session>,
         profile: &Profile,
     ) -> Result<Template, CreateError> {
         let Line {
@@ -144,6 +149,13 @@ impl KvmBackend {
             self.squeeze(&mut guest, memory, profile).await;
         }
         let spare = self.rehearse(&guest, &mut agent, nonces).await?;
+        if let Some(session) = &mut session {
+            // What a clone does first, is done; what it does next, too.
+            self.reseed(session).await?;
+            session.run("").await?;
+            self.reseed(session).await?;
+            session.with_stream(GuestStream::mark_durable);
+        }
         self.hold(&mut agent, profile).await?;
         for line in [&agent, &spare] {
             line.stream().mark_durable();
@@ -188,7 +200,7 @@ impl KvmBackend {
         agent: &mut AgentClient<GuestStream>,
         profile: &Profile,
     ) -> Result<(), CreateError> {
-        if profile.warm_up.is_empty() {
+        if profile.warm_up.is_empty() && profile.session.is_none() {
             return Ok(());
         }
         let limit = self.boot_timeout;

@@ -38,6 +38,9 @@ pub struct KvmImage {
     /// An EROFS file system that becomes the guest's root (see `hearth image import`); without one a guest has the
     /// agent's few built-in programs alone. All guests read one copy in the host's memory; what they write is their own.
     pub root: Option<PathBuf>,
+    /// How much of a guest's memory its programs may fill with what they write over the root file system, in MiB. Not given:
+    /// 60 % of it.
+    pub layer_mib: Option<u32>,
     /// Words for the kernel's command line.
     pub append: String,
 }
@@ -49,6 +52,7 @@ impl KvmImage {
             kernel: kernel.into(),
             initramfs: initramfs.into(),
             root: None,
+            layer_mib: None,
             append: String::new(),
         }
     }
@@ -57,6 +61,13 @@ impl KvmImage {
     #[must_use]
     pub fn root(mut self, image: impl Into<PathBuf>) -> Self {
         self.root = Some(image.into());
+        self
+    }
+
+    /// Limits what programs write over the root file system.
+    #[must_use]
+    pub fn layer_mib(mut self, mib: u32) -> Self {
+        self.layer_mib = Some(mib);
         self
     }
 }

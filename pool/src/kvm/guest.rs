@@ -9,20 +9,21 @@ use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
 use hearth_agent::client::{
-    ExecError, FileError, HandshakeError, TreeCount, TreeError, TreeLimits,
+    ExecError, FileError, HandshakeError, SessionError, TreeCount, TreeError, TreeLimits,
 };
 use hearth_agent::proto::{AGENT_PORT, Account, InstanceId, Put};
 use hearth_agent::{AgentClient, Command, Exec};
-use hearth_vmm::virtio::vsock::ConnectError;
+use hearth_vmm::virtio::vsock::{ConnectError, VsockStream};
 use hearth_vmm::{Exit, Vm, VsockHost};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use super::birth::Gone;
 use super::control::Control;
+use super::session::Session;
 use super::stream::GuestStream;
 use super::templates::Ingredients;
-use crate::profile::Profile;
+use crate::profile::{Language, Profile};
 
 /// Why a guest could not be talked to.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +44,14 @@ pub enum GuestError {
     /// Something could not be done with a file.
     #[error("a file in the guest could not be read or written")]
     File(#[from] FileError),
+    /// The guest's profile has no session.
+    #[error(
+        "no interpreter is kept warm in this guest: give its profile a session, or ask for one by language"
+    )]
+    NoSession,
+    /// There is no interpreter, or it cannot go on.
+    #[error("the guest's interpreter cannot be used")]
+    Session(#[from] SessionError),
     /// A tree of files could not be copied.
     #[error("a directory could not be copied")]
     Tree(#[from] TreeError),
@@ -56,6 +65,8 @@ pub struct Guest {
     control: Arc<Control<GuestStream>>,
     /// A connection that a clone has from its template, for the first that asks for one.
     spare: Mutex<Option<AgentClient<GuestStream>>>,
+    /// The interpreter of the profile, for the first that asks for it.
+    session: Mutex<Option<Session>>,
     instance: InstanceId,
     activity: Arc<AtomicU64>,
     connect_timeout: Duration,
@@ -78,6 +89,7 @@ impl Guest {
             gone,
             control: Arc::new(Control::new(agent, instance, asked)),
             spare: Mutex::default(),
+            session: Mutex::default(),
             instance,
             activity: dialler.activity,
             connect_timeout: dialler.timeout,
@@ -108,6 +120,28 @@ impl Guest {
     pub(super) fn with_spare(mut self, spare: Option<AgentClient<GuestStream>>) -> Self {
         self.spare = Mutex::new(spare);
         self
+    }
+
+    pub(super) fn with_session(mut self, session: Option<Session>) -> Self {
+        self.session = Mutex::new(session);
+        self
+    }
+
+    pub(super) fn take_session(&self) -> Option<Session> {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        session.take()
+    }
+
+    pub(super) fn made_for_session(&self) -> Option<Language> {
+        self.made_of.as_ref()?.session
+    }
+
+    /// With the environment of the guest's profile, as far as the command does not say otherwise.
+    pub(super) fn in_environment(&self, command: Command) -> Command {
+        let of_profile = self.made_of.iter().flat_map(|made_of| &made_of.env);
+        of_profile.fold(command, |command, (name, value)| {
+            command.env_default(name, value)
+        })
     }
 
     pub(super) fn set_inflated(&mut self) {
@@ -182,11 +216,7 @@ impl Guest {
     /// # Errors
     /// Why it did not start.
     pub async fn exec(&self, command: Command) -> Result<Exec<GuestStream>, GuestError> {
-        let command = command.wall_clock(SystemTime::now());
-        let of_profile = self.made_of.iter().flat_map(|made_of| &made_of.env);
-        let command = of_profile.fold(command, |command, (name, value)| {
-            command.env_default(name, value)
-        });
+        let command = self.in_environment(command.wall_clock(SystemTime::now()));
         Ok(self.agent().await?.exec(command).await?)
     }
 
@@ -311,6 +341,8 @@ pub(super) struct Dialler {
 pub(super) struct Lines {
     pub(super) control: AgentClient<GuestStream>,
     pub(super) spare: Option<AgentClient<GuestStream>>,
+    /// The interpreter's.
+    pub(super) session: Option<GuestStream>,
 }
 
 impl Dialler {
@@ -323,23 +355,33 @@ impl Dialler {
         self.greet(self.connect(AGENT_PORT).await?).await
     }
 
-    /// What a clone has of its template's connections.
-    pub(super) async fn resume(&self) -> Result<Lines, GuestError> {
-        let (mut control, mut spare) = (None, None);
-        for stream in self.vsock.reattach_all() {
-            // The agent dialled the one, the pool the other.
-            let line = match stream.guest_port() {
-                AGENT_PORT => &mut spare,
-                _ => &mut control,
-            };
-            let stream = GuestStream::new(stream, Arc::clone(&self.activity));
-            *line = Some(AgentClient::resume(stream));
-        }
+    /// What a clone has of its template's connections; one more if the template had a session.
+    pub(super) async fn resume(&self, with_session: bool) -> Result<Lines, GuestError> {
+        let mut streams = self.vsock.reattach_all();
+        // In the order in which they were made.
+        streams.sort_by_key(VsockStream::host_port);
+        // The agent dialled the one, the pool the others.
+        let (ours, theirs): (Vec<_>, Vec<_>) = streams
+            .into_iter()
+            .partition(|stream| stream.guest_port() == AGENT_PORT);
+        let stream = |stream| GuestStream::new(stream, Arc::clone(&self.activity));
+        let control = theirs
+            .into_iter()
+            .next()
+            .map(|line| AgentClient::resume(stream(line)));
+        let complete = !with_session || ours.len() == 2;
+        let mut ours = ours.into_iter().filter(|_| complete).map(stream);
+        let session = if with_session { ours.next() } else { None };
+        let spare = ours.next().map(AgentClient::resume);
         let control = match control {
             Some(control) => control,
             None => self.agent().await?,
         };
-        Ok(Lines { control, spare })
+        Ok(Lines {
+            control,
+            spare,
+            session,
+        })
     }
 
     pub(super) async fn greet(

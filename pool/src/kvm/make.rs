@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use hearth_agent::AgentClient;
-use hearth_agent::client::{ConnectionError, OutputLimits, PingError};
-use hearth_agent::proto::{InstanceId, READY_PORT, ROOT_WORD, Refresh};
+use hearth_agent::client::{ConnectionError, OutputLimits, PingError, SessionError};
+use hearth_agent::proto::{InstanceId, READY_PORT, ROOT_WORD, Refresh, layer_word};
 use hearth_vmm::virtio::balloon::FLOOR_MIB;
 use hearth_vmm::virtio::vsock::ListenError;
 use hearth_vmm::{
@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 use super::birth::Birth;
 use super::guest::{Dialler, Guest, GuestError, Lines};
+use super::session::Session;
 use super::stream::GuestStream;
 use super::{KvmBackend, KvmImage};
 use crate::profile::{Balloon, Profile};
@@ -78,6 +79,12 @@ pub enum CreateError {
     /// The warm-up command.
     #[error("the warm-up command failed: {0}")]
     WarmUp(String),
+    /// The interpreter that is to be kept warm.
+    #[error("the guest's interpreter is not to be had")]
+    Session(#[from] SessionError),
+    /// A clone does not have the interpreter that its template had.
+    #[error("the interpreter's connection did not survive the fork")]
+    LostSession,
     /// The booted guest could not be made a template.
     #[error("the guest could not be made a template")]
     Snapshot(#[from] SnapshotError),
@@ -99,6 +106,7 @@ impl CreateError {
             Self::Agent(_) | Self::Ping(_) => "agent",
             Self::Refresh(_) | Self::Hygiene(_) => "refresh",
             Self::WarmUp(_) => "warm_up",
+            Self::Session(_) | Self::LostSession => "session",
             Self::Snapshot(_) => "snapshot",
         }
     }
@@ -110,6 +118,7 @@ impl KvmBackend {
             kernel,
             initramfs,
             root,
+            layer_mib,
             append,
         } = self.image(profile)?;
         let config = VmConfig::builder(kernel)
@@ -119,6 +128,10 @@ impl KvmBackend {
             .append(append);
         let config = match root {
             Some(root) => config.pmem(root).append(ROOT_WORD),
+            None => config,
+        };
+        let config = match layer_mib {
+            Some(mib) => config.append(&layer_word((*mib).into())),
             None => config,
         };
         Ok(config.build()?)
@@ -137,6 +150,8 @@ impl KvmBackend {
     ) -> Result<Guest, CreateError> {
         let mut guest = self.boot_bare(profile, birth).await?;
         warm_up(&guest, profile).await?;
+        let session = self.start_session(&guest, profile, false).await?;
+        guest = guest.with_session(session);
         if profile.balloon == Balloon::Auto {
             self.inflate(&mut guest, profile).await;
         }
@@ -183,16 +198,26 @@ impl KvmBackend {
         let _turn = self.turns.acquire().await;
         let vm = alive(birth, move || template.fork()).await?;
         let dialler = self.dialler(&vm);
-        let Lines { mut control, spare } = dialler.resume().await?;
+        let Lines {
+            mut control,
+            spare,
+            session,
+        } = dialler.resume(profile.session.is_some()).await?;
         let instance = refresh(&mut control, id.to_string(), FIRST_NONCE).await?;
         let asked = Some(FIRST_NONCE);
         let guest = Guest::new((vm, birth.gone()), control, instance, asked, dialler);
-        let mut guest = guest.with_spare(spare);
+        let mut guest = guest.with_spare(spare).made_for(profile);
+        if let Some(language) = profile.session {
+            let stream = session.ok_or(CreateError::LostSession)?;
+            let mut session = Session::resume(stream, guest.session_command(language));
+            self.reseed(&mut session).await?;
+            guest = guest.with_session(Some(session));
+        }
         if guest.vm().balloon().actual() > 0 {
             // Its template's balloon did not deflate in time.
             guest.set_inflated();
         }
-        Ok(guest.made_for(profile))
+        Ok(guest)
     }
 
     fn dialler(&self, vm: &Vm) -> Dialler {
@@ -266,7 +291,7 @@ pub(super) async fn refresh(
 }
 
 /// Host randomness.
-fn fill(bytes: &mut [u8]) -> Result<(), Errno> {
+pub(super) fn fill(bytes: &mut [u8]) -> Result<(), Errno> {
     let mut filled = 0;
     while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
         match getrandom(rest, GetRandomFlags::empty()) {

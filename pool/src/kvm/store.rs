@@ -6,8 +6,8 @@ use hearth_agent::proto;
 use hearth_vmm::cache::{Entry, TemplateCache, TemplateKey};
 use hearth_vmm::{CpuProfile, StoreError};
 
-use super::KvmImage;
 use super::templates::Ingredients;
+use super::{KvmImage, session};
 use crate::profile::Balloon;
 
 /// What templates take on disk at most, in bytes, when nothing else is said.
@@ -76,6 +76,8 @@ impl MadeOf {
             packages,
             env,
             warm_up,
+            session,
+            prelude,
             balloon,
         } = ingredients;
         let KvmImage {
@@ -83,6 +85,7 @@ impl MadeOf {
             initramfs,
             root,
             // Among the boot words.
+            layer_mib: _,
             append: _,
         } = image;
         let left = match balloon {
@@ -110,6 +113,12 @@ impl MadeOf {
         }
         for word in warm_up {
             key = key.part("warm-up", word);
+        }
+        if let Some(language) = session {
+            key = key
+                .part("session", language.as_str())
+                .part("driver", session::in_guest(*language).driver())
+                .part("prelude", prelude);
         }
         Ok(key)
     }

@@ -10,7 +10,7 @@ use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
 use crate::ledger::breaker::doubled;
-use crate::profile::{Balloon, Profile};
+use crate::profile::{Balloon, Language, Profile};
 
 /// Everything of a profile that makes its template what it is. Its name does not: pools that share a
 /// backend may mean different guests by one name.
@@ -22,6 +22,8 @@ pub(super) struct Ingredients {
     pub(super) packages: BTreeSet<String>,
     pub(super) env: BTreeMap<String, String>,
     pub(super) warm_up: Vec<String>,
+    pub(super) session: Option<Language>,
+    pub(super) prelude: String,
     pub(super) balloon: Balloon,
 }
 
@@ -36,6 +38,8 @@ impl From<&Profile> for Ingredients {
             packages,
             env,
             warm_up,
+            session,
+            prelude,
             balloon,
             park: _,
             warm_pool_size: _,
@@ -49,6 +53,8 @@ impl From<&Profile> for Ingredients {
             packages: packages.clone(),
             env: env.clone(),
             warm_up: warm_up.clone(),
+            session: *session,
+            prelude: prelude.clone(),
             balloon: *balloon,
         }
     }
@@ -231,6 +237,9 @@ mod tests {
             of(profile().env("A", "1")),
             of(profile().env("A", "2")),
             of(profile().warm_up(["true"])),
+            of(profile().session(Language::Python)),
+            of(profile().session(Language::Shell)),
+            of(profile().prelude("1")),
             of(profile().balloon(Balloon::Off)),
         ];
         for (index, other) in others.iter().enumerate() {

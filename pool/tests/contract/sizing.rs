@@ -52,6 +52,7 @@ fn built_in_languages_round_trip_and_an_unknown_one_lists_the_known() {
     for (language, name) in [
         (Language::Python, "python"),
         (Language::Javascript, "javascript"),
+        (Language::Shell, "shell"),
     ] {
         assert_eq!(language.to_string(), name);
         assert_eq!(name.parse(), Ok(language));

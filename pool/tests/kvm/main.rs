@@ -18,5 +18,6 @@ mod leases;
 mod nothing_left;
 mod profiles;
 mod rig;
+mod sessions;
 mod templates;
 mod torture;

@@ -1,4 +1,4 @@
-//! `tests/HOSTILE.md` is true: what it names is there, and what is there is named.
+//! `tests/HOSTILE.md` is true: what it names is there, and what is there is named. So is `tests/FAULTS.md`, as far as it goes.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -119,4 +119,22 @@ fn the_table_has_enough_attacks_no_two_alike() {
         "{}, {real}",
         attacks.len()
     );
+}
+
+#[test]
+fn every_fault_of_others_has_the_test_that_is_named() {
+    let table = std::fs::read_to_string(repository().join("tests/FAULTS.md")).unwrap();
+    let rows = table.lines().filter_map(|line| line.strip_suffix("` |"));
+    let places = rows.filter_map(|row| row.rsplit_once("| `")?.1.split_once("`: `"));
+    let mut count = 0;
+    for (file, test) in places {
+        let source = std::fs::read_to_string(repository().join(file)).unwrap();
+        assert!(tests_of(&source).contains(test), "{file}: no test {test}");
+        count += 1;
+    }
+    // One for each row between the heads of the tables.
+    let listed = table.lines().filter(|line| line.starts_with("| ")).count();
+    let heads = table.matches("| report |").count();
+    assert_eq!(count, listed - heads);
+    assert!(count > 60, "{count}");
 }

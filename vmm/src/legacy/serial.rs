@@ -75,3 +75,45 @@ impl SerialPort {
         let _ = self.lock().write(offset as u8, value);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
+
+    /// Registers (16550A): what is sent, which interrupts are wanted, which one is due.
+    const DATA: u16 = 0;
+    const WANTED: u16 = 1;
+    const DUE: u16 = 2;
+    /// In both: that the transmitter is empty.
+    const EMPTY: u8 = 2;
+
+    fn line() -> (EventFd, EventFd) {
+        let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
+        (irq.try_clone().unwrap(), irq)
+    }
+
+    /// FC#5764: the driver waited for an interrupt that had not reached the controllers before the snapshot.
+    #[test]
+    fn an_interrupt_that_was_under_way_is_raised_again_in_a_clone() {
+        let (irq, seen) = line();
+        let port = SerialPort::new(Console::default(), irq);
+        port.write(WANTED, EMPTY);
+        port.write(DATA, b'a');
+        assert!(seen.read().is_ok());
+        let state = port.save();
+
+        let (irq, seen) = line();
+        let console = Console::default();
+        let clone = SerialPort::restore(&state, console.clone(), irq).unwrap();
+        // What was raised so far, the controllers' restored state has swept away.
+        let _ = seen.read();
+        clone.begin();
+        assert_eq!(seen.read().unwrap(), 1);
+        // The driver looks what it was, and goes on.
+        assert_eq!(clone.read(DUE) & 0xf, EMPTY);
+        clone.write(DATA, b'b');
+        assert!(seen.read().is_ok());
+        assert_eq!(console.text(), "b");
+    }
+}

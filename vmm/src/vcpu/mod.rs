@@ -9,7 +9,7 @@ pub(crate) mod stats;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -18,9 +18,10 @@ use self::kick::Running;
 use self::quota::Meter;
 use crate::board::Board;
 use crate::ending::Ending;
+use crate::kvm::patiently;
 use crate::state::{Exit, InternalError};
 
-/// How often `KVM_RUN` is tried again after a spurious ENOMEM (busy hosts answer it at the first run).
+/// How often `KVM_RUN` is tried while it answers ENOMEM (busy hosts do at the first run, for no reason).
 const RUN_ATTEMPTS: u32 = 10;
 
 /// Why a vCPU thread could not be started.
@@ -131,7 +132,6 @@ impl Vcpu {
             exits,
             ..
         } = self;
-        let mut no_memory = 0;
         let mut has_run = false;
         loop {
             if gate.is_closed() {
@@ -151,10 +151,10 @@ impl Vcpu {
                 if gate.is_closed() {
                     break Step::Interrupted;
                 }
-                match run_once(&mut fd, board, exits) {
-                    Ok(Step::Continue) => no_memory = 0,
+                let run = || run_once(&mut fd, board, exits);
+                match patiently(&[libc::ENOMEM], RUN_ATTEMPTS, run) {
+                    Ok(Step::Continue) => {}
                     Ok(Step::Kicked) => {
-                        no_memory = 0;
                         // A debt may take several periods.
                         while let Some(until) = meter.as_mut().and_then(|meter| meter.charge()) {
                             gate.rest(until);
@@ -164,10 +164,6 @@ impl Vcpu {
                         }
                     }
                     Ok(step) => break step,
-                    Err(e) if e.errno() == libc::ENOMEM && no_memory < RUN_ATTEMPTS => {
-                        no_memory += 1;
-                        std::thread::sleep(Duration::from_millis(1));
-                    }
                     Err(e) => {
                         let e = std::io::Error::from_raw_os_error(e.errno());
                         break Step::End(Exit::Failed(format!("KVM_RUN failed: {e}")));

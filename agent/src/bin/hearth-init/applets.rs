@@ -56,7 +56,7 @@ impl From<&str> for Failure {
     }
 }
 
-const APPLETS: [(&str, Applet); 29] = [
+const APPLETS: [(&str, Applet); 30] = [
     ("true", |_| Ok(0)),
     ("false", |_| Ok(1)),
     ("echo", echo),
@@ -86,6 +86,7 @@ const APPLETS: [(&str, Applet); 29] = [
     ("halt", |_| reboot_with(RebootCommand::Halt)),
     ("vsock-echo", vsock::echo),
     ("vsock-dial", vsock::dial),
+    ("vsock-exchange", vsock::exchange),
 ];
 
 /// Whether there is an applet of this name.
@@ -316,6 +317,7 @@ fn start(
         session,
         terminal: false,
         stdio: [stdin(), output, stderr()],
+        results: None,
         limits: &[],
         user: None,
         cgroup: None,

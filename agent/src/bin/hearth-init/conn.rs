@@ -198,20 +198,10 @@ impl Conn {
             .is_some_and(|program| program.reaped(dead, now));
         if mine {
             // The end of the output has mostly come by now; seeing it here saves a turn of the loop.
-            self.pump(
-                Pipe::Output {
-                    which: Which::Stdout,
-                    hung_up: true,
-                },
-                scratch,
-            );
-            self.pump(
-                Pipe::Output {
-                    which: Which::Stderr,
-                    hung_up: true,
-                },
-                scratch,
-            );
+            for which in Which::ALL {
+                let hung_up = true;
+                self.pump(Pipe::Output { which, hung_up }, scratch);
+            }
         }
         mine
     }

@@ -42,6 +42,8 @@ pub(crate) struct Pipes {
     pub(crate) stdout: OwnedFd,
     /// None if stderr goes where stdout goes.
     pub(crate) stderr: Option<OwnedFd>,
+    /// Of a program that has a third output.
+    pub(crate) results: Option<OwnedFd>,
     /// Whether they are a terminal.
     pub(crate) terminal: bool,
 }
@@ -54,6 +56,7 @@ pub(crate) struct Program {
     stdin: Stdin,
     stdout: Stream,
     stderr: Stream,
+    results: Stream,
     terminal: bool,
     timeout: Timeout,
     linger: Duration,
@@ -62,11 +65,24 @@ pub(crate) struct Program {
     exit: Option<Exit>,
 }
 
-/// The two outputs.
+/// The outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
     Stdout,
     Stderr,
+    Results,
+}
+
+impl Which {
+    pub(crate) const ALL: [Self; 3] = [Self::Stdout, Self::Stderr, Self::Results];
+
+    fn response(self, data: &[u8]) -> Response<'_> {
+        match self {
+            Self::Stdout => Response::Stdout(data),
+            Self::Stderr => Response::Stderr(data),
+            Self::Results => Response::Results(data),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -101,12 +117,8 @@ impl Program {
             started: now,
             stdin: Stdin::new(pipes.stdin, pipes.terminal),
             stdout: Stream::Open(pipes.stdout),
-            stderr: pipes.stderr.map_or(
-                Stream::Closed {
-                    end: OutputEnd::Complete,
-                },
-                Stream::Open,
-            ),
+            stderr: Stream::of(pipes.stderr),
+            results: Stream::of(pipes.results),
             terminal: pipes.terminal,
             timeout: term_at.map_or(Timeout::Never, |term_at| Timeout::Running {
                 term_at,
@@ -124,11 +136,20 @@ impl Program {
     }
 
     /// The descriptors to wait for: input only while some waits, output only while the connection has room.
-    pub(crate) fn waits_for(&self, room: bool) -> [Option<BorrowedFd<'_>>; 3] {
-        let stdin = self.stdin.waits_for();
-        let [stdout, stderr] =
-            [&self.stdout, &self.stderr].map(|stream| stream.pipe().filter(|_| room));
-        [stdin, stdout, stderr]
+    pub(crate) fn waits_for(
+        &self,
+        room: bool,
+    ) -> (Option<BorrowedFd<'_>>, [Option<BorrowedFd<'_>>; 3]) {
+        let outputs = Which::ALL.map(|which| self.stream(which).pipe().filter(|_| room));
+        (self.stdin.waits_for(), outputs)
+    }
+
+    fn stream(&self, which: Which) -> &Stream {
+        match which {
+            Which::Stdout => &self.stdout,
+            Which::Stderr => &self.stderr,
+            Which::Results => &self.results,
+        }
     }
 
     /// Takes input; what the program has no room for waits.
@@ -154,7 +175,7 @@ impl Program {
     }
 
     /// Reads output that is there; `scratch` grows with what programs write. When all writers have hung up, or may have,
-    /// the end is worth a read more.
+    /// the end is worth a read more. Results wait until what was printed before them was read.
     pub(crate) fn pump_output(
         &mut self,
         which: Which,
@@ -162,9 +183,37 @@ impl Program {
         scratch: &mut Vec<u8>,
         out: &mut Output,
     ) -> Result<(), FrameError> {
+        if which == Which::Results {
+            for which in [Which::Stdout, Which::Stderr] {
+                // What is more was written since.
+                let mut before = self.stream(which).waiting();
+                while before > 0 {
+                    if !out.has_room() {
+                        return Ok(());
+                    }
+                    match self.read_output(which, false, scratch, out)? {
+                        0 => break,
+                        count => before = before.saturating_sub(count),
+                    }
+                }
+            }
+        }
+        self.read_output(which, hung_up, scratch, out).map(drop)
+    }
+
+    /// Says how much there was.
+    fn read_output(
+        &mut self,
+        which: Which,
+        hung_up: bool,
+        scratch: &mut Vec<u8>,
+        out: &mut Output,
+    ) -> Result<usize, FrameError> {
+        let mut total = 0;
         let stream = match which {
             Which::Stdout => &mut self.stdout,
             Which::Stderr => &mut self.stderr,
+            Which::Results => &mut self.results,
         };
         for _ in 0..READS {
             let (Some(pipe), true) = (stream.pipe(), out.has_room()) else {
@@ -185,12 +234,9 @@ impl Program {
                 }
                 Ok(count) => {
                     let data = chunk.get(..count).unwrap_or_default();
-                    out.push(&if which == Which::Stdout {
-                        Response::Stdout(data)
-                    } else {
-                        Response::Stderr(data)
-                    })?;
+                    out.push(&which.response(data))?;
                     stream.passed(count);
+                    total += count;
                     if count < room && !hung_up {
                         break;
                     }
@@ -216,7 +262,7 @@ impl Program {
         if self.terminal && self.stdout.pipe().is_none() && self.stdin.close() {
             out.push(&Response::StdinClosed)?;
         }
-        Ok(())
+        Ok(total)
     }
 
     /// Reads what the terminal holds, which no number tells beforehand, and settles for that.
@@ -276,6 +322,7 @@ impl Program {
             (Some(exit), _) if now >= exit.give_up_at => {
                 self.stdout.give_up();
                 self.stderr.give_up();
+                self.results.give_up();
             }
             (None, Timeout::Running { term_at, grace }) if now >= *term_at => {
                 self.timeout = match now.checked_add(*grace) {
@@ -296,9 +343,9 @@ impl Program {
     /// When [`tick`](Self::tick) has something to do next.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
         match (&self.exit, &self.timeout) {
-            (Some(exit), _) => [&self.stdout, &self.stderr]
+            (Some(exit), _) => Which::ALL
                 .iter()
-                .any(|s| matches!(s, Stream::Open(_)))
+                .any(|&which| matches!(self.stream(which), Stream::Open(_)))
                 .then_some(exit.give_up_at),
             (None, Timeout::Running { term_at: at, .. } | Timeout::Terminated { kill_at: at }) => {
                 Some(*at)
@@ -310,8 +357,8 @@ impl Program {
     /// The end, once it has come and all output was read.
     pub(crate) fn ended(&self) -> Option<Exited> {
         let exit = self.exit.as_ref()?;
-        let (Stream::Closed { end: stdout }, Stream::Closed { end: stderr }) =
-            (&self.stdout, &self.stderr)
+        let (Stream::Closed { end: stdout }, Stream::Closed { end: stderr }, Stream::Closed { .. }) =
+            (&self.stdout, &self.stderr, &self.results)
         else {
             return None;
         };

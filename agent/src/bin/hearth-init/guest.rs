@@ -9,7 +9,7 @@ use hearth_agent::proto::{
 };
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
-    fs::{Mode, OFlags, fcntl_setfl, open},
+    fs::{Mode, OFlags, fchown, fcntl_setfl, open},
     io::{Errno, fcntl_dupfd_cloexec},
     pipe::{PipeFlags, pipe_with},
     system::sysinfo,
@@ -231,18 +231,37 @@ fn launch(
             (Some(ours), Some(theirs))
         }
     };
+    let (results_ours, results) = match exec.results {
+        true => {
+            let (ours, theirs) =
+                our_end_first(pipe_with(PipeFlags::CLOEXEC).map_err(refused)?).map_err(refused)?;
+            (Some(ours), Some(theirs))
+        }
+        false => (None, None),
+    };
     let stdio = [
         stdin.as_fd(),
         stdout.as_fd(),
         stderr.as_ref().unwrap_or(&stdout).as_fd(),
     ];
-    let pid = spawn(&image(plan, stdio, cgroup))?;
+    let mut image = image(plan, stdio, cgroup);
+    image.results = results.as_ref().map(AsFd::as_fd);
+    if let Some((uid, gid, _)) = plan.user.as_ref().filter(|(uid, ..)| !uid.is_root()) {
+        // So that the user can open them by name, as /dev/stderr. What that fails of, the program sees when it tries.
+        let [stdin, outputs @ ..] = stdio;
+        let stdin = (exec.stdin == Input::Pipe).then_some(stdin);
+        for pipe in outputs.into_iter().chain(stdin).chain(image.results) {
+            let _ = fchown(pipe, Some(*uid), Some(*gid));
+        }
+    }
+    let pid = spawn(&image)?;
     Ok((
         pid,
         Pipes {
             stdin: stdin_ours,
             stdout: stdout_ours,
             stderr: stderr_ours,
+            results: results_ours,
             terminal: false,
         },
     ))
@@ -270,6 +289,7 @@ fn launch_on_terminal(
             stdin,
             stdout: ours,
             stderr: None,
+            results: None,
             terminal: true,
         },
     ))
@@ -284,6 +304,7 @@ fn image<'a>(plan: &'a Plan, stdio: [BorrowedFd<'a>; 3], cgroup: Option<&'a Cgro
         session: true,
         terminal: false,
         stdio,
+        results: None,
         limits: &plan.limits,
         user: plan.user.as_ref(),
         cgroup: cgroup.map(Cgroup::dir),

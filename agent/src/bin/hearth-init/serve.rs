@@ -152,12 +152,14 @@ impl Server {
             sources.push(Source::Conn(index));
             fds.push(PollFd::from_borrowed_fd(conn.channel.fd(), flags));
             if let Some(program) = conn.program() {
-                let [stdin, stdout, stderr] = program.waits_for(conn.channel.output.has_room());
-                let wanted = [
-                    (Source::Stdin(index), stdin, PollFlags::OUT),
-                    (Source::Output(index, Which::Stdout), stdout, PollFlags::IN),
-                    (Source::Output(index, Which::Stderr), stderr, PollFlags::IN),
-                ];
+                let (stdin, outputs) = program.waits_for(conn.channel.output.has_room());
+                let outputs = Which::ALL.into_iter().zip(outputs);
+                let wanted = [(Source::Stdin(index), stdin, PollFlags::OUT)]
+                    .into_iter()
+                    .chain(
+                        outputs
+                            .map(|(which, fd)| (Source::Output(index, which), fd, PollFlags::IN)),
+                    );
                 for (source, fd, flags) in wanted {
                     if let Some(fd) = fd {
                         sources.push(source);

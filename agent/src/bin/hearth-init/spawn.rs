@@ -25,6 +25,9 @@ use crate::{plan::Ids, reaper, sys};
 /// Enough for a few system calls, unoptimised; only what is touched exists.
 const STACK_BYTES: usize = 64 * 1024;
 
+/// The descriptor of a program's third output.
+const RESULTS: i32 = 3;
+
 /// Everything that the child needs, made before it exists.
 pub(crate) struct Image<'a> {
     /// Paths to try in order, as `execvp` does.
@@ -38,6 +41,8 @@ pub(crate) struct Image<'a> {
     pub(crate) terminal: bool,
     /// What becomes stdin, stdout and stderr, in this order.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
+    /// What becomes descriptor 3.
+    pub(crate) results: Option<BorrowedFd<'a>>,
     pub(crate) limits: &'a [(Resource, u64)],
     pub(crate) user: Option<&'a Ids>,
     /// The directory of the cgroup to be born in.
@@ -195,6 +200,9 @@ fn become_program(child: &Child<'_>) -> Refusal {
         dup2_stdin(stdin).map_err(refused(Step::Stdio))?;
         dup2_stdout(stdout).map_err(refused(Step::Stdio))?;
         dup2_stderr(stderr).map_err(refused(Step::Stdio))?;
+        if let Some(results) = image.results {
+            sys::give(results, RESULTS).map_err(refused(Step::Stdio))?;
+        }
         for (resource, value) in image.limits {
             let limit = Rlimit {
                 current: Some(*value),

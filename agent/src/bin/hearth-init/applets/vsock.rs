@@ -1,4 +1,4 @@
-//! Peers for tests of the sockets between guest and host, in both directions.
+//! Peers for tests and benchmarks of the sockets between guest and host, in both directions.
 
 use alloc::{vec, vec::Vec};
 
@@ -15,24 +15,17 @@ use rustix::{
 use super::{Failure, number};
 use crate::{
     sys::{VsockAddr, stdin, stdout},
-    text::say,
+    text::{put, say},
 };
 
 const BACKLOG: i32 = 256;
 const CHUNK: usize = 64 * 1024;
+/// The head of a question.
+const HEAD: usize = 8;
 
 /// `vsock-echo PORT`: listens and sends back what each connection brings, until it ends its direction.
 pub(super) fn echo(args: &[Vec<u8>]) -> Result<u8, Failure> {
-    let listener = socket()?;
-    bind(
-        &listener,
-        &VsockAddr {
-            cid: VsockAddr::ANY_CID,
-            port: number(args, 0)?,
-        },
-    )?;
-    listen(&listener, BACKLOG)?;
-    say("listening")?;
+    let listener = listening(number(args, 0)?)?;
     let mut conns: Vec<(OwnedFd, Flow)> = Vec::new();
     loop {
         let mut wanted = vec![(listener.as_fd(), PollFlags::IN)];
@@ -93,6 +86,60 @@ pub(super) fn dial(args: &[Vec<u8>]) -> Result<u8, Failure> {
         }
     }
     Ok(0)
+}
+
+/// `vsock-exchange PORT`: listens, and answers what is asked on one connection after the other. A question has as many bytes
+/// as its first number says, its answer as many as its second: 32 bits each, little-endian.
+pub(super) fn exchange(args: &[Vec<u8>]) -> Result<u8, Failure> {
+    let listener = listening(number(args, 0)?)?;
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let conn = accept_with(&listener, SocketFlags::CLOEXEC)?;
+        // A connection that fails ends alone.
+        while let Ok(true) = answer(conn.as_fd(), &mut chunk) {}
+    }
+}
+
+/// Takes a question and answers it; false if there is none.
+fn answer(conn: BorrowedFd<'_>, chunk: &mut [u8]) -> Result<bool, Errno> {
+    let mut taken = 0;
+    while taken < HEAD {
+        match read(conn, chunk.get_mut(taken..).unwrap_or_default())? {
+            0 => return Ok(false),
+            count => taken += count,
+        }
+    }
+    let mut numbers = chunk.chunks_exact(4).map(|bytes| {
+        let bytes = bytes.try_into().unwrap_or_default();
+        u32::from_le_bytes(bytes) as usize
+    });
+    let (asked, mut left) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    while taken < asked {
+        let most = chunk.len().min(asked - taken);
+        match read(conn, chunk.get_mut(..most).unwrap_or_default())? {
+            0 => return Ok(false),
+            count => taken += count,
+        }
+    }
+    while left > 0 {
+        let part = chunk.get(..left.min(chunk.len())).unwrap_or_default();
+        put(conn, part)?;
+        left -= part.len();
+    }
+    Ok(true)
+}
+
+/// Listens for connections from the host, and says so.
+fn listening(port: u32) -> Result<OwnedFd, Failure> {
+    let listener = socket()?;
+    let address = VsockAddr {
+        cid: VsockAddr::ANY_CID,
+        port,
+    };
+    bind(&listener, &address)?;
+    listen(&listener, BACKLOG)?;
+    say("listening")?;
+    Ok(listener)
 }
 
 fn socket() -> Result<OwnedFd, Errno> {

@@ -2,16 +2,13 @@
 
 use alloc::vec::Vec;
 
-use hearth_agent::proto::{FrameError, Rejection, Response, STDIN_WINDOW};
+use hearth_agent::proto::{FrameError, Rejection, Response, STDIN_UNREPORTED, STDIN_WINDOW};
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
     io::{Errno, write},
 };
 
 use crate::{channel::Output, terminal};
-
-/// Input taken is reported when this much is unreported, so that small writes cost no message each.
-const REPORT: usize = STDIN_WINDOW / 4;
 
 #[derive(Debug)]
 pub(super) struct Stdin {
@@ -104,7 +101,7 @@ impl Stdin {
             }
         }
         self.finish();
-        if self.pipe.is_some() && self.unreported >= REPORT {
+        if self.pipe.is_some() && self.unreported >= STDIN_UNREPORTED {
             let taken = core::mem::take(&mut self.unreported);
             out.push(&Response::StdinTaken(
                 u32::try_from(taken).unwrap_or(u32::MAX),

@@ -22,6 +22,22 @@ pub(super) enum Stream {
 }
 
 impl Stream {
+    /// Nothing comes of what is not there.
+    pub(super) fn of(pipe: Option<OwnedFd>) -> Self {
+        let closed = Self::Closed {
+            end: OutputEnd::Complete,
+        };
+        pipe.map_or(closed, Self::Open)
+    }
+
+    /// Bytes that can be read now.
+    pub(super) fn waiting(&self) -> usize {
+        let count = self.pipe().and_then(|pipe| ioctl_fionread(pipe).ok());
+        count
+            .and_then(|count| usize::try_from(count).ok())
+            .unwrap_or(0)
+    }
+
     pub(super) fn pipe(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Open(pipe) | Self::Last { pipe, .. } => Some(pipe.as_fd()),
@@ -72,11 +88,8 @@ impl Stream {
 
     /// Settles for what is in the pipe now, which includes all that the main process wrote.
     pub(super) fn give_up(&mut self) {
-        if let Self::Open(pipe) = self {
-            let rest = ioctl_fionread(&*pipe)
-                .ok()
-                .and_then(|count| usize::try_from(count).ok())
-                .unwrap_or(0);
+        if let Self::Open(_) = self {
+            let rest = self.waiting();
             self.exchange(|stream| match stream {
                 Self::Open(pipe) if rest > 0 => Self::Last { pipe, rest },
                 _ => Self::Closed {

@@ -1,0 +1,235 @@
+//! Firecracker: a cold boot from a configuration file, and a fresh snapshot restored through its API, each up to the
+//! agent's pong over its Unix socket.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use hearth_agent::AgentClient;
+use hearth_agent::proto::{AGENT_PORT, READY_PORT};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::process::Child;
+
+use super::http::{connect, request};
+use super::{Booted, PeerError, command, ended, start, version};
+
+/// The guest's address; any but the reserved ones will do.
+const CID: u32 = 3;
+/// Pause between two pings while the guest prepares itself.
+const PREPARE_PAUSE: Duration = Duration::from_millis(20);
+/// Longest line that answers a `CONNECT`.
+const LINE: usize = 64;
+
+/// Firecracker, as found, with a directory for its sockets and files.
+#[derive(Debug)]
+pub struct Firecracker {
+    program: PathBuf,
+    dir: PathBuf,
+    /// As it calls itself.
+    pub version: String,
+}
+
+impl Firecracker {
+    /// Sees what the program is. `dir` is empty, and no other process uses it.
+    ///
+    /// # Errors
+    /// If it is not Firecracker.
+    pub async fn find(program: &Path, dir: &Path) -> Result<Self, PeerError> {
+        Ok(Self {
+            version: version(program, "Firecracker v").await?,
+            program: program.to_owned(),
+            dir: dir.to_owned(),
+        })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Boots a guest to its agent's pong: the time since Firecracker was started.
+    ///
+    /// # Errors
+    /// If it ends, or is not there in time.
+    pub async fn boot_to_pong(&self, guest: Booted<'_>) -> Result<Duration, PeerError> {
+        let config = json!({
+            "boot-source": boot_source(guest),
+            "machine-config": machine(guest),
+            "vsock": self.vsock(),
+            "drives": [],
+        });
+        let file = self.path("config.json");
+        std::fs::write(&file, config.to_string())?;
+        let listener = self.listen()?;
+        let begin = Instant::now();
+        let mut command = command(&self.program);
+        command.arg("--no-api").arg("--config-file").arg(&file);
+        command.stdout(std::process::Stdio::null());
+        let mut child = start(&mut command, &self.program)?;
+        let up = async {
+            let (stream, _) = listener.accept().await?;
+            let mut agent = greeted(stream, begin).await?;
+            pinged(&mut agent, 1).await?;
+            Ok(begin.elapsed())
+        };
+        done(&mut child, guest.limit, up).await
+    }
+
+    /// Boots a guest and leaves its snapshot in the directory.
+    ///
+    /// # Errors
+    /// As [`Self::boot_to_pong`], and if it refuses a step.
+    pub async fn snapshot(&self, guest: Booted<'_>) -> Result<(), PeerError> {
+        let listener = self.listen()?;
+        let (mut child, api) = self.with_api()?;
+        let begin = Instant::now();
+        let up = async {
+            request(&api, "PUT", "/machine-config", &machine(guest)).await?;
+            request(&api, "PUT", "/boot-source", &boot_source(guest)).await?;
+            request(&api, "PUT", "/vsock", &self.vsock()).await?;
+            let go = json!({"action_type": "InstanceStart"});
+            request(&api, "PUT", "/actions", &go).await?;
+            let (stream, _) = listener.accept().await?;
+            let mut agent = greeted(stream, begin).await?;
+            for nonce in 1.. {
+                if pinged(&mut agent, nonce).await? {
+                    break;
+                }
+                tokio::time::sleep(PREPARE_PAUSE).await;
+            }
+            request(&api, "PATCH", "/vm", &json!({"state": "Paused"})).await?;
+            let files = json!({
+                "snapshot_type": "Full",
+                "snapshot_path": self.path("state"),
+                "mem_file_path": self.path("memory"),
+            });
+            request(&api, "PUT", "/snapshot/create", &files).await
+        };
+        done(&mut child, guest.limit, up).await
+    }
+
+    /// Restores the snapshot to its agent's pong on a new connection: the time since Firecracker was started.
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`].
+    pub async fn restore_to_pong(&self, limit: Duration) -> Result<Duration, PeerError> {
+        // It makes the socket itself.
+        remove(&self.path("vsock"))?;
+        let begin = Instant::now();
+        let (mut child, api) = self.with_api()?;
+        let up = async {
+            let load = json!({
+                "snapshot_path": self.path("state"),
+                "mem_backend": {"backend_type": "File", "backend_path": self.path("memory")},
+                "resume_vm": true,
+            });
+            request(&api, "PUT", "/snapshot/load", &load).await?;
+            let stream = dial(&self.path("vsock")).await?;
+            let mut agent = handshake(stream).await?;
+            pinged(&mut agent, 1).await?;
+            Ok(begin.elapsed())
+        };
+        done(&mut child, limit, up).await
+    }
+
+    /// A process that is told by its API what to do.
+    fn with_api(&self) -> Result<(Child, PathBuf), PeerError> {
+        let api = self.path("api");
+        remove(&api)?;
+        let mut command = command(&self.program);
+        command.arg("--api-sock").arg(&api);
+        command.stdout(std::process::Stdio::null());
+        Ok((start(&mut command, &self.program)?, api))
+    }
+
+    fn vsock(&self) -> serde_json::Value {
+        json!({"guest_cid": CID, "uds_path": self.path("vsock")})
+    }
+
+    /// Where the guest's agent dials: a connection to a port of the host's goes to a socket with its number.
+    fn listen(&self) -> Result<UnixListener, PeerError> {
+        remove(&self.path("vsock"))?;
+        let path = self.path(&format!("vsock_{READY_PORT}"));
+        remove(&path)?;
+        Ok(UnixListener::bind(path)?)
+    }
+}
+
+fn boot_source(guest: Booted<'_>) -> serde_json::Value {
+    json!({
+        "kernel_image_path": guest.kernel.to_string_lossy(),
+        "initrd_path": guest.initramfs.to_string_lossy(),
+        "boot_args": guest.words,
+    })
+}
+
+fn machine(guest: Booted<'_>) -> serde_json::Value {
+    json!({"vcpu_count": guest.vcpus, "mem_size_mib": guest.memory_mib})
+}
+
+/// A file of an earlier guest's.
+fn remove(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// What comes of `up`, in time and while the process lives; it is gone afterwards.
+async fn done<T>(
+    child: &mut Child,
+    limit: Duration,
+    up: impl Future<Output = Result<T, PeerError>>,
+) -> Result<T, PeerError> {
+    let up = tokio::time::timeout(limit, up);
+    let up = tokio::select! {
+        up = up => up.unwrap_or(Err(PeerError::Silent(limit))),
+        _ = child.wait() => Err(ended(child).await),
+    };
+    let _ = child.kill().await;
+    up
+}
+
+/// Connects to the agent in a running guest.
+async fn dial(socket: &Path) -> Result<UnixStream, PeerError> {
+    let mut stream = connect(socket).await?;
+    let ask = format!("CONNECT {AGENT_PORT}\n");
+    stream.write_all(ask.as_bytes()).await?;
+    let mut line = Vec::new();
+    // Byte by byte: what follows the line is the agent's.
+    while line.last() != Some(&b'\n') && line.len() < LINE {
+        line.push(stream.read_u8().await?);
+    }
+    match line.starts_with(b"OK ") {
+        true => Ok(stream),
+        false => Err(PeerError::Refused {
+            what: ask,
+            said: String::from_utf8_lossy(&line).into_owned(),
+        }),
+    }
+}
+
+type Agent = AgentClient<UnixStream>;
+
+async fn handshake(stream: UnixStream) -> Result<Agent, PeerError> {
+    let agent = AgentClient::handshake(stream).await;
+    agent.map_err(|error| PeerError::Lies(format!("its agent's greeting: {error}")))
+}
+
+/// The agent of a guest that booted since `begin`, by its own clock as well.
+async fn greeted(stream: UnixStream, begin: Instant) -> Result<Agent, PeerError> {
+    let agent = handshake(stream).await?;
+    let booted = Duration::from_micros(agent.hello().unwrap_or_default().started_us);
+    if booted.is_zero() || booted > begin.elapsed() {
+        let lie = format!("a boot of {booted:?} in {:?}", begin.elapsed());
+        return Err(PeerError::Lies(lie));
+    }
+    Ok(agent)
+}
+
+/// Whether the guest has prepared everything.
+async fn pinged(agent: &mut Agent, nonce: u64) -> Result<bool, PeerError> {
+    let pong = agent.ping(nonce).await;
+    let pong = pong.map_err(|error| PeerError::Lies(format!("its agent's pong: {error}")))?;
+    Ok(pong.prepared)
+}

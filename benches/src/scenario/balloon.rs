@@ -1,0 +1,132 @@
+//! Memory that a guest gives back to its host: by its balloon when it is asked, and by reporting free pages when it
+//! is not. Private memory of the host's falls by what was touched before; untouched pages give nothing.
+
+use std::time::{Duration, Instant};
+
+use hearth_agent::client::{Command, OutputLimits};
+use hearth_vmm::Vm;
+
+use super::ScenarioError;
+use super::agent::{dial, renew, resume, template};
+use super::boot::Files;
+use super::samples::Samples;
+use crate::report::Report;
+
+/// What the balloon takes and gives at a time, in MiB.
+const STEP_MIB: u32 = 4;
+/// What a program touches and leaves behind, in MiB.
+const TOUCHED_MIB: u32 = 16;
+/// A step that takes longer is given up.
+const STUCK: Duration = Duration::from_secs(120);
+/// The guest's kernel waits two seconds before it reports; after twice that without news it has reported all.
+const QUIET: Duration = Duration::from_secs(4);
+const MIB: f64 = 1048576.0;
+
+/// Inflates and deflates `n` times, and has `touches` programs leave memory behind for each way to give it back.
+///
+/// # Errors
+/// When the guest cannot be made, or does not follow.
+pub async fn run(
+    report: &mut Report,
+    files: Files<'_>,
+    n: usize,
+    touches: usize,
+) -> Result<(), ScenarioError> {
+    let template = template(files).await?.count_instructions(true);
+    let vm = template.fork().map_err(ScenarioError::at("fork"))?;
+    let mut agent = resume(&vm)?;
+    renew(&mut agent, 0).await?;
+    let mut samples = Samples::default();
+    for _ in 0..n {
+        resized(&vm, STEP_MIB, "inflate", &mut samples).await?;
+        resized(&vm, 0, "deflate", &mut samples).await?;
+    }
+    for _ in 0..touches {
+        given(&vm, &mut samples).await?;
+        reported(&vm, &mut samples).await?;
+    }
+    samples.report(report, "balloon", "hearth");
+    Ok(())
+}
+
+/// One step of the balloon, in time and in emulated instructions.
+async fn resized(
+    vm: &Vm,
+    mib: u32,
+    metric: &'static str,
+    samples: &mut Samples,
+) -> Result<(), ScenarioError> {
+    let (begin, before) = (Instant::now(), vm.emulated_instructions());
+    resize(vm, mib).await?;
+    let step = f64::from(STEP_MIB);
+    samples.push(metric, "MiB/s", step / begin.elapsed().as_secs_f64());
+    if let Some((after, before)) = vm.emulated_instructions().zip(before) {
+        let each = (after - before) as f64 / step;
+        samples.push(metric, "instructions per MiB", each);
+    }
+    Ok(())
+}
+
+async fn resize(vm: &Vm, mib: u32) -> Result<(), ScenarioError> {
+    let resized = vm.balloon().resize(mib, STUCK).await;
+    resized.map_err(ScenarioError::at("balloon"))
+}
+
+/// What leaves the host when the balloon takes as much as a program has just left behind.
+async fn given(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
+    touch(vm).await?;
+    let before = private_mib(vm)?;
+    resize(vm, TOUCHED_MIB).await?;
+    let metric = "returned by a balloon of 16 MiB";
+    samples.push(metric, "MiB", before - private_mib(vm)?);
+    resize(vm, 0).await
+}
+
+/// What leaves the host without a word from it.
+async fn reported(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
+    touch(vm).await?;
+    let (begin, before, first) = (Instant::now(), private_mib(vm)?, vm.balloon().reported());
+    let (mut last, mut seen) = (begin, first);
+    while last.elapsed() < QUIET {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let now = vm.balloon().reported();
+        if now != seen {
+            (last, seen) = (Instant::now(), now);
+        }
+    }
+    let mib = f64::from(seen - first);
+    samples.push("reported of 16 MiB that were freed", "MiB", mib);
+    let metric = "returned by page reporting";
+    samples.push(metric, "MiB", before - private_mib(vm)?);
+    if seen > first {
+        // From the program's end, the time that the guest's kernel waits included.
+        let metric = "page reporting";
+        samples.push(metric, "MiB/s", mib / (last - begin).as_secs_f64());
+    }
+    Ok(())
+}
+
+/// Has a program write to memory, and end.
+async fn touch(vm: &Vm) -> Result<(), ScenarioError> {
+    let command = Command::new("alloc").arg(TOUCHED_MIB.to_string());
+    let agent = dial(vm.vsock()).await?;
+    let output = async {
+        let exec = agent.exec(command).await?;
+        exec.output(OutputLimits::default()).await
+    };
+    let output = tokio::time::timeout(STUCK, output).await;
+    let output = output.map_err(ScenarioError::at("memory of a program"))?;
+    let output = output.map_err(ScenarioError::at("memory of a program"))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(ScenarioError::at("memory of a program")(
+            "the guest had none",
+        )),
+    }
+}
+
+fn private_mib(vm: &Vm) -> Result<f64, ScenarioError> {
+    let bytes = vm.private_bytes();
+    let bytes = bytes.map_err(ScenarioError::at("private memory"))?;
+    Ok(bytes as f64 / MIB)
+}

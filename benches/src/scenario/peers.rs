@@ -1,0 +1,231 @@
+//! Other monitors in turns with Hearth: the same kernel, initramfs, words, memory and processors.
+
+use std::time::{Duration, Instant};
+
+use hearth_agent::proto::READY_PORT;
+use hearth_vmm::{Host, Template, Vm, VmConfig, VmStatus};
+
+use super::ScenarioError;
+use super::agent::{dial, greet, template};
+use super::boot::Files;
+use crate::peer::{BANNER, Booted, Firecracker, INIT, PeerError, Peers, Qemu};
+use crate::report::Report;
+use crate::suite::chain;
+
+const SCENARIO: &str = "peers";
+/// How long a guest may take, if nothing else is said.
+const LIMIT: Duration = Duration::from_secs(120);
+/// Pause between two looks at a console.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// Measures Hearth and each peer that is given, in turns, `n` times. A peer that fails is reported, not measured.
+///
+/// # Errors
+/// When Hearth's own guest does not come up.
+pub async fn run(
+    report: &mut Report,
+    files: Files<'_>,
+    peers: &Peers,
+    n: usize,
+) -> Result<(), ScenarioError> {
+    let limit = peers.limit.unwrap_or(LIMIT);
+    if peers.qemu.is_none() && peers.firecracker.is_none() {
+        let why = "other monitors: none was given, see --qemu and --firecracker";
+        report.not_measured.push(why.into());
+    }
+    if let Some(program) = &peers.qemu {
+        match Qemu::find(program).await {
+            Ok(qemu) => beside_qemu(report, files, &qemu, n, limit).await?,
+            Err(error) => missing(report, "QEMU", &error),
+        }
+    }
+    if let Some(program) = &peers.firecracker {
+        let dir = tempfile::tempdir().map_err(ScenarioError::at("directory for sockets"))?;
+        match Firecracker::find(program, dir.path()).await {
+            Ok(firecracker) => beside_firecracker(report, files, &firecracker, n, limit).await?,
+            Err(error) => missing(report, "Firecracker", &error),
+        }
+    }
+    Ok(())
+}
+
+fn missing(report: &mut Report, peer: &str, error: &PeerError) {
+    let why = format!("{peer}: {}", chain(error));
+    report.not_measured.push(why);
+}
+
+/// The host's kind of kernel words.
+fn words(config: &VmConfig) -> Result<String, ScenarioError> {
+    let host = Host::get().map_err(ScenarioError::at("host"))?;
+    Ok(config.boot_words(host.profile()).join(" "))
+}
+
+fn booted<'a>(files: Files<'a>, words: &'a str, limit: Duration) -> Booted<'a> {
+    Booted {
+        kernel: files.kernel,
+        initramfs: files.initramfs,
+        words,
+        memory_mib: files.shape.memory_mib,
+        vcpus: files.shape.vcpus,
+        limit,
+    }
+}
+
+/// The agent speaks vsock, which QEMU has with vhost-vsock of the host's only: up to init it is the same without.
+async fn beside_qemu(
+    report: &mut Report,
+    files: Files<'_>,
+    qemu: &Qemu,
+    n: usize,
+    limit: Duration,
+) -> Result<(), ScenarioError> {
+    let config = files.config().console(true).build();
+    let config = config.map_err(ScenarioError::at("configuration"))?;
+    config.preload().map_err(ScenarioError::at("image"))?;
+    let words = words(&config)?;
+    let (mut ours, mut theirs) = (vec![], vec![]);
+    for _ in 0..n {
+        // First, so that one that fails costs no boot of ours.
+        let peer = qemu.boot_to_init(booted(files, &words, limit)).await;
+        let (peer, shown) = match peer {
+            Ok(up) => up,
+            Err(error) => {
+                missing(report, "QEMU", &error);
+                return Ok(());
+            }
+        };
+        let (took, banner) = to_init(&config, limit).await?;
+        if shown != banner {
+            let lie = PeerError::Lies(format!("its kernel is {shown:?}, not {banner:?}"));
+            missing(report, "QEMU", &lie);
+            return Ok(());
+        }
+        theirs.push(super::us(peer));
+        ours.push(super::us(took));
+    }
+    let metric = "cold boot to init, by the serial console";
+    report.add(SCENARIO, metric, "us", "hearth", ours);
+    report.add(SCENARIO, metric, "us", "qemu", theirs);
+    report.compare(metric, "hearth", "qemu");
+    report.notes.push(format!(
+        "{}: a process of its own, whose start and firmware count; hearth's guest is one of this process, its files read \
+         before",
+        qemu.version
+    ));
+    let why = "cold boot to pong (qemu): the agent speaks vsock, which QEMU has with the host's vhost-vsock only";
+    report.not_measured.push(why.into());
+    Ok(())
+}
+
+/// A boot of Hearth's up to its kernel's word that it starts init, and the kernel's banner.
+async fn to_init(config: &VmConfig, limit: Duration) -> Result<(Duration, String), ScenarioError> {
+    let begin = Instant::now();
+    let vm = Vm::boot(config).map_err(ScenarioError::at("boot"))?;
+    while begin.elapsed() < limit {
+        let text = vm.console().text();
+        if text.contains(INIT) {
+            let took = begin.elapsed();
+            let mut lines = text.lines();
+            let banner = lines.find_map(|line| line.find(BANNER).and_then(|at| line.get(at..)));
+            vm.destroy();
+            return Ok((took, banner.unwrap_or_default().trim_end().to_owned()));
+        }
+        if let VmStatus::Ended(exit) = vm.status() {
+            return Err(ScenarioError::at("boot")(exit.to_string()));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Err(ScenarioError::at("boot")("init is not started"))
+}
+
+async fn beside_firecracker(
+    report: &mut Report,
+    files: Files<'_>,
+    firecracker: &Firecracker,
+    n: usize,
+    limit: Duration,
+) -> Result<(), ScenarioError> {
+    let config = files.config().build();
+    let config = config.map_err(ScenarioError::at("configuration"))?;
+    config.preload().map_err(ScenarioError::at("image"))?;
+    let words = words(&config)?;
+    let guest = booted(files, &words, limit);
+    let mut sides = [vec![], vec![], vec![], vec![]];
+    let measured = async {
+        for _ in 0..n {
+            let theirs = firecracker.boot_to_pong(guest).await;
+            let theirs = theirs.map_err(Side::Theirs)?;
+            let ours = to_pong(&config, limit).await.map_err(Side::Ours)?;
+            push(&mut sides, [Some(ours), Some(theirs), None, None]);
+        }
+        firecracker.snapshot(guest).await.map_err(Side::Theirs)?;
+        let template = template(files).await.map_err(Side::Ours)?;
+        for _ in 0..n {
+            let ours = fork_to_pong(&template).await.map_err(Side::Ours)?;
+            let theirs = firecracker.restore_to_pong(limit).await;
+            let theirs = theirs.map_err(Side::Theirs)?;
+            push(&mut sides, [None, None, Some(ours), Some(theirs)]);
+        }
+        Ok::<(), Side>(())
+    };
+    match measured.await {
+        Ok(()) => {}
+        Err(Side::Ours(error)) => return Err(error),
+        Err(Side::Theirs(error)) => {
+            missing(report, "Firecracker", &error);
+            return Ok(());
+        }
+    }
+    let [booted, their_boot, forked, restored] = sides;
+    let metric = "cold boot to pong, beside peers";
+    report.add(SCENARIO, metric, "us", "hearth", booted);
+    report.add(SCENARIO, metric, "us", "firecracker", their_boot);
+    report.compare(metric, "hearth", "firecracker");
+    let metric = "restore to pong, fresh connection";
+    report.add(SCENARIO, metric, "us", "hearth", forked);
+    report.add(SCENARIO, metric, "us", "firecracker", restored);
+    report.compare(metric, "hearth", "firecracker");
+    report.notes.push(format!(
+        "{}: a process of its own, whose start counts, and a snapshot in files; hearth forks a template in memory",
+        firecracker.version
+    ));
+    Ok(())
+}
+
+/// Whose failure it is.
+enum Side {
+    Ours(ScenarioError),
+    Theirs(PeerError),
+}
+
+fn push(sides: &mut [Vec<f64>; 4], taken: [Option<Duration>; 4]) {
+    for (side, took) in sides.iter_mut().zip(taken) {
+        side.extend(took.map(super::us));
+    }
+}
+
+async fn to_pong(config: &VmConfig, limit: Duration) -> Result<Duration, ScenarioError> {
+    let begin = Instant::now();
+    let vm = Vm::create(config).map_err(ScenarioError::at("create"))?;
+    let listener = vm.vsock().listen(READY_PORT);
+    let mut listener = listener.map_err(ScenarioError::at("listen"))?;
+    vm.resume().map_err(ScenarioError::at("resume"))?;
+    let stream = tokio::time::timeout(limit, listener.accept()).await;
+    let stream = stream.map_err(ScenarioError::at("agent"))?;
+    let mut agent = greet(stream.map_err(ScenarioError::at("agent"))?).await?;
+    agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
+    let took = begin.elapsed();
+    vm.destroy();
+    Ok(took)
+}
+
+async fn fork_to_pong(template: &Template) -> Result<Duration, ScenarioError> {
+    let begin = Instant::now();
+    let vm = template.fork().map_err(ScenarioError::at("fork"))?;
+    let mut agent = dial(vm.vsock()).await?;
+    agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
+    let took = begin.elapsed();
+    drop(agent);
+    vm.destroy();
+    Ok(took)
+}

@@ -1,0 +1,312 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+//! Firecracker's side of the conversation, played as its documentation has it: the API, the Unix socket of its vsock
+//! device, and the agent in its guest. The process itself is a script that only lives.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use hearth_agent::proto::{FrameBuffer, Hello, Pong, Request, Response, encode};
+use hearth_bench::peer::{Booted, Firecracker, PeerError};
+use serde_json::{Value, json};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// What is played.
+struct Played {
+    firecracker: Firecracker,
+    /// Method and path of each request, and its body.
+    asked: Arc<Mutex<Vec<(String, Value)>>>,
+    _dirs: [tempfile::TempDir; 2],
+}
+
+/// What the player does other than it should.
+#[derive(Clone, Copy, PartialEq)]
+enum Fault {
+    None,
+    /// Its guest claims to have booted for an hour.
+    LongBoot,
+    /// It refuses this path.
+    Refuses(&'static str),
+    /// It has no agent to connect to.
+    NoAgent,
+}
+
+async fn played(fault: Fault) -> Played {
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let (program, dir) = (
+        dirs[0].path().join("firecracker"),
+        dirs[1].path().to_owned(),
+    );
+    // It says with which arguments it was started: the player takes its place then.
+    let started = dir.join("started");
+    let text = format!(
+        "#!/bin/sh\nif [ \"$1\" = --version ]; then echo Firecracker v1.9.0; exit; fi\n\
+         echo \"$1\" > {0}.new; mv {0}.new {0}; exec sleep 1000\n",
+        started.display()
+    );
+    std::fs::write(&program, text).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let asked = Arc::default();
+    let player = Player {
+        dir: dir.clone(),
+        asked: Arc::clone(&asked),
+        fault,
+    };
+    std::thread::spawn(move || player.play(&started));
+    let firecracker = loop {
+        // Another test's child may hold the script open for a moment.
+        match Firecracker::find(&program, &dir).await {
+            Err(PeerError::Start { .. }) => {}
+            found => break found.unwrap(),
+        }
+    };
+    Played {
+        firecracker,
+        asked,
+        _dirs: dirs,
+    }
+}
+
+struct Player {
+    dir: PathBuf,
+    asked: Arc<Mutex<Vec<(String, Value)>>>,
+    fault: Fault,
+}
+
+impl Player {
+    /// Plays each process that is started, until the directory is gone.
+    fn play(&self, started: &Path) {
+        while self.dir.exists() {
+            match std::fs::read_to_string(started) {
+                Ok(mode) => {
+                    std::fs::remove_file(started).unwrap();
+                    match mode.trim() {
+                        "--no-api" => self.boot(),
+                        _ => self.serve(),
+                    }
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+
+    /// The guest's agent dials the host.
+    fn boot(&self) {
+        let stream = UnixStream::connect(self.dir.join("vsock_1025")).unwrap();
+        let fault = self.fault;
+        std::thread::spawn(move || agent(stream, true, fault));
+    }
+
+    /// The API: a connection for each request.
+    fn serve(&self) {
+        let listener = UnixListener::bind(self.dir.join("api")).unwrap();
+        loop {
+            let (stream, _) = listener.accept().unwrap();
+            let (path, last) = self.answer(stream);
+            match path.as_str() {
+                "/actions" => self.boot(),
+                "/snapshot/load" if last => self.restored(),
+                _ => {}
+            }
+            if last {
+                return;
+            }
+        }
+    }
+
+    /// Answers one request; its path, and whether the process has no more to say.
+    fn answer(&self, stream: UnixStream) -> (String, bool) {
+        let mut reader = BufReader::new(&stream);
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        let (method, path) = line.split_once(' ').unwrap();
+        let path = path.split(' ').next().unwrap().to_owned();
+        let method = method.to_owned();
+        let mut length = 0;
+        loop {
+            let mut header = String::new();
+            reader.read_line(&mut header).unwrap();
+            if let Some(value) = header.strip_prefix("Content-Length: ") {
+                length = value.trim().parse().unwrap();
+            }
+            if header == "\r\n" {
+                break;
+            }
+        }
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body).unwrap();
+        let body = serde_json::from_slice(&body).unwrap();
+        self.asked
+            .lock()
+            .unwrap()
+            .push((format!("{method} {path}"), body));
+        let refused = self.fault == Fault::Refuses(leaked(&path));
+        let answer = if refused {
+            "HTTP/1.1 400 \r\nContent-Length: 20\r\n\r\n{\"fault_message\":\"\"}"
+        } else {
+            "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"
+        };
+        (&stream).write_all(answer.as_bytes()).unwrap();
+        let last = refused || path.starts_with("/snapshot/");
+        (path, last)
+    }
+
+    /// The restored guest's agent is connected to.
+    fn restored(&self) {
+        let listener = UnixListener::bind(self.dir.join("vsock")).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let mut line = [0; 13];
+        (&stream).read_exact(&mut line).unwrap();
+        assert_eq!(&line, b"CONNECT 1024\n");
+        if self.fault == Fault::NoAgent {
+            return;
+        }
+        (&stream).write_all(b"OK 1073741824\n").unwrap();
+        let fault = self.fault;
+        std::thread::spawn(move || agent(stream, false, fault));
+    }
+}
+
+/// A path that the player knows.
+fn leaked(path: &str) -> &'static str {
+    let known = [
+        "/machine-config",
+        "/boot-source",
+        "/vsock",
+        "/actions",
+        "/vm",
+        "/snapshot/create",
+        "/snapshot/load",
+    ];
+    known.into_iter().find(|known| *known == path).unwrap()
+}
+
+/// An agent that greets, and answers pings; not prepared at first if it has just booted.
+fn agent(stream: UnixStream, booted: bool, fault: Fault) -> Option<()> {
+    let mut wire = Vec::new();
+    let started_us = if fault == Fault::LongBoot {
+        3_600_000_000
+    } else {
+        1
+    };
+    let hello = Hello {
+        started_us,
+        ..Hello::default()
+    };
+    hello.encode(&mut wire).unwrap();
+    (&stream).write_all(&wire).ok()?;
+    let (mut frames, mut greeted, mut pings) = (FrameBuffer::new(), false, 0);
+    loop {
+        let payload = loop {
+            if let Some(payload) = frames.next_frame().ok()? {
+                break payload.to_vec();
+            }
+            match (&stream).read(frames.spare().ok()?).ok()? {
+                0 => return None,
+                count => frames.filled(count),
+            }
+        };
+        if !greeted {
+            Hello::decode(&payload).unwrap();
+            greeted = true;
+            continue;
+        }
+        if let Ok(Request::Ping { nonce }) = Request::decode(&payload) {
+            pings += 1;
+            let pong = Pong {
+                nonce,
+                prepared: !booted || pings > 2,
+                instance: Default::default(),
+                uptime_us: 1,
+                memory: Default::default(),
+                execs: 0,
+            };
+            wire.clear();
+            encode(&Response::Pong(pong), &mut wire).unwrap();
+            (&stream).write_all(&wire).ok()?;
+        }
+    }
+}
+
+fn guest() -> Booted<'static> {
+    Booted {
+        kernel: Path::new("/kernel"),
+        initramfs: Path::new("/initramfs"),
+        words: "quiet",
+        memory_mib: 256,
+        vcpus: 2,
+        limit: LIMIT,
+    }
+}
+
+#[tokio::test]
+async fn a_boot_and_a_restore_are_asked_for_as_the_api_has_it() {
+    let played = played(Fault::None).await;
+    let firecracker = &played.firecracker;
+    assert_eq!(firecracker.version, "Firecracker v1.9.0");
+    firecracker.boot_to_pong(guest()).await.unwrap();
+    firecracker.snapshot(guest()).await.unwrap();
+    for _ in 0..2 {
+        firecracker.restore_to_pong(LIMIT).await.unwrap();
+    }
+    let asked = played.asked.lock().unwrap();
+    let paths: Vec<&str> = asked.iter().map(|(path, _)| path.as_str()).collect();
+    assert_eq!(
+        paths,
+        [
+            "PUT /machine-config",
+            "PUT /boot-source",
+            "PUT /vsock",
+            "PUT /actions",
+            "PATCH /vm",
+            "PUT /snapshot/create",
+            "PUT /snapshot/load",
+            "PUT /snapshot/load",
+        ]
+    );
+    assert_eq!(asked[0].1, json!({"vcpu_count": 2, "mem_size_mib": 256}));
+    assert_eq!(asked[1].1["initrd_path"], "/initramfs");
+    assert_eq!(asked[6].1["resume_vm"], true);
+    assert_eq!(asked[6].1["snapshot_path"], asked[5].1["snapshot_path"]);
+    assert_eq!(
+        asked[6].1["mem_backend"]["backend_path"],
+        asked[5].1["mem_file_path"]
+    );
+}
+
+#[tokio::test]
+async fn a_guest_whose_clock_belies_its_boot_is_not_measured() {
+    let played = played(Fault::LongBoot).await;
+    let error = played.firecracker.boot_to_pong(guest()).await.unwrap_err();
+    assert!(
+        matches!(&error, PeerError::Lies(lie) if lie.contains("3600s")),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_step_that_is_refused_is_told() {
+    let played = played(Fault::Refuses("/snapshot/create")).await;
+    let error = played.firecracker.snapshot(guest()).await.unwrap_err();
+    assert!(
+        matches!(&error, PeerError::Refused { what, said } if what == "PUT /snapshot/create" && said.contains("fault_message")),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_restored_guest_that_takes_no_connection_is_not_measured() {
+    let played = played(Fault::NoAgent).await;
+    let error = played.firecracker.restore_to_pong(LIMIT).await.unwrap_err();
+    assert!(matches!(error, PeerError::Io(_)), "{error}");
+}

@@ -1,0 +1,205 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+//! Peers that crash, hang or lie: each is reported with its reason, and none is measured.
+//!
+//! They are scripts, and greet as the real ones do.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use hearth_bench::peer::{Booted, Firecracker, PeerError, Qemu};
+use hearth_tests::kvm;
+use serde_json::Value;
+
+const QEMU: &str = "QEMU emulator version 7.2.22";
+const FIRECRACKER: &str = "Firecracker v1.9.0";
+/// So long may a guest of theirs take.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// A script that greets, and does something else when it is to run a guest.
+fn script(dir: &Path, greeting: &str, does: &str) -> PathBuf {
+    let path = dir.join("peer");
+    let text =
+        format!("#!/bin/sh\nif [ \"$1\" = --version ]; then echo '{greeting}'; exit; fi\n{does}\n");
+    std::fs::write(&path, text).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+fn guest() -> Booted<'static> {
+    Booted {
+        kernel: Path::new("/kernel"),
+        initramfs: Path::new("/initramfs"),
+        words: "quiet",
+        memory_mib: 128,
+        vcpus: 1,
+        limit: LIMIT,
+    }
+}
+
+/// A program that was just written may still be held open by a process that another test forks.
+async fn found<T, F: Future<Output = Result<T, PeerError>>>(
+    find: impl Fn() -> F,
+) -> Result<T, PeerError> {
+    loop {
+        match find().await {
+            Err(PeerError::Start { source, .. })
+                if source.kind() == std::io::ErrorKind::ExecutableFileBusy => {}
+            other => return other,
+        }
+    }
+}
+
+async fn qemu(does: &str) -> Result<(Duration, String), PeerError> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = script(dir.path(), QEMU, does);
+    let qemu = found(|| Qemu::find(&path)).await.unwrap();
+    assert_eq!(qemu.version, QEMU);
+    qemu.boot_to_init(guest()).await
+}
+
+async fn firecracker(does: &str) -> (Result<Duration, PeerError>, Result<Duration, PeerError>) {
+    let (dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = script(dir.path(), FIRECRACKER, does);
+    let found = found(|| Firecracker::find(&path, files.path())).await;
+    let firecracker = found.unwrap();
+    let boot = firecracker.boot_to_pong(guest()).await;
+    (boot, firecracker.restore_to_pong(LIMIT).await)
+}
+
+#[tokio::test]
+async fn a_peer_that_is_missing_or_another_program_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let nowhere = Qemu::find(&dir.path().join("nothing")).await.unwrap_err();
+    assert!(matches!(nowhere, PeerError::Start { .. }), "{nowhere}");
+    let path = script(dir.path(), "something 1.0", "exit 0");
+    let other = found(|| Qemu::find(&path)).await.unwrap_err();
+    assert!(
+        matches!(&other, PeerError::Another { said, .. } if said == "something 1.0"),
+        "{other}"
+    );
+    let other = Firecracker::find(&path, dir.path()).await.unwrap_err();
+    assert!(matches!(other, PeerError::Another { .. }), "{other}");
+}
+
+#[tokio::test]
+async fn a_peer_that_crashes_says_why() {
+    let crash = "echo no such device >&2; kill -SEGV $$";
+    let error = qemu(crash).await.unwrap_err();
+    assert!(
+        matches!(&error, PeerError::Ended { said, .. } if said == "no such device"),
+        "{error}"
+    );
+    // So does one that ends as if all were well, its guest not up.
+    let error = qemu("echo Linux version 6; exit 0").await.unwrap_err();
+    assert!(matches!(error, PeerError::Ended { .. }), "{error}");
+    let (boot, restore) = firecracker(crash).await;
+    for error in [boot.unwrap_err(), restore.unwrap_err()] {
+        assert!(
+            matches!(&error, PeerError::Ended { said, .. } if said == "no such device"),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_hangs_is_given_up_and_ended() {
+    let begin = Instant::now();
+    let dir = tempfile::tempdir().unwrap();
+    let pid = dir.path().join("pid");
+    let error = qemu(&format!("echo $$ > {}; exec sleep 1000", pid.display()))
+        .await
+        .unwrap_err();
+    assert!(matches!(error, PeerError::Silent(LIMIT)), "{error}");
+    let pid = std::fs::read_to_string(pid).unwrap();
+    assert!(
+        !Path::new(&format!("/proc/{}", pid.trim())).exists(),
+        "it lives on"
+    );
+    // One that prints without end does no better.
+    let error = qemu("while echo nothing; do :; done").await.unwrap_err();
+    assert!(
+        matches!(error, PeerError::Silent(_) | PeerError::Ended { .. }),
+        "{error}"
+    );
+    let (boot, restore) = firecracker("exec sleep 1000").await;
+    assert!(matches!(boot, Err(PeerError::Silent(LIMIT))), "{boot:?}");
+    assert!(
+        matches!(restore, Err(PeerError::Silent(LIMIT))),
+        "{restore:?}"
+    );
+    assert!(begin.elapsed() < Duration::from_secs(60));
+}
+
+/// What connects to the host's socket as a guest's agent would, and speaks otherwise.
+const BABBLER: &str = r#"
+use Socket;
+my ($config) = $ARGV[2] or die;
+open my $file, '<', $config or die;
+my ($path) = join('', <$file>) =~ /"uds_path":"([^"]+)"/ or die;
+socket(my $agent, PF_UNIX, SOCK_STREAM, 0) or die;
+connect($agent, sockaddr_un("${path}_1025")) or die;
+syswrite $agent, "x" x 4096;
+sleep 1000;
+"#;
+
+#[tokio::test]
+async fn a_peer_whose_guest_is_no_guest_lies() {
+    let dir = tempfile::tempdir().unwrap();
+    let babbler = dir.path().join("babbler.pl");
+    std::fs::write(&babbler, BABBLER).unwrap();
+    let (boot, _) = firecracker(&format!("exec perl {} \"$@\"", babbler.display())).await;
+    let error = boot.unwrap_err();
+    assert!(matches!(error, PeerError::Lies(_)), "{error}");
+}
+
+/// What the command says of a run with this peer.
+fn reported(peer: &str, does: &str) -> Value {
+    let dir = tempfile::tempdir().unwrap();
+    let greeting = if peer == "--qemu" { QEMU } else { FIRECRACKER };
+    let path = script(dir.path(), greeting, does);
+    let output = Command::new(env!("CARGO_BIN_EXE_vmm-bench"))
+        .args(["peers", "-n", "1", "--peer-limit", "60", "--json", peer])
+        .arg(path)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn the_command_reports_a_peer_that_fails_and_measures_nothing() {
+    if !kvm() {
+        return;
+    }
+    for peer in ["--qemu", "--firecracker"] {
+        let report = reported(peer, "echo no such device >&2; exit 1");
+        assert_eq!(report["results"].as_array().unwrap().len(), 0);
+        let why = report["not_measured"][0].as_str().unwrap();
+        assert!(why.contains("no such device"), "{why}");
+    }
+}
+
+#[test]
+fn a_peer_that_only_prints_what_is_waited_for_is_found_out_by_the_kernels_banner() {
+    if !kvm() {
+        return;
+    }
+    let report = reported(
+        "--qemu",
+        "echo Linux version 9; echo Run /init as init process; exec sleep 1000",
+    );
+    assert_eq!(report["results"].as_array().unwrap().len(), 0);
+    let why = report["not_measured"][0].as_str().unwrap();
+    assert!(
+        why.contains("does not show the guest") && why.contains("Linux version 9"),
+        "{why}"
+    );
+}

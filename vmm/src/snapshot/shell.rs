@@ -87,8 +87,10 @@ fn assemble(template: &Template) -> Result<Machine, BootError> {
 /// a second time.
 pub(super) fn fork(template: &Template, want: Want) -> Result<Vm, BootError> {
     let mut machine = assemble(template)?;
-    machine.restore(&template.frozen.state)?;
     let hardware = machine.hardware;
-    machine.start(Crew::muster(hardware.vcpus, hardware.limits)?, want)?;
+    let crew = Crew::muster(hardware.vcpus, hardware.limits)?;
+    crew.alert();
+    machine.restore(&template.frozen.state)?;
+    machine.start(crew, want)?;
     Ok(Vm::of(machine))
 }

@@ -5,8 +5,9 @@
 //! not metered), and goes back there when its VM is gone; more than [`SPARES`] are not kept.
 
 use std::os::raw::c_char;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::quota::{Account, Meter};
 use super::{Vcpu, VcpuError, kick};
@@ -17,6 +18,9 @@ use crate::seccomp::{self, Role};
 const STACK_BYTES: usize = 256 << 10;
 /// Most ready threads that wait for no VM in particular.
 const SPARES: usize = 2;
+/// How long a thread that was alerted keeps its processor for a vCPU that is about to come: as long as it takes to give a
+/// vCPU its state.
+const ALERT: Duration = Duration::from_micros(200);
 /// The name of a thread that runs no vCPU.
 const IDLE: &str = "hearth-spare";
 
@@ -25,8 +29,14 @@ static STOCK: Mutex<Vec<Runner>> = Mutex::new(Vec::new());
 /// A thread that is ready to run a vCPU. Dropping it ends the thread.
 #[derive(Debug)]
 pub(crate) struct Runner {
-    jobs: Sender<Job>,
+    orders: Sender<Order>,
     is_spare: bool,
+}
+
+enum Order {
+    /// A vCPU comes soon.
+    Alert,
+    Run(Job),
 }
 
 /// A vCPU to run, and the way back.
@@ -38,14 +48,14 @@ struct Job {
 impl Runner {
     fn new(limits: Limits, account: Option<Arc<Account>>) -> Result<Self, VcpuError> {
         kick::install()?;
-        let (jobs, todo) = mpsc::channel();
+        let (orders, todo) = mpsc::channel();
         std::thread::Builder::new()
             .name(IDLE.into())
             .stack_size(STACK_BYTES)
             .spawn(move || serve(&todo, limits, account.as_deref()))
             .map_err(VcpuError::Thread)?;
         Ok(Self {
-            jobs,
+            orders,
             is_spare: is_usual(limits),
         })
     }
@@ -54,8 +64,9 @@ impl Runner {
     pub(crate) fn run(self, vcpu: Vcpu) -> Result<(), VcpuError> {
         let gate = Arc::clone(&vcpu.gate);
         gate.enter();
-        let jobs = self.jobs.clone();
-        jobs.send(Job { vcpu, runner: self }).map_err(|_| {
+        let orders = self.orders.clone();
+        let job = Job { vcpu, runner: self };
+        orders.send(Order::Run(job)).map_err(|_| {
             gate.leave();
             // It waits for a job for as long as there is a runner.
             VcpuError::Thread(std::io::ErrorKind::BrokenPipe.into())
@@ -99,6 +110,14 @@ impl Crew {
         Ok(crew)
     }
 
+    /// A thread takes as long to wake up as a vCPU to get its state: wakes them now, for the vCPUs that come next.
+    pub(crate) fn alert(&self) {
+        for runner in &self.0 {
+            // Who does not hear it is missed when its vCPU comes.
+            let _ = runner.orders.send(Order::Alert);
+        }
+    }
+
     /// The next thread.
     pub(crate) fn next(&mut self) -> Result<Runner, VcpuError> {
         let none = || VcpuError::Thread(std::io::ErrorKind::NotFound.into());
@@ -122,10 +141,17 @@ pub(crate) fn replenish(limits: Limits) {
 }
 
 /// Runs the vCPUs that come, one after another, until nobody can send one.
-fn serve(todo: &Receiver<Job>, limits: Limits, account: Option<&Account>) {
+fn serve(todo: &Receiver<Order>, limits: Limits, account: Option<&Account>) {
     yield_to_host();
     let mut ready = prepare(limits, account);
-    while let Ok(Job { vcpu, mut runner }) = todo.recv() {
+    while let Ok(order) = todo.recv() {
+        let job = match order {
+            Order::Run(job) => Some(job),
+            Order::Alert => soon(todo),
+        };
+        let Some(Job { vcpu, mut runner }) = job else {
+            continue;
+        };
         rename(&format!("hearth-vcpu{}", vcpu.index));
         vcpu.live(
             ready
@@ -136,6 +162,19 @@ fn serve(todo: &Receiver<Job>, limits: Limits, account: Option<&Account>) {
         runner.is_spare &= ready.is_ok();
         runner.give_back();
     }
+}
+
+/// The job that was announced; `None` if it is late.
+fn soon(todo: &Receiver<Order>) -> Option<Job> {
+    let until = Instant::now() + ALERT;
+    while Instant::now() < until {
+        match todo.try_recv() {
+            Ok(Order::Run(job)) => return Some(job),
+            Ok(Order::Alert) | Err(TryRecvError::Empty) => std::hint::spin_loop(),
+            Err(TryRecvError::Disconnected) => return None,
+        }
+    }
+    None
 }
 
 /// What a thread can only do before it is confined, and that.

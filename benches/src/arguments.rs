@@ -45,7 +45,7 @@ pub(crate) enum Scenario {
     },
     /// Fork a guest by raw ioctls, without any code of Hearth's.
     Floor(Count),
-    /// Fork a template up to its first instruction, in turns with the floor.
+    /// Fork a template up to its first instruction, with and without a ready shell, in turns with the floor.
     Fork(Count),
     /// Boot the base image to the agent's pong, then fork it to pong.
     Boot {

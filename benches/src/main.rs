@@ -125,8 +125,8 @@ async fn run_scenario(
             Ok(())
         }
         Scenario::Floor(Count { n }) => fork::floor_only(report, n),
-        Scenario::Fork(Count { n }) => fork::beside_floor(report, n),
-        Scenario::Churn { n } => churn::run(report, files.shape, n),
+        Scenario::Fork(Count { n }) => fork::beside_floor(report, n).await,
+        Scenario::Churn { n } => churn::run(report, files.shape, n).await,
         Scenario::Boot { n, forks, .. } => boot::run(report, files, n, forks).await,
         Scenario::Peers { n, ref peers, .. } => peers::run(report, files, &peers.peers(), n).await,
         Scenario::Ping { n, .. } => ping::run(report, files, n).await,

@@ -98,8 +98,8 @@ impl Step {
         let n = |quick, full| effort.of(quick, full);
         match self {
             Self::Floor => fork::floor_only(report, n(50, 200)),
-            Self::Fork => fork::beside_floor(report, n(50, 200)),
-            Self::Churn => churn::run(report, files.shape, n(10, 20)),
+            Self::Fork => fork::beside_floor(report, n(50, 200)).await,
+            Self::Churn => churn::run(report, files.shape, n(10, 20)).await,
             Self::Boot => boot::run(report, files, n(2, 10), n(20, 50)).await,
             Self::Peers => peers::run(report, files, peers, n(3, 10)).await,
             Self::Ping => ping::run(report, files, n(20, 50)).await,

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use hearth_tests::flat::Code;
-use hearth_tests::{Guest, kvm, not_measured};
+use hearth_tests::{Guest, kvm, not_measured, within};
 use hearth_vmm::{CpuProfile, Host, Vm, VmConfig};
 
 /// How much more than the baseline is let pass.
@@ -22,8 +22,11 @@ const BETTER: f64 = 0.9;
 /// Clones of which the cheapest counts: a busy machine makes some wait, and ticks pass.
 const CLONES: usize = 8;
 const PAGE: u64 = 4096;
-/// Set for the process whose calls are counted: how many VMs it makes.
+/// Set for the process whose calls are counted: what it makes, and how many of it.
 const MADE: &str = "HEARTH_BASELINE_MADE";
+/// What such a process makes: VMs of their own, each of which is made a template and forked; clones of one template;
+/// shells that nobody uses.
+const KINDS: [&str; 3] = ["create-and-fork", "fork", "shell"];
 
 /// Measurements, by name.
 type Counts = BTreeMap<&'static str, u64>;
@@ -80,12 +83,20 @@ async fn what_a_guest_costs_is_within_its_baseline() {
         ("boot.instructions", instructions),
         ("boot.pages", guest.vm.private_bytes().unwrap() / PAGE),
     ]);
-    let mut exits = u64::MAX;
+    let [mut exits, mut pages, mut resumed] = [u64::MAX; 3];
     for _ in 0..CLONES {
-        let clone = Guest::fork().await;
+        let mut clone = Guest::fork().await;
         exits = exits.min(clone.vm.exits().total());
+        clone.vm.pause().unwrap();
+        pages = pages.min(clone.vm.private_bytes().unwrap() / PAGE);
+        let parked = clone.vm.exits().total();
+        clone.vm.resume().unwrap();
+        within(5, "pong", clone.agent.ping(1)).await.unwrap();
+        resumed = resumed.min(clone.vm.exits().total() - parked);
     }
     counts.insert("fork.exits", exits);
+    counts.insert("resume.exits", resumed);
+    counts.insert("fork.pages", pages);
     compare(&counts);
 }
 
@@ -94,32 +105,42 @@ fn calls_per_vm_are_within_their_baseline() {
     if !has_baseline() {
         return;
     }
-    if let Some(made) = std::env::var_os(MADE) {
-        return make(made.to_str().unwrap().parse().unwrap());
+    if let Ok(made) = std::env::var(MADE) {
+        let (kind, count) = made.split_once(' ').unwrap();
+        return make(kind, count.parse().unwrap());
     }
     if !Path::new("/usr/bin/strace").exists() {
         return not_measured("strace, which counts system calls, is not installed");
     }
-    let (few, many) = (ioctls(2) as u64, ioctls(10) as u64);
-    // Each VM is forked from a template of its own, which was created before.
-    compare(&BTreeMap::from([(
-        "create-and-fork.ioctls",
-        (many - few) / 8,
-    )]));
+    let each = KINDS.map(|kind| (ioctls(kind, 10) - ioctls(kind, 2)) as u64 / 8);
+    let [create_and_fork, fork, shell] = each;
+    compare(&BTreeMap::from([
+        ("create-and-fork.ioctls", create_and_fork),
+        ("fork.ioctls", fork),
+        ("fork-from-shell.ioctls", fork - shell),
+    ]));
 }
 
-/// Creates so many VMs, and forks each.
-fn make(count: usize) {
-    for _ in 0..count {
+/// Makes so many of this kind.
+fn make(kind: &str, count: usize) {
+    let template = || {
         let config = VmConfig::flat(Code::new().sleep().bytes()).memory_mib(32);
         let vm = Vm::create(&config.build().unwrap()).unwrap();
-        let template = vm.into_template().unwrap();
-        template.fork().unwrap().destroy();
+        vm.into_template().unwrap()
+    };
+    let first = template();
+    for _ in 0..count {
+        match kind {
+            "create-and-fork" => template().fork().unwrap().destroy(),
+            "fork" => first.fork().unwrap().destroy(),
+            "shell" => drop(first.shell().unwrap()),
+            _ => panic!("{kind}"),
+        }
     }
 }
 
-/// Ioctls of a process that makes so many VMs, but for those that let a vCPU run, which depend on time.
-fn ioctls(made: usize) -> usize {
+/// Ioctls of a process that makes so many, but for those that let a vCPU run, which depend on time.
+fn ioctls(kind: &str, made: usize) -> usize {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("calls");
     let name = "calls_per_vm_are_within_their_baseline";
@@ -128,7 +149,7 @@ fn ioctls(made: usize) -> usize {
         .arg(&log)
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", name, "--test-threads=1"])
-        .env(MADE, made.to_string())
+        .env(MADE, format!("{kind} {made}"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .status()

@@ -101,6 +101,38 @@ async fn ten_thousand_vms_leave_nothing() {
     }
 }
 
+/// Half of them become clones that run, a quarter clones that never run, and a quarter nothing.
+async fn use_shells(template: &Template, count: usize) {
+    let shells = (0..count).map(|_| template.shell().unwrap());
+    for (number, shell) in shells.collect::<Vec<_>>().into_iter().enumerate() {
+        match number % 4 {
+            0 => drop(shell),
+            1 => shell.fork_paused().unwrap().destroy(),
+            _ => {
+                let vm = shell.fork().unwrap();
+                runs(&vm).await;
+                vm.destroy();
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn shells_leave_nothing_whether_they_become_clones_or_not() {
+    if !kvm() || !alone() {
+        return;
+    }
+    let vm = Vm::create(&sleeper()).unwrap();
+    let template = vm.into_template().unwrap();
+    use_shells(&template, 40).await;
+    let before = settled();
+    for _ in 0..3 {
+        use_shells(&template, 40).await;
+        before.assert_restored(ARENAS, Duration::from_secs(10));
+    }
+    assert_eq!(leaked_vms(), 0);
+}
+
 /// Boots and forks, in turns, up to `count` VMs that have all run.
 async fn crowd(config: &VmConfig, template: &Template, count: usize) -> Vec<Vm> {
     let mut vms = Vec::new();
@@ -127,6 +159,8 @@ async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() 
     const VMS: usize = 200;
     /// Event threads (`vmm::reactor` starts two at most) and the one that takes VMs apart.
     const LASTING: usize = 3;
+    /// Threads that are ready for a vCPU (`vmm::vcpu::runner` keeps two at most).
+    const SPARES: usize = 2;
     const KVM_WORKER: &str = "kvm-nx-lpage-re";
     if !kvm() || !alone() {
         return;
@@ -146,6 +180,10 @@ async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() 
     assert!(of_kvm <= VMS, "{of_kvm}");
     let mut lasting = before.threads.clone();
     lasting.remove(KVM_WORKER);
+    for counts in [&mut threads, &mut lasting] {
+        let spares = counts.remove("hearth-spare").unwrap_or(0);
+        assert!((1..=SPARES).contains(&spares), "{spares}");
+    }
     let count: usize = lasting.values().sum();
     assert_eq!(threads, lasting, "threads that serve all VMs");
     // Of these, two are the test's.

@@ -88,11 +88,14 @@ fn serial_offset(port: u16) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
     use super::*;
     use crate::legacy::console::Console;
 
     fn board(console: &Console) -> Board {
-        let (serial, _) = SerialPort::new(console.clone()).unwrap();
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let serial = SerialPort::new(console.clone(), irq);
         Board {
             serial: Some(serial),
             virtio: Vec::new(),

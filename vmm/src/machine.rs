@@ -1,16 +1,15 @@
 //! What a VM owns, how it is made, and how it is taken apart.
 //!
-//! A [`Machine`] is taken apart in this order: streams end, vCPU threads are stopped and joined (in
+//! A [`Machine`] is taken apart in this order: streams end, vCPU threads are stopped and leave it (in
 //! bounded time), the event thread lets go, KVM is closed, and only then memory is unmapped. A vCPU
 //! thread that does not stop in time keeps its own references to all it uses: it and its memory
 //! leak, are counted and logged, and nothing is unmapped under it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::board::{Board, SharedTransport, lock};
@@ -18,8 +17,11 @@ use crate::boot::{self, LoadError};
 use crate::config::{ConfigError, MAX_VCPUS, VmConfig};
 use crate::cpu::{cpuid, setup};
 use crate::ending::Ending;
+#[cfg(feature = "testing")]
+use crate::frame::serial_interrupt;
+use crate::frame::{BASE_DEVICES, Frame, PlacedImage, Wire};
 use crate::host::{CpuProfile, Host, HostError};
-use crate::kvm::{self, KvmError};
+use crate::kvm::KvmError;
 use crate::layout;
 use crate::legacy::console::Console;
 use crate::legacy::serial::SerialPort;
@@ -31,14 +33,14 @@ use crate::snapshot::cpu::VcpuState;
 use crate::snapshot::{SnapshotError, VmState};
 use crate::state::Exit;
 use crate::vcpu::gate::{Gate, Want};
-use crate::vcpu::quota::Account;
+use crate::vcpu::runner::{Crew, replenish};
 use crate::vcpu::stats::VcpuStats;
 use crate::vcpu::{ExitCounters, Vcpu, VcpuError};
 use crate::virtio::balloon::{Balloon, BalloonDevice};
-use crate::virtio::mmio::{MmioTransport, register};
+use crate::virtio::mmio::MmioTransport;
 use crate::virtio::pmem::{PmemDevice, PmemError, PmemFile, PmemImage, place};
 use crate::virtio::vsock::{VsockDevice, VsockHost};
-use crate::virtio::{Bell, DeviceState, Interrupt, VirtioDevice};
+use crate::virtio::{DeviceState, VirtioDevice};
 
 /// The guest's vsock address. Every VM has its own socket space, so that one number serves all.
 pub const GUEST_CID: u64 = 3;
@@ -87,7 +89,7 @@ pub struct CreateTimes {
     pub image: Duration,
     /// Guest memory made, image mapped into it, boot structures written.
     pub load: Duration,
-    /// KVM's VM, memory slots, interrupt controllers and vCPUs.
+    /// KVM's VM, memory slots, interrupt controllers, vCPUs and wires of devices.
     pub kvm: Duration,
     /// Devices and threads.
     pub devices: Duration,
@@ -110,9 +112,8 @@ pub(crate) struct Machine {
     pub(crate) hardware: Hardware,
     /// Until their threads are started.
     vcpus: Vec<VcpuFd>,
-    threads: Vec<JoinHandle<()>>,
     attachment: Option<Attachment>,
-    /// Closed after the threads are gone; vCPU fds are owned by the threads.
+    /// Closed after the threads left; vCPU fds are owned by the threads.
     vm: Option<VmFd>,
     /// Unmapped last.
     ram: Option<GuestRam>,
@@ -130,9 +131,6 @@ impl std::fmt::Debug for Baggage {
         f.debug_tuple("Baggage").field(&self.0.len()).finish()
     }
 }
-
-/// An image and its guest address.
-type PlacedImage = (PmemImage, u64);
 
 /// What a VM is made of, apart from what is in its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -173,8 +171,8 @@ impl Machine {
         let start = Instant::now();
         let mut ram = GuestRam::with_pages(config.memory_bytes, config.huge_pages)?;
         let images = place_images(host, config)?;
-        let count = BASE_DEVICES + u32::try_from(images.len()).unwrap_or(0);
-        let devices: Vec<String> = (0..count).map(device_word).collect();
+        let count = BASE_DEVICES + images.len();
+        let devices: Vec<String> = (0..).take(count).map(device_word).collect();
         let words = config.cmdline(hardware.profile, &devices);
         let source = boot::Source {
             payload: &config.payload,
@@ -186,83 +184,107 @@ impl Machine {
         times.load = start.elapsed();
 
         let start = Instant::now();
-        let (vm, vcpus) = make_kvm(host, hardware, &ram, &images)?;
-        for (index, vcpu) in (0u8..).zip(&vcpus) {
-            setup::boot(vcpu, index, ram.map(), &entry)?;
+        let mut frame = Frame::new(host, hardware, ram, images)?;
+        for (index, vcpu) in (0u8..).zip(&frame.vcpus) {
+            setup::boot(vcpu, index, frame.ram.map(), &entry)?;
         }
         times.kvm = start.elapsed();
 
         let start = Instant::now();
-        let devices = Devices::new(hardware, images)?;
-        let mut machine = Self::assemble(hardware, ram, vm, vcpus, devices)?;
+        let irq = frame.serial.take();
+        let devices = Devices::new(hardware, &frame.images, &frame.wires, irq)?;
+        let mut machine = Self::assemble(hardware, frame, devices);
         if config.count_instructions {
             machine.count_instructions();
         }
         times.devices = start.elapsed();
         machine.times = times;
-        machine.start(Want::Pause)?;
+        let crew = Crew::muster(hardware.vcpus, hardware.limits)?;
+        machine.start(crew, Want::Pause)?;
         Ok(machine)
     }
 
-    /// Makes a VM that goes on from `state` in `ram` once it is [started](Self::start).
-    pub(crate) fn restore(state: &VmState, ram: GuestRam) -> Result<Machine, BootError> {
-        let host = Host::get()?;
-        let mut times = CreateTimes::default();
+    /// Makes a VM that can go on from `state`, whose memory and images are those of `frame`. Its devices have
+    /// their state and sleep; all else is left to [`Machine::restore`].
+    pub(crate) fn shell(state: &VmState, mut frame: Frame) -> Result<Machine, BootError> {
         let start = Instant::now();
-        let images = saved_images(state)?;
-        let (vm, vcpus) = make_kvm(host, state.hardware, &ram, &images)?;
-        state.chips.restore(&vm)?;
-        if state.vcpus.len() != vcpus.len() {
+        if state.vcpus.len() != frame.vcpus.len() {
             return Err(BootError::State("not as many vCPUs as the VM has".into()));
         }
-        for (index, (saved, vcpu)) in state.vcpus.iter().zip(&vcpus).enumerate() {
-            saved.restore(vcpu, index)?;
-        }
-        times.kvm = start.elapsed();
-
-        let start = Instant::now();
-        let devices = Devices::restore(state, images)?;
-        let mut machine = Self::assemble(state.hardware, ram, vm, vcpus, devices)?;
+        let irq = frame.serial.take();
+        let devices = Devices::restore(state, &frame.images, &frame.wires, irq)?;
+        let mut machine = Self::assemble(state.hardware, frame, devices);
         for (transport, saved) in machine.board.virtio.iter().zip(&state.transports) {
             lock(transport)
                 .restore(saved)
                 .map_err(|e| BootError::State(e.to_string()))?;
         }
-        times.devices = start.elapsed();
-        machine.times = times;
+        machine.times.devices = start.elapsed();
         Ok(machine)
     }
 
-    /// All but the vCPUs' threads.
-    fn assemble(
-        hardware: Hardware,
-        ram: GuestRam,
-        vm: VmFd,
-        vcpus: Vec<VcpuFd>,
-        devices: Devices,
-    ) -> Result<Machine, BootError> {
-        let mut virtio = Vec::with_capacity(devices.virtio.len());
-        for (index, (device, bell)) in (0u32..).zip(devices.virtio) {
-            virtio.push(attach_device(&vm, &ram, index, device, bell)?);
-        }
-        let serial = match devices.serial {
-            Some((port, irq)) => {
-                vm.register_irqfd(&irq, layout::SERIAL_IRQ)
-                    .map_err(KvmError::of("KVM_IRQFD"))?;
-                Some(port)
-            }
-            None => None,
+    /// Gives a shell of `state` what is left of it. Its vCPUs have no threads yet, or wait at the gate.
+    pub(crate) fn restore(&mut self, state: &VmState) -> Result<(), BootError> {
+        let start = Instant::now();
+        let Some(vm) = &self.vm else {
+            return Err(BootError::State("the VM was taken apart".into()));
         };
+        state.chips.restore(vm)?;
+        for (index, saved) in state.vcpus.iter().enumerate() {
+            let restore = |vcpu: &VcpuFd| saved.restore(vcpu, index);
+            match self.vcpus.get(index) {
+                Some(vcpu) => restore(vcpu)?,
+                None => self
+                    .gate
+                    .with_vcpu(index, |vcpu| restore(vcpu))
+                    .ok_or_else(|| BootError::State("a vCPU's thread is gone".into()))??,
+            }
+        }
+        self.times.kvm += start.elapsed();
+        let start = Instant::now();
+        // Now that the controllers can take interrupts.
+        for transport in &self.board.virtio {
+            lock(transport).begin();
+        }
+        if let Some(serial) = &self.board.serial {
+            serial.begin();
+        }
+        self.times.devices += start.elapsed();
+        Ok(())
+    }
+
+    /// Waits until the threads of the vCPUs, if they were started, are at the gate.
+    pub(crate) fn settle(&self) -> bool {
+        self.gate.settle(Instant::now() + STOP_BOUND)
+    }
+
+    /// All but the vCPUs' threads and the service of the devices.
+    fn assemble(hardware: Hardware, frame: Frame, devices: Devices) -> Machine {
+        let Frame {
+            vcpus,
+            vm,
+            wires,
+            images,
+            ram,
+            ..
+        } = frame;
+        let virtio = devices.virtio.into_iter().zip(wires);
+        let virtio = virtio.map(|(device, Wire { bell, interrupt })| {
+            Arc::new(Mutex::new(MmioTransport::new(
+                device,
+                ram.clone(),
+                bell,
+                interrupt,
+            )))
+        });
         let board = Arc::new(Board {
-            serial,
-            virtio: virtio.clone(),
+            serial: devices.serial,
+            virtio: virtio.collect(),
         });
         let gate = Arc::new(Gate::new(vcpus.len(), Want::Pause));
         let ending = Arc::new(Ending::new(Arc::clone(&gate), devices.console.clone()));
         ending.ends_streams(devices.vsock.clone());
-        let attachment =
-            Reactor::get(hardware.limits.seccomp)?.attach(virtio, Arc::clone(&ending))?;
-        Ok(Machine {
+        Machine {
             hardware,
             gate,
             ending,
@@ -273,14 +295,13 @@ impl Machine {
             board,
             times: CreateTimes::default(),
             stats: Vec::new(),
-            threads: Vec::with_capacity(vcpus.len()),
             vcpus,
-            attachment: Some(attachment),
+            attachment: None,
             vm: Some(vm),
             ram: Some(ram),
-            images: devices.images,
+            images,
             baggage: Baggage::default(),
-        })
+        }
     }
 
     /// Counts emulated instructions, if the host can; before the start.
@@ -290,28 +311,29 @@ impl Machine {
         self.stats = stats.filter_map(Result::ok).collect();
     }
 
-    /// Starts the vCPUs' threads. They wait at the gate, or run at once: to wake a thread that has just come
-    /// to wait takes longer than all the rest of a fork on a busy host. A failure takes the half-made
-    /// machine apart by dropping it.
-    pub(crate) fn start(&mut self, want: Want) -> Result<(), BootError> {
+    /// Gives the vCPUs to their threads, which wait at the gate, or run at once: to wake a thread that has just come
+    /// to wait takes longer than all the rest of a fork on a busy host. Then has the devices served: what the
+    /// guest wants of them before is remembered. A failure takes the half-made machine apart by dropping it.
+    pub(crate) fn start(&mut self, mut crew: Crew, want: Want) -> Result<(), BootError> {
         let start = Instant::now();
         self.gate.set(want);
-        let limits = self.hardware.limits;
-        let account = limits.cpu_percent.map(Account::new).map(Arc::new);
         for (index, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
-                fd,
+                fd: Some(fd),
                 board: Arc::clone(&self.board),
                 gate: Arc::clone(&self.gate),
                 ending: Arc::clone(&self.ending),
                 exits: Arc::clone(&self.exits),
-                seccomp: limits.seccomp,
-                account: account.clone(),
             };
-            self.threads.push(vcpu.spawn()?);
+            crew.next()?.run(vcpu)?;
         }
+        let limits = self.hardware.limits;
+        let reactor = Reactor::get(limits.seccomp)?;
+        let (virtio, ending) = (self.board.virtio.clone(), Arc::clone(&self.ending));
+        self.attachment = Some(reactor.attach(virtio, ending)?);
         self.times.devices += start.elapsed();
+        replenish(limits);
         Ok(())
     }
 
@@ -367,13 +389,7 @@ impl Machine {
 
     fn take_apart(&mut self) {
         self.ending.report(Exit::Killed);
-        let stopped = self.gate.settle(Instant::now() + STOP_BOUND);
-        if stopped {
-            for thread in self.threads.drain(..) {
-                // The thread has left the gate: all that is left of it is its return.
-                let _ = thread.join();
-            }
-        }
+        let stopped = self.settle();
         self.detach();
         self.vcpus.clear();
         self.stats.clear();
@@ -430,9 +446,6 @@ pub fn leaked_vms() -> u64 {
     LEAKED.load(Ordering::Relaxed)
 }
 
-/// Virtio devices of every VM, in the order of their windows: vsock, balloon. Images follow.
-const BASE_DEVICES: u32 = 2;
-
 fn place_images(host: &Host, config: &VmConfig) -> Result<Vec<PlacedImage>, PmemError> {
     let images = config
         .images
@@ -446,7 +459,7 @@ fn place_images(host: &Host, config: &VmConfig) -> Result<Vec<PlacedImage>, Pmem
 }
 
 /// The images that a saved VM was given, with their addresses.
-fn saved_images(state: &VmState) -> Result<Vec<PlacedImage>, BootError> {
+pub(crate) fn saved_images(state: &VmState) -> Result<Vec<PlacedImage>, BootError> {
     let devices = state.transports.iter().map(|transport| &transport.device);
     let images = devices.filter_map(|device| match device {
         DeviceState::Pmem(saved) => Some(saved),
@@ -470,63 +483,39 @@ fn device_word(index: u32) -> String {
     )
 }
 
-/// KVM's part of a VM: memory slots before the interrupt controllers (see [`kvm::set_memory`]),
-/// vCPUs with their CPUID, which must be there before any MSR that depends on it.
-fn make_kvm(
-    host: &Host,
-    hardware: Hardware,
-    ram: &GuestRam,
-    images: &[PlacedImage],
-) -> Result<(VmFd, Vec<VcpuFd>), BootError> {
-    let vm = kvm::create_vm(host.kvm())?;
-    kvm::set_memory(&vm, ram)?;
-    kvm::set_images(&vm, ram, images)?;
-    kvm::create_irqchip(&vm, hardware.pit)?;
-    let mut vcpus = Vec::with_capacity(usize::from(hardware.vcpus));
-    for index in 0..hardware.vcpus {
-        let vcpu = vm
-            .create_vcpu(u64::from(index))
-            .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
-        let cpuid = cpuid::for_vcpu(host.cpuid(), hardware.profile, index, hardware.vcpus)
-            .map_err(|_| KvmError {
-                call: "KVM_SET_CPUID2",
-                source: std::io::ErrorKind::InvalidInput.into(),
-            })?;
-        vcpu.set_cpuid2(&cpuid)
-            .map_err(KvmError::of("KVM_SET_CPUID2"))?;
-        vcpus.push(vcpu);
-    }
-    Ok((vm, vcpus))
-}
-
-/// The devices of one VM, not wired yet.
+/// The devices of one VM.
 struct Devices {
     /// In the order of their windows.
-    virtio: Vec<(Box<dyn VirtioDevice>, Bell)>,
-    images: Vec<PlacedImage>,
-    serial: Option<(SerialPort, EventFd)>,
+    virtio: Vec<Box<dyn VirtioDevice>>,
+    serial: Option<SerialPort>,
     console: Console,
     vsock: VsockHost,
     balloon: Balloon,
 }
 
 impl Devices {
-    fn new(hardware: Hardware, images: Vec<PlacedImage>) -> Result<Self, BootError> {
-        let (vsock_bell, balloon_bell) = (bell()?, bell()?);
-        let vsock = VsockDevice::new(GUEST_CID, vsock_bell.clone());
-        let balloon = BalloonDevice::new(memory_mib(hardware), balloon_bell.clone());
+    fn new(
+        hardware: Hardware,
+        images: &[PlacedImage],
+        wires: &[Wire],
+        irq: Option<EventFd>,
+    ) -> Result<Self, BootError> {
+        let [vsock, balloon, ..] = wires else {
+            return Err(BootError::State(NO_WIRE.into()));
+        };
+        let vsock = VsockDevice::new(GUEST_CID, vsock.bell.clone());
+        let balloon = BalloonDevice::new(memory_mib(hardware), balloon.bell.clone());
         let console = Console::default();
-        let serial = hardware.console.then(|| SerialPort::new(console.clone()));
-        Self::with(
-            (vsock, vsock_bell),
-            (balloon, balloon_bell),
-            images,
-            serial,
-            console,
-        )
+        let serial = irq.map(|irq| SerialPort::new(console.clone(), irq));
+        Ok(Self::with(vsock, balloon, images, serial, console))
     }
 
-    fn restore(state: &VmState, images: Vec<PlacedImage>) -> Result<Self, BootError> {
+    fn restore(
+        state: &VmState,
+        images: &[PlacedImage],
+        wires: &[Wire],
+        irq: Option<EventFd>,
+    ) -> Result<Self, BootError> {
         let parts: Vec<_> = state.transports.iter().map(|t| &t.device).collect();
         let [
             DeviceState::Vsock(vsock),
@@ -540,49 +529,48 @@ impl Devices {
         if rest.len() != images.len() {
             return Err(BootError::State("devices that the VM does not have".into()));
         }
-        let (vsock_bell, balloon_bell) = (bell()?, bell()?);
-        let vsock = VsockDevice::restore(vsock, vsock_bell.clone());
-        let balloon =
-            BalloonDevice::restore(balloon, memory_mib(state.hardware), balloon_bell.clone());
+        let [vsock_wire, balloon_wire, ..] = wires else {
+            return Err(BootError::State(NO_WIRE.into()));
+        };
+        let vsock = VsockDevice::restore(vsock, vsock_wire.bell.clone());
+        let mib = memory_mib(state.hardware);
+        let balloon = BalloonDevice::restore(balloon, mib, balloon_wire.bell.clone());
         let console = Console::default();
-        let serial = state
-            .serial
-            .as_ref()
-            .map(|saved| SerialPort::restore(saved, console.clone()));
-        Self::with(
-            (vsock, vsock_bell),
-            (balloon, balloon_bell),
-            images,
-            serial,
-            console,
-        )
+        let serial = match (&state.serial, irq) {
+            (Some(saved), Some(irq)) => {
+                let port = SerialPort::restore(saved, console.clone(), irq);
+                Some(port.map_err(BootError::Descriptors)?)
+            }
+            (Some(_), None) => return Err(BootError::State(NO_WIRE.into())),
+            (None, _) => None,
+        };
+        Ok(Self::with(vsock, balloon, images, serial, console))
     }
 
     fn with(
-        ((vsock_device, vsock), vsock_bell): ((VsockDevice, VsockHost), Bell),
-        ((balloon_device, balloon), balloon_bell): ((BalloonDevice, Balloon), Bell),
-        images: Vec<PlacedImage>,
-        serial: Option<std::io::Result<(SerialPort, EventFd)>>,
+        (vsock_device, vsock): (VsockDevice, VsockHost),
+        (balloon_device, balloon): (BalloonDevice, Balloon),
+        images: &[PlacedImage],
+        serial: Option<SerialPort>,
         console: Console,
-    ) -> Result<Self, BootError> {
-        let mut virtio: Vec<(Box<dyn VirtioDevice>, Bell)> = vec![
-            (Box::new(vsock_device), vsock_bell),
-            (Box::new(balloon_device), balloon_bell),
-        ];
-        for (image, address) in &images {
-            let device = PmemDevice::new(image.clone(), *address);
-            virtio.push((Box::new(device), bell()?));
+    ) -> Self {
+        let mut virtio: Vec<Box<dyn VirtioDevice>> =
+            vec![Box::new(vsock_device), Box::new(balloon_device)];
+        for (image, address) in images {
+            virtio.push(Box::new(PmemDevice::new(image.clone(), *address)));
         }
-        Ok(Self {
+        Self {
             virtio,
-            images,
-            serial: serial.transpose().map_err(BootError::Descriptors)?,
+            serial,
             console,
             vsock,
             balloon,
-        })
+        }
     }
 }
+
+/// A saved device that is not part of the saved hardware.
+const NO_WIRE: &str = "a device without a wire";
 
 /// Restores the devices of a template's state, as a clone does, in 2 MiB of memory of their own, and lets
 /// each run: for the fuzz target of what can be in a template's file.
@@ -591,48 +579,22 @@ pub(crate) fn restore_devices(state: &VmState) -> Result<(), BootError> {
     /// Runs of a device after which it shows nothing new.
     const RUNS: usize = 64;
     let ram = GuestRam::new(2 << 20)?;
-    let devices = Devices::restore(state, Vec::new())?;
-    for ((device, bell), saved) in devices.virtio.into_iter().zip(&state.transports) {
-        let interrupt = Interrupt::new().map_err(BootError::Descriptors)?;
-        let mut transport = MmioTransport::new(device, ram.clone(), bell, interrupt);
+    let wires = [Wire::new()?, Wire::new()?];
+    let devices = Devices::restore(state, &[], &wires, Some(serial_interrupt()?))?;
+    for ((device, wire), saved) in devices.virtio.into_iter().zip(wires).zip(&state.transports) {
+        let mut transport = MmioTransport::new(device, ram.clone(), wire.bell, wire.interrupt);
         transport
             .restore(saved)
             .map_err(|e| BootError::State(e.to_string()))?;
+        transport.begin();
         let mut runs = std::iter::repeat_with(|| transport.run()).take(RUNS);
         let _ = runs.find(|progress| *progress == crate::virtio::Progress::Idle);
     }
     Ok(())
 }
 
-fn bell() -> Result<Bell, BootError> {
-    Bell::new().map_err(BootError::Descriptors)
-}
-
 fn memory_mib(hardware: Hardware) -> u32 {
     u32::try_from(hardware.memory_bytes >> 20).unwrap_or(u32::MAX)
-}
-
-fn attach_device(
-    vm: &VmFd,
-    ram: &GuestRam,
-    index: u32,
-    device: Box<dyn VirtioDevice>,
-    bell: Bell,
-) -> Result<SharedTransport, BootError> {
-    let interrupt = Interrupt::new().map_err(BootError::Descriptors)?;
-    let base = layout::MMIO_BASE + u64::from(index) * layout::MMIO_SIZE;
-    vm.register_irqfd(interrupt.fd(), layout::FIRST_IRQ + index)
-        .map_err(KvmError::of("KVM_IRQFD"))?;
-    // One bell for all queues of a device: any value written to QueueNotify rings it.
-    let notify = IoEventAddress::Mmio(base + register::QUEUE_NOTIFY);
-    vm.register_ioevent(bell.fd(), &notify, NoDatamatch)
-        .map_err(KvmError::of("KVM_IOEVENTFD"))?;
-    Ok(Arc::new(Mutex::new(MmioTransport::new(
-        device,
-        ram.clone(),
-        bell,
-        interrupt,
-    ))))
 }
 
 /// Takes machines apart off their owners' threads: one thread per process, started with the first.

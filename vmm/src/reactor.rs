@@ -1,20 +1,20 @@
 //! The event threads: a small fixed set that serves the devices of all VMs of the process.
 //!
-//! Each VM is one subscriber on one thread; each of its devices is one bell. A run does a bounded
+//! Each VM has a place on one thread; each of its devices is one bell. A run does a bounded
 //! amount of work and rings its own bell when there is more, so that every other VM of the thread
-//! has its turn in between. Nothing blocks here.
+//! has its turn in between. Nothing blocks here. A place is taken and given up without waking the thread.
+//!
+//! Lock order: a VM's place, then a transport's lock.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
+use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use event_manager::{
-    EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
-};
-use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::board::{SharedTransport, lock};
@@ -56,15 +56,41 @@ impl Ord for Timer {
     }
 }
 
+/// A VM's devices, until they are served no more.
+type Place = Arc<Mutex<Option<Devices>>>;
+
 struct EventThread {
-    remote: RemoteEndpoint<Devices>,
+    epoll: Epoll,
+    /// By what their bells' events carry (see [`token`]).
+    places: Mutex<HashMap<u64, Place>>,
     timers: Timers,
+}
+
+impl EventThread {
+    fn places(&self) -> MutexGuard<'_, HashMap<u64, Place>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Devices of a VM that can be told apart, in bits of an event's data.
+const DEVICE_BITS: u32 = 16;
+/// Events that are taken at once.
+const EVENTS: usize = 64;
+
+/// What the event of a device's bell carries.
+fn token(place: u64, device: usize) -> u64 {
+    place << DEVICE_BITS | device as u64
+}
+
+fn occupant(place: &Place) -> MutexGuard<'_, Option<Devices>> {
+    place.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The event threads of this process; started with the first VM, kept for the next.
 pub(crate) struct Reactor {
-    threads: Vec<EventThread>,
-    next: AtomicUsize,
+    threads: Vec<Arc<EventThread>>,
+    /// Places given so far: no two are ever the same.
+    next: AtomicU64,
 }
 
 impl Reactor {
@@ -89,7 +115,7 @@ impl Reactor {
             .collect::<Result<Vec<_>, _>>()?;
         Ok(reactor.get_or_init(|| Reactor {
             threads,
-            next: AtomicUsize::new(0),
+            next: AtomicU64::new(0),
         }))
     }
 
@@ -99,43 +125,55 @@ impl Reactor {
         transports: Vec<SharedTransport>,
         ending: Arc<Ending>,
     ) -> Result<Attachment, ReactorError> {
-        let turn = self.next.fetch_add(1, Ordering::Relaxed) % self.threads.len().max(1);
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let turn = usize::try_from(id).unwrap_or(0) % self.threads.len().max(1);
         let Some(thread) = self.threads.get(turn) else {
             return Err(ReactorError("no event thread".into()));
         };
-        let devices = Devices {
-            devices: transports
-                .into_iter()
-                .map(|transport| {
-                    let bell = lock(&transport).bell().clone();
-                    Device {
-                        transport,
-                        bell,
-                        scheduled: None,
-                    }
-                })
-                .collect(),
+        let devices: Vec<Device> = transports
+            .into_iter()
+            .map(|transport| {
+                let bell = lock(&transport).bell().clone();
+                Device {
+                    transport,
+                    bell,
+                    scheduled: None,
+                }
+            })
+            .collect();
+        let bells: Vec<Bell> = devices.iter().map(|device| device.bell.clone()).collect();
+        let place = Place::new(Mutex::new(Some(Devices {
+            devices,
             timers: Arc::clone(&thread.timers),
             ending,
+        })));
+        thread.places().insert(id, Arc::clone(&place));
+        // Dropped on failure: bells that are not listened to do no harm there.
+        let mut attachment = Attachment {
+            thread,
+            id,
+            place,
+            bells: Vec::with_capacity(bells.len()),
         };
-        let id = Arc::new(OnceLock::new());
-        let told = Arc::clone(&id);
-        // Not waited for: bells are remembered until the thread listens.
-        thread
-            .remote
-            .fire(move |ops| {
-                let _ = told.set(ops.add_subscriber(devices));
-            })
-            .map_err(|e| ReactorError(Box::new(e)))?;
-        Ok(Attachment { thread, id })
+        for (index, bell) in bells.into_iter().enumerate() {
+            let event = EpollEvent::new(EventSet::IN, token(id, index));
+            thread
+                .epoll
+                .ctl(ControlOperation::Add, bell.fd().as_raw_fd(), event)
+                .map_err(|e| ReactorError(Box::new(e)))?;
+            attachment.bells.push(bell);
+        }
+        Ok(attachment)
     }
 }
 
-fn start(index: usize, confined: bool) -> Result<EventThread, ReactorError> {
-    let mut manager = EventManager::<Devices>::new().map_err(|e| ReactorError(Box::new(e)))?;
-    let remote = manager.remote_endpoint();
-    let timers = Timers::default();
-    let own = Arc::clone(&timers);
+fn start(index: usize, confined: bool) -> Result<Arc<EventThread>, ReactorError> {
+    let thread = Arc::new(EventThread {
+        epoll: Epoll::new().map_err(|e| ReactorError(Box::new(e)))?,
+        places: Mutex::default(),
+        timers: Timers::default(),
+    });
+    let own = Arc::clone(&thread);
     let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::Builder::new()
         .name(format!("hearth-events{index}"))
@@ -147,22 +185,40 @@ fn start(index: usize, confined: bool) -> Result<EventThread, ReactorError> {
             };
             let refused = filter.is_err();
             let _ = ready.send(filter);
-            if refused {
-                return;
-            }
-            loop {
-                let timeout = ring_due(&own);
-                if let Err(error) = manager.run_with_timeout(timeout) {
-                    // Only a broken epoll fd gets here; do not spin on it.
-                    tracing::error!(%error, "event thread");
-                    std::thread::sleep(Duration::from_millis(10));
-                }
+            if !refused {
+                serve(&own);
             }
         })
         .map_err(|e| ReactorError(Box::new(e)))?;
     let filter = is_ready.recv().map_err(|e| ReactorError(Box::new(e)))?;
     filter.map_err(|e| ReactorError(Box::new(e)))?;
-    Ok(EventThread { remote, timers })
+    Ok(thread)
+}
+
+/// Serves the VMs of a thread, for ever.
+fn serve(thread: &EventThread) {
+    let mut events = [EpollEvent::default(); EVENTS];
+    loop {
+        let count = match thread.epoll.wait(ring_due(&thread.timers), &mut events) {
+            Ok(count) => count,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                // Only a broken epoll fd gets here; do not spin on it.
+                tracing::error!(%error, "event thread");
+                std::thread::sleep(Duration::from_millis(10));
+                continue;
+            }
+        };
+        for event in events.iter().take(count) {
+            let (id, index) = (event.data() >> DEVICE_BITS, event.data() as u16);
+            // None if its VM has gone since.
+            let place = thread.places().get(&id).cloned();
+            let Some(place) = place else { continue };
+            if let Some(devices) = &mut *occupant(&place) {
+                devices.process(usize::from(index));
+            }
+        }
+    }
 }
 
 /// Rings the bells that are due; milliseconds until the next one is, or -1.
@@ -187,7 +243,10 @@ fn ring_due(timers: &Timers) -> i32 {
 /// again (at most for the work that it is doing).
 pub(crate) struct Attachment {
     thread: &'static EventThread,
-    id: Arc<OnceLock<SubscriberId>>,
+    id: u64,
+    place: Place,
+    /// Those that the thread listens to.
+    bells: Vec<Bell>,
 }
 
 impl std::fmt::Debug for Attachment {
@@ -198,16 +257,17 @@ impl std::fmt::Debug for Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        let id = Arc::clone(&self.id);
-        let removed = self.thread.remote.call_blocking(
-            move |ops| -> Result<Option<Devices>, event_manager::Error> {
-                // Calls are served in order: the addition has happened.
-                id.get().map(|id| ops.remove_subscriber(*id)).transpose()
-            },
-        );
-        if let Err(error) = removed {
-            tracing::error!(%error, "a VM could not be taken off its event thread");
+        for bell in &self.bells {
+            let none = EpollEvent::default();
+            let fd = bell.fd().as_raw_fd();
+            if let Err(error) = self.thread.epoll.ctl(ControlOperation::Delete, fd, none) {
+                tracing::error!(%error, "a device could not be taken off its event thread");
+            }
         }
+        self.thread.places().remove(&self.id);
+        // Else an event that the thread has taken already would find them.
+        let devices = occupant(&self.place).take();
+        drop(devices);
     }
 }
 
@@ -225,20 +285,9 @@ struct Devices {
     ending: Arc<Ending>,
 }
 
-impl MutEventSubscriber for Devices {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        for (index, device) in (0u32..).zip(&self.devices) {
-            if let Err(error) = ops.add(Events::with_data(device.bell.fd(), index, EventSet::IN)) {
-                tracing::error!(%error, "device without service");
-                self.ending.report(Exit::Failed(format!(
-                    "a device could not be served: {error}"
-                )));
-            }
-        }
-    }
-
-    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        let index = usize::try_from(events.data()).unwrap_or(usize::MAX);
+impl Devices {
+    /// A device's bell rang.
+    fn process(&mut self, index: usize) {
         let Some(device) = self.devices.get_mut(index) else {
             return;
         };

@@ -104,6 +104,9 @@ fn filter(role: Role) -> Result<SeccompFilter, seccompiler::BackendError> {
         Role::Vcpu => {
             let kvm = masked(1, IOCTL_TYPE_MASK, KVM_TYPE)?;
             rules.insert(libc::SYS_ioctl, vec![kvm]);
+            // It is named after the vCPU that it runs.
+            let name = masked(0, u64::MAX, libc::PR_SET_NAME as u64)?;
+            rules.insert(libc::SYS_prctl, vec![name]);
             // The end of a meter (see `vcpu::quota`).
             rules.insert(libc::SYS_timer_delete, Vec::new());
         }

@@ -9,7 +9,7 @@ use crate::config::VmConfig;
 use crate::host::CpuProfile;
 use crate::legacy::console::Console;
 use crate::machine::{BootError, CreateTimes, Machine, Undertaker};
-use crate::snapshot::{SnapshotError, Template, rest};
+use crate::snapshot::{SnapshotError, Template, VmState, rest};
 use crate::state::{Exit, VmStatus};
 use crate::vcpu::ExitCounters;
 use crate::vcpu::gate::{Hold, Want};
@@ -98,6 +98,30 @@ impl Vm {
             machine: Mutex::new(Some(machine)),
             handles,
         }
+    }
+
+    /// Gives a shell the rest of its template's state, and lets it go on.
+    pub(crate) fn restore(&mut self, state: &VmState, want: Want) -> Result<(), BootError> {
+        let machine = self.machine.get_mut();
+        let machine = machine.unwrap_or_else(PoisonError::into_inner);
+        let gone = || BootError::State("the VM was taken apart".into());
+        let machine = machine.as_mut().ok_or_else(gone)?;
+        // A thread that could not be made ready has ended it.
+        if let Some(exit) = machine.ending.known() {
+            return Err(BootError::State(exit.to_string()));
+        }
+        machine.restore(state)?;
+        self.handles.times = machine.times;
+        if want == Want::Run {
+            self.handles.gate.set(want);
+        }
+        Ok(())
+    }
+
+    /// Its memory, for tests that look at it.
+    #[cfg(test)]
+    pub(crate) fn ram(&self) -> Option<crate::memory::GuestRam> {
+        self.machine().as_ref().and_then(Machine::ram).cloned()
     }
 
     fn machine(&self) -> MutexGuard<'_, Option<Machine>> {

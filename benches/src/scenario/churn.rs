@@ -7,7 +7,7 @@ use hearth_vmm::{Vm, VmConfig};
 
 use super::ScenarioError;
 use super::boot::Shape;
-use super::fork::{CODE, wait_for_exit};
+use super::fork::{CODE, first_exit};
 use super::samples::Samples;
 use crate::process::Held;
 use crate::report::Report;
@@ -31,25 +31,24 @@ const COUNTS: [&str; 3] = [
 ///
 /// # Errors
 /// When a VM cannot be made or does not run.
-pub fn run(report: &mut Report, shape: Shape, n: usize) -> Result<(), ScenarioError> {
+pub async fn run(report: &mut Report, shape: Shape, n: usize) -> Result<(), ScenarioError> {
     let config = VmConfig::flat(CODE)
         .memory_mib(shape.memory_mib.into())
         .vcpus(shape.vcpus)
         .build();
     let config = config.map_err(ScenarioError::at("configuration"))?;
-    let vm = Vm::boot(&config).map_err(ScenarioError::at("boot"))?;
-    wait_for_exit(&vm)?;
+    let vm = Vm::create(&config).map_err(ScenarioError::at("create"))?;
     let template = vm.into_template().map_err(ScenarioError::at("template"))?;
     let create = || Vm::boot(&config).map_err(ScenarioError::at("boot"));
     let fork = || template.fork().map_err(ScenarioError::at("fork"));
     // The library's own threads stay, and so does what allocators keep.
-    batch(&create)?;
-    batch(&fork)?;
+    batch(&create).await?;
+    batch(&fork).await?;
     let before = held()?;
     let (mut created, mut forked, mut beyond) = (vec![], vec![], Samples::default());
     for _ in 0..n {
-        created.push(batch(&create)?);
-        forked.push(batch(&fork)?);
+        created.push(batch(&create).await?);
+        forked.push(batch(&fork).await?);
         let now = settled(before)?;
         for (count, more) in COUNTS.into_iter().zip(grown(before, now)) {
             beyond.push(count, "", more);
@@ -69,11 +68,11 @@ pub fn run(report: &mut Report, shape: Shape, n: usize) -> Result<(), ScenarioEr
 }
 
 /// VMs per second of one batch.
-fn batch(make: &dyn Fn() -> Result<Vm, ScenarioError>) -> Result<f64, ScenarioError> {
+async fn batch(make: &dyn Fn() -> Result<Vm, ScenarioError>) -> Result<f64, ScenarioError> {
     let begin = Instant::now();
     for _ in 0..BATCH {
         let vm = make()?;
-        wait_for_exit(&vm)?;
+        first_exit(&vm).await?;
         vm.destroy();
     }
     Ok(BATCH as f64 / begin.elapsed().as_secs_f64())

@@ -3,6 +3,9 @@
 //! The list is fixed: a VM, one memory slot over a private mapping of a memory file, interrupt
 //! controllers, a vCPU with CPUID, the saved state, an irqfd and an ioeventfd for each of two devices,
 //! and `KVM_RUN` to the guest's first OUT. Whatever forks a guest pays at least this.
+//!
+//! The guest is in 64-bit mode with page tables that the processor has not marked yet, as the one that is measured
+//! beside it: KVM copies these pages for it, and looks through them, before its first instruction.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -21,8 +24,13 @@ use super::ScenarioError;
 /// Guest memory in bytes.
 const BYTES: usize = 128 << 20;
 /// Where the code lies.
-const CODE_AT: u64 = 0x1000;
-/// `l: out 0x80, al; jmp l` in real mode.
+const CODE_AT: u64 = 0x10_0000;
+/// Where its page tables lie, one behind the other: of level 4, 3 and 2.
+const TABLES_AT: u64 = 0x9000;
+/// Bits of their entries: present and writable; a page of 2 MiB.
+const TABLE: u64 = 3;
+const LARGE: u64 = 0x83;
+/// `l: out 0x80, al; jmp l`.
 const CODE: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
 /// Devices that a Hearth guest has.
 const DEVICES: u32 = 2;
@@ -122,8 +130,10 @@ impl Floor {
         memory
             .set_len(BYTES as u64)
             .map_err(ScenarioError::at("ftruncate"))?;
-        std::os::unix::fs::FileExt::write_all_at(&memory, &CODE, CODE_AT)
-            .map_err(ScenarioError::at("write"))?;
+        for (at, bytes) in contents() {
+            std::os::unix::fs::FileExt::write_all_at(&memory, &bytes, at)
+                .map_err(ScenarioError::at("write"))?;
+        }
         let indices = system
             .get_msr_index_list()
             .map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?
@@ -131,11 +141,7 @@ impl Floor {
             .to_vec();
         let mut shell = shell(&system, &cpuid, &memory)?;
         let mut sregs = shell.vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
-        sregs.cs = kvm_segment {
-            base: 0,
-            selector: 0,
-            ..sregs.cs
-        };
+        enter_long_mode(&mut sregs);
         shell.vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))?;
         let regs = kvm_regs {
             rip: CODE_AT,
@@ -173,6 +179,47 @@ impl Floor {
             from_shell: end - ready,
         })
     }
+}
+
+/// The guest's memory: its code, and the first GiB mapped to itself.
+fn contents() -> Vec<(u64, Vec<u8>)> {
+    let (level3, level2) = (TABLES_AT + 0x1000, TABLES_AT + 0x2000);
+    let pages = (0..512u64).flat_map(|n| (n << 21 | LARGE).to_le_bytes());
+    vec![
+        (CODE_AT, CODE.to_vec()),
+        (TABLES_AT, (level3 | TABLE).to_le_bytes().to_vec()),
+        (level3, (level2 | TABLE).to_le_bytes().to_vec()),
+        (level2, pages.collect()),
+    ]
+}
+
+/// 64-bit mode with paging (Intel SDM volume 3, section 11.8.5).
+fn enter_long_mode(sregs: &mut kvm_sregs) {
+    let flat = kvm_segment {
+        limit: u32::MAX,
+        present: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = kvm_segment {
+        selector: 0x10,
+        type_: 11,
+        l: 1,
+        ..flat
+    };
+    let data = kvm_segment {
+        selector: 0x18,
+        type_: 3,
+        db: 1,
+        ..flat
+    };
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.cr3 = TABLES_AT;
+    // PAE; PE, ET and PG; LME and LMA.
+    sregs.cr4 |= 1 << 5;
+    sregs.cr0 |= 1 | 1 << 4 | 1 << 31;
+    sregs.efer |= 1 << 8 | 1 << 10;
 }
 
 fn shell(system: &Kvm, cpuid: &CpuId, memory: &File) -> Result<Shell, ScenarioError> {

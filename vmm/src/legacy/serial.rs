@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial, SerialState};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::console::Console;
 
@@ -35,10 +35,9 @@ impl std::fmt::Debug for SerialPort {
 }
 
 impl SerialPort {
-    pub(crate) fn new(console: Console) -> std::io::Result<(Self, EventFd)> {
-        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let irq = fd.try_clone()?;
-        Ok((Self(Mutex::new(Serial::new(Line(fd), console))), irq))
+    /// `irq` is the eventfd of its interrupt.
+    pub(crate) fn new(console: Console, irq: EventFd) -> Self {
+        Self(Mutex::new(Serial::new(Line(irq), console)))
     }
 
     /// The registers, for a snapshot.
@@ -46,18 +45,21 @@ impl SerialPort {
         self.lock().state()
     }
 
-    /// A port that goes on from `state`.
+    /// A port that goes on from `state`, once it [begins](Self::begin).
     pub(crate) fn restore(
         state: &SerialState,
         console: Console,
-    ) -> std::io::Result<(Self, EventFd)> {
-        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let irq = fd.try_clone()?;
-        // One raised shortly before the capture may not have reached the controllers.
-        fd.write(1)?;
-        let port = Serial::from_state(state, Line(fd), NoEvents, console)
+        irq: EventFd,
+    ) -> std::io::Result<Self> {
+        let port = Serial::from_state(state, Line(irq), NoEvents, console)
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::InvalidData))?;
-        Ok((Self(Mutex::new(port)), irq))
+        Ok(Self(Mutex::new(port)))
+    }
+
+    /// Raises its interrupt: one raised shortly before the capture may not have reached the controllers.
+    pub(crate) fn begin(&self) {
+        // The line takes every interrupt (see `Line`).
+        let _ = self.lock().interrupt_evt().trigger();
     }
 
     fn lock(&self) -> MutexGuard<'_, Serial<Line, NoEvents, Console>> {
@@ -71,5 +73,47 @@ impl SerialPort {
     pub(crate) fn write(&self, offset: u16, value: u8) {
         // The console takes every byte, so that the only error left is an interrupt that is pending.
         let _ = self.lock().write(offset as u8, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
+
+    /// Registers (16550A): what is sent, which interrupts are wanted, which one is due.
+    const DATA: u16 = 0;
+    const WANTED: u16 = 1;
+    const DUE: u16 = 2;
+    /// In both: that the transmitter is empty.
+    const EMPTY: u8 = 2;
+
+    fn line() -> (EventFd, EventFd) {
+        let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
+        (irq.try_clone().unwrap(), irq)
+    }
+
+    /// FC#5764: the driver waited for an interrupt that had not reached the controllers before the snapshot.
+    #[test]
+    fn an_interrupt_that_was_under_way_is_raised_again_in_a_clone() {
+        let (irq, seen) = line();
+        let port = SerialPort::new(Console::default(), irq);
+        port.write(WANTED, EMPTY);
+        port.write(DATA, b'a');
+        assert!(seen.read().is_ok());
+        let state = port.save();
+
+        let (irq, seen) = line();
+        let console = Console::default();
+        let clone = SerialPort::restore(&state, console.clone(), irq).unwrap();
+        // What was raised so far, the controllers' restored state has swept away.
+        let _ = seen.read();
+        clone.begin();
+        assert_eq!(seen.read().unwrap(), 1);
+        // The driver looks what it was, and goes on.
+        assert_eq!(clone.read(DUE) & 0xf, EMPTY);
+        clone.write(DATA, b'b');
+        assert!(seen.read().is_ok());
+        assert_eq!(console.text(), "b");
     }
 }

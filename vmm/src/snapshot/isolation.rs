@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::memory::{MIB, PAGE_SIZE};
+use crate::memory::{GuestRam, MIB, PAGE_SIZE};
 use crate::vm::Vm;
 use crate::{Exit, VmConfig};
 
@@ -81,11 +81,9 @@ fn digest_of(template: &Template) -> manifest::Digest {
 
 /// A clone whose memory the test can see.
 fn clone_of(template: &Template) -> (Vm, GuestRam) {
-    let memory = Arc::clone(&template.frozen.memory);
-    let ram = GuestRam::map_file(memory, MEMORY, Sharing::Private).unwrap();
-    let mut machine = Machine::restore(&template.frozen.state, ram.clone()).unwrap();
-    machine.start(Want::Pause).unwrap();
-    (Vm::of(machine), ram)
+    let shell = template.shell().unwrap();
+    let ram = shell.ram();
+    (shell.fork_paused().unwrap(), ram)
 }
 
 /// Whether there is a host to test on; says so if not, past the capture of the test runner, which counts these lines.

@@ -1,7 +1,7 @@
 //! Templates: a guest that was booted once, frozen, and is forked copy-on-write.
 //!
 //! Capture order: vCPUs wait at the gate, devices, KVM state, memory. Restore order: memory slots,
-//! interrupt controllers, CPUID, clock, vCPUs, devices. A [`Template`]'s memory is a sealed memfd:
+//! interrupt controllers, CPUID, devices (up to here it is a [`Shell`]), clock, vCPUs, pending interrupts. A [`Template`]'s memory is a sealed memfd:
 //! no clone, and nothing else, can change it.
 
 #[cfg(any(test, feature = "testing"))]
@@ -17,6 +17,7 @@ mod memory;
 mod origin;
 pub(crate) mod rest;
 mod serial;
+mod shell;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -33,11 +34,12 @@ use self::cpu::VcpuState;
 pub(crate) use self::manifest::FORMAT;
 pub(crate) use self::memory::allocated;
 pub use self::origin::Difference;
+pub use self::shell::Shell;
 pub use self::store::StoreError;
 use crate::host::HostError;
 use crate::kvm::KvmError;
 use crate::machine::{BootError, Hardware, Machine};
-use crate::memory::{GuestRam, Sharing, seal};
+use crate::memory::seal;
 use crate::vcpu::gate::Want;
 use crate::virtio::mmio::TransportState;
 use crate::vm::{PauseError, Vm};
@@ -100,7 +102,7 @@ impl Template {
     /// # Errors
     /// [`BootError`] when the host refuses; nothing is left behind.
     pub fn fork(&self) -> Result<Vm, BootError> {
-        self.clone_that(Want::Run)
+        shell::fork(self, Want::Run)
     }
 
     /// As [`Template::fork`], but the VM does not run before [`Vm::resume`].
@@ -108,18 +110,15 @@ impl Template {
     /// # Errors
     /// As [`Template::fork`].
     pub fn fork_paused(&self) -> Result<Vm, BootError> {
-        self.clone_that(Want::Pause)
+        shell::fork(self, Want::Pause)
     }
 
-    fn clone_that(&self, want: Want) -> Result<Vm, BootError> {
-        let bytes = self.frozen.state.hardware.memory_bytes;
-        let ram = GuestRam::map_file(Arc::clone(&self.frozen.memory), bytes, Sharing::Private)?;
-        let mut machine = Machine::restore(&self.frozen.state, ram)?;
-        if self.count_instructions {
-            machine.count_instructions();
-        }
-        machine.start(want)?;
-        Ok(Vm::of(machine))
+    /// The part of a fork that can be made ahead of demand: [`Shell::fork`] does the rest, in a fraction of the time.
+    ///
+    /// # Errors
+    /// As [`Template::fork`].
+    pub fn shell(&self) -> Result<Shell, BootError> {
+        Shell::of(self)
     }
 
     /// Lets [`Vm::emulated_instructions`] count in the clones of this value: for measurements. Costs each

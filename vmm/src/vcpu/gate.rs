@@ -141,6 +141,9 @@ impl Gate {
             }
             state.want = want;
             self.mark(&state);
+            if state.alive == 0 {
+                return true;
+            }
         }
         self.changed.notify_all();
         if want != Want::Run {

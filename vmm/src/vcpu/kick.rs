@@ -43,6 +43,13 @@ pub(crate) fn install() -> Result<(), VcpuError> {
         .map_err(|errno| VcpuError::Signal(std::io::Error::from_raw_os_error(errno)))
 }
 
+/// Lets the signal in on the calling thread, also where whoever started it blocks all signals (to read them from
+/// a signalfd, say), which threads inherit.
+pub(super) fn let_in() -> Result<(), VcpuError> {
+    unblock_signal(kick_signal())
+        .map_err(|error| VcpuError::Signal(std::io::Error::other(error.to_string())))
+}
+
 /// While it lives, kicks reach the vCPU on this thread.
 pub(super) struct Running(());
 
@@ -64,18 +71,14 @@ impl Drop for Running {
 pub(super) struct Kicker(Mutex<Option<libc::pid_t>>);
 
 impl Kicker {
-    /// The calling thread can be kicked from now on, also where whoever started it blocks all signals
-    /// (to read them from a signalfd, say), which threads inherit.
-    pub(super) fn enlist(&self) -> Result<(), VcpuError> {
-        unblock_signal(kick_signal())
-            .map_err(|error| VcpuError::Signal(std::io::Error::other(error.to_string())))?;
+    /// The calling thread, which lets the signal in, can be kicked from now on.
+    pub(super) fn enlist(&self) {
         // SAFETY: gettid has no preconditions.
         let tid = unsafe { libc::gettid() };
         *self.lock() = Some(tid);
-        Ok(())
     }
 
-    /// The calling thread is about to end: its id may be reused.
+    /// The calling thread runs no vCPU of this VM any more: it may end, and its id be reused.
     pub(super) fn discharge(&self) {
         *self.lock() = None;
     }

@@ -3,27 +3,25 @@
 pub(crate) mod gate;
 pub(crate) mod kick;
 pub(crate) mod quota;
+pub(crate) mod runner;
 pub(crate) mod stats;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use self::gate::Gate;
 use self::kick::Running;
-use self::quota::{Account, Meter};
+use self::quota::Meter;
 use crate::board::Board;
 use crate::ending::Ending;
-use crate::seccomp::{self, Role};
+use crate::kvm::patiently;
 use crate::state::{Exit, InternalError};
 
-/// Stack of a vCPU thread. Exits are handled without recursion.
-const STACK_BYTES: usize = 256 << 10;
-/// How often `KVM_RUN` is tried again after a spurious ENOMEM (busy hosts answer it at the first run).
+/// How often `KVM_RUN` is tried while it answers ENOMEM (busy hosts do at the first run, for no reason).
 const RUN_ATTEMPTS: u32 = 10;
 
 /// Why a vCPU thread could not be started.
@@ -51,12 +49,21 @@ pub struct ExitCounters {
     pub interrupted: AtomicU64,
     /// Anything else.
     pub other: AtomicU64,
+    /// See [`ExitCounters::first`].
+    first: OnceLock<Instant>,
 }
 
 impl ExitCounters {
     /// Accesses to devices.
     pub(crate) fn of_devices(&self) -> u64 {
         self.pio.load(Ordering::Relaxed) + self.mmio.load(Ordering::Relaxed)
+    }
+
+    /// When the guest first needed its host (any exit but an interruption): its vCPU thread looked at the
+    /// clock before it answered. For measurements.
+    #[must_use]
+    pub fn first(&self) -> Option<Instant> {
+        self.first.get().copied()
     }
 
     /// Sum over all kinds.
@@ -75,15 +82,12 @@ const PARTS_OF_AN_ACCESS: u32 = 32;
 /// What a vCPU thread works with.
 pub(crate) struct Vcpu {
     pub(crate) index: usize,
-    pub(crate) fd: VcpuFd,
+    /// Until it runs.
+    pub(crate) fd: Option<VcpuFd>,
     pub(crate) board: Arc<Board>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) ending: Arc<Ending>,
     pub(crate) exits: Arc<ExitCounters>,
-    /// Whether the thread is confined.
-    pub(crate) seccomp: bool,
-    /// What processor time the VM has, if that is limited.
-    pub(crate) account: Option<Arc<Account>>,
 }
 
 enum Step {
@@ -95,131 +99,93 @@ enum Step {
 }
 
 impl Vcpu {
-    /// Starts the thread. It comes to the gate first.
-    pub(crate) fn spawn(self) -> Result<JoinHandle<()>, VcpuError> {
-        kick::install()?;
+    /// Runs the vCPU until its VM is stopped; the calling thread comes to the gate first. A thread that could not
+    /// be made ready says why, and the VM ends with that. Nothing of the VM is left on this thread afterwards.
+    fn live(mut self, ready: Result<Option<&mut Meter<'_>>, &str>) {
         let gate = Arc::clone(&self.gate);
-        gate.enter();
-        std::thread::Builder::new()
-            .name(format!("hearth-vcpu{}", self.index))
-            .stack_size(STACK_BYTES)
-            .spawn(move || self.live())
-            .map_err(|e| {
-                gate.leave();
-                VcpuError::Thread(e)
-            })
+        if let (Some(seat), Some(fd)) = (gate.seat(self.index), self.fd.take()) {
+            let run = AssertUnwindSafe(|| {
+                seat.kicker.enlist();
+                match ready {
+                    Ok(meter) => self.run_until_stopped(fd, meter),
+                    Err(error) => self.ending.report(Exit::Failed(error.to_owned())),
+                }
+            });
+            if catch_unwind(run).is_err() {
+                let panicked = Exit::Failed("a vCPU thread panicked".into());
+                self.ending.report(panicked);
+            }
+            seat.kicker.discharge();
+        }
+        // The board holds guest memory; whoever waits for this thread must find it released.
+        drop(self);
+        runner::becomes_idle();
+        gate.leave();
     }
 
-    fn live(self) {
-        let Vcpu {
+    fn run_until_stopped(&self, mut fd: VcpuFd, mut meter: Option<&mut Meter<'_>>) {
+        let Self {
             index,
-            fd,
             board,
             gate,
             ending,
             exits,
-            seccomp,
-            account,
+            ..
         } = self;
-        let Some(seat) = gate.seat(index) else {
-            return gate.leave();
-        };
-        let run = AssertUnwindSafe(|| {
-            let failed = |error: &dyn std::error::Error| {
-                ending.report(Exit::Failed(error.to_string()));
-            };
-            if let Err(error) = seat.kicker.enlist() {
-                failed(&error);
-            }
-            yield_to_host();
-            let mut meter = None;
-            if let Some(account) = &account {
-                match Meter::start(account) {
-                    Ok(started) => meter = Some(started),
-                    Err(error) => failed(&VcpuError::Timer(error)),
+        let mut has_run = false;
+        loop {
+            if gate.is_closed() {
+                match has_run {
+                    true => prepare_to_wait(&mut fd, board, ending, exits),
+                    false => warm_up(&mut fd),
+                }
+                match gate.pass(*index, fd) {
+                    Some(back) => fd = back,
+                    None => return,
                 }
             }
-            if seccomp && let Err(error) = seccomp::confine(Role::Vcpu) {
-                failed(&error);
-            }
-            run_until_stopped(index, fd, &board, &gate, &ending, &exits, meter);
-        });
-        if catch_unwind(run).is_err() {
-            ending.report(Exit::Failed("a vCPU thread panicked".into()));
-        }
-        seat.kicker.discharge();
-        // The board holds guest memory; whoever waits for this thread must find it released.
-        drop(board);
-        gate.leave();
-    }
-}
-
-/// A guest that wakes up waits for its turn, instead of taking the processor from a thread of the host program:
-/// from the very one that has just resumed it, say. Threads of `SCHED_BATCH` preempt none of the usual kind when
-/// they wake (sched(7)); their share of the processor is the same. Without it they work, too.
-fn yield_to_host() {
-    let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: a live structure; the call changes this thread's policy and nothing else.
-    unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
-}
-
-fn run_until_stopped(
-    index: usize,
-    mut fd: VcpuFd,
-    board: &Board,
-    gate: &Gate,
-    ending: &Ending,
-    exits: &ExitCounters,
-    mut meter: Option<Meter<'_>>,
-) {
-    let mut no_memory = 0;
-    let mut has_run = false;
-    loop {
-        if gate.is_closed() {
-            if has_run {
-                prepare_to_wait(&mut fd, board, ending, exits);
-            }
-            match gate.pass(index, fd) {
-                Some(back) => fd = back,
-                None => return,
-            }
-        }
-        has_run = true;
-        let running = Running::new(&mut fd);
-        let step = loop {
-            // After `running`: an earlier kick leaves nothing but the closed gate.
-            if gate.is_closed() {
-                break Step::Interrupted;
-            }
-            match run_once(&mut fd, board, exits) {
-                Ok(Step::Continue) => no_memory = 0,
-                Ok(Step::Kicked) => {
-                    no_memory = 0;
-                    // A debt may take several periods.
-                    while let Some(until) = meter.as_mut().and_then(Meter::charge) {
-                        gate.rest(until);
-                        if gate.is_closed() {
-                            break;
+            has_run = true;
+            let running = Running::new(&mut fd);
+            let step = loop {
+                // After `running`: an earlier kick leaves nothing but the closed gate.
+                if gate.is_closed() {
+                    break Step::Interrupted;
+                }
+                let run = || run_once(&mut fd, board, exits);
+                match patiently(&[libc::ENOMEM], RUN_ATTEMPTS, run) {
+                    Ok(Step::Continue) => {}
+                    Ok(Step::Kicked) => {
+                        // A debt may take several periods.
+                        while let Some(until) = meter.as_mut().and_then(|meter| meter.charge()) {
+                            gate.rest(until);
+                            if gate.is_closed() {
+                                break;
+                            }
                         }
                     }
+                    Ok(step) => break step,
+                    Err(e) => {
+                        let e = std::io::Error::from_raw_os_error(e.errno());
+                        break Step::End(Exit::Failed(format!("KVM_RUN failed: {e}")));
+                    }
                 }
-                Ok(step) => break step,
-                Err(e) if e.errno() == libc::ENOMEM && no_memory < RUN_ATTEMPTS => {
-                    no_memory += 1;
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                Err(e) => {
-                    let e = std::io::Error::from_raw_os_error(e.errno());
-                    break Step::End(Exit::Failed(format!("KVM_RUN failed: {e}")));
-                }
+            };
+            drop(running);
+            if let Step::End(exit) = step {
+                // Closes the gate with a stop; the next round ends this thread.
+                ending.report(exit);
             }
-        };
-        drop(running);
-        if let Step::End(exit) = step {
-            // Closes the gate with a stop; the next round ends this thread.
-            ending.report(exit);
         }
     }
+}
+
+/// Enters KVM, and leaves it before the guest: what a VM that runs needs of KVM (on some hosts a thread) is made
+/// before anybody waits for the guest.
+fn warm_up(fd: &mut VcpuFd) {
+    fd.set_kvm_immediate_exit(1);
+    // EINTR is the expected answer. What is wrong the first run says too.
+    let _ = fd.run();
+    fd.set_kvm_immediate_exit(0);
 }
 
 /// Brings the vCPU to a point at which its state is whole, without running the guest: completes an exit
@@ -259,6 +225,7 @@ fn run_once(
         }
         Err(e) => return Err(e),
     };
+    exits.first.get_or_init(Instant::now);
     match exit {
         VcpuExit::IoOut(port, data) => {
             count(&exits.pio);

@@ -59,16 +59,20 @@ impl Interrupt {
         self.0.status.load(Ordering::SeqCst)
     }
 
-    /// Sets the register to what a snapshot kept, and raises the line again if the driver has not
-    /// acknowledged all of it: a host kernel thread passes interrupts on from an irqfd to the
-    /// controllers, so that one raised shortly before the capture may be missing in their saved state.
-    /// Without it a driver that waits for it, and for which no other is due, waits for ever. A driver
-    /// that did see it takes the second one for spurious.
+    /// Sets the register to what a snapshot kept.
     pub(crate) fn restore(&self, status: u32) {
         let status = status & (USED_BUFFER | CONFIG_CHANGE);
-        self.0.status.store(0, Ordering::SeqCst);
-        if status != 0 {
-            self.raise(status);
+        self.0.status.store(status, Ordering::SeqCst);
+    }
+
+    /// Raises the line again if the driver has not acknowledged all: a host kernel thread passes interrupts on
+    /// from an irqfd to the controllers, so that one raised shortly before a capture may be missing in their
+    /// saved state. Without it a driver that waits for it, and for which no other is due, waits for ever. A
+    /// driver that did see it takes the second one for spurious.
+    pub(crate) fn repeat(&self) {
+        match self.status() {
+            0 => {}
+            status => self.raise(status),
         }
     }
 
@@ -98,8 +102,11 @@ mod tests {
     fn what_the_driver_had_not_acknowledged_is_raised_again_after_a_restore() {
         let line = Interrupt::new().unwrap();
         line.restore(0);
+        line.repeat();
         assert!(line.fd().read().is_err(), "nothing to raise");
         line.restore(USED_BUFFER | 0xf0);
+        assert!(line.fd().read().is_err(), "not before it is told to");
+        line.repeat();
         assert_eq!(line.status(), USED_BUFFER);
         assert_eq!(line.fd().read().unwrap(), 1);
     }

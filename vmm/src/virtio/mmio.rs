@@ -159,12 +159,13 @@ impl MmioTransport {
         }
     }
 
-    /// Goes on from `state`; the device was restored from its own part. An active device gets its
-    /// queues back and is rung, so that a kick from before the snapshot is not lost.
+    /// Takes over `state`; the device was restored from its own part. An active device gets its queues back, but
+    /// sleeps until it [begins](Self::begin).
     ///
     /// # Errors
     /// A [`Fault`] when the state is not one that a transport can have.
     pub fn restore(&mut self, state: &TransportState) -> Result<(), Fault> {
+        self.fall_asleep();
         if state.queues.len() != self.queues.len() {
             return Err(Fault::Request("saved state of another device"));
         }
@@ -187,9 +188,17 @@ impl MmioTransport {
             queue.set_next_avail(position.next_avail);
             queue.set_next_used(position.next_used);
         }
-        self.device.activate(self.activation(queues))?;
-        self.bell.ring();
-        Ok(())
+        self.device.activate(self.activation(queues))
+    }
+
+    /// Goes on from the state that it took over. An active device is rung, so that a kick from before the snapshot is
+    /// not lost. The interrupt controllers must have their state: see [`Interrupt::repeat`].
+    pub(crate) fn begin(&mut self) {
+        self.interrupt.repeat();
+        self.asleep = false;
+        if self.is_active() {
+            self.bell.ring();
+        }
     }
 
     fn activation(&self, queues: Vec<Option<Queue>>) -> Activation {

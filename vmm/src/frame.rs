@@ -1,0 +1,124 @@
+//! The frame of a VM: all that does not depend on what its guest does or has done. KVM's VM with memory
+//! slots, interrupt controllers and vCPUs, and the wires between it and its devices.
+
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::cpu::cpuid;
+use crate::host::Host;
+use crate::kvm::{self, KvmError};
+use crate::layout;
+use crate::machine::{BootError, Hardware};
+use crate::memory::GuestRam;
+use crate::virtio::mmio::register;
+use crate::virtio::pmem::PmemImage;
+use crate::virtio::{Bell, Interrupt};
+
+/// Virtio devices of every VM, in the order of their windows: vsock, balloon. Images follow.
+pub(crate) const BASE_DEVICES: usize = 2;
+
+/// An image and its guest address.
+pub(crate) type PlacedImage = (PmemImage, u64);
+
+/// See the module's text. Fields are dropped in this order: the VM is closed before its memory is unmapped.
+#[derive(Debug)]
+pub(crate) struct Frame {
+    pub(crate) vcpus: Vec<VcpuFd>,
+    pub(crate) vm: VmFd,
+    /// Of each virtio device.
+    pub(crate) wires: Vec<Wire>,
+    pub(crate) serial: Option<EventFd>,
+    pub(crate) images: Vec<PlacedImage>,
+    pub(crate) ram: GuestRam,
+}
+
+/// What connects a virtio device with the guest: its kicks, and the device's interrupts.
+#[derive(Clone, Debug)]
+pub(crate) struct Wire {
+    pub(crate) bell: Bell,
+    pub(crate) interrupt: Interrupt,
+}
+
+impl Wire {
+    /// A wire without a guest.
+    pub(crate) fn new() -> Result<Self, BootError> {
+        Ok(Self {
+            bell: Bell::new().map_err(BootError::Descriptors)?,
+            interrupt: Interrupt::new().map_err(BootError::Descriptors)?,
+        })
+    }
+
+    /// The wire of the device in this window.
+    fn to(vm: &VmFd, index: u32) -> Result<Self, BootError> {
+        let wire = Self::new()?;
+        let base = layout::MMIO_BASE + u64::from(index) * layout::MMIO_SIZE;
+        vm.register_irqfd(wire.interrupt.fd(), layout::FIRST_IRQ + index)
+            .map_err(KvmError::of("KVM_IRQFD"))?;
+        // One bell for all queues of a device: any value written to QueueNotify rings it.
+        let notify = IoEventAddress::Mmio(base + register::QUEUE_NOTIFY);
+        vm.register_ioevent(wire.bell.fd(), &notify, NoDatamatch)
+            .map_err(KvmError::of("KVM_IOEVENTFD"))?;
+        Ok(wire)
+    }
+}
+
+/// The eventfd of the serial port's interrupt.
+pub(crate) fn serial_interrupt() -> Result<EventFd, BootError> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BootError::Descriptors)
+}
+
+impl Frame {
+    /// Memory slots before the interrupt controllers (see [`kvm::set_memory`]); vCPUs with their CPUID, which
+    /// must be there before any MSR that depends on it.
+    pub(crate) fn new(
+        host: &Host,
+        hardware: Hardware,
+        ram: GuestRam,
+        images: Vec<PlacedImage>,
+    ) -> Result<Self, BootError> {
+        let vm = kvm::create_vm(host.kvm())?;
+        kvm::set_memory(&vm, &ram)?;
+        kvm::set_images(&vm, &ram, &images)?;
+        kvm::create_irqchip(&vm, hardware.pit)?;
+        let vcpus = (0..hardware.vcpus)
+            .map(|index| create_vcpu(host, hardware, &vm, index))
+            .collect::<Result<_, _>>()?;
+        let wires = (0u32..)
+            .take(BASE_DEVICES + images.len())
+            .map(|index| Wire::to(&vm, index))
+            .collect::<Result<_, _>>()?;
+        let serial = match hardware.console {
+            true => {
+                let irq = serial_interrupt()?;
+                vm.register_irqfd(&irq, layout::SERIAL_IRQ)
+                    .map_err(KvmError::of("KVM_IRQFD"))?;
+                Some(irq)
+            }
+            false => None,
+        };
+        Ok(Self {
+            vcpus,
+            vm,
+            wires,
+            serial,
+            images,
+            ram,
+        })
+    }
+}
+
+fn create_vcpu(host: &Host, hardware: Hardware, vm: &VmFd, index: u8) -> Result<VcpuFd, BootError> {
+    let vcpu = vm
+        .create_vcpu(u64::from(index))
+        .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+    let cpuid =
+        cpuid::for_vcpu(host.cpuid(), hardware.profile, index, hardware.vcpus).map_err(|_| {
+            KvmError {
+                call: "KVM_SET_CPUID2",
+                source: std::io::ErrorKind::InvalidInput.into(),
+            }
+        })?;
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(KvmError::of("KVM_SET_CPUID2"))?;
+    Ok(vcpu)
+}

@@ -1,0 +1,214 @@
+//! The threads that run vCPUs, made ready before there is a vCPU: to start a thread and to confine it takes
+//! a fork longer than all that is left to do once a VM has its shell.
+//!
+//! A ready thread is a [`Runner`]. It comes from the spares of the process, if it is like them (confined and
+//! not metered), and goes back there when its VM is gone; more than [`SPARES`] are not kept.
+
+use std::os::raw::c_char;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::quota::{Account, Meter};
+use super::{Vcpu, VcpuError, kick};
+use crate::limits::Limits;
+use crate::seccomp::{self, Role};
+
+/// Stack of a vCPU thread. Exits are handled without recursion.
+const STACK_BYTES: usize = 256 << 10;
+/// Most ready threads that wait for no VM in particular.
+const SPARES: usize = 2;
+/// How long a thread that was alerted keeps its processor for a vCPU that is about to come: as long as it takes to give a
+/// vCPU its state.
+const ALERT: Duration = Duration::from_micros(200);
+/// The name of a thread that runs no vCPU.
+const IDLE: &str = "hearth-spare";
+
+static STOCK: Mutex<Vec<Runner>> = Mutex::new(Vec::new());
+
+/// A thread that is ready to run a vCPU. Dropping it ends the thread.
+#[derive(Debug)]
+pub(crate) struct Runner {
+    orders: Sender<Order>,
+    is_spare: bool,
+}
+
+enum Order {
+    /// A vCPU comes soon.
+    Alert,
+    Run(Job),
+}
+
+/// A vCPU to run, and the way back.
+struct Job {
+    vcpu: Vcpu,
+    runner: Runner,
+}
+
+impl Runner {
+    fn new(limits: Limits, account: Option<Arc<Account>>) -> Result<Self, VcpuError> {
+        kick::install()?;
+        let (orders, todo) = mpsc::channel();
+        std::thread::Builder::new()
+            .name(IDLE.into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || serve(&todo, limits, account.as_deref()))
+            .map_err(VcpuError::Thread)?;
+        Ok(Self {
+            orders,
+            is_spare: is_usual(limits),
+        })
+    }
+
+    /// Lets it run `vcpu`, which comes to its gate first.
+    pub(crate) fn run(self, vcpu: Vcpu) -> Result<(), VcpuError> {
+        let gate = Arc::clone(&vcpu.gate);
+        gate.enter();
+        let orders = self.orders.clone();
+        let job = Job { vcpu, runner: self };
+        orders.send(Order::Run(job)).map_err(|_| {
+            gate.leave();
+            // It waits for a job for as long as there is a runner.
+            VcpuError::Thread(std::io::ErrorKind::BrokenPipe.into())
+        })
+    }
+
+    /// It is needed no more here.
+    pub(crate) fn give_back(self) {
+        let mut stock = stock();
+        if self.is_spare && stock.len() < SPARES {
+            stock.push(self);
+        }
+    }
+}
+
+/// Whether threads for such VMs are all alike. A meter belongs to one VM, and is made before its thread is confined.
+fn is_usual(limits: Limits) -> bool {
+    limits.seccomp && limits.cpu_percent.is_none()
+}
+
+fn stock() -> MutexGuard<'static, Vec<Runner>> {
+    STOCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Threads for the vCPUs of one VM. What is not used goes back to the spares.
+#[derive(Debug)]
+pub(crate) struct Crew(Vec<Runner>);
+
+impl Crew {
+    /// So many threads.
+    pub(crate) fn muster(vcpus: u8, limits: Limits) -> Result<Self, VcpuError> {
+        let mut crew = Self(Vec::with_capacity(usize::from(vcpus)));
+        let account = limits.cpu_percent.map(Account::new).map(Arc::new);
+        for _ in 0..vcpus {
+            let spare = is_usual(limits).then(|| stock().pop()).flatten();
+            crew.0.push(match spare {
+                Some(spare) => spare,
+                None => Runner::new(limits, account.clone())?,
+            });
+        }
+        Ok(crew)
+    }
+
+    /// A thread takes as long to wake up as a vCPU to get its state: wakes them now, for the vCPUs that come next.
+    pub(crate) fn alert(&self) {
+        for runner in &self.0 {
+            // Who does not hear it is missed when its vCPU comes.
+            let _ = runner.orders.send(Order::Alert);
+        }
+    }
+
+    /// The next thread.
+    pub(crate) fn next(&mut self) -> Result<Runner, VcpuError> {
+        let none = || VcpuError::Thread(std::io::ErrorKind::NotFound.into());
+        self.0.pop().ok_or_else(none)
+    }
+}
+
+impl Drop for Crew {
+    fn drop(&mut self) {
+        self.0.drain(..).for_each(Runner::give_back);
+    }
+}
+
+/// Makes a spare if there is none: for the next VM, after the last was taken for this one. None where the host
+/// has no thread left; whoever needs one says so.
+pub(crate) fn replenish(limits: Limits) {
+    if is_usual(limits) && stock().is_empty() {
+        let spare = Runner::new(limits, None);
+        spare.into_iter().for_each(Runner::give_back);
+    }
+}
+
+/// Runs the vCPUs that come, one after another, until nobody can send one.
+fn serve(todo: &Receiver<Order>, limits: Limits, account: Option<&Account>) {
+    yield_to_host();
+    let mut ready = prepare(limits, account);
+    while let Ok(order) = todo.recv() {
+        let job = match order {
+            Order::Run(job) => Some(job),
+            Order::Alert => soon(todo),
+        };
+        let Some(Job { vcpu, mut runner }) = job else {
+            continue;
+        };
+        rename(&format!("hearth-vcpu{}", vcpu.index));
+        vcpu.live(
+            ready
+                .as_mut()
+                .map(Option::as_mut)
+                .map_err(|error| error.as_str()),
+        );
+        runner.is_spare &= ready.is_ok();
+        runner.give_back();
+    }
+}
+
+/// The job that was announced; `None` if it is late.
+fn soon(todo: &Receiver<Order>) -> Option<Job> {
+    let until = Instant::now() + ALERT;
+    while Instant::now() < until {
+        match todo.try_recv() {
+            Ok(Order::Run(job)) => return Some(job),
+            Ok(Order::Alert) | Err(TryRecvError::Empty) => std::hint::spin_loop(),
+            Err(TryRecvError::Disconnected) => return None,
+        }
+    }
+    None
+}
+
+/// What a thread can only do before it is confined, and that.
+fn prepare(limits: Limits, account: Option<&Account>) -> Result<Option<Meter<'_>>, String> {
+    kick::let_in().map_err(|error| error.to_string())?;
+    let meter = account.map(Meter::start).transpose();
+    let meter = meter.map_err(|error| VcpuError::Timer(error).to_string())?;
+    if limits.seccomp {
+        seccomp::confine(Role::Vcpu).map_err(|error| error.to_string())?;
+    }
+    Ok(meter)
+}
+
+/// A guest that wakes up waits for its turn, instead of taking the processor from a thread of the host program:
+/// from the very one that has just resumed it, say. Threads of `SCHED_BATCH` preempt none of the usual kind when
+/// they wake (sched(7)); their share of the processor is the same. Without it they work, too.
+fn yield_to_host() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: a live structure; the call changes this thread's policy and nothing else.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
+}
+
+/// Names the calling thread, for whoever looks at the process.
+fn rename(name: &str) {
+    let mut bytes: [c_char; 16] = [0; 16];
+    let room = bytes.len() - 1;
+    for (to, from) in bytes.iter_mut().zip(name.bytes().take(room)) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: the kernel reads up to 16 bytes of the array, the last of which is zero (prctl(2)).
+    unsafe { libc::prctl(libc::PR_SET_NAME, bytes.as_ptr(), 0, 0, 0) };
+}
+
+/// The calling thread runs no vCPU any more.
+pub(super) fn becomes_idle() {
+    rename(IDLE);
+}

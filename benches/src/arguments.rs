@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use hearth_bench::peer::Peers;
 use hearth_bench::sweep::{Key, Sweep};
 use hearth_images::{Images, ImagesError, Silent};
+use hearth_pool::Language;
 
 /// Measures what Hearth's steps cost on this machine, beside the bare ioctls that they consist of.
 ///
@@ -64,11 +65,17 @@ pub(crate) enum Scenario {
         #[arg(short, default_value_t = 20)]
         n: usize,
     },
-    /// Run a plain program in guests of a warm pool, from the hand-off to its result.
+    /// Run a plain program in guests of a warm pool, and code in their warm interpreters, from the hand-off to the result.
     Exec {
-        /// Guests.
+        /// Guests of each kind.
         #[arg(short, default_value_t = 20)]
         n: usize,
+        /// Languages of the interpreters; their images are built when they are not there.
+        #[arg(long, value_delimiter = ',', default_value = "shell,python,javascript")]
+        languages: Vec<Language>,
+        /// Guests of each language that boot without a template.
+        #[arg(long, default_value_t = 1)]
+        cold: usize,
         #[command(flatten)]
         image: Image,
     },

@@ -15,6 +15,7 @@ use hearth_bench::figures::replaced;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
 use hearth_bench::scenario::boot::Files;
+use hearth_bench::scenario::languages::{self, Rounds};
 use hearth_bench::scenario::{
     ScenarioError, balloon, boot, churn, density, exec, fork, handoff, idle, peers, ping, refill,
     replace, vsock,
@@ -131,7 +132,16 @@ async fn run_scenario(
         Scenario::Peers { n, ref peers, .. } => peers::run(report, files, &peers.peers(), n).await,
         Scenario::Ping { n, .. } => ping::run(report, files, n).await,
         Scenario::Handoff { ref count, .. } => handoff::run(report, files, count.n).await,
-        Scenario::Exec { n, .. } => exec::run(report, files, n).await,
+        Scenario::Exec {
+            n: warm,
+            cold,
+            ref languages,
+            ..
+        } => {
+            exec::run(report, files, warm).await?;
+            languages::run(report, files, languages, Rounds { warm, cold }).await;
+            Ok(())
+        }
         Scenario::Refill { n, forks, .. } => refill::run(report, files, n, forks).await,
         Scenario::Replace { n, .. } => replace::run(report, files, n).await,
         Scenario::Density { n, .. } => density::run(report, files, guests.unwrap_or(n)).await,

@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use hearth_pool::Language;
+
 use crate::peer::Peers;
 use crate::report::Report;
 use crate::scenario::boot::Files;
+use crate::scenario::languages::{self, Rounds};
 use crate::scenario::{
     ScenarioError, balloon, boot, churn, density, exec, fork, handoff, idle, peers, ping, refill,
     replace, vsock,
@@ -104,7 +107,19 @@ impl Step {
             Self::Peers => peers::run(report, files, peers, n(3, 10)).await,
             Self::Ping => ping::run(report, files, n(20, 50)).await,
             Self::Handoff => handoff::run(report, files, n(64, 200)).await,
-            Self::Exec => exec::run(report, files, n(10, 20)).await,
+            Self::Exec => {
+                exec::run(report, files, n(10, 20)).await?;
+                // Node.js takes minutes to get ready where ring 0 is emulated.
+                let count = n(2, Language::ALL.len());
+                let languages = [Language::Shell, Language::Python, Language::Javascript];
+                let languages = languages.get(..count).unwrap_or_default();
+                let rounds = Rounds {
+                    warm: n(10, 20),
+                    cold: n(1, 2),
+                };
+                languages::run(report, files, languages, rounds).await;
+                Ok(())
+            }
             Self::Refill => refill::run(report, files, n(5, 10), n(20, 50)).await,
             Self::Replace => replace::run(report, files, n(3, 10)).await,
             Self::Density => density::run(report, files, n(50, 100)).await,

@@ -222,14 +222,31 @@ impl GuestRam {
     /// A child that the host program forks, and that executes nothing else, does not get `[addr, addr + len)`: it
     /// would hold the memory when the VM is gone, and make the guest copy each page that it writes.
     fn keep_from_children(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
+        self.advise(addr, len, libc::MADV_DONTFORK)
+    }
+
+    /// Advises the host about `[addr, addr + len)`. After `advice` (one of `MADV_DONTFORK`, `MADV_POPULATE_*`) the range
+    /// shows what it showed before.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`] when the range is not inside one region; [`MemoryError::Create`] when the host refuses.
+    pub(crate) fn advise(
+        &self,
+        addr: u64,
+        len: u64,
+        advice: libc::c_int,
+    ) -> Result<(), MemoryError> {
+        if !self.contains(addr, len) {
+            return Err(MemoryError::OutOfRange { addr, len });
+        }
         let host = self.host_address(addr, len)?;
-        // SAFETY: `[addr, addr + len)` lies inside one mapping of ours that lives as long as this value; the call
-        // changes what a child of this process inherits, nothing in this one.
-        let kept = unsafe {
+        // SAFETY: `[addr, addr + len)` was checked to lie inside one region's mapping, which `self.map` keeps alive;
+        // such advice changes what is mapped and inherited, no content.
+        let done = unsafe {
             let len = usize::try_from(len).unwrap_or(0);
-            libc::madvise(host.cast(), len, libc::MADV_DONTFORK)
+            libc::madvise(host.cast(), len, advice)
         };
-        match kept {
+        match done {
             0 => Ok(()),
             _ => Err(MemoryError::Create {
                 bytes: len,

@@ -26,9 +26,26 @@ pub(crate) fn private_bytes(ram: &GuestRam) -> io::Result<u64> {
     Ok(pages * PAGE_SIZE + file)
 }
 
-/// Shows `see` the guest address of each page that is present or swapped out and not of the memory's
-/// file: what was written through a private mapping. In ascending order.
+/// Whose a page of guest memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Page {
+    /// Not of the memory's file: written through a private mapping. Present or swapped out.
+    Own,
+    /// Of the file, and mapped.
+    OfFile,
+}
+
+/// Shows `see` the guest address of each page that is its VM's own, in ascending order.
 pub(crate) fn each_own_page(ram: &GuestRam, mut see: impl FnMut(u64)) -> io::Result<()> {
+    each_page(ram, |addr, page| {
+        if page == Page::Own {
+            see(addr);
+        }
+    })
+}
+
+/// Shows `see` the guest address of each page that its VM has touched, in ascending order.
+pub(crate) fn each_page(ram: &GuestRam, mut see: impl FnMut(u64, Page)) -> io::Result<()> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut buffer = vec![0; CHUNK as usize];
     for (mut addr, len, host) in ram.host_regions() {
@@ -38,8 +55,9 @@ pub(crate) fn each_own_page(ram: &GuestRam, mut see: impl FnMut(u64)) -> io::Res
             let chunk = buffer.get_mut(..count).unwrap_or_default();
             pagemap.read_exact_at(chunk, at)?;
             for entry in chunk.as_chunks().0.iter().copied().map(u64::from_ne_bytes) {
-                if entry & PRESENT_OR_SWAPPED != 0 && entry & OF_A_FILE == 0 {
-                    see(addr);
+                if entry & PRESENT_OR_SWAPPED != 0 {
+                    let is_own = entry & OF_A_FILE == 0;
+                    see(addr, if is_own { Page::Own } else { Page::OfFile });
                 }
                 addr += PAGE_SIZE;
             }

@@ -9,6 +9,7 @@ use crate::config::VmConfig;
 use crate::host::CpuProfile;
 use crate::legacy::console::Console;
 use crate::machine::{BootError, CreateTimes, Machine, Undertaker};
+use crate::prefetch::WorkingSet;
 use crate::snapshot::{SnapshotError, Template, VmState, rest};
 use crate::state::{Exit, VmStatus};
 use crate::vcpu::ExitCounters;
@@ -306,6 +307,17 @@ impl Vm {
         let ram = machine.as_ref().and_then(Machine::ram);
         let ram = ram.ok_or(std::io::ErrorKind::NotFound)?;
         crate::private::private_bytes(ram)
+    }
+
+    /// The pages that this VM, a clone, has touched so far: for [`Template::prefetch`]. Whether it runs or waits does not
+    /// matter.
+    ///
+    /// # Errors
+    /// When the host does not tell, or the VM was taken apart.
+    pub fn working_set(&self) -> std::io::Result<WorkingSet> {
+        let machine = self.machine();
+        let ram = machine.as_ref().and_then(Machine::ram);
+        WorkingSet::of(ram.ok_or(std::io::ErrorKind::NotFound)?)
     }
 
     /// How long the steps of making this VM took.

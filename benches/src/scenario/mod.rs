@@ -11,6 +11,7 @@ pub mod floor;
 pub mod fork;
 pub mod handoff;
 pub mod idle;
+pub mod languages;
 pub mod peers;
 pub mod ping;
 pub mod pool;

@@ -3,33 +3,45 @@
 
 use std::time::{Duration, Instant};
 
-use hearth_vmm::Vm;
+use hearth_vmm::{Template, Vm};
 
 use super::agent::{Agent, dial, refresh, renew, resume, template};
 use super::boot::Files;
 use super::{ScenarioError, us};
 use crate::report::Report;
 
+/// What both kinds of clones are measured by: those that get their pages one by one, and those that have them from the start.
+const TO_PONG: &str = "fork to pong, reseeded";
 /// After that a guest that was asked nothing is at rest.
 const REST: Duration = Duration::from_millis(100);
 
-/// Measures `n` exchanges of each kind, in turns, with one clone, and `n` clones up to their first pong.
+/// Measures `n` exchanges of each kind, in turns, with one clone, and twice `n` clones up to their first pong: every second one
+/// has the pages from the start that another one touched.
 ///
 /// # Errors
 /// When a guest cannot be made or does not answer.
 pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), ScenarioError> {
     let template = template(files).await?.count_instructions(true);
-    let mut to_pong = Series::new("fork to pong, reseeded");
+    let mut to_pong = Series::new(TO_PONG);
+    let mut prefetched = Series {
+        side: "prefetched",
+        ..Series::new(TO_PONG)
+    };
+    let touched = first_pong(&template, &mut Series::new(TO_PONG)).await?;
+    let set = touched.working_set();
+    let set = set.map_err(ScenarioError::at("working set"))?;
+    touched.destroy();
+    let written = set.written_bytes() as f64 / 1024.0;
+    let ready = template.clone().prefetch(set);
     for _ in 0..n {
-        let start = Instant::now();
-        let vm = template.fork().map_err(ScenarioError::at("fork"))?;
-        let mut agent = resume(&vm)?;
-        renew(&mut agent, 1).await?;
-        to_pong.add(start, vm.emulated_instructions());
-        drop(agent);
-        vm.destroy();
+        first_pong(&template, &mut to_pong).await?.destroy();
+        first_pong(&ready, &mut prefetched).await?.destroy();
     }
     to_pong.report(report);
+    prefetched.report(report);
+    report.compare(TO_PONG, "prefetched", "hearth");
+    let metric = "written up to the first pong";
+    report.add("ping", metric, "KiB", "hearth", vec![written]);
 
     let vm = template.fork().map_err(ScenarioError::at("fork"))?;
     let mut agent = resume(&vm)?;
@@ -46,6 +58,15 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
         series.report(report);
     }
     Ok(())
+}
+
+/// A clone that has given its first answer.
+async fn first_pong(template: &Template, series: &mut Series) -> Result<Vm, ScenarioError> {
+    let start = Instant::now();
+    let vm = template.fork().map_err(ScenarioError::at("fork"))?;
+    renew(&mut resume(&vm)?, 1).await?;
+    series.add(start, vm.emulated_instructions());
+    Ok(vm)
 }
 
 async fn pong(agent: &mut Agent, nonce: u64) -> Result<(), ScenarioError> {
@@ -65,6 +86,7 @@ async fn greeted(vm: &Vm) -> Result<(), ScenarioError> {
 /// Times and emulated instructions of one kind of exchange.
 struct Series {
     what: &'static str,
+    side: &'static str,
     us: Vec<f64>,
     instructions: Vec<f64>,
 }
@@ -74,6 +96,7 @@ impl Series {
         let (us, instructions) = (Vec::new(), Vec::new());
         Self {
             what,
+            side: "hearth",
             us,
             instructions,
         }
@@ -104,10 +127,10 @@ impl Series {
     }
 
     fn report(self, report: &mut Report) {
-        report.add("ping", self.what, "us", "hearth", self.us);
+        report.add("ping", self.what, "us", self.side, self.us);
         if !self.instructions.is_empty() {
             let unit = "instructions";
-            report.add("ping", self.what, unit, "hearth", self.instructions);
+            report.add("ping", self.what, unit, self.side, self.instructions);
         }
     }
 }

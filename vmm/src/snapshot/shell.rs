@@ -73,6 +73,9 @@ fn assemble(template: &Template) -> Result<Machine, BootError> {
     let state = &template.frozen.state;
     let memory = Arc::clone(&template.frozen.memory);
     let ram = GuestRam::map_file(memory, state.hardware.memory_bytes, Sharing::Private)?;
+    if let Some(set) = &template.working_set {
+        set.fill(&ram);
+    }
     let frame = Frame::new(host, state.hardware, ram, saved_images(state)?)?;
     let took = start.elapsed();
     let mut machine = Machine::shell(state, frame)?;

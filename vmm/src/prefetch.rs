@@ -1,0 +1,129 @@
+//! The working set of a clone: pages that the next one is sure to need, too, and can have before it asks.
+
+use std::io;
+
+use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::private::{Page, each_page};
+
+/// The pages that a clone has touched since its fork: recorded once ([`Vm::working_set`](crate::Vm::working_set)), when
+/// it has given its first answer, say, for all clones to come ([`Template::prefetch`](crate::Template::prefetch)).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WorkingSet {
+    written: Vec<Stretch>,
+    read: Vec<Stretch>,
+}
+
+/// Whole pages, one behind the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stretch {
+    addr: u64,
+    len: u64,
+}
+
+impl WorkingSet {
+    /// What `ram`, a clone's, has of its own and shows of its template.
+    pub(crate) fn of(ram: &GuestRam) -> io::Result<Self> {
+        let mut set = Self::default();
+        each_page(ram, |addr, page| {
+            let stretches = match page {
+                Page::Own => &mut set.written,
+                Page::OfFile => &mut set.read,
+            };
+            match stretches.last_mut() {
+                Some(last) if last.addr + last.len == addr => last.len += PAGE_SIZE,
+                _ => stretches.push(Stretch {
+                    addr,
+                    len: PAGE_SIZE,
+                }),
+            }
+        })?;
+        Ok(set)
+    }
+
+    /// Bytes that were written: each clone gets a copy of these, as it would at its first write.
+    #[must_use]
+    pub fn written_bytes(&self) -> u64 {
+        self.written.iter().map(|stretch| stretch.len).sum()
+    }
+
+    /// Bytes that were only read, or lie beside such: all clones share these.
+    #[must_use]
+    pub fn read_bytes(&self) -> u64 {
+        self.read.iter().map(|stretch| stretch.len).sum()
+    }
+
+    /// Gives `ram`, which nothing runs on yet, its pages. What lies outside, and what the host refuses (before Linux 5.14,
+    /// or out of memory), the guest gets when it asks.
+    pub(crate) fn fill(&self, ram: &GuestRam) {
+        let kinds = [
+            (&self.written, libc::MADV_POPULATE_WRITE),
+            (&self.read, libc::MADV_POPULATE_READ),
+        ];
+        for (stretches, advice) in kinds {
+            for Stretch { addr, len } in stretches {
+                let _ = ram.advise(*addr, *len, advice);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory::{MIB, Sharing};
+    use crate::private::private_bytes;
+
+    #[test]
+    fn the_next_clone_has_what_the_last_one_touched_and_its_own_copy_of_what_that_wrote() {
+        let origin = GuestRam::new(4 * MIB).unwrap();
+        let page = |number: u64| GuestAddress(number * PAGE_SIZE);
+        for number in 0..64 {
+            origin.map().write_obj(number as u8, page(number)).unwrap();
+        }
+        let clone = || {
+            let file = Arc::clone(origin.file());
+            GuestRam::map_file(file, 4 * MIB, Sharing::Private).unwrap()
+        };
+        let first = clone();
+        assert_eq!(WorkingSet::of(&first).unwrap(), WorkingSet::default());
+        for number in [3, 4, 40] {
+            first.map().write_obj(0xffu8, page(number)).unwrap();
+        }
+        assert_eq!(first.map().read_obj::<u8>(page(20)).unwrap(), 20);
+        let set = WorkingSet::of(&first).unwrap();
+        assert_eq!(set.written.len(), 2, "{set:?}");
+        assert_eq!(set.written_bytes(), 3 * PAGE_SIZE);
+        assert!(set.read_bytes() >= PAGE_SIZE);
+
+        let next = clone();
+        set.fill(&next);
+        assert_eq!(private_bytes(&next).unwrap(), 3 * PAGE_SIZE);
+        assert_eq!(WorkingSet::of(&next).unwrap(), set);
+        for number in [3, 4, 20, 40] {
+            // The template's content, not the first clone's.
+            let seen = next.map().read_obj::<u8>(page(number)).unwrap();
+            assert_eq!(u64::from(seen), number);
+        }
+    }
+
+    #[test]
+    fn what_lies_outside_memory_is_left_out() {
+        let ram = GuestRam::new(4 * MIB).unwrap();
+        let stretch = |addr, len| Stretch { addr, len };
+        let set = WorkingSet {
+            written: vec![
+                stretch(4 * MIB, PAGE_SIZE),
+                stretch(u64::MAX - 4095, PAGE_SIZE),
+                stretch(0, u64::MAX),
+                stretch(4 * MIB - PAGE_SIZE, 2 * PAGE_SIZE),
+            ],
+            read: vec![],
+        };
+        set.fill(&ram);
+        assert_eq!(private_bytes(&ram).unwrap(), 0);
+    }
+}

@@ -143,10 +143,11 @@ impl Report {
 
     /// Compares two sides of a metric that were added before.
     pub fn compare(&mut self, metric: &str, a: &str, b: &str) {
+        // The last: what an earlier scenario of the same run called so was not measured in turns with this.
         let samples = |side: &str| {
             self.results
                 .iter()
-                .find(|row| row.metric == metric && row.side == side)
+                .rfind(|row| row.metric == metric && row.side == side)
                 .map_or(&[][..], |row| &row.samples)
         };
         match Ratio::of(samples(a), samples(b)) {
@@ -240,6 +241,7 @@ pub(crate) mod tests {
     fn the_json_comes_back_as_it_was() {
         let mut report = report();
         report.add("fork", "first exit", "us", "hearth", vec![2.0; 20]);
+        report.add("floor", "first exit", "us", "floor", vec![9.0; 20]);
         report.add("fork", "first exit", "us", "floor", vec![1.0; 20]);
         report.compare("first exit", "hearth", "floor");
         let json = serde_json::to_string(&report).unwrap();

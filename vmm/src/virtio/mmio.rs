@@ -160,7 +160,7 @@ impl MmioTransport {
     }
 
     /// Takes over `state`; the device was restored from its own part. An active device gets its queues back, but
-    /// sleeps until it [begins](Self::begin).
+    /// sleeps until it begins.
     ///
     /// # Errors
     /// A [`Fault`] when the state is not one that a transport can have.

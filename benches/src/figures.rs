@@ -9,7 +9,7 @@ const BEGIN: &str = "<!-- figures: begin (`make bench` writes what follows) -->"
 const END: &str = "<!-- figures: end -->";
 
 /// Scenario, metric, side, and what the table calls it.
-const ROWS: [[&str; 4]; 17] = [
+const ROWS: [[&str; 4]; 20] = [
     [
         "floor",
         "fork to first instruction",
@@ -63,6 +63,24 @@ const ROWS: [[&str; 4]; 17] = [
         "hand-off to its result",
         "hearth",
         "hand-off, to the result of a plain program",
+    ],
+    [
+        "exec",
+        "hand-off to print(6 * 7)",
+        "python",
+        "hand-off, to the result of `print(6 * 7)` in warm Python",
+    ],
+    [
+        "exec",
+        "hand-off to print(6 * 7)",
+        "javascript",
+        "the same in warm JavaScript",
+    ],
+    [
+        "exec",
+        "cold boot to print(6 * 7)",
+        "python",
+        "cold boot, to the result of `print(6 * 7)` in Python",
     ],
     ["ping", "ping", "hearth", "ping on an open connection"],
     [

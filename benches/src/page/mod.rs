@@ -133,16 +133,24 @@ fn distributions(rows: &[&Row]) -> String {
                 samples: &row.samples,
             })
             .collect();
-        html.push_str(&captioned(&row.metric, &row.unit, &chart::cdf(&series)));
+        let first = row.samples.first();
+        let mut all = series.iter().flat_map(|side| side.samples);
+        // Of what never changes the table says all.
+        if all.any(|sample| Some(sample) != first) {
+            html.push_str(&captioned(&row.metric, &row.unit, &chart::cdf(&series)));
+        }
     }
     html
 }
 
 fn captioned(title: &str, unit: &str, svg: &str) -> String {
+    let unit = match unit {
+        "" => String::new(),
+        unit => format!(" ({})", escape(unit)),
+    };
     format!(
-        "<figure><figcaption>{} ({})</figcaption>{svg}</figure>\n",
-        escape(title),
-        escape(unit)
+        "<figure><figcaption>{}{unit}</figcaption>{svg}</figure>\n",
+        escape(title)
     )
 }
 

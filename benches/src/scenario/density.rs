@@ -8,8 +8,11 @@ use hearth_vmm::{Template, Vm};
 use super::agent::{Agent, refresh, resume, template};
 use super::boot::Files;
 use super::{ScenarioError, us};
+use crate::fit::Fit;
 use crate::process::Held;
 use crate::report::Report;
+use crate::stats::quantile;
+use crate::sweep::Key;
 use crate::target::{Bound, Statistic};
 
 const SCENARIO: &str = "density";
@@ -18,6 +21,9 @@ const SIDE: &str = "hearth";
 const GONE: Duration = Duration::from_secs(10);
 /// Private memory of a parked clone, in KiB, that is not to be exceeded.
 const MOST_KIB: f64 = 2048.0;
+
+/// Points of a curve.
+const POINTS: usize = 10;
 
 /// A clone that is a stranger to its siblings, paused.
 struct Parked {
@@ -80,11 +86,22 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     let before = held()?;
     let mut clones = Vec::with_capacity(n);
     let mut made = Vec::with_capacity(n);
+    let (mut pss, mut fall) = (vec![], vec![]);
     for number in (1..).take(n) {
         let start = Instant::now();
         clones.push(Parked::new(&template, number).await?);
         made.push(us(start.elapsed()));
+        if clones.len() % n.div_ceil(POINTS) == 0 {
+            let (count, now) = (clones.len() as f64, held()?);
+            pss.push((count, now.pss_kib as f64 - before.pss_kib as f64));
+            let available = before.available_kib as f64 - now.available_kib as f64;
+            fall.push((count, available));
+        }
     }
+    report.fits.extend(curve("PSS of all", &pss));
+    report
+        .fits
+        .extend(curve("fall of MemAvailable by all", &fall));
     report.add(SCENARIO, "fork to parked", "us", SIDE, made);
     costs(report, before, held()?, n);
     let private = private_kib(&clones)?;
@@ -128,6 +145,27 @@ fn private_kib(clones: &[Parked]) -> Result<Vec<f64>, ScenarioError> {
     });
     let all: std::io::Result<_> = each.collect();
     all.map_err(ScenarioError::at("private memory"))
+}
+
+/// How what all clones hold grows with their number. Its interval is that of the stretches between the points.
+fn curve(metric: &str, points: &[(f64, f64)]) -> Option<Fit> {
+    let samples: Vec<_> = points.iter().map(|(at, kib)| (*at, [*kib])).collect();
+    let samples: Vec<(f64, &[f64])> = samples.iter().map(|(at, kib)| (*at, &kib[..])).collect();
+    let stretches = points.windows(2).filter_map(|pair| match pair {
+        [(from, less), (to, more)] => Some((more - less) / (to - from)),
+        _ => None,
+    });
+    let mut slopes: Vec<f64> = stretches.collect();
+    slopes.sort_by(f64::total_cmp);
+    Some(Fit {
+        scenario: SCENARIO.into(),
+        metric: metric.into(),
+        unit: "KiB".into(),
+        side: SIDE.into(),
+        per: Key::Guests.unit().into(),
+        ci95: [quantile(&slopes, 0.025)?, quantile(&slopes, 0.975)?],
+        ..Fit::of(&samples)?
+    })
 }
 
 /// What all of them hold, divided among them.

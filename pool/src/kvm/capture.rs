@@ -7,7 +7,7 @@ use hearth_agent::AgentClient;
 use hearth_agent::client::{ConnectionError, FreezeError, PingError};
 use hearth_agent::proto::Memory;
 use hearth_vmm::cache::Entry;
-use hearth_vmm::{Exit, Template};
+use hearth_vmm::{CpuProfile, Exit, Template};
 use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::{sleep, timeout};
 
@@ -20,10 +20,11 @@ use super::stream::GuestStream;
 use super::templates::Unmade;
 use crate::profile::{Balloon, Profile};
 
-/// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's time: all that is free goes
-/// through it, half a minute for 128 MiB where ring 0 is emulated. What is held is some 5 MiB more than it seems: a
-/// guest also counts as used what it has never touched.
-const WORTH_SQUEEZING: u64 = 8 << 20;
+/// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's time. What is held is
+/// some 7 MiB more than it seems: a guest also counts as used what it has never touched.
+const WORTH_SQUEEZING: u64 = 4 << 20;
+/// Where ring 0 is emulated, a MiB takes the balloon 0.3 s both ways: it is worth a share of what goes through it.
+const WORTH_A_SHARE: u64 = 32;
 /// How often a template's guest goes through a clone's first steps.
 const REHEARSALS: usize = 2;
 /// How long a template's guest may take to come to rest before it is frozen.
@@ -233,7 +234,11 @@ impl KvmBackend {
             target,
             "what a template's guest holds and uses"
         );
-        if target == 0 || held.saturating_sub(in_use) < WORTH_SQUEEZING {
+        let share = match self.cpu {
+            CpuProfile::Emulated => (u64::from(target) << 20) / WORTH_A_SHARE,
+            CpuProfile::Native => 0,
+        };
+        if target == 0 || held.saturating_sub(in_use) < share.max(WORTH_SQUEEZING) {
             return;
         }
         let balloon = guest.vm().balloon();

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use hearth_tests::flat::Code;
 use hearth_tests::{Guest, kvm, not_measured, within};
@@ -86,18 +87,32 @@ async fn what_a_guest_costs_is_within_its_baseline() {
     let [mut exits, mut pages, mut resumed] = [u64::MAX; 3];
     for _ in 0..CLONES {
         let mut clone = Guest::fork().await;
-        exits = exits.min(clone.vm.exits().total());
+        exits = exits.min(settled(&clone.vm).await);
         clone.vm.pause().unwrap();
         pages = pages.min(clone.vm.private_bytes().unwrap() / PAGE);
         let parked = clone.vm.exits().total();
         clone.vm.resume().unwrap();
         within(5, "pong", clone.agent.ping(1)).await.unwrap();
-        resumed = resumed.min(clone.vm.exits().total() - parked);
+        resumed = resumed.min(settled(&clone.vm).await - parked);
     }
     counts.insert("fork.exits", exits);
     counts.insert("resume.exits", resumed);
     counts.insert("fork.pages", pages);
     compare(&counts);
+}
+
+/// Exits of a guest that went to sleep: of an answer that is there, the guest may still have to take the interrupt
+/// that says so, sooner or later by how busy the machine is.
+async fn settled(vm: &Vm) -> u64 {
+    let mut exits = vm.exits().total();
+    loop {
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        let now = vm.exits().total();
+        if now == exits {
+            return exits;
+        }
+        exits = now;
+    }
 }
 
 #[test]

@@ -4,15 +4,15 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hearth_agent::AgentClient;
 use hearth_agent::proto::{AGENT_PORT, READY_PORT};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::process::Child;
 
+use super::agent::{done, greeted, handshake, pinged};
 use super::http::{connect, request};
-use super::{Booted, PeerError, command, ended, start, version};
+use super::{Booted, PeerError, command, start, version};
 
 /// The guest's address; any but the reserved ones will do.
 const CID: u32 = 3;
@@ -175,21 +175,6 @@ fn remove(path: &Path) -> std::io::Result<()> {
     }
 }
 
-/// What comes of `up`, in time and while the process lives; it is gone afterwards.
-async fn done<T>(
-    child: &mut Child,
-    limit: Duration,
-    up: impl Future<Output = Result<T, PeerError>>,
-) -> Result<T, PeerError> {
-    let up = tokio::time::timeout(limit, up);
-    let up = tokio::select! {
-        up = up => up.unwrap_or(Err(PeerError::Silent(limit))),
-        _ = child.wait() => Err(ended(child).await),
-    };
-    let _ = child.kill().await;
-    up
-}
-
 /// Connects to the agent in a running guest.
 async fn dial(socket: &Path) -> Result<UnixStream, PeerError> {
     let mut stream = connect(socket).await?;
@@ -207,29 +192,4 @@ async fn dial(socket: &Path) -> Result<UnixStream, PeerError> {
             said: String::from_utf8_lossy(&line).into_owned(),
         }),
     }
-}
-
-type Agent = AgentClient<UnixStream>;
-
-async fn handshake(stream: UnixStream) -> Result<Agent, PeerError> {
-    let agent = AgentClient::handshake(stream).await;
-    agent.map_err(|error| PeerError::Lies(format!("its agent's greeting: {error}")))
-}
-
-/// The agent of a guest that booted since `begin`, by its own clock as well.
-async fn greeted(stream: UnixStream, begin: Instant) -> Result<Agent, PeerError> {
-    let agent = handshake(stream).await?;
-    let booted = Duration::from_micros(agent.hello().unwrap_or_default().started_us);
-    if booted.is_zero() || booted > begin.elapsed() {
-        let lie = format!("a boot of {booted:?} in {:?}", begin.elapsed());
-        return Err(PeerError::Lies(lie));
-    }
-    Ok(agent)
-}
-
-/// Whether the guest has prepared everything.
-async fn pinged(agent: &mut Agent, nonce: u64) -> Result<bool, PeerError> {
-    let pong = agent.ping(nonce).await;
-    let pong = pong.map_err(|error| PeerError::Lies(format!("its agent's pong: {error}")))?;
-    Ok(pong.prepared)
 }

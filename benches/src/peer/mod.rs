@@ -3,6 +3,7 @@
 //! What a peer says is believed only as far as it can be checked. One that crashes, hangs or shows another guest than the
 //! one it was given is an error, and what was measured of it before is dropped.
 
+mod agent;
 mod firecracker;
 mod http;
 mod qemu;
@@ -15,7 +16,7 @@ use tokio::io::AsyncReadExt;
 use tokio::process::{Child, ChildStderr, Command};
 
 pub use firecracker::Firecracker;
-pub use qemu::{BANNER, INIT, Qemu};
+pub use qemu::{Qemu, SERIAL_WORDS};
 
 /// How long a peer may take to say what it is.
 const GREETING: Duration = Duration::from_secs(10);
@@ -84,6 +85,9 @@ pub enum PeerError {
     /// Its guest was not up in time.
     #[error("its guest was not up after {0:?}")]
     Silent(Duration),
+    /// Its guest hung up.
+    #[error("its guest closed the connection before it answered")]
+    HungUp,
     /// Its guest is not the one that it was given.
     #[error("it does not show the guest that it was given: {0}")]
     Lies(String),

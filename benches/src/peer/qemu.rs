@@ -1,20 +1,16 @@
-//! QEMU's machine for microVMs.
+//! QEMU's machine for microVMs. The agent speaks over its serial line: vsock needs the host's vhost-vsock.
 
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
-
-use super::{Booted, PeerError, command, ended, start, version};
+use super::agent::{done, greeted, pinged};
+use super::{Booted, PeerError, command, start, version};
 
 /// The machine without what our kernel does not use.
 const MACHINE: &str = "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off";
-/// How the kernel says that it is done.
-pub const INIT: &str = "Run /init as init process";
-/// How it begins.
-pub const BANNER: &str = "Linux version ";
-/// What a guest may print until then.
-const MOST: u64 = 1 << 20;
+/// What leaves the serial line, on which init is started, to the agent.
+pub const SERIAL_WORDS: &str = "loglevel=0";
 
 /// QEMU, as found.
 #[derive(Clone, Debug)]
@@ -35,12 +31,12 @@ impl Qemu {
         Ok(Self { program, version })
     }
 
-    /// Boots a guest until its kernel starts init, which its serial console must say: the time since QEMU was started,
-    /// and the kernel's banner.
+    /// Boots a guest to its agent's pong: the time since QEMU was started. They talk over the serial line, on which the
+    /// kernel must be quiet: [`SERIAL_WORDS`] and a console.
     ///
     /// # Errors
     /// If it ends, or is not there in time.
-    pub async fn boot_to_init(&self, guest: Booted<'_>) -> Result<(Duration, String), PeerError> {
+    pub async fn boot_to_pong(&self, guest: Booted<'_>) -> Result<Duration, PeerError> {
         let begin = Instant::now();
         let mut command = command(&self.program);
         command
@@ -53,36 +49,16 @@ impl Qemu {
             .arg(guest.initramfs)
             .args(["-append", guest.words])
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
-            .args(["-display", "none", "-serial", "stdio"]);
+            .args(["-display", "none", "-serial", "stdio"])
+            .stdin(Stdio::piped());
         let mut child = start(&mut command, &self.program)?;
-        let console = child.stdout.take();
-        let console = console.ok_or_else(|| std::io::Error::other("no console"))?;
+        let line = child.stdout.take().zip(child.stdin.take());
+        let (from, to) = line.ok_or_else(|| std::io::Error::other("no serial line"))?;
         let up = async {
-            match init_line(console).await? {
-                Some(banner) => Ok((begin.elapsed(), banner)),
-                None => Err(ended(&mut child).await),
-            }
+            let mut agent = greeted(tokio::io::join(from, to), begin).await?;
+            pinged(&mut agent, 1).await?;
+            Ok(begin.elapsed())
         };
-        let up = tokio::time::timeout(guest.limit, up).await;
-        let up = up.unwrap_or(Err(PeerError::Silent(guest.limit)));
-        // Gone before the next one is measured. It may have ended by itself.
-        let _ = child.kill().await;
-        up
+        done(&mut child, guest.limit, up).await
     }
-}
-
-/// Reads until the kernel starts init; the kernel's banner. None if the console ends before.
-async fn init_line(console: impl AsyncRead + Unpin) -> Result<Option<String>, PeerError> {
-    let mut lines = BufReader::new(console.take(MOST));
-    let (mut line, mut banner) = (Vec::new(), String::new());
-    while lines.read_until(b'\n', &mut line).await? > 0 {
-        let text = String::from_utf8_lossy(&line);
-        if let Some(at) = text.find(BANNER) {
-            banner = text.get(at..).unwrap_or_default().trim_end().to_owned();
-        } else if text.contains(INIT) {
-            return Ok(Some(banner));
-        }
-        line.clear();
-    }
-    Ok(None)
 }

@@ -1,11 +1,11 @@
-//! A connection's socket with what is under way in both directions.
+//! A connection's socket, or serial line, with what is under way in both directions.
 
 use alloc::vec::Vec;
 
 use hearth_agent::proto::{FrameBuffer, FrameError, Hello, Response, encode};
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
-    io::Errno,
+    io::{Errno, read, write},
     net::{RecvFlags, SendFlags, recv, send, sockopt::socket_error},
 };
 
@@ -46,9 +46,11 @@ impl Channel {
 
     /// How an attempt to connect ended, once the socket is writable.
     pub(crate) fn connected(&self) -> Result<(), Lost> {
-        socket_error(&self.socket)
-            .and_then(|result| result)
-            .map_err(|errno| Lost(Some(errno)))
+        match socket_error(&self.socket).and_then(|result| result) {
+            // A line is there from the beginning.
+            Ok(()) | Err(Errno::NOTSOCK) => Ok(()),
+            Err(errno) => Err(Lost(Some(errno))),
+        }
     }
 
     /// Reads once; false if there was nothing.
@@ -57,9 +59,9 @@ impl Channel {
         if room.is_empty() {
             return Ok(false);
         }
-        match recv(&self.socket, room, RecvFlags::DONTWAIT) {
-            Ok((0, _)) => Err(Lost(None)),
-            Ok((count, _)) => {
+        match receive(&self.socket, room) {
+            Ok(0) => Err(Lost(None)),
+            Ok(count) => {
                 self.input.filled(count);
                 Ok(true)
             }
@@ -72,11 +74,7 @@ impl Channel {
     pub(crate) fn flush(&mut self) -> Result<(), Lost> {
         let Output { bytes, sent } = &mut self.output;
         while let Some(rest) = bytes.get(*sent..).filter(|rest| !rest.is_empty()) {
-            match send(
-                &self.socket,
-                rest,
-                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
-            ) {
+            match transmit(&self.socket, rest) {
                 Ok(count) => *sent += count,
                 Err(Errno::INTR) => {}
                 // Nothing more now: the kernel has no room.
@@ -87,6 +85,23 @@ impl Channel {
         bytes.clear();
         *sent = 0;
         Ok(())
+    }
+}
+
+/// Reads once, without waiting.
+fn receive(socket: &OwnedFd, room: &mut [u8]) -> Result<usize, Errno> {
+    match recv(socket, &mut *room, RecvFlags::DONTWAIT) {
+        Err(Errno::NOTSOCK) => read(socket, room),
+        received => received.map(|(count, _)| count),
+    }
+}
+
+/// Sends once, without waiting.
+fn transmit(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    match send(socket, bytes, flags) {
+        Err(Errno::NOTSOCK) => write(socket, bytes),
+        sent => sent,
     }
 }
 

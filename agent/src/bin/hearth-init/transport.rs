@@ -1,18 +1,23 @@
 //! Where connections come from: vsock in a guest, a Unix socket in tests without one.
+//!
+//! A guest without vsock, which a monitor other than ours may give it, has one connection: the serial line that init was
+//! started on. The kernel must be quiet there.
 
 use alloc::{borrow::ToOwned, vec::Vec};
 
 use hearth_agent::proto::{AGENT_PORT, READY_PORT};
 use rustix::{
     fd::{AsFd, OwnedFd},
-    io::Errno,
+    fs::{OFlags, fcntl_setfl},
+    io::{Errno, fcntl_dupfd_cloexec},
     net::{
         AddressFamily, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, connect,
         listen, socket_with,
     },
+    termios::{OptionalActions, tcgetattr, tcsetattr},
 };
 
-use crate::sys::{VsockAddr, peer_cid};
+use crate::sys::{VsockAddr, peer_cid, stdin};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -70,6 +75,7 @@ impl Transport {
             },
         ) {
             Ok(()) | Err(Errno::INPROGRESS) => Ok(Some(socket)),
+            Err(Errno::NODEV) => serial_line().map(Some),
             Err(errno) => Err(errno),
         }
     }
@@ -83,4 +89,14 @@ impl Transport {
         };
         Ok(from_host.then_some(socket))
     }
+}
+
+/// The line that init was started on, with nothing added to or taken from what passes.
+fn serial_line() -> Result<OwnedFd, Errno> {
+    let mut modes = tcgetattr(stdin())?;
+    modes.make_raw();
+    tcsetattr(stdin(), OptionalActions::Now, &modes)?;
+    let line = fcntl_dupfd_cloexec(stdin(), 3)?;
+    fcntl_setfl(&line, OFlags::NONBLOCK)?;
+    Ok(line)
 }

@@ -1,0 +1,75 @@
+//! The agent in a peer's guest, which is Hearth's own: what it says is the proof that the guest is up.
+
+use std::time::{Duration, Instant};
+
+use hearth_agent::AgentClient;
+use hearth_agent::client::{ConnectionError, HandshakeError, PingError};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::process::Child;
+
+use super::{PeerError, ended};
+
+/// How long a peer may take to end whose guest hung up.
+const ENDING: Duration = Duration::from_secs(1);
+
+/// A stream to an agent.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
+
+/// Reads the agent's greeting.
+pub(super) async fn handshake<S: Stream>(stream: S) -> Result<AgentClient<S>, PeerError> {
+    let agent = AgentClient::handshake(stream).await;
+    agent.map_err(|error| match error {
+        HandshakeError::Connection(ConnectionError::Closed) => PeerError::HungUp,
+        error => PeerError::Lies(format!("its agent's greeting: {error}")),
+    })
+}
+
+/// The agent of a guest that booted since `begin`, by its own clock as well.
+pub(super) async fn greeted<S: Stream>(
+    stream: S,
+    begin: Instant,
+) -> Result<AgentClient<S>, PeerError> {
+    let agent = handshake(stream).await?;
+    let booted = Duration::from_micros(agent.hello().unwrap_or_default().started_us);
+    if booted.is_zero() || booted > begin.elapsed() {
+        let lie = format!("a boot of {booted:?} in {:?}", begin.elapsed());
+        return Err(PeerError::Lies(lie));
+    }
+    Ok(agent)
+}
+
+/// Whether the guest has prepared everything.
+pub(super) async fn pinged<S: Stream>(
+    agent: &mut AgentClient<S>,
+    nonce: u64,
+) -> Result<bool, PeerError> {
+    match agent.ping(nonce).await {
+        Ok(pong) => Ok(pong.prepared),
+        Err(PingError::Connection(ConnectionError::Closed)) => Err(PeerError::HungUp),
+        Err(error) => Err(PeerError::Lies(format!("its agent's pong: {error}"))),
+    }
+}
+
+/// What comes of `up`, in time and while the process lives; it is gone afterwards.
+pub(super) async fn done<T>(
+    child: &mut Child,
+    limit: Duration,
+    up: impl Future<Output = Result<T, PeerError>>,
+) -> Result<T, PeerError> {
+    let up = tokio::time::timeout(limit, up);
+    let mut up = tokio::select! {
+        up = up => up.unwrap_or(Err(PeerError::Silent(limit))),
+        _ = child.wait() => Err(ended(child).await),
+    };
+    // One that ends hangs up before.
+    if matches!(up, Err(PeerError::HungUp))
+        && tokio::time::timeout(ENDING, child.wait()).await.is_ok()
+    {
+        up = Err(ended(child).await);
+    }
+    // Gone before the next one is measured.
+    let _ = child.kill().await;
+    up
+}

@@ -77,6 +77,8 @@ pub(crate) enum Scenario {
         #[arg(long, default_value_t = 1)]
         cold: usize,
         #[command(flatten)]
+        peers: OtherMonitors,
+        #[command(flatten)]
         image: Image,
     },
     /// Take memory from a guest and give it back, by its balloon and by the pages that it reports free.

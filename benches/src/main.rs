@@ -136,10 +136,12 @@ async fn run_scenario(
             n: warm,
             cold,
             ref languages,
+            ref peers,
             ..
         } => {
             exec::run(report, files, warm).await?;
-            languages::run(report, files, languages, Rounds { warm, cold }).await;
+            let rounds = Rounds { warm, cold };
+            languages::run(report, files, languages, rounds, &peers.peers()).await;
             Ok(())
         }
         Scenario::Refill { n, forks, .. } => refill::run(report, files, n, forks).await,

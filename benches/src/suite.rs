@@ -117,7 +117,7 @@ impl Step {
                     warm: n(10, 20),
                     cold: n(1, 2),
                 };
-                languages::run(report, files, languages, rounds).await;
+                languages::run(report, files, languages, rounds, peers).await;
                 Ok(())
             }
             Self::Refill => refill::run(report, files, n(5, 10), n(20, 50)).await,

@@ -15,7 +15,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hearth_agent::proto::{FrameBuffer, Hello, Pong, Request, Response, encode};
+use hearth_agent::Command;
+use hearth_agent::proto::{
+    ExitStatus, Exited, FrameBuffer, Hello, OutputEnd, Pong, Request, Response, encode,
+};
 use hearth_bench::peer::{Booted, Firecracker, PeerError};
 use serde_json::{Value, json};
 
@@ -39,6 +42,8 @@ enum Fault {
     Refuses(&'static str),
     /// It has no agent to connect to.
     NoAgent,
+    /// Its guest's program prints something else.
+    Miscounts,
 }
 
 async fn played(fault: Fault) -> Played {
@@ -183,6 +188,7 @@ fn leaked(path: &str) -> &'static str {
         "/machine-config",
         "/boot-source",
         "/vsock",
+        "/pmem/root",
         "/actions",
         "/vm",
         "/snapshot/create",
@@ -221,7 +227,27 @@ fn agent(stream: UnixStream, booted: bool, fault: Fault) -> Option<()> {
             greeted = true;
             continue;
         }
-        if let Ok(Request::Ping { nonce }) = Request::decode(&payload) {
+        wire.clear();
+        let request = Request::decode(&payload);
+        if let Ok(Request::Exec(exec)) = &request {
+            assert_eq!(exec.argv, ["python3", "-c", "print(6 * 7)"]);
+            let said: &[u8] = match fault {
+                Fault::Miscounts => b"41\n",
+                _ => b"42\n",
+            };
+            let started = Response::Started { pid: 1 };
+            let exited = Exited {
+                status: ExitStatus::Code(0),
+                timed_out: false,
+                output: OutputEnd::Complete,
+                usage: Default::default(),
+            };
+            for response in [started, Response::Stdout(said), Response::Exited(exited)] {
+                encode(&response, &mut wire).unwrap();
+            }
+            (&stream).write_all(&wire).ok()?;
+        }
+        if let Ok(Request::Ping { nonce }) = request {
             pings += 1;
             let pong = Pong {
                 nonce,
@@ -231,7 +257,6 @@ fn agent(stream: UnixStream, booted: bool, fault: Fault) -> Option<()> {
                 memory: Default::default(),
                 execs: 0,
             };
-            wire.clear();
             encode(&Response::Pong(pong), &mut wire).unwrap();
             (&stream).write_all(&wire).ok()?;
         }
@@ -242,6 +267,7 @@ fn guest() -> Booted<'static> {
     Booted {
         kernel: Path::new("/kernel"),
         initramfs: Path::new("/initramfs"),
+        root: None,
         words: "quiet",
         memory_mib: 256,
         vcpus: 2,
@@ -281,6 +307,34 @@ async fn a_boot_and_a_restore_are_asked_for_as_the_api_has_it() {
     assert_eq!(
         asked[6].1["mem_backend"]["backend_path"],
         asked[5].1["mem_file_path"]
+    );
+}
+
+#[tokio::test]
+async fn a_program_in_a_restored_guest_has_the_image_as_its_root() {
+    let program = || Command::new("python3").args(["-c", "print(6 * 7)"]);
+    let (root, word) = (Path::new("/python.erofs"), b"42\n");
+    let guest = Booted {
+        root: Some(root),
+        ..guest()
+    };
+    let good = played(Fault::None).await;
+    good.firecracker.snapshot(guest).await.unwrap();
+    let result = good.firecracker.restore_to_result(program(), word, LIMIT);
+    result.await.unwrap();
+    let asked = good.asked.lock().unwrap().clone();
+    assert_eq!(asked[3].0, "PUT /pmem/root");
+    assert_eq!(
+        asked[3].1,
+        json!({"id": "root", "path_on_host": root, "root_device": false, "read_only": true})
+    );
+    let bad = played(Fault::Miscounts).await;
+    bad.firecracker.snapshot(guest).await.unwrap();
+    let result = bad.firecracker.restore_to_result(program(), word, LIMIT);
+    let error = result.await.unwrap_err();
+    assert!(
+        matches!(&error, PeerError::Lies(lie) if lie.contains("41")),
+        "{error}"
     );
 }
 

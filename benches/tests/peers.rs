@@ -37,6 +37,7 @@ fn guest() -> Booted<'static> {
     Booted {
         kernel: Path::new("/kernel"),
         initramfs: Path::new("/initramfs"),
+        root: None,
         words: "quiet",
         memory_mib: 128,
         vcpus: 1,

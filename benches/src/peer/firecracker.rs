@@ -1,10 +1,13 @@
 //! Firecracker: a cold boot from a configuration file, and a fresh snapshot restored through its API, each up to the
 //! agent's pong over its Unix socket.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use hearth_agent::client::OutputLimits;
 use hearth_agent::proto::{AGENT_PORT, READY_PORT};
+use hearth_agent::{AgentClient, Command};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -16,10 +19,14 @@ use super::{Booted, PeerError, command, start, version};
 
 /// The guest's address; any but the reserved ones will do.
 const CID: u32 = 3;
+/// Name of the device with the root file system.
+const ROOT: &str = "root";
 /// Pause between two pings while the guest prepares itself.
 const PREPARE_PAUSE: Duration = Duration::from_millis(20);
 /// Longest line that answers a `CONNECT`.
 const LINE: usize = 64;
+
+type Agent = AgentClient<UnixStream>;
 
 /// Firecracker, as found, with a directory for its sockets and files.
 #[derive(Debug)]
@@ -57,6 +64,7 @@ impl Firecracker {
             "machine-config": machine(guest),
             "vsock": self.vsock(),
             "drives": [],
+            "pmem": Vec::from_iter(guest.root.map(pmem)),
         });
         let file = self.path("config.json");
         std::fs::write(&file, config.to_string())?;
@@ -87,6 +95,9 @@ impl Firecracker {
             request(&api, "PUT", "/machine-config", &machine(guest)).await?;
             request(&api, "PUT", "/boot-source", &boot_source(guest)).await?;
             request(&api, "PUT", "/vsock", &self.vsock()).await?;
+            if let Some(root) = guest.root {
+                request(&api, "PUT", &format!("/pmem/{ROOT}"), &pmem(root)).await?;
+            }
             let go = json!({"action_type": "InstanceStart"});
             request(&api, "PUT", "/actions", &go).await?;
             let (stream, _) = listener.accept().await?;
@@ -113,6 +124,42 @@ impl Firecracker {
     /// # Errors
     /// As [`Self::snapshot`].
     pub async fn restore_to_pong(&self, limit: Duration) -> Result<Duration, PeerError> {
+        let asked = async |mut agent: Agent| pinged(&mut agent, 1).await.map(drop);
+        self.restore(limit, asked).await
+    }
+
+    /// Restores the snapshot to the end of a program, which must print `word`, on a new connection: the time since Firecracker
+    /// was started.
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`], and if the program says anything else.
+    pub async fn restore_to_result(
+        &self,
+        program: Command,
+        word: &[u8],
+        limit: Duration,
+    ) -> Result<Duration, PeerError> {
+        let lie = |what: &dyn Display| PeerError::Lies(format!("its guest's program: {what}"));
+        let asked = async |agent: Agent| {
+            let exec = agent.exec(program).await.map_err(|error| lie(&error))?;
+            let output = exec.output(OutputLimits::default()).await;
+            let output = output.map_err(|error| lie(&error))?;
+            match output.stdout == word {
+                true => Ok(()),
+                false => {
+                    let said = String::from_utf8_lossy(&output.stdout);
+                    Err(lie(&format_args!("{}, {said:?}", output.status)))
+                }
+            }
+        };
+        self.restore(limit, asked).await
+    }
+
+    async fn restore(
+        &self,
+        limit: Duration,
+        asked: impl AsyncFnOnce(Agent) -> Result<(), PeerError>,
+    ) -> Result<Duration, PeerError> {
         // It makes the socket itself.
         remove(&self.path("vsock"))?;
         let begin = Instant::now();
@@ -125,8 +172,7 @@ impl Firecracker {
             });
             request(&api, "PUT", "/snapshot/load", &load).await?;
             let stream = dial(&self.path("vsock")).await?;
-            let mut agent = handshake(stream).await?;
-            pinged(&mut agent, 1).await?;
+            asked(handshake(stream).await?).await?;
             Ok(begin.elapsed())
         };
         done(&mut child, limit, up).await
@@ -161,6 +207,11 @@ fn boot_source(guest: Booted<'_>) -> serde_json::Value {
         "initrd_path": guest.initramfs.to_string_lossy(),
         "boot_args": guest.words,
     })
+}
+
+/// The image of the root file system, which the guest only reads.
+fn pmem(root: &Path) -> serde_json::Value {
+    json!({"id": ROOT, "path_on_host": root, "root_device": false, "read_only": true})
 }
 
 fn machine(guest: Booted<'_>) -> serde_json::Value {

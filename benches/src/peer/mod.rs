@@ -41,6 +41,8 @@ pub struct Booted<'a> {
     pub kernel: &'a Path,
     /// Initramfs with the agent.
     pub initramfs: &'a Path,
+    /// Image of its root file system, for virtio-pmem, if it has one; the words say so.
+    pub root: Option<&'a Path>,
     /// Words on the kernel's command line.
     pub words: &'a str,
     /// Memory in MiB.

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use hearth_agent::AgentClient;
 use hearth_agent::proto::{AGENT_PORT, InstanceId, READY_PORT, Refresh};
 use hearth_vmm::virtio::vsock::VsockStream;
-use hearth_vmm::{Template, Vm, VsockHost};
+use hearth_vmm::{Template, Vm, VmConfigBuilder, VsockHost};
 
 use super::ScenarioError;
 use super::boot::Files;
@@ -61,7 +61,12 @@ pub(super) async fn freeze(vm: Vm, mut agent: Agent) -> Result<Template, Scenari
 
 /// Boots a guest and makes it a template.
 pub(super) async fn template(files: Files<'_>) -> Result<Template, ScenarioError> {
-    let config = files.config().build();
+    template_of(files.config()).await
+}
+
+/// The same of a guest with more than that.
+pub(super) async fn template_of(config: VmConfigBuilder) -> Result<Template, ScenarioError> {
+    let config = config.build();
     let config = config.map_err(ScenarioError::at("configuration"))?;
     let vm = Vm::create(&config).map_err(ScenarioError::at("create"))?;
     let listener = vm.vsock().listen(READY_PORT);

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use hearth_agent::Command;
 use hearth_agent::client::{CallEnd, SEED_BYTES, Session};
 use hearth_images::{Images, Recipe, Silent};
 use hearth_pool::kvm::{KvmBackend, KvmImage, Source};
@@ -11,16 +12,17 @@ use hearth_pool::{Balloon, Language, Parking, Pool, PoolConfig, Profile, Refill,
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::spawn_blocking;
 
-use super::ScenarioError;
 use super::agent::refresh;
 use super::boot::Files;
 use super::pool::{Guest, Guests};
 use super::samples::Samples;
+use super::{ScenarioError, restored};
+use crate::peer::Peers;
 use crate::report::Report;
 
-const SCENARIO: &str = "exec";
+pub(super) const SCENARIO: &str = "exec";
 /// What the code prints.
-const WORD: &[u8] = b"42\n";
+pub(super) const WORD: &[u8] = b"42\n";
 
 /// How often.
 #[derive(Clone, Copy, Debug)]
@@ -32,9 +34,19 @@ pub struct Rounds {
 }
 
 /// Measures each language. One whose image or guest cannot be had counts as not measured.
-pub async fn run(report: &mut Report, files: Files<'_>, languages: &[Language], rounds: Rounds) {
+pub async fn run(
+    report: &mut Report,
+    files: Files<'_>,
+    languages: &[Language],
+    rounds: Rounds,
+    peers: &Peers,
+) {
+    if peers.firecracker.is_none() {
+        let why = "exec: Firecracker's restore to print(6 * 7): none was given, see --firecracker";
+        report.not_measured.push(why.into());
+    }
     for language in languages {
-        if let Err(error) = one(report, files, *language, rounds).await {
+        if let Err(error) = one(report, files, *language, rounds, peers).await {
             let why = crate::suite::chain(&error);
             report.not_measured.push(format!("exec {language}: {why}"));
         }
@@ -46,17 +58,18 @@ async fn one(
     files: Files<'_>,
     language: Language,
     rounds: Rounds,
+    peers: &Peers,
 ) -> Result<(), ScenarioError> {
     let recipe = Recipe::built_in(language.as_str()).map_err(ScenarioError::at("recipe"))?;
     let root = spawn_blocking(move || Images::open(None)?.root(&recipe, &Silent));
     let root = root.await.map_err(ScenarioError::at("image"))?;
     let root = root.map_err(ScenarioError::at("image"))?;
-    let image = KvmImage::new(files.kernel, files.initramfs).root(root);
+    let image = KvmImage::new(files.kernel, files.initramfs).root(&root);
     let mut samples = Samples::default();
     warm(&mut samples, image.clone(), language, rounds.warm).await?;
     cold(&mut samples, image, language, rounds.cold).await?;
     samples.report(report, SCENARIO, language.as_str());
-    Ok(())
+    restored::run(report, files, (&root, language), peers, rounds.warm).await
 }
 
 /// A pool of one guest that is filled by hand.
@@ -178,15 +191,28 @@ async fn answer<S>(session: &mut Session<S>, language: Language) -> Result<(), S
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let code = match language {
-        Language::Javascript => "console.log(6 * 7)",
-        Language::Shell => "echo $((6 * 7))",
-        _ => "print(6 * 7)",
-    };
-    let outcome = session.run(code).await;
+    let outcome = session.run(code(language)).await;
     let outcome = outcome.map_err(ScenarioError::at("code"))?;
     match (outcome.end, outcome.stdout == WORD) {
         (CallEnd::Nothing | CallEnd::Value(_), true) => Ok(()),
         (end, _) => Err(ScenarioError::at("code")(format!("it ended with {end:?}"))),
     }
+}
+
+fn code(language: Language) -> &'static str {
+    match language {
+        Language::Javascript => "console.log(6 * 7)",
+        Language::Shell => "echo $((6 * 7))",
+        _ => "print(6 * 7)",
+    }
+}
+
+/// The same code by an interpreter of its own.
+pub(super) fn program(language: Language) -> Command {
+    let (name, flag) = match language {
+        Language::Javascript => ("node", "-e"),
+        Language::Shell => ("bash", "-c"),
+        _ => ("python3", "-c"),
+    };
+    Command::new(name).args([flag, code(language)])
 }

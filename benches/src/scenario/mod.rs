@@ -17,6 +17,7 @@ pub mod ping;
 pub mod pool;
 pub mod refill;
 pub mod replace;
+mod restored;
 mod samples;
 pub mod victim;
 pub mod vsock;

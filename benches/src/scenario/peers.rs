@@ -53,15 +53,16 @@ fn missing(report: &mut Report, peer: &str, error: &PeerError) {
 }
 
 /// The host's kind of kernel words.
-fn words(config: &VmConfig) -> Result<String, ScenarioError> {
+pub(super) fn boot_words(config: &VmConfig) -> Result<String, ScenarioError> {
     let host = Host::get().map_err(ScenarioError::at("host"))?;
     Ok(config.boot_words(host.profile()).join(" "))
 }
 
-fn booted<'a>(files: Files<'a>, words: &'a str, limit: Duration) -> Booted<'a> {
+pub(super) fn booted<'a>(files: Files<'a>, words: &'a str, limit: Duration) -> Booted<'a> {
     Booted {
         kernel: files.kernel,
         initramfs: files.initramfs,
+        root: None,
         words,
         memory_mib: files.shape.memory_mib,
         vcpus: files.shape.vcpus,
@@ -79,7 +80,7 @@ async fn beside_qemu(
     let config = files.config().console(true).append(SERIAL_WORDS).build();
     let config = config.map_err(ScenarioError::at("configuration"))?;
     config.preload().map_err(ScenarioError::at("image"))?;
-    let words = words(&config)?;
+    let words = boot_words(&config)?;
     let (mut ours, mut theirs) = (vec![], vec![]);
     for _ in 0..n {
         // First, so that one that fails costs no boot of ours.
@@ -114,7 +115,7 @@ async fn beside_firecracker(
     let config = files.config().build();
     let config = config.map_err(ScenarioError::at("configuration"))?;
     config.preload().map_err(ScenarioError::at("image"))?;
-    let words = words(&config)?;
+    let words = boot_words(&config)?;
     let guest = booted(files, &words, limit);
     let mut sides = [vec![], vec![], vec![], vec![]];
     let measured = async {
@@ -159,7 +160,7 @@ async fn beside_firecracker(
 }
 
 /// Whose failure it is.
-enum Side {
+pub(super) enum Side {
     Ours(ScenarioError),
     Theirs(PeerError),
 }

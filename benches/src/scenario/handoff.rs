@@ -1,5 +1,5 @@
-//! How long a caller waits for a guest that is ready: the hand-off alone, the hand-off to the guest's
-//! first answer, a burst, and the hand-off while the pool refills.
+//! How long a caller waits for a guest that is ready: the hand-off alone, after a rest, to the guest's first answer, a burst,
+//! and the hand-off while the pool refills.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use tokio::time::sleep;
 
 use super::boot::{Files, Shape};
 use super::pool::{Guest, Guests, PROFILE, backend, config, fill, full, start};
+use super::sleeper::Sleeper;
 use super::{ScenarioError, us};
 use crate::process::Held;
 use crate::report::Report;
@@ -24,8 +25,9 @@ const OWN_MIB: u64 = 8;
 const TARGET: usize = 32;
 /// Guests of a pool otherwise.
 const SIZE: usize = 8;
-/// For how long nothing happens before a hand-off.
+/// For how long nothing happens before some hand-offs: caches grow cold, processors go to sleep.
 const REST: Duration = Duration::from_millis(5);
+const RESTED: &str = "acquire after 5 ms of rest";
 
 /// Takes about `n` samples of each metric.
 ///
@@ -35,19 +37,30 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     let (backend, shape) = (backend(files).await?, files.shape);
     for parking in [Parking::Paused, Parking::Running] {
         let side = side(parking);
-        let samples = to_pong(Arc::clone(&backend), shape, parking, n);
-        let (acquired, answered) = task(samples).await?;
+        let samples = on_a_full_pool(Arc::clone(&backend), shape, parking, n);
+        let taken = task(samples).await?;
         let metric = "acquire on a full pool";
-        report.add("handoff", metric, "us", side, acquired);
+        report.add("handoff", metric, "us", side, taken.acquired);
         report.expect(metric, side, Statistic::P50, Bound::AtMost(10.0));
         report.expect(metric, side, Statistic::P99, Bound::AtMost(100.0));
-        report.add("handoff", "acquire to first pong", "us", side, answered);
+        report.add(
+            "handoff",
+            "acquire to first pong",
+            "us",
+            side,
+            taken.answered,
+        );
+        report.add("handoff", RESTED, "us", side, taken.rested);
+        if parking == Parking::Paused {
+            report.add("handoff", RESTED, "us", "a bare thread", taken.woken);
+            report.compare(RESTED, side, "a bare thread");
+        }
     }
     report.compare("acquire to first pong", "paused", "running");
     // Whoever waits here is no worker of the runtime: to wake the pool's task it has to wake one.
-    let (acquired, _) = to_pong(Arc::clone(&backend), shape, Parking::Paused, n).await?;
+    let taken = on_a_full_pool(Arc::clone(&backend), shape, Parking::Paused, n).await?;
     let metric = "acquire from a thread of one's own";
-    report.add("handoff", metric, "us", "paused", acquired);
+    report.add("handoff", metric, "us", "paused", taken.acquired);
     let acquired = task(after_an_end(Arc::clone(&backend), shape, n)).await?;
     let metric = "acquire just after a guest's end";
     report.add("handoff", metric, "us", "paused", acquired);
@@ -81,27 +94,50 @@ fn acquire(pool: &Guests) -> Result<Guest, ScenarioError> {
     pool.acquire(PROFILE).map_err(ScenarioError::at("acquire"))
 }
 
-/// Samples of the hand-off, and of the hand-off with the first answer, each of a pool that is full and at rest.
-async fn to_pong(
+/// Samples of a pool that is full before each.
+#[derive(Default)]
+struct Taken {
+    /// The hand-off.
+    acquired: Vec<f64>,
+    /// The hand-off with the first answer.
+    answered: Vec<f64>,
+    /// The hand-off when nothing has happened for a while.
+    rested: Vec<f64>,
+    /// A thread of nobody's that is woken after the same rest.
+    woken: Vec<f64>,
+}
+
+async fn on_a_full_pool(
     backend: Arc<KvmBackend>,
     shape: Shape,
     parking: Parking,
     n: usize,
-) -> Result<(Vec<f64>, Vec<f64>), ScenarioError> {
+) -> Result<Taken, ScenarioError> {
     let pool = start(&backend, config(shape, SIZE, Refill::Automatic), parking).await?;
-    let (mut acquired, mut answered) = (vec![], vec![]);
+    let sleeper = Sleeper::start();
+    let mut taken = Taken::default();
     for _ in 0..n {
+        full(&pool).await?;
+        let begin = Instant::now();
+        let guest = acquire(&pool)?;
+        taken.acquired.push(us(begin.elapsed()));
+        guest.ping().await.map_err(ScenarioError::at("ping"))?;
+        taken.answered.push(us(begin.elapsed()));
+        guest.release().await;
+
         full(&pool).await?;
         sleep(REST).await;
         let begin = Instant::now();
         let guest = acquire(&pool)?;
-        acquired.push(us(begin.elapsed()));
-        guest.ping().await.map_err(ScenarioError::at("ping"))?;
-        answered.push(us(begin.elapsed()));
+        taken.rested.push(us(begin.elapsed()));
         guest.release().await;
+        sleep(REST).await;
+        let begin = Instant::now();
+        sleeper.wake();
+        taken.woken.push(us(begin.elapsed()));
     }
     pool.stop().await;
-    Ok((acquired, answered))
+    Ok(taken)
 }
 
 /// Samples of the hand-off just after another guest has ended, while the host still clears up after it.

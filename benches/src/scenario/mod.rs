@@ -19,6 +19,7 @@ pub mod refill;
 pub mod replace;
 mod restored;
 mod samples;
+mod sleeper;
 pub mod victim;
 pub mod vsock;
 

@@ -104,7 +104,8 @@ impl Step {
             Self::Fork => fork::beside_floor(report, n(50, 200)).await,
             Self::Churn => churn::run(report, files.shape, n(10, 20)).await,
             Self::Boot => boot::run(report, files, n(2, 10), n(20, 50)).await,
-            Self::Peers => peers::run(report, files, peers, n(3, 10)).await,
+            // A ratio needs 10 of each side.
+            Self::Peers => peers::run(report, files, peers, 10).await,
             Self::Ping => ping::run(report, files, n(20, 50)).await,
             Self::Handoff => handoff::run(report, files, n(64, 200)).await,
             Self::Exec => {

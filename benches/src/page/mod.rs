@@ -12,6 +12,9 @@ table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .7rem;text-alig
 td:first-child,th:first-child,.text{text-align:left}.charts{display:flex;flex-wrap:wrap;gap:1.5rem}\
 figure{margin:0}figcaption{font-weight:600}svg text{font:11px system-ui,sans-serif;fill:#444}.note{color:#a00}";
 
+/// Samples below which a distribution shows nothing that the table does not.
+const LEAST: usize = 5;
+
 /// The page, as HTML.
 #[must_use]
 pub fn page(report: &Report) -> String {
@@ -121,7 +124,7 @@ fn distributions(rows: &[&Row]) -> String {
     let mut done: Vec<(&str, &str)> = Vec::new();
     for row in rows {
         let key = (row.metric.as_str(), row.unit.as_str());
-        if row.samples.len() < 2 || done.contains(&key) {
+        if row.samples.len() < LEAST || done.contains(&key) {
             continue;
         }
         done.push(key);

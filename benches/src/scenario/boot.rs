@@ -86,7 +86,7 @@ pub async fn run(
         last = Some(to_ready(&config, &mut samples).await?);
     }
     samples.report(report, "boot", "hearth");
-    for (metric, most) in [(PONG, 7e6), (CREATE, 3_000.0)] {
+    for (metric, most) in [(PONG, 5e6), (CREATE, 3_000.0)] {
         report.expect(metric, "hearth", Statistic::P50, Bound::AtMost(most));
     }
     let Some((vm, agent)) = last else {
@@ -166,7 +166,7 @@ async fn fork_to_pong(
     let metric = "fork to pong";
     report.notes.extend(beside_recorded(&kept));
     report.add("fork", metric, "us", "hearth", kept);
-    report.expect(metric, "hearth", Statistic::P50, Bound::AtMost(20_000.0));
+    report.expect(metric, "hearth", Statistic::P50, Bound::AtMost(16_000.0));
     let metric = "fork to pong (fresh connection)";
     report.add("fork", metric, "us", "hearth", dialled);
     Ok(())

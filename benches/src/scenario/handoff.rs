@@ -13,8 +13,10 @@ use super::boot::{Files, Shape};
 use super::pool::{Guest, Guests, PROFILE, backend, config, fill, full, start};
 use super::sleeper::Sleeper;
 use super::{ScenarioError, us};
+use crate::fit::Fit;
 use crate::process::Held;
 use crate::report::Report;
+use crate::sweep::Key;
 use crate::target::{Bound, Statistic};
 
 /// Guests of a burst.
@@ -64,9 +66,14 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     let acquired = task(after_an_end(Arc::clone(&backend), shape, n)).await?;
     let metric = "acquire just after a guest's end";
     report.add("handoff", metric, "us", "paused", acquired);
+    let mut bursts = vec![];
     for size in BURSTS {
-        burst(report, &backend, shape, size, n.div_ceil(size)).await?;
+        bursts.extend(burst(report, &backend, shape, size, n.div_ceil(size)).await?);
     }
+    let each = bursts.iter().map(|burst| (burst.size, &burst.served[..]));
+    report.fits.extend(grown("burst, each caller", each));
+    let whole = bursts.iter().map(|burst| (burst.size, &burst.whole[..]));
+    report.fits.extend(grown("all at once, one caller", whole));
     let (idle, busy) = task(refilling(backend, shape, n)).await?;
     report.add("handoff", "acquire", "us", "refilling", busy);
     report.add("handoff", "acquire", "us", "idle", idle);
@@ -167,21 +174,42 @@ async fn after_an_end(
     Ok(acquired)
 }
 
-/// A full pool is emptied at once by as many tasks; each counts from the burst's beginning.
+/// A burst's size, the times of its callers, and those of one caller that takes all at once.
+struct Burst {
+    size: usize,
+    served: Vec<f64>,
+    whole: Vec<f64>,
+}
+
+/// How a time grows with the size of the burst.
+fn grown<'a>(metric: &str, bursts: impl Iterator<Item = (usize, &'a [f64])>) -> Option<Fit> {
+    let points: Vec<(f64, &[f64])> = bursts.map(|(size, times)| (size as f64, times)).collect();
+    Some(Fit {
+        scenario: "handoff".into(),
+        metric: metric.into(),
+        unit: "us".into(),
+        side: side(Parking::Paused).into(),
+        per: Key::Guests.unit().into(),
+        ..Fit::of(&points)?
+    })
+}
+
+/// A full pool is emptied at once by as many tasks; each counts from the burst's beginning. None where the host has too
+/// little memory.
 async fn burst(
     report: &mut Report,
     backend: &Arc<KvmBackend>,
     shape: Shape,
     size: usize,
     rounds: usize,
-) -> Result<(), ScenarioError> {
+) -> Result<Option<Burst>, ScenarioError> {
     let needed = 2 * size as u64 * OWN_MIB;
     let held = Held::now().map_err(ScenarioError::at("what this process holds"))?;
     let available = held.available_kib / 1024;
     if available < needed {
         let why = format!("handoff burst of {size}: the host has not {needed} MiB available");
         report.not_measured.push(why);
-        return Ok(());
+        return Ok(None);
     }
     let mut config = config(shape, size, Refill::Manual);
     // Guests that were just handed out use next to nothing of what they are promised.
@@ -223,13 +251,18 @@ async fn burst(
     }
     pool.stop().await;
     let metric = format!("burst of {size}, each caller");
-    report.add("handoff", &metric, "us", "paused", served);
+    report.add("handoff", &metric, "us", "paused", served.clone());
     if size == TARGET {
         report.expect(&metric, "paused", Statistic::P99, Bound::AtMost(1_000.0));
     }
     let metric = format!("{size} at once, one caller");
-    report.add("handoff", &metric, "us", "paused", whole);
-    Ok(())
+    report.add("handoff", &metric, "us", "paused", whole.clone());
+    let burst = Burst {
+        size,
+        served,
+        whole,
+    };
+    Ok(Some(burst))
 }
 
 async fn give_back(guests: Vec<Guest>) {

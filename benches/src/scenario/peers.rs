@@ -11,8 +11,11 @@ use super::boot::Files;
 use crate::peer::{Booted, Firecracker, PeerError, Peers, Qemu, SERIAL_WORDS};
 use crate::report::Report;
 use crate::suite::chain;
+use crate::target::Bound;
 
 const SCENARIO: &str = "peers";
+/// What a cold boot may take of a peer's with the same files and words.
+const COLD: f64 = 0.9;
 /// How long a guest may take, if nothing else is said.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -97,6 +100,7 @@ async fn beside_qemu(
     report.add(SCENARIO, metric, "us", "hearth", ours);
     report.add(SCENARIO, metric, "us", "qemu", theirs);
     report.compare(metric, "hearth", "qemu");
+    report.expect_ratio(metric, "hearth", "qemu", Bound::AtMost(COLD));
     report.notes.push(format!(
         "{}: a process of its own, whose start and firmware count, and its agent answers over the serial line, byte by byte; \
          hearth's guest is one of this process, its files read before, and its agent answers over vsock",
@@ -148,6 +152,7 @@ async fn beside_firecracker(
     report.add(SCENARIO, metric, "us", "hearth", booted);
     report.add(SCENARIO, metric, "us", "firecracker", their_boot);
     report.compare(metric, "hearth", "firecracker");
+    report.expect_ratio(metric, "hearth", "firecracker", Bound::AtMost(COLD));
     let metric = "restore to pong, fresh connection";
     report.add(SCENARIO, metric, "us", "hearth", forked);
     report.add(SCENARIO, metric, "us", "firecracker", restored);

@@ -13,7 +13,7 @@ use crate::profile::Balloon;
 /// What templates take on disk at most, in bytes, when nothing else is said.
 pub(super) const DEFAULT_LIMIT: u64 = 4 << 30;
 /// Raised when templates are made by other steps from the same ingredients.
-const RECIPE: u32 = 6;
+const RECIPE: u32 = 7;
 
 /// Where templates are kept.
 #[derive(Clone, Debug)]

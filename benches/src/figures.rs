@@ -9,7 +9,7 @@ const BEGIN: &str = "<!-- figures: begin (`make bench` writes what follows) -->"
 const END: &str = "<!-- figures: end -->";
 
 /// Scenario, metric, side, and what the table calls it.
-const ROWS: [[&str; 4]; 20] = [
+const ROWS: [[&str; 4]; 23] = [
     [
         "floor",
         "fork to first instruction",
@@ -35,6 +35,18 @@ const ROWS: [[&str; 4]; 20] = [
         "cold boot, to the agent's pong",
     ],
     [
+        "peers",
+        "cold boot to pong, with a serial line",
+        "hearth",
+        "cold boot of a kernel with a serial console, to the pong",
+    ],
+    [
+        "peers",
+        "cold boot to pong, with a serial line",
+        "qemu",
+        "QEMU, the same files and words, to the pong",
+    ],
+    [
         "fork",
         "fork to pong",
         "hearth",
@@ -45,6 +57,12 @@ const ROWS: [[&str; 4]; 20] = [
         "acquire on a full pool",
         "paused",
         "hand-off of a parked guest",
+    ],
+    [
+        "handoff",
+        "acquire after 5 ms of rest",
+        "paused",
+        "hand-off, 5 ms after anything happened",
     ],
     [
         "handoff",

@@ -29,6 +29,8 @@ const TARGET: usize = 32;
 const SIZE: usize = 8;
 /// For how long nothing happens before some hand-offs: caches grow cold, processors go to sleep.
 const REST: Duration = Duration::from_millis(5);
+/// Pause between hand-offs during a refill.
+const PAUSE: Duration = Duration::from_millis(2);
 const RESTED: &str = "acquire after 5 ms of rest";
 
 /// Takes about `n` samples of each metric.
@@ -271,7 +273,7 @@ async fn give_back(guests: Vec<Guest>) {
     }
 }
 
-/// The hand-off while others boot, beside that of an idle pool.
+/// The hand-off while others boot, beside that of an idle pool after the same pause.
 async fn refilling(
     backend: Arc<KvmBackend>,
     shape: Shape,
@@ -286,12 +288,13 @@ async fn refilling(
     let (mut idle, mut busy) = (vec![], vec![]);
     while busy.len() < n {
         full(&pool).await?;
+        sleep(PAUSE).await;
         let begin = Instant::now();
         let first = acquire(&pool)?;
         idle.push(us(begin.elapsed()));
         // The first one's replacement boots from here on, and soon those of the others.
         for _ in 1..SIZE {
-            sleep(Duration::from_millis(2)).await;
+            sleep(PAUSE).await;
             let begin = Instant::now();
             let guest = acquire(&pool)?;
             busy.push(us(begin.elapsed()));

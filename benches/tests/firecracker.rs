@@ -281,6 +281,8 @@ async fn a_boot_and_a_restore_are_asked_for_as_the_api_has_it() {
     let firecracker = &played.firecracker;
     assert_eq!(firecracker.version, "Firecracker v1.9.0");
     firecracker.boot_to_pong(guest()).await.unwrap();
+    let config = std::fs::read_to_string(played._dirs[1].path().join("config.json")).unwrap();
+    assert!(!config.contains("pmem"), "{config}");
     firecracker.snapshot(guest()).await.unwrap();
     for _ in 0..2 {
         firecracker.restore_to_pong(LIMIT).await.unwrap();

@@ -59,13 +59,16 @@ impl Firecracker {
     /// # Errors
     /// If it ends, or is not there in time.
     pub async fn boot_to_pong(&self, guest: Booted<'_>) -> Result<Duration, PeerError> {
-        let config = json!({
+        let mut config = json!({
             "boot-source": boot_source(guest),
             "machine-config": machine(guest),
             "vsock": self.vsock(),
             "drives": [],
-            "pmem": Vec::from_iter(guest.root.map(pmem)),
         });
+        // Versions that do not have the device need not know its name.
+        if let Some(root) = guest.root {
+            config["pmem"] = json!([pmem(root)]);
+        }
         let file = self.path("config.json");
         std::fs::write(&file, config.to_string())?;
         let listener = self.listen()?;

@@ -42,29 +42,25 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     for parking in [Parking::Paused, Parking::Running] {
         let side = side(parking);
         let samples = on_a_full_pool(Arc::clone(&backend), shape, parking, n);
-        let taken = task(samples).await?;
+        let (acquired, answered) = task(samples).await?;
         let metric = "acquire on a full pool";
-        report.add("handoff", metric, "us", side, taken.acquired);
+        report.add("handoff", metric, "us", side, acquired);
         report.expect(metric, side, Statistic::P50, Bound::AtMost(10.0));
         report.expect(metric, side, Statistic::P99, Bound::AtMost(100.0));
-        report.add(
-            "handoff",
-            "acquire to first pong",
-            "us",
-            side,
-            taken.answered,
-        );
-        report.add("handoff", RESTED, "us", side, taken.rested);
+        report.add("handoff", "acquire to first pong", "us", side, answered);
+        let samples = after_a_rest(Arc::clone(&backend), shape, parking, n);
+        let (rested, woken) = task(samples).await?;
+        report.add("handoff", RESTED, "us", side, rested);
         if parking == Parking::Paused {
-            report.add("handoff", RESTED, "us", "a bare thread", taken.woken);
+            report.add("handoff", RESTED, "us", "a bare thread", woken);
             report.compare(RESTED, side, "a bare thread");
         }
     }
     report.compare("acquire to first pong", "paused", "running");
     // Whoever waits here is no worker of the runtime: to wake the pool's task it has to wake one.
-    let taken = on_a_full_pool(Arc::clone(&backend), shape, Parking::Paused, n).await?;
+    let (acquired, _) = on_a_full_pool(Arc::clone(&backend), shape, Parking::Paused, n).await?;
     let metric = "acquire from a thread of one's own";
-    report.add("handoff", metric, "us", "paused", taken.acquired);
+    report.add("handoff", metric, "us", "paused", acquired);
     let acquired = task(after_an_end(Arc::clone(&backend), shape, n)).await?;
     let metric = "acquire just after a guest's end";
     report.add("handoff", metric, "us", "paused", acquired);
@@ -103,50 +99,53 @@ fn acquire(pool: &Guests) -> Result<Guest, ScenarioError> {
     pool.acquire(PROFILE).map_err(ScenarioError::at("acquire"))
 }
 
-/// Samples of a pool that is full before each.
-#[derive(Default)]
-struct Taken {
-    /// The hand-off.
-    acquired: Vec<f64>,
-    /// The hand-off with the first answer.
-    answered: Vec<f64>,
-    /// The hand-off when nothing has happened for a while.
-    rested: Vec<f64>,
-    /// A thread of nobody's that is woken after the same rest.
-    woken: Vec<f64>,
-}
-
+/// Samples of the hand-off, and of the hand-off with the first answer, each of a pool that is full.
 async fn on_a_full_pool(
     backend: Arc<KvmBackend>,
     shape: Shape,
     parking: Parking,
     n: usize,
-) -> Result<Taken, ScenarioError> {
+) -> Result<(Vec<f64>, Vec<f64>), ScenarioError> {
     let pool = start(&backend, config(shape, SIZE, Refill::Automatic), parking).await?;
-    let sleeper = Sleeper::start();
-    let mut taken = Taken::default();
+    let (mut acquired, mut answered) = (vec![], vec![]);
     for _ in 0..n {
         full(&pool).await?;
         let begin = Instant::now();
         let guest = acquire(&pool)?;
-        taken.acquired.push(us(begin.elapsed()));
+        acquired.push(us(begin.elapsed()));
         guest.ping().await.map_err(ScenarioError::at("ping"))?;
-        taken.answered.push(us(begin.elapsed()));
+        answered.push(us(begin.elapsed()));
         guest.release().await;
+    }
+    pool.stop().await;
+    Ok((acquired, answered))
+}
 
+/// Samples of the hand-off when nothing has happened for a while, in turns with those of a thread of nobody's that is woken
+/// after the same rest.
+async fn after_a_rest(
+    backend: Arc<KvmBackend>,
+    shape: Shape,
+    parking: Parking,
+    n: usize,
+) -> Result<(Vec<f64>, Vec<f64>), ScenarioError> {
+    let pool = start(&backend, config(shape, SIZE, Refill::Automatic), parking).await?;
+    let sleeper = Sleeper::start();
+    let (mut rested, mut woken) = (vec![], vec![]);
+    for _ in 0..n {
         full(&pool).await?;
         sleep(REST).await;
         let begin = Instant::now();
         let guest = acquire(&pool)?;
-        taken.rested.push(us(begin.elapsed()));
+        rested.push(us(begin.elapsed()));
         guest.release().await;
         sleep(REST).await;
         let begin = Instant::now();
         sleeper.wake();
-        taken.woken.push(us(begin.elapsed()));
+        woken.push(us(begin.elapsed()));
     }
     pool.stop().await;
-    Ok(taken)
+    Ok((rested, woken))
 }
 
 /// Samples of the hand-off just after another guest has ended, while the host still clears up after it.

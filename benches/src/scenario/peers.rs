@@ -50,7 +50,7 @@ pub async fn run(
     Ok(())
 }
 
-fn missing(report: &mut Report, peer: &str, error: &PeerError) {
+pub(super) fn missing(report: &mut Report, peer: &str, error: &PeerError) {
     let why = format!("{peer}: {}", chain(error));
     report.not_measured.push(why);
 }

@@ -12,7 +12,7 @@ use hearth_vmm::Template;
 use super::agent::{dial, template_of};
 use super::boot::{Files, Shape};
 use super::languages::{SCENARIO, WORD, program};
-use super::peers::{Side, boot_words, booted};
+use super::peers::{Side, boot_words, booted, missing};
 use super::{ScenarioError, us};
 use crate::peer::{Booted, Firecracker, Peers};
 use crate::report::Report;
@@ -47,11 +47,7 @@ pub(super) async fn run(
             ));
         }
         Err(Side::Ours(error)) => return Err(error),
-        Err(Side::Theirs(error)) => {
-            let why = crate::suite::chain(&error);
-            let missing = format!("{metric} (firecracker): {why}");
-            report.not_measured.push(missing);
-        }
+        Err(Side::Theirs(error)) => missing(report, &format!("{metric} (firecracker)"), &error),
     }
     Ok(())
 }

@@ -85,7 +85,6 @@ impl KvmBackend {
             let mut session = Session::start(guest.agent().await?, command).await?;
             // What code does first takes twice as long as ever after. Before the prelude: it finds everything as it was.
             session.run(rehearsal(language)).await?;
-            // Empty, too: what a first call takes is then done.
             let outcome = session.run(Call::new(&*profile.prelude)).await?;
             match outcome.end {
                 CallEnd::Nothing | CallEnd::Value(_) => Ok(session),

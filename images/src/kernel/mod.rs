@@ -65,6 +65,11 @@ patches![
     "0027-random-hearth-a-new-boot_id-with-the-new-key.patch",
     "0028-sched-hearth-no-fair-server-without-real-time-tasks.patch",
     "0029-tick-hearth-no-tick-in-a-short-wake-up.patch",
+    "0030-mm-hearth-memory-that-nobody-has-used-is-zero.patch",
+    "0031-x86-mm-hearth-no-tables-for-what-a-guest-never-maps.patch",
+    "0032-x86-alternatives-hearth-patch-less-code-at-boot.patch",
+    "0033-x86-ioapic-hearth-do-not-mask-what-is-masked.patch",
+    "0034-lib-hearth-find-the-end-of-a-string-with-one-instruc.patch",
 ];
 
 /// Why there is no kernel.

@@ -51,6 +51,16 @@ pub(crate) const FIRST_IRQ: u32 = 5;
 pub(crate) const IRQ_LINES: u32 = 24;
 /// Interrupt line of the serial port (COM1).
 pub(crate) const SERIAL_IRQ: u32 = 4;
+/// Interrupt line of the interval timer. Kernels want to know of it also where there is none, and give up otherwise.
+pub(crate) const TIMER_IRQ: u32 = 0;
+
+/// The interrupt lines of a guest with so many virtio-mmio devices.
+pub(crate) fn interrupt_lines(devices: u32, console: bool) -> Vec<u8> {
+    let serial = console.then_some(SERIAL_IRQ);
+    let virtio = (FIRST_IRQ..IRQ_LINES).take(devices as usize);
+    let lines = std::iter::once(TIMER_IRQ).chain(serial).chain(virtio);
+    lines.map(|line| line as u8).collect()
+}
 /// I/O APIC registers.
 pub(crate) const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC registers.

@@ -178,6 +178,7 @@ impl Machine {
             payload: &config.payload,
             words: &words,
             vcpus: config.vcpus,
+            lines: &layout::interrupt_lines(count as u32, hardware.console),
             entry: config.entry,
         };
         let entry = boot::load(&mut ram, &source)?;

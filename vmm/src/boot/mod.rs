@@ -99,6 +99,8 @@ pub(crate) struct Source<'a> {
     pub(crate) payload: &'a Payload,
     pub(crate) words: &'a [String],
     pub(crate) vcpus: u8,
+    /// Interrupt lines that something is connected to.
+    pub(crate) lines: &'a [u8],
     pub(crate) entry: EntryChoice,
 }
 
@@ -166,7 +168,7 @@ pub(crate) fn load(ram: &mut GuestRam, source: &Source<'_>) -> Result<Entry, Loa
     let entry = image.entry(source.entry)?;
     let initrd = image.map_into(ram)?;
     let cmdline_len = cmdline::write(ram.map(), source.words)?;
-    mptable::write(ram.map(), source.vcpus)?;
+    mptable::write(ram.map(), source.vcpus, source.lines)?;
     let map = memory_map(ram.bytes());
     match entry.mode {
         EntryMode::Linux64 => {

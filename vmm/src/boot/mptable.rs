@@ -18,11 +18,16 @@ const INT: u8 = 0;
 const NMI: u8 = 1;
 const EXTINT: u8 = 3;
 
-/// Writes floating pointer and configuration table for `vcpus` processors (1 to 32), APIC ids 0 on.
-pub(super) fn write(ram: &GuestMemoryMmap, vcpus: u8) -> Result<(), GuestMemoryError> {
+/// Writes floating pointer and configuration table for `vcpus` processors (1 to 32), APIC ids 0 on, with the interrupt
+/// lines (below [`layout::IRQ_LINES`]) that something is connected to: a kernel sets up each that it is told of.
+pub(super) fn write(
+    ram: &GuestMemoryMmap,
+    vcpus: u8,
+    lines: &[u8],
+) -> Result<(), GuestMemoryError> {
     let floating = floating_pointer(layout::MPTABLE as u32 + 16);
     ram.write_slice(&floating, GuestAddress(layout::MPTABLE))?;
-    ram.write_slice(&table(vcpus), GuestAddress(layout::MPTABLE + 16))
+    ram.write_slice(&table(vcpus, lines), GuestAddress(layout::MPTABLE + 16))
 }
 
 /// Section 4.1: 16 bytes that sum to zero.
@@ -42,7 +47,7 @@ fn floating_pointer(table: u32) -> [u8; 16] {
     bytes
 }
 
-fn table(vcpus: u8) -> Vec<u8> {
+fn table(vcpus: u8, lines: &[u8]) -> Vec<u8> {
     let ioapic_id = vcpus;
     let mut entries = Vec::new();
     let mut count = 0u16;
@@ -65,9 +70,9 @@ fn table(vcpus: u8) -> Vec<u8> {
     let mut ioapic = vec![2, ioapic_id, APIC_VERSION, 1];
     ioapic.extend_from_slice(&layout::IOAPIC.to_le_bytes());
     push(&ioapic);
-    // Section 4.3.4: every line to the I/O APIC pin of its number.
-    for line in 0..layout::IRQ_LINES as u8 {
-        push(&[3, INT, 0, 0, 0, line, ioapic_id, line]);
+    // Section 4.3.4: each line to the I/O APIC pin of its number.
+    for line in lines {
+        push(&[3, INT, 0, 0, 0, *line, ioapic_id, *line]);
     }
     // Section 4.3.5: local interrupt pins.
     push(&[4, EXTINT, 0, 0, 0, 0, 0, 0]);
@@ -102,10 +107,24 @@ mod tests {
     use super::*;
     use crate::memory::{GuestRam, MIB};
 
+    fn all() -> Vec<u8> {
+        (0..layout::IRQ_LINES as u8).collect()
+    }
+
+    #[test]
+    fn lines_lead_to_the_pin_of_their_number_and_no_other_is_listed() {
+        let bytes = table(1, &[0, 5, 23]);
+        // After header, processor, bus and I/O APIC.
+        let entries = &bytes[44 + 20 + 8 + 8..];
+        let listed: Vec<_> = entries.chunks(8).filter(|entry| entry[0] == 3).collect();
+        let lines: Vec<_> = listed.iter().map(|entry| (entry[5], entry[7])).collect();
+        assert_eq!(lines, [(0, 0), (5, 5), (23, 23)]);
+    }
+
     #[test]
     fn tables_sum_to_zero_and_fit_for_every_count() {
         for vcpus in 1..=32 {
-            let bytes = table(vcpus);
+            let bytes = table(vcpus, &all());
             assert_eq!(checksum(&bytes), 0);
             assert_eq!(
                 usize::from(u16::from_le_bytes([bytes[4], bytes[5]])),
@@ -119,7 +138,7 @@ mod tests {
 
     #[test]
     fn processors_are_numbered_as_in_cpuid_and_the_first_boots() {
-        let bytes = table(3);
+        let bytes = table(3, &all());
         for id in 0..3usize {
             let entry = &bytes[44 + 20 * id..];
             assert_eq!((entry[0], usize::from(entry[1])), (0, id));
@@ -130,7 +149,7 @@ mod tests {
     #[test]
     fn the_floating_pointer_finds_the_table() {
         let ram = GuestRam::new(MIB).unwrap();
-        write(ram.map(), 1).unwrap();
+        write(ram.map(), 1, &all()).unwrap();
         let floating: [u8; 16] = ram.map().read_obj(GuestAddress(layout::MPTABLE)).unwrap();
         assert_eq!((&floating[..4], checksum(&floating)), (&b"_MP_"[..], 0));
         let at = u32::from_le_bytes([floating[4], floating[5], floating[6], floating[7]]);

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use hearth_bench::peer::{Booted, Firecracker, PeerError, Qemu};
+use hearth_bench::peer::{Booted, Channel, Firecracker, PeerError, Qemu};
 use hearth_tests::kvm;
 use serde_json::Value;
 
@@ -61,8 +61,9 @@ async fn found<T, F: Future<Output = Result<T, PeerError>>>(
 async fn qemu(does: &str) -> Result<Duration, PeerError> {
     let dir = tempfile::tempdir().unwrap();
     let path = script(dir.path(), QEMU, does);
-    let qemu = found(|| Qemu::find(&path)).await.unwrap();
+    let mut qemu = found(|| Qemu::find(&path)).await.unwrap();
     assert_eq!(qemu.version, QEMU);
+    qemu.channel = Channel::Serial;
     qemu.boot_to_pong(guest()).await
 }
 
@@ -196,5 +197,35 @@ fn a_peer_that_only_prints_as_a_kernel_does_is_found_out() {
     );
     assert_eq!(report["results"].as_array().unwrap().len(), 0);
     let why = report["not_measured"][0].as_str().unwrap();
-    assert!(why.contains("does not show the guest"), "{why}");
+    // Over vsock there is nobody to be believed.
+    let over_vsock = Path::new("/dev/vhost-vsock").exists();
+    let found_out = match over_vsock {
+        true => "was not up after",
+        false => "does not show the guest",
+    };
+    assert!(why.contains(found_out), "{why}");
+}
+
+#[tokio::test]
+async fn over_vsock_the_guest_has_an_address_and_only_its_agent_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let given = dir.path().join("given");
+    let does = format!("echo \"$@\" > {}; exec sleep 1000", given.display());
+    let path = script(dir.path(), QEMU, &does);
+    let mut qemu = found(|| Qemu::find(&path)).await.unwrap();
+    qemu.channel = Channel::Vsock;
+    let error = qemu.boot_to_pong(guest()).await.unwrap_err();
+    if matches!(&error, PeerError::Io(refused) if refused.raw_os_error() == Some(libc::EAFNOSUPPORT))
+    {
+        println!("NOT MEASURED: QEMU over vsock: this host has no vsock sockets");
+        return;
+    }
+    assert!(matches!(error, PeerError::Silent(LIMIT)), "{error}");
+    let given = std::fs::read_to_string(given).unwrap();
+    let (_, device) = given
+        .split_once("-device vhost-vsock-device,guest-cid=")
+        .unwrap();
+    let cid: u32 = device.split(' ').next().unwrap().parse().unwrap();
+    assert!(cid > 2, "the guest has the host's address: {cid}");
+    assert!(!given.contains("stdio"), "{given}");
 }

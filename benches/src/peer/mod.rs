@@ -16,7 +16,7 @@ use tokio::io::AsyncReadExt;
 use tokio::process::{Child, ChildStderr, Command};
 
 pub use firecracker::Firecracker;
-pub use qemu::{Qemu, SERIAL_WORDS};
+pub use qemu::{Channel, Qemu, SERIAL_WORDS};
 
 /// How long a peer may take to say what it is.
 const GREETING: Duration = Duration::from_secs(10);

@@ -1,16 +1,54 @@
-//! QEMU's machine for microVMs. The agent speaks over its serial line: vsock needs the host's vhost-vsock.
+//! QEMU's machine for microVMs. The agent speaks over vsock where the host's kernel has a device for it, which is QEMU's only
+//! way to it, else over the serial line.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use super::agent::{done, greeted, pinged};
+use hearth_agent::proto::READY_PORT;
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
+
+use super::agent::{Stream, done, greeted, pinged};
 use super::{Booted, PeerError, command, start, version};
 
 /// The machine without what our kernel does not use.
 const MACHINE: &str = "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off";
+/// The host's processor. On one of AMD's without what KVM lists for all processors but no AMD processor has: QEMU before
+/// 10.1 ends when it cannot set that register (MSR 10AH).
+fn processor() -> &'static str {
+    // Leaf 0: the maker's name, its middle in EDX ("AuthenticAMD": AMD APM volume 3, Fn0000_0000).
+    match std::arch::x86_64::__cpuid(0).edx.to_le_bytes() {
+        [b'e', b'n', b't', b'i'] => "host,arch-capabilities=off",
+        _ => "host",
+    }
+}
+
 /// What leaves the serial line, on which init is started, to the agent.
 pub const SERIAL_WORDS: &str = "loglevel=0";
+
+/// Addresses below have meanings or are often given (virtio 1.2, 5.10.4).
+const FIRST_CID: u32 = 1 << 16;
+/// The host's device for guests' vsock.
+const VHOST: &str = "/dev/vhost-vsock";
+
+/// What the agent in QEMU's guest speaks over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Channel {
+    /// vsock by the host's kernel (vhost-vsock).
+    Vsock,
+    /// The first serial line.
+    Serial,
+}
+
+impl Channel {
+    /// The one that this host has.
+    fn of_host() -> Self {
+        match Path::new(VHOST).exists() {
+            true => Self::Vsock,
+            false => Self::Serial,
+        }
+    }
+}
 
 /// QEMU, as found.
 #[derive(Clone, Debug)]
@@ -18,6 +56,8 @@ pub struct Qemu {
     program: PathBuf,
     /// As it calls itself.
     pub version: String,
+    /// What its guest's agent speaks over.
+    pub channel: Channel,
 }
 
 impl Qemu {
@@ -26,21 +66,55 @@ impl Qemu {
     /// # Errors
     /// If it is not QEMU.
     pub async fn find(program: &Path) -> Result<Self, PeerError> {
-        let version = version(program, "QEMU emulator version").await?;
-        let program = program.to_owned();
-        Ok(Self { program, version })
+        Ok(Self {
+            version: version(program, "QEMU emulator version").await?,
+            program: program.to_owned(),
+            channel: Channel::of_host(),
+        })
     }
 
-    /// Boots a guest to its agent's pong: the time since QEMU was started. They talk over the serial line, on which the
-    /// kernel must be quiet: [`SERIAL_WORDS`] and a console.
+    /// Boots a guest to its agent's pong: the time since QEMU was started. Over the serial line the kernel must be quiet:
+    /// [`SERIAL_WORDS`] and a console.
     ///
     /// # Errors
     /// If it ends, or is not there in time.
     pub async fn boot_to_pong(&self, guest: Booted<'_>) -> Result<Duration, PeerError> {
+        match self.channel {
+            Channel::Vsock => self.over_vsock(guest).await,
+            Channel::Serial => self.over_serial(guest).await,
+        }
+    }
+
+    async fn over_vsock(&self, guest: Booted<'_>) -> Result<Duration, PeerError> {
+        // Any that no other guest of this host has.
+        let cid = FIRST_CID + std::process::id();
+        let mut listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, READY_PORT))?;
         let begin = Instant::now();
+        let mut command = self.command(guest);
+        command
+            .args(["-device", &format!("vhost-vsock-device,guest-cid={cid}")])
+            .args(["-serial", "null"])
+            .stdout(Stdio::null());
+        let mut child = start(&mut command, &self.program)?;
+        let up = async { answered(from_guest(&mut listener, cid).await?, begin).await };
+        done(&mut child, guest.limit, up).await
+    }
+
+    async fn over_serial(&self, guest: Booted<'_>) -> Result<Duration, PeerError> {
+        let begin = Instant::now();
+        let mut command = self.command(guest);
+        command.args(["-serial", "stdio"]).stdin(Stdio::piped());
+        let mut child = start(&mut command, &self.program)?;
+        let line = child.stdout.take().zip(child.stdin.take());
+        let (from, to) = line.ok_or_else(|| std::io::Error::other("no serial line"))?;
+        let up = answered(tokio::io::join(from, to), begin);
+        done(&mut child, guest.limit, up).await
+    }
+
+    fn command(&self, guest: Booted<'_>) -> tokio::process::Command {
         let mut command = command(&self.program);
         command
-            .args(["-M", MACHINE, "-accel", "kvm", "-cpu", "host"])
+            .args(["-M", MACHINE, "-accel", "kvm", "-cpu", processor()])
             .args(["-m", &guest.memory_mib.to_string()])
             .args(["-smp", &guest.vcpus.to_string()])
             .arg("-kernel")
@@ -49,16 +123,24 @@ impl Qemu {
             .arg(guest.initramfs)
             .args(["-append", guest.words])
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
-            .args(["-display", "none", "-serial", "stdio"])
-            .stdin(Stdio::piped());
-        let mut child = start(&mut command, &self.program)?;
-        let line = child.stdout.take().zip(child.stdin.take());
-        let (from, to) = line.ok_or_else(|| std::io::Error::other("no serial line"))?;
-        let up = async {
-            let mut agent = greeted(tokio::io::join(from, to), begin).await?;
-            pinged(&mut agent, 1).await?;
-            Ok(begin.elapsed())
-        };
-        done(&mut child, guest.limit, up).await
+            .args(["-display", "none"]);
+        command
     }
+}
+
+/// The agent that calls from this guest; others are sent away.
+async fn from_guest(listener: &mut VsockListener, cid: u32) -> Result<VsockStream, PeerError> {
+    loop {
+        let (stream, from) = listener.accept().await?;
+        if from.cid() == cid {
+            return Ok(stream);
+        }
+    }
+}
+
+/// Since `begin`, until the agent at the other end has answered.
+async fn answered<S: Stream>(stream: S, begin: Instant) -> Result<Duration, PeerError> {
+    let mut agent = greeted(stream, begin).await?;
+    pinged(&mut agent, 1).await?;
+    Ok(begin.elapsed())
 }

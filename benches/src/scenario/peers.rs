@@ -8,7 +8,7 @@ use hearth_vmm::{Host, Template, Vm, VmConfig};
 use super::ScenarioError;
 use super::agent::{dial, greet, template};
 use super::boot::Files;
-use crate::peer::{Booted, Firecracker, PeerError, Peers, Qemu, SERIAL_WORDS};
+use crate::peer::{Booted, Channel, Firecracker, PeerError, Peers, Qemu, SERIAL_WORDS};
 use crate::report::Report;
 use crate::suite::chain;
 use crate::target::Bound;
@@ -80,7 +80,20 @@ async fn beside_qemu(
     n: usize,
     limit: Duration,
 ) -> Result<(), ScenarioError> {
-    let config = files.config().console(true).append(SERIAL_WORDS).build();
+    // The same words and devices on both sides.
+    let (config, metric, way) = match qemu.channel {
+        Channel::Vsock => (
+            files.config(),
+            "cold boot to pong, over vsock",
+            "vhost-vsock",
+        ),
+        Channel::Serial => (
+            files.config().console(true).append(SERIAL_WORDS),
+            "cold boot to pong, with a serial line",
+            "the serial line, byte by byte",
+        ),
+    };
+    let config = config.build();
     let config = config.map_err(ScenarioError::at("configuration"))?;
     config.preload().map_err(ScenarioError::at("image"))?;
     let words = boot_words(&config)?;
@@ -96,14 +109,13 @@ async fn beside_qemu(
         }
         ours.push(super::us(to_pong(&config, limit).await?));
     }
-    let metric = "cold boot to pong, with a serial line";
     report.add(SCENARIO, metric, "us", "hearth", ours);
     report.add(SCENARIO, metric, "us", "qemu", theirs);
     report.compare(metric, "hearth", "qemu");
     report.expect_ratio(metric, "hearth", "qemu", Bound::AtMost(COLD));
     report.notes.push(format!(
-        "{}: a process of its own, whose start and firmware count, and its agent answers over the serial line, byte by byte; \
-         hearth's guest is one of this process, its files read before, and its agent answers over vsock",
+        "{}: a process of its own, whose start and firmware count, with a CPUID and an MP table of its own, and its agent answers \
+         over {way}; hearth's guest is one of this process, its files read before, and its agent answers over its own vsock",
         qemu.version
     ));
     Ok(())

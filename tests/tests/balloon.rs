@@ -214,7 +214,11 @@ async fn inflate_while_a_program_holds(mib: u64) {
     let mut said = holder.stdout().unwrap();
     within(30, "memory written", said.read_u8()).await.unwrap();
     let held = free_mib(&guest).await;
-    assert!(held + mib <= before, "{before} MiB free, {held} beside it");
+    // Processors had up to a 64th of all memory, free but not counted so, and the program has that first.
+    assert!(
+        held + mib <= before + 2,
+        "{before} MiB free, {held} beside it"
+    );
     guest.vm.balloon().resize(8, deadline()).await.unwrap();
     assert_alive(&guest).await;
     // The guest took nothing from the program, and did not end it.

@@ -53,6 +53,10 @@ pub(crate) const IRQ_LINES: u32 = 24;
 pub(crate) const SERIAL_IRQ: u32 = 4;
 /// Interrupt line of the interval timer. Kernels want to know of it also where there is none, and give up otherwise.
 pub(crate) const TIMER_IRQ: u32 = 0;
+/// I/O APIC registers.
+pub(crate) const IOAPIC: u32 = 0xfec0_0000;
+/// Local APIC registers.
+pub(crate) const LAPIC: u32 = 0xfee0_0000;
 
 /// The interrupt lines of a guest with so many virtio-mmio devices.
 pub(crate) fn interrupt_lines(devices: u32, console: bool) -> Vec<u8> {
@@ -61,7 +65,3 @@ pub(crate) fn interrupt_lines(devices: u32, console: bool) -> Vec<u8> {
     let lines = std::iter::once(TIMER_IRQ).chain(serial).chain(virtio);
     lines.map(|line| line as u8).collect()
 }
-/// I/O APIC registers.
-pub(crate) const IOAPIC: u32 = 0xfec0_0000;
-/// Local APIC registers.
-pub(crate) const LAPIC: u32 = 0xfee0_0000;

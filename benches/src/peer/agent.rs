@@ -52,6 +52,13 @@ pub(super) async fn pinged<S: Stream>(
     }
 }
 
+/// Since `begin`, until the agent of a guest that booted since then has answered.
+pub(super) async fn answered<S: Stream>(stream: S, begin: Instant) -> Result<Duration, PeerError> {
+    let mut agent = greeted(stream, begin).await?;
+    pinged(&mut agent, 1).await?;
+    Ok(begin.elapsed())
+}
+
 /// What comes of `up`, in time and while the process lives; it is gone afterwards.
 pub(super) async fn done<T>(
     child: &mut Child,

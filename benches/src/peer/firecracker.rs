@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::process::Child;
 
-use super::agent::{done, greeted, handshake, pinged};
+use super::agent::{answered, done, greeted, handshake, pinged};
 use super::http::{connect, request};
 use super::{Booted, PeerError, command, start, version};
 
@@ -79,9 +79,7 @@ impl Firecracker {
         let mut child = start(&mut command, &self.program)?;
         let up = async {
             let (stream, _) = listener.accept().await?;
-            let mut agent = greeted(stream, begin).await?;
-            pinged(&mut agent, 1).await?;
-            Ok(begin.elapsed())
+            answered(stream, begin).await
         };
         done(&mut child, guest.limit, up).await
     }

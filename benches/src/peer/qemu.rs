@@ -8,21 +8,11 @@ use std::time::{Duration, Instant};
 use hearth_agent::proto::READY_PORT;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 
-use super::agent::{Stream, done, greeted, pinged};
+use super::agent::{answered, done};
 use super::{Booted, PeerError, command, start, version};
 
 /// The machine without what our kernel does not use.
 const MACHINE: &str = "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off";
-/// The host's processor. On one of AMD's without what KVM lists for all processors but no AMD processor has: QEMU before
-/// 10.1 ends when it cannot set that register (MSR 10AH).
-fn processor() -> &'static str {
-    // Leaf 0: the maker's name, its middle in EDX ("AuthenticAMD": AMD APM volume 3, Fn0000_0000).
-    match std::arch::x86_64::__cpuid(0).edx.to_le_bytes() {
-        [b'e', b'n', b't', b'i'] => "host,arch-capabilities=off",
-        _ => "host",
-    }
-}
-
 /// What leaves the serial line, on which init is started, to the agent.
 pub const SERIAL_WORDS: &str = "loglevel=0";
 
@@ -47,6 +37,16 @@ impl Channel {
             true => Self::Vsock,
             false => Self::Serial,
         }
+    }
+}
+
+/// The host's processor. On one of AMD's without what KVM lists for all processors but no AMD processor has: QEMU before
+/// 10.1 ends when it cannot set that register (MSR 10AH).
+fn processor() -> &'static str {
+    // Leaf 0: the maker's name, its middle in EDX ("AuthenticAMD": AMD APM volume 3, Fn0000_0000).
+    match std::arch::x86_64::__cpuid(0).edx.to_le_bytes() {
+        [b'e', b'n', b't', b'i'] => "host,arch-capabilities=off",
+        _ => "host",
     }
 }
 
@@ -136,11 +136,4 @@ async fn from_guest(listener: &mut VsockListener, cid: u32) -> Result<VsockStrea
             return Ok(stream);
         }
     }
-}
-
-/// Since `begin`, until the agent at the other end has answered.
-async fn answered<S: Stream>(stream: S, begin: Instant) -> Result<Duration, PeerError> {
-    let mut agent = greeted(stream, begin).await?;
-    pinged(&mut agent, 1).await?;
-    Ok(begin.elapsed())
 }

@@ -95,8 +95,12 @@ fn side(parking: Parking) -> &'static str {
     }
 }
 
-fn acquire(pool: &Guests) -> Result<Guest, ScenarioError> {
-    pool.acquire(PROFILE).map_err(ScenarioError::at("acquire"))
+/// A guest, and how long its hand-off took in us.
+fn acquire(pool: &Guests) -> Result<(Guest, f64), ScenarioError> {
+    let begin = Instant::now();
+    let guest = pool.acquire(PROFILE);
+    let took = us(begin.elapsed());
+    Ok((guest.map_err(ScenarioError::at("acquire"))?, took))
 }
 
 /// Samples of the hand-off, and of the hand-off with the first answer, each of a pool that is full.
@@ -111,8 +115,8 @@ async fn on_a_full_pool(
     for _ in 0..n {
         full(&pool).await?;
         let begin = Instant::now();
-        let guest = acquire(&pool)?;
-        acquired.push(us(begin.elapsed()));
+        let (guest, took) = acquire(&pool)?;
+        acquired.push(took);
         guest.ping().await.map_err(ScenarioError::at("ping"))?;
         answered.push(us(begin.elapsed()));
         guest.release().await;
@@ -135,9 +139,8 @@ async fn after_a_rest(
     for _ in 0..n {
         full(&pool).await?;
         sleep(REST).await;
-        let begin = Instant::now();
-        let guest = acquire(&pool)?;
-        rested.push(us(begin.elapsed()));
+        let (guest, took) = acquire(&pool)?;
+        rested.push(took);
         guest.release().await;
         sleep(REST).await;
         let begin = Instant::now();
@@ -164,9 +167,8 @@ async fn after_an_end(
     for _ in 0..n.div_ceil(SIZE) {
         fill(&pool, SIZE).await?;
         for _ in 0..SIZE {
-            let begin = Instant::now();
-            let guest = acquire(&pool)?;
-            acquired.push(us(begin.elapsed()));
+            let (guest, took) = acquire(&pool)?;
+            acquired.push(took);
             guest.ping().await.map_err(ScenarioError::at("ping"))?;
             guest.release().await;
         }
@@ -227,9 +229,7 @@ async fn burst(
                 let (pool, gate) = (pool.clone(), Arc::clone(&gate));
                 tokio::spawn(async move {
                     gate.wait().await;
-                    let begin = Instant::now();
-                    let guest = acquire(&pool)?;
-                    Ok((us(begin.elapsed()), guest))
+                    acquire(&pool)
                 })
             })
             .collect();
@@ -237,7 +237,7 @@ async fn burst(
         let mut guests = Vec::with_capacity(size);
         for task in tasks {
             let taken: Result<_, ScenarioError> = task.await.map_err(ScenarioError::at("burst"))?;
-            let (took, guest) = taken?;
+            let (guest, took) = taken?;
             served.push(took);
             guests.push(guest);
         }
@@ -288,15 +288,13 @@ async fn refilling(
     while busy.len() < n {
         full(&pool).await?;
         sleep(PAUSE).await;
-        let begin = Instant::now();
-        let first = acquire(&pool)?;
-        idle.push(us(begin.elapsed()));
+        let (first, took) = acquire(&pool)?;
+        idle.push(took);
         // The first one's replacement boots from here on, and soon those of the others.
         for _ in 1..SIZE {
             sleep(PAUSE).await;
-            let begin = Instant::now();
-            let guest = acquire(&pool)?;
-            busy.push(us(begin.elapsed()));
+            let (guest, took) = acquire(&pool)?;
+            busy.push(took);
             drop(guest);
         }
         drop(first);

@@ -219,6 +219,37 @@ async fn environment_and_working_directory() {
 }
 
 #[tokio::test]
+async fn programs_are_asked_to_do_without_registers_that_the_kernel_does_not_keep() {
+    if !kvm() {
+        return;
+    }
+    let guest = shared().await;
+    let text = async |argv: &[&str]| {
+        let output = guest.run(applet(argv)).await;
+        String::from_utf8(output.stdout).unwrap()
+    };
+    // Where ring 0 is emulated, programs see the host's processor.
+    let seen = text(&["cat", "/proc/cmdline"]).await;
+    let seen = seen
+        .split_whitespace()
+        .any(|word| word == "hearth.emulated");
+    let lost = seen && std::arch::is_x86_feature_detected!("avx");
+    let kept = text(&["cat", "/proc/cpuinfo"]).await;
+    let kept = kept.split_whitespace().any(|flag| flag == "avx");
+    assert!(
+        !(lost && kept),
+        "the kernel keeps what the agent thinks is lost"
+    );
+    let environment = text(&["env"]).await;
+    let asked = environment.contains("GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,");
+    assert_eq!(asked, lost, "{environment}");
+    let own = applet(&["env"]).env("GLIBC_TUNABLES", "");
+    let output = guest.run(own).await;
+    let environment = String::from_utf8(output.stdout).unwrap();
+    assert!(environment.contains("GLIBC_TUNABLES=\n"), "{environment}");
+}
+
+#[tokio::test]
 async fn what_cannot_be_run_says_why() {
     if !kvm() {
         return;

@@ -52,6 +52,7 @@ mod sys;
 mod terminal;
 mod text;
 mod transport;
+mod vectors;
 
 use alloc::vec::Vec;
 

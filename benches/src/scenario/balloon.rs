@@ -1,10 +1,12 @@
 //! Memory that a guest gives back to its host: by its balloon when it is asked, and by reporting free pages when it
 //! is not. Private memory of the host's falls by what was touched before; untouched pages give nothing.
 
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use hearth_agent::client::{Command, OutputLimits};
 use hearth_vmm::Vm;
+use tokio::time::{sleep, timeout};
 
 use super::ScenarioError;
 use super::agent::{dial, renew, resume, template};
@@ -20,6 +22,8 @@ const TOUCHED_MIB: u32 = 16;
 const STUCK: Duration = Duration::from_secs(120);
 /// The guest's kernel waits two seconds before it reports; after twice that without news it has reported all.
 const QUIET: Duration = Duration::from_secs(4);
+/// How often the host looks at what a guest holds.
+const LOOK: Duration = Duration::from_millis(20);
 const MIB: f64 = 1048576.0;
 
 /// Inflates and deflates `n` times, and has `touches` programs leave memory behind for each way to give it back.
@@ -74,51 +78,79 @@ async fn resize(vm: &Vm, mib: u32) -> Result<(), ScenarioError> {
 
 /// What leaves the host when the balloon takes as much as a program has just left behind.
 async fn given(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
-    touch(vm).await?;
-    let before = private_mib(vm)?;
+    let peak = touched(vm).await?;
     resize(vm, TOUCHED_MIB).await?;
     let metric = "returned by a balloon of 16 MiB";
-    samples.push(metric, "MiB", before - private_mib(vm)?);
+    samples.push(metric, "MiB", peak.mib - private_mib(vm)?);
     resize(vm, 0).await
 }
 
 /// What leaves the host without a word from it.
 async fn reported(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
-    touch(vm).await?;
-    let (begin, before, first) = (Instant::now(), private_mib(vm)?, vm.balloon().reported());
-    let (mut last, mut seen) = (begin, first);
-    while last.elapsed() < QUIET {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        let now = vm.balloon().reported();
-        if now != seen {
-            (last, seen) = (Instant::now(), now);
-        }
-    }
-    let mib = f64::from(seen - first);
+    // What was freed before is not counted.
+    all_reported(vm, vm.balloon().reported()).await;
+    let first = vm.balloon().reported();
+    let peak = touched(vm).await?;
+    let last = all_reported(vm, first).await;
+    let mib = f64::from(vm.balloon().reported() - first);
     samples.push("reported of 16 MiB that were freed", "MiB", mib);
     let metric = "returned by page reporting";
-    samples.push(metric, "MiB", before - private_mib(vm)?);
-    if seen > first {
+    samples.push(metric, "MiB", peak.mib - private_mib(vm)?);
+    if let Some(last) = last {
         // From the program's end, the time that the guest's kernel waits included.
         let metric = "page reporting";
-        samples.push(metric, "MiB/s", mib / (last - begin).as_secs_f64());
+        samples.push(metric, "MiB/s", mib / (last - peak.at).as_secs_f64());
     }
     Ok(())
 }
 
-/// Has a program write to memory, and end.
-async fn touch(vm: &Vm) -> Result<(), ScenarioError> {
+/// Waits until the guest has nothing more to report; when it last reported more than it had, if it did.
+async fn all_reported(vm: &Vm, had: u32) -> Option<Instant> {
+    let (mut seen, mut since, mut last) = (had, Instant::now(), None);
+    while since.elapsed() < QUIET {
+        let now = vm.balloon().reported();
+        if now != seen {
+            (seen, since) = (now, Instant::now());
+            last = Some(since);
+        }
+        sleep(LOOK).await;
+    }
+    last
+}
+
+/// The most that a guest held while a program ran.
+struct Peak {
+    mib: f64,
+    at: Instant,
+}
+
+/// Has a program write to memory, and end. A guest may report what it frees before the host sees the end: hence the peak.
+async fn touched(vm: &Vm) -> Result<Peak, ScenarioError> {
     let command = Command::new("alloc").arg(TOUCHED_MIB.to_string());
     let agent = dial(vm.vsock()).await?;
     let output = async {
         let exec = agent.exec(command).await?;
         exec.output(OutputLimits::default()).await
     };
-    let output = tokio::time::timeout(STUCK, output).await;
+    let mut output = pin!(timeout(STUCK, output));
+    let mut peak = Peak {
+        mib: private_mib(vm)?,
+        at: Instant::now(),
+    };
+    let output = loop {
+        tokio::select! {
+            output = &mut output => break output,
+            () = sleep(LOOK) => {}
+        }
+        let (mib, at) = (private_mib(vm)?, Instant::now());
+        if mib > peak.mib {
+            peak = Peak { mib, at };
+        }
+    };
     let output = output.map_err(ScenarioError::at("memory of a program"))?;
     let output = output.map_err(ScenarioError::at("memory of a program"))?;
     match output.status.success() {
-        true => Ok(()),
+        true => Ok(peak),
         false => Err(ScenarioError::at("memory of a program")(
             "the guest had none",
         )),

@@ -97,7 +97,7 @@ async fn reported(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
     let metric = "returned by page reporting";
     samples.push(metric, "MiB", peak.mib - private_mib(vm)?);
     if let Some(last) = last {
-        // From the program's end, the time that the guest's kernel waits included.
+        // From the moment of the peak, the time that the guest's kernel waits included.
         let metric = "page reporting";
         samples.push(metric, "MiB/s", mib / (last - peak.at).as_secs_f64());
     }

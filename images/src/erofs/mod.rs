@@ -4,7 +4,6 @@ mod owner;
 
 use std::fs::File;
 use std::path::Path;
-use std::process::Command;
 
 use crate::cache::{CacheError, io_error};
 use crate::command::{self, CommandError};
@@ -43,7 +42,7 @@ pub enum ErofsError {
 
 /// Makes `image` of the files in `tree`. All belong to root.
 pub(crate) fn make(tree: &Path, image: &Path) -> Result<(), ErofsError> {
-    let mut mkfs = Command::new("mkfs.erofs");
+    let mut mkfs = command::tool("mkfs.erofs");
     command::run(mkfs.args(FIXED).arg(image).arg(tree), |_| {}).map_err(ErofsError::Mkfs)?;
     let whole = || {
         let file = File::options().write(true).open(image)?;

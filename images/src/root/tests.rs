@@ -112,6 +112,16 @@ fn mode(path: &Path) -> u32 {
     path.symlink_metadata().unwrap().permissions().mode()
 }
 
+fn fetched(sources: &Path, packages: &[Package]) -> Result<Vec<PathBuf>, DebianError> {
+    let download = Download {
+        suite: "bookworm",
+        dir: sources,
+        scratch: sources,
+        stage: Stage::Packages,
+    };
+    download.fetch(packages, &Silent)
+}
+
 #[test]
 fn a_tree_is_its_packages_as_the_recipe_changes_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -120,7 +130,7 @@ fn a_tree_is_its_packages_as_the_recipe_changes_them() {
     };
     let packages = &recipe.lock.as_ref().unwrap().packages;
     let sources = cache.dir("source").unwrap();
-    let files = debian::fetch(packages, "bookworm", &sources, &Silent).unwrap();
+    let files = fetched(&sources, packages).unwrap();
     let tree = dir.path().join("tree");
     tree::make(&tree, &files, &recipe.text, &Silent).unwrap();
     let at = |path: &str| tree.join(path);
@@ -203,7 +213,7 @@ fn commands_change_the_tree_and_see_nothing_of_this_machine() {
     };
     let sources = dir.path().join("cache/source");
     let packages = &recipe.lock.as_ref().unwrap().packages;
-    let files = debian::fetch(packages, "bookworm", &sources, &Silent).unwrap();
+    let files = fetched(&sources, packages).unwrap();
     let tree = dir.path().join("tree");
     tree::make(&tree, &files, &recipe.text, &Silent).unwrap();
     let look = format!(

@@ -8,6 +8,7 @@ mod tests;
 mod tree;
 
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 
 use crate::cache::{Cache, CacheError, Key, io_error};
@@ -194,7 +195,9 @@ pub(crate) fn lock(
         None => (PathBuf::from(name_or_path), None),
     };
     if let Some(text) = new.filter(|_| !file.exists()) {
-        fs::write(&file, text).map_err(io_error("write", &file))?;
+        // Not through a link.
+        let made = fs::File::create_new(&file).and_then(|mut made| made.write_all(text.as_bytes()));
+        made.map_err(io_error("write", &file))?;
     }
     let recipe = Recipe::read(&file)?;
     let text = &recipe.text;

@@ -284,6 +284,40 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_environment_has_no_say() {
+        let test = "agent::tests::the_environment_has_no_say";
+        if command::tests::is_child() {
+            let scratch = std::env::current_dir().unwrap();
+            build(&scratch, &of_sources(SPEAKING), &Silent).unwrap();
+            return;
+        }
+        let program = |hostile: &[(&str, &str)]| {
+            let dir = tempfile::tempdir().unwrap();
+            let mut again = command::tests::again(test);
+            command::keep(&mut again, &CARGO);
+            again.envs(hostile.iter().copied()).current_dir(&dir);
+            command::run(&mut again, |_| {}).unwrap();
+            let built = format!("target/{TARGET}/guest/{PROGRAM}");
+            fs::read(dir.path().join(built)).unwrap()
+        };
+        let plain = program(&[]);
+        let hostile = program(&[
+            ("CARGO", "cargo"),
+            ("CARGO_BUILD_RUSTC", "/no/such/program"),
+            ("CARGO_ENCODED_RUSTFLAGS", "-Cno-such-flag"),
+            ("CARGO_PROFILE_GUEST_DEBUG", "2"),
+            ("CARGO_TARGET_DIR", "/no/such/dir"),
+            ("CARGO_UNSTABLE_NO_SUCH", "1"),
+            ("CPATH", "/nowhere"),
+            ("RUSTC", "/no/such/program"),
+            ("RUSTC_WRAPPER", "/no/such/program"),
+            ("RUSTFLAGS", "-Cno-such-flag"),
+            ("LIBRARY_PATH", "/nowhere"),
+        ]);
+        assert!(plain == hostile);
+    }
+
+    #[test]
     fn what_cargo_says_is_in_the_error() {
         let dir = tempfile::tempdir().unwrap();
         let cargo = dir.path().join("cargo");

@@ -5,7 +5,6 @@ mod owner;
 
 use std::fs::File;
 use std::path::Path;
-use std::process::Command;
 
 use self::image::Image;
 use crate::cache::{CacheError, io_error};
@@ -46,7 +45,7 @@ pub enum ErofsError {
 
 /// Makes `image` of the files in `tree`. All belong to root, and guests can map each as it lies there.
 pub(crate) fn make(tree: &Path, image: &Path) -> Result<(), ErofsError> {
-    let mut mkfs = Command::new("mkfs.erofs");
+    let mut mkfs = command::tool("mkfs.erofs");
     command::run(mkfs.args(FIXED).arg(image).arg(tree), |_| {}).map_err(ErofsError::Mkfs)?;
     let open = File::options().read(true).write(true).open(image);
     let file = open.map_err(io_error("open", image))?;

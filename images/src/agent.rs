@@ -20,6 +20,16 @@ const SOURCES: &[&str] = &["Cargo.toml", "Cargo.lock", "agent/Cargo.toml", "agen
 const RUSTFLAGS: &str = "-Ctarget-feature=+crt-static\u{1f}-Crelocation-model=static";
 /// Raised when the way of building changes.
 const BUILDER: &str = "2";
+/// What cargo may know of the caller's environment: where it and its compilers are, and how it reaches its registry.
+const CARGO: [&str; 7] = [
+    "HOME",
+    "CARGO_HOME",
+    "CARGO_HTTP_CAINFO",
+    "CARGO_HTTP_PROXY",
+    "CARGO_NET_OFFLINE",
+    "RUSTUP_HOME",
+    "RUSTUP_TOOLCHAIN",
+];
 /// Files larger than this are not sources of ours.
 const MAX_SOURCE_BYTES: u64 = 16 << 20;
 
@@ -192,24 +202,14 @@ fn build_with(
 
 /// What cargo shall do with the agent, in a target directory of its own.
 fn within(cargo: &OsStr, workspace: &Path, target: &Path, what: &str) -> Command {
-    let mut cargo = Command::new(cargo);
-    // Run under cargo, its settings for our own crate are in the environment.
-    for (name, _) in std::env::vars_os() {
-        if name.to_str().is_some_and(|name| {
-            name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_PROFILE_")
-        }) {
-            cargo.env_remove(name);
-        }
-    }
+    let mut cargo = command::fetcher(cargo);
+    command::keep(&mut cargo, &CARGO);
     cargo
         .current_dir(workspace)
         .args([what, "--locked", "--profile", "guest"])
         .args(["--package", "hearth-agent", "--target", TARGET])
         .arg("--target-dir")
         .arg(target)
-        .env_remove("RUSTFLAGS")
-        .env_remove("RUSTC_WRAPPER")
-        .env_remove("RUSTC_WORKSPACE_WRAPPER")
         .env("CARGO_TERM_COLOR", "never");
     cargo
 }
@@ -304,8 +304,8 @@ pub(crate) mod tests {
                 from: From::Workspace(dir.path().to_owned()),
             };
             let program = build(&cache, &agent, &Silent).unwrap();
-            let said = Command::new(program).output().unwrap().stdout;
-            assert_eq!(String::from_utf8_lossy(&said), word);
+            let said = command::output(&mut command::tool(program)).unwrap();
+            assert_eq!(said, word);
         }
     }
 

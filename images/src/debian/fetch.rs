@@ -3,7 +3,6 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use sha2::{Digest, Sha256};
 
@@ -94,7 +93,7 @@ fn from_mirror(
         .prefix("part-")
         .tempdir_in(dir)
         .map_err(io_error("create a directory in", dir))?;
-    let mut helper = Command::new(HELPER);
+    let mut helper = command::fetcher(HELPER);
     // The user that root's apt would become cannot write here.
     helper.args(["-q", "-o", "APT::Sandbox::User=root", "download-file"]);
     for package in packages {
@@ -105,7 +104,7 @@ fn from_mirror(
     }
     let total = u32::try_from(packages.len()).unwrap_or(u32::MAX);
     let mut done = 0;
-    let fetched = command::run(helper.env("LC_ALL", "C"), |line| {
+    let fetched = command::run(&mut helper, |line| {
         if line.starts_with("Get:") && done < total {
             done += 1;
             let stage = Stage::Packages;

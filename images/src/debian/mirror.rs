@@ -1,7 +1,5 @@
 //! Where Debian's archive is for this machine: its own apt knows.
 
-use std::process::Command;
-
 use super::{DebianError, MIRROR_VARIABLE};
 use crate::command;
 
@@ -19,9 +17,9 @@ pub(super) fn mirrors(suite: &str) -> Result<Vec<String>, DebianError> {
     {
         return Ok(vec![mirror.trim_end_matches('/').to_owned()]);
     }
-    let mut apt = Command::new("apt-get");
+    let mut apt = command::tool("apt-get");
     apt.args(["indextargets", "--format", FORMAT, "Created-By: Packages"]);
-    let found = of_targets(&command::output(apt.env("LC_ALL", "C"))?, suite);
+    let found = of_targets(&command::output(&mut apt)?, suite);
     if found.is_empty() {
         return Err(DebianError::NoMirror);
     }

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use super::{DebianError, mirror};
 use crate::cache::io_error;
@@ -34,9 +33,8 @@ pub(crate) fn resolve(
     stage(progress, Stage::Resolve, || {
         prepare(scratch, mirror, suite, leave_out)?;
         let apt = || {
-            let mut apt = Command::new("apt-get");
+            let mut apt = command::fetcher("apt-get");
             apt.arg("-q").arg("-c").arg(scratch.join("apt.conf"));
-            apt.env("LC_ALL", "C");
             apt
         };
         command::run(apt().arg("update"), |_| {}).map_err(DebianError::Resolve)?;

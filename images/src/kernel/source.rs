@@ -4,7 +4,6 @@
 use std::cmp::Ordering;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use super::KernelError;
 use crate::cache::io_error;
@@ -44,11 +43,7 @@ pub(super) fn fetch(dir: &Path, progress: &dyn Progress) -> Result<Package, Kern
 /// apt could not fetch the pinned version: for `error`, or because its mirror
 /// moved on to another one.
 fn newest(dir: &Path, error: CommandError) -> Result<Package, KernelError> {
-    let known = command::output(
-        Command::new("apt-cache")
-            .args(["madison", PACKAGE])
-            .env("LC_ALL", "C"),
-    )?;
+    let known = command::output(command::tool("apt-cache").args(["madison", PACKAGE]))?;
     match newest_known(&known) {
         None => Err(KernelError::NoSource),
         // It is the right one, so something else is wrong: the network, say.
@@ -106,9 +101,8 @@ fn download(dir: &Path, version: &str) -> Result<Package, KernelError> {
         .tempdir_in(dir)
         .map_err(io_error("create a directory in", dir))?;
     command::run(
-        Command::new("apt-get")
+        command::fetcher("apt-get")
             .args(["-q", "download", &format!("{PACKAGE}={version}")])
-            .env("LC_ALL", "C")
             .current_dir(part.path()),
         |_| {},
     )?;
@@ -135,7 +129,7 @@ fn download(dir: &Path, version: &str) -> Result<Package, KernelError> {
 pub(super) fn unpack(package: &Package, scratch: &Path, to: &Path) -> Result<(), KernelError> {
     let deb = scratch.join("deb");
     command::run(
-        Command::new("dpkg-deb")
+        command::tool("dpkg-deb")
             .arg("-x")
             .arg(&package.file)
             .arg(&deb),
@@ -150,7 +144,7 @@ pub(super) fn unpack(package: &Package, scratch: &Path, to: &Path) -> Result<(),
     }
     fs::create_dir(to).map_err(io_error("create", to))?;
     command::run(
-        Command::new("tar")
+        command::tool("tar")
             .arg("-xJf")
             .arg(&tarball)
             .arg("-C")

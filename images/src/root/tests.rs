@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use sha2::{Digest, Sha256};
@@ -11,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::*;
 use crate::Event;
 use crate::Silent;
+use crate::command;
 use crate::lock::Package;
 
 const RECIPE: &str = r#"
@@ -52,8 +52,7 @@ fn package(dir: &Path) -> Option<PathBuf> {
     write("etc/unwanted", 0o644)?;
     write("usr/share/many/files", 0o644)?;
     write("usr/share/doc/tool/copyright", 0o644)?;
-    let libraries = Command::new("ldd").arg("/bin/sh").output().ok()?;
-    let libraries = String::from_utf8(libraries.stdout).ok()?;
+    let libraries = command::output(command::tool("ldd").arg("/bin/sh")).ok()?;
     let libraries = libraries.split_whitespace();
     for file in libraries
         .filter(|word| word.starts_with('/'))
@@ -68,19 +67,17 @@ fn package(dir: &Path) -> Option<PathBuf> {
     fs::create_dir(tree.join("DEBIAN")).ok()?;
     fs::write(tree.join("DEBIAN/control"), control).ok()?;
     let file = dir.join("tool.deb");
-    let mut deb = Command::new("dpkg-deb");
+    let mut deb = command::tool("dpkg-deb");
     deb.args(["--root-owner-group", "--build"])
         .arg(&tree)
         .arg(&file);
-    let built = deb.output().ok()?.status.success();
-    built.then_some(file)
+    command::run(&mut deb, |_| {}).ok()?;
+    Some(file)
 }
 
 /// The recipe, and a cache that has its package.
 fn prepared(dir: &Path, text: &str) -> Option<(Recipe, Cache)> {
-    if Command::new("mkfs.erofs").arg("--help").output().is_err() {
-        return None;
-    }
+    command::output(command::tool("mkfs.erofs").arg("--help")).ok()?;
     let file = package(dir)?;
     let content = fs::read(&file).ok()?;
     let sha256: String = Sha256::digest(content)

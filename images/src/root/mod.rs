@@ -23,7 +23,7 @@ use crate::wheels::{self, Wheels, WheelsError};
 const KIND: &str = "root";
 const FILE: &str = "root.erofs";
 /// Raised when the same recipe and packages give another image.
-const BUILDER: &str = "1";
+const BUILDER: &str = "2";
 
 /// Why there is no root file system.
 #[derive(Debug, thiserror::Error)]

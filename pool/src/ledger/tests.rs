@@ -152,7 +152,7 @@ fn every_interleaving_with_two_profiles() {
 
 #[test]
 fn every_interleaving_at_the_lease_limit() {
-    at_least(5_000, at_the_lease_limit(4));
+    at_least(25_000, at_the_lease_limit(4));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use super::{Ledger, Phase, ProfileId, Shortage, Stage, autoscale};
+use super::{Hold, Ledger, Phase, ProfileId, Shortage, Stage, autoscale};
 use crate::slot::VmId;
 
 /// Counts of one profile.
@@ -185,6 +185,12 @@ impl Ledger {
     #[must_use]
     pub fn is_kept(&self, id: VmId) -> bool {
         self.is_parked(id) || matches!(self.stage(id), Some(Stage::Leased(_)))
+    }
+
+    /// Whether the VM is with a caller and not ended by the pool.
+    #[must_use]
+    pub fn is_leased(&self, id: VmId) -> bool {
+        matches!(self.stage(id), Some(Stage::Leased(hold)) if hold != Hold::Ended)
     }
 
     /// Whether the VM is under that check.

@@ -314,10 +314,12 @@ impl Machine {
 
     /// Gives the vCPUs to their threads, which wait at the gate, or run at once: to wake a thread that has just come
     /// to wait takes longer than all the rest of a fork on a busy host. Then has the devices served: what the
-    /// guest wants of them before is remembered. A failure takes the half-made machine apart by dropping it.
+    /// guest wants of them before is remembered. Whether the vCPUs can run is known then. A failure takes the half-made
+    /// machine apart by dropping it.
     pub(crate) fn start(&mut self, mut crew: Crew, want: Want) -> Result<(), BootError> {
         let start = Instant::now();
         self.gate.set(want);
+        let (begun, vcpus_begun) = mpsc::channel();
         for (index, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
@@ -326,13 +328,18 @@ impl Machine {
                 gate: Arc::clone(&self.gate),
                 ending: Arc::clone(&self.ending),
                 exits: Arc::clone(&self.exits),
+                begun: Some(begun.clone()),
             };
             crew.next()?.run(vcpu)?;
         }
+        drop(begun);
         let limits = self.hardware.limits;
         let reactor = Reactor::get(limits.seccomp)?;
         let (virtio, ending) = (self.board.virtio.clone(), Arc::clone(&self.ending));
         self.attachment = Some(reactor.attach(virtio, ending)?);
+        for vcpu in vcpus_begun {
+            vcpu?;
+        }
         self.times.devices += start.elapsed();
         replenish(limits);
         Ok(())

@@ -21,7 +21,9 @@ use crate::board::{SharedTransport, lock};
 use crate::ending::Ending;
 use crate::seccomp::{self, Role};
 use crate::state::Exit;
+use crate::threads::{self, LARGE_STACK};
 use crate::virtio::{Bell, Progress};
+use crate::wake;
 
 /// Most event threads of a process; fewer on hosts with fewer processors.
 const MAX_THREADS: usize = 2;
@@ -107,6 +109,8 @@ impl Reactor {
         if let Some(reactor) = reactor.get() {
             return Ok(reactor);
         }
+        // Before a thread that needs it can be confined.
+        wake::start().map_err(|e| ReactorError(Box::new(e)))?;
         let count = std::thread::available_parallelism()
             .map_or(1, usize::from)
             .min(MAX_THREADS);
@@ -175,21 +179,19 @@ fn start(index: usize, confined: bool) -> Result<Arc<EventThread>, ReactorError>
     });
     let own = Arc::clone(&thread);
     let (ready, is_ready) = std::sync::mpsc::channel();
-    std::thread::Builder::new()
-        .name(format!("hearth-events{index}"))
-        .spawn(move || {
-            let filter = if confined {
-                seccomp::confine(Role::Events)
-            } else {
-                Ok(())
-            };
-            let refused = filter.is_err();
-            let _ = ready.send(filter);
-            if !refused {
-                serve(&own);
-            }
-        })
-        .map_err(|e| ReactorError(Box::new(e)))?;
+    threads::spawn(&format!("hearth-events{index}"), LARGE_STACK, move || {
+        let filter = if confined {
+            seccomp::confine(Role::Events)
+        } else {
+            Ok(())
+        };
+        let refused = filter.is_err();
+        let _ = ready.send(filter);
+        if !refused {
+            serve(&own);
+        }
+    })
+    .map_err(|e| ReactorError(Box::new(e)))?;
     let filter = is_ready.recv().map_err(|e| ReactorError(Box::new(e)))?;
     filter.map_err(|e| ReactorError(Box::new(e)))?;
     Ok(thread)

@@ -34,6 +34,7 @@ mod prefetch;
 mod private;
 mod reactor;
 mod seccomp;
+mod sigbus;
 mod snapshot;
 mod state;
 #[cfg(feature = "testing")]
@@ -59,6 +60,7 @@ pub use memory::HugePages;
 pub use prefetch::WorkingSet;
 pub use reactor::ReactorError;
 pub use seccomp::SeccompError;
+pub use sigbus::leave_sigbus_alone;
 pub use snapshot::{Difference, Shell, SnapshotError, StoreError, Template, cache};
 pub use state::{Exit, InternalError, VmStatus};
 pub use undertaker::leaked_vms;

@@ -27,6 +27,7 @@ use crate::legacy::serial::SerialPort;
 use crate::limits::Limits;
 use crate::memory::{GuestRam, MemoryError};
 use crate::reactor::{Attachment, Reactor, ReactorError};
+use crate::sigbus::{self, Watch};
 use crate::snapshot::chips::ChipState;
 use crate::snapshot::cpu::VcpuState;
 use crate::snapshot::{SnapshotError, VmState};
@@ -108,6 +109,7 @@ pub(crate) struct Machine {
     /// Of the vCPUs, if instructions are counted. Each holds the VM in the kernel.
     pub(crate) stats: Vec<VcpuStats>,
     pub(crate) hardware: Hardware,
+    watch: Arc<Watch>,
     /// Until their threads are started.
     vcpus: Vec<VcpuFd>,
     attachment: Option<Attachment>,
@@ -304,6 +306,7 @@ impl Machine {
         ending.ends_streams(devices.vsock.clone());
         Machine {
             hardware,
+            watch: Watch::new(ram.clone()),
             gate,
             ending,
             exits: Arc::new(ExitCounters::default()),
@@ -334,6 +337,7 @@ impl Machine {
     /// guest wants of them before is remembered. A failure takes the half-made machine apart by dropping it.
     pub(crate) fn start(&mut self, mut crew: Crew, want: Want) -> Result<(), BootError> {
         let start = Instant::now();
+        sigbus::install().map_err(VcpuError::Signal)?;
         // All that the end of a vCPU may need, before there is one.
         let limits = self.hardware.limits;
         undertaker()
@@ -349,11 +353,12 @@ impl Machine {
                 gate: Arc::clone(&self.gate),
                 ending: Arc::clone(&self.ending),
                 exits: Arc::clone(&self.exits),
+                watch: Arc::clone(&self.watch),
             };
             crew.next()?.run(vcpu)?;
         }
         let (virtio, ending) = (self.board.virtio.clone(), Arc::clone(&self.ending));
-        self.attachment = Some(reactor.attach(virtio, ending)?);
+        self.attachment = Some(reactor.attach(virtio, ending, Arc::clone(&self.watch))?);
         self.times.devices += start.elapsed();
         replenish(limits);
         Ok(())
@@ -413,6 +418,7 @@ impl Machine {
             times: self.times,
             stats: std::mem::take(&mut self.stats),
             hardware: self.hardware,
+            watch: Arc::clone(&self.watch),
             vcpus: std::mem::take(&mut self.vcpus),
             attachment: self.attachment.take(),
             vm: self.vm.take(),

@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::board::{SharedTransport, lock};
 use crate::ending::Ending;
 use crate::seccomp::{self, Role};
+use crate::sigbus::Watch;
 use crate::state::Exit;
 use crate::threads::{self, LARGE_STACK};
 use crate::virtio::{Bell, Progress};
@@ -128,6 +129,7 @@ impl Reactor {
         &'static self,
         transports: Vec<SharedTransport>,
         ending: Arc<Ending>,
+        watch: Arc<Watch>,
     ) -> Result<Attachment, ReactorError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let turn = usize::try_from(id).unwrap_or(0) % self.threads.len().max(1);
@@ -150,6 +152,7 @@ impl Reactor {
             devices,
             timers: Arc::clone(&thread.timers),
             ending,
+            watch,
         })));
         thread.places().insert(id, Arc::clone(&place));
         // Dropped on failure: bells that are not listened to do no harm there.
@@ -285,6 +288,7 @@ struct Devices {
     devices: Vec<Device>,
     timers: Timers,
     ending: Arc<Ending>,
+    watch: Arc<Watch>,
 }
 
 impl Devices {
@@ -294,11 +298,17 @@ impl Devices {
             return;
         };
         let _ = device.bell.answer();
+        let serves = self.watch.guard();
         let run = AssertUnwindSafe(|| {
             let mut transport = lock(&device.transport);
             (transport.run(), transport.deadline())
         });
-        match catch_unwind(run) {
+        let ran = catch_unwind(run);
+        drop(serves);
+        if self.watch.is_lost() {
+            return self.ending.report(Exit::BusError);
+        }
+        match ran {
             Ok((progress, deadline)) => {
                 if progress == Progress::More {
                     device.bell.ring();

@@ -19,6 +19,7 @@ use self::quota::Meter;
 use crate::board::Board;
 use crate::ending::Ending;
 use crate::kvm::patiently;
+use crate::sigbus::{self, Watch};
 use crate::state::{Exit, InternalError};
 
 /// How often `KVM_RUN` is tried while it answers ENOMEM (busy hosts do at the first run, for no reason).
@@ -27,8 +28,8 @@ const RUN_ATTEMPTS: u32 = 10;
 /// Why a vCPU thread could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
-    /// The kick signal's handler could not be installed, or the signal not be unblocked.
-    #[error("the kick signal could not be handled")]
+    /// The handler of the kick signal, or that of SIGBUS, could not be installed, or the signal not be unblocked.
+    #[error("the signals of a vCPU thread could not be handled")]
     Signal(#[source] std::io::Error),
     /// The host has no thread left.
     #[error("the host refused a vCPU thread; check ulimit -u and kernel.threads-max")]
@@ -88,6 +89,7 @@ pub(crate) struct Vcpu {
     pub(crate) gate: Arc<Gate>,
     pub(crate) ending: Arc<Ending>,
     pub(crate) exits: Arc<ExitCounters>,
+    pub(crate) watch: Arc<Watch>,
 }
 
 enum Step {
@@ -105,6 +107,7 @@ impl Vcpu {
         let gate = Arc::clone(&self.gate);
         if let (Some(seat), Some(fd)) = (gate.seat(self.index), self.fd.take()) {
             let run = AssertUnwindSafe(|| {
+                let _serves = self.watch.guard();
                 seat.kicker.enlist();
                 match ready {
                     Ok(meter) => self.run_until_stopped(fd, meter),
@@ -130,6 +133,7 @@ impl Vcpu {
             gate,
             ending,
             exits,
+            watch,
             ..
         } = self;
         let mut has_run = false;
@@ -151,8 +155,17 @@ impl Vcpu {
                 if gate.is_closed() {
                     break Step::Interrupted;
                 }
+                // As above: what came earlier is noted, what comes now makes the run return.
+                if watch.is_lost() {
+                    break Step::End(Exit::BusError);
+                }
                 let run = || run_once(&mut fd, board, exits);
-                match patiently(&[libc::ENOMEM], RUN_ATTEMPTS, run) {
+                let ran = patiently(&[libc::ENOMEM], RUN_ATTEMPTS, run);
+                if watch.is_lost() {
+                    // Whatever the guest made of it.
+                    break Step::End(Exit::BusError);
+                }
+                match ran {
                     Ok(Step::Continue) => {}
                     Ok(Step::Kicked) => {
                         // A debt may take several periods.
@@ -164,6 +177,7 @@ impl Vcpu {
                         }
                     }
                     Ok(step) => break step,
+                    Err(e) if e.errno() == libc::EFAULT => break Step::End(Exit::BusError),
                     Err(e) => {
                         let e = std::io::Error::from_raw_os_error(e.errno());
                         break Step::End(Exit::Failed(format!("KVM_RUN failed: {e}")));
@@ -216,7 +230,7 @@ fn run_once(
     exits: &ExitCounters,
 ) -> Result<Step, kvm_ioctls::Error> {
     let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
-    let exit = match fd.run() {
+    let exit = match sigbus::in_guest(|| fd.run()) {
         Ok(exit) => exit,
         Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
             count(&exits.interrupted);
@@ -252,6 +266,7 @@ fn run_once(
                 "the processor refused to enter the guest (reason {reason:#x})"
             ))));
         }
+        VcpuExit::MemoryFault { .. } => return Ok(Step::End(Exit::BusError)),
         VcpuExit::Hlt => return Ok(Step::End(Exit::Halt)),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {
             count(&exits.interrupted);

@@ -14,6 +14,8 @@ use crate::virtio::pmem::PmemImage;
 
 /// How often `KVM_CREATE_VM` is tried when a signal or a busy host interrupts it.
 const CREATE_ATTEMPTS: u32 = 8;
+/// How often `KVM_RUN` is.
+const RUN_ATTEMPTS: u32 = 10;
 
 /// An ioctl on a VM or vCPU failed.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +37,7 @@ impl KvmError {
 }
 
 /// Calls KVM again while it answers with one of `passing` errors, `attempts` times at most, each pause longer than the last.
-pub(crate) fn patiently<T>(
+fn patiently<T>(
     passing: &[i32],
     attempts: u32,
     mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>,
@@ -49,6 +51,14 @@ pub(crate) fn patiently<T>(
         }
     }
     call()
+}
+
+/// `KVM_RUN`, again while it answers with what passes: ENOMEM (busy hosts do at the first run, for no reason) or EAGAIN
+/// (the start-up interrupt of a second vCPU came; or KVM got no thread for a VM that runs for the first time).
+pub(crate) fn run_patiently<T>(
+    run: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    patiently(&[libc::ENOMEM, libc::EAGAIN], RUN_ATTEMPTS, run)
 }
 
 /// `KVM_CREATE_VM`; again while it is interrupted (a busy host answers EINTR) or short of memory.

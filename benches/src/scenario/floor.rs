@@ -333,7 +333,7 @@ fn run_to_out(vcpu: &mut VcpuFd) -> Result<(), ScenarioError> {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(..)) => return Ok(()),
             Ok(other) => return Err(ScenarioError::at("KVM_RUN")(format!("exit {other:?}"))),
-            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(e) if e.errno() == libc::EINTR => {}
             Err(e) => return Err(kvm("KVM_RUN")(e)),
         }
     }

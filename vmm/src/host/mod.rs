@@ -50,6 +50,11 @@ pub enum HostError {
     /// The probe guest could not be made.
     #[error("KVM refused to make the probe guest")]
     Kvm(#[from] crate::kvm::KvmError),
+    /// KVM makes a thread of its own when a VM first runs (since Linux 6.13), and the host has none left.
+    #[error(
+        "the host refused KVM a thread for the probe guest; check ulimit -u and pids.max (systemd: TasksMax)"
+    )]
+    Thread(#[source] std::io::Error),
     /// The probe guest could not run.
     #[error("the probe guest did not run as expected: {0}")]
     Probe(String),

@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{CpuProfile, HostError, ioctl};
 use crate::boot::long_mode;
-use crate::kvm::{create_vcpu, create_vm, set_memory};
+use crate::kvm::{create_vcpu, create_vm, run_patiently, set_memory};
 use crate::layout;
 use crate::memory::{GuestRam, MIB};
 
@@ -72,11 +72,18 @@ impl Probe {
         vcpu.set_regs(&regs).map_err(|e| ioctl("KVM_SET_REGS", e))?;
         Self::measure(|| {
             let start = Instant::now();
-            let part = match vcpu.run() {
-                Ok(VcpuExit::Hlt) => Part::Last,
-                Ok(other) => return Err(HostError::Probe(format!("exit {other:?}"))),
-                Err(e) if e.errno() == libc::EINTR => Part::Interrupted,
-                Err(e) => return Err(ioctl("KVM_RUN", e)),
+            let exit = run_patiently(|| match vcpu.run()? {
+                VcpuExit::Hlt => Ok(None),
+                other => Ok(Some(format!("exit {other:?}"))),
+            });
+            let part = match exit {
+                Ok(None) => Part::Last,
+                Ok(Some(other)) => return Err(HostError::Probe(other)),
+                Err(e) => match e.errno() {
+                    libc::EINTR => Part::Interrupted,
+                    libc::EAGAIN => return Err(HostError::Thread(std::io::Error::from(e))),
+                    _ => return Err(ioctl("KVM_RUN", e)),
+                },
             };
             Ok((part, start.elapsed()))
         })

@@ -28,8 +28,10 @@ use rustix::{
 };
 
 use crate::{
-    clock, runtime,
-    spawn::{Image, spawn},
+    clock,
+    plan::Plan,
+    runtime,
+    spawn::{Image, Start},
     sys::{self, stderr, stdin, stdout},
     text::{Stderr, joined, put, say},
 };
@@ -320,20 +322,23 @@ fn start(
     if !args.first().is_some_and(|name| has(name)) {
         return Err("not an applet".into());
     }
+    let plan = Plan {
+        candidates: vec![c"/proc/self/exe".into()],
+        argv: strings(args)?,
+        env: strings(&runtime::environment())?,
+        cwd: c".".into(),
+        limits: Vec::new(),
+        user: None,
+    };
     let image = Image {
-        candidates: &[c"/proc/self/exe".into()],
-        argv: &strings(args)?,
-        env: &strings(&runtime::environment())?,
-        cwd: c".",
+        plan,
         session,
         terminal: false,
         stdio: [stdin(), output, stderr()],
         results: None,
-        limits: &[],
-        user: None,
         cgroup: None,
     };
-    Ok(spawn(&image).map_err(|refusal| refusal.errno)?)
+    Ok(Start::run(image)?)
 }
 
 /// `fill BYTES`: writes so many bytes, each the low byte of its offset.

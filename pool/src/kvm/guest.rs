@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use hearth_agent::client::{
     ExecError, FileError, HandshakeError, SessionError, TreeCount, TreeError, TreeLimits,
 };
-use hearth_agent::proto::{AGENT_PORT, Account, InstanceId, Put};
+use hearth_agent::proto::{AGENT_PORT, Account, InstanceId, Place, Put};
 use hearth_agent::{AgentClient, Command, Exec};
 use hearth_vmm::virtio::vsock::{ConnectError, VsockStream};
 use hearth_vmm::{Exit, Vm, VsockHost};
@@ -220,22 +220,28 @@ impl Guest {
         Ok(self.agent().await?.exec(command).await?)
     }
 
-    /// Writes a file in the guest, for the user whom the guest's image is made for unless `put` names another. What is there is replaced once the new one is complete; `put` says otherwise where that is
+    /// Writes a file in the guest, as the user whom the guest's image is made for unless `put` names another (root, say, where
+    /// that user may not write): with that user's rights. What is there is replaced once the new one is complete; `put` says otherwise where that is
     /// not wanted. For more (streams, directories, paths that may not lead out) ask the [`agent`](Self::agent).
     ///
     /// # Errors
     /// [`GuestError::File`] with the guest's reason.
     pub async fn put(&self, put: Put, content: &[u8]) -> Result<(), GuestError> {
-        let owner = put.owner.clone().or(Some(Account::Usual));
-        Ok(self.agent().await?.put(put.account(owner), content).await?)
+        let account = put.at.by.clone().or(Some(Account::Usual));
+        Ok(self
+            .agent()
+            .await?
+            .put(put.account(account), content)
+            .await?)
     }
 
-    /// The content of a file of at most `most` bytes in the guest.
+    /// The content of a file of at most `most` bytes in the guest, if the user whom the guest's image is made for may read it.
     ///
     /// # Errors
     /// [`GuestError::File`] with the guest's reason, or if it is larger.
     pub async fn get(&self, at: impl AsRef<Path>, most: usize) -> Result<Vec<u8>, GuestError> {
-        Ok(self.agent().await?.get(at.as_ref(), most).await?)
+        let at = Place::new(at).by(Account::Usual);
+        Ok(self.agent().await?.get(at, most).await?)
     }
 
     /// Unpacks a tar archive into a directory of the guest, for the user whom the guest's image is made for, as
@@ -252,7 +258,8 @@ impl Guest {
         Ok(self.agent().await?.put_tree(dir, owner, archive).await?)
     }
 
-    /// Packs a directory of the guest into a tar archive, as [`AgentClient::get_tree`] does.
+    /// Packs a directory of the guest into a tar archive, as [`AgentClient::get_tree`] does, as far as the user whom the guest's
+    /// image is made for may read it.
     ///
     /// # Errors
     /// [`GuestError::Tree`].
@@ -262,6 +269,7 @@ impl Guest {
         limits: TreeLimits,
         archive: &mut (impl AsyncWrite + Unpin),
     ) -> Result<TreeCount, GuestError> {
+        let dir = Place::new(dir.into()).by(Account::Usual);
         Ok(self.agent().await?.get_tree(dir, limits, archive).await?)
     }
 

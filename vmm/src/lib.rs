@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+mod advice;
 mod board;
 mod boot;
 mod config;
@@ -34,6 +35,7 @@ mod prefetch;
 mod private;
 mod reactor;
 mod seccomp;
+mod signals;
 mod snapshot;
 mod state;
 #[cfg(feature = "testing")]

@@ -20,7 +20,7 @@ use crate::ending::Ending;
 #[cfg(feature = "testing")]
 use crate::frame::serial_interrupt;
 use crate::frame::{BASE_DEVICES, Frame, PlacedImage, Wire};
-use crate::host::{CpuProfile, Host, HostError};
+use crate::host::{self, CpuProfile, Host, HostError};
 use crate::kvm::KvmError;
 use crate::layout;
 use crate::legacy::console::Console;
@@ -28,6 +28,7 @@ use crate::legacy::serial::SerialPort;
 use crate::limits::Limits;
 use crate::memory::{GuestRam, MemoryError};
 use crate::reactor::{Attachment, Reactor, ReactorError};
+use crate::signals;
 use crate::snapshot::chips::ChipState;
 use crate::snapshot::cpu::VcpuState;
 use crate::snapshot::{SnapshotError, VmState};
@@ -396,6 +397,19 @@ impl Machine {
     }
 
     fn take_apart(&mut self) {
+        if host::is_forked() {
+            // All of it is the parent's, which goes on with it.
+            let shared = (self.attachment.take(), self.vm.take(), self.ram.take());
+            let vcpus = (
+                std::mem::take(&mut self.vcpus),
+                std::mem::take(&mut self.stats),
+            );
+            let kept = (
+                std::mem::take(&mut self.images),
+                std::mem::take(&mut self.baggage),
+            );
+            return std::mem::forget((shared, vcpus, kept));
+        }
         self.ending.report(Exit::Killed);
         let stopped = self.settle();
         self.detach();
@@ -621,11 +635,9 @@ impl Undertaker {
 
     fn start() -> Option<Undertaker> {
         let (sender, machines) = mpsc::channel::<Machine>();
-        std::thread::Builder::new()
-            .name("hearth-undertaker".into())
-            .stack_size(256 << 10)
-            .spawn(move || machines.into_iter().for_each(drop))
-            .ok()?;
+        let builder = std::thread::Builder::new().name("hearth-undertaker".into());
+        let builder = builder.stack_size(256 << 10);
+        signals::blocked(|| builder.spawn(move || machines.into_iter().for_each(drop))).ok()?;
         Some(Undertaker(sender))
     }
 }

@@ -13,6 +13,7 @@ use super::quota::{Account, Meter};
 use super::{Vcpu, VcpuError, kick};
 use crate::limits::Limits;
 use crate::seccomp::{self, Role};
+use crate::signals;
 
 /// Stack of a vCPU thread. Exits are handled without recursion.
 const STACK_BYTES: usize = 256 << 10;
@@ -49,10 +50,9 @@ impl Runner {
     fn new(limits: Limits, account: Option<Arc<Account>>) -> Result<Self, VcpuError> {
         kick::install()?;
         let (orders, todo) = mpsc::channel();
-        std::thread::Builder::new()
-            .name(IDLE.into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || serve(&todo, limits, account.as_deref()))
+        let builder = std::thread::Builder::new().name(IDLE.into());
+        let builder = builder.stack_size(STACK_BYTES);
+        signals::blocked(|| builder.spawn(move || serve(&todo, limits, account.as_deref())))
             .map_err(VcpuError::Thread)?;
         Ok(Self {
             orders,

@@ -27,14 +27,20 @@ thread_local! {
 static CHOSEN: OnceLock<i32> = OnceLock::new();
 
 /// The signal that Hearth uses: `SIGSTKFLT`, which Linux never sends on x86. Where the embedding program has a handler for
-/// that when it makes its first VM, it is the first real-time signal from `SIGRTMIN + 6` on that has none. Its
-/// disposition is the only one that the library changes; an embedder must leave it alone from then on.
+/// that when it makes its first VM, it is the first real-time signal from `SIGRTMIN + 6` on that has none. An embedder must
+/// leave its disposition alone from then on. The only other one that the library changes is that of SIGBUS (see
+/// [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
 #[must_use]
 pub fn kick_signal() -> i32 {
     CHOSEN.get().copied().unwrap_or(libc::SIGSTKFLT)
 }
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    leave_guest();
+}
+
+/// Lets the vCPU of this thread, if it runs one, leave the guest. For signal handlers.
+pub(crate) fn leave_guest() {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
         // SAFETY: `Running` set the pointer on this thread and clears it before the vCPU's shared

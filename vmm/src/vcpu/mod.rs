@@ -21,13 +21,14 @@ use crate::board::Board;
 use crate::ending::Ending;
 use crate::kvm::{KvmError, run_patiently};
 use crate::seccomp::SeccompError;
+use crate::sigbus::{self, Watch};
 use crate::state::{Exit, InternalError};
 
 /// Why a vCPU thread could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
-    /// The kick signal's handler could not be installed, or the signal not be unblocked.
-    #[error("the kick signal could not be handled")]
+    /// The handler of the kick signal, or that of SIGBUS, could not be installed, or the signal not be unblocked.
+    #[error("the signals of a vCPU thread could not be handled")]
     Signal(#[source] std::io::Error),
     /// The embedding program handles the signal that kicks vCPUs: it has replaced the library's handler, or left no
     /// signal without one.
@@ -106,6 +107,7 @@ pub(crate) struct Vcpu {
     pub(crate) exits: Arc<ExitCounters>,
     /// Whether it can run; until that is known.
     pub(crate) begun: Option<Sender<Result<(), VcpuError>>>,
+    pub(crate) watch: Arc<Watch>,
 }
 
 enum Step {
@@ -124,6 +126,7 @@ impl Vcpu {
         if let (Some(seat), Some(mut fd)) = (gate.seat(self.index), self.fd.take()) {
             let begun = self.begun.take();
             let run = AssertUnwindSafe(|| {
+                let _serves = self.watch.guard();
                 seat.kicker.enlist();
                 let warm = warm_up(&mut fd);
                 let can_run = warm.is_ok();
@@ -164,6 +167,7 @@ impl Vcpu {
             gate,
             ending,
             exits,
+            watch,
             ..
         } = self;
         let mut has_run = false;
@@ -184,7 +188,16 @@ impl Vcpu {
                 if gate.is_closed() {
                     break Step::Interrupted;
                 }
-                match run_patiently(|| run_once(&mut fd, board, exits)) {
+                // As above: what came earlier is noted, what comes now makes the run return.
+                if watch.is_lost() {
+                    break Step::End(Exit::BusError);
+                }
+                let ran = run_patiently(|| run_once(&mut fd, board, exits));
+                if watch.is_lost() {
+                    // Whatever the guest made of it.
+                    break Step::End(Exit::BusError);
+                }
+                match ran {
                     Ok(Step::Continue) => {}
                     Ok(Step::Kicked) => {
                         // A debt may take several periods.
@@ -196,6 +209,7 @@ impl Vcpu {
                         }
                     }
                     Ok(step) => break step,
+                    Err(e) if e.errno() == libc::EFAULT => break Step::End(Exit::BusError),
                     Err(e) => {
                         let e = std::io::Error::from_raw_os_error(e.errno());
                         break Step::End(Exit::Failed(format!("KVM_RUN failed: {e}")));
@@ -263,7 +277,7 @@ fn run_once(
     exits: &ExitCounters,
 ) -> Result<Step, kvm_ioctls::Error> {
     let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
-    let exit = match fd.run() {
+    let exit = match sigbus::in_guest(|| fd.run()) {
         Ok(exit) => exit,
         Err(e) if e.errno() == libc::EINTR => {
             count(&exits.interrupted);
@@ -299,6 +313,7 @@ fn run_once(
                 "the processor refused to enter the guest (reason {reason:#x})"
             ))));
         }
+        VcpuExit::MemoryFault { .. } => return Ok(Step::End(Exit::BusError)),
         VcpuExit::Hlt => return Ok(Step::End(Exit::Halt)),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {
             count(&exits.interrupted);

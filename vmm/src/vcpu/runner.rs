@@ -13,10 +13,8 @@ use super::quota::{Account, Meter};
 use super::{Vcpu, VcpuError, kick};
 use crate::limits::Limits;
 use crate::seccomp::{self, Role};
-use crate::signals;
+use crate::threads::{self, SMALL_STACK};
 
-/// Stack of a vCPU thread. Exits are handled without recursion.
-const STACK_BYTES: usize = 256 << 10;
 /// Most ready threads that wait for no VM in particular.
 const SPARES: usize = 2;
 /// How long a thread that was alerted keeps its processor for a vCPU that is about to come: as long as it takes to give a
@@ -50,10 +48,10 @@ impl Runner {
     fn new(limits: Limits, account: Option<Arc<Account>>) -> Result<Self, VcpuError> {
         kick::install()?;
         let (orders, todo) = mpsc::channel();
-        let builder = std::thread::Builder::new().name(IDLE.into());
-        let builder = builder.stack_size(STACK_BYTES);
-        signals::blocked(|| builder.spawn(move || serve(&todo, limits, account.as_deref())))
-            .map_err(VcpuError::Thread)?;
+        threads::spawn(IDLE, SMALL_STACK, move || {
+            serve(&todo, limits, account.as_deref())
+        })
+        .map_err(VcpuError::Thread)?;
         Ok(Self {
             orders,
             is_spare: is_usual(limits),

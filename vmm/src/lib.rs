@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+mod advice;
 mod board;
 mod boot;
 mod config;
@@ -35,6 +36,7 @@ mod private;
 mod reactor;
 mod seccomp;
 mod sigbus;
+mod signals;
 mod snapshot;
 mod state;
 #[cfg(feature = "testing")]

@@ -5,7 +5,7 @@
 //! whose vCPU threads do not leave in time is kept whole: nothing is unmapped under them. It is leaked,
 //! which is counted and logged, until they do (see [`crate::undertaker`]).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -334,7 +334,8 @@ impl Machine {
 
     /// Gives the vCPUs to their threads, which wait at the gate, or run at once: to wake a thread that has just come
     /// to wait takes longer than all the rest of a fork on a busy host. Then has the devices served: what the
-    /// guest wants of them before is remembered. A failure takes the half-made machine apart by dropping it.
+    /// guest wants of them before is remembered. Whether the vCPUs can run is known then. A failure takes the half-made
+    /// machine apart by dropping it.
     pub(crate) fn start(&mut self, mut crew: Crew, want: Want) -> Result<(), BootError> {
         let start = Instant::now();
         sigbus::install().map_err(VcpuError::Signal)?;
@@ -345,6 +346,7 @@ impl Machine {
             .map_err(|e| ReactorError(Box::new(e)))?;
         let reactor = Reactor::get(limits.seccomp)?;
         self.gate.set(want);
+        let (begun, vcpus_begun) = mpsc::channel();
         for (index, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
@@ -354,11 +356,16 @@ impl Machine {
                 ending: Arc::clone(&self.ending),
                 exits: Arc::clone(&self.exits),
                 watch: Arc::clone(&self.watch),
+                begun: Some(begun.clone()),
             };
             crew.next()?.run(vcpu)?;
         }
+        drop(begun);
         let (virtio, ending) = (self.board.virtio.clone(), Arc::clone(&self.ending));
         self.attachment = Some(reactor.attach(virtio, ending, Arc::clone(&self.watch))?);
+        for vcpu in vcpus_begun {
+            vcpu?;
+        }
         self.times.devices += start.elapsed();
         replenish(limits);
         Ok(())

@@ -31,7 +31,9 @@ const MAX_THREADS: usize = 2;
 
 /// The event threads could not be used.
 #[derive(Debug, thiserror::Error)]
-#[error("the event threads could not be started or reached; check ulimit -u and ulimit -n")]
+#[error(
+    "the event threads could not be started or reached; check ulimit -u, pids.max (systemd: TasksMax) and ulimit -n"
+)]
 pub struct ReactorError(#[source] pub(crate) Box<dyn std::error::Error + Send + Sync>);
 
 type Timers = Arc<Mutex<BinaryHeap<Reverse<Timer>>>>;

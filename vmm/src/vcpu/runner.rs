@@ -141,24 +141,32 @@ pub(crate) fn replenish(limits: Limits) {
 /// Runs the vCPUs that come, one after another, until nobody can send one.
 fn serve(todo: &Receiver<Order>, limits: Limits, account: Option<&Account>) {
     yield_to_host();
-    let mut ready = prepare(limits, account);
+    let mut meter = match prepare(limits, account) {
+        Ok(meter) => meter,
+        Err(error) => return refuse(todo, error),
+    };
     while let Ok(order) = todo.recv() {
         let job = match order {
             Order::Run(job) => Some(job),
             Order::Alert => soon(todo),
         };
-        let Some(Job { vcpu, mut runner }) = job else {
+        let Some(Job { vcpu, runner }) = job else {
             continue;
         };
         rename(&format!("hearth-vcpu{}", vcpu.index));
-        vcpu.live(
-            ready
-                .as_mut()
-                .map(Option::as_mut)
-                .map_err(|error| error.as_str()),
-        );
-        runner.is_spare &= ready.is_ok();
+        vcpu.live(meter.as_mut());
         runner.give_back();
+    }
+}
+
+/// Tells the VM that wants this thread why it cannot have it.
+fn refuse(todo: &Receiver<Order>, error: VcpuError) {
+    let job = todo.iter().find_map(|order| match order {
+        Order::Run(job) => Some(job),
+        Order::Alert => None,
+    });
+    if let Some(job) = job {
+        job.vcpu.refuse(error);
     }
 }
 
@@ -176,12 +184,12 @@ fn soon(todo: &Receiver<Order>) -> Option<Job> {
 }
 
 /// What a thread can only do before it is confined, and that.
-fn prepare(limits: Limits, account: Option<&Account>) -> Result<Option<Meter<'_>>, String> {
-    kick::let_in().map_err(|error| error.to_string())?;
+fn prepare(limits: Limits, account: Option<&Account>) -> Result<Option<Meter<'_>>, VcpuError> {
+    kick::let_in()?;
     let meter = account.map(Meter::start).transpose();
-    let meter = meter.map_err(|error| VcpuError::Timer(error).to_string())?;
+    let meter = meter.map_err(VcpuError::Timer)?;
     if limits.seccomp {
-        seccomp::confine(Role::Vcpu).map_err(|error| error.to_string())?;
+        seccomp::confine(Role::Vcpu)?;
     }
     Ok(meter)
 }

@@ -355,8 +355,8 @@ impl Machine {
                 gate: Arc::clone(&self.gate),
                 ending: Arc::clone(&self.ending),
                 exits: Arc::clone(&self.exits),
-                watch: Arc::clone(&self.watch),
                 begun: Some(begun.clone()),
+                watch: Arc::clone(&self.watch),
             };
             crew.next()?.run(vcpu)?;
         }

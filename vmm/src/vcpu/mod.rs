@@ -101,9 +101,9 @@ pub(crate) struct Vcpu {
     pub(crate) gate: Arc<Gate>,
     pub(crate) ending: Arc<Ending>,
     pub(crate) exits: Arc<ExitCounters>,
-    pub(crate) watch: Arc<Watch>,
     /// Whether it can run; until that is known.
     pub(crate) begun: Option<Sender<Result<(), VcpuError>>>,
+    pub(crate) watch: Arc<Watch>,
 }
 
 enum Step {

@@ -1,6 +1,6 @@
 //! What the agent knows of the guest, and does for all connections alike.
 
-use alloc::{string::String, vec::Vec};
+use alloc::{boxed::Box, string::String, vec::Vec};
 use core::fmt::Write;
 
 use hearth_agent::proto::{

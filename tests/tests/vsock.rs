@@ -304,7 +304,7 @@ async fn a_waker_of_a_streams_reader_may_listen_and_drop_the_vm() {
         assert_eq!(listened.await.unwrap(), Ok(true), "{round}");
     }
     let guest = Guest::fork().await;
-    within(20, "ping", guest.connect().await.ping())
+    within(20, "ping", guest.connect().await.ping(1))
         .await
         .unwrap();
     assert_eq!(hearth_vmm::leaked_vms(), 0);

@@ -33,7 +33,7 @@ const MAX_THREADS: usize = 2;
 /// The event threads could not be used.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the event threads could not be started or reached; check ulimit -u, ulimit -n and ulimit -v"
+    "the event threads could not be started or reached; check ulimit -u, pids.max (systemd: TasksMax), ulimit -n and ulimit -v"
 )]
 pub struct ReactorError(#[source] pub(crate) Box<dyn std::error::Error + Send + Sync>);
 

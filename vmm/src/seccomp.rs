@@ -6,7 +6,8 @@
 //! the embedding program, which have no filter: this is a hurdle, not a wall (`SECURITY.md`).
 //!
 //! What the embedding program runs on these threads is confined, too: its `tracing` subscriber, its
-//! panic hook, its allocator. Allocators and writers to descriptors that are open work.
+//! panic hook, its allocator. Allocators and writers to descriptors that are open work. Its wakers run
+//! elsewhere (see [`crate::wake`]).
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;

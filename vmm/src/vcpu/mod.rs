@@ -37,7 +37,9 @@ pub enum VcpuError {
     )]
     SignalTaken(i32),
     /// The host has no thread left.
-    #[error("the host refused a vCPU thread; check ulimit -u, ulimit -v and pids.max")]
+    #[error(
+        "the host refused a vCPU thread; check ulimit -u, pids.max (systemd: TasksMax), kernel.threads-max and ulimit -v"
+    )]
     Thread(#[source] std::io::Error),
     /// The timer that meters processor time could not be made.
     #[error("the host refused a timer for the processor quota; raise ulimit -i: {0}")]

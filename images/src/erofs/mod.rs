@@ -88,7 +88,7 @@ mod tests {
         };
         check().unwrap();
         // As mkfs.erofs has it unless told otherwise.
-        let mut mkfs = Command::new("mkfs.erofs");
+        let mut mkfs = command::tool("mkfs.erofs");
         let plain = FIXED.iter().filter(|word| !word.contains("inline"));
         command::run(mkfs.args(plain).arg(&image).arg(&tree), |_| {}).unwrap();
         let error = check().unwrap_err();

@@ -13,7 +13,8 @@ use std::process::Command;
 use rustix::fs::{CWD, Mode, OFlags, StatVfsMountFlags, fstatvfs, open};
 use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount,
     mount_change, mount_remount, move_mount, open_tree, unmount,
 };
 use rustix::process::{
@@ -176,6 +177,7 @@ fn see_only_this_directory() -> io::Result<()> {
     for (device, path) in devices.iter_mut().zip(DEVICES) {
         *device = Some(open_tree(CWD, path, clone)?);
     }
+    let processes = processes();
     let world = open_tree(CWD, ".", clone)?;
     attach(&world, ".")?;
     fchdir(&world)?;
@@ -207,10 +209,24 @@ fn see_only_this_directory() -> io::Result<()> {
             attach(device, path)?;
         }
     }
-    // The namespace's processes and nothing of the machine's. Where that cannot be had, programs do without.
-    let flags = quiet | MountFlags::NODEV | MountFlags::RDONLY;
-    let _ = mount(c"proc", "/proc", c"proc", flags, Some(c"subset=pid"));
+    // Where it cannot be had, programs do without.
+    if let Ok(processes) = processes {
+        attach(&processes, "/proc")?;
+    }
     Ok(())
+}
+
+/// A `/proc` of the namespace's processes that has nothing of the machine's. The kernel gives it to those alone who see
+/// another one, so it is made before the old root is gone.
+fn processes() -> Result<OwnedFd, Errno> {
+    let proc = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&proc, "subset", "pid")?;
+    fsconfig_create(&proc)?;
+    let closed = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    fsmount(&proc, FsMountFlags::FSMOUNT_CLOEXEC, closed)
 }
 
 fn attach(mount: &OwnedFd, path: &str) -> io::Result<()> {

@@ -4,6 +4,8 @@
 mod applets;
 mod commands;
 mod confine;
+#[cfg(test)]
+mod hostile;
 mod libraries;
 mod python;
 mod rules;

@@ -8,6 +8,9 @@ use super::{RootError, confine, rules, unpack};
 use crate::cache::io_error;
 use crate::command::{self, CommandError};
 
+/// The file itself: the name that programs know is a link to it from the root, which is another here.
+const LINKER: &str = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
+
 /// Where Debian's Python looks for packages that are not Debian's.
 fn packages_in(version: &str) -> PathBuf {
     PathBuf::from(format!("/usr/local/lib/python{version}/dist-packages"))
@@ -68,8 +71,8 @@ fn in_namespaces(tree: &TreeRoot, version: &str, dir: &Path) -> Result<Command, 
 /// It sees the tree where the tree is on this machine. What it writes is the same.
 fn by_rules(tree: &TreeRoot, version: &str, dir: &Path) -> Result<Command, RootError> {
     let at = |path: &str| tree.path().join(path);
-    let mut python = rules::command(tree, "usr/lib64/ld-linux-x86-64.so.2")
-        .map_err(|source| RootError::NotConfined(Box::new(source)))?;
+    let mut python =
+        rules::command(tree, LINKER).map_err(|source| RootError::NotConfined(Box::new(source)))?;
     python
         .arg("--library-path")
         .arg(at("usr/lib/x86_64-linux-gnu"))

@@ -17,13 +17,14 @@ use crate::command;
 
 /// None of them changes a file by its path but `mkdir`, `rename` and `unlink`, which Landlock judges; none reaches another
 /// process or a network.
-const CALLS: [i64; 59] = [
+const CALLS: [i64; 60] = [
     libc::SYS_access,
     libc::SYS_arch_prctl,
     libc::SYS_brk,
     libc::SYS_clock_gettime,
     libc::SYS_close,
     libc::SYS_dup,
+    libc::SYS_dup2,
     libc::SYS_execve,
     libc::SYS_exit,
     libc::SYS_exit_group,

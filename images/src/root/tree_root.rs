@@ -32,15 +32,18 @@ pub(super) struct TreeRoot {
 }
 
 impl TreeRoot {
-    /// Makes the directory, which must not exist. Nobody else may enter it: what it holds may have set-id bits.
+    /// Makes `path`, which must not exist, a directory that nobody else may enter, and the tree's root in it: what it holds
+    /// may have set-id bits.
     pub(super) fn create(path: &Path) -> Result<Self, CacheError> {
-        sys::mkdir(path, Mode::RWXU).map_err(|errno| io_error("create", path)(errno.into()))?;
-        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let dir = sys::open(path, flags, Mode::empty());
-        Ok(Self {
-            dir: dir.map_err(|errno| io_error("open", path)(errno.into()))?,
-            path: path.to_owned(),
-        })
+        let root = path.join("root");
+        let make = || {
+            sys::mkdir(path, Mode::RWXU)?;
+            sys::mkdir(&root, Mode::RWXU)?;
+            let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            sys::open(&root, flags, Mode::empty())
+        };
+        let dir = make().map_err(|errno| io_error("create", path)(errno.into()))?;
+        Ok(Self { dir, path: root })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -273,7 +276,7 @@ fn remove_all(
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
 
@@ -286,7 +289,7 @@ mod tests {
         let tree = TreeRoot::create(&dir.path().join("tree")).unwrap();
         let at = |name: &str| tree.path().join(name);
         symlink(&outside, at("absolute")).unwrap();
-        symlink("../outside", at("above")).unwrap();
+        symlink("../../outside", at("above")).unwrap();
         symlink("../../../../../../../../..", at("far")).unwrap();
         symlink("/proc/self/root", at("magic")).unwrap();
         symlink(outside.join("file"), at("file")).unwrap();
@@ -298,7 +301,7 @@ mod tests {
         let (dir, tree, outside) = hostile();
         let far = Path::new("far").join(outside.strip_prefix("/").unwrap());
         let magic = Path::new("magic").join(outside.strip_prefix("/").unwrap());
-        let ways = ["absolute", "/above", "../outside", "/../../outside"].map(PathBuf::from);
+        let ways = ["absolute", "/above", "../../outside", "/../../outside"].map(PathBuf::from);
         for way in ways.into_iter().chain([far, magic, outside.clone()]) {
             for name in ["file", "new", "deep/new"] {
                 let path = way.join(name);
@@ -317,6 +320,8 @@ mod tests {
         assert_eq!(fs::read(outside.join("file")).unwrap(), b"witness");
         assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
+        let private = fs::symlink_metadata(dir.path().join("tree")).unwrap();
+        assert_eq!(private.permissions().mode() & 0o7777, 0o700);
         let seen = tree.read(&outside.join("file"), 100);
         assert_ne!(seen.unwrap_or_default(), b"witness");
     }

@@ -224,8 +224,23 @@ fn describe(command: &Command) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    const CHILD: &str = "HEARTH_TEST_CHILD";
+
+    /// Whether this is a process that [`again`] started.
+    pub(crate) fn is_child() -> bool {
+        std::env::var_os(CHILD).is_some()
+    }
+
+    /// This program again for one of its tests, in a process of its own: the environment is one for all threads.
+    pub(crate) fn again(test: &str) -> Command {
+        let mut again = tool(std::env::current_exe().unwrap());
+        again.args(["--exact", test, "--nocapture"]);
+        again.env(CHILD, "yes");
+        again
+    }
 
     #[test]
     fn programs_are_looked_for_in_absolute_directories_alone() {
@@ -238,12 +253,10 @@ mod tests {
         }
     }
 
-    /// In a process of its own, for the environment is one for all threads.
     #[test]
     fn a_program_knows_nothing_of_its_caller_but_what_is_named() {
-        const CHILD: &str = "HEARTH_TEST_CHILD";
-        if std::env::var_os(CHILD).is_some() {
-            let said = output(tool("sh").args(["-c", "env; pwd; trap"])).unwrap();
+        if is_child() {
+            let said = output(tool("sh").args(["-c", "env; pwd"])).unwrap();
             print!("<<{said}>>");
             let said = output(fetcher("env").arg("--")).unwrap();
             print!("<<{said}>>");
@@ -254,11 +267,9 @@ mod tests {
         std::fs::write(&trap, "#!/bin/sh\necho TRAPPED\n").unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(&trap, mode).unwrap();
-        let mut test = tool(std::env::current_exe().unwrap());
-        let name = "command::tests::a_program_knows_nothing_of_its_caller_but_what_is_named";
-        test.args(["--exact", name, "--nocapture"])
-            .current_dir(dir.path())
-            .env(CHILD, "yes")
+        let mut test =
+            again("command::tests::a_program_knows_nothing_of_its_caller_but_what_is_named");
+        test.current_dir(dir.path())
             .env("PATH", ".::/usr/bin:/bin")
             .env("TAR_OPTIONS", "--exclude=*")
             .env("TMPDIR", "relative")

@@ -150,10 +150,11 @@ pub(crate) fn get(
     let python = python_of(recipe, lock)?;
     let wanted = requirements(recipe, lock);
     let build = cache.lock(KIND, progress)?;
-    let scratch = cache.scratch(KIND, &build)?.join("entry");
-    let fetched = stage(progress, Stage::Wheels, || fetch(&wanted, python, &scratch))?;
+    let scratch = cache.scratch(&build)?;
+    let made = scratch.path().join("entry");
+    let fetched = stage(progress, Stage::Wheels, || fetch(&wanted, python, &made))?;
     checked(fetched, lock)?;
-    let entry = cache.publish(KIND, &entry_name(&wanted, python), &scratch)?;
+    let entry = cache.publish(KIND, &entry_name(&wanted, python), &made)?;
     checked(Wheels::in_dir(&entry)?, lock)
 }
 

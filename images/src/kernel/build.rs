@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::available_parallelism;
 
-use super::source::{self, Package};
+use super::source::{self, Source};
 use super::{FILE, KernelError, config, write};
 use crate::cache::{CacheError, io_error};
 use crate::command;
@@ -18,7 +18,7 @@ const STEPS: u32 = 1_250;
 /// holds what is to be published.
 pub(super) fn build(
     scratch: &Path,
-    package: &Package,
+    package: &Source,
     fragment: &str,
     patches: &'static [(&'static str, &'static str)],
     progress: &dyn Progress,
@@ -114,7 +114,7 @@ impl Tree {
         Ok(())
     }
 
-    fn collect(&self, scratch: &Path, package: &Package) -> Result<PathBuf, KernelError> {
+    fn collect(&self, scratch: &Path, package: &Source) -> Result<PathBuf, KernelError> {
         let finished = scratch.join("entry");
         fs::create_dir(&finished).map_err(io_error("create", &finished))?;
         command::run(

@@ -137,7 +137,7 @@ fn shell_tree(dir: &Path) -> Option<TreeRoot> {
     let (recipe, cache) = super::tests::prepared(dir, recipe)?;
     let packages = &recipe.lock.as_ref()?.packages;
     let sources = cache.dir("source").ok()?;
-    let files = debian::fetch(packages, "bookworm", &sources, &Silent).ok()?;
+    let files = super::tests::fetched(&sources, packages).ok()?;
     let tree = TreeRoot::create(&dir.join("tree")).ok()?;
     tree::fill(&tree, &files, &recipe.text, &Silent).ok()?;
     Some(tree)

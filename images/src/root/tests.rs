@@ -1,6 +1,5 @@
 //! Root file systems of packages that are made here: no network.
 
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -122,6 +121,16 @@ pub(super) fn mode(path: &Path) -> u32 {
     path.symlink_metadata().unwrap().permissions().mode()
 }
 
+pub(super) fn fetched(sources: &Path, packages: &[Package]) -> Result<Vec<PathBuf>, DebianError> {
+    let download = Download {
+        suite: "bookworm",
+        dir: sources,
+        scratch: sources,
+        stage: Stage::Packages,
+    };
+    download.fetch(packages, &Silent)
+}
+
 #[test]
 fn a_tree_is_its_packages_as_the_recipe_changes_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -130,7 +139,7 @@ fn a_tree_is_its_packages_as_the_recipe_changes_them() {
     };
     let packages = &recipe.lock.as_ref().unwrap().packages;
     let sources = cache.dir("source").unwrap();
-    let files = debian::fetch(packages, "bookworm", &sources, &Silent).unwrap();
+    let files = fetched(&sources, packages).unwrap();
     let tree = TreeRoot::create(&dir.path().join("tree")).unwrap();
     tree::fill(&tree, &files, &recipe.text, &Silent).unwrap();
     let at = |path: &str| tree.path().join(path);
@@ -205,6 +214,49 @@ fn it_is_built_once_and_is_the_same_wherever_it_is_built() {
     assert!(fs::read(path).unwrap() == fs::read(other).unwrap());
 }
 
+/// What programs of a build would heed: of tar, mkfs.erofs, dpkg, xz, Python, the C library and the shell.
+const HOSTILE: [(&str, &str); 12] = [
+    ("TAR_OPTIONS", "--exclude=*tool"),
+    ("TAPE", "/dev/null"),
+    ("SOURCE_DATE_EPOCH", "1000000000"),
+    ("DPKG_ROOT", "/nowhere"),
+    ("DPKG_DEB_THREADS_MAX", "none"),
+    ("XZ_DEFAULTS", "--no-such-option"),
+    ("PYTHONPATH", "/nowhere"),
+    ("PYTHONHASHSEED", "7"),
+    ("LC_ALL", "tr_TR.UTF-8"),
+    ("TZ", "Pacific/Kiritimati"),
+    ("ENV", "/dev/stdin"),
+    ("POSIXLY_CORRECT", "1"),
+];
+
+#[test]
+fn the_environment_changes_neither_a_key_nor_an_image() {
+    let test = "root::tests::the_environment_changes_neither_a_key_nor_an_image";
+    if command::tests::is_child() {
+        // In the directory that it was started in, as a hostile one would be.
+        let recipe = Recipe::read(Path::new("tool.toml")).unwrap();
+        let cache = Cache::open(Some("elsewhere".into())).unwrap();
+        get(&cache, &recipe, &Silent).unwrap();
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let Some((recipe, cache)) = prepared(dir.path(), RECIPE) else {
+        return not_measured("no dpkg-deb, ldd or mkfs.erofs");
+    };
+    let lock = recipe.lock.as_ref().unwrap();
+    lock.write(&dir.path().join("tool.lock")).unwrap();
+    let image = get(&cache, &recipe, &Silent).unwrap();
+    let elsewhere = dir.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::rename(cache.root().join("source"), elsewhere.join("source")).unwrap();
+    let mut again = command::tests::again(test);
+    again.envs(HOSTILE).current_dir(dir.path());
+    command::run(&mut again, |_| {}).unwrap();
+    let entry = image.strip_prefix(cache.root()).unwrap();
+    assert!(fs::read(elsewhere.join(entry)).unwrap() == fs::read(&image).unwrap());
+}
+
 #[test]
 fn commands_change_the_tree_and_see_nothing_of_this_machine() {
     let dir = tempfile::tempdir().unwrap();
@@ -213,7 +265,7 @@ fn commands_change_the_tree_and_see_nothing_of_this_machine() {
     };
     let sources = dir.path().join("cache/source");
     let packages = &recipe.lock.as_ref().unwrap().packages;
-    let files = debian::fetch(packages, "bookworm", &sources, &Silent).unwrap();
+    let files = fetched(&sources, packages).unwrap();
     let tree = TreeRoot::create(&dir.path().join("tree")).unwrap();
     tree::fill(&tree, &files, &recipe.text, &Silent).unwrap();
     let look = format!(

@@ -267,7 +267,7 @@ fn drop_rights() -> io::Result<()> {
 }
 
 /// Descriptors of the program that builds are not the image's.
-fn close_on_exec() -> io::Result<()> {
+pub(super) fn close_on_exec() -> io::Result<()> {
     // SAFETY: numbers alone; no descriptor is closed before the program is another.
     check(unsafe {
         libc::syscall(

@@ -262,4 +262,13 @@ mod tests {
         let error = wheel(&text, &tree, to).unwrap_err();
         assert!(matches!(error, RootError::Archive(_)), "{error}");
     }
+
+    #[test]
+    fn more_than_a_wheel_may_hold_is_an_error() {
+        let mut counted = Counted(&b"1234"[..], 4);
+        assert_eq!(io::copy(&mut counted, &mut io::sink()).unwrap(), 4);
+        let mut counted = Counted(&b"12345"[..], 4);
+        let error = io::copy(&mut counted, &mut io::sink()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+    }
 }

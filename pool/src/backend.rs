@@ -221,8 +221,9 @@ pub trait Remote: Send + Sync + 'static {
     /// Ends the VM, whoever owns it; resolves when nothing of it runs any more. Ending an ended VM is fine.
     fn kill(&self) -> impl Future<Output = ()> + Send;
 
-    /// A number that changes whenever the VM does something for its owner; the idle limit of
-    /// leases compares two readings. A constant means "cannot tell" and makes every lease idle.
+    /// A number that changes whenever the VM does something for its owner, and at each reading while a
+    /// request of the owner's is open: silence is not idleness then. The idle limit of leases compares two
+    /// readings. A constant means "cannot tell" and makes every lease idle.
     fn activity(&self) -> u64;
 }
 

@@ -177,7 +177,8 @@ impl Default for PressureConfig {
 pub struct LeaseConfig {
     /// Longest lease in milliseconds, then its VM is ended; 0: none.
     pub deadline_ms: u64,
-    /// Longest time in milliseconds without activity of the VM; 0: none.
+    /// Longest time in milliseconds without activity of the VM; 0: none. On KVM, a program that was started and
+    /// whose handle is held, and whoever waits for an answer on a stream of the guest's, are activity.
     pub idle_ms: u64,
     #[serde(flatten, skip_serializing)]
     pub(crate) unknown: Unknown,

@@ -1,5 +1,6 @@
 //! The backend that runs real guests on KVM: forks of a template, or cold boots where there is none.
 
+mod activity;
 mod birth;
 mod capture;
 mod config;
@@ -16,6 +17,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
 
+use activity::Activity;
 use birth::{Birth, Births};
 pub use config::{KvmBackendBuilder, KvmImage, Source};
 use futures::FutureExt;
@@ -211,7 +213,7 @@ impl Backend for KvmBackend {
 /// Ends a guest that somebody else owns.
 pub struct GuestRemote {
     end: End,
-    activity: Arc<std::sync::atomic::AtomicU64>,
+    activity: Arc<Activity>,
 }
 
 impl Remote for GuestRemote {
@@ -220,6 +222,6 @@ impl Remote for GuestRemote {
     }
 
     fn activity(&self) -> u64 {
-        self.activity.load(std::sync::atomic::Ordering::Relaxed)
+        self.activity.reading()
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 
+use crate::config::{PoolConfig, Problem};
 use crate::profile::{Demand, Parking, Profile};
 use crate::slot::VmId;
 
@@ -81,6 +82,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Signals that the VM now belongs to a caller: resume, start to deflate, return.
     fn hand_off(&self, vm: &Self::Vm) {
         self.resume(vm);
+    }
+
+    /// What of a pool's configuration contradicts the one that this backend was made with. Nothing, unless
+    /// a backend says otherwise.
+    fn conflicts(&self, _config: &PoolConfig) -> Vec<Problem> {
+        Vec::new()
     }
 
     /// How VMs of `profile` wait when neither the profile nor the pool's configuration says.
@@ -174,6 +181,10 @@ impl<B: Backend> Backend for Arc<B> {
 
     fn hand_off(&self, vm: &B::Vm) {
         (**self).hand_off(vm);
+    }
+
+    fn conflicts(&self, config: &PoolConfig) -> Vec<Problem> {
+        (**self).conflicts(config)
     }
 
     fn parking(&self, profile: &Profile) -> Parking {

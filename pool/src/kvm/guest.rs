@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -18,6 +18,7 @@ use hearth_vmm::{Exit, Vm, VsockHost};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
+use super::activity::Activity;
 use super::birth::Gone;
 use super::control::Control;
 use super::session::Session;
@@ -68,7 +69,7 @@ pub struct Guest {
     /// The interpreter of the profile, for the first that asks for it.
     session: Mutex<Option<Session>>,
     instance: InstanceId,
-    activity: Arc<AtomicU64>,
+    activity: Arc<Activity>,
     connect_timeout: Duration,
     made_of: Option<Ingredients>,
     handed_out: AtomicBool,
@@ -185,7 +186,9 @@ impl Guest {
     /// # Errors
     /// [`GuestError::Connect`].
     pub async fn connect(&self, port: u32) -> Result<GuestStream, GuestError> {
-        self.dialler().connect(port).await
+        let stream = self.dialler().connect(port).await?;
+        stream.mark_owned();
+        Ok(stream)
     }
 
     /// A connection to the agent of its own, for everything that the agent can do.
@@ -198,10 +201,12 @@ impl Guest {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        match spare {
-            Some(agent) => Ok(agent),
-            None => self.dialler().agent().await,
-        }
+        let agent = match spare {
+            Some(agent) => agent,
+            None => self.dialler().agent().await?,
+        };
+        agent.stream().mark_owned();
+        Ok(agent)
     }
 
     /// A command; refine it and give it to [`exec`](Self::exec). It runs as the user whom the guest's image is made for, unless
@@ -217,7 +222,9 @@ impl Guest {
     /// Why it did not start.
     pub async fn exec(&self, command: Command) -> Result<Exec<GuestStream>, GuestError> {
         let command = self.in_environment(command.wall_clock(SystemTime::now()));
-        Ok(self.agent().await?.exec(command).await?)
+        let agent = self.agent().await?;
+        agent.stream().mark_running();
+        Ok(agent.exec(command).await?)
     }
 
     /// Writes a file in the guest, as the user whom the guest's image is made for unless `put` names another (root, say, where
@@ -292,7 +299,7 @@ impl Guest {
         &self.control
     }
 
-    pub(super) fn activity(&self) -> &Arc<AtomicU64> {
+    pub(super) fn activity(&self) -> &Arc<Activity> {
         &self.activity
     }
 
@@ -342,7 +349,7 @@ impl fmt::Debug for Guest {
 pub(super) struct Dialler {
     pub(super) vsock: VsockHost,
     pub(super) timeout: Duration,
-    pub(super) activity: Arc<AtomicU64>,
+    pub(super) activity: Arc<Activity>,
 }
 
 /// The connections that a clone begins with.

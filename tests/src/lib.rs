@@ -19,6 +19,7 @@ mod alone;
 pub mod flat;
 mod footprint;
 mod guest;
+pub mod low_water;
 mod root;
 mod skip;
 mod vcpus;

@@ -20,6 +20,7 @@ pub mod flat;
 mod footprint;
 mod guest;
 pub mod low_water;
+pub mod registers;
 mod root;
 mod skip;
 mod vcpus;

@@ -30,7 +30,6 @@ use crate::{
     spawn::{Image, Refusal, Step, spawn},
     terminal,
     text::Stderr,
-    vectors,
 };
 
 /// The guest.
@@ -43,8 +42,6 @@ pub(crate) struct Guest {
     prepared: bool,
     /// Why the root file system that was asked for is not there.
     no_root: Option<Errno>,
-    /// Whether programs are to do without AVX.
-    no_avx: bool,
     hygiene: Hygiene,
     pub(crate) cgroups: Cgroups,
     /// Programs that run.
@@ -59,7 +56,6 @@ impl Guest {
             init,
             prepared: false,
             no_root: None,
-            no_avx: false,
             hygiene: Hygiene::new(),
             cgroups,
             programs: 0,
@@ -104,7 +100,6 @@ impl Guest {
             let failed = mounts::prepare();
             mounts::bound();
             quiet::settle();
-            self.no_avx = vectors::are_lost();
             // The console costs an exit per byte: silent unless the boot words say `hearth_log=1`.
             if environment
                 .iter()
@@ -168,7 +163,7 @@ impl Guest {
             })?;
         }
         let person = self.person(exec)?;
-        let plan = Plan::new(exec, person.as_ref(), self.no_avx)?;
+        let plan = Plan::new(exec, person.as_ref())?;
         let cgroup = self.cgroups.acquire(&exec.limits)?;
         match launch(exec, &plan, cgroup.as_ref()) {
             Ok((pid, pipes)) => {

@@ -52,7 +52,6 @@ mod sys;
 mod terminal;
 mod text;
 mod transport;
-mod vectors;
 
 use alloc::vec::Vec;
 

@@ -300,6 +300,7 @@ impl Machine {
         let board = Arc::new(Board {
             serial: devices.serial,
             virtio: virtio.collect(),
+            registers: (hardware.profile == CpuProfile::Emulated).then(|| ram.clone()),
         });
         let gate = Arc::new(Gate::new(vcpus.len(), Want::Pause));
         let ending = Arc::new(Ending::new(Arc::clone(&gate), devices.console.clone()));

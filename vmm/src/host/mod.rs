@@ -104,13 +104,14 @@ impl CpuProfile {
                 "hearth.emulated",
                 "no_timer_check",
                 "clocksource=kvm-clock",
-                "noxsave",
+                // Ports of `vcpu::xsave`.
+                "hearth.xsave=0x5f4",
                 "nofsgsbase",
                 "rodata=off",
                 // By number (arch/x86/include/asm/cpufeatures.h), in this order: smap, smep, umip, pcid, invpcid,
-                // erms, fsrm, popcnt, rdrand, rdseed, rdpid, clflushopt, clwb, la57, cx16. Each name is searched
+                // erms, fsrm, popcnt, rdrand, rdseed, rdpid, clflushopt, clwb, la57, cx16, xsaves, xsavec, pku. Each name is searched
                 // for among 700, which is a hundredth of the boot.
-                "clearcpuid=308,295,514,145,298,297,580,151,158,306,534,311,312,528,141",
+                "clearcpuid=308,295,514,145,298,297,580,151,158,306,534,311,312,528,141,323,321,515",
             ],
         }
     }

@@ -5,6 +5,7 @@ pub(crate) mod kick;
 pub(crate) mod quota;
 pub(crate) mod runner;
 pub(crate) mod stats;
+pub(crate) mod xsave;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +18,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use self::gate::Gate;
 use self::kick::Running;
 use self::quota::Meter;
+use self::xsave::Request;
 use crate::board::Board;
 use crate::ending::Ending;
 use crate::kvm::{KvmError, run_patiently};
@@ -66,6 +68,8 @@ pub struct ExitCounters {
     pub mmio: AtomicU64,
     /// Kicks and other signals.
     pub interrupted: AtomicU64,
+    /// Registers of programs that were saved or loaded for the guest's kernel, where ring 0 is emulated.
+    pub registers: AtomicU64,
     /// Anything else.
     pub other: AtomicU64,
     /// See [`ExitCounters::first`].
@@ -88,10 +92,14 @@ impl ExitCounters {
     /// Sum over all kinds.
     #[must_use]
     pub fn total(&self) -> u64 {
-        [&self.pio, &self.mmio, &self.interrupted, &self.other]
-            .iter()
-            .map(|c| c.load(Ordering::Relaxed))
-            .sum()
+        let all = [
+            &self.pio,
+            &self.mmio,
+            &self.interrupted,
+            &self.registers,
+            &self.other,
+        ];
+        all.iter().map(|c| c.load(Ordering::Relaxed)).sum()
     }
 }
 
@@ -291,6 +299,15 @@ fn run_once(
     exits.first.get_or_init(Instant::now);
     match exit {
         VcpuExit::IoOut(port, data) => {
+            if let Some(ram) = &board.registers
+                && let Some(request) = Request::of(port, data)
+            {
+                count(&exits.registers);
+                let answer = request.answer(fd, ram);
+                return Ok(
+                    answer.map_or_else(|error| Step::End(failed(&error)), |()| Step::Continue)
+                );
+            }
             count(&exits.pio);
             if let Some(end) = board.pio_write(port, data) {
                 return Ok(Step::End(end));
@@ -328,6 +345,12 @@ fn run_once(
         }
     }
     Ok(Step::Continue)
+}
+
+/// The end that an error of ours is, with its causes.
+fn failed(error: &dyn std::error::Error) -> Exit {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    Exit::Failed(causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}")))
 }
 
 fn internal_error(fd: &mut VcpuFd) -> InternalError {

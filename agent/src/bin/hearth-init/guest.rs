@@ -31,7 +31,6 @@ use crate::{
     spawn::{Image, NotStarted, Refusal, Start, Step},
     terminal,
     text::Stderr,
-    vectors,
 };
 
 /// The guest.
@@ -44,8 +43,6 @@ pub(crate) struct Guest {
     prepared: bool,
     /// Why the root file system that was asked for is not there.
     no_root: Option<Errno>,
-    /// Whether programs are to do without AVX.
-    no_avx: bool,
     hygiene: Hygiene,
     pub(crate) cgroups: Cgroups,
     /// Programs that run.
@@ -62,7 +59,6 @@ impl Guest {
             init,
             prepared: false,
             no_root: None,
-            no_avx: false,
             hygiene: Hygiene::new(),
             cgroups,
             programs: 0,
@@ -108,7 +104,6 @@ impl Guest {
             let failed = mounts::prepare();
             mounts::bound();
             quiet::settle();
-            self.no_avx = vectors::are_lost();
             // The console costs an exit per byte: silent unless the boot words say `hearth_log=1`.
             if environment
                 .iter()
@@ -178,7 +173,7 @@ impl Guest {
                 _ => String::new(),
             },
         })?;
-        let plan = Plan::new(exec, person.as_ref(), self.no_avx)?;
+        let plan = Plan::new(exec, person.as_ref())?;
         let cgroup = self.cgroups.acquire(&exec.limits)?;
         match launch(exec, plan, cgroup.as_ref()) {
             Ok((start, pipes)) => {

@@ -53,7 +53,6 @@ mod sys;
 mod terminal;
 mod text;
 mod transport;
-mod vectors;
 
 use alloc::vec::Vec;
 

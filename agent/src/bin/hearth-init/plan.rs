@@ -6,7 +6,7 @@ use core::ffi::CStr;
 use hearth_agent::proto::{Exec, SpawnFailure};
 use rustix::{fs::FileType, process::Resource};
 
-use crate::{account::Person, applets, vectors};
+use crate::{account::Person, applets};
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Directories of PATH that are searched.
@@ -33,15 +33,11 @@ pub(crate) type Ids = (
 );
 
 impl Plan {
-    /// Checks a request; `no_avx`: the program is to do without AVX.
+    /// Checks a request.
     ///
     /// # Errors
     /// [`SpawnFailure::BadArgument`] that says which part is bad.
-    pub(crate) fn new(
-        exec: &Exec,
-        person: Option<&Person>,
-        no_avx: bool,
-    ) -> Result<Self, SpawnFailure> {
+    pub(crate) fn new(exec: &Exec, person: Option<&Person>) -> Result<Self, SpawnFailure> {
         let argv = exec
             .argv
             .iter()
@@ -60,9 +56,6 @@ impl Plan {
             env.insert(&b"HOME"[..], home);
             for name in [&b"USER"[..], b"LOGNAME"] {
                 env.extend(entry.map(|entry| (name, entry.name.as_slice())));
-            }
-            if no_avx {
-                env.extend(vectors::WITHOUT);
             }
         }
         if exec.terminal.is_some() && !exec.clear_env {

@@ -1,6 +1,8 @@
 //! The programs of a build. All are started here: found in absolute directories alone, in an environment that names what
 //! they may know, away from the caller's directory, without a terminal, their output kept for the error.
 
+mod tied;
+
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
@@ -74,6 +76,7 @@ pub(crate) fn tool(program: impl AsRef<OsStr>) -> Command {
     if let Some(dir) = temporary {
         command.env("TMPDIR", dir);
     }
+    tied::end_with_us(&mut command);
     command
 }
 
@@ -287,6 +290,35 @@ pub(crate) mod tests {
         fetching.sort_unstable();
         let proxy = "https_proxy=http://proxy.example";
         assert_eq!(fetching, ["LC_ALL=C", "PATH=/usr/bin:/bin", proxy]);
+    }
+
+    #[test]
+    fn a_program_ends_with_the_build_that_is_killed() {
+        if is_child() {
+            let sleep = "echo; echo pid $$; exec sleep 1000";
+            let _ = run(tool("sh").args(["-c", sleep]), |line| println!("{line}"));
+            return;
+        }
+        let mut build = again("command::tests::a_program_ends_with_the_build_that_is_killed")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(build.stdout.take().unwrap()).lines();
+        let pid = said.find_map(|line| Some(line.unwrap().strip_prefix("pid ")?.to_owned()));
+        let status = format!("/proc/{}/stat", pid.unwrap());
+        let lives = || {
+            let status = std::fs::read_to_string(&status).unwrap_or_default();
+            // Who inherits it may not have asked how it ended.
+            !status.is_empty() && !status.contains(") Z ")
+        };
+        assert!(lives());
+        build.kill().unwrap();
+        build.wait().unwrap();
+        let begun = std::time::Instant::now();
+        while lives() {
+            assert!(begun.elapsed().as_secs() < 60, "it works on");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
     }
 
     #[test]

@@ -12,7 +12,6 @@ use landlock::{
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
-use super::confine;
 use super::tree_root::TreeRoot;
 use crate::command;
 

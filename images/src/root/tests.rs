@@ -91,7 +91,7 @@ pub(super) fn prepared_of(dir: &Path, text: &str, files: &[PathBuf]) -> Option<(
     command::output(command::tool("mkfs.erofs").arg("--help")).ok()?;
     let cache = Cache::open(Some(dir.join("cache"))).ok()?;
     let source = cache.dir("source").ok()?;
-    let recipe = dir.join("recipe.toml");
+    let recipe = dir.join("tool.toml");
     fs::write(&recipe, text).ok()?;
     let mut recipe = Recipe::read(&recipe).unwrap();
     let mut packages = Vec::new();

@@ -42,6 +42,32 @@ async fn output_and_code_arrive() {
 }
 
 #[tokio::test]
+async fn each_path_that_ls_is_given_is_listed() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for name in ["a", "b"] {
+        std::fs::create_dir(at(name)).unwrap();
+        std::fs::write(at(name).join(format!("in-{name}")), "").unwrap();
+    }
+    let agent = Agent::start().await;
+    let ls = |paths: &[&str]| {
+        let init = Command::new(env!("CARGO_BIN_EXE_hearth-init")).arg("ls");
+        init.args(paths).current_dir(dir.path())
+    };
+    for (paths, code, said) in [
+        (&[][..], 0, "a\nb\n"),
+        (&["a"], 0, "in-a\n"),
+        (&["a", "b"], 0, "a:\nin-a\nb:\nin-b\n"),
+        (&["none", "b/in-b", "b"], 1, "b/in-b\nb:\nin-b\n"),
+    ] {
+        let output = agent.output(ls(paths)).await;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!((output.status, &*text), (ExitStatus::Code(code), said));
+        assert_eq!(output.stderr.is_empty(), code == 0);
+    }
+}
+
+#[tokio::test]
 async fn all_codes_and_signals() {
     let agent = Agent::start().await;
     for code in [

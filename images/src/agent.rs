@@ -1,12 +1,11 @@
-//! The agent, built as one static program for the guest.
+//! The agent, built as one static program for the guest: of the sources that are part of this crate (see `build.rs`), in
+//! scratch of the build's own. No checkout, no directory of the caller's and no settings that lie there have a say.
 
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use crate::cache::{Cache, CacheError, Key, io_error};
+use crate::cache::{CacheError, Key, io_error};
 use crate::command::{self, CommandError};
 use crate::progress::{Event, Progress, Stage, stage};
 
@@ -14,29 +13,29 @@ use crate::progress::{Event, Progress, Stage, stage};
 const OVERRIDE: &str = "HEARTH_AGENT";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROGRAM: &str = "hearth-init";
-/// What the agent is made of, within the workspace.
-const SOURCES: &[&str] = &["Cargo.toml", "Cargo.lock", "agent/Cargo.toml", "agent/src"];
+/// A workspace that has the agent alone: names and contents of its files.
+const SOURCES: Sources = include!(concat!(env!("OUT_DIR"), "/agent-sources.rs"));
 /// The C library inside the program, and no relocations to process at start.
 const RUSTFLAGS: &str = "-Ctarget-feature=+crt-static\u{1f}-Crelocation-model=static";
 /// Raised when the way of building changes.
-const BUILDER: &str = "2";
-/// Files larger than this are not sources of ours.
-const MAX_SOURCE_BYTES: u64 = 16 << 20;
+const BUILDER: &str = "3";
+/// What cargo may know of the caller's environment: where it and its compilers are, and how it reaches its registry.
+const CARGO: [&str; 7] = [
+    "HOME",
+    "CARGO_HOME",
+    "CARGO_HTTP_CAINFO",
+    "CARGO_HTTP_PROXY",
+    "CARGO_NET_OFFLINE",
+    "RUSTUP_HOME",
+    "RUSTUP_TOOLCHAIN",
+];
+
+type Sources = &'static [(&'static str, &'static [u8])];
 
 /// Why there is no agent.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AgentError {
-    /// Neither sources nor a ready program.
-    #[error(
-        "the agent's sources are not where this program was built ({}): run it inside a checkout \
-         of the workspace, or set HEARTH_AGENT to a statically linked hearth-init",
-        workspace.display()
-    )]
-    NoSources {
-        /// Where the workspace was when this was built.
-        workspace: PathBuf,
-    },
     /// The program that `HEARTH_AGENT` names cannot be used.
     #[error("HEARTH_AGENT names {}, which is not {wanted}", path.display())]
     Override {
@@ -46,12 +45,12 @@ pub enum AgentError {
         wanted: &'static str,
     },
     /// cargo is missing or failed.
-    #[error("cargo did not build the agent")]
+    #[error(
+        "cargo did not build the agent; a Rust toolchain is needed once (https://rustup.rs), or HEARTH_AGENT, the path \
+         of a statically linked hearth-init"
+    )]
     Cargo(#[from] CommandError),
-    /// What was built is not what was asked for.
-    #[error("the agent's sources changed while it was built: build it again")]
-    Changed,
-    /// Sources or cache could not be read or written.
+    /// The cache could not be read or written.
     #[error("the image cache is not usable")]
     Cache(#[from] CacheError),
 }
@@ -66,112 +65,112 @@ pub(crate) struct Agent {
 #[derive(Debug, Clone)]
 enum From {
     Ready(PathBuf),
-    Workspace(PathBuf),
+    Sources(Sources),
 }
 
-/// Finds the agent's program or sources, and hashes them.
+/// The agent's program if one is named, else its sources, hashed.
 pub(crate) fn find() -> Result<Agent, AgentError> {
-    if let Some(path) = std::env::var_os(OVERRIDE) {
-        return ready(PathBuf::from(path));
+    match std::env::var_os(OVERRIDE) {
+        Some(path) => ready(PathBuf::from(path)),
+        None => Ok(of_sources(SOURCES)),
     }
-    let built_in = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let home = built_in.parent().unwrap_or(built_in);
-    let here = std::env::current_dir().unwrap_or_default();
-    // A checkout that one stands in says more than the place of the build.
-    let workspace = here
-        .ancestors()
-        .chain([home])
-        .find(|dir| SOURCES.iter().all(|part| dir.join(part).exists()))
-        .ok_or_else(|| AgentError::NoSources {
-            workspace: home.to_owned(),
-        })?;
-    Ok(Agent {
-        key: key_of(workspace)?,
-        from: From::Workspace(workspace.to_owned()),
-    })
 }
 
-fn ready(path: PathBuf) -> Result<Agent, AgentError> {
-    let program = fs::read(&path).map_err(|_| AgentError::Override {
-        path: path.clone(),
-        wanted: "a file that can be read",
-    })?;
-    if !program.starts_with(b"\x7fELF") {
-        return Err(AgentError::Override {
-            path,
-            wanted: "an ELF program",
-        });
-    }
-    Ok(Agent {
-        key: Key::default().part("ready", &program),
-        from: From::Ready(path),
-    })
-}
-
-fn key_of(workspace: &Path) -> Result<Key, AgentError> {
-    let mut files = BTreeMap::new();
-    for part in SOURCES {
-        collect(&workspace.join(part), part, &mut files)?;
-    }
+fn of_sources(sources: Sources) -> Agent {
     let key = Key::default()
         .part("builder", BUILDER.as_bytes())
         .part("flags", RUSTFLAGS.as_bytes());
-    Ok(files
-        .iter()
-        .fold(key, |key, (name, content)| key.part(name, content)))
-}
-
-fn collect(
-    path: &Path,
-    name: &str,
-    files: &mut BTreeMap<String, Vec<u8>>,
-) -> Result<(), CacheError> {
-    let data = path.metadata().map_err(io_error("read", path))?;
-    if data.is_dir() {
-        for entry in fs::read_dir(path).map_err(io_error("read", path))? {
-            let entry = entry.map_err(io_error("read", path))?;
-            let name = format!("{name}/{}", entry.file_name().to_string_lossy());
-            collect(&entry.path(), &name, files)?;
-        }
-    } else if data.len() <= MAX_SOURCE_BYTES {
-        let content = fs::read(path).map_err(io_error("read", path))?;
-        files.insert(name.to_owned(), content);
+    Agent {
+        key: sources
+            .iter()
+            .fold(key, |key, (name, content)| key.part(name, content)),
+        from: From::Sources(sources),
     }
-    Ok(())
 }
 
-/// The agent's program, stripped and statically linked. Built in one place for all checkouts: at most one at a time.
+fn ready(path: PathBuf) -> Result<Agent, AgentError> {
+    let refused = |wanted| AgentError::Override {
+        path: path.clone(),
+        wanted,
+    };
+    let program = fs::read(&path).map_err(|_| refused("a file that can be read"))?;
+    match needs_interpreter(&program) {
+        None => Err(refused("an ELF program for x86-64")),
+        // The guest has no file but this one.
+        Some(true) => Err(refused("statically linked")),
+        Some(false) => Ok(Agent {
+            key: Key::default().part("ready", &program),
+            from: From::Ready(path),
+        }),
+    }
+}
+
+/// Whether another program must load this one: that of a dynamic linker, named by a program header. `None` if it is no
+/// program for this processor. Offsets are those of `Elf64_Ehdr` and `Elf64_Phdr` (elf.h).
+fn needs_interpreter(program: &[u8]) -> Option<bool> {
+    const PT_INTERP: u32 = 3;
+    const EM_X86_64: u16 = 62;
+    fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+        bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+    }
+    let half = |at| Some(u16::from_le_bytes(field(program, at)?));
+    // ELFCLASS64, ELFDATA2LSB.
+    if !program.starts_with(b"\x7fELF\x02\x01") || half(18)? != EM_X86_64 {
+        return None;
+    }
+    let table = usize::try_from(u64::from_le_bytes(field(program, 32)?)).ok()?;
+    let (size, count) = (usize::from(half(54)?), usize::from(half(56)?));
+    let headers = program.get(table..)?;
+    for index in 0..count {
+        if u32::from_le_bytes(field(headers, index * size)?) == PT_INTERP {
+            return Some(true);
+        }
+    }
+    Some(false)
+}
+
+/// The agent's program, stripped and statically linked, made in `scratch`, an empty directory.
 pub(crate) fn build(
-    cache: &Cache,
+    scratch: &Path,
     agent: &Agent,
     progress: &dyn Progress,
 ) -> Result<PathBuf, AgentError> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    build_with(&cargo, cache, agent, progress)
+    // Cargo names itself so to what it runs.
+    let cargo = std::env::var_os("CARGO").filter(|cargo| Path::new(cargo).is_absolute());
+    build_with(
+        cargo.as_deref().unwrap_or(OsStr::new("cargo")),
+        scratch,
+        agent,
+        progress,
+    )
 }
 
 fn build_with(
     cargo: &OsStr,
-    cache: &Cache,
+    scratch: &Path,
     agent: &Agent,
     progress: &dyn Progress,
 ) -> Result<PathBuf, AgentError> {
-    let workspace = match &agent.from {
-        From::Ready(path) => return Ok(path.clone()),
-        From::Workspace(workspace) => workspace,
+    let sources = match agent.from {
+        From::Ready(ref path) => return Ok(path.clone()),
+        From::Sources(sources) => sources,
     };
-    // A target directory of its own: the caller may itself run under cargo,
-    // which holds the lock of the usual one.
-    let target = cache.dir("work")?.join("agent");
+    let (workspace, target) = (scratch.join("agent"), scratch.join("target"));
+    write(sources, &workspace)?;
+    let mut cargo = command::fetcher(cargo);
+    command::keep(&mut cargo, &CARGO);
+    // Settings are searched from the directory upwards that cargo starts in, which is `/` and not this one.
+    cargo
+        .args(["build", "--locked", "--profile", "guest", "--manifest-path"])
+        .arg(workspace.join("Cargo.toml"))
+        .args(["--package", "hearth-agent", "--target", TARGET])
+        .arg("--target-dir")
+        .arg(&target)
+        .args(["--no-default-features", "--bin", PROGRAM])
+        .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS)
+        .env("CARGO_TERM_COLOR", "never");
+    let mut done = 0;
     stage(progress, Stage::Agent, || {
-        // Cargo knows sources by their names within a workspace and by their times: those of another checkout, or
-        // older ones put back in this one, would be taken for what was built last.
-        command::run(&mut within(cargo, workspace, &target, "clean"), |_| {})?;
-        let mut cargo = within(cargo, workspace, &target, "build");
-        cargo
-            .args(["--no-default-features", "--bin", PROGRAM])
-            .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS);
-        let mut done = 0;
         command::run(&mut cargo, |line| {
             if line.trim_start().starts_with("Compiling") && done < STEPS {
                 done += 1;
@@ -183,35 +182,18 @@ fn build_with(
             }
         })
     })?;
-    // What it was built of has another name in the cache.
-    if key_of(workspace)?.name() != agent.key.clone().name() {
-        return Err(AgentError::Changed);
-    }
     Ok(target.join(TARGET).join("guest").join(PROGRAM))
 }
 
-/// What cargo shall do with the agent, in a target directory of its own.
-fn within(cargo: &OsStr, workspace: &Path, target: &Path, what: &str) -> Command {
-    let mut cargo = Command::new(cargo);
-    // Run under cargo, its settings for our own crate are in the environment.
-    for (name, _) in std::env::vars_os() {
-        if name.to_str().is_some_and(|name| {
-            name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_PROFILE_")
-        }) {
-            cargo.env_remove(name);
+fn write(sources: Sources, workspace: &Path) -> Result<(), CacheError> {
+    for (name, content) in sources {
+        let path = workspace.join(name);
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir).map_err(io_error("create", dir))?;
         }
+        fs::write(&path, content).map_err(io_error("write", &path))?;
     }
-    cargo
-        .current_dir(workspace)
-        .args([what, "--locked", "--profile", "guest"])
-        .args(["--package", "hearth-agent", "--target", TARGET])
-        .arg("--target-dir")
-        .arg(target)
-        .env_remove("RUSTFLAGS")
-        .env_remove("RUSTC_WRAPPER")
-        .env_remove("RUSTC_WORKSPACE_WRAPPER")
-        .env("CARGO_TERM_COLOR", "never");
-    cargo
+    Ok(())
 }
 
 /// Crates that a first build of the agent compiles, about.
@@ -232,127 +214,151 @@ pub(crate) mod tests {
         }
     }
 
-    fn workspace() -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        fs::create_dir_all(dir.path().join("agent/src/bin")).unwrap();
-        for file in [
-            "Cargo.toml",
-            "Cargo.lock",
-            "agent/Cargo.toml",
-            "agent/src/bin/a.rs",
-        ] {
-            fs::write(dir.path().join(file), file).unwrap();
+    #[test]
+    fn the_sources_are_the_agents_and_all_of_them() {
+        fn count(dir: &Path) -> usize {
+            let entries = fs::read_dir(dir)
+                .unwrap()
+                .map(|entry| entry.unwrap().path());
+            entries
+                .map(|path| if path.is_dir() { count(&path) } else { 1 })
+                .sum()
         }
-        dir
-    }
-
-    #[test]
-    fn the_key_follows_the_agents_sources_and_nothing_else() {
-        let dir = workspace();
-        let key = || key_of(dir.path()).unwrap().name();
-        let base = key();
-        fs::create_dir(dir.path().join("vmm")).unwrap();
-        fs::write(dir.path().join("vmm/lib.rs"), "changed").unwrap();
-        assert_eq!(key(), base);
-        fs::write(dir.path().join("agent/src/bin/a.rs"), "changed").unwrap();
-        let changed = key();
-        assert_ne!(changed, base);
-        fs::write(dir.path().join("agent/src/bin/b.rs"), "new").unwrap();
-        assert_ne!(key(), changed);
-    }
-
-    /// A workspace with an agent that says `word`.
-    fn speaking(word: &str) -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        let at = |path: &str, text: &str| fs::write(dir.path().join(path), text).unwrap();
-        fs::create_dir_all(dir.path().join("agent/src")).unwrap();
-        at(
-            "Cargo.toml",
-            "[workspace]\nmembers = [\"agent\"]\nresolver = \"3\"\n[profile.guest]\ninherits = \"release\"\n",
-        );
-        at(
-            "Cargo.lock",
-            "version = 4\n[[package]]\nname = \"hearth-agent\"\nversion = \"0.1.0\"\n",
-        );
-        at(
-            "agent/Cargo.toml",
-            "[package]\nname = \"hearth-agent\"\nversion = \"0.1.0\"\nedition = \"2024\"\n[[bin]]\nname = \"hearth-init\"\npath = \"src/main.rs\"\n",
-        );
-        at(
-            "agent/src/main.rs",
-            &format!("fn main() {{ print!(\"{word}\"); }}"),
-        );
-        dir
-    }
-
-    #[test]
-    fn a_checkout_with_older_files_gets_an_agent_of_its_own() {
-        let cache_dir = tempfile::tempdir().unwrap();
-        let cache = Cache::open(Some(cache_dir.path().to_owned())).unwrap();
-        for word in ["newer", "older"] {
-            let dir = speaking(word);
-            if word == "older" {
-                let long_ago =
-                    std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_hours(1);
-                for file in ["Cargo.toml", "agent/Cargo.toml", "agent/src/main.rs"] {
-                    let file = fs::File::options().write(true).open(dir.path().join(file));
-                    file.unwrap().set_modified(long_ago).unwrap();
-                }
+        let agent = Path::new(env!("CARGO_MANIFEST_DIR")).join("../agent");
+        let mut others = Vec::new();
+        for (name, content) in SOURCES {
+            match name.strip_prefix("agent/") {
+                Some(file) => assert!(fs::read(agent.join(file)).unwrap() == *content, "{name}"),
+                None => others.push(*name),
             }
-            let agent = Agent {
-                key: key_of(dir.path()).unwrap(),
-                from: From::Workspace(dir.path().to_owned()),
-            };
-            let program = build(&cache, &agent, &Silent).unwrap();
-            let said = Command::new(program).output().unwrap().stdout;
-            assert_eq!(String::from_utf8_lossy(&said), word);
+        }
+        assert_eq!(others, ["Cargo.lock", "Cargo.toml"]);
+        // With the manifest and the build script.
+        assert_eq!(SOURCES.len(), others.len() + count(&agent.join("src")) + 2);
+    }
+
+    #[test]
+    fn the_key_follows_each_source() {
+        let key = |sources: Sources| of_sources(sources).key.name();
+        let base = key(&[("Cargo.toml", b"a"), ("agent/src/a.rs", b"b")]);
+        for other in [
+            key(&[("Cargo.toml", b"a")]),
+            key(&[("Cargo.toml", b"a"), ("agent/src/a.rs", b"c")]),
+            key(&[("Cargo.toml", b"a"), ("agent/src/b.rs", b"b")]),
+        ] {
+            assert_ne!(base, other);
         }
     }
 
+    /// An agent that says a word, and has no dependencies to fetch.
+    const SPEAKING: Sources = &[
+        (
+            "Cargo.toml",
+            b"[workspace]\nmembers = ['agent']\nresolver = '3'\n[profile.guest]\ninherits = 'release'\n",
+        ),
+        (
+            "Cargo.lock",
+            b"version = 4\n[[package]]\nname = 'hearth-agent'\nversion = '0.1.0'\n",
+        ),
+        (
+            "agent/Cargo.toml",
+            b"[package]\nname = 'hearth-agent'\nversion = '0.1.0'\nedition = '2024'\n[[bin]]\nname = 'hearth-init'\npath = 'src/main.rs'\n",
+        ),
+        ("agent/src/main.rs", b"fn main() { print!(\"word\"); }"),
+    ];
+
     #[test]
-    fn what_was_built_of_other_sources_is_not_taken() {
-        let dir = workspace();
-        let cache = Cache::open(Some(dir.path().join("cache"))).unwrap();
-        let agent = Agent {
-            key: key_of(dir.path()).unwrap(),
-            from: From::Workspace(dir.path().to_owned()),
-        };
-        let built = |script: &str| {
-            let cargo = dir.path().join("cargo");
-            fs::write(&cargo, format!("#!/bin/sh\n{script}\n")).unwrap();
-            fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
-            build_with(cargo.as_os_str(), &cache, &agent, &Silent)
-        };
-        built("exit 0").unwrap();
-        assert!(matches!(
-            built("echo more >> agent/src/bin/a.rs"),
-            Err(AgentError::Changed)
-        ));
-        assert!(matches!(built("exit 1"), Err(AgentError::Cargo(_))));
+    fn settings_around_the_scratch_have_no_say() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at(".cargo")).unwrap();
+        let config = "[build]\nrustc-wrapper = '/no/such/program'\n";
+        fs::write(at(".cargo/config.toml"), config).unwrap();
+        fs::write(at("Cargo.toml"), "[workspace]\nmembers = ['none']\n").unwrap();
+        fs::write(at("rust-toolchain"), "none").unwrap();
+        let scratch = at("scratch");
+        fs::create_dir(&scratch).unwrap();
+        let program = build(&scratch, &of_sources(SPEAKING), &Silent).unwrap();
+        let said = command::output(&mut command::tool(program)).unwrap();
+        assert_eq!(said, "word");
     }
 
     #[test]
-    fn a_ready_program_must_be_one() {
+    fn the_environment_has_no_say() {
+        let test = "agent::tests::the_environment_has_no_say";
+        if command::tests::is_child() {
+            let scratch = std::env::current_dir().unwrap();
+            build(&scratch, &of_sources(SPEAKING), &Silent).unwrap();
+            return;
+        }
+        let program = |hostile: &[(&str, &str)]| {
+            let dir = tempfile::tempdir().unwrap();
+            let mut again = command::tests::again(test);
+            command::keep(&mut again, &CARGO);
+            again.envs(hostile.iter().copied()).current_dir(&dir);
+            command::run(&mut again, |_| {}).unwrap();
+            let built = format!("target/{TARGET}/guest/{PROGRAM}");
+            fs::read(dir.path().join(built)).unwrap()
+        };
+        let plain = program(&[]);
+        let hostile = program(&[
+            ("CARGO", "cargo"),
+            ("CARGO_BUILD_RUSTC", "/no/such/program"),
+            ("CARGO_ENCODED_RUSTFLAGS", "-Cno-such-flag"),
+            ("CARGO_PROFILE_GUEST_DEBUG", "2"),
+            ("CARGO_TARGET_DIR", "/no/such/dir"),
+            ("CARGO_UNSTABLE_NO_SUCH", "1"),
+            ("CPATH", "/nowhere"),
+            ("RUSTC", "/no/such/program"),
+            ("RUSTC_WRAPPER", "/no/such/program"),
+            ("RUSTFLAGS", "-Cno-such-flag"),
+            ("LIBRARY_PATH", "/nowhere"),
+        ]);
+        assert!(plain == hostile);
+    }
+
+    #[test]
+    fn what_cargo_says_is_in_the_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let cargo = dir.path().join("cargo");
+        fs::write(&cargo, "#!/bin/sh\necho no network; exit 1\n").unwrap();
+        fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
+        let agent = of_sources(SPEAKING);
+        let error = build_with(cargo.as_os_str(), dir.path(), &agent, &Silent).unwrap_err();
+        let AgentError::Cargo(source) = &error else {
+            panic!("{error:?}");
+        };
+        assert!(source.to_string().ends_with("no network"), "{source}");
+        assert!(error.to_string().contains("HEARTH_AGENT"), "{error}");
+    }
+
+    #[test]
+    fn a_ready_program_must_be_one_that_runs_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent");
-        assert!(matches!(
-            ready(path.clone()),
-            Err(AgentError::Override {
-                wanted: "a file that can be read",
-                ..
-            })
-        ));
-        fs::write(&path, "#!/bin/sh").unwrap();
-        assert!(matches!(
-            ready(path.clone()),
-            Err(AgentError::Override {
-                wanted: "an ELF program",
-                ..
-            })
-        ));
-        fs::write(&path, b"\x7fELFone").unwrap();
+        let refused = |wanted: &str| {
+            let error = ready(path.clone()).unwrap_err();
+            assert!(error.to_string().ends_with(wanted), "{error}");
+        };
+        refused("a file that can be read");
+        for none in [
+            "#!/bin/sh",
+            "\x7fELF",
+            "\x7fELF\x02\x01 and no more than this",
+        ] {
+            fs::write(&path, none).unwrap();
+            refused("an ELF program for x86-64");
+        }
+        fs::copy("/bin/sh", &path).unwrap();
+        refused("statically linked");
+        // A header without program headers.
+        let mut program = vec![0; 64];
+        program[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        program[18] = 62;
+        fs::write(&path, &program).unwrap();
         let one = ready(path.clone()).unwrap();
-        fs::write(&path, b"\x7fELFtwo").unwrap();
+        program.push(1);
+        fs::write(&path, program).unwrap();
         assert_ne!(one.key.name(), ready(path).unwrap().key.name());
     }
 }

@@ -5,20 +5,29 @@
 //! <root>/kernel/<version>-<hash>/   an entry: vmlinux, config, manifest
 //! <root>/base/<hash>/               an entry: initramfs.cpio
 //! <root>/source/                    downloaded packages, kept for the next build
-//! <root>/work/<kind>/               scratch of one build, emptied by the next
+//! <root>/work/<kind>/<random>/      scratch of one build
 //! <root>/lock/<kind>                held while an entry of that kind is built
 //! ```
 //!
-//! A build that is interrupted leaves only scratch behind: the lock goes with
-//! its process, and the next build of that kind starts from an empty scratch.
+//! A build that is killed leaves only scratch behind, and perhaps programs
+//! that still write there: the lock goes with its process, and the next build
+//! of that kind sweeps what it finds and works in a directory of another name.
+//!
+//! Entries are believed by their names, so nobody but this user and root may
+//! be able to write there.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use tempfile::TempDir;
 
 use crate::progress::{Event, Progress, Stage};
+
+/// Kinds of entries.
+const PUBLISHED: [&str; 4] = ["base", "kernel", "root", "wheels"];
 
 /// Why the cache cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +38,17 @@ pub enum CacheError {
         "no place for the image cache: set XDG_CACHE_HOME or HOME, or name a directory explicitly"
     )]
     NoHome,
+    /// Others could put something else in place of what is cached.
+    #[error(
+        "{} {who} may write: what guests boot must be this user's alone (chmod go-w it, or set XDG_CACHE_HOME)",
+        path.display()
+    )]
+    NotPrivate {
+        /// The cache, something in it, or a directory that it is in.
+        path: PathBuf,
+        /// Who else.
+        who: &'static str,
+    },
     /// A file operation failed.
     #[error("cannot {action} {}: check permissions and free space", path.display())]
     Io {
@@ -87,6 +107,7 @@ pub(crate) struct Cache {
 /// The right to build entries of one kind; gone when dropped.
 #[derive(Debug)]
 pub(crate) struct BuildLock {
+    kind: String,
     _file: File,
 }
 
@@ -99,7 +120,7 @@ impl Cache {
                 std::env::var_os("HOME").map(PathBuf::from),
             )?,
         };
-        fs::create_dir_all(&root).map_err(io_error("create", &root))?;
+        private(&root)?;
         Ok(Self { root })
     }
 
@@ -107,10 +128,12 @@ impl Cache {
         &self.root
     }
 
-    /// A directory directly under the root, created.
+    /// A directory directly under the root, created if it is not there, for nobody else to look into.
     pub(crate) fn dir(&self, name: &str) -> Result<PathBuf, CacheError> {
         let dir = self.root.join(name);
-        fs::create_dir_all(&dir).map_err(io_error("create", &dir))?;
+        let mut builder = DirBuilder::new();
+        let made = builder.recursive(true).mode(0o700).create(&dir);
+        made.map_err(io_error("create", &dir))?;
         Ok(dir)
     }
 
@@ -153,20 +176,29 @@ impl Cache {
             }
             Err(TryLockError::Error(source)) => return Err(io_error("lock", &path)(source)),
         }
-        Ok(BuildLock { _file: file })
+        Ok(BuildLock {
+            kind: kind.to_owned(),
+            _file: file,
+        })
     }
 
-    /// An empty scratch directory for the build that holds `_lock`.
-    pub(crate) fn scratch(&self, kind: &str, _lock: &BuildLock) -> Result<PathBuf, CacheError> {
-        let dir = self.dir("work")?.join(kind);
-        match fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(io_error("empty", &dir)(error));
-            }
-            _ => {}
-        }
+    /// An empty directory for the build that holds the lock, gone when dropped. What builds that were killed left is
+    /// swept first.
+    pub(crate) fn scratch(&self, lock: &BuildLock) -> Result<TempDir, CacheError> {
+        let dir = self.dir("work")?.join(&lock.kind);
         fs::create_dir_all(&dir).map_err(io_error("create", &dir))?;
-        Ok(dir)
+        for entry in fs::read_dir(&dir).map_err(io_error("read", &dir))? {
+            let left = entry.map_err(io_error("read", &dir))?.path();
+            // A program of a killed build may be writing there yet; then the next one sweeps it.
+            let swept = match left.is_dir() && !left.is_symlink() {
+                true => fs::remove_dir_all(&left),
+                false => fs::remove_file(&left),
+            };
+            if let Err(error) = swept {
+                tracing::warn!(path = %left.display(), %error, "scratch of an earlier build stays");
+            }
+        }
+        tempfile::tempdir_in(&dir).map_err(io_error("create a directory in", &dir))
     }
 
     /// Makes `finished`, a directory on the same file system, the entry of
@@ -177,7 +209,7 @@ impl Cache {
         name: &str,
         finished: &Path,
     ) -> Result<PathBuf, CacheError> {
-        sync_all(finished)?;
+        settle(finished)?;
         let parent = self.dir(kind)?;
         let entry = parent.join(name);
         match fs::rename(finished, &entry) {
@@ -191,15 +223,83 @@ impl Cache {
     }
 }
 
-/// A rename must not become durable before the files that it publishes.
-fn sync_all(dir: &Path) -> Result<(), CacheError> {
-    for entry in fs::read_dir(dir).map_err(io_error("read", dir))? {
-        let path = entry.map_err(io_error("read", dir))?.path();
-        File::open(&path)
-            .and_then(|file| file.sync_all())
-            .map_err(io_error("sync", &path))?;
+/// A rename must not become durable before the files that it publishes, and nobody else may change them.
+fn settle(dir: &Path) -> Result<(), CacheError> {
+    let entries = fs::read_dir(dir).map_err(io_error("read", dir))?;
+    for path in entries
+        .map(|entry| Ok(entry?.path()))
+        .chain([Ok(dir.to_owned())])
+    {
+        let path = path.map_err(io_error("read", dir))?;
+        let settled = || {
+            let file = File::open(&path)?;
+            let mode = file.metadata()?.mode() & 0o755;
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
+            file.sync_all()
+        };
+        settled().map_err(io_error("sync", &path))?;
     }
     Ok(())
+}
+
+/// Refuses a cache that another user could change: itself, what is published in it, or a directory that it is in, by
+/// the names as given and as links lead. What does not exist yet is made for this user alone.
+fn private(root: &Path) -> Result<(), CacheError> {
+    let real = root.ancestors().find_map(|dir| dir.canonicalize().ok());
+    let leads = real.as_deref().unwrap_or(root);
+    for dir in root.ancestors().skip(1).chain(leads.ancestors()) {
+        // In a sticky directory, such as /tmp, nobody can replace what is another's.
+        owned(dir, 0o1000)?;
+    }
+    owned(root, 0)?;
+    if root.exists() {
+        owned(leads, 0)?;
+    }
+    PUBLISHED
+        .iter()
+        .try_for_each(|kind| below(&root.join(kind), 2))
+}
+
+/// The directory and what it holds, down to the files of entries.
+fn below(path: &Path, depth: u32) -> Result<(), CacheError> {
+    owned(path, 0)?;
+    if depth == 0 {
+        return Ok(());
+    }
+    match fs::read_dir(path) {
+        Ok(mut entries) => entries.try_for_each(|entry| {
+            let entry = entry.map_err(io_error("read", path))?;
+            below(&entry.path(), depth - 1)
+        }),
+        // Not there, or a file that no entry has.
+        Err(_) => Ok(()),
+    }
+}
+
+/// Whether the file or directory, if it is there, is for this user and root alone to change. One that has a bit of
+/// `excused` in its mode may be written by others.
+fn owned(path: &Path, excused: u32) -> Result<(), CacheError> {
+    let data = match path.symlink_metadata() {
+        Ok(data) => data,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(io_error("look at", path)(error)),
+    };
+    let refused = |who| {
+        let path = path.to_owned();
+        Err(CacheError::NotPrivate { path, who })
+    };
+    if data.uid() != 0 && data.uid() != rustix::process::geteuid().as_raw() {
+        return refused("belongs to another user, who");
+    }
+    // The mode of a link says nothing.
+    if data.is_symlink() || data.mode() & excused != 0 {
+        return Ok(());
+    }
+    match data.mode() & 0o022 {
+        0 => Ok(()),
+        0o020 => refused("is where the group"),
+        _ => refused("is where everybody"),
+    }
 }
 
 fn default_root(xdg: Option<PathBuf>, home: Option<PathBuf>) -> Result<PathBuf, CacheError> {
@@ -243,8 +343,8 @@ mod tests {
     fn an_entry_appears_whole_or_not_at_all() {
         let (_dir, cache) = cache();
         let lock = cache.lock("kernel", &Silent).unwrap();
-        let scratch = cache.scratch("kernel", &lock).unwrap();
-        let entry = scratch.join("entry");
+        let scratch = cache.scratch(&lock).unwrap();
+        let entry = scratch.path().join("entry");
         fs::create_dir(&entry).unwrap();
         fs::write(entry.join("vmlinux"), b"half").unwrap();
         assert_eq!(cache.entry("kernel", "k1"), None);
@@ -257,17 +357,107 @@ mod tests {
     }
 
     #[test]
-    fn what_an_interrupted_build_left_is_swept_by_the_next() {
+    fn what_a_killed_build_left_is_swept_and_no_name_is_used_twice() {
         let (_dir, cache) = cache();
-        {
+        let killed = {
             let lock = cache.lock("kernel", &Silent).unwrap();
-            let scratch = cache.scratch("kernel", &lock).unwrap();
-            fs::create_dir(scratch.join("out")).unwrap();
-            fs::write(scratch.join("out/vmlinux"), b"half").unwrap();
-        }
+            cache.scratch(&lock).unwrap().keep()
+        };
+        fs::create_dir(killed.join("out")).unwrap();
+        fs::write(killed.join("out/vmlinux"), b"half").unwrap();
+        // As earlier versions left them.
+        fs::write(killed.with_file_name("vmlinux"), b"half").unwrap();
         let lock = cache.lock("kernel", &Silent).unwrap();
-        let scratch = cache.scratch("kernel", &lock).unwrap();
-        assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
+        let scratch = cache.scratch(&lock).unwrap();
+        assert_ne!(scratch.path(), killed);
+        assert_eq!(fs::read_dir(&scratch).unwrap().count(), 0);
+        let work = scratch.path().parent().unwrap().to_owned();
+        assert_eq!(fs::read_dir(&work).unwrap().count(), 1);
+        // A program of the killed build that is still there writes nowhere.
+        assert!(fs::write(killed.join("out/vmlinux"), b"more").is_err());
+        // A failed build's is gone at once.
+        drop(scratch);
+        assert_eq!(fs::read_dir(&work).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_cache_that_others_may_write_is_refused() {
+        let (dir, cache) = cache();
+        let made = cache.root().join("made");
+        fs::create_dir_all(&made).unwrap();
+        fs::write(made.join("file"), b"").unwrap();
+        let file = cache.publish("base", "name", &made).unwrap().join("file");
+        let mode = |path: &Path| path.metadata().unwrap().mode() & 0o7777;
+        let open = || Cache::open(Some(cache.root().to_owned()));
+        let refused = |path: &Path, bits: u32| {
+            let before = mode(path);
+            let set = |mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            set(before | bits);
+            let opened = open();
+            set(before);
+            match opened.map(drop) {
+                Err(CacheError::NotPrivate { path: named, .. }) => named == path,
+                Ok(()) => false,
+                other => panic!("{other:?}"),
+            }
+        };
+        open().unwrap();
+        let entry = file.parent().unwrap();
+        for path in [
+            cache.root(),
+            entry,
+            entry.parent().unwrap(),
+            &file,
+            dir.path(),
+        ] {
+            for bits in [0o020, 0o002] {
+                assert!(refused(path, bits), "{} {bits:o}", path.display());
+            }
+        }
+        // Sticky: what is in it stays; but anybody could add to the cache itself.
+        assert!(!refused(dir.path(), 0o1002));
+        assert!(refused(cache.root(), 0o1002));
+        // By a link that leads there, too.
+        let link = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(dir.path(), link.path().join("link")).unwrap();
+        let set = |mode| {
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+        };
+        set(0o777);
+        for name in ["link/cache", "link/none/cache"] {
+            let opened = Cache::open(Some(link.path().join(name)));
+            assert!(
+                matches!(opened, Err(CacheError::NotPrivate { .. })),
+                "{name}"
+            );
+        }
+        set(0o700);
+        open().unwrap();
+    }
+
+    #[test]
+    fn another_user_s_cache_is_refused() {
+        let (_dir, cache) = cache();
+        let made = cache.dir("base").unwrap();
+        if std::os::unix::fs::chown(&made, Some(12_345), None).is_err() {
+            use std::io::Write;
+            let line = b"\nNOT MEASURED: only root gives files to others\n";
+            let _ = io::stderr().write_all(line);
+            return;
+        }
+        let error = Cache::open(Some(cache.root().to_owned())).unwrap_err();
+        assert!(error.to_string().contains("another user"), "{error}");
+    }
+
+    #[test]
+    fn the_first_build_makes_the_cache_and_for_this_user_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("some/where");
+        let cache = Cache::open(Some(root.clone())).unwrap();
+        assert!(cache.names("kernel").is_empty());
+        assert!(!dir.path().join("some").exists());
+        drop(cache.lock("kernel", &Silent).unwrap());
+        assert_eq!(root.metadata().unwrap().mode() & 0o7777, 0o700);
     }
 
     #[test]
@@ -275,7 +465,7 @@ mod tests {
         let (_dir, cache) = cache();
         for content in ["first", "second"] {
             let made = cache.root().join("made");
-            fs::create_dir(&made).unwrap();
+            fs::create_dir_all(&made).unwrap();
             fs::write(made.join("file"), content).unwrap();
             cache.publish("base", "same", &made).unwrap();
             let _ = fs::remove_dir_all(&made);

@@ -1,9 +1,30 @@
-//! Runs one program of a build: no terminal, its output kept for the error.
+//! The programs of a build. All are started here: found in absolute directories alone, in an environment that names what
+//! they may know, away from the caller's directory, without a terminal, their output kept for the error.
 
 use std::collections::VecDeque;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
+
+/// Where programs are looked for if `PATH` names no absolute directory.
+const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// What a program that fetches may know besides: how this machine reaches the network, and whom it trusts there.
+const NETWORK: [&str; 13] = [
+    "http_proxy",
+    "https_proxy",
+    "ftp_proxy",
+    "all_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "CURL_CA_BUNDLE",
+    "REQUESTS_CA_BUNDLE",
+];
 
 /// How many of the last lines an error carries, and how long each may be.
 const TAIL_LINES: usize = 30;
@@ -38,9 +59,58 @@ pub(crate) fn run(command: &mut Command, line: impl FnMut(&str)) -> Result<(), C
     run_with(command, Stdio::null(), line)
 }
 
+/// A program of a build. Of the caller's environment it knows where programs and temporary files are, and nothing else:
+/// what comes out must not depend on variables that nobody thought of. It starts in `/`, where only root can have put
+/// anything, so that neither the caller's directory nor one above it is searched for settings or code.
+pub(crate) fn tool(program: impl AsRef<OsStr>) -> Command {
+    #[allow(clippy::disallowed_methods)]
+    let mut command = Command::new(program);
+    command
+        .env_clear()
+        .env("PATH", search_path())
+        .env("LC_ALL", "C")
+        .current_dir("/");
+    let temporary = std::env::var_os("TMPDIR").filter(|dir| Path::new(dir).is_absolute());
+    if let Some(dir) = temporary {
+        command.env("TMPDIR", dir);
+    }
+    command
+}
+
+/// A program that fetches something, which also knows of proxies and certificates.
+pub(crate) fn fetcher(program: impl AsRef<OsStr>) -> Command {
+    let mut command = tool(program);
+    keep(&mut command, &NETWORK);
+    command
+}
+
+/// Lets a program know variables of the caller's, too.
+pub(crate) fn keep(command: &mut Command, names: &[&str]) {
+    let set = names
+        .iter()
+        .filter_map(|name| Some((name, std::env::var_os(name)?)));
+    command.envs(set);
+}
+
+/// The absolute directories of `PATH`: an empty or relative one means something else in each directory.
+pub(crate) fn search_path() -> OsString {
+    absolute_part(&std::env::var_os("PATH").unwrap_or_default())
+}
+
+fn absolute_part(path: &OsStr) -> OsString {
+    let dirs: Vec<PathBuf> = std::env::split_paths(path)
+        .filter(|dir| dir.is_absolute())
+        .collect();
+    // Joining what was split cannot fail.
+    match std::env::join_paths(dirs) {
+        Ok(path) if !path.is_empty() => path,
+        _ => USUAL_PATH.into(),
+    }
+}
+
 /// A command for a program whose files everybody may read, whatever this process's files are like.
 pub(crate) fn open_handed(program: impl AsRef<OsStr>) -> Command {
-    let mut command = Command::new("/bin/sh");
+    let mut command = tool("/bin/sh");
     command
         .args(["-c", "umask 022; exec \"$@\"", "sh"])
         .arg(program);
@@ -156,14 +226,76 @@ fn describe(command: &Command) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    const CHILD: &str = "HEARTH_TEST_CHILD";
+
+    /// Whether this is a process that [`again`] started.
+    pub(crate) fn is_child() -> bool {
+        std::env::var_os(CHILD).is_some()
+    }
+
+    /// This program again for one of its tests, in a process of its own: the environment is one for all threads.
+    pub(crate) fn again(test: &str) -> Command {
+        let mut again = tool(std::env::current_exe().unwrap());
+        again.args(["--exact", test, "--nocapture"]);
+        again.env(CHILD, "yes");
+        again
+    }
+
+    #[test]
+    fn programs_are_looked_for_in_absolute_directories_alone() {
+        for (path, wanted) in [
+            ("/a:.:/b::bin:../c:/d", "/a:/b:/d"),
+            (".", USUAL_PATH),
+            ("", USUAL_PATH),
+        ] {
+            assert_eq!(absolute_part(OsStr::new(path)), wanted, "{path:?}");
+        }
+    }
+
+    #[test]
+    fn a_program_knows_nothing_of_its_caller_but_what_is_named() {
+        if is_child() {
+            let said = output(tool("sh").args(["-c", "env; pwd"])).unwrap();
+            print!("<<{said}>>");
+            let said = output(fetcher("env").arg("--")).unwrap();
+            print!("<<{said}>>");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let trap = dir.path().join("sh");
+        std::fs::write(&trap, "#!/bin/sh\necho TRAPPED\n").unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&trap, mode).unwrap();
+        let mut test =
+            again("command::tests::a_program_knows_nothing_of_its_caller_but_what_is_named");
+        test.current_dir(dir.path())
+            .env("PATH", ".::/usr/bin:/bin")
+            .env("TAR_OPTIONS", "--exclude=*")
+            .env("TMPDIR", "relative")
+            .env("LC_ALL", "tlh")
+            .env("https_proxy", "http://proxy.example");
+        let said = output(&mut test).unwrap();
+        let (_, said) = said.split_once("<<").unwrap();
+        let (plain, rest) = said.split_once(">><<").unwrap();
+        let mut plain: Vec<&str> = plain.lines().collect();
+        plain.sort_unstable();
+        // The shell sets PWD itself.
+        assert_eq!(plain, ["/", "LC_ALL=C", "PATH=/usr/bin:/bin", "PWD=/"]);
+        let (fetching, _) = rest.split_once(">>").unwrap();
+        let mut fetching: Vec<&str> = fetching.lines().collect();
+        fetching.sort_unstable();
+        let proxy = "https_proxy=http://proxy.example";
+        assert_eq!(fetching, ["LC_ALL=C", "PATH=/usr/bin:/bin", proxy]);
+    }
 
     #[test]
     fn lines_of_both_streams_are_heard() {
         let mut heard = Vec::new();
         run(
-            Command::new("sh").args(["-c", "echo one; echo two >&2; printf three"]),
+            tool("sh").args(["-c", "echo one; echo two >&2; printf three"]),
             |line| heard.push(line.to_owned()),
         )
         .unwrap();
@@ -173,7 +305,7 @@ mod tests {
     #[test]
     fn a_failure_carries_the_end_of_the_output() {
         let error = run(
-            Command::new("sh").args(["-c", "seq 100; echo broken >&2; exit 3"]),
+            tool("sh").args(["-c", "seq 100; echo broken >&2; exit 3"]),
             |_| {},
         )
         .unwrap_err();
@@ -188,7 +320,7 @@ mod tests {
     #[test]
     fn a_pipe_fails_with_either_end() {
         let sh = |script: &str| {
-            let mut sh = Command::new("sh");
+            let mut sh = tool("sh");
             sh.args(["-c", script]);
             sh
         };
@@ -208,7 +340,7 @@ mod tests {
 
     #[test]
     fn a_program_that_is_not_there_is_named() {
-        let error = run(&mut Command::new("no-such-program"), |_| {}).unwrap_err();
+        let error = run(&mut tool("no-such-program"), |_| {}).unwrap_err();
         assert!(error.to_string().contains("no-such-program"));
     }
 }

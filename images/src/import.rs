@@ -1,7 +1,6 @@
 //! A root file system of the user's as an image that guests read in place: EROFS, uncompressed.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use crate::cache::{CacheError, io_error};
 use crate::command::{self, CommandError};
@@ -37,9 +36,12 @@ pub fn import(source: &Path, output: &Path) -> Result<(), ImportError> {
     if output.exists() {
         return Err(ImportError::Exists(output.to_owned()));
     }
+    // Programs do not start in the caller's directory.
+    let absolute = |path: &Path| std::path::absolute(path).map_err(io_error("use", path));
+    let (source, output) = (&absolute(source)?, &absolute(output)?);
     let near = match output.parent() {
-        Some(dir) if dir.file_name().is_some() => dir,
-        _ => Path::new("."),
+        Some(dir) => dir,
+        None => Path::new("/"),
     };
     // Where there is room for the image there is for what it is made of.
     let scratch = tempfile::tempdir_in(near).map_err(io_error("make a directory in", near))?;
@@ -58,7 +60,7 @@ pub fn import(source: &Path, output: &Path) -> Result<(), ImportError> {
 
 fn unpack(archive: &Path, tree: &Path) -> Result<PathBuf, ImportError> {
     std::fs::create_dir(tree).map_err(io_error("create", tree))?;
-    let mut tar = Command::new("tar");
+    let mut tar = command::tool("tar");
     tar.args(["--extract", "--no-same-owner", "--exclude=dev/*", "--file"])
         .arg(archive)
         .arg("--directory")
@@ -74,7 +76,7 @@ mod tests {
     use super::*;
 
     fn have_mkfs() -> bool {
-        let there = Command::new("mkfs.erofs").arg("--help").output().is_ok();
+        let there = command::output(command::tool("mkfs.erofs").arg("--help")).is_ok();
         if !there {
             use std::io::Write;
             let line = b"\nNOT MEASURED: no mkfs.erofs\n";
@@ -101,8 +103,7 @@ mod tests {
             "tree",
             ".",
         ];
-        let made = Command::new("tar").args(tar).current_dir(&dir).status();
-        assert!(made.unwrap().success());
+        command::run(command::tool("tar").args(tar).current_dir(&dir), |_| {}).unwrap();
         import(&at("tree"), &at("one")).unwrap();
         import(&at("tree"), &at("two")).unwrap();
         import(&at("archive.tar"), &at("three")).unwrap();

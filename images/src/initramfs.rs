@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use cpio::newc::Builder;
 
 use crate::agent::Agent;
-use crate::cache::{BuildLock, Cache, CacheError, io_error};
+use crate::cache::{Cache, CacheError, io_error};
 use crate::progress::{Progress, Stage, stage};
 
 const KIND: &str = "base";
@@ -48,13 +48,12 @@ pub(crate) fn cached(cache: &Cache, agent: &Agent) -> Option<PathBuf> {
     file.is_file().then_some(file)
 }
 
-/// The archive for `agent`, from the cache or of the program that `build` builds. All checkouts build it in one place: what
-/// is read there is what was built because one builds at a time.
+/// The archive for `agent`, from the cache or of the program that `build` builds in the scratch that it is given.
 pub(crate) fn get<E: From<InitramfsError>>(
     cache: &Cache,
     agent: &Agent,
     progress: &dyn Progress,
-    build: impl FnOnce() -> Result<PathBuf, E>,
+    build: impl FnOnce(&Path) -> Result<PathBuf, E>,
 ) -> Result<PathBuf, E> {
     if let Some(path) = cached(cache, agent) {
         return Ok(path);
@@ -63,7 +62,11 @@ pub(crate) fn get<E: From<InitramfsError>>(
     match cached(cache, agent) {
         // Another one has built it meanwhile.
         Some(path) => Ok(path),
-        None => Ok(write(cache, agent, &build()?, &lock, progress)?),
+        None => {
+            let scratch = cache.scratch(&lock).map_err(InitramfsError::from)?;
+            let program = build(scratch.path())?;
+            Ok(write(cache, agent, &program, scratch.path(), progress)?)
+        }
     }
 }
 
@@ -71,14 +74,13 @@ fn write(
     cache: &Cache,
     agent: &Agent,
     program: &Path,
-    lock: &BuildLock,
+    scratch: &Path,
     progress: &dyn Progress,
 ) -> Result<PathBuf, InitramfsError> {
     let program = fs::read(program).map_err(|source| InitramfsError::Agent {
         path: program.to_owned(),
         source,
     })?;
-    let scratch = cache.scratch(KIND, lock)?;
     let entry = stage(progress, Stage::Initramfs, || {
         let entry = scratch.join("entry");
         fs::create_dir(&entry).map_err(io_error("create", &entry))?;
@@ -145,7 +147,7 @@ mod tests {
             for name in ["one", "two", "three"] {
                 let (cache, place) = (&cache, &place);
                 scope.spawn(move || {
-                    let build = || {
+                    let build = |_: &Path| {
                         fs::write(place, name).unwrap();
                         std::thread::sleep(std::time::Duration::from_millis(50));
                         Ok::<_, InitramfsError>(place.clone())

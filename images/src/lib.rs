@@ -119,11 +119,12 @@ pub struct Images {
 
 impl Images {
     /// Opens the cache in `dir`, or in `$XDG_CACHE_HOME/hearth` or
-    /// `~/.cache/hearth`. The directory is created if it does not exist.
+    /// `~/.cache/hearth`. The directory need not exist: the first build
+    /// creates it, for this user alone.
     ///
     /// # Errors
-    /// [`ImagesError::Cache`] if no place for the cache is known, or if it
-    /// cannot be created.
+    /// [`ImagesError::Cache`] if no place for the cache is known, or if
+    /// another user may write there: whoever does chooses what guests boot.
     pub fn open(dir: Option<PathBuf>) -> Result<Self, ImagesError> {
         Ok(Self {
             cache: Cache::open(dir)?,
@@ -136,8 +137,8 @@ impl Images {
         self.cache.root()
     }
 
-    /// What is there already. Reads the cache and the agent's sources; builds
-    /// nothing and does not use the network.
+    /// What is there already. Reads the cache; builds nothing and does not use
+    /// the network.
     #[must_use]
     pub fn cached(&self) -> Cached {
         Cached {
@@ -168,8 +169,9 @@ impl Images {
 
     /// The base guest: our kernel, and an initramfs that holds the agent.
     ///
-    /// The agent is built from the sources of this workspace, or taken from
-    /// the path in the environment variable `HEARTH_AGENT`.
+    /// The agent is built by cargo from the sources that are part of this
+    /// crate, or taken from the path in the environment variable
+    /// `HEARTH_AGENT`.
     ///
     /// # Errors
     /// As [`Images::kernel`], and [`ImagesError::Agent`] or
@@ -233,8 +235,8 @@ impl Images {
 
     fn initramfs(&self, progress: &dyn Progress) -> Result<PathBuf, ImagesError> {
         let agent = agent::find()?;
-        initramfs::get(&self.cache, &agent, progress, || {
-            Ok(agent::build(&self.cache, &agent, progress)?)
+        initramfs::get(&self.cache, &agent, progress, |scratch| {
+            Ok(agent::build(scratch, &agent, progress)?)
         })
     }
 }

@@ -1,7 +1,8 @@
 //! The lock of a recipe: each package by version, place in the archive, and hash.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -65,13 +66,18 @@ impl Lock {
         }
     }
 
-    /// Replaces the file at once.
+    /// Replaces the file at once. No name that others can foresee is written to: the directory may be full of links.
     pub(crate) fn write(&self, path: &Path) -> Result<(), CacheError> {
+        let dir = path.parent().filter(|dir| *dir != Path::new(""));
         let write = || {
             let text = toml::to_string(self).map_err(io::Error::other)?;
-            let part = path.with_extension("lock.part");
-            fs::write(&part, format!("{HEAD}{text}"))?;
-            fs::rename(&part, path)
+            let readable = fs::Permissions::from_mode(0o644);
+            let mut part = tempfile::Builder::new()
+                .permissions(readable)
+                .tempfile_in(dir.unwrap_or(Path::new(".")))?;
+            part.write_all(format!("{HEAD}{text}").as_bytes())?;
+            part.persist(path)?;
+            Ok(())
         };
         write().map_err(io_error("write", path))
     }
@@ -119,6 +125,16 @@ mod tests {
         assert_eq!(Lock::parse(&text, "it").unwrap(), lock);
         assert_eq!(lock.python(), Some("3.11"));
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
+        // What a link leads to stays as it is.
+        let other = dir.path().join("other");
+        fs::write(&other, "precious").unwrap();
+        fs::remove_file(&path).unwrap();
+        for link in [&path, &dir.path().join("it.lock.part")] {
+            std::os::unix::fs::symlink(&other, link).unwrap();
+        }
+        lock.write(&path).unwrap();
+        assert_eq!(fs::read_to_string(&other).unwrap(), "precious");
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
         assert!(Lock::parse("asked = 1", "it").is_err());
         let error = Lock::parse(&text.replacen("00", "../", 1), "it").unwrap_err();
         assert!(error.to_string().contains("SHA-256"), "{error}");

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::command;
+
 /// How the need shows.
 #[derive(Debug, Clone, Copy)]
 enum Sign {
@@ -57,8 +59,7 @@ impl MissingTools {
 
 /// Looks at `PATH` and at the compiler's include directories.
 pub(crate) fn missing() -> Option<MissingTools> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let programs: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    let programs: Vec<PathBuf> = std::env::split_paths(&command::search_path()).collect();
     let headers = [
         "/usr/include",
         "/usr/local/include",

@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use sha2::{Digest, Sha256};
 
@@ -22,6 +21,17 @@ const PLATFORMS: [&str; 4] = [
     "manylinux_2_17_x86_64",
     "manylinux2014_x86_64",
     "linux_x86_64",
+];
+/// What pip may know of the caller's environment: where its settings are, and which index it asks.
+const PIP: [&str; 8] = [
+    "HOME",
+    "PIP_CONFIG_FILE",
+    "PIP_INDEX_URL",
+    "PIP_EXTRA_INDEX_URL",
+    "PIP_FIND_LINKS",
+    "PIP_TRUSTED_HOST",
+    "PIP_CERT",
+    "PIP_PROXY",
 ];
 
 /// Why there are no Python packages.
@@ -140,10 +150,11 @@ pub(crate) fn get(
     let python = python_of(recipe, lock)?;
     let wanted = requirements(recipe, lock);
     let build = cache.lock(KIND, progress)?;
-    let scratch = cache.scratch(KIND, &build)?.join("entry");
-    let fetched = stage(progress, Stage::Wheels, || fetch(&wanted, python, &scratch))?;
+    let scratch = cache.scratch(&build)?;
+    let made = scratch.path().join("entry");
+    let fetched = stage(progress, Stage::Wheels, || fetch(&wanted, python, &made))?;
     checked(fetched, lock)?;
-    let entry = cache.publish(KIND, &entry_name(&wanted, python), &scratch)?;
+    let entry = cache.publish(KIND, &entry_name(&wanted, python), &made)?;
     checked(Wheels::in_dir(&entry)?, lock)
 }
 
@@ -186,8 +197,11 @@ fn fetch(requirements: &[String], python: &str, dir: &Path) -> Result<Wheels, Wh
         return Err(WheelsError::Requirement(wrong.clone()));
     }
     let pip = || {
-        let mut pip = Command::new("python3");
-        pip.args(["-m", "pip", "--disable-pip-version-check", "--no-input"]);
+        let mut pip = command::fetcher("python3");
+        command::keep(&mut pip, &PIP);
+        // Isolated: modules and settings of neither the directory nor the user's environment.
+        pip.args(["-I", "-m", "pip"]);
+        pip.args(["--disable-pip-version-check", "--no-input"]);
         pip
     };
     command::run(pip().arg("--version"), |_| {}).map_err(WheelsError::NoPip)?;

@@ -123,7 +123,7 @@ impl<B: Backend> Actor<B> {
 
     pub(crate) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Message<B>>) {
         let shared = Arc::clone(&self.shared);
-        let _ending = Ending(Arc::clone(&shared));
+        let _ending = Ending(Arc::clone(&shared), self.home.clone());
         while !self.stopped {
             let wake = self.wake_at();
             let message = tokio::select! {
@@ -140,7 +140,14 @@ impl<B: Backend> Actor<B> {
         while let Ok(message) = inbox.try_recv() {
             self.receive_late(message);
         }
-        while self.tasks.join_next().await.is_some() {}
+        loop {
+            let lives = shared.state().lives_at(&self.home);
+            tokio::select! {
+                joined = self.tasks.join_next() => if joined.is_none() { break },
+                // Whoever waits for the end wants to know whether the loop is driven.
+                () = shared.nudge.woken(), if lives => shared.stepped(),
+            }
+        }
     }
 
     fn wake_at(&self) -> Option<Instant> {
@@ -191,6 +198,14 @@ impl<B: Backend> Actor<B> {
         let shared = Arc::clone(&self.shared);
         let now = Instant::now();
         let mut state = shared.state();
+        if !state.lives_at(&self.home) {
+            // Given up by whoever stopped the pool, while this loop was not driven.
+            drop(state);
+            self.stopped = true;
+            return first
+                .into_iter()
+                .for_each(|message| self.receive_late(message));
+        }
         if shared.nudge.take_capacity_freed() {
             state.tell(now, Event::CapacityFreed);
         }
@@ -217,7 +232,7 @@ impl<B: Backend> Actor<B> {
         drop(state);
         self.trash.clear();
         self.unclaimed.clear();
-        shared.step.send_modify(|step| *step = step.wrapping_add(1));
+        shared.stepped();
     }
 
     fn receive(&mut self, state: &mut State<B>, now: Instant, message: Message<B>) {
@@ -362,23 +377,10 @@ async fn at(time: Option<Instant>) {
 }
 
 /// Leaves a stopped pool behind, also when the runtime drops the actor in the middle of its work.
-struct Ending<B: Backend>(Arc<Shared<B>>);
+struct Ending<B: Backend>(Arc<Shared<B>>, Home<B>);
 
 impl<B: Backend> Drop for Ending<B> {
     fn drop(&mut self) {
-        let mut state = self.0.state();
-        state.inbox = None;
-        state.pending.clear();
-        let killed = state.ledger.phase() != Phase::Stopped;
-        if killed {
-            tracing::error!("the pool's loop was ended before it had stopped");
-            state.ledger.abort();
-        }
-        let slots: Vec<_> = state.slots.drain().collect();
-        let waiters: Vec<_> = state.waiters.drain().collect();
-        drop(state);
-        drop((slots, waiters));
-        self.0.step.send_modify(|step| *step = step.wrapping_add(1));
-        self.0.emit(None, None, EventKind::Stopped);
+        self.0.end_life(&self.1);
     }
 }

@@ -44,10 +44,18 @@ pub(crate) async fn boot<B: Backend>(
     let booted = steps.catch_unwind().await;
     let booted = booted.unwrap_or_else(|_| Err(Failed::early(BootFailure::Panicked)));
     if matches!(booted, Err(Failed { vm: None, .. })) {
-        // Something of it may still be on its way out; not for ever.
-        let _ = timeout(shared.times.retire, shared.backend.settled()).await;
+        settled(&shared).await;
     }
     booted
+}
+
+/// Waits until nothing is left of what the backend gave up; not for ever, and not if it panics.
+pub(crate) async fn settled<B: Backend>(shared: &Shared<B>) {
+    let settled = async { shared.backend.settled().await };
+    let settled = AssertUnwindSafe(settled).catch_unwind();
+    if let Ok(Err(_)) = timeout(shared.times.retire, settled).await {
+        tracing::error!(what = "settled", "the backend panicked");
+    }
 }
 
 async fn steps<B: Backend>(

@@ -48,10 +48,10 @@ pub enum AcquireError {
     #[error("profile {0:?} is being drained; undrain it first")]
     Draining(String),
     /// The pool stops or has stopped.
-    #[error("the pool is stopping")]
+    #[error("the pool is stopping or has stopped; start it again once stop has returned")]
     Stopping,
-    /// The pool was not started.
-    #[error("the pool has not been started")]
+    /// The pool was never started, or is being started just now.
+    #[error("the pool has not been started, or its start is not over yet")]
     NotStarted,
 }
 

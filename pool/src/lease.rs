@@ -13,7 +13,7 @@ use crate::guard::guarded;
 use crate::health;
 use crate::ledger::ProfileId;
 use crate::permit::Reservation;
-use crate::shared::Shared;
+use crate::shared::{Shared, Stray};
 use crate::slot::VmId;
 
 /// A VM on lease: used once, then destroyed.
@@ -127,10 +127,18 @@ impl<B: Backend> Lease<B> {
         {
             profile.metrics.lease.record(self.since.elapsed());
         }
-        let stray = self.shared.take_back(self.id, vm, !self.touched, done);
-        if let Err((vm, done)) = stray {
-            // If nobody listens, the pool has stopped: the VM comes back in the error and is dropped.
-            let _ = self.home.send(Message::Stray(self.id, vm, done));
+        let at = (&self.home, self.id);
+        match self.shared.take_back(at, vm, !self.touched, done) {
+            Ok(()) => {}
+            Err(Stray::Late(vm, done)) => {
+                // If nobody listens, the pool has stopped: the VM comes back in the error and is dropped.
+                let _ = self.home.send(Message::Stray(self.id, vm, done));
+            }
+            Err(Stray::Adrift(vm, adrift)) => {
+                drop(vm);
+                drop(adrift);
+                self.shared.stepped();
+            }
         }
     }
 }

@@ -6,13 +6,16 @@
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::future::BoxFuture;
+use futures::FutureExt;
+use futures::future::{BoxFuture, join_all};
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, broadcast, oneshot, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::actor::Home;
 use crate::backend::{Backend, ProbeError, Remote};
@@ -87,6 +90,11 @@ impl Nudge {
         self.notify.notified().await;
     }
 
+    /// Lets go of a loop that nobody drives, so that it takes no nudge from the next one.
+    fn release(&self) {
+        self.notify.notify_waiters();
+    }
+
     fn capacity_freed(&self) {
         self.capacity_freed.store(true, Ordering::Release);
         self.wake();
@@ -107,12 +115,29 @@ pub(crate) struct State<B: Backend> {
     pub(crate) pending: Vec<Action>,
     /// The way home for leases; present from start until the actor ends.
     pub(crate) inbox: Option<Home<B>>,
+    /// VMs with callers whose life was ended under them.
+    pub(crate) adrift: HashMap<VmId, Adrift<B>>,
     /// By profile.
     pub(crate) last_failure: Vec<Option<BootFailure>>,
     /// By profile, as it was told last.
     pub(crate) no_template: Vec<Option<Arc<dyn Error + Send + Sync>>>,
     pub(crate) pressed: bool,
     next_id: u64,
+}
+
+/// What is kept of a VM whose lease outlives its pool's life.
+pub(crate) struct Adrift<B: Backend> {
+    remote: Option<Arc<B::Remote>>,
+    /// Counts until the lease is over or the VM ended.
+    reservation: Option<Reservation>,
+}
+
+/// A lease that comes home and finds itself on no book.
+pub(crate) enum Stray<B: Backend> {
+    /// Its life goes on: the loop destroys the VM.
+    Late(B::Vm, Released),
+    /// It does not: the VM is dropped, then its share of the limits.
+    Adrift(B::Vm, Option<Adrift<B>>),
 }
 
 impl<B: Backend> State<B> {
@@ -214,6 +239,7 @@ impl<B: Backend> Shared<B> {
                 waiters: HashMap::new(),
                 pending: Vec::new(),
                 inbox: None,
+                adrift: HashMap::new(),
                 last_failure: vec![None; profiles.len()],
                 no_template: vec![None; profiles.len()],
                 pressed: false,
@@ -289,14 +315,18 @@ impl<B: Backend> Shared<B> {
     /// started again), it is handed back: it is to be destroyed all the same.
     pub(crate) fn take_back(
         &self,
-        id: VmId,
+        (home, id): (&Home<B>, VmId),
         vm: B::Vm,
         untouched: bool,
         done: Released,
-    ) -> Result<(), (B::Vm, Released)> {
+    ) -> Result<(), Stray<B>> {
         let mut state = self.state();
         let Some(slot) = state.slots.get_mut(&id) else {
-            return Err((vm, done));
+            return Err(if state.lives_at(home) {
+                Stray::Late(vm, done)
+            } else {
+                Stray::Adrift(vm, state.adrift.remove(&id))
+            });
         };
         let profile = slot.profile;
         let died = untouched && !guarded("alive", || self.backend.alive(&vm)).unwrap_or(false);
@@ -323,7 +353,12 @@ impl<B: Backend> Shared<B> {
     /// The VM of a lease becomes its owner's for good, and with it its share of the limits.
     pub(crate) fn withdraw(&self, id: VmId) -> Option<Reservation> {
         let mut state = self.state();
-        let slot = state.slots.get_mut(&id)?;
+        let Some(slot) = state.slots.get_mut(&id) else {
+            let adrift = state.adrift.remove(&id);
+            drop(state);
+            self.stepped();
+            return adrift?.reservation;
+        };
         let (profile, reservation) = (slot.profile, slot.reservation.take());
         state.note(Instant::now(), Event::Withdrawn(id));
         self.emit(Some(profile), Some(id), EventKind::Withdrawn);
@@ -354,10 +389,106 @@ impl<B: Backend> Shared<B> {
         self.nudge.wake();
     }
 
-    /// Resolves when nothing is left of the life at `home`.
+    /// Resolves when nothing is left of the life at `home`. A loop that nobody drives, or ever will, is
+    /// told by its silence, and its life is ended from here.
     pub(crate) async fn life_over(&self, home: &Home<B>) {
-        self.wait_for(|state| (!state.lives_at(home)).then_some(()))
-            .await;
+        let over = self.wait_for(|state| (!state.lives_at(home)).then_some(()));
+        if Handle::try_current().is_err() {
+            // There is no clock to measure silence by.
+            return over.await;
+        }
+        tokio::select! {
+            biased;
+            () = over => {}
+            () = self.silence() => {
+                tracing::error!("the runtime of the pool's start does not run: the pool is ended without it");
+                self.end_life(home);
+            }
+        }
+    }
+
+    /// Resolves when the loop does not answer a nudge in time.
+    async fn silence(&self) {
+        let mut steps = self.step.subscribe();
+        for answered in [true, false].into_iter().cycle() {
+            steps.borrow_and_update();
+            if !answered {
+                self.nudge.wake();
+            }
+            let stepped = timeout(policy::LOOP_SILENCE, steps.changed()).await;
+            if !answered && stepped.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// A step of the loop, or what stands for one: whoever waits for a condition looks again.
+    pub(crate) fn stepped(&self) {
+        self.step.send_modify(|step| *step = step.wrapping_add(1));
+    }
+
+    /// Ends the life at `home`, if it is the present one: all VMs are dropped but those with callers.
+    pub(crate) fn end_life(&self, home: &Home<B>) {
+        let mut state = self.state();
+        if !state.lives_at(home) {
+            return;
+        }
+        state.inbox = None;
+        self.nudge.release();
+        state.pending.clear();
+        let killed = state.ledger.phase() != Phase::Stopped;
+        let mut slots: Vec<_> = state.slots.drain().collect();
+        for (id, slot) in &mut slots {
+            if state.ledger.is_leased(*id) {
+                let (remote, reservation) = (slot.remote.take(), slot.reservation.take());
+                let adrift = Adrift {
+                    remote,
+                    reservation,
+                };
+                state.adrift.insert(*id, adrift);
+            }
+        }
+        if killed {
+            state.ledger.abort();
+        }
+        let waiters: Vec<_> = state.waiters.drain().collect();
+        drop(state);
+        if killed {
+            tracing::error!("the pool's loop was ended before it had stopped");
+        }
+        drop((slots, waiters));
+        self.stepped();
+        self.emit(None, None, EventKind::Stopped);
+    }
+
+    /// Waits until `by` for leases whose life was ended under them, then ends their VMs.
+    pub(crate) async fn see_home(&self, by: Instant) {
+        let all_home = self.wait_for(|state| state.adrift.is_empty().then_some(()));
+        if self.state().adrift.is_empty() || Handle::try_current().is_err() {
+            return;
+        }
+        if timeout_at(by, all_home).await.is_ok() {
+            return;
+        }
+        let left: Vec<_> = {
+            let mut state = self.state();
+            let left = state.adrift.iter_mut();
+            left.map(|(id, adrift)| (*id, adrift.remote.take()))
+                .collect()
+        };
+        let limit = self.times.retire;
+        let kills = left.into_iter().map(|(id, remote)| async move {
+            let Some(remote) = remote else { return };
+            let kill = AssertUnwindSafe(remote.kill()).catch_unwind();
+            if !matches!(timeout(limit, kill).await, Ok(Ok(()))) {
+                tracing::error!(vm = %id, "the VM of a lease does not end");
+            }
+            // The lease is left with a husk.
+            let adrift = self.state().adrift.remove(&id);
+            drop(adrift);
+        });
+        join_all(kills).await;
+        self.stepped();
     }
 
     /// Resolves as soon as `met` says something, looking again after each step of the actor.

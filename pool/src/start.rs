@@ -122,13 +122,19 @@ impl<B: Backend> Pool<B> {
     /// `patience` for leases, ends the VMs of those that are still out, and resolves when nothing is
     /// left. Calling it again, or cancelling it, changes nothing but the deadline: the earliest one
     /// counts.
+    ///
+    /// It may be called on another runtime than [`start`](Self::start). If that one is not driven any more
+    /// (within [`LOOP_SILENCE`](crate::policy::LOOP_SILENCE), twice), VMs are dropped from here instead. Outside of every runtime there
+    /// is no clock: the pool's own must then be driven.
     pub async fn stop_within(&self, patience: Duration) {
         let shared = self.shared();
+        let by = deadline::after(Instant::now(), patience);
         let life = shared.state().inbox.clone();
         if let Some(home) = life {
-            shared.begin_stop(&home, deadline::after(Instant::now(), patience));
+            shared.begin_stop(&home, by);
             shared.life_over(&home).await;
         }
+        shared.see_home(by).await;
     }
 }
 

@@ -76,8 +76,7 @@ impl<B: Backend> Actor<B> {
             let prepared = tokio::select! {
                 biased;
                 () = over.cancelled() => {
-                    // Something of it may still be on its way out; not for ever.
-                    let _ = timeout(shared.times.retire, shared.backend.settled()).await;
+                    boot::settled(&shared).await;
                     Err(BootFailure::Stopping)
                 }
                 prepared = AssertUnwindSafe(prepare).catch_unwind() => match prepared {
@@ -207,7 +206,13 @@ impl<B: Backend> Actor<B> {
         self.tasks.spawn(async move {
             tokio::select! {
                 () = unwatched.cancelled() => {}
-                () = ended => { let _ = home.send(Message::Ended(id)); }
+                over = AssertUnwindSafe(ended).catch_unwind() => {
+                    if over.is_err() {
+                        // Whose end nobody would see is as good as ended.
+                        tracing::error!(what = "ended", "the backend panicked");
+                    }
+                    let _ = home.send(Message::Ended(id));
+                }
             }
         });
     }

@@ -88,6 +88,40 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
     assert!(std::fs::read(&image).unwrap() == before);
 }
 
+/// KiB of the guest's memory that hold copies of files.
+async fn cached(guest: &Guest) -> u64 {
+    let output = guest.run(Command::new("cat").arg("/proc/meminfo")).await;
+    let text = String::from_utf8(output.stdout).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("Cached:"));
+    let word = line.and_then(|line| line.split_whitespace().next());
+    word.unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_file_of_the_root_that_is_read_takes_none_of_the_guests_memory() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // Its end fills no block: what is not mapped is copied as a whole.
+    let content = "x".repeat((8 << 20) + 100);
+    let Some(image) = shell_root(dir.path(), &["/bin/cat"], &[("big", &content)]) else {
+        return;
+    };
+    let guest = Guest::prepared(|config| config.pmem(&image).append(ROOT_WORD)).await;
+    // The first reader brings what every program brings.
+    cached(&guest).await;
+    let mut grown = Vec::new();
+    for to in ["/dev/null", "/tmp/copy"] {
+        let before = cached(&guest).await;
+        let output = guest.run(sh(&format!("cat /big > {to}"))).await;
+        assert_eq!(output.status, ExitStatus::Code(0));
+        grown.push(cached(&guest).await.saturating_sub(before));
+    }
+    // A copy of it shows that such memory is seen here.
+    assert!(matches!(grown[..], [..256, 8192..]), "{grown:?} KiB");
+}
+
 #[tokio::test]
 async fn a_root_that_is_no_file_system_is_said_when_a_program_is_to_run() {
     if !kvm() {

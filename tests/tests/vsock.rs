@@ -7,13 +7,17 @@
 //! Sockets between host and a real guest, in both directions.
 
 use std::io::ErrorKind;
+use std::pin::Pin;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Wake, Waker};
 use std::time::Duration;
 
 use hearth_agent::client::{Command, Exec};
 use hearth_agent::proto::{ExitStatus, Input, Put};
 use hearth_tests::{Guest, kvm, low_water, noise, shared, within};
 use hearth_vmm::virtio::vsock::{ConnectError, VsockStream};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 
 /// A program in the guest that listens on `port` and echoes; it lives as long as this value.
 async fn echo_server(guest: &Guest, port: u32) -> Exec<VsockStream> {
@@ -289,4 +293,49 @@ async fn a_reader_that_waits_for_more_than_is_queued_gets_it() {
         .await
         .unwrap();
     assert_eq!(said, b"whole\n");
+}
+
+/// Listens on a port of a guest's, drops the guest, and says so.
+struct DropsGuest(Mutex<Option<Guest>>, Mutex<Sender<bool>>);
+
+impl Wake for DropsGuest {
+    fn wake(self: Arc<Self>) {
+        let guest = self.0.lock().unwrap().take();
+        if let Some(guest) = guest {
+            let listens = guest.vm.vsock().listen(4711).is_ok();
+            drop(guest);
+            let _ = self.1.lock().unwrap().send(listens);
+        }
+    }
+}
+
+/// Was: the waker ran on the event thread, under the device's lock, which it then waited for: that thread served
+/// nobody any more, and later VMs did not answer.
+#[tokio::test]
+async fn a_waker_of_a_streams_reader_may_listen_and_drop_the_vm() {
+    if !kvm() {
+        return;
+    }
+    // More of them than there are event threads.
+    for round in 0..3 {
+        let guest = Guest::fork().await;
+        let _server = echo_server(&guest, 3005).await;
+        let mut stream = guest.vm.vsock().connect(3005).await.unwrap();
+        let (said, told) = mpsc::channel();
+        let drops = DropsGuest(Mutex::new(Some(guest)), Mutex::new(said));
+        let waker = Waker::from(Arc::new(drops));
+        let mut bytes = [0; 8];
+        let mut into = ReadBuf::new(&mut bytes);
+        let read = Pin::new(&mut stream).poll_read(&mut Context::from_waker(&waker), &mut into);
+        assert!(read.is_pending());
+        stream.write_all(b"hello").await.unwrap();
+        let limit = hearth_tests::patience(Duration::from_secs(20));
+        let listened = tokio::task::spawn_blocking(move || told.recv_timeout(limit));
+        assert_eq!(listened.await.unwrap(), Ok(true), "{round}");
+    }
+    let guest = Guest::fork().await;
+    within(20, "ping", guest.connect().await.ping())
+        .await
+        .unwrap();
+    assert_eq!(hearth_vmm::leaked_vms(), 0);
 }

@@ -1,27 +1,34 @@
 //! How a VM ends: the first reported cause wins, everyone who waits is told.
 
+use std::future::Future;
 use std::sync::{Arc, OnceLock};
-
-use tokio::sync::watch;
 
 use crate::legacy::console::Console;
 use crate::state::Exit;
 use crate::vcpu::gate::{Gate, Want};
 use crate::virtio::vsock::VsockHost;
+use crate::wake::Notice;
 
 /// Shared by a VM's threads; the only place that decides how the VM ended.
 #[derive(Debug)]
 pub(crate) struct Ending {
-    exit: watch::Sender<Option<Exit>>,
+    cause: Arc<Cause>,
     gate: Arc<Gate>,
     console: Console,
     vsock: OnceLock<VsockHost>,
 }
 
+/// How the VM ended, for those who wait for that and keep nothing else of it.
+#[derive(Debug, Default)]
+struct Cause {
+    exit: OnceLock<Exit>,
+    known: Notice,
+}
+
 impl Ending {
     pub(crate) fn new(gate: Arc<Gate>, console: Console) -> Self {
         Self {
-            exit: watch::Sender::new(None),
+            cause: Arc::default(),
             gate,
             console,
             vsock: OnceLock::new(),
@@ -35,29 +42,28 @@ impl Ending {
 
     /// Records how the VM ended, unless that is known already, and stops its vCPUs. Does not wait.
     pub(crate) fn report(&self, exit: Exit) {
-        let first = self.exit.send_if_modified(|known| {
-            let first = known.is_none();
-            if first {
-                tracing::debug!(%exit, "VM ended");
-                *known = Some(exit);
-            }
-            first
-        });
+        let first = self.cause.exit.set(exit).is_ok();
         self.gate.set(Want::Stop);
         if first {
+            self.cause.known.post();
             self.console.close();
             if let Some(vsock) = self.vsock.get() {
                 vsock.close();
+            }
+            if let Some(exit) = self.cause.exit.get() {
+                tracing::debug!(%exit, "VM ended");
             }
         }
     }
 
     /// How it ended, if it did.
     pub(crate) fn known(&self) -> Option<Exit> {
-        self.exit.borrow().clone()
+        self.cause.exit.get().cloned()
     }
 
-    pub(crate) fn watch(&self) -> watch::Receiver<Option<Exit>> {
-        self.exit.subscribe()
+    /// Waits until it has ended.
+    pub(crate) fn ended(&self) -> impl Future<Output = Exit> + Send + 'static {
+        let cause = Arc::clone(&self.cause);
+        async move { cause.known.until(|| cause.exit.get().cloned()).await }
     }
 }

@@ -68,8 +68,7 @@ pub(crate) fn serial_interrupt() -> Result<EventFd, BootError> {
 }
 
 impl Frame {
-    /// Memory slots before the interrupt controllers (see [`kvm::set_memory`]); vCPUs with their CPUID, which
-    /// must be there before any MSR that depends on it.
+    /// Memory slots before the interrupt controllers (see [`kvm::set_memory`]).
     pub(crate) fn new(
         host: &Host,
         hardware: Hardware,
@@ -108,17 +107,10 @@ impl Frame {
 }
 
 fn create_vcpu(host: &Host, hardware: Hardware, vm: &VmFd, index: u8) -> Result<VcpuFd, BootError> {
-    let vcpu = vm
-        .create_vcpu(u64::from(index))
-        .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
-    let cpuid =
-        cpuid::for_vcpu(host.cpuid(), hardware.profile, index, hardware.vcpus).map_err(|_| {
-            KvmError {
-                call: "KVM_SET_CPUID2",
-                source: std::io::ErrorKind::InvalidInput.into(),
-            }
-        })?;
-    vcpu.set_cpuid2(&cpuid)
-        .map_err(KvmError::of("KVM_SET_CPUID2"))?;
-    Ok(vcpu)
+    let cpuid = cpuid::for_vcpu(host.cpuid(), hardware.profile, index, hardware.vcpus);
+    let cpuid = cpuid.map_err(|_| KvmError {
+        call: "KVM_SET_CPUID2",
+        source: std::io::ErrorKind::InvalidInput.into(),
+    })?;
+    Ok(kvm::create_vcpu(vm, index, &cpuid)?)
 }

@@ -1,11 +1,11 @@
-//! Making a KVM virtual machine: creation with retries, memory slots, interrupt controllers.
+//! Making a KVM virtual machine: creation with retries, memory slots, interrupt controllers, vCPUs.
 
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout;
@@ -14,6 +14,8 @@ use crate::virtio::pmem::PmemImage;
 
 /// How often `KVM_CREATE_VM` is tried when a signal or a busy host interrupts it.
 const CREATE_ATTEMPTS: u32 = 8;
+/// How often `KVM_RUN` is.
+const RUN_ATTEMPTS: u32 = 10;
 
 /// An ioctl on a VM or vCPU failed.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +37,7 @@ impl KvmError {
 }
 
 /// Calls KVM again while it answers with one of `passing` errors, `attempts` times at most, each pause longer than the last.
-pub(crate) fn patiently<T>(
+fn patiently<T>(
     passing: &[i32],
     attempts: u32,
     mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>,
@@ -49,6 +51,14 @@ pub(crate) fn patiently<T>(
         }
     }
     call()
+}
+
+/// `KVM_RUN`, again while it answers with what passes: ENOMEM (busy hosts do at the first run, for no reason) or EAGAIN
+/// (the start-up interrupt of a second vCPU came; or KVM got no thread for a VM that runs for the first time).
+pub(crate) fn run_patiently<T>(
+    run: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    patiently(&[libc::ENOMEM, libc::EAGAIN], RUN_ATTEMPTS, run)
 }
 
 /// `KVM_CREATE_VM`; again while it is interrupted (a busy host answers EINTR) or short of memory.
@@ -126,11 +136,24 @@ pub(crate) fn create_irqchip(vm: &VmFd, pit: bool) -> Result<(), KvmError> {
     Ok(())
 }
 
+/// The `index`th vCPU with its CPUID, which KVM wants to know before any register: kernels of 6.12 answer
+/// `KVM_SET_SREGS` with EINVAL as long as there is none, and MSRs depend on it everywhere.
+pub(crate) fn create_vcpu(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<VcpuFd, KvmError> {
+    #[allow(clippy::disallowed_methods, reason = "the one place that may")]
+    let vcpu = vm
+        .create_vcpu(u64::from(index))
+        .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+    vcpu.set_cpuid2(cpuid)
+        .map_err(KvmError::of("KVM_SET_CPUID2"))?;
+    Ok(vcpu)
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
     use std::time::Instant;
 
+    use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
     use vmm_sys_util::signal::Killable;
 
     use super::*;
@@ -155,6 +178,22 @@ mod tests {
         assert_eq!(failing(3, libc::EINTR), (Ok(()), 4));
         assert_eq!(failing(4, libc::EINTR), (Err(libc::EINTR), 4));
         assert_eq!(failing(1, libc::EFAULT), (Err(libc::EFAULT), 1));
+    }
+
+    /// Kernels of 6.12 refuse the registers of a vCPU without CPUID.
+    #[test]
+    fn a_vcpu_knows_its_cpuid_before_anything_else_is_asked_of_it() {
+        let Ok(kvm) = Kvm::new() else {
+            let _ = writeln!(std::io::stderr(), "\nNOT MEASURED: no /dev/kvm");
+            return;
+        };
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+        let vm = create_vm(&kvm).unwrap();
+        let vcpu = create_vcpu(&vm, 0, &cpuid).unwrap();
+        let known = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap();
+        assert_eq!(known.as_slice().len(), cpuid.as_slice().len());
+        let sregs = vcpu.get_sregs().unwrap();
+        vcpu.set_sregs(&sregs).unwrap();
     }
 
     /// FC#5046, on the host's own KVM: a signal that comes while a VM is made.

@@ -34,14 +34,18 @@ mod prefetch;
 mod private;
 mod reactor;
 mod seccomp;
+mod sigbus;
 mod snapshot;
 mod state;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
 pub mod testing;
+mod threads;
+mod undertaker;
 mod vcpu;
 pub mod virtio;
 mod vm;
+mod wake;
 
 pub use boot::{BzImageError, CmdlineError, EntryChoice, KernelError, KernelFormat, LoadError};
 pub use config::{
@@ -51,13 +55,15 @@ pub use config::{
 pub use host::{CpuProfile, Host, HostError};
 pub use kvm::KvmError;
 pub use legacy::console::{Chunk, Console};
-pub use machine::{BootError, CreateTimes, GUEST_CID, leaked_vms};
+pub use machine::{BootError, CreateTimes, GUEST_CID};
 pub use memory::HugePages;
 pub use prefetch::WorkingSet;
 pub use reactor::ReactorError;
 pub use seccomp::SeccompError;
+pub use sigbus::leave_sigbus_alone;
 pub use snapshot::{Difference, Shell, SnapshotError, StoreError, Template, cache};
 pub use state::{Exit, InternalError, VmStatus};
+pub use undertaker::leaked_vms;
 pub use vcpu::kick::kick_signal;
 pub use vcpu::{ExitCounters, VcpuError};
 pub use virtio::DeviceFaults;

@@ -1,12 +1,11 @@
 //! What a VM owns, how it is made, and how it is taken apart.
 //!
 //! A [`Machine`] is taken apart in this order: streams end, vCPU threads are stopped and leave it (in
-//! bounded time), the event thread lets go, KVM is closed, and only then memory is unmapped. A vCPU
-//! thread that does not stop in time keeps its own references to all it uses: it and its memory
-//! leak, are counted and logged, and nothing is unmapped under it.
+//! bounded time), the event thread lets go, KVM is closed, and only then memory is unmapped. A machine
+//! whose vCPU threads do not leave in time is kept whole: nothing is unmapped under them. It is leaked,
+//! which is counted and logged, until they do (see [`crate::undertaker`]).
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -28,10 +27,12 @@ use crate::legacy::serial::SerialPort;
 use crate::limits::Limits;
 use crate::memory::{GuestRam, MemoryError};
 use crate::reactor::{Attachment, Reactor, ReactorError};
+use crate::sigbus::{self, Watch};
 use crate::snapshot::chips::ChipState;
 use crate::snapshot::cpu::VcpuState;
 use crate::snapshot::{SnapshotError, VmState};
 use crate::state::Exit;
+use crate::undertaker::{Mortal, STOP_BOUND, undertaker};
 use crate::vcpu::gate::{Gate, Want};
 use crate::vcpu::runner::{Crew, replenish};
 use crate::vcpu::stats::VcpuStats;
@@ -44,8 +45,6 @@ use crate::virtio::{DeviceState, VirtioDevice};
 
 /// The guest's vsock address. Every VM has its own socket space, so that one number serves all.
 pub const GUEST_CID: u64 = 3;
-/// How long a stopping vCPU thread may take before it is leaked.
-const STOP_BOUND: Duration = Duration::from_secs(5);
 
 /// Why a VM could not be made. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -110,11 +109,12 @@ pub(crate) struct Machine {
     /// Of the vCPUs, if instructions are counted. Each holds the VM in the kernel.
     pub(crate) stats: Vec<VcpuStats>,
     pub(crate) hardware: Hardware,
+    watch: Arc<Watch>,
     /// Until their threads are started.
     vcpus: Vec<VcpuFd>,
     attachment: Option<Attachment>,
     /// Closed after the threads left; vCPU fds are owned by the threads.
-    vm: Option<VmFd>,
+    vm: Option<Arc<VmFd>>,
     /// Unmapped last.
     ram: Option<GuestRam>,
     images: Vec<PlacedImage>,
@@ -122,14 +122,33 @@ pub(crate) struct Machine {
     pub(crate) baggage: Baggage,
 }
 
-/// What a VM keeps for others until nothing of itself is left.
-#[derive(Default)]
-pub(crate) struct Baggage(pub(crate) Vec<Box<dyn Send>>);
+/// What a VM keeps for others until nothing of itself is left: until the last clone of this goes.
+#[derive(Clone, Default)]
+pub(crate) struct Baggage(Arc<Mutex<Vec<Box<dyn Send>>>>);
+
+impl Baggage {
+    pub(crate) fn add(&self, piece: Box<dyn Send>) {
+        let mut pieces = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pieces.push(piece);
+    }
+}
 
 impl std::fmt::Debug for Baggage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Baggage").field(&self.0.len()).finish()
+        f.write_str("Baggage")
     }
+}
+
+/// What a VM is captured from. It keeps that much of the VM: whoever takes the VM apart meanwhile need not wait.
+/// Fields are dropped in this order: KVM's VM is closed before memory is unmapped.
+#[derive(Debug)]
+pub(crate) struct Capture {
+    hardware: Hardware,
+    gate: Arc<Gate>,
+    vm: Arc<VmFd>,
+    board: Arc<Board>,
+    ram: GuestRam,
+    _baggage: Baggage,
 }
 
 /// What a VM is made of, apart from what is in its memory.
@@ -256,7 +275,7 @@ impl Machine {
 
     /// Waits until the threads of the vCPUs, if they were started, are at the gate.
     pub(crate) fn settle(&self) -> bool {
-        self.gate.settle(Instant::now() + STOP_BOUND)
+        self.gate.settle(STOP_BOUND)
     }
 
     /// All but the vCPUs' threads and the service of the devices.
@@ -288,6 +307,7 @@ impl Machine {
         ending.ends_streams(devices.vsock.clone());
         Machine {
             hardware,
+            watch: Watch::new(ram.clone()),
             gate,
             ending,
             exits: Arc::new(ExitCounters::default()),
@@ -299,7 +319,7 @@ impl Machine {
             stats: Vec::new(),
             vcpus,
             attachment: None,
-            vm: Some(vm),
+            vm: Some(Arc::new(vm)),
             ram: Some(ram),
             images,
             baggage: Baggage::default(),
@@ -315,10 +335,19 @@ impl Machine {
 
     /// Gives the vCPUs to their threads, which wait at the gate, or run at once: to wake a thread that has just come
     /// to wait takes longer than all the rest of a fork on a busy host. Then has the devices served: what the
-    /// guest wants of them before is remembered. A failure takes the half-made machine apart by dropping it.
+    /// guest wants of them before is remembered. Whether the vCPUs can run is known then. A failure takes the half-made
+    /// machine apart by dropping it.
     pub(crate) fn start(&mut self, mut crew: Crew, want: Want) -> Result<(), BootError> {
         let start = Instant::now();
+        sigbus::install().map_err(VcpuError::Signal)?;
+        // All that the end of a vCPU may need, before there is one.
+        let limits = self.hardware.limits;
+        undertaker()
+            .start()
+            .map_err(|e| ReactorError(Box::new(e)))?;
+        let reactor = Reactor::get(limits.seccomp)?;
         self.gate.set(want);
+        let (begun, vcpus_begun) = mpsc::channel();
         for (index, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
@@ -327,52 +356,32 @@ impl Machine {
                 gate: Arc::clone(&self.gate),
                 ending: Arc::clone(&self.ending),
                 exits: Arc::clone(&self.exits),
+                begun: Some(begun.clone()),
+                watch: Arc::clone(&self.watch),
             };
             crew.next()?.run(vcpu)?;
         }
-        let limits = self.hardware.limits;
-        let reactor = Reactor::get(limits.seccomp)?;
+        drop(begun);
         let (virtio, ending) = (self.board.virtio.clone(), Arc::clone(&self.ending));
-        self.attachment = Some(reactor.attach(virtio, ending)?);
+        self.attachment = Some(reactor.attach(virtio, ending, Arc::clone(&self.watch))?);
+        for vcpu in vcpus_begun {
+            vcpu?;
+        }
         self.times.devices += start.elapsed();
         replenish(limits);
         Ok(())
     }
 
-    /// The state of a VM whose vCPUs wait at the gate, and what `with_memory` makes of its memory
-    /// while no device can write to it. Devices are saved before KVM's state, so that an interrupt
-    /// that a device raised is in the controllers when they are saved.
-    pub(crate) fn save<T>(
-        &self,
-        with_memory: impl FnOnce(&GuestRam) -> std::io::Result<T>,
-    ) -> Result<(VmState, T), SnapshotError> {
-        let (Some(vm), Some(ram)) = (&self.vm, &self.ram) else {
-            return Err(SnapshotError::Running);
-        };
-        // Not locked meanwhile: their event thread serves other VMs.
-        let _asleep = Asleep::all(&self.board.virtio);
-        let devices = self.board.virtio.iter();
-        let saved = devices.map(|transport| lock(transport).save()).collect();
-        let serial = self.board.serial.as_ref().map(SerialPort::save);
-        let indices = Host::get()?.msr_indices();
-        let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
-        for index in 0..usize::from(self.hardware.vcpus) {
-            let vcpu = self
-                .gate
-                .with_vcpu(index, |vcpu| VcpuState::save(vcpu, indices))
-                .ok_or(SnapshotError::Running)??;
-            vcpus.push(vcpu);
-        }
-        let chips = ChipState::save(vm, self.hardware.pit)?;
-        let memory = with_memory(ram).map_err(SnapshotError::Memory)?;
-        let state = VmState {
+    /// What it is captured from; `None` once it was taken apart.
+    pub(crate) fn capture(&self) -> Option<Capture> {
+        Some(Capture {
             hardware: self.hardware,
-            vcpus,
-            chips,
-            transports: saved,
-            serial,
-        };
-        Ok((state, memory))
+            gate: Arc::clone(&self.gate),
+            vm: Arc::clone(self.vm.as_ref()?),
+            board: Arc::clone(&self.board),
+            ram: self.ram.clone()?,
+            _baggage: self.baggage.clone(),
+        })
     }
 
     pub(crate) fn ram(&self) -> Option<&GuestRam> {
@@ -391,25 +400,80 @@ impl Machine {
 
     fn take_apart(&mut self) {
         self.ending.report(Exit::Killed);
-        let stopped = self.settle();
-        self.detach();
-        self.vcpus.clear();
-        self.stats.clear();
-        if stopped {
+        if self.settle() {
+            self.detach();
+            self.vcpus.clear();
+            self.stats.clear();
             drop(self.vm.take());
             drop(self.ram.take());
             self.images.clear();
         } else {
-            LEAKED.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(
-                "a vCPU thread did not stop in {STOP_BOUND:?}: it and its memory are leaked"
-            );
-            std::mem::forget((
-                self.vm.take(),
-                self.ram.take(),
-                std::mem::take(&mut self.images),
-            ));
+            self.detach();
+            undertaker().watch(self.take());
         }
+    }
+
+    /// All that must stay as long as a vCPU thread may use it; nothing of that is left here.
+    fn take(&mut self) -> Machine {
+        Machine {
+            gate: Arc::clone(&self.gate),
+            ending: Arc::clone(&self.ending),
+            exits: Arc::clone(&self.exits),
+            console: self.console.clone(),
+            vsock: self.vsock.clone(),
+            balloon: self.balloon.clone(),
+            board: Arc::clone(&self.board),
+            times: self.times,
+            stats: std::mem::take(&mut self.stats),
+            hardware: self.hardware,
+            watch: Arc::clone(&self.watch),
+            vcpus: std::mem::take(&mut self.vcpus),
+            attachment: self.attachment.take(),
+            vm: self.vm.take(),
+            ram: self.ram.take(),
+            images: std::mem::take(&mut self.images),
+            baggage: std::mem::take(&mut self.baggage),
+        }
+    }
+}
+
+impl Capture {
+    /// The state of a VM whose vCPUs wait at the gate, and what `with_memory` makes of its memory
+    /// while no device can write to it. Devices are saved before KVM's state, so that an interrupt
+    /// that a device raised is in the controllers when they are saved.
+    pub(crate) fn save<T>(
+        &self,
+        with_memory: impl FnOnce(&GuestRam) -> std::io::Result<T>,
+    ) -> Result<(VmState, T), SnapshotError> {
+        // Not locked meanwhile: their event thread serves other VMs.
+        let _asleep = Asleep::all(&self.board.virtio);
+        let devices = self.board.virtio.iter();
+        let saved = devices.map(|transport| lock(transport).save()).collect();
+        let serial = self.board.serial.as_ref().map(SerialPort::save);
+        let indices = Host::get()?.msr_indices();
+        let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
+        for index in 0..usize::from(self.hardware.vcpus) {
+            let vcpu = self
+                .gate
+                .with_vcpu(index, |vcpu| VcpuState::save(vcpu, indices))
+                .ok_or(SnapshotError::Running)??;
+            vcpus.push(vcpu);
+        }
+        let chips = ChipState::save(&self.vm, self.hardware.pit)?;
+        let memory = with_memory(&self.ram).map_err(SnapshotError::Memory)?;
+        let state = VmState {
+            hardware: self.hardware,
+            vcpus,
+            chips,
+            transports: saved,
+            serial,
+        };
+        Ok((state, memory))
+    }
+
+    /// Whether the guest has ended: nobody needs what is captured then.
+    pub(crate) fn is_over(&self) -> bool {
+        self.gate.want() == Want::Stop
     }
 }
 
@@ -435,17 +499,22 @@ impl Drop for Asleep<'_> {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.take_apart();
+        // Else another value has it all.
+        if self.vm.is_some() {
+            self.take_apart();
+        }
     }
 }
 
-static LEAKED: AtomicU64 = AtomicU64::new(0);
+impl Mortal for Machine {
+    fn has_stopped(&self, within: Duration) -> bool {
+        self.ending.report(Exit::Killed);
+        self.gate.settle(within)
+    }
 
-/// VMs of this process whose vCPU thread could not be stopped and whose memory was therefore left
-/// mapped. Anything but zero is a fault of the host's kernel or of this library.
-#[must_use]
-pub fn leaked_vms() -> u64 {
-    LEAKED.load(Ordering::Relaxed)
+    fn leaks(&mut self) {
+        self.baggage = Baggage::default();
+    }
 }
 
 fn place_images(host: &Host, config: &VmConfig) -> Result<Vec<PlacedImage>, PmemError> {
@@ -597,29 +666,4 @@ pub(crate) fn restore_devices(state: &VmState) -> Result<(), BootError> {
 
 fn memory_mib(hardware: Hardware) -> u32 {
     u32::try_from(hardware.memory_bytes >> 20).unwrap_or(u32::MAX)
-}
-
-/// Takes machines apart off their owners' threads: one thread per process, started with the first.
-pub(crate) struct Undertaker(mpsc::Sender<Machine>);
-
-impl Undertaker {
-    /// Hands a machine over; if there is no thread for it, it is taken apart here.
-    pub(crate) fn bury(machine: Machine) {
-        static UNDERTAKER: OnceLock<Option<Undertaker>> = OnceLock::new();
-        match UNDERTAKER.get_or_init(Undertaker::start) {
-            // A machine that comes back is dropped, and so taken apart, right here.
-            Some(undertaker) => drop(undertaker.0.send(machine)),
-            None => drop(machine),
-        }
-    }
-
-    fn start() -> Option<Undertaker> {
-        let (sender, machines) = mpsc::channel::<Machine>();
-        std::thread::Builder::new()
-            .name("hearth-undertaker".into())
-            .stack_size(256 << 10)
-            .spawn(move || machines.into_iter().for_each(drop))
-            .ok()?;
-        Some(Undertaker(sender))
-    }
 }

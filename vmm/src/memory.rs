@@ -27,6 +27,8 @@ pub use huge::{HUGE_PAGE_SIZE, HugePages};
 pub const GAP_START: u64 = 0xC000_0000;
 /// End of the hole; guest memory beyond [`GAP_START`] continues here.
 pub const GAP_END: u64 = 0x1_0000_0000;
+/// Gives locked pages back, too (include/uapi/asm-generic/mman-common.h, since Linux 5.18).
+const MADV_DONTNEED_LOCKED: libc::c_int = 24;
 /// Bytes in a guest page.
 pub const PAGE_SIZE: u64 = 4096;
 /// Bytes in a MiB.
@@ -214,18 +216,20 @@ impl GuestRam {
             overlays: Vec::new(),
         };
         for (addr, len, _) in ram.host_regions() {
-            ram.keep_from_children(addr, len)?;
+            ram.keep_in_process(addr, len)?;
         }
         Ok(ram)
     }
 
     /// A child that the host program forks, and that executes nothing else, does not get `[addr, addr + len)`: it
-    /// would hold the memory when the VM is gone, and make the guest copy each page that it writes.
-    fn keep_from_children(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
-        self.advise(addr, len, libc::MADV_DONTFORK)
+    /// would hold the memory when the VM is gone, and make the guest copy each page that it writes. Nor is it in a core
+    /// dump of the host program, whose reader it does not concern, and which it would make gigabytes long.
+    fn keep_in_process(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
+        self.advise(addr, len, libc::MADV_DONTFORK)?;
+        self.advise(addr, len, libc::MADV_DONTDUMP)
     }
 
-    /// Advises the host about `[addr, addr + len)`. After `advice` (one of `MADV_DONTFORK`, `MADV_POPULATE_*`) the range
+    /// Advises the host about `[addr, addr + len)`. After `advice` (one of `MADV_DONTFORK`, `MADV_DONTDUMP`, `MADV_POPULATE_*`) the range
     /// shows what it showed before.
     ///
     /// # Errors
@@ -297,7 +301,7 @@ impl GuestRam {
             let source = std::io::Error::last_os_error();
             return Err(MemoryError::Create { bytes: len, source });
         }
-        self.keep_from_children(addr, len)?;
+        self.keep_in_process(addr, len)?;
         self.overlays.push((addr, len));
         Ok(())
     }
@@ -370,7 +374,7 @@ impl GuestRam {
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region;
-    /// [`MemoryError::Discard`] when the host refuses.
+    /// [`MemoryError::Discard`] when the host refuses: before Linux 5.18 it does in a process that has locked its memory.
     pub fn discard(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
         if !self.contains(addr, len) {
             return Err(MemoryError::OutOfRange { addr, len });
@@ -381,12 +385,19 @@ impl GuestRam {
             return Ok(());
         }
         let host = self.host_address(start, end - start)?;
-        // SAFETY: `[start, end)` was checked to lie inside one region's mapping, which `self.map`
-        // keeps alive; guest memory is only ever accessed volatilely.
-        let mut done = unsafe {
-            let len = usize::try_from(end - start).unwrap_or(0);
-            libc::madvise(host.cast(), len, libc::MADV_DONTNEED)
+        let give_back = |advice| {
+            // SAFETY: `[start, end)` was checked to lie inside one region's mapping, which `self.map`
+            // keeps alive; guest memory is only ever accessed volatilely.
+            unsafe {
+                let len = usize::try_from(end - start).unwrap_or(0);
+                libc::madvise(host.cast(), len, advice)
+            }
         };
+        let mut done = give_back(libc::MADV_DONTNEED);
+        if done != 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
+            // The host program has locked its memory (mlockall(2)).
+            done = give_back(MADV_DONTNEED_LOCKED);
+        }
         if done == 0 && self.sharing == Sharing::Shared {
             // SAFETY: plain system call on an fd that `self.file` keeps open; it touches memory
             // only through the kernel's page cache.
@@ -412,14 +423,18 @@ pub(crate) fn memfd() -> std::io::Result<File> {
     memfd_with(0)
 }
 
+/// What a guest writes there is no program of the host's: nobody can execute it, or make it executable.
 fn memfd_with(flags: libc::c_uint) -> std::io::Result<File> {
-    // SAFETY: the name is a NUL-terminated literal; the returned fd is checked before it is owned.
-    let fd = unsafe {
-        libc::memfd_create(
-            c"hearth-guest".as_ptr(),
-            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags,
-        )
+    let create = |flags| {
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags;
+        // SAFETY: the name is a NUL-terminated literal; the returned fd is checked before it is owned.
+        unsafe { libc::memfd_create(c"hearth-guest".as_ptr(), flags) }
     };
+    let mut fd = create(flags | libc::MFD_NOEXEC_SEAL);
+    if fd < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
+        // Before Linux 6.3.
+        fd = create(flags);
+    }
     if fd < 0 {
         return Err(std::io::Error::last_os_error());
     }

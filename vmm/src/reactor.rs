@@ -20,8 +20,11 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::board::{SharedTransport, lock};
 use crate::ending::Ending;
 use crate::seccomp::{self, Role};
+use crate::sigbus::Watch;
 use crate::state::Exit;
+use crate::threads::{self, LARGE_STACK};
 use crate::virtio::{Bell, Progress};
+use crate::wake;
 
 /// Most event threads of a process; fewer on hosts with fewer processors.
 const MAX_THREADS: usize = 2;
@@ -107,6 +110,8 @@ impl Reactor {
         if let Some(reactor) = reactor.get() {
             return Ok(reactor);
         }
+        // Before a thread that needs it can be confined.
+        wake::start().map_err(|e| ReactorError(Box::new(e)))?;
         let count = std::thread::available_parallelism()
             .map_or(1, usize::from)
             .min(MAX_THREADS);
@@ -124,6 +129,7 @@ impl Reactor {
         &'static self,
         transports: Vec<SharedTransport>,
         ending: Arc<Ending>,
+        watch: Arc<Watch>,
     ) -> Result<Attachment, ReactorError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let turn = usize::try_from(id).unwrap_or(0) % self.threads.len().max(1);
@@ -146,6 +152,7 @@ impl Reactor {
             devices,
             timers: Arc::clone(&thread.timers),
             ending,
+            watch,
         })));
         thread.places().insert(id, Arc::clone(&place));
         // Dropped on failure: bells that are not listened to do no harm there.
@@ -175,21 +182,19 @@ fn start(index: usize, confined: bool) -> Result<Arc<EventThread>, ReactorError>
     });
     let own = Arc::clone(&thread);
     let (ready, is_ready) = std::sync::mpsc::channel();
-    std::thread::Builder::new()
-        .name(format!("hearth-events{index}"))
-        .spawn(move || {
-            let filter = if confined {
-                seccomp::confine(Role::Events)
-            } else {
-                Ok(())
-            };
-            let refused = filter.is_err();
-            let _ = ready.send(filter);
-            if !refused {
-                serve(&own);
-            }
-        })
-        .map_err(|e| ReactorError(Box::new(e)))?;
+    threads::spawn(&format!("hearth-events{index}"), LARGE_STACK, move || {
+        let filter = if confined {
+            seccomp::confine(Role::Events)
+        } else {
+            Ok(())
+        };
+        let refused = filter.is_err();
+        let _ = ready.send(filter);
+        if !refused {
+            serve(&own);
+        }
+    })
+    .map_err(|e| ReactorError(Box::new(e)))?;
     let filter = is_ready.recv().map_err(|e| ReactorError(Box::new(e)))?;
     filter.map_err(|e| ReactorError(Box::new(e)))?;
     Ok(thread)
@@ -283,6 +288,7 @@ struct Devices {
     devices: Vec<Device>,
     timers: Timers,
     ending: Arc<Ending>,
+    watch: Arc<Watch>,
 }
 
 impl Devices {
@@ -292,11 +298,17 @@ impl Devices {
             return;
         };
         let _ = device.bell.answer();
+        let serves = self.watch.guard();
         let run = AssertUnwindSafe(|| {
             let mut transport = lock(&device.transport);
             (transport.run(), transport.deadline())
         });
-        match catch_unwind(run) {
+        let ran = catch_unwind(run);
+        drop(serves);
+        if self.watch.is_lost() {
+            return self.ending.report(Exit::BusError);
+        }
+        match ran {
             Ok((progress, deadline)) => {
                 if progress == Progress::More {
                     device.bell.ring();

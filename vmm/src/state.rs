@@ -19,6 +19,10 @@ pub enum Exit {
     TripleFault,
     /// KVM could not go on, mostly because it cannot emulate an instruction.
     InternalError(InternalError),
+    /// The host could not give memory of the guest's: a page that its hardware has lost, a file of a template or an
+    /// image that was cut off or cannot be read. Or its kernel ended the thread's work for another reason that it tells
+    /// by SIGBUS (see [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
+    BusError,
     /// The host program killed it.
     Killed,
     /// The monitor failed or its thread panicked; the text says where. The VM is poisoned.
@@ -54,6 +58,9 @@ impl fmt::Display for Exit {
                     }
                 }
                 write!(f, " at {:#x})", error.rip)
+            }
+            Self::BusError => {
+                f.write_str("the host could not give memory of the guest's (SIGBUS or EFAULT)")
             }
             Self::Killed => f.write_str("the guest was killed"),
             Self::Failed(what) => write!(f, "the monitor failed: {what}"),

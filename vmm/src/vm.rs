@@ -8,10 +8,11 @@ use crate::board::lock;
 use crate::config::VmConfig;
 use crate::host::CpuProfile;
 use crate::legacy::console::Console;
-use crate::machine::{BootError, CreateTimes, Machine, Undertaker};
+use crate::machine::{BootError, Capture, CreateTimes, Machine};
 use crate::prefetch::WorkingSet;
 use crate::snapshot::{SnapshotError, Template, VmState, rest};
 use crate::state::{Exit, VmStatus};
+use crate::undertaker::undertaker;
 use crate::vcpu::ExitCounters;
 use crate::vcpu::gate::{Hold, Want};
 use crate::virtio::DeviceFaults;
@@ -54,7 +55,8 @@ pub enum PauseError {
     Deadline,
 }
 
-/// How long a pause waits for the vCPUs. They leave the guest within a signal's delivery.
+/// How long a pause waits for the vCPUs, of time in which this process could run. They leave the guest within a signal's
+/// delivery.
 const PAUSE_BOUND: Duration = Duration::from_secs(5);
 /// How long [`Vm::pause_at_rest`] lets the guest work between two looks.
 const REST_INTERVAL: Duration = Duration::from_millis(10);
@@ -142,18 +144,7 @@ impl Vm {
     /// Resolves when the guest has ended. Any number of tasks may wait; the future does not keep
     /// the VM alive. Cancel-safe.
     pub fn exited(&self) -> impl Future<Output = Exit> + Send + 'static {
-        let mut watch = self.handles.ending.watch();
-        async move {
-            match watch
-                .wait_for(Option::is_some)
-                .await
-                .map(|exit| exit.clone())
-            {
-                Ok(Some(exit)) => exit,
-                // The VM's last part went without a word; that is its end too.
-                _ => Exit::Killed,
-            }
-        }
+        self.handles.ending.ended()
     }
 
     /// Stops the vCPUs until [`Vm::resume`]. Returns once none runs. Blocks for a signal's delivery.
@@ -226,7 +217,7 @@ impl Vm {
 
     /// Waits until no vCPU runs behind the closed gate.
     fn settled(&self) -> Result<(), PauseError> {
-        if !self.handles.gate.settle(Instant::now() + PAUSE_BOUND) {
+        if !self.handles.gate.settle(PAUSE_BOUND) {
             return Err(PauseError::Deadline);
         }
         match self.status() {
@@ -334,7 +325,8 @@ impl Vm {
 
     /// Captures the VM as a template and lets it go on as it was (running or paused, or as
     /// [`Vm::resume`] and [`Vm::pause`] said meanwhile). Blocks while the guest's touched memory is
-    /// copied (about 1 ms per MiB); other VMs are not held up.
+    /// copied (about 1 ms per MiB); other VMs are not held up, nor is who looks at this one. One that is ended or
+    /// taken apart meanwhile is not captured.
     ///
     /// Programs in the guest go on in a clone from where they are, before it can be told that it is a clone. An agent
     /// that can hold them (`AgentClient::freeze` of hearth-agent) should do so before.
@@ -343,10 +335,18 @@ impl Vm {
     /// [`SnapshotError`]; the VM goes on.
     pub fn snapshot(&self) -> Result<Template, SnapshotError> {
         let _held = self.hold()?;
-        match &*self.machine() {
-            Some(machine) => Template::copy_of(machine),
-            None => Err(SnapshotError::Running),
+        let template = self.capture().and_then(|it| Template::copy_of(&it));
+        match self.handles.ending.known() {
+            // Ended meanwhile.
+            Some(exit) if template.is_err() => Err(PauseError::Ended(exit).into()),
+            _ => template,
         }
+    }
+
+    /// What a copy is made of. The machine's lock is free meanwhile: whoever looks at the VM, or ends it, need not wait.
+    pub(crate) fn capture(&self) -> Result<Capture, SnapshotError> {
+        let capture = self.machine().as_ref().and_then(Machine::capture);
+        capture.ok_or(SnapshotError::Running)
     }
 
     /// Makes the VM a template: it stops here, and its memory is the template's without a copy.
@@ -361,16 +361,18 @@ impl Vm {
     }
 
     /// Keeps `baggage` until nothing of the VM is left: it is dropped last, on whatever thread takes the
-    /// VM apart; at once if that has begun.
+    /// VM apart; at once if that has begun. Of a VM that is [leaked](crate::leaked_vms), when that is known.
+    ///
+    /// Its drop may do anything but block for long: the threads that take VMs apart are few.
     pub fn carry(&self, baggage: impl Send + 'static) {
-        if let Some(machine) = &mut *self.machine() {
-            machine.baggage.0.push(Box::new(baggage));
+        if let Some(machine) = &*self.machine() {
+            machine.baggage.add(Box::new(baggage));
         }
     }
 
-    /// Ends the guest and waits until everything that it held is released (bounded: a vCPU thread
-    /// that does not stop in 5 s is leaked and counted). Blocks; from async code use
-    /// `spawn_blocking` or simply drop.
+    /// Ends the guest and waits until everything that it held is released (bounded: a VM whose vCPU thread
+    /// does not stop in 5 s is [leaked](crate::leaked_vms), and released when it has stopped after all).
+    /// Blocks; from async code use `spawn_blocking` or simply drop.
     pub fn destroy(self) {
         self.take_apart();
     }
@@ -389,7 +391,7 @@ impl Drop for Vm {
         let machine = self.machine().take();
         if let Some(machine) = machine {
             machine.ending.report(Exit::Killed);
-            Undertaker::bury(machine);
+            undertaker().bury(machine);
         }
     }
 }

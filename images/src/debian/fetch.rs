@@ -3,7 +3,6 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use sha2::{Digest, Sha256};
 
@@ -16,30 +15,109 @@ use crate::progress::{Event, Progress, Stage, stage};
 /// apt's tool for one file: its ways to the network, and a check of the hash.
 const HELPER: &str = "/usr/lib/apt/apt-helper";
 
-/// The file of each package in `dir`, in their order; those that are not there are fetched.
-pub(crate) fn fetch(
-    packages: &[Package],
-    suite: &str,
-    dir: &Path,
-    progress: &dyn Progress,
-) -> Result<Vec<PathBuf>, DebianError> {
-    let files: Vec<PathBuf> = packages
-        .iter()
-        .map(|package| file_in(dir, package))
-        .collect();
-    let mut missing = Vec::new();
-    for (package, file) in packages.iter().zip(&files) {
-        if !has(file, &package.sha256).map_err(io_error("read", file))? {
-            missing.push(package);
+/// Where packages come from, and where their files are kept.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Download<'a> {
+    /// Debian's, which says in which archive they are: that of its releases or that of their security updates.
+    pub(crate) suite: &'a str,
+    /// Keeps files under their hashes.
+    pub(crate) dir: &'a Path,
+    /// For what is half-fetched; on the same file system.
+    pub(crate) scratch: &'a Path,
+    /// What the work is called to who waits for it.
+    pub(crate) stage: Stage,
+}
+
+impl Download<'_> {
+    /// The file of each package, in their order; those that are not there, or not whole, are fetched.
+    pub(crate) fn fetch(
+        self,
+        packages: &[Package],
+        progress: &dyn Progress,
+    ) -> Result<Vec<PathBuf>, DebianError> {
+        let files: Vec<PathBuf> = packages
+            .iter()
+            .map(|package| file_in(self.dir, package))
+            .collect();
+        let mut missing = Vec::new();
+        for (package, file) in packages.iter().zip(&files) {
+            if !has(file, &package.sha256).map_err(io_error("read", file))? {
+                missing.push(package);
+            }
+        }
+        if !missing.is_empty() {
+            let mirrors = mirror::mirrors(self.suite)?;
+            stage(progress, self.stage, || {
+                self.fetch_from(&mirrors, &missing, progress)
+            })?;
+        }
+        Ok(files)
+    }
+
+    fn fetch_from(
+        self,
+        mirrors: &[String],
+        packages: &[&Package],
+        progress: &dyn Progress,
+    ) -> Result<(), DebianError> {
+        let mut missing = packages.to_vec();
+        let mut failure = None;
+        for mirror in mirrors {
+            match self.fetch_from_one(mirror, &missing, progress) {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    missing.retain(|package| !file_in(self.dir, package).exists());
+                    // What the likeliest mirror says counts.
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        Err(failure.unwrap_or(DebianError::NoMirror))
+    }
+
+    fn fetch_from_one(
+        self,
+        mirror: &str,
+        packages: &[&Package],
+        progress: &dyn Progress,
+    ) -> Result<(), DebianError> {
+        let part = tempfile::Builder::new()
+            .prefix("part-")
+            .tempdir_in(self.scratch)
+            .map_err(io_error("create a directory in", self.scratch))?;
+        let mut helper = command::fetcher(HELPER);
+        // The user that root's apt would become cannot write here.
+        helper.args(["-q", "-o", "APT::Sandbox::User=root", "download-file"]);
+        for package in packages {
+            helper
+                .arg(format!("{mirror}/{}", package.path))
+                .arg(file_in(part.path(), package))
+                .arg(format!("SHA256:{}", package.sha256));
+        }
+        let total = u32::try_from(packages.len()).unwrap_or(u32::MAX);
+        let mut done = 0;
+        let fetched = command::run(&mut helper, |line| {
+            if line.starts_with("Get:") && done < total {
+                done += 1;
+                let stage = self.stage;
+                progress.event(Event::Step { stage, done, total });
+            }
+        });
+        let mut lacking = Vec::new();
+        for package in packages {
+            let (from, to) = (file_in(part.path(), package), file_in(self.dir, package));
+            // apt names a file so only when its hash is right.
+            match publish(&from, &to) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => lacking.push(*package),
+                result => result.map_err(io_error("publish", &to))?,
+            }
+        }
+        match fetched {
+            Err(error) if !lacking.is_empty() => Err(failed(&lacking, error)),
+            Err(error) => Err(error.into()),
+            Ok(()) => Ok(()),
         }
     }
-    if !missing.is_empty() {
-        let mirrors = mirror::mirrors(suite)?;
-        stage(progress, Stage::Packages, || {
-            from_mirrors(&mirrors, &missing, dir, progress)
-        })?;
-    }
-    Ok(files)
 }
 
 fn file_in(dir: &Path, package: &Package) -> PathBuf {
@@ -61,71 +139,6 @@ fn has(file: &Path, sha256: &str) -> io::Result<bool> {
     }
     fs::remove_file(file)?;
     Ok(false)
-}
-
-fn from_mirrors(
-    mirrors: &[String],
-    packages: &[&Package],
-    dir: &Path,
-    progress: &dyn Progress,
-) -> Result<(), DebianError> {
-    let mut missing = packages.to_vec();
-    let mut failure = None;
-    for mirror in mirrors {
-        match from_mirror(mirror, &missing, dir, progress) {
-            Ok(()) => return Ok(()),
-            Err(error) => {
-                missing.retain(|package| !file_in(dir, package).exists());
-                // What the likeliest mirror says counts.
-                failure.get_or_insert(error);
-            }
-        }
-    }
-    Err(failure.unwrap_or(DebianError::NoMirror))
-}
-
-fn from_mirror(
-    mirror: &str,
-    packages: &[&Package],
-    dir: &Path,
-    progress: &dyn Progress,
-) -> Result<(), DebianError> {
-    let part = tempfile::Builder::new()
-        .prefix("part-")
-        .tempdir_in(dir)
-        .map_err(io_error("create a directory in", dir))?;
-    let mut helper = Command::new(HELPER);
-    // The user that root's apt would become cannot write here.
-    helper.args(["-q", "-o", "APT::Sandbox::User=root", "download-file"]);
-    for package in packages {
-        helper
-            .arg(format!("{mirror}/{}", package.path))
-            .arg(file_in(part.path(), package))
-            .arg(format!("SHA256:{}", package.sha256));
-    }
-    let total = u32::try_from(packages.len()).unwrap_or(u32::MAX);
-    let mut done = 0;
-    let fetched = command::run(helper.env("LC_ALL", "C"), |line| {
-        if line.starts_with("Get:") && done < total {
-            done += 1;
-            let stage = Stage::Packages;
-            progress.event(Event::Step { stage, done, total });
-        }
-    });
-    let mut lacking = Vec::new();
-    for package in packages {
-        let (from, to) = (file_in(part.path(), package), file_in(dir, package));
-        // apt names a file so only when its hash is right.
-        match publish(&from, &to) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => lacking.push(*package),
-            result => result.map_err(io_error("publish", &to))?,
-        }
-    }
-    match fetched {
-        Err(error) if !lacking.is_empty() => Err(failed(&lacking, error)),
-        Err(error) => Err(error.into()),
-        Ok(()) => Ok(()),
-    }
 }
 
 /// From a mirror that is a directory of this machine apt brings links.
@@ -189,6 +202,15 @@ mod tests {
         }
     }
 
+    fn into<'a>(dir: &'a Path, scratch: &'a Path) -> Download<'a> {
+        Download {
+            suite: "none",
+            dir,
+            scratch,
+            stage: Stage::Packages,
+        }
+    }
+
     fn there_is_apt() -> bool {
         let there = Path::new(HELPER).exists();
         if !there {
@@ -215,15 +237,19 @@ mod tests {
             "file:/nowhere".to_owned(),
             format!("file:{}", archive.display()),
         ];
-        from_mirrors(&mirrors, &[&one, &two], &cache, &Silent).unwrap();
+        let download = into(&cache, dir.path());
+        download
+            .fetch_from(&mirrors, &[&one, &two], &Silent)
+            .unwrap();
         let packages = [one, two];
         // No mirror is asked for what is there.
-        let files = fetch(&packages, "none", &cache, &Silent).unwrap();
+        let files = download.fetch(&packages, &Silent).unwrap();
         assert_eq!(fs::read(&files[1]).unwrap(), b"2");
         assert_eq!(fs::read_dir(&cache).unwrap().count(), 2);
         fs::write(&files[1], b"other").unwrap();
         assert!(!has(&files[1], &packages[1].sha256).unwrap());
-        from_mirrors(&mirrors, &[&packages[1]], &cache, &Silent).unwrap();
+        let again = download.fetch_from(&mirrors, &[&packages[1]], &Silent);
+        again.unwrap();
         assert_eq!(fs::read(&files[1]).unwrap(), b"2");
     }
 
@@ -241,7 +267,9 @@ mod tests {
         );
         bad.sha256 = "0".repeat(64);
         let mirrors = [format!("file:{}", archive.display())];
-        let error = from_mirrors(&mirrors, &[&good, &bad], &cache, &Silent).unwrap_err();
+        let error = into(&cache, dir.path())
+            .fetch_from(&mirrors, &[&good, &bad], &Silent)
+            .unwrap_err();
         let DebianError::Mismatch { packages, .. } = error else {
             panic!("{error}");
         };

@@ -1,14 +1,15 @@
 //! Where Debian's archive is for this machine: its own apt knows.
 
-use std::process::Command;
-
 use super::{DebianError, MIRROR_VARIABLE};
 use crate::command;
 
 /// What is asked of each source: release, component, the archive's label (once its lists were fetched), address.
 const FORMAT: &str = "$(RELEASE)|$(COMPONENT)|$(LABEL)|$(REPO_URI)";
-/// The label of Debian's archive; that of its security updates is another.
+/// The labels of Debian's archive and of that of its security updates, whose suites end so and whose address mostly
+/// does, too.
 const LABEL: &str = "Debian";
+const SECURITY_LABEL: &str = "Debian-Security";
+const SECURITY: &str = "-security";
 
 /// Addresses without a slash at the end, the likeliest first. What comes from them is checked by signature or hash, so that a
 /// wrong one costs time only.
@@ -17,11 +18,16 @@ pub(super) fn mirrors(suite: &str) -> Result<Vec<String>, DebianError> {
         .ok()
         .filter(|named| !named.is_empty())
     {
-        return Ok(vec![mirror.trim_end_matches('/').to_owned()]);
+        let mirror = mirror.trim_end_matches('/');
+        let archive = match suite.ends_with(SECURITY) {
+            true => format!("{mirror}{SECURITY}"),
+            false => mirror.to_owned(),
+        };
+        return Ok(vec![archive]);
     }
-    let mut apt = Command::new("apt-get");
+    let mut apt = command::tool("apt-get");
     apt.args(["indextargets", "--format", FORMAT, "Created-By: Packages"]);
-    let found = of_targets(&command::output(apt.env("LC_ALL", "C"))?, suite);
+    let found = of_targets(&command::output(&mut apt)?, suite);
     if found.is_empty() {
         return Err(DebianError::NoMirror);
     }
@@ -29,6 +35,21 @@ pub(super) fn mirrors(suite: &str) -> Result<Vec<String>, DebianError> {
 }
 
 fn of_targets(targets: &str, suite: &str) -> Vec<String> {
+    let Some(release) = suite.strip_suffix(SECURITY) else {
+        return labelled(targets, LABEL, suite);
+    };
+    let mut found = labelled(targets, SECURITY_LABEL, suite);
+    // A machine without security updates: their archive is mostly beside the other one.
+    let beside = labelled(targets, LABEL, release).into_iter();
+    for uri in beside.map(|uri| format!("{uri}{SECURITY}")) {
+        if !found.contains(&uri) {
+            found.push(uri);
+        }
+    }
+    found
+}
+
+fn labelled(targets: &str, wanted: &str, suite: &str) -> Vec<String> {
     let mut found: Vec<(u8, &str)> = targets
         .lines()
         .filter_map(|line| {
@@ -37,7 +58,7 @@ fn of_targets(targets: &str, suite: &str) -> Vec<String> {
             let (label, uri) = (fields.next()?, fields.next()?);
             // What apt does not know stays as it was asked for.
             let known = !label.starts_with("$(") && !label.is_empty();
-            let rank = match (label == LABEL, known, release == suite) {
+            let rank = match (label == wanted, known, release == suite) {
                 (true, _, true) => 0,
                 (true, _, false) => 1,
                 (false, false, true) => 2,
@@ -81,6 +102,20 @@ nodistro|main|$(LABEL)|https://node.example/node/
             ["http://mirror.example/debian"]
         );
         assert!(of_targets("", "bookworm").is_empty());
+    }
+
+    #[test]
+    fn security_updates_are_in_an_archive_of_their_own() {
+        let main = "bookworm|main|Debian|http://mirror.example/debian/\n";
+        let security =
+            "bookworm-security|main|Debian-Security|http://other.example/debian-security/\n";
+        let beside = "http://mirror.example/debian-security";
+        assert_eq!(of_targets(main, "bookworm-security"), [beside]);
+        assert_eq!(
+            of_targets(&format!("{main}{security}"), "bookworm-security"),
+            ["http://other.example/debian-security", beside]
+        );
+        assert!(of_targets(security, "bookworm").is_empty());
     }
 
     #[test]

@@ -8,8 +8,8 @@ mod resolve;
 use crate::cache::CacheError;
 use crate::command::CommandError;
 
-pub(crate) use fetch::fetch;
-pub(crate) use resolve::resolve;
+pub(crate) use fetch::Download;
+pub(crate) use resolve::{newest, resolve};
 
 /// Names the Debian mirror to use, such as the address in a line of apt's `sources.list`.
 const MIRROR_VARIABLE: &str = "HEARTH_DEBIAN_MIRROR";

@@ -26,33 +26,66 @@ pub(crate) fn resolve(
     scratch: &Path,
     progress: &dyn Progress,
 ) -> Result<Vec<Package>, DebianError> {
-    if !Path::new(KEYRING).exists() {
-        return Err(DebianError::NoKeys);
-    }
-    let mirrors = mirror::mirrors(suite)?;
-    let mirror = mirrors.first().ok_or(DebianError::NoMirror)?;
     stage(progress, Stage::Resolve, || {
-        prepare(scratch, mirror, suite, leave_out)?;
-        let apt = || {
-            let mut apt = Command::new("apt-get");
-            apt.arg("-q").arg("-c").arg(scratch.join("apt.conf"));
-            apt.env("LC_ALL", "C");
-            apt
-        };
-        command::run(apt().arg("update"), |_| {}).map_err(DebianError::Resolve)?;
-        let mut install = apt();
-        install
-            .args([
-                "install",
-                "--print-uris",
-                "--yes",
-                "--no-install-recommends",
-                "--",
-            ])
-            .args(packages);
-        let plan = command::output(&mut install).map_err(DebianError::Resolve)?;
-        read_plan(&plan, mirror)
+        let index = Index::fetch(suite, leave_out, scratch)?;
+        let install = [
+            "install",
+            "--print-uris",
+            "--yes",
+            "--no-install-recommends",
+            "--",
+        ];
+        index.plan(&install, packages)
     })
+}
+
+/// The newest version of one package that the suite's index has. Fetches the index, whose signature apt checks;
+/// `scratch` is an empty directory.
+pub(crate) fn newest(
+    package: &str,
+    suite: &str,
+    scratch: &Path,
+    progress: &dyn Progress,
+) -> Result<Package, DebianError> {
+    let packages = stage(progress, Stage::Resolve, || {
+        let index = Index::fetch(suite, &[], scratch)?;
+        index.plan(&["download", "--print-uris", "--"], &[package.to_owned()])
+    })?;
+    let found = packages.into_iter().find(|found| found.name == package);
+    found.ok_or_else(|| DebianError::Answer(package.to_owned()))
+}
+
+/// What one suite has: apt with a state, a source and settings of its own.
+struct Index<'a> {
+    mirror: String,
+    scratch: &'a Path,
+}
+
+impl<'a> Index<'a> {
+    fn fetch(suite: &str, leave_out: &[String], scratch: &'a Path) -> Result<Self, DebianError> {
+        if !Path::new(KEYRING).exists() {
+            return Err(DebianError::NoKeys);
+        }
+        let mirrors = mirror::mirrors(suite)?;
+        let mirror = mirrors.into_iter().next().ok_or(DebianError::NoMirror)?;
+        prepare(scratch, &mirror, suite, leave_out)?;
+        let index = Self { mirror, scratch };
+        command::run(index.apt().arg("update"), |_| {}).map_err(DebianError::Resolve)?;
+        Ok(index)
+    }
+
+    fn apt(&self) -> Command {
+        let mut apt = command::fetcher("apt-get");
+        apt.arg("-q").arg("-c").arg(self.scratch.join("apt.conf"));
+        apt
+    }
+
+    /// The packages that apt would fetch.
+    fn plan(&self, words: &[&str], packages: &[String]) -> Result<Vec<Package>, DebianError> {
+        let mut apt = self.apt();
+        let plan = command::output(apt.args(words).args(packages));
+        read_plan(&plan.map_err(DebianError::Resolve)?, &self.mirror)
+    }
 }
 
 /// apt's configuration, source, and a machine on which nothing is installed but what is to be left out.

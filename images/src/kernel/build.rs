@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::available_parallelism;
 
-use super::source::{self, Package};
+use super::source::{self, Source};
 use super::{FILE, KernelError, config, write};
 use crate::cache::{CacheError, io_error};
 use crate::command;
@@ -18,7 +18,7 @@ const STEPS: u32 = 1_250;
 /// holds what is to be published.
 pub(super) fn build(
     scratch: &Path,
-    package: &Package,
+    package: &Source,
     fragment: &str,
     patches: &'static [(&'static str, &'static str)],
     progress: &dyn Progress,
@@ -60,7 +60,7 @@ impl Tree {
         write(&file, text)?;
         // No fuzz: a patch that fits only roughly may do something else.
         command::run(
-            Command::new("patch")
+            command::tool("patch")
                 .args([
                     "-p1",
                     "--batch",
@@ -114,11 +114,11 @@ impl Tree {
         Ok(())
     }
 
-    fn collect(&self, scratch: &Path, package: &Package) -> Result<PathBuf, KernelError> {
+    fn collect(&self, scratch: &Path, package: &Source) -> Result<PathBuf, KernelError> {
         let finished = scratch.join("entry");
         fs::create_dir(&finished).map_err(io_error("create", &finished))?;
         command::run(
-            Command::new("strip")
+            command::tool("strip")
                 .arg("-o")
                 .arg(finished.join(FILE))
                 .arg(self.objects.join(FILE)),
@@ -130,7 +130,7 @@ impl Tree {
             let to = finished.join(name.trim_start_matches('.'));
             fs::copy(&from, &to).map_err(io_error("copy", &from))?;
         }
-        let compiler = command::output(Command::new("gcc").arg("--version"))?;
+        let compiler = command::output(command::tool("gcc").arg("--version"))?;
         write(
             &finished.join("built-from"),
             &format!(
@@ -142,36 +142,13 @@ impl Tree {
         Ok(finished)
     }
 
-    /// `make`, free of what in the environment would change the result.
+    /// `make` for our tree; who built it, where and when leaves no trace.
     fn make(&self) -> Command {
-        let mut make = Command::new("make");
+        let mut make = command::tool("make");
         make.arg("-C").arg(&self.source);
         make.arg(format!("O={}", self.objects.display()));
         make.arg("ARCH=x86_64");
-        for inherited in [
-            "MAKEFLAGS",
-            "MFLAGS",
-            "MAKELEVEL",
-            "MAKEOVERRIDES",
-            "KCONFIG_CONFIG",
-            "KCFLAGS",
-            "KAFLAGS",
-            "KCPPFLAGS",
-            "LOCALVERSION",
-            "CROSS_COMPILE",
-            "LLVM",
-            "CC",
-            "LD",
-            "CFLAGS",
-            "LDFLAGS",
-            "O",
-            "V",
-            "W",
-        ] {
-            make.env_remove(inherited);
-        }
-        make.env("LC_ALL", "C")
-            .env("KBUILD_BUILD_TIMESTAMP", "Thu Jan  1 00:00:00 UTC 1970")
+        make.env("KBUILD_BUILD_TIMESTAMP", "Thu Jan  1 00:00:00 UTC 1970")
             .env("KBUILD_BUILD_USER", "hearth")
             .env("KBUILD_BUILD_HOST", "hearth")
             .env("KBUILD_BUILD_VERSION", "1");

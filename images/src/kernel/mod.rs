@@ -15,6 +15,7 @@ pub use config::Wrong;
 
 use crate::cache::{Cache, CacheError, Key};
 use crate::command::CommandError;
+use crate::debian::DebianError;
 use crate::progress::Progress;
 use crate::tools::{self, MissingTools};
 
@@ -80,12 +81,9 @@ pub enum KernelError {
     /// The machine lacks what a kernel build needs.
     #[error("building the kernel needs more packages; install them with: {}", .0.install_command())]
     Tools(MissingTools),
-    /// apt knows no usable version of the source package.
-    #[error(
-        "apt knows no linux-source-6.12 package: run `sudo apt-get update`, and see that a Debian \
-         source (bookworm-security or newer) is among apt's sources"
-    )]
-    NoSource,
+    /// The source package cannot be had.
+    #[error("the kernel's source cannot be had")]
+    Source(#[from] DebianError),
     /// The unpacked package does not hold what it should.
     #[error("the package linux-source-6.12 {version} holds no {missing}")]
     Package {
@@ -164,13 +162,12 @@ pub(crate) fn get(cache: &Cache, progress: &dyn Progress) -> Result<PathBuf, Ker
     if let Some(path) = cached(cache) {
         return Ok(path);
     }
-    let scratch = cache.scratch(KIND, &lock)?;
-    let package = source::fetch(&cache.dir("source")?, progress)?;
-    let finished = build::build(&scratch, &package, CONFIG, PATCHES, progress)?;
+    let scratch = cache.scratch(&lock)?;
+    let scratch = scratch.path();
+    let package = source::fetch(&cache.dir("source")?, scratch, progress)?;
+    let finished = build::build(scratch, &package, CONFIG, PATCHES, progress)?;
     let name = entry_name(&package.version, &recipe(CONFIG, PATCHES));
     let entry = cache.publish(KIND, &name, &finished)?;
-    // Two gigabytes of objects that no later build would trust.
-    drop(cache.scratch(KIND, &lock)?);
     Ok(entry.join(FILE))
 }
 

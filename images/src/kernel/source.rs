@@ -1,141 +1,83 @@
-//! The kernel's source: a Debian package, downloaded by apt (which checks its
-//! signature) and never installed.
+//! The kernel's source: a Debian package, pinned by its hash and never installed.
 
-use std::cmp::Ordering;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::slice;
 
 use super::KernelError;
 use crate::cache::io_error;
-use crate::command::{self, CommandError};
-use crate::progress::{Event, Progress, Stage};
+use crate::command;
+use crate::debian::{self, DebianError, Download};
+use crate::lock::Package;
+use crate::progress::{Progress, Stage};
 
 /// The package name; one long-term series, so that a newer version of it
 /// takes our patches or fails to.
 const PACKAGE: &str = "linux-source-6.12";
-/// The version that our patches were made on. Others are taken only if apt no
-/// longer has this one.
+/// Where it is: among Debian's security updates.
+const SUITE: &str = "bookworm-security";
+/// The version that our patches were made on. Others are taken only if the archive no longer has this one.
 pub(super) const PINNED: &str = "6.12.117-1~deb12u1";
+const PATH: &str = "pool/updates/main/l/linux-6.12/linux-source-6.12_6.12.117-1%7edeb12u1_all.deb";
+const SHA256: &str = "e849faf31ca3555757f3a8877cb01af92122f744f75d1f3102734651c4e14703";
 
 /// A downloaded source package.
 #[derive(Debug)]
-pub(super) struct Package {
+pub(super) struct Source {
     pub(super) version: String,
     pub(super) file: PathBuf,
 }
 
-/// Downloads the pinned version into `dir`, or else the newest that apt
-/// knows, unless it is there already.
-pub(super) fn fetch(dir: &Path, progress: &dyn Progress) -> Result<Package, KernelError> {
-    if let Some(package) = downloaded(dir, PINNED) {
-        return Ok(package);
-    }
-    progress.event(Event::Begin(Stage::Fetch));
-    let package = match download(dir, PINNED) {
-        Ok(package) => package,
-        Err(KernelError::Command(error)) => newest(dir, error)?,
-        Err(error) => return Err(error),
+/// The pinned version from `dir`, downloaded if it is not there or not whole. If the archive has dropped it, the newest
+/// that the suite's signed index vouches for.
+pub(super) fn fetch(
+    dir: &Path,
+    scratch: &Path,
+    progress: &dyn Progress,
+) -> Result<Source, KernelError> {
+    let download = Download {
+        suite: SUITE,
+        dir,
+        scratch,
+        stage: Stage::Fetch,
     };
-    progress.event(Event::End(Stage::Fetch));
-    Ok(package)
-}
-
-/// apt could not fetch the pinned version: for `error`, or because its mirror
-/// moved on to another one.
-fn newest(dir: &Path, error: CommandError) -> Result<Package, KernelError> {
-    let known = command::output(
-        Command::new("apt-cache")
-            .args(["madison", PACKAGE])
-            .env("LC_ALL", "C"),
-    )?;
-    match newest_known(&known) {
-        None => Err(KernelError::NoSource),
-        // It is the right one, so something else is wrong: the network, say.
-        Some(version) if version == PINNED => Err(error.into()),
-        Some(version) => {
+    let pinned = Package {
+        name: PACKAGE.to_owned(),
+        version: PINNED.to_owned(),
+        path: PATH.to_owned(),
+        sha256: SHA256.to_owned(),
+    };
+    let get = |package: &Package| download.fetch(slice::from_ref(package), progress);
+    let (package, files) = match get(&pinned) {
+        Err(DebianError::Vanished { .. }) => {
+            let index = scratch.join("index");
+            fs::create_dir(&index).map_err(io_error("create", &index))?;
+            let newest = debian::newest(PACKAGE, SUITE, &index, progress)?;
             tracing::warn!(
                 pinned = PINNED,
-                version,
-                "apt no longer has the pinned kernel source, taking the newest"
+                version = newest.version,
+                "Debian's archive no longer has the pinned kernel source, taking the newest"
             );
-            downloaded(dir, &version).map_or_else(|| download(dir, &version), Ok)
+            let files = get(&newest)?;
+            (newest, files)
         }
-    }
-}
-
-/// The newest version in the output of `apt-cache madison`.
-fn newest_known(madison: &str) -> Option<String> {
-    madison
-        .lines()
-        .filter_map(|line| {
-            let mut columns = line.split('|').map(str::trim);
-            (columns.next() == Some(PACKAGE)).then(|| columns.next())?
-        })
-        .max_by(|a, b| compare(a, b))
-        .map(str::to_owned)
-}
-
-/// Orders versions by the numbers in them. Enough within one series of one
-/// package; dpkg's full rules are not needed to choose among those.
-fn compare(a: &str, b: &str) -> Ordering {
-    let numbers = |version: &str| -> Vec<u64> {
-        version
-            .split(|c: char| !c.is_ascii_digit())
-            .filter_map(|digits| digits.parse().ok())
-            .collect()
+        files => (pinned, files?),
     };
-    numbers(a).cmp(&numbers(b))
-}
-
-fn path_of(dir: &Path, version: &str) -> PathBuf {
-    dir.join(format!("{PACKAGE}_{version}_all.deb"))
-}
-
-fn downloaded(dir: &Path, version: &str) -> Option<Package> {
-    let file = path_of(dir, version);
-    file.is_file().then(|| Package {
-        version: version.to_owned(),
+    let file = files.into_iter().next().ok_or(KernelError::Package {
+        version: package.version.clone(),
+        missing: "file after its download",
+    })?;
+    Ok(Source {
+        version: package.version,
         file,
     })
 }
 
-fn download(dir: &Path, version: &str) -> Result<Package, KernelError> {
-    let part = tempfile::Builder::new()
-        .prefix("part-")
-        .tempdir_in(dir)
-        .map_err(io_error("create a directory in", dir))?;
-    command::run(
-        Command::new("apt-get")
-            .args(["-q", "download", &format!("{PACKAGE}={version}")])
-            .env("LC_ALL", "C")
-            .current_dir(part.path()),
-        |_| {},
-    )?;
-    // apt writes an epoch's colon as %3a; whatever it chose, it is the one.
-    let mut files = fs::read_dir(part.path()).map_err(io_error("read", part.path()))?;
-    let file = files
-        .find_map(|entry| {
-            let path = entry.ok()?.path();
-            (path.extension()? == "deb").then_some(path)
-        })
-        .ok_or_else(|| KernelError::Package {
-            version: version.to_owned(),
-            missing: "file after its download",
-        })?;
-    let to = path_of(dir, version);
-    fs::rename(&file, &to).map_err(io_error("publish", &to))?;
-    Ok(Package {
-        version: version.to_owned(),
-        file: to,
-    })
-}
-
 /// Unpacks the source tree into `to`, which must not exist.
-pub(super) fn unpack(package: &Package, scratch: &Path, to: &Path) -> Result<(), KernelError> {
+pub(super) fn unpack(package: &Source, scratch: &Path, to: &Path) -> Result<(), KernelError> {
     let deb = scratch.join("deb");
     command::run(
-        Command::new("dpkg-deb")
+        command::tool("dpkg-deb")
             .arg("-x")
             .arg(&package.file)
             .arg(&deb),
@@ -150,7 +92,7 @@ pub(super) fn unpack(package: &Package, scratch: &Path, to: &Path) -> Result<(),
     }
     fs::create_dir(to).map_err(io_error("create", to))?;
     command::run(
-        Command::new("tar")
+        command::tool("tar")
             .arg("-xJf")
             .arg(&tarball)
             .arg("-C")
@@ -165,33 +107,45 @@ pub(super) fn unpack(package: &Package, scratch: &Path, to: &Path) -> Result<(),
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Silent;
+    use crate::command::CommandError;
 
     #[test]
-    fn the_newest_version_that_apt_knows() {
-        let known = "\
- linux-source-6.12 | 6.12.99-1~deb12u1 | http://deb.debian.org/debian-security x/main Packages
- linux-source-6.12 | 6.12.117-1~deb12u1 | http://deb.debian.org/debian-security x/main Packages
- linux-source-6.12 | 6.12.115-2~deb12u1 | http://deb.debian.org/debian-security x/main Packages
-linux-source-6.12 | 6.12.200-1 | http://deb.debian.org/debian x/main Sources
-other | 7.0 | http://deb.debian.org/debian x/main Packages
-";
-        assert_eq!(newest_known(known).as_deref(), Some("6.12.200-1"));
-        assert_eq!(newest_known(""), None);
-        assert_eq!(newest_known("N: Unable to locate package\n"), None);
+    fn the_pin_is_one_version() {
+        assert!(PATH.contains(&PINNED.replace('~', "%7e")));
+        assert!(PATH.contains(PACKAGE));
+        assert_eq!(SHA256.len(), 64);
+        assert!(SHA256.bytes().all(|digit| digit.is_ascii_hexdigit()));
     }
 
+    /// What becomes of builds when the archive drops the pin.
     #[test]
-    fn a_download_that_is_there_is_not_repeated() {
+    #[ignore = "long: needs the network"]
+    fn debian_s_signed_index_names_a_version_of_the_series() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(downloaded(dir.path(), PINNED).is_none());
-        fs::write(path_of(dir.path(), PINNED), b"deb").unwrap();
-        struct Deaf;
-        impl Progress for Deaf {
-            fn event(&self, event: Event) {
-                panic!("nothing was to be done: {event:?}");
+        let package = match debian::newest(PACKAGE, SUITE, dir.path(), &Silent) {
+            Ok(package) => package,
+            Err(DebianError::NoKeys | DebianError::NoMirror) => {
+                return not_measured("no keys or mirrors of Debian's");
             }
+            Err(DebianError::Resolve(error @ CommandError::Failed { .. })) => {
+                return not_measured(&error.to_string());
+            }
+            Err(error) => panic!("{error:?}"),
+        };
+        assert!(package.version.starts_with("6.12."), "{package:?}");
+        assert_eq!(package.sha256.len(), 64);
+        if package.version == PINNED {
+            assert_eq!(
+                (package.path.as_str(), package.sha256.as_str()),
+                (PATH, SHA256)
+            );
         }
-        let package = fetch(dir.path(), &Deaf).unwrap();
-        assert_eq!(package.version, PINNED);
+    }
+
+    fn not_measured(reason: &str) {
+        use std::io::Write;
+        let line = format!("\nNOT MEASURED: {}\n", reason.replace('\n', " "));
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }
 }

@@ -2,7 +2,6 @@
 //! is no network, and nothing of this machine's but a few devices.
 
 use std::path::Path;
-use std::process::Command;
 
 use super::RootError;
 use crate::command;
@@ -31,12 +30,11 @@ exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HO
 
 pub(super) fn run(tree: &Path, commands: &[String]) -> Result<(), RootError> {
     let namespaces = || {
-        let mut unshare = Command::new("unshare");
+        let mut unshare = command::tool("unshare");
         unshare
             .args(UNSHARE)
             .args(["--", "/bin/sh", "-c"])
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("LC_ALL", "C");
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         unshare
     };
     let try_it = r#"mount -t tmpfs tmpfs "$1/dev""#;

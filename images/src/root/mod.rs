@@ -8,11 +8,12 @@ mod tests;
 mod tree;
 
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 
 use crate::cache::{Cache, CacheError, Key, io_error};
 use crate::command::CommandError;
-use crate::debian::{self, DebianError};
+use crate::debian::{self, DebianError, Download};
 use crate::erofs::{self, ErofsError};
 use crate::lock::Lock;
 use crate::progress::{Progress, Stage, stage};
@@ -22,7 +23,7 @@ use crate::wheels::{self, Wheels, WheelsError};
 const KIND: &str = "root";
 const FILE: &str = "root.erofs";
 /// Raised when the same recipe and packages give another image.
-const BUILDER: &str = "1";
+const BUILDER: &str = "2";
 
 /// Why there is no root file system.
 #[derive(Debug, thiserror::Error)]
@@ -148,10 +149,15 @@ pub(crate) fn get(
         return Ok(path);
     }
     let wheels = wheels::get(cache, recipe, lock, progress)?;
-    let packages = cache.dir("source")?;
-    let packages = debian::fetch(&lock.packages, &recipe.text.suite, &packages, progress)?;
-
-    let scratch = cache.scratch(KIND, &build)?;
+    let scratch = cache.scratch(&build)?;
+    let scratch = scratch.path();
+    let packages = Download {
+        suite: &recipe.text.suite,
+        dir: &cache.dir("source")?,
+        scratch,
+        stage: Stage::Packages,
+    };
+    let packages = packages.fetch(&lock.packages, progress)?;
     let (tree, entry) = (scratch.join("tree"), scratch.join("entry"));
     let text = &recipe.text;
     stage(progress, Stage::Tree, || {
@@ -175,8 +181,6 @@ pub(crate) fn get(
         Ok::<_, RootError>(())
     })?;
     let entry = cache.publish(KIND, &entry_name(recipe, lock, &wheels), &entry)?;
-    // Hundreds of megabytes that no later build would trust.
-    drop(cache.scratch(KIND, &build)?);
     Ok(entry.join(FILE))
 }
 
@@ -191,13 +195,14 @@ pub(crate) fn lock(
         None => (PathBuf::from(name_or_path), None),
     };
     if let Some(text) = new.filter(|_| !file.exists()) {
-        fs::write(&file, text).map_err(io_error("write", &file))?;
+        // Not through a link.
+        let made = fs::File::create_new(&file).and_then(|mut made| made.write_all(text.as_bytes()));
+        made.map_err(io_error("write", &file))?;
     }
     let recipe = Recipe::read(&file)?;
     let text = &recipe.text;
-    let scratch = cache.dir("work")?;
-    let scratch =
-        tempfile::tempdir_in(&scratch).map_err(io_error("create a directory in", &scratch))?;
+    let build = cache.lock("resolve", progress)?;
+    let scratch = cache.scratch(&build)?;
     let (packages, left_out) = (&text.packages, &text.leave_out);
     let packages = debian::resolve(packages, left_out, &text.suite, scratch.path(), progress)?;
     let mut lock = Lock {

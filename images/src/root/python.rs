@@ -101,8 +101,10 @@ fn interpreter(tree: &Path, version: &str) -> Command {
         .arg("--library-path")
         .arg(tree.join("usr/lib/x86_64-linux-gnu"))
         .arg(tree.join(format!("usr/bin/python{version}")))
-        .args(["-B", "-S"])
+        .args(["-B", "-S", "-s"])
         .env_clear()
+        // Modules are its own alone. As a variable, for Pythons before 3.11 have no such option.
+        .env("PYTHONSAFEPATH", "1")
         .env("PYTHONHOME", tree.join("usr"))
         .env("PYTHONHASHSEED", "0");
     python

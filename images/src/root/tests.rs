@@ -1,9 +1,7 @@
 //! Root file systems of packages that are made here: no network.
 
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use sha2::{Digest, Sha256};
@@ -11,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::*;
 use crate::Event;
 use crate::Silent;
+use crate::command;
 use crate::lock::Package;
 
 const RECIPE: &str = r#"
@@ -52,8 +51,7 @@ fn package(dir: &Path) -> Option<PathBuf> {
     write("etc/unwanted", 0o644)?;
     write("usr/share/many/files", 0o644)?;
     write("usr/share/doc/tool/copyright", 0o644)?;
-    let libraries = Command::new("ldd").arg("/bin/sh").output().ok()?;
-    let libraries = String::from_utf8(libraries.stdout).ok()?;
+    let libraries = command::output(command::tool("ldd").arg("/bin/sh")).ok()?;
     let libraries = libraries.split_whitespace();
     for file in libraries
         .filter(|word| word.starts_with('/'))
@@ -68,19 +66,17 @@ fn package(dir: &Path) -> Option<PathBuf> {
     fs::create_dir(tree.join("DEBIAN")).ok()?;
     fs::write(tree.join("DEBIAN/control"), control).ok()?;
     let file = dir.join("tool.deb");
-    let mut deb = Command::new("dpkg-deb");
+    let mut deb = command::tool("dpkg-deb");
     deb.args(["--root-owner-group", "--build"])
         .arg(&tree)
         .arg(&file);
-    let built = deb.output().ok()?.status.success();
-    built.then_some(file)
+    command::run(&mut deb, |_| {}).ok()?;
+    Some(file)
 }
 
 /// The recipe, and a cache that has its package.
 fn prepared(dir: &Path, text: &str) -> Option<(Recipe, Cache)> {
-    if Command::new("mkfs.erofs").arg("--help").output().is_err() {
-        return None;
-    }
+    command::output(command::tool("mkfs.erofs").arg("--help")).ok()?;
     let file = package(dir)?;
     let content = fs::read(&file).ok()?;
     let sha256: String = Sha256::digest(content)
@@ -115,6 +111,16 @@ fn mode(path: &Path) -> u32 {
     path.symlink_metadata().unwrap().permissions().mode()
 }
 
+fn fetched(sources: &Path, packages: &[Package]) -> Result<Vec<PathBuf>, DebianError> {
+    let download = Download {
+        suite: "bookworm",
+        dir: sources,
+        scratch: sources,
+        stage: Stage::Packages,
+    };
+    download.fetch(packages, &Silent)
+}
+
 #[test]
 fn a_tree_is_its_packages_as_the_recipe_changes_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -123,7 +129,7 @@ fn a_tree_is_its_packages_as_the_recipe_changes_them() {
     };
     let packages = &recipe.lock.as_ref().unwrap().packages;
     let sources = cache.dir("source").unwrap();
-    let files = debian::fetch(packages, "bookworm", &sources, &Silent).unwrap();
+    let files = fetched(&sources, packages).unwrap();
     let tree = dir.path().join("tree");
     tree::make(&tree, &files, &recipe.text, &Silent).unwrap();
     let at = |path: &str| tree.join(path);
@@ -198,6 +204,49 @@ fn it_is_built_once_and_is_the_same_wherever_it_is_built() {
     assert!(fs::read(path).unwrap() == fs::read(other).unwrap());
 }
 
+/// What programs of a build would heed: of tar, mkfs.erofs, dpkg, xz, Python, the C library and the shell.
+const HOSTILE: [(&str, &str); 12] = [
+    ("TAR_OPTIONS", "--exclude=*tool"),
+    ("TAPE", "/dev/null"),
+    ("SOURCE_DATE_EPOCH", "1000000000"),
+    ("DPKG_ROOT", "/nowhere"),
+    ("DPKG_DEB_THREADS_MAX", "none"),
+    ("XZ_DEFAULTS", "--no-such-option"),
+    ("PYTHONPATH", "/nowhere"),
+    ("PYTHONHASHSEED", "7"),
+    ("LC_ALL", "tr_TR.UTF-8"),
+    ("TZ", "Pacific/Kiritimati"),
+    ("ENV", "/dev/stdin"),
+    ("POSIXLY_CORRECT", "1"),
+];
+
+#[test]
+fn the_environment_changes_neither_a_key_nor_an_image() {
+    let test = "root::tests::the_environment_changes_neither_a_key_nor_an_image";
+    if command::tests::is_child() {
+        // In the directory that it was started in, as a hostile one would be.
+        let recipe = Recipe::read(Path::new("tool.toml")).unwrap();
+        let cache = Cache::open(Some("elsewhere".into())).unwrap();
+        get(&cache, &recipe, &Silent).unwrap();
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let Some((recipe, cache)) = prepared(dir.path(), RECIPE) else {
+        return not_measured("no dpkg-deb, ldd or mkfs.erofs");
+    };
+    let lock = recipe.lock.as_ref().unwrap();
+    lock.write(&dir.path().join("tool.lock")).unwrap();
+    let image = get(&cache, &recipe, &Silent).unwrap();
+    let elsewhere = dir.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::rename(cache.root().join("source"), elsewhere.join("source")).unwrap();
+    let mut again = command::tests::again(test);
+    again.envs(HOSTILE).current_dir(dir.path());
+    command::run(&mut again, |_| {}).unwrap();
+    let entry = image.strip_prefix(cache.root()).unwrap();
+    assert!(fs::read(elsewhere.join(entry)).unwrap() == fs::read(&image).unwrap());
+}
+
 #[test]
 fn commands_change_the_tree_and_see_nothing_of_this_machine() {
     let dir = tempfile::tempdir().unwrap();
@@ -206,7 +255,7 @@ fn commands_change_the_tree_and_see_nothing_of_this_machine() {
     };
     let sources = dir.path().join("cache/source");
     let packages = &recipe.lock.as_ref().unwrap().packages;
-    let files = debian::fetch(packages, "bookworm", &sources, &Silent).unwrap();
+    let files = fetched(&sources, packages).unwrap();
     let tree = dir.path().join("tree");
     tree::make(&tree, &files, &recipe.text, &Silent).unwrap();
     let look = format!(

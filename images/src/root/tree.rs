@@ -4,7 +4,6 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use super::RootError;
 use crate::cache::{CacheError, io_error};
@@ -108,7 +107,7 @@ pub(super) fn index_libraries(tree: &Path) -> Result<(), RootError> {
 }
 
 fn unpack(package: &Path, tree: &Path) -> Result<(), RootError> {
-    let mut tar = Command::new("tar");
+    let mut tar = command::tool("tar");
     // Packages that were made for separate directories follow the links of merged ones.
     tar.args([
         "--extract",
@@ -119,7 +118,7 @@ fn unpack(package: &Path, tree: &Path) -> Result<(), RootError> {
     .args(UNWANTED.map(|path| format!("--exclude=./{path}")))
     .arg("--directory")
     .arg(tree);
-    let mut deb = Command::new("dpkg-deb");
+    let mut deb = command::tool("dpkg-deb");
     deb.arg("--fsys-tarfile").arg(package);
     command::pipe(&mut deb, &mut tar).map_err(RootError::Unpack)
 }
@@ -161,7 +160,7 @@ fn applets(tree: &Path, recipe: &Text) -> Result<(), RootError> {
             problem: "applets are of busybox: add the package busybox-static".to_owned(),
         }));
     }
-    let listed = command::output(Command::new(program).arg("--list-full"));
+    let listed = command::output(command::tool(program).arg("--list-full"));
     let listed = listed.map_err(|source| RootError::Tool {
         tool: "busybox",
         source,

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-/// A method of the backend that returns no future, or the part of one before its future.
+/// Where a backend panics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Method {
@@ -20,6 +20,10 @@ pub enum Method {
     PrivateBytes,
     /// [`Backend::retire`](crate::Backend::retire).
     Retire,
+    /// [`Backend::settled`](crate::Backend::settled).
+    Settled,
+    /// The future of [`Backend::ended`](crate::Backend::ended).
+    Watch,
 }
 
 /// Those that panic when they are called next.

@@ -362,7 +362,12 @@ impl Backend for FakeBackend {
 
     fn ended(&self, vm: &FakeVm) -> BoxFuture<'static, ()> {
         self.trip(Method::Ended);
-        vm.life.ended().boxed()
+        let (fake, ended) = (self.clone(), vm.life.ended());
+        async move {
+            fake.trip(Method::Watch);
+            ended.await;
+        }
+        .boxed()
     }
 
     fn alive(&self, vm: &FakeVm) -> bool {
@@ -399,6 +404,7 @@ impl Backend for FakeBackend {
     }
 
     async fn settled(&self) {
+        self.trip(Method::Settled);
         let gate = self.world().settle.clone();
         if let Some(gate) = gate {
             gate.pass().await;

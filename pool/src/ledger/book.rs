@@ -1,6 +1,6 @@
 //! What the ledger keeps about one profile.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use tokio::time::Instant;
 
@@ -44,7 +44,10 @@ pub(super) struct Book {
     pub(super) cancelling: usize,
     pub(super) leased: usize,
     pub(super) retiring: usize,
-    pub(super) waiters: VecDeque<WaiterId>,
+    /// VMs in any state.
+    pub(super) vms: usize,
+    /// In order of arrival.
+    pub(super) waiters: BTreeSet<WaiterId>,
     pub(super) tickets: VecDeque<TicketId>,
     pub(super) breaker: Breaker,
     pub(super) scale: Option<Scale>,
@@ -68,7 +71,8 @@ impl Book {
             cancelling: 0,
             leased: 0,
             retiring: 0,
-            waiters: VecDeque::new(),
+            vms: 0,
+            waiters: BTreeSet::new(),
             tickets: VecDeque::new(),
             breaker: Breaker::new(rules.breaker, rules.seed),
             scale: rules.scale.map(Scale::new),
@@ -142,6 +146,7 @@ impl Book {
     }
 
     pub(super) fn join(&mut self, id: VmId, stage: Stage) {
+        self.vms += 1;
         match stage {
             Stage::Booting {
                 cancelled: true,
@@ -166,6 +171,7 @@ impl Book {
     }
 
     pub(super) fn leave(&mut self, id: VmId, stage: Stage) {
+        self.vms -= 1;
         match stage {
             Stage::Booting {
                 cancelled: true,
@@ -179,8 +185,11 @@ impl Book {
                 self.booting.remove(&id);
             }
             Stage::Ready => {
+                // Callers take the last, checks and shrinking the first.
                 if self.ready.back() == Some(&id) {
                     self.ready.pop_back();
+                } else if self.ready.front() == Some(&id) {
+                    self.ready.pop_front();
                 } else {
                     self.ready.retain(|other| *other != id);
                 }

@@ -134,7 +134,7 @@ pub enum Outcome {
 /// Why no VM is handed out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Refusal {
-    /// The pool has not started.
+    /// The pool was never started, or its start is not over.
     NotStarted,
     /// The pool stops or has stopped.
     Stopping,

@@ -24,6 +24,7 @@
 mod autoscale;
 mod book;
 pub(crate) mod breaker;
+mod dues;
 mod event;
 mod reconcile;
 mod steps;
@@ -34,7 +35,7 @@ mod view;
 #[cfg(test)]
 mod world;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -43,6 +44,7 @@ pub use autoscale::ScaleRules;
 use book::Book;
 pub use book::Rules;
 pub use breaker::BreakerRules;
+use dues::{Dues, Limit};
 pub use event::{Action, Event, Outcome, Overdue, Refusal, Shortage};
 pub use view::Counts;
 
@@ -133,12 +135,6 @@ struct Entry {
     born: Option<Instant>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-enum Limit {
-    Deadline,
-    Idle,
-}
-
 /// What holds for the pool as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PoolRules {
@@ -167,7 +163,11 @@ pub struct Ledger {
     next_check: u64,
     next_pass_at: Option<Instant>,
     stop_at: Option<Instant>,
-    limits: BTreeSet<(Instant, VmId, Limit)>,
+    /// The deadline of the stop has passed: leases are ended, and not waited for when they are.
+    past_stop: bool,
+    /// Whether there was a start, ever.
+    started: bool,
+    dues: Dues,
     /// Became ready in this step.
     fresh: Vec<VmId>,
     out: Vec<Action>,
@@ -189,7 +189,9 @@ impl Ledger {
             next_check: 1,
             next_pass_at: None,
             stop_at: None,
-            limits: BTreeSet::new(),
+            past_stop: false,
+            started: false,
+            dues: Dues::default(),
             fresh: Vec::new(),
             out: Vec::new(),
         }
@@ -203,12 +205,16 @@ impl Ledger {
         std::mem::take(&mut self.out)
     }
 
-    /// Takes in an event and returns what it leads to by itself; what is missing then is made up for by
-    /// the next [`apply`](Self::apply). For those who must not decide on boots: whoever does, looks at
-    /// the host's memory first.
+    /// Takes in an event, serves those who wait and returns what is to be done; VMs that are missing then
+    /// are made up for by the next [`apply`](Self::apply). For those who must not decide on boots: whoever
+    /// does, looks at the host's memory first.
     #[must_use]
     pub fn note(&mut self, now: Instant, event: Event) -> Vec<Action> {
         self.take_in(now, event);
+        if self.phase == Phase::Running {
+            // At once: between a return and the next `apply`, newcomers may come.
+            self.serve_waiters(now);
+        }
         std::mem::take(&mut self.out)
     }
 
@@ -276,8 +282,9 @@ impl Ledger {
     pub fn abort(&mut self) {
         self.phase = Phase::Stopped;
         self.stop_at = None;
+        self.past_stop = false;
         self.next_pass_at = None;
-        self.limits.clear();
+        self.dues.clear();
         for id in self.entries.keys().copied().collect::<Vec<_>>() {
             self.shift(id, None);
         }
@@ -290,10 +297,8 @@ impl Ledger {
     }
 
     fn takeable(&self, now: Instant, profile: ProfileId) -> Result<VmId, Refusal> {
-        match self.phase {
-            Phase::Stopped | Phase::Starting => return Err(Refusal::NotStarted),
-            Phase::Stopping => return Err(Refusal::Stopping),
-            Phase::Running => {}
+        if let Some(refusal) = self.closed() {
+            return Err(refusal);
         }
         let Some(book) = self.books.get(profile.0) else {
             return Err(Refusal::Exhausted(Shortage::Empty));
@@ -311,6 +316,16 @@ impl Ledger {
         }
         book.best()
             .ok_or_else(|| Refusal::Exhausted(book.shortage(now, self.pressed)))
+    }
+
+    /// Why nobody is served, whatever there is.
+    fn closed(&self) -> Option<Refusal> {
+        match self.phase {
+            Phase::Running => None,
+            Phase::Stopped if !self.started => Some(Refusal::NotStarted),
+            Phase::Starting => Some(Refusal::NotStarted),
+            Phase::Stopping | Phase::Stopped => Some(Refusal::Stopping),
+        }
     }
 
     /// A caller was refused for want of `vms` VMs.
@@ -338,10 +353,10 @@ impl Ledger {
             book.hits = book.hits.saturating_add(1);
         }
         if let Some(longest) = self.rules.lease_deadline {
-            self.limits.insert((now + longest, id, Limit::Deadline));
+            self.dues.set(id, Limit::Deadline, now + longest);
         }
         if let Some(longest) = self.rules.lease_idle {
-            self.limits.insert((now + longest, id, Limit::Idle));
+            self.dues.set(id, Limit::Idle, now + longest);
         }
     }
 
@@ -360,10 +375,8 @@ impl Ledger {
         book.leave(id, entry.stage);
         if matches!(entry.stage, Stage::Leased(_)) {
             self.leased -= 1;
-            let over = to != Some(Stage::Leased(Hold::Dead));
-            let limited = self.rules.lease_deadline.is_some() || self.rules.lease_idle.is_some();
-            if over && limited {
-                self.limits.retain(|(_, other, _)| *other != id);
+            if to != Some(Stage::Leased(Hold::Dead)) {
+                self.dues.forget(id);
             }
         }
         match to {

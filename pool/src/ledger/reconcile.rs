@@ -25,17 +25,17 @@ impl Ledger {
         }
     }
 
-    fn serve_waiters(&mut self, now: Instant) {
+    pub(super) fn serve_waiters(&mut self, now: Instant) {
         while self.leased < self.rules.lease_limit {
             let served = self.books.iter().enumerate().filter_map(|(index, book)| {
-                Some((*book.waiters.front()?, ProfileId(index), book.best()?))
+                Some((*book.waiters.first()?, ProfileId(index), book.best()?))
             });
             // Over all profiles: a lease that came free goes to whoever waits longest.
             let Some((waiter, profile, id)) = served.min() else {
                 return;
             };
             if let Some(book) = self.books.get_mut(profile.0) {
-                book.waiters.pop_front();
+                book.waiters.pop_first();
             }
             self.lease(now, id);
             self.out.push(Action::Serve(profile, waiter, id));
@@ -88,7 +88,8 @@ impl Ledger {
 
     /// Stops when all is gone; at the deadline ends the leases that are still out.
     fn finish(&mut self, now: Instant) {
-        if self.stop_at.is_some_and(|at| at <= now) {
+        if !self.past_stop && self.stop_at.is_some_and(|at| at <= now) {
+            self.past_stop = true;
             for id in self.entries.keys().copied().collect::<Vec<_>>() {
                 match self.stage(id) {
                     Some(Stage::Leased(Hold::Held | Hold::Dead)) => {
@@ -103,7 +104,8 @@ impl Ledger {
         if self.entries.is_empty() {
             self.phase = Phase::Stopped;
             self.stop_at = None;
-            self.limits.clear();
+            self.past_stop = false;
+            self.dues.clear();
             self.out.push(Action::Stopped);
         }
     }

@@ -12,7 +12,9 @@ impl Ledger {
             Event::Start => {
                 if self.phase == Phase::Stopped {
                     self.phase = Phase::Starting;
+                    self.started = true;
                     self.stop_at = None;
+                    self.past_stop = false;
                     // Somebody wants it tried again.
                     self.books
                         .iter_mut()
@@ -30,9 +32,9 @@ impl Ledger {
             Event::CapacityFreed => self.books.iter_mut().for_each(|book| book.denied = false),
             Event::Wait(profile, waiter) => self.wait(profile, waiter),
             Event::Leave(waiter) => {
-                self.books
-                    .iter_mut()
-                    .for_each(|book| book.waiters.retain(|w| *w != waiter));
+                self.books.iter_mut().for_each(|book| {
+                    book.waiters.remove(&waiter);
+                });
             }
             Event::Returned(id) => self.returned(id),
             Event::Untouched(id) => self.untouched(now, id),
@@ -56,14 +58,16 @@ impl Ledger {
             }
             Event::Killed(id) => {
                 if self.stage(id) == Some(Stage::Leased(Hold::Ending)) {
-                    self.shift(id, Some(Stage::Leased(Hold::Ended)));
+                    // At the end of a stop the lease keeps a dead VM that the pool no longer waits for.
+                    let husk = Stage::Leased(Hold::Ended);
+                    self.shift(id, (!self.past_stop).then_some(husk));
                 }
             }
             Event::Active(id) => {
                 if let (Some(Stage::Leased(Hold::Held | Hold::Dead)), Some(longest)) =
                     (self.stage(id), self.rules.lease_idle)
                 {
-                    self.limits.insert((now + longest, id, Limit::Idle));
+                    self.dues.set(id, Limit::Idle, now + longest);
                 }
             }
             Event::Idle(id) => self.kill(id, Overdue::Idle),
@@ -132,8 +136,8 @@ impl Ledger {
             return;
         };
         self.out.extend(
-            book.waiters
-                .drain(..)
+            std::mem::take(&mut book.waiters)
+                .into_iter()
                 .map(|waiter| Action::Reject(waiter, refusal)),
         );
         self.out.extend(
@@ -268,15 +272,9 @@ impl Ledger {
     }
 
     fn wait(&mut self, profile: ProfileId, waiter: WaiterId) {
-        let refusal = match self.phase {
-            Phase::Stopped | Phase::Starting => Some(Refusal::NotStarted),
-            Phase::Stopping => Some(Refusal::Stopping),
-            Phase::Running => None,
-        };
-        match (refusal, self.books.get_mut(profile.0)) {
+        match (self.closed(), self.books.get_mut(profile.0)) {
             (None, Some(book)) if !book.draining => {
-                let earlier = book.waiters.partition_point(|other| *other < waiter);
-                book.waiters.insert(earlier, waiter);
+                book.waiters.insert(waiter);
             }
             (refusal, _) => {
                 let refusal = refusal.unwrap_or(Refusal::Draining);

@@ -82,6 +82,10 @@ fn with_two_profiles(depth: usize) -> Visited {
     explore(World::running(&refilling(&[1, 1], 1)), depth, 4)
 }
 
+fn at_the_lease_limit(depth: usize) -> Visited {
+    explore(World::busy(&refilling(&[1, 1], 1)), depth, 5)
+}
+
 fn by_hand(depth: usize) -> Visited {
     let case = Case {
         refill: false,
@@ -147,6 +151,11 @@ fn every_interleaving_with_two_profiles() {
 }
 
 #[test]
+fn every_interleaving_at_the_lease_limit() {
+    at_least(25_000, at_the_lease_limit(4));
+}
+
+#[test]
 fn every_interleaving_by_hand() {
     at_least(30_000, by_hand(6));
 }
@@ -177,6 +186,7 @@ fn every_interleaving_one_step_deeper() {
     at_least(300_000, with_one_vm(7));
     at_least(100_000, with_two_vms_and_one_lease(6));
     at_least(150_000, with_two_profiles(5));
+    at_least(30_000, at_the_lease_limit(5));
     at_least(140_000, by_hand(7));
     at_least(20_000, from_the_start_on(7));
     at_least(100_000, while_demand_moves_the_size(6));

@@ -7,10 +7,7 @@ use super::{Ledger, Limit, PassId, Phase, ProfileId};
 
 impl Ledger {
     pub(super) fn tick(&mut self, now: Instant) {
-        while let Some((at, id, limit)) = self.limits.first().copied()
-            && at <= now
-        {
-            self.limits.pop_first();
+        while let Some((id, limit)) = self.dues.pop(now) {
             match limit {
                 Limit::Deadline => self.kill(id, Overdue::Deadline),
                 Limit::Idle => self.out.push(Action::AskIdle(id)),

@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use super::{Ledger, Phase, ProfileId, Shortage, Stage, autoscale};
+use super::{Hold, Ledger, Phase, ProfileId, Shortage, Stage, autoscale};
 use crate::slot::VmId;
 
 /// Counts of one profile.
@@ -71,7 +71,7 @@ impl Ledger {
         if self.phase == Phase::Stopped {
             return None;
         }
-        let limit = self.limits.first().map(|(at, ..)| *at);
+        let limit = self.dues.first();
         let books = self.books.iter().flat_map(|book| {
             let retry = book
                 .breaker
@@ -157,7 +157,7 @@ impl Ledger {
     /// Whether nothing of the profile is left, boots and destructions that have not ended included.
     #[must_use]
     pub fn is_vacant(&self, profile: ProfileId) -> bool {
-        self.entries.values().all(|entry| entry.profile != profile)
+        self.books.get(profile.0).is_none_or(|book| book.vms == 0)
     }
 
     /// Whether the VM boots (or, offered, is under its first check) and has not been given up.
@@ -185,6 +185,12 @@ impl Ledger {
     #[must_use]
     pub fn is_kept(&self, id: VmId) -> bool {
         self.is_parked(id) || matches!(self.stage(id), Some(Stage::Leased(_)))
+    }
+
+    /// Whether the VM is with a caller and not ended by the pool.
+    #[must_use]
+    pub fn is_leased(&self, id: VmId) -> bool {
+        matches!(self.stage(id), Some(Stage::Leased(hold)) if hold != Hold::Ended)
     }
 
     /// Whether the VM is under that check.

@@ -43,6 +43,8 @@ pub(super) enum Step {
     /// So many at once, or none.
     TakeMany(ProfileId, usize),
     Tell(Event),
+    /// The actor, which was nudged, makes its step.
+    Act,
     /// Time goes by until the ledger wants to be woken.
     Sleep,
 }
@@ -77,12 +79,32 @@ pub(super) struct World {
     tickets: BTreeSet<TicketId>,
     /// Handed to a caller for good, or ended: never to be handed out again.
     spent: BTreeSet<VmId>,
+    /// Whether the actor has a step to make: others may come first.
+    nudged: bool,
     next: u64,
     made: usize,
     lease_limit: usize,
     profiles: usize,
     bursts: bool,
     passes: bool,
+}
+
+/// Whether it is told in the middle of a call, by whoever calls; all else comes to the actor's inbox.
+fn is_told_by_callers(event: Event) -> bool {
+    is_noted(event) || matches!(event, Event::Wait(..) | Event::Leave(_) | Event::Stop(_))
+}
+
+/// Whether what is missing then is made up for by the actor's next step.
+fn is_noted(event: Event) -> bool {
+    matches!(
+        event,
+        Event::Returned(_)
+            | Event::Untouched(_)
+            | Event::Withdrawn(_)
+            | Event::Resize(..)
+            | Event::Drain(_)
+            | Event::Undrain(_)
+    )
 }
 
 impl World {
@@ -130,12 +152,37 @@ impl World {
             waiters: BTreeMap::new(),
             tickets: BTreeSet::new(),
             spent: BTreeSet::new(),
+            nudged: false,
             next: 1,
             made: 0,
             lease_limit: case.lease_limit,
             profiles: case.sizes.len(),
             bursts: case.bursts,
             passes: case.passes,
+        }
+    }
+
+    /// Full, with as many leases of the first profile out as there may be.
+    pub(super) fn busy(case: &Case) -> Self {
+        let mut world = Self::running(case);
+        world.boot_all();
+        for _ in 0..case.lease_limit {
+            world.step(Step::Take(ProfileId(0)));
+            world.step(Step::Act);
+            world.boot_all();
+        }
+        assert_eq!(world.ledger.leased(), case.lease_limit);
+        world
+    }
+
+    fn boot_all(&mut self) {
+        let booting = |(_, place): &(ProfileId, Place)| matches!(place, Place::Booting { .. });
+        while let Some(id) = self
+            .vms
+            .iter()
+            .find_map(|(id, vm)| booting(vm).then_some(*id))
+        {
+            self.step(Step::Tell(Event::Booted(id)));
         }
     }
 
@@ -161,17 +208,20 @@ impl World {
     pub(super) fn step(&mut self, step: Step) {
         match step {
             Step::Take(profile) => {
+                let spare = self.spare_leases();
                 if let Ok(id) = self.ledger.take(self.now, profile) {
+                    assert!(spare > 0, "a newcomer overtakes callers who wait");
                     self.hand_out(id, profile, None);
                 }
-                // The actor is nudged.
-                self.tell(Event::Tick);
+                self.nudged = true;
             }
             Step::TakeMany(profile, count) => {
+                let spare = self.spare_leases();
                 let before = self.ledger.counts(profile);
                 match self.ledger.take_many(self.now, profile, count) {
                     Ok(ids) => {
                         assert_eq!(ids.len(), count);
+                        assert!(spare >= count, "newcomers overtake callers who wait");
                         for id in ids {
                             self.hand_out(id, profile, None);
                         }
@@ -182,8 +232,9 @@ impl World {
                         assert_eq!((after.parked(), after.leased), taken, "not whole");
                     }
                 }
-                self.tell(Event::Tick);
+                self.nudged = true;
             }
+            Step::Act => self.act_on_nudge(),
             Step::Sleep => {
                 if let Some(at) = self.ledger.wake_at(self.now) {
                     self.now = self.now.max(at);
@@ -198,21 +249,38 @@ impl World {
     }
 
     fn tell(&mut self, event: Event) {
-        self.prepare(event);
-        let mut actions = Vec::new();
-        if matches!(
-            event,
-            Event::Returned(_) | Event::Untouched(_) | Event::Withdrawn(_)
-        ) {
-            // Told by the lease; the actor is nudged.
-            actions.extend(self.ledger.note(self.now, event));
-            actions.extend(self.ledger.apply(self.now, Event::Tick));
-        } else {
-            actions.extend(self.ledger.apply(self.now, event));
+        if self.nudged && !is_told_by_callers(event) {
+            // The actor brings it, after what it was nudged for.
+            self.act_on_nudge();
         }
+        self.prepare(event);
+        let actions = if is_noted(event) {
+            self.nudged = true;
+            self.ledger.note(self.now, event)
+        } else {
+            self.nudged = false;
+            self.ledger.apply(self.now, event)
+        };
         for action in actions {
             self.act(action);
         }
+    }
+
+    fn act_on_nudge(&mut self) {
+        self.nudged = false;
+        for action in self.ledger.apply(self.now, Event::Tick) {
+            self.act(action);
+        }
+    }
+
+    /// Leases that are free, and not owed to callers who wait and whose VMs are ready.
+    fn spare_leases(&self) -> usize {
+        let owed = (0..self.profiles).map(ProfileId).map(|profile| {
+            let waiting = self.waiters.values().filter(|of| **of == profile);
+            waiting.count().min(self.ledger.counts(profile).parked())
+        });
+        let free = self.lease_limit.saturating_sub(self.ledger.leased());
+        free.saturating_sub(owed.sum())
     }
 
     /// What the outside has done when it tells `event`.

@@ -474,3 +474,31 @@ async fn nothing_is_handed_out_before_the_start_or_after_the_stop() {
     assert_eq!(pool.status().phase, Phase::Stopped);
     assert!(pool.acquire(PY).is_err());
 }
+
+#[tokio::test(start_paused = true)]
+async fn at_the_lease_limit_who_waits_is_served_before_newcomers_of_other_profiles() {
+    let fake = FakeBackend::new();
+    let config = PoolConfig::new(1)
+        .profile(Profile::new(PY, PY).warm_pool_size(2))
+        .profile(Profile::new(JS, JS).warm_pool_size(2))
+        .health(quiet());
+    let pool = running(&fake, config).await;
+    for _ in 0..100 {
+        pool.wait_ready(secs(1)).await.unwrap();
+        let held = pool.acquire(PY).unwrap();
+        let (other, wait) = (pool.clone(), secs(1));
+        let waiting = tokio::spawn(async move { other.acquire_timeout(JS, wait).await });
+        settle().await;
+        assert_eq!(counts(&pool, JS).waiting, 1);
+        drop(held);
+        // The pool's loop has not run since.
+        let newcomer = pool.acquire(PY).map(|lease| lease.id());
+        let full = Shortage::LeaseLimit(1);
+        assert!(
+            matches!(&newcomer, Err(AcquireError::Exhausted { why, .. }) if *why == full),
+            "{newcomer:?}"
+        );
+        assert_eq!(waiting.await.unwrap().unwrap().profile(), JS);
+    }
+    stop_clean(pool, &fake).await;
+}

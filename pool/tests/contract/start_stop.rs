@@ -1,7 +1,7 @@
 //! The contract's section "Start and stop", row by row.
 
 use crate::support::*;
-use hearth_pool::fake::{Boot, FakeBackend, FakeVmError, Gate, Ping};
+use hearth_pool::fake::{Boot, FakeBackend, FakeVmError, Gate, Method, Ping};
 use hearth_pool::{
     AcquireError, BootFailure, EventKind, NotReady, Phase, Profile, Refill, StartError,
 };
@@ -455,7 +455,8 @@ fn a_runtime_that_ends_under_a_pool_takes_everything_with_it() {
     let lease = pool.acquire(PY).unwrap();
     drop(runtime);
     assert_eq!(fake.live().len(), 1);
-    assert!(pool.acquire(PY).is_err());
+    assert!(matches!(pool.acquire(PY), Err(AcquireError::Stopping)));
+    assert_eq!(pool.status().usage.vms, 1, "what lives is counted");
     drop(lease);
     assert!(fake.live().is_empty());
     assert_eq!(pool.status().usage.vms, 0);
@@ -540,4 +541,125 @@ async fn the_event_stream_tells_the_life_of_a_vm() {
         "Stopped",
     ];
     assert_eq!(names, expected);
+}
+
+/// A runtime that a test drives when it wants to, and its clock is the real one's.
+fn own_runtime(paused: bool) -> tokio::runtime::Runtime {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().start_paused(paused).build().unwrap()
+}
+
+#[test]
+fn stop_ends_a_pool_whose_runtime_is_not_driven_any_more() {
+    let fake = FakeBackend::new();
+    let pool = make(&fake, config(3));
+    let undriven = own_runtime(false);
+    undriven.block_on(pool.start()).unwrap();
+    let [late, early] = [pool.acquire(PY).unwrap(), pool.acquire(PY).unwrap()];
+    // What it boots for them now never comes to its end.
+    own_runtime(true).block_on(async {
+        let stopping = pool.clone();
+        let stop = tokio::spawn(async move { stopping.stop_within(secs(60)).await });
+        sleep(secs(30)).await;
+        assert!(!stop.is_finished(), "leases have their time");
+        drop(early);
+        assert!(late.handle().is_alive() && fake.live().len() == 1);
+        stop.await.unwrap();
+    });
+    assert!(!late.handle().is_alive(), "and no more");
+    let status = pool.status();
+    assert_eq!((status.phase, status.usage.vms), (Phase::Stopped, 0));
+    drop(late);
+    assert!(fake.live().is_empty());
+    // It starts again elsewhere, and the old loop, driven after all, leaves it alone.
+    own_runtime(true).block_on(async {
+        pool.start().await.unwrap();
+        undriven.block_on_elsewhere(settle);
+        assert_eq!((ready(&pool), pool.status().phase), (3, Phase::Running));
+        stop_clean(pool.clone(), &fake).await;
+    });
+}
+
+trait BlockOnElsewhere {
+    fn block_on_elsewhere<F: Future<Output = ()>>(&self, run: fn() -> F);
+}
+
+impl BlockOnElsewhere for tokio::runtime::Runtime {
+    /// On a thread of its own: one thread drives one runtime at a time.
+    fn block_on_elsewhere<F: Future<Output = ()>>(&self, run: fn() -> F) {
+        std::thread::scope(|scope| {
+            scope.spawn(|| self.block_on(run()));
+        });
+    }
+}
+
+#[test]
+fn a_lease_taken_out_after_its_runtime_ended_keeps_its_share_of_the_limits() {
+    let fake = FakeBackend::new();
+    let pool = make(&fake, config(1));
+    let runtime = own_runtime(true);
+    runtime.block_on(pool.start()).unwrap();
+    let lease = pool.acquire(PY).unwrap();
+    drop(runtime);
+    let (vm, reservation) = lease.into_inner();
+    assert_eq!(pool.status().usage.vms, 1);
+    drop((vm, reservation));
+    assert_eq!(pool.status().usage.vms, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_after_the_stop_is_told_of_the_stop() {
+    let fake = FakeBackend::new();
+    let pool = make(&fake, config(1));
+    assert!(matches!(pool.acquire(PY), Err(AcquireError::NotStarted)));
+    pool.start().await.unwrap();
+    pool.stop().await;
+    assert!(matches!(pool.acquire(PY), Err(AcquireError::Stopping)));
+    let waited = pool.acquire_timeout(PY, secs(1)).await;
+    assert!(matches!(waited, Err(AcquireError::Stopping)));
+    pool.start().await.unwrap();
+    assert!(pool.acquire(PY).is_ok());
+    pool.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_backend_that_panics_in_settled_hangs_neither_start_nor_stop() {
+    let fake = FakeBackend::new();
+    let pool = make(&fake, config(1));
+    fake.script(PY, [Boot::Fail("no")]);
+    fake.panic_in(Method::Settled);
+    let start = timeout(secs(600), pool.start()).await.expect("ends");
+    assert!(matches!(start, Err(StartError::NoVm(_))));
+    // While a preparation is given up, too.
+    fake.script_prepare(PY, [Boot::Hang]);
+    fake.panic_in(Method::Settled);
+    let starting = pool.clone();
+    let start = tokio::spawn(async move { starting.start().await });
+    settle().await;
+    timeout(secs(600), pool.stop()).await.expect("ends");
+    assert!(start.await.unwrap().is_err());
+    assert!(pool.start().await.is_ok());
+    // And while a boot is.
+    fake.by_default(PY, Boot::Hang);
+    drop(pool.acquire(PY).unwrap());
+    settle().await;
+    fake.panic_in(Method::Settled);
+    timeout(secs(600), pool.stop()).await.expect("ends");
+    assert_eq!(pool.status().usage.vms, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_whose_end_the_backend_cannot_watch_is_replaced() {
+    let fake = FakeBackend::new();
+    let pool = make(&fake, config(2));
+    fake.panic_in(Method::Watch);
+    pool.start().await.unwrap();
+    settle().await;
+    pool.wait_ready(secs(600)).await.unwrap();
+    settle().await;
+    let tally = fake.tally(PY);
+    assert_eq!((tally.created, tally.retired), (3, 1));
+    timeout(secs(600), stop_clean(pool, &fake))
+        .await
+        .expect("ends");
 }

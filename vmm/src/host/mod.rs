@@ -47,6 +47,14 @@ pub enum HostError {
         /// The host's error.
         source: std::io::Error,
     },
+    /// The probe guest could not be made.
+    #[error("KVM refused to make the probe guest")]
+    Kvm(#[from] crate::kvm::KvmError),
+    /// KVM makes a thread of its own when a VM first runs (since Linux 6.13), and the host has none left.
+    #[error(
+        "the host refused KVM a thread for the probe guest; check ulimit -u and pids.max (systemd: TasksMax)"
+    )]
+    Thread(#[source] std::io::Error),
     /// The probe guest could not run.
     #[error("the probe guest did not run as expected: {0}")]
     Probe(String),
@@ -134,16 +142,16 @@ impl Host {
     fn probe() -> Result<Host, HostError> {
         let kvm = open()?;
         let forced = forced_profile()?;
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|e| ioctl("KVM_GET_SUPPORTED_CPUID", e))?;
         let probe = match forced {
             Some(_) => None,
-            None => Some(Probe::run(&kvm)?),
+            None => Some(Probe::run(&kvm, &cpuid)?),
         };
         let profile = forced
             .or(probe.map(|p| p.profile()))
             .unwrap_or(CpuProfile::Native);
-        let cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(|e| ioctl("KVM_GET_SUPPORTED_CPUID", e))?;
         let msr_indices = kvm
             .get_msr_index_list()
             .map_err(|e| ioctl("KVM_GET_MSR_INDEX_LIST", e))?

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use tokio::sync::Notify;
+use crate::wake::Notice;
 
 /// Bytes kept.
 const WINDOW: usize = 256 << 10;
@@ -18,7 +18,7 @@ pub struct Console(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     window: Mutex<Window>,
-    changed: Notify,
+    changed: Notice,
 }
 
 #[derive(Debug, Default)]
@@ -55,12 +55,12 @@ impl Console {
             window.bytes.drain(..over);
             window.start += over as u64;
         }
-        self.0.changed.notify_waiters();
+        self.0.changed.post();
     }
 
     pub(crate) fn close(&self) {
         self.lock().closed = true;
-        self.0.changed.notify_waiters();
+        self.0.changed.post();
     }
 
     /// What is there from position `from` on (0 is the first byte ever printed), without waiting.
@@ -81,16 +81,11 @@ impl Console {
     /// Waits until there is something from position `from` on, or the console ended.
     /// Cancel-safe: nothing is consumed.
     pub async fn read(&self, from: u64) -> Chunk {
-        loop {
-            let changed = self.0.changed.notified();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
+        let look = || {
             let chunk = self.since(from);
-            if chunk.end || !chunk.bytes.is_empty() {
-                return chunk;
-            }
-            changed.await;
-        }
+            (chunk.end || !chunk.bytes.is_empty()).then_some(chunk)
+        };
+        self.0.changed.until(look).await
     }
 
     /// All that the window holds, with invalid UTF-8 replaced.
@@ -140,6 +135,7 @@ mod tests {
         });
         tokio::task::yield_now().await;
         writer.push(b"hello");
+        crate::wake::flush();
         tokio::task::yield_now().await;
         writer.close();
         let (first, second) = reader.await.unwrap();

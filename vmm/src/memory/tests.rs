@@ -204,3 +204,97 @@ fn a_file_shorter_than_the_vm_is_refused() {
     file.set_len(4096).unwrap();
     assert!(GuestRam::map_file(file, MIB, Sharing::Private).is_err());
 }
+
+/// Flags (`VmFlags` of proc_pid_smaps(5)) of each mapping of this process that begins in `[start, start + len)`.
+fn flags_of(start: u64, len: u64) -> Vec<Vec<String>> {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut found = Vec::new();
+    let mut is_inside = false;
+    for line in maps.lines() {
+        let first = line.split(' ').next().unwrap();
+        let begin = first
+            .split_once('-')
+            .and_then(|(from, _)| u64::from_str_radix(from, 16).ok());
+        if let Some(begin) = begin {
+            is_inside = (start..start + len).contains(&begin);
+        } else if let (true, Some(flags)) = (is_inside, line.strip_prefix("VmFlags: ")) {
+            found.push(flags.split_whitespace().map(str::to_owned).collect());
+        }
+    }
+    found
+}
+
+#[test]
+fn guest_memory_is_in_no_core_dump_and_in_no_child() {
+    let mut cold = GuestRam::new(4 * MIB).unwrap();
+    let image = memfd().unwrap();
+    image.set_len(MIB).unwrap();
+    cold.overlay(2 * MIB, &image, 0, MIB).unwrap();
+    let clone = GuestRam::map_file(Arc::clone(cold.file()), 4 * MIB, Sharing::Private).unwrap();
+    let huge = GuestRam::with_pages(4 * MIB, Some(HugePages::Transparent)).unwrap();
+    for (ram, least) in [(&cold, 3), (&clone, 1), (&huge, 1)] {
+        let (_, len, host) = ram.host_regions()[0];
+        let mappings = flags_of(host, len);
+        assert!(mappings.len() >= least, "{mappings:?}");
+        for flags in mappings {
+            for wanted in ["dd", "dc"] {
+                assert!(
+                    flags.iter().any(|flag| flag == wanted),
+                    "{wanted}: {flags:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_in_guest_memory_cannot_be_made_a_program() {
+    use std::os::unix::fs::PermissionsExt;
+    let file = memfd().unwrap();
+    let seals = rustix::fs::fcntl_get_seals(&file).unwrap();
+    // F_SEAL_EXEC, since Linux 6.3.
+    if seals.bits() & 0x20 == 0 {
+        let text = b"\nNOT MEASURED: the host's kernel knows no memfd that cannot be executed\n";
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), text);
+        return;
+    }
+    assert_eq!(file.metadata().unwrap().permissions().mode() & 0o111, 0);
+    let executable = std::fs::Permissions::from_mode(0o700);
+    assert!(file.set_permissions(executable).is_err());
+    // And it can still be sealed.
+    seal(&file).unwrap();
+}
+
+/// Was: refused by the host, which a log at debug level told alone.
+#[test]
+fn a_program_that_locks_its_memory_gets_back_what_its_guests_give_up() {
+    for sharing in [Sharing::Shared, Sharing::Private] {
+        let file = Arc::clone(GuestRam::new(MIB).unwrap().file());
+        let ram = GuestRam::map_file(file, MIB, sharing).unwrap();
+        let (_, len, host) = ram.host_regions()[0];
+        // SAFETY: the mapping lives as long as `ram`; locking changes nothing of its content.
+        let locked = unsafe { libc::mlock(host as *const libc::c_void, len as usize) };
+        if locked != 0 {
+            let text = b"\nNOT MEASURED: 1 MiB cannot be locked here\n";
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), text);
+            return;
+        }
+        ram.map().write_slice(&[7; 8192], GuestAddress(0)).unwrap();
+        ram.discard(0, 8192).unwrap();
+        let mut bytes = [1; 8192];
+        // SAFETY: `vec` takes what mincore(2) says of two pages of the mapping.
+        let held = unsafe {
+            let mut vec = [0u8; 2];
+            assert_eq!(
+                libc::mincore(host as *mut libc::c_void, 8192, vec.as_mut_ptr()),
+                0
+            );
+            vec
+        };
+        if sharing == Sharing::Shared {
+            assert_eq!(held.map(|page| page & 1), [0; 2]);
+        }
+        ram.map().read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        assert_eq!(bytes, [0; 8192]);
+    }
+}

@@ -101,7 +101,7 @@ async fn clones_do_not_mix(count: u64) {
     }
     let config = VmConfig::flat(code()).memory_mib(MEMORY / MIB);
     let machine = Machine::create(&config.build().unwrap()).unwrap();
-    assert!(machine.gate.settle(Instant::now() + STUCK));
+    assert!(machine.gate.settle(STUCK));
     // Every other page of the area is the template's own, the rest are its holes.
     let fill = |ram: &GuestRam| {
         for page in (0..=AREA_MASK / PAGE_SIZE).step_by(2) {
@@ -112,7 +112,7 @@ async fn clones_do_not_mix(count: u64) {
         }
         Ok(())
     };
-    machine.save(fill).unwrap();
+    machine.capture().unwrap().save(fill).unwrap();
     let template = Template::of(machine).unwrap();
     let before = digest_of(&template);
     let (untouched, quiet) = clone_of(&template);
@@ -181,8 +181,8 @@ fn a_vm_that_is_resumed_while_it_is_captured_does_not_run_before_the_end() {
         }
         Ok(())
     };
-    assert!(machine.gate.settle(Instant::now() + STUCK));
-    machine.save(fill).unwrap();
+    assert!(machine.gate.settle(STUCK));
+    machine.capture().unwrap().save(fill).unwrap();
     let vm = Vm::of(machine);
     vm.resume().unwrap();
     let done = std::sync::atomic::AtomicBool::new(false);
@@ -212,4 +212,42 @@ fn a_vm_that_is_resumed_while_it_is_captured_does_not_run_before_the_end() {
     }
     assert!(counts.first() < counts.last(), "it stood still: {counts:?}");
     assert_eq!(vm.status(), crate::VmStatus::Running);
+}
+
+/// Was: all of these waited for the copy, which takes as long as the guest has memory.
+#[test]
+fn a_vm_that_is_copied_can_be_looked_at_and_ended() {
+    if !kvm() {
+        return;
+    }
+    struct Told(std::sync::mpsc::Sender<()>);
+    impl Drop for Told {
+        fn drop(&mut self) {
+            let _ = self.0.send(());
+        }
+    }
+    let config = VmConfig::flat([0xeb, 0xfe]).memory_mib(32);
+    let vm = Vm::create(&config.build().unwrap()).unwrap();
+    vm.pause().unwrap();
+    let (said, told) = std::sync::mpsc::channel();
+    vm.carry(Told(said));
+    let capture = vm.capture().unwrap();
+    let whole = capture.save(|ram| {
+        assert!(!capture.is_over());
+        assert_eq!(vm.device_faults().len(), 2);
+        vm.private_bytes().unwrap();
+        vm.kill();
+        vm.take_apart();
+        assert!(capture.is_over());
+        // What the copy reads is still there, and what the VM carried goes after it.
+        assert!(told.try_recv().is_err());
+        super::memory::copy_out(ram, || true).map(drop)?;
+        super::memory::copy_out(ram, || !capture.is_over()).map(drop)
+    });
+    // An empty guest's copy has nothing to stop at.
+    drop(whole);
+    assert!(told.try_recv().is_err());
+    drop(capture);
+    told.try_recv().unwrap();
+    assert!(vm.snapshot().is_err());
 }

@@ -22,13 +22,13 @@ const CHUNK: u64 = 1 << 20;
 /// shared memory whose VM will not run again.
 pub(super) fn complete(ram: &GuestRam) -> std::io::Result<()> {
     for (addr, len) in ram.overlays() {
-        copy(ram, &(*addr..addr + len), ram.file())?;
+        copy(ram, &(*addr..addr + len), ram.file(), &|| true)?;
     }
     Ok(())
 }
 
-/// A new memory file with a copy of all of `ram`; holes stay holes.
-pub(super) fn copy_out(ram: &GuestRam) -> std::io::Result<File> {
+/// A new memory file with a copy of all of `ram`; holes stay holes. An error as soon as its VM does not go on.
+pub(super) fn copy_out(ram: &GuestRam, goes_on: impl Fn() -> bool) -> std::io::Result<File> {
     let target = memfd()?;
     target.set_len(ram.bytes())?;
     let mut stretches = data_stretches(ram.file(), ram.bytes())?;
@@ -37,16 +37,24 @@ pub(super) fn copy_out(ram: &GuestRam) -> std::io::Result<File> {
         stretches.extend(written_stretches(ram)?);
     }
     for stretch in stretches {
-        copy(ram, &stretch, &target)?;
+        copy(ram, &stretch, &target, &goes_on)?;
     }
     Ok(target)
 }
 
 /// Copies a stretch of guest addresses, as the guest sees it, into `target` at its file offset.
-fn copy(ram: &GuestRam, stretch: &Range<u64>, target: &File) -> std::io::Result<()> {
+fn copy(
+    ram: &GuestRam,
+    stretch: &Range<u64>,
+    target: &File,
+    goes_on: &impl Fn() -> bool,
+) -> std::io::Result<()> {
     let mut buffer = Vec::new();
     let mut addr = stretch.start;
     while addr < stretch.end {
+        if !goes_on() {
+            return Err(std::io::ErrorKind::Interrupted.into());
+        }
         let len = CHUNK.min(stretch.end - addr);
         buffer.resize(usize::try_from(len).unwrap_or(0), 0);
         ram.map()
@@ -190,7 +198,7 @@ mod tests {
         image.set_len(4096).unwrap();
         image.write_all_at(&[2], 0).unwrap();
         ram.overlay(2 * MIB, &image, 0, 4096).unwrap();
-        let first = Arc::new(copy_out(&ram).unwrap());
+        let first = Arc::new(copy_out(&ram, || true).unwrap());
         // Before anybody reads a hole: reading one through a mapping fills it with zeroes.
         assert_eq!(held(&first), 2 * 4096);
         let clone = GuestRam::map_file(Arc::clone(&first), 4 * MIB, Sharing::Private).unwrap();
@@ -204,7 +212,7 @@ mod tests {
         );
         clone.map().write_obj(3u8, GuestAddress(3 * MIB)).unwrap();
         clone.map().write_obj(4u8, GuestAddress(MIB)).unwrap();
-        let second = Arc::new(copy_out(&clone).unwrap());
+        let second = Arc::new(copy_out(&clone, || true).unwrap());
         assert_eq!(held(&second), 3 * 4096);
         let again = GuestRam::map_file(Arc::clone(&second), 4 * MIB, Sharing::Private).unwrap();
         assert_eq!(
@@ -278,7 +286,7 @@ mod tests {
         ram.map()
             .write_obj(6u8, GuestAddress(GAP_START - 1))
             .unwrap();
-        let file = Arc::new(copy_out(&ram).unwrap());
+        let file = Arc::new(copy_out(&ram, || true).unwrap());
         let clone = GuestRam::map_file(file, GAP_START + MIB, Sharing::Private).unwrap();
         assert_eq!(
             [byte(&clone, GAP_END + 4096), byte(&clone, GAP_START - 1)],

@@ -38,7 +38,7 @@ pub use self::shell::Shell;
 pub use self::store::StoreError;
 use crate::host::HostError;
 use crate::kvm::KvmError;
-use crate::machine::{BootError, Hardware, Machine};
+use crate::machine::{BootError, Capture, Hardware, Machine};
 use crate::memory::seal;
 use crate::prefetch::WorkingSet;
 use crate::vcpu::gate::Want;
@@ -162,8 +162,9 @@ impl Template {
     }
 
     /// Captures a paused machine that goes on afterwards: its memory is copied.
-    pub(crate) fn copy_of(machine: &Machine) -> Result<Self, SnapshotError> {
-        let (state, memory) = machine.save(memory::copy_out)?;
+    pub(crate) fn copy_of(capture: &Capture) -> Result<Self, SnapshotError> {
+        let goes_on = || !capture.is_over();
+        let (state, memory) = capture.save(|ram| memory::copy_out(ram, goes_on))?;
         Self::freeze(state, Arc::new(memory))
     }
 
@@ -173,13 +174,16 @@ impl Template {
         // past the positions that were saved.
         machine.detach();
         if !machine.memory_can_be_shared() {
-            return Self::copy_of(&machine);
+            let capture = machine.capture().ok_or(SnapshotError::Running)?;
+            return Self::copy_of(&capture);
         }
-        let (state, memory) = machine.save(|ram| {
+        let capture = machine.capture().ok_or(SnapshotError::Running)?;
+        let (state, memory) = capture.save(|ram| {
             memory::complete(ram)?;
             Ok(Arc::clone(ram.file()))
         })?;
         // Sealing needs the last writable mapping gone.
+        drop(capture);
         drop(machine);
         Self::freeze(state, memory)
     }

@@ -8,7 +8,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 use crate::host::{Host, HostError};
-use crate::kvm::create_vm;
+use crate::kvm::{create_vcpu, create_vm};
 
 /// A host, as far as saved state depends on it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -159,7 +159,7 @@ fn tsc_khz(host: &Host) -> u32 {
     static RATE: OnceLock<u32> = OnceLock::new();
     *RATE.get_or_init(|| {
         let vm = create_vm(host.kvm()).ok();
-        let vcpu = vm.and_then(|vm| vm.create_vcpu(0).ok());
+        let vcpu = vm.and_then(|vm| create_vcpu(&vm, 0, host.cpuid()).ok());
         vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()).unwrap_or(0)
     })
 }

@@ -22,6 +22,26 @@ use super::kick::Kicker;
 
 /// How long to wait for acknowledgement before kicking again.
 const KICK_INTERVAL: Duration = Duration::from_millis(5);
+/// The most of a step's time that counts; on a busy host steps take several times what was asked for.
+const STEP: Duration = Duration::from_millis(20);
+
+/// How long to wait for threads of this process. What counts is time in which they could have run: a step that took far
+/// longer than was asked for says that the whole process stood still (a debugger, a frozen control group), and counts as
+/// a short one.
+#[derive(Debug)]
+pub(crate) struct Patience(Duration);
+
+impl Patience {
+    pub(crate) fn new(bound: Duration) -> Self {
+        Self(bound)
+    }
+
+    /// A step of the wait took so long. False when there is none left.
+    pub(crate) fn charge(&mut self, step: Duration) -> bool {
+        self.0 = self.0.saturating_sub(step.min(STEP));
+        !self.0.is_zero()
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Want {
@@ -195,8 +215,11 @@ impl Gate {
         }
     }
 
-    /// Kicks until every thread waits at the gate or has ended; false at `deadline`.
-    pub(crate) fn settle(&self, deadline: Instant) -> bool {
+    /// Kicks until every thread waits at the gate or has ended; false when it took longer than `bound`, of time in
+    /// which this process could run.
+    pub(crate) fn settle(&self, bound: Duration) -> bool {
+        let mut patience = Patience::new(bound);
+        let mut seen = Instant::now();
         loop {
             let state = self.lock();
             let settled = match state.want {
@@ -207,10 +230,14 @@ impl Gate {
             if settled {
                 return true;
             }
-            if Instant::now() >= deadline {
+            let step = seen.elapsed();
+            seen += step;
+            if !patience.charge(step) {
+                drop(state);
+                self.kick();
                 return false;
             }
-            let _ = self.changed.wait_timeout(state, KICK_INTERVAL);
+            let _ = self.changed.wait_timeout(state, KICK_INTERVAL.min(bound));
             self.kick();
         }
     }
@@ -242,5 +269,39 @@ impl Drop for Hold<'_> {
             self.0.mark(&state);
         }
         self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Was: a process that a debugger or a control group had held for longer than the bound found, when it went on, that its
+    /// vCPUs had not stopped in time.
+    #[test]
+    fn time_in_which_the_process_stood_still_does_not_count() {
+        let mut patience = Patience::new(Duration::from_secs(5));
+        for _ in 0..100 {
+            assert!(patience.charge(Duration::from_secs(3600)));
+        }
+        // In steps as they were asked for it ends after as long as was said.
+        let mut patience = Patience::new(Duration::from_secs(5));
+        let steps = (1..).find(|_| !patience.charge(KICK_INTERVAL));
+        assert_eq!(steps, Some(1000));
+        // And a host on which each step takes many times as long waits no longer than for so many steps.
+        let mut patience = Patience::new(Duration::from_secs(5));
+        let steps = (1..).find(|_| !patience.charge(20 * KICK_INTERVAL));
+        assert_eq!(steps, Some(250));
+    }
+
+    #[test]
+    fn a_thread_that_does_not_come_is_waited_for_in_bounded_time_and_seen_when_it_does() {
+        let gate = Gate::new(1, Want::Run);
+        gate.enter();
+        gate.set(Want::Stop);
+        assert!(!gate.settle(Duration::ZERO));
+        assert!(!gate.settle(Duration::from_millis(50)));
+        gate.leave();
+        assert!(gate.settle(Duration::ZERO));
     }
 }

@@ -19,14 +19,19 @@ thread_local! {
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-/// The signal that Hearth uses: `SIGRTMIN + 6`. Its disposition is the only one that the library
-/// changes; an embedder must leave it alone.
+/// The signal that Hearth uses: `SIGRTMIN + 6`. An embedder must leave its disposition alone. The only other one that
+/// the library changes is that of SIGBUS (see [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
 #[must_use]
 pub fn kick_signal() -> i32 {
     libc::SIGRTMIN() + 6
 }
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    leave_guest();
+}
+
+/// Lets the vCPU of this thread, if it runs one, leave the guest. For signal handlers.
+pub(crate) fn leave_guest() {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
         // SAFETY: `Running` set the pointer on this thread and clears it before the vCPU's shared

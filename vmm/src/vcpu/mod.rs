@@ -9,6 +9,7 @@ pub(crate) mod xsave;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -20,17 +21,16 @@ use self::quota::Meter;
 use self::xsave::Request;
 use crate::board::Board;
 use crate::ending::Ending;
-use crate::kvm::patiently;
+use crate::kvm::{KvmError, run_patiently};
+use crate::seccomp::SeccompError;
+use crate::sigbus::{self, Watch};
 use crate::state::{Exit, InternalError};
-
-/// How often `KVM_RUN` is tried while it answers ENOMEM (busy hosts do at the first run, for no reason).
-const RUN_ATTEMPTS: u32 = 10;
 
 /// Why a vCPU thread could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
-    /// The kick signal's handler could not be installed, or the signal not be unblocked.
-    #[error("the kick signal could not be handled")]
+    /// The handler of the kick signal, or that of SIGBUS, could not be installed, or the signal not be unblocked.
+    #[error("the signals of a vCPU thread could not be handled")]
     Signal(#[source] std::io::Error),
     /// The host has no thread left.
     #[error("the host refused a vCPU thread; check ulimit -u and kernel.threads-max")]
@@ -38,6 +38,17 @@ pub enum VcpuError {
     /// The timer that meters processor time could not be made.
     #[error("the host refused a timer for the processor quota; raise ulimit -i: {0}")]
     Timer(std::io::Error),
+    /// The thread could not be confined.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
+    /// KVM makes a thread of its own when a VM first runs (since Linux 6.13), and the host has none left.
+    #[error(
+        "the host refused KVM a thread for the VM; check ulimit -u and pids.max (systemd: TasksMax)"
+    )]
+    KvmThread(#[source] std::io::Error),
+    /// KVM refuses to run the vCPU.
+    #[error("KVM refused to run the vCPU")]
+    Run(#[source] KvmError),
 }
 
 /// How often a VM's vCPUs left the guest, by kind. Relaxed counters: exact once the VM is paused.
@@ -96,6 +107,9 @@ pub(crate) struct Vcpu {
     pub(crate) gate: Arc<Gate>,
     pub(crate) ending: Arc<Ending>,
     pub(crate) exits: Arc<ExitCounters>,
+    /// Whether it can run; until that is known.
+    pub(crate) begun: Option<Sender<Result<(), VcpuError>>>,
+    pub(crate) watch: Arc<Watch>,
 }
 
 enum Step {
@@ -107,16 +121,23 @@ enum Step {
 }
 
 impl Vcpu {
-    /// Runs the vCPU until its VM is stopped; the calling thread comes to the gate first. A thread that could not
-    /// be made ready says why, and the VM ends with that. Nothing of the VM is left on this thread afterwards.
-    fn live(mut self, ready: Result<Option<&mut Meter<'_>>, &str>) {
+    /// Runs the vCPU until its VM is stopped; the calling thread comes to the gate first. Nothing of the VM is left on
+    /// this thread afterwards.
+    fn live(mut self, meter: Option<&mut Meter<'_>>) {
         let gate = Arc::clone(&self.gate);
-        if let (Some(seat), Some(fd)) = (gate.seat(self.index), self.fd.take()) {
+        if let (Some(seat), Some(mut fd)) = (gate.seat(self.index), self.fd.take()) {
+            let begun = self.begun.take();
             let run = AssertUnwindSafe(|| {
+                let _serves = self.watch.guard();
                 seat.kicker.enlist();
-                match ready {
-                    Ok(meter) => self.run_until_stopped(fd, meter),
-                    Err(error) => self.ending.report(Exit::Failed(error.to_owned())),
+                let warm = warm_up(&mut fd);
+                let can_run = warm.is_ok();
+                if let Some(begun) = begun {
+                    // Who does not hear it takes the VM apart.
+                    let _ = begun.send(warm);
+                }
+                if can_run {
+                    self.run_until_stopped(fd, meter);
                 }
             });
             if catch_unwind(run).is_err() {
@@ -131,6 +152,16 @@ impl Vcpu {
         gate.leave();
     }
 
+    /// Its thread could not be made ready.
+    fn refuse(mut self, error: VcpuError) {
+        let gate = Arc::clone(&self.gate);
+        if let Some(begun) = self.begun.take() {
+            let _ = begun.send(Err(error));
+        }
+        drop(self);
+        gate.leave();
+    }
+
     fn run_until_stopped(&self, mut fd: VcpuFd, mut meter: Option<&mut Meter<'_>>) {
         let Self {
             index,
@@ -138,14 +169,14 @@ impl Vcpu {
             gate,
             ending,
             exits,
+            watch,
             ..
         } = self;
         let mut has_run = false;
         loop {
             if gate.is_closed() {
-                match has_run {
-                    true => prepare_to_wait(&mut fd, board, ending, exits),
-                    false => warm_up(&mut fd),
+                if has_run {
+                    prepare_to_wait(&mut fd, board, ending, exits);
                 }
                 match gate.pass(*index, fd) {
                     Some(back) => fd = back,
@@ -159,8 +190,16 @@ impl Vcpu {
                 if gate.is_closed() {
                     break Step::Interrupted;
                 }
-                let run = || run_once(&mut fd, board, exits);
-                match patiently(&[libc::ENOMEM], RUN_ATTEMPTS, run) {
+                // As above: what came earlier is noted, what comes now makes the run return.
+                if watch.is_lost() {
+                    break Step::End(Exit::BusError);
+                }
+                let ran = run_patiently(|| run_once(&mut fd, board, exits));
+                if watch.is_lost() {
+                    // Whatever the guest made of it.
+                    break Step::End(Exit::BusError);
+                }
+                match ran {
                     Ok(Step::Continue) => {}
                     Ok(Step::Kicked) => {
                         // A debt may take several periods.
@@ -172,6 +211,7 @@ impl Vcpu {
                         }
                     }
                     Ok(step) => break step,
+                    Err(e) if e.errno() == libc::EFAULT => break Step::End(Exit::BusError),
                     Err(e) => {
                         let e = std::io::Error::from_raw_os_error(e.errno());
                         break Step::End(Exit::Failed(format!("KVM_RUN failed: {e}")));
@@ -188,12 +228,27 @@ impl Vcpu {
 }
 
 /// Enters KVM, and leaves it before the guest: what a VM that runs needs of KVM (on some hosts a thread) is made
-/// before anybody waits for the guest.
-fn warm_up(fd: &mut VcpuFd) {
+/// before anybody waits for the guest, or goes on without.
+fn warm_up(fd: &mut VcpuFd) -> Result<(), VcpuError> {
     fd.set_kvm_immediate_exit(1);
-    // EINTR is the expected answer. What is wrong the first run says too.
-    let _ = fd.run();
+    let warm = is_warm(|| fd.run().map(drop));
     fd.set_kvm_immediate_exit(0);
+    warm
+}
+
+/// What `run`, a `KVM_RUN` that shall leave at once, says of those to come.
+fn is_warm(run: impl FnMut() -> Result<(), kvm_ioctls::Error>) -> Result<(), VcpuError> {
+    match run_patiently(run) {
+        Ok(()) => Ok(()),
+        Err(e) => match e.errno() {
+            // The expected answer.
+            libc::EINTR => Ok(()),
+            libc::EAGAIN => Err(VcpuError::KvmThread(std::io::Error::from_raw_os_error(
+                libc::EAGAIN,
+            ))),
+            _ => Err(VcpuError::Run(KvmError::of("KVM_RUN")(e))),
+        },
+    }
 }
 
 /// Brings the vCPU to a point at which its state is whole, without running the guest: completes an exit
@@ -224,9 +279,9 @@ fn run_once(
     exits: &ExitCounters,
 ) -> Result<Step, kvm_ioctls::Error> {
     let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
-    let exit = match fd.run() {
+    let exit = match sigbus::in_guest(|| fd.run()) {
         Ok(exit) => exit,
-        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+        Err(e) if e.errno() == libc::EINTR => {
             count(&exits.interrupted);
             fd.set_kvm_immediate_exit(0);
             return Ok(Step::Kicked);
@@ -269,6 +324,7 @@ fn run_once(
                 "the processor refused to enter the guest (reason {reason:#x})"
             ))));
         }
+        VcpuExit::MemoryFault { .. } => return Ok(Step::End(Exit::BusError)),
         VcpuExit::Hlt => return Ok(Step::End(Exit::Halt)),
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => {
             count(&exits.interrupted);
@@ -314,5 +370,34 @@ fn internal_error(fd: &mut VcpuFd) -> InternalError {
         suberror: internal.suberror,
         instruction,
         rip,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_for_which_kvm_gets_no_thread_is_told_from_one_that_was_kicked() {
+        // `KVM_RUN` answers so, as often; then as a run that leaves at once does.
+        let warm = |errno: i32, times: u32| {
+            let mut calls = 0;
+            is_warm(|| {
+                calls += 1;
+                let errno = if calls > times { libc::EINTR } else { errno };
+                Err(kvm_ioctls::Error::new(errno))
+            })
+        };
+        assert!(warm(libc::EINTR, 1).is_ok());
+        for passing in [libc::EAGAIN, libc::ENOMEM] {
+            assert!(warm(passing, 3).is_ok());
+        }
+        let refused = warm(libc::EAGAIN, u32::MAX).unwrap_err();
+        assert!(matches!(refused, VcpuError::KvmThread(_)), "{refused}");
+        assert!(refused.to_string().contains("pids.max"), "{refused}");
+        for errno in [libc::ENOMEM, libc::EFAULT] {
+            let refused = warm(errno, u32::MAX).unwrap_err();
+            assert!(matches!(refused, VcpuError::Run(_)), "{refused}");
+        }
     }
 }

@@ -13,9 +13,8 @@ use super::quota::{Account, Meter};
 use super::{Vcpu, VcpuError, kick};
 use crate::limits::Limits;
 use crate::seccomp::{self, Role};
+use crate::threads::{self, SMALL_STACK};
 
-/// Stack of a vCPU thread. Exits are handled without recursion.
-const STACK_BYTES: usize = 256 << 10;
 /// Most ready threads that wait for no VM in particular.
 const SPARES: usize = 2;
 /// How long a thread that was alerted keeps its processor for a vCPU that is about to come: as long as it takes to give a
@@ -49,11 +48,10 @@ impl Runner {
     fn new(limits: Limits, account: Option<Arc<Account>>) -> Result<Self, VcpuError> {
         kick::install()?;
         let (orders, todo) = mpsc::channel();
-        std::thread::Builder::new()
-            .name(IDLE.into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || serve(&todo, limits, account.as_deref()))
-            .map_err(VcpuError::Thread)?;
+        threads::spawn(IDLE, SMALL_STACK, move || {
+            serve(&todo, limits, account.as_deref())
+        })
+        .map_err(VcpuError::Thread)?;
         Ok(Self {
             orders,
             is_spare: is_usual(limits),
@@ -143,24 +141,32 @@ pub(crate) fn replenish(limits: Limits) {
 /// Runs the vCPUs that come, one after another, until nobody can send one.
 fn serve(todo: &Receiver<Order>, limits: Limits, account: Option<&Account>) {
     yield_to_host();
-    let mut ready = prepare(limits, account);
+    let mut meter = match prepare(limits, account) {
+        Ok(meter) => meter,
+        Err(error) => return refuse(todo, error),
+    };
     while let Ok(order) = todo.recv() {
         let job = match order {
             Order::Run(job) => Some(job),
             Order::Alert => soon(todo),
         };
-        let Some(Job { vcpu, mut runner }) = job else {
+        let Some(Job { vcpu, runner }) = job else {
             continue;
         };
         rename(&format!("hearth-vcpu{}", vcpu.index));
-        vcpu.live(
-            ready
-                .as_mut()
-                .map(Option::as_mut)
-                .map_err(|error| error.as_str()),
-        );
-        runner.is_spare &= ready.is_ok();
+        vcpu.live(meter.as_mut());
         runner.give_back();
+    }
+}
+
+/// Tells the VM that wants this thread why it cannot have it.
+fn refuse(todo: &Receiver<Order>, error: VcpuError) {
+    let job = todo.iter().find_map(|order| match order {
+        Order::Run(job) => Some(job),
+        Order::Alert => None,
+    });
+    if let Some(job) = job {
+        job.vcpu.refuse(error);
     }
 }
 
@@ -178,12 +184,12 @@ fn soon(todo: &Receiver<Order>) -> Option<Job> {
 }
 
 /// What a thread can only do before it is confined, and that.
-fn prepare(limits: Limits, account: Option<&Account>) -> Result<Option<Meter<'_>>, String> {
-    kick::let_in().map_err(|error| error.to_string())?;
+fn prepare(limits: Limits, account: Option<&Account>) -> Result<Option<Meter<'_>>, VcpuError> {
+    kick::let_in()?;
     let meter = account.map(Meter::start).transpose();
-    let meter = meter.map_err(|error| VcpuError::Timer(error).to_string())?;
+    let meter = meter.map_err(VcpuError::Timer)?;
     if limits.seccomp {
-        seccomp::confine(Role::Vcpu).map_err(|error| error.to_string())?;
+        seccomp::confine(Role::Vcpu)?;
     }
     Ok(meter)
 }

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use tokio::sync::Notify;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
@@ -18,6 +17,7 @@ use super::{
     QueuePosition, VirtioDevice,
 };
 use crate::memory::{GuestRam, MIB, PAGE_SIZE};
+use crate::wake::Notice;
 
 /// Device id (virtio 1.2 section 5.5.1).
 const DEVICE_TYPE: u32 = 5;
@@ -97,7 +97,7 @@ struct Shared {
     stats_wanted: AtomicBool,
     stats: Mutex<Option<BalloonStats>>,
     /// `actual` or `stats` changed.
-    changed: Notify,
+    changed: Notice,
     /// Bytes released by free page reporting, in pages.
     reported: AtomicU32,
 }
@@ -149,17 +149,8 @@ impl Balloon {
     pub async fn resize(&self, mib: u32, within: Duration) -> Result<(), BalloonError> {
         self.set_target(mib)?;
         let pages = mib * PAGES_PER_MIB;
-        let reached = async {
-            loop {
-                let changed = self.shared.changed.notified();
-                tokio::pin!(changed);
-                changed.as_mut().enable();
-                if self.shared.actual.load(Ordering::SeqCst) == pages {
-                    return;
-                }
-                changed.await;
-            }
-        };
+        let is_there = || (self.shared.actual.load(Ordering::SeqCst) == pages).then_some(());
+        let reached = self.shared.changed.until(is_there);
         if tokio::time::timeout(within, reached).await.is_ok() {
             return Ok(());
         }
@@ -180,17 +171,7 @@ impl Balloon {
         *self.shared.stats() = None;
         self.shared.stats_wanted.store(true, Ordering::SeqCst);
         self.bell.ring();
-        let answered = async {
-            loop {
-                let changed = self.shared.changed.notified();
-                tokio::pin!(changed);
-                changed.as_mut().enable();
-                if let Some(stats) = *self.shared.stats() {
-                    return stats;
-                }
-                changed.await;
-            }
-        };
+        let answered = self.shared.changed.until(|| *self.shared.stats());
         tokio::time::timeout(within, answered)
             .await
             .map_err(|_| BalloonError::NoAnswer)
@@ -325,7 +306,7 @@ impl VirtioDevice for BalloonDevice {
             self.shared
                 .actual
                 .store(u32::from_le_bytes(bytes), Ordering::SeqCst);
-            self.shared.changed.notify_waiters();
+            self.shared.changed.post();
         }
     }
 
@@ -400,7 +381,7 @@ impl VirtioDevice for BalloonDevice {
         self.active = None;
         self.shown_target = 0;
         self.shared.actual.store(0, Ordering::SeqCst);
-        self.shared.changed.notify_waiters();
+        self.shared.changed.post();
     }
 
     fn positions(&self) -> Vec<Option<QueuePosition>> {
@@ -507,7 +488,7 @@ impl Active {
                 let stats = parse_stats(mem, chain)?;
                 // The first buffer comes unasked, with figures from driver start.
                 *shared.stats() = Some(stats);
-                shared.changed.notify_waiters();
+                shared.changed.post();
             }
             // Without this the driver would not kick for its next report (EVENT_IDX).
             if *budget == 0 || !queue.enable_notification(mem)? {

@@ -28,8 +28,10 @@ use rustix::{
 };
 
 use crate::{
-    clock, runtime,
-    spawn::{Image, spawn},
+    clock,
+    plan::Plan,
+    runtime,
+    spawn::{Image, Start},
     sys::{self, stderr, stdin, stdout},
     text::{Stderr, joined, put, say},
 };
@@ -228,24 +230,35 @@ fn id(_: &[Vec<u8>]) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `ls [DIRECTORY]`
+/// `ls [PATH...]`; names in order, those of several directories each under its own.
 fn ls(args: &[Vec<u8>]) -> Result<u8, Failure> {
-    let path = args.first().map_or(&b"."[..], Vec::as_slice);
-    let dir = Dir::new(open(
-        path,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?)?;
-    let names = dir
-        .map(|entry| Ok(entry?.file_name().to_bytes().to_vec()))
-        .collect::<Result<Vec<_>, Errno>>()?;
-    let mut names: Vec<_> = names
-        .into_iter()
-        .filter(|name| name != b"." && name != b"..")
-        .collect();
+    let here = [b".".to_vec()];
+    let paths = if args.is_empty() { &here } else { args };
+    let mut code = 0;
+    for path in paths {
+        if let Err(errno) = list(path, paths.len() > 1) {
+            let path = String::from_utf8_lossy(path);
+            let _ = writeln!(Stderr, "ls: {path}: {errno}");
+            code = 1;
+        }
+    }
+    Ok(code)
+}
+
+fn list(path: &[u8], titled: bool) -> Result<(), Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = match open(path, flags, Mode::empty()) {
+        Err(Errno::NOTDIR) => return say(path),
+        dir => Dir::new(dir?)?,
+    };
+    let names = dir.map(|entry| Ok(entry?.file_name().to_bytes().to_vec()));
+    let mut names = names.collect::<Result<Vec<_>, Errno>>()?;
+    names.retain(|name| name != b"." && name != b"..");
     names.sort_unstable();
-    names.iter().try_for_each(say)?;
-    Ok(0)
+    if titled {
+        say([path, b":"].concat())?;
+    }
+    names.iter().try_for_each(say)
 }
 
 /// `sleep SECONDS`, decimal fractions allowed.
@@ -309,20 +322,23 @@ fn start(
     if !args.first().is_some_and(|name| has(name)) {
         return Err("not an applet".into());
     }
+    let plan = Plan {
+        candidates: vec![c"/proc/self/exe".into()],
+        argv: strings(args)?,
+        env: strings(&runtime::environment())?,
+        cwd: c".".into(),
+        limits: Vec::new(),
+        user: None,
+    };
     let image = Image {
-        candidates: &[c"/proc/self/exe".into()],
-        argv: &strings(args)?,
-        env: &strings(&runtime::environment())?,
-        cwd: c".",
+        plan,
         session,
         terminal: false,
         stdio: [stdin(), output, stderr()],
         results: None,
-        limits: &[],
-        user: None,
         cgroup: None,
     };
-    Ok(spawn(&image).map_err(|refusal| refusal.errno)?)
+    Ok(Start::run(image)?)
 }
 
 /// `fill BYTES`: writes so many bytes, each the low byte of its offset.

@@ -11,6 +11,7 @@ use rustix::{fd::OwnedFd, io::Errno};
 use crate::{
     channel::{Channel, Lost, Output},
     clock::Instant,
+    diagnose,
     exec::{Program, Which},
     files::{self, Task},
     guest::Guest,
@@ -190,20 +191,48 @@ impl Conn {
         }
     }
 
+    /// The program runs now, or does not.
+    pub(crate) fn started(&mut self, guest: &mut Guest) {
+        let Some(running) = self.program.as_mut().and_then(Program::runs) else {
+            return;
+        };
+        let said = match (running, &self.program) {
+            (Ok(()), Some(program)) => Response::Started { pid: program.pid() },
+            (Err(failed), _) => Response::Failed(diagnose::failure(&failed)),
+            (Ok(()), None) => return,
+        };
+        if matches!(said, Response::Failed(_))
+            && let Some(program) = self.program.take()
+        {
+            guest.ended(program);
+        }
+        if self.channel.output.push(&said).is_err() {
+            self.lose(Lost(None));
+        }
+    }
+
     /// Tells the program of a death, if it is its own.
-    pub(crate) fn reaped(&mut self, dead: &Reaped, now: Instant, scratch: &mut Vec<u8>) -> bool {
-        let mine = self
-            .program
-            .as_mut()
-            .is_some_and(|program| program.reaped(dead, now));
-        if mine {
+    pub(crate) fn reaped(
+        &mut self,
+        dead: &Reaped,
+        now: Instant,
+        guest: &mut Guest,
+        scratch: &mut Vec<u8>,
+    ) -> bool {
+        if !self.program.as_ref().is_some_and(|it| it.is_main(dead.pid)) {
+            return false;
+        }
+        // That it ran, or why it did not, was not noticed yet.
+        self.started(guest);
+        if let Some(program) = &mut self.program {
+            program.reaped(dead, now);
             // The end of the output has mostly come by now; seeing it here saves a turn of the loop.
             for which in Which::ALL {
                 let hung_up = true;
                 self.pump(Pipe::Output { which, hung_up }, scratch);
             }
         }
-        mine
+        true
     }
 
     /// Does all that can be done now: requests that have come, what is due, what is to be sent.
@@ -282,7 +311,7 @@ impl Conn {
         loop {
             if let Some(end) = program.as_ref().and_then(Program::ended) {
                 output.push(&Response::Exited(end))?;
-                guest.ended(program.take().and_then(Program::into_cgroup));
+                program.take().into_iter().for_each(|it| guest.ended(it));
             }
             if !output.has_room() {
                 return Ok(());
@@ -320,7 +349,7 @@ impl Conn {
             && let Some(mut program) = self.program.take()
         {
             program.kill_all();
-            guest.ended(program.into_cgroup());
+            guest.ended(program);
         }
     }
 
@@ -352,10 +381,7 @@ fn answer(
             return Err(Rejection::FileRunning.into());
         }
         Request::Exec(exec) => match guest.start(&exec) {
-            Ok(started) => {
-                output.push(&Response::Started { pid: started.pid() })?;
-                *program = Some(started);
-            }
+            Ok(started) => *program = Some(started),
             Err(failure) => output.push(&Response::Failed(failure))?,
         },
         Request::Stdin(bytes) => {

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Names the failure.
-pub(crate) fn failure(plan: &Plan, refusal: Refusal) -> SpawnFailure {
+pub(crate) fn failure((plan, refusal): &(Plan, Refusal)) -> SpawnFailure {
     let errno = refusal.errno.raw_os_error();
     match (refusal.step, refusal.errno) {
         (_, Errno::NOMEM) => SpawnFailure::Exhausted(proto::Resource::Memory),

@@ -1,10 +1,13 @@
 //! A program that runs: its pipes, its time, its end.
 //!
 //! ```text
-//! running --- main process reaped ---> draining --- both outputs closed ---> ended
-//!    |                                    |  linger time over: read what is in the pipes, then close
-//!    | timeout: TERM, grace, KILL         |
+//! starting --- child executed it ---> running --- main process reaped ---> draining --- both outputs closed ---> ended
+//!                                        |                                    |  linger time over: read what is in the
+//!                                        | timeout: TERM, grace, KILL         |  pipes, then close
 //! ```
+//!
+//! The time limit runs from the beginning, and ends the request whatever the program does: what is killed and cannot be
+//! reaped, as another program traces it, counts as dead after [`REAPING`].
 
 mod stdin;
 mod stream;
@@ -29,11 +32,14 @@ use crate::{
     clock::Instant,
     kill::{KILL, TERM, kill_tree},
     reaper::Reaped,
+    spawn::{NotStarted, Start},
     sys, terminal,
 };
 
 /// Reads from one pipe before other events have their turn.
 const READS: usize = 4;
+/// Time from SIGKILL until a program counts as dead that was not reaped.
+const REAPING: Duration = Duration::from_secs(1);
 
 /// The agent's ends of a program's pipes; none of them blocks.
 #[derive(Debug)]
@@ -52,7 +58,9 @@ pub(crate) struct Pipes {
 #[derive(Debug)]
 pub(crate) struct Program {
     pid: Pid,
-    started: Instant,
+    /// Until it runs.
+    start: Option<Start>,
+    began: Instant,
     stdin: Stdin,
     stdout: Stream,
     stderr: Stream,
@@ -88,9 +96,17 @@ impl Which {
 #[derive(Debug)]
 enum Timeout {
     Never,
-    Running { term_at: Instant, grace: Duration },
-    Terminated { kill_at: Instant },
-    Killed,
+    Running {
+        term_at: Instant,
+        grace: Duration,
+    },
+    Terminated {
+        kill_at: Instant,
+    },
+    /// Not to be waited for any longer than that.
+    Killed {
+        lost_at: Option<Instant>,
+    },
 }
 
 #[derive(Debug)]
@@ -103,7 +119,7 @@ struct Exit {
 impl Program {
     pub(crate) fn new(
         exec: &Exec,
-        pid: Pid,
+        start: Start,
         now: Instant,
         pipes: Pipes,
         cgroup: Option<Cgroup>,
@@ -113,8 +129,9 @@ impl Program {
             .and_then(|ms| now.checked_add(Duration::from_millis(ms)));
         let grace = Duration::from_millis(exec.grace_ms.into());
         Self {
-            pid,
-            started: now,
+            pid: start.pid(),
+            start: Some(start),
+            began: now,
             stdin: Stdin::new(pipes.stdin, pipes.terminal),
             stdout: Stream::Open(pipes.stdout),
             stderr: Stream::of(pipes.stderr),
@@ -135,11 +152,26 @@ impl Program {
         self.pid.as_raw_pid().unsigned_abs()
     }
 
-    /// The descriptors to wait for: input only while some waits, output only while the connection has room.
+    /// The descriptor to wait for until it runs, which hangs up then.
+    pub(crate) fn waits_to_run(&self) -> Option<BorrowedFd<'_>> {
+        self.start.as_ref().map(Start::waits_for)
+    }
+
+    /// Takes note that what was [waited for](Self::waits_to_run) has come; says how it went.
+    pub(crate) fn runs(&mut self) -> Option<Result<(), NotStarted>> {
+        let mut start = self.start.take()?;
+        start.gone();
+        Some(start.end())
+    }
+
+    /// The descriptors to wait for once it runs: input only while some waits, output only while the connection has room.
     pub(crate) fn waits_for(
         &self,
         room: bool,
     ) -> (Option<BorrowedFd<'_>>, [Option<BorrowedFd<'_>>; 3]) {
+        if self.start.is_some() {
+            return (None, [None; 3]);
+        }
         let outputs = Which::ALL.map(|which| self.stream(which).pipe().filter(|_| room));
         (self.stdin.waits_for(), outputs)
     }
@@ -287,12 +319,14 @@ impl Program {
         }
     }
 
-    /// Takes note that the main process is dead, if it is this one.
-    pub(crate) fn reaped(&mut self, dead: &Reaped, now: Instant) -> bool {
-        if dead.pid != self.pid.as_raw_pid() || self.exit.is_some() {
-            return false;
-        }
-        let wall = now.saturating_duration_since(self.started);
+    /// Whether this is the program's main process, which has not been reaped.
+    pub(crate) fn is_main(&self, pid: i32) -> bool {
+        pid == self.pid.as_raw_pid() && self.exit.is_none()
+    }
+
+    /// Takes note that the main process is dead.
+    pub(crate) fn reaped(&mut self, dead: &Reaped, now: Instant) {
+        let wall = now.saturating_duration_since(self.began);
         self.exit = Some(Exit {
             status: dead.status,
             usage: Usage {
@@ -305,12 +339,16 @@ impl Program {
         });
         self.stdout.attend();
         self.stdin.close();
-        if self.leftover == Leftover::Kill
-            || matches!(self.timeout, Timeout::Terminated { .. } | Timeout::Killed)
-        {
+        if self.leftover == Leftover::Kill || self.is_timed_out() {
             self.kill_all();
         }
-        true
+    }
+
+    fn is_timed_out(&self) -> bool {
+        matches!(
+            self.timeout,
+            Timeout::Terminated { .. } | Timeout::Killed { .. }
+        )
     }
 
     /// Does what is due at `now`.
@@ -327,13 +365,19 @@ impl Program {
             (None, Timeout::Running { term_at, grace }) if now >= *term_at => {
                 self.timeout = match now.checked_add(*grace) {
                     Some(kill_at) => Timeout::Terminated { kill_at },
-                    None => Timeout::Killed,
+                    None => Timeout::Killed { lost_at: None },
                 };
                 sys::kill_group(self.pid, TERM);
             }
             (None, Timeout::Terminated { kill_at }) if now >= *kill_at => {
-                self.timeout = Timeout::Killed;
+                self.timeout = Timeout::Killed {
+                    lost_at: now.checked_add(REAPING),
+                };
                 self.kill_all();
+            }
+            (None, Timeout::Killed { lost_at: Some(at) }) if now >= *at && self.start.is_none() => {
+                let dead = Reaped::killed(self.pid.as_raw_pid());
+                self.reaped(&dead, now);
             }
             _ => {}
         }
@@ -350,7 +394,8 @@ impl Program {
             (None, Timeout::Running { term_at: at, .. } | Timeout::Terminated { kill_at: at }) => {
                 Some(*at)
             }
-            (None, Timeout::Never | Timeout::Killed) => None,
+            (None, Timeout::Killed { lost_at }) => lost_at.filter(|_| self.start.is_none()),
+            (None, Timeout::Never) => None,
         }
     }
 
@@ -364,7 +409,7 @@ impl Program {
         };
         Some(Exited {
             status: exit.status,
-            timed_out: matches!(self.timeout, Timeout::Terminated { .. } | Timeout::Killed),
+            timed_out: self.is_timed_out(),
             output: if *stdout == OutputEnd::Complete {
                 *stderr
             } else {
@@ -388,8 +433,8 @@ impl Program {
         }
     }
 
-    /// Gives up the program's cgroup.
-    pub(crate) fn into_cgroup(self) -> Option<Cgroup> {
-        self.cgroup
+    /// What must live longer than the interest in the program: the child until it is dead, if it never ran, and the cgroup.
+    pub(crate) fn into_parts(self) -> (Option<Start>, Option<Cgroup>) {
+        (self.start, self.cgroup)
     }
 }

@@ -1,6 +1,6 @@
 //! What the agent knows of the guest, and does for all connections alike.
 
-use alloc::string::String;
+use alloc::{boxed::Box, string::String, vec::Vec};
 use core::fmt::Write;
 
 use hearth_agent::proto::{
@@ -27,7 +27,7 @@ use crate::{
     quiet,
     root::{self, Root},
     runtime,
-    spawn::{Image, Refusal, Step, spawn},
+    spawn::{Image, NotStarted, Refusal, Start, Step},
     terminal,
     text::Stderr,
 };
@@ -46,6 +46,8 @@ pub(crate) struct Guest {
     pub(crate) cgroups: Cgroups,
     /// Programs that run.
     pub(crate) programs: u32,
+    /// Children that were killed before they had become programs, and are not dead yet.
+    abandoned: Vec<Start>,
 }
 
 impl Guest {
@@ -59,6 +61,7 @@ impl Guest {
             hygiene: Hygiene::new(),
             cgroups,
             programs: 0,
+            abandoned: Vec::new(),
         }
     }
 
@@ -165,14 +168,14 @@ impl Guest {
         let person = self.person(exec)?;
         let plan = Plan::new(exec, person.as_ref())?;
         let cgroup = self.cgroups.acquire(&exec.limits)?;
-        match launch(exec, &plan, cgroup.as_ref()) {
-            Ok((pid, pipes)) => {
+        match launch(exec, plan, cgroup.as_ref()) {
+            Ok((start, pipes)) => {
                 self.programs += 1;
-                Ok(Program::new(exec, pid, Instant::now(), pipes, cgroup))
+                Ok(Program::new(exec, start, Instant::now(), pipes, cgroup))
             }
-            Err(refusal) => {
+            Err(failed) => {
                 self.cgroups.release(cgroup);
-                Err(diagnose::failure(&plan, refusal))
+                Err(diagnose::failure(&failed))
             }
         }
     }
@@ -197,21 +200,64 @@ impl Guest {
         Ok(person)
     }
 
-    /// Takes note of a program's end.
-    pub(crate) fn ended(&mut self, cgroup: Option<Cgroup>) {
+    /// Takes note of a program's end, or of the end of all interest in it.
+    pub(crate) fn ended(&mut self, program: Program) {
         self.programs = self.programs.saturating_sub(1);
+        let (start, cgroup) = program.into_parts();
+        self.abandoned.extend(start);
         self.cgroups.release(cgroup);
+    }
+
+    /// Takes note of the death of a child that no connection asks for.
+    pub(crate) fn reaped(&mut self, pid: i32) {
+        let dead = |start: &mut Start| start.pid().as_raw_pid() == pid;
+        for mut start in self.abandoned.extract_if(.., dead) {
+            start.gone();
+            let _ = start.end();
+        }
     }
 }
 
-fn launch(
-    exec: &Exec,
-    plan: &Plan,
-    cgroup: Option<&Cgroup>,
-) -> Result<(rustix::process::Pid, Pipes), Refusal> {
-    if let Some(size) = exec.terminal {
-        return launch_on_terminal(exec, size, plan, cgroup);
+/// Makes the child that is to become the program, and the pipes between it and us.
+fn launch(exec: &Exec, plan: Plan, cgroup: Option<&Cgroup>) -> Result<(Start, Pipes), NotStarted> {
+    let launched = match exec.terminal {
+        Some(size) => on_terminal(exec, size, &plan),
+        None => on_pipes(exec, &plan),
+    };
+    let (theirs, ours) = match launched {
+        Ok(ends) => ends,
+        Err(refusal) => return Err(Box::new((plan, refusal))),
+    };
+    let image = Image {
+        plan,
+        session: true,
+        terminal: ours.terminal,
+        stdio: theirs.stdio(),
+        results: theirs.results.as_ref().map(AsFd::as_fd),
+        cgroup: cgroup.map(Cgroup::dir),
+    };
+    Ok((Start::begin(image)?, ours))
+}
+
+/// The program's ends of its pipes, or of its terminal.
+struct Theirs {
+    stdin: OwnedFd,
+    /// None: as stdin.
+    stdout: Option<OwnedFd>,
+    /// None: as stdout.
+    stderr: Option<OwnedFd>,
+    results: Option<OwnedFd>,
+}
+
+impl Theirs {
+    fn stdio(&self) -> [BorrowedFd<'_>; 3] {
+        let stdout = self.stdout.as_ref().unwrap_or(&self.stdin);
+        let stderr = self.stderr.as_ref().unwrap_or(stdout);
+        [&self.stdin, stdout, stderr].map(AsFd::as_fd)
     }
+}
+
+fn on_pipes(exec: &Exec, plan: &Plan) -> Result<(Theirs, Pipes), Refusal> {
     let refused = refused_at(Step::Stdio);
     let (stdin, stdin_ours) = match exec.stdin {
         Input::Pipe => {
@@ -239,24 +285,23 @@ fn launch(
         }
         false => (None, None),
     };
-    let stdio = [
-        stdin.as_fd(),
-        stdout.as_fd(),
-        stderr.as_ref().unwrap_or(&stdout).as_fd(),
-    ];
-    let mut image = image(plan, stdio, cgroup);
-    image.results = results.as_ref().map(AsFd::as_fd);
+    let theirs = Theirs {
+        stdin,
+        stdout: Some(stdout),
+        stderr,
+        results,
+    };
     if let Some((uid, gid, _)) = plan.user.as_ref().filter(|(uid, ..)| !uid.is_root()) {
         // So that the user can open them by name, as /dev/stderr. What that fails of, the program sees when it tries.
-        let [stdin, outputs @ ..] = stdio;
+        let [stdin, outputs @ ..] = theirs.stdio();
         let stdin = (exec.stdin == Input::Pipe).then_some(stdin);
-        for pipe in outputs.into_iter().chain(stdin).chain(image.results) {
+        let results = theirs.results.as_ref().map(AsFd::as_fd);
+        for pipe in outputs.into_iter().chain(stdin).chain(results) {
             let _ = fchown(pipe, Some(*uid), Some(*gid));
         }
     }
-    let pid = spawn(&image)?;
     Ok((
-        pid,
+        theirs,
         Pipes {
             stdin: stdin_ours,
             stdout: stdout_ours,
@@ -267,12 +312,7 @@ fn launch(
     ))
 }
 
-fn launch_on_terminal(
-    exec: &Exec,
-    size: WindowSize,
-    plan: &Plan,
-    cgroup: Option<&Cgroup>,
-) -> Result<(rustix::process::Pid, Pipes), Refusal> {
+fn on_terminal(exec: &Exec, size: WindowSize, plan: &Plan) -> Result<(Theirs, Pipes), Refusal> {
     let refused = refused_at(Step::Terminal);
     let owner = plan.user.as_ref().map(|(uid, ..)| *uid);
     let (ours, theirs) = terminal::open(size, owner).map_err(refused)?;
@@ -280,11 +320,13 @@ fn launch_on_terminal(
         Input::Pipe => Some(fcntl_dupfd_cloexec(&ours, 0).map_err(refused)?),
         Input::Null => None,
     };
-    let mut image = image(plan, [theirs.as_fd(); 3], cgroup);
-    image.terminal = true;
-    let pid = spawn(&image)?;
     Ok((
-        pid,
+        Theirs {
+            stdin: theirs,
+            stdout: None,
+            stderr: None,
+            results: None,
+        },
         Pipes {
             stdin,
             stdout: ours,
@@ -293,22 +335,6 @@ fn launch_on_terminal(
             terminal: true,
         },
     ))
-}
-
-fn image<'a>(plan: &'a Plan, stdio: [BorrowedFd<'a>; 3], cgroup: Option<&'a Cgroup>) -> Image<'a> {
-    Image {
-        candidates: &plan.candidates,
-        argv: &plan.argv,
-        env: &plan.env,
-        cwd: &plan.cwd,
-        session: true,
-        terminal: false,
-        stdio,
-        results: None,
-        limits: &plan.limits,
-        user: plan.user.as_ref(),
-        cgroup: cgroup.map(Cgroup::dir),
-    }
 }
 
 fn refused_at(step: Step) -> impl Fn(Errno) -> Refusal + Copy {

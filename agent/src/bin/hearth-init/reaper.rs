@@ -9,7 +9,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::sys;
+use crate::{kill::KILL, sys};
 
 /// Children reaped before other events have their turn.
 const BATCH: usize = 256;
@@ -81,6 +81,19 @@ impl Reaper {
         }
         self.more = dead.len() == BATCH;
         dead
+    }
+}
+
+impl Reaped {
+    /// One that was killed, and of which no more is known.
+    pub(crate) fn killed(pid: i32) -> Self {
+        Self {
+            pid,
+            status: ExitStatus::Signal(KILL),
+            user_us: 0,
+            system_us: 0,
+            max_rss_kib: 0,
+        }
     }
 }
 

@@ -70,6 +70,8 @@ enum Source {
     Children,
     Listener,
     Conn(usize),
+    /// The start of a program.
+    Start(usize),
     Stdin(usize),
     Output(usize, Which),
 }
@@ -154,12 +156,14 @@ impl Server {
             if let Some(program) = conn.program() {
                 let (stdin, outputs) = program.waits_for(conn.channel.output.has_room());
                 let outputs = Which::ALL.into_iter().zip(outputs);
-                let wanted = [(Source::Stdin(index), stdin, PollFlags::OUT)]
-                    .into_iter()
-                    .chain(
-                        outputs
-                            .map(|(which, fd)| (Source::Output(index, which), fd, PollFlags::IN)),
-                    );
+                let start = program.waits_to_run();
+                let wanted = [
+                    (Source::Start(index), start, PollFlags::empty()),
+                    (Source::Stdin(index), stdin, PollFlags::OUT),
+                ];
+                let wanted = wanted.into_iter().chain(
+                    outputs.map(|(which, fd)| (Source::Output(index, which), fd, PollFlags::IN)),
+                );
                 for (source, fd, flags) in wanted {
                     if let Some(fd) = fd {
                         sources.push(source);
@@ -222,6 +226,11 @@ impl Server {
                     conn.read();
                 }
             }
+            Source::Start(index) => {
+                if let Some(conn) = conns.get_mut(index) {
+                    conn.started(guest);
+                }
+            }
             Source::Stdin(index) => {
                 if let Some(conn) = conns.get_mut(index) {
                     conn.pump(Pipe::Stdin, scratch);
@@ -247,10 +256,13 @@ impl Server {
         let now = Instant::now();
         for dead in &dead {
             // Nobody's: an orphan, a child that could not execute its program, a program of a connection that is gone.
-            let _ = self
+            let known = self
                 .conns
                 .iter_mut()
-                .any(|conn| conn.reaped(dead, now, &mut self.scratch));
+                .any(|conn| conn.reaped(dead, now, &mut self.guest, &mut self.scratch));
+            if !known {
+                self.guest.reaped(dead.pid);
+            }
         }
     }
 

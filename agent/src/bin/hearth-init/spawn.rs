@@ -1,40 +1,42 @@
 //! Starting a program without copying the agent: a child that shares its memory until it has executed the program.
 //!
-//! The parent stands still meanwhile (CLONE_VFORK), so the child reports what failed by writing it down. Neither
-//! `posix_spawn` nor the standard library can put the child into a cgroup, a session, a user and limits before its first
-//! instruction without a copy of the address space, which costs tens of milliseconds where ring 0 is emulated.
+//! The agent does not wait for it: a child that has taken on its user can be stopped by whatever else that user runs, and
+//! would stop the agent with it. What the child works with stays as it is until a pipe closes that only the child holds
+//! open, which it does when it has executed the program or is dead. What failed, it writes down before.
+//!
+//! Neither `posix_spawn` nor the standard library can put the child into a cgroup, a session, a user and limits before its
+//! first instruction without a copy of the address space, which costs tens of milliseconds where ring 0 is emulated.
 
 use alloc::{boxed::Box, ffi::CString, vec::Vec};
 use core::{
     arch::asm,
     ffi::{CStr, c_char, c_void},
+    fmt,
     mem::MaybeUninit,
-    ptr,
+    ptr::{self, NonNull},
 };
 
 use rustix::{
-    fd::{AsRawFd, BorrowedFd},
-    io::Errno,
+    event::{PollFd, PollFlags, poll},
+    fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    io::{Errno, fcntl_dupfd_cloexec},
+    pipe::{PipeFlags, pipe_with},
     process::{Pid, Resource, Rlimit, chdir, ioctl_tiocsctty, setrlimit, setsid},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
     thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 
-use crate::{plan::Ids, reaper, sys};
+use crate::{plan::Plan, reaper, sys};
 
 /// Enough for a few system calls, unoptimised; only what is touched exists.
 const STACK_BYTES: usize = 64 * 1024;
 
 /// The descriptor of a program's third output.
-const RESULTS: i32 = 3;
+const RESULTS: RawFd = 3;
 
-/// Everything that the child needs, made before it exists.
+/// A program to be started.
 pub(crate) struct Image<'a> {
-    /// Paths to try in order, as `execvp` does.
-    pub(crate) candidates: &'a [CString],
-    pub(crate) argv: &'a [CString],
-    pub(crate) env: &'a [CString],
-    pub(crate) cwd: &'a CStr,
+    pub(crate) plan: Plan,
     /// Whether to start a session, and so a process group.
     pub(crate) session: bool,
     /// Whether stdin is a terminal that the session is to control.
@@ -43,8 +45,6 @@ pub(crate) struct Image<'a> {
     pub(crate) stdio: [BorrowedFd<'a>; 3],
     /// What becomes descriptor 3.
     pub(crate) results: Option<BorrowedFd<'a>>,
-    pub(crate) limits: &'a [(Resource, u64)],
-    pub(crate) user: Option<&'a Ids>,
     /// The directory of the cgroup to be born in.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
 }
@@ -70,35 +70,137 @@ pub(crate) struct Refusal {
     pub(crate) errno: Errno,
 }
 
-/// What parent and child share.
-struct Child<'a> {
-    image: &'a Image<'a>,
+/// A program that was not started, and why.
+pub(crate) type NotStarted = Box<(Plan, Refusal)>;
+
+/// What the child works with, made before it exists. Nobody else touches it until the child is gone.
+struct Child {
+    plan: Plan,
+    session: bool,
+    terminal: bool,
+    /// Numbers of the child's own table of descriptors, a copy of ours.
+    stdio: [RawFd; 3],
+    results: Option<RawFd>,
     argv: Vec<*const c_char>,
     env: Vec<*const c_char>,
+    /// Not filled: what the child does not touch costs no page.
+    stack: Box<[MaybeUninit<u128>]>,
     refusal: Option<Refusal>,
 }
 
-/// Starts a program. The caller's signal mask is not inherited: the program has none, and default dispositions as far as
-/// this process has them. A child that could not execute the program is left for the reaper.
-pub(crate) fn spawn(image: &Image<'_>) -> Result<Pid, Refusal> {
-    let mut child = Child {
-        image,
-        argv: pointers(image.argv),
-        env: pointers(image.env),
-        refusal: None,
-    };
-    // Not filled: what the child does not touch costs no page.
-    let mut stack = Box::new_uninit_slice(STACK_BYTES / size_of::<u128>());
-    reaper::expect_children();
-    let result = clone_vfork(&mut child, &mut stack, image.cgroup);
-    match (result, child.refusal) {
-        (Ok(_), Some(refusal)) => Err(refusal),
-        (Ok(pid), None) => Ok(pid),
-        (Err(errno), _) => Err(Refusal {
-            step: Step::Clone,
-            errno,
-        }),
+/// A child that is to become a program. What it works with is freed by [`end`](Self::end), and else never.
+pub(crate) struct Start {
+    pid: Pid,
+    /// Closed at its other end once the child is gone from our memory.
+    pipe: OwnedFd,
+    child: NonNull<Child>,
+    /// The child is gone from our memory.
+    gone: bool,
+}
+
+impl Start {
+    /// Starts a program. The caller's signal mask is not inherited: the program has none, and default dispositions as far
+    /// as this process has them.
+    pub(crate) fn begin(image: Image<'_>) -> Result<Self, NotStarted> {
+        let Image { plan, cgroup, .. } = image;
+        let failed = |plan, errno| {
+            let step = Step::Clone;
+            Box::new((plan, Refusal { step, errno }))
+        };
+        let (pipe, theirs) = match pipe() {
+            Ok(ends) => ends,
+            Err(errno) => return Err(failed(plan, errno)),
+        };
+        let child = Box::new(Child {
+            session: image.session,
+            terminal: image.terminal,
+            stdio: image.stdio.map(|fd| fd.as_raw_fd()),
+            results: image.results.map(|fd| fd.as_raw_fd()),
+            argv: pointers(&plan.argv),
+            env: pointers(&plan.env),
+            stack: Box::new_uninit_slice(STACK_BYTES / size_of::<u128>()),
+            refusal: None,
+            plan,
+        });
+        reaper::expect_children();
+        let child = NonNull::from(Box::leak(child));
+        match clone(child, cgroup) {
+            Ok(pid) => {
+                // From here on it is open in the child alone.
+                drop(theirs);
+                let gone = false;
+                Ok(Self {
+                    pid,
+                    pipe,
+                    child,
+                    gone,
+                })
+            }
+            // SAFETY: it was leaked above, and there is no child.
+            Err(errno) => Err(failed(unsafe { Box::from_raw(child.as_ptr()) }.plan, errno)),
+        }
     }
+
+    /// As [`begin`](Self::begin), for who has nothing else to do but to wait until the program runs.
+    pub(crate) fn run(image: Image<'_>) -> Result<Pid, Errno> {
+        let mut start = Self::begin(image).map_err(|failed| failed.1.errno)?;
+        while !start.gone {
+            let mut fds = [PollFd::new(&start.pipe, PollFlags::empty())];
+            match poll(&mut fds, None) {
+                Ok(_) => start.gone = true,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        let pid = start.pid;
+        start.end().map_err(|failed| failed.1.errno)?;
+        Ok(pid)
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Hangs up once the child is gone from our memory.
+    pub(crate) fn waits_for(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+
+    /// The child is gone from our memory: the pipe has hung up, or it was reaped.
+    pub(crate) fn gone(&mut self) {
+        self.gone = true;
+    }
+
+    /// Why there is no program, if so; asked of a child that is [`gone`](Self::gone). One that was killed before it became
+    /// the program counts as the program.
+    pub(crate) fn end(self) -> Result<(), NotStarted> {
+        if !self.gone {
+            return Ok(());
+        }
+        // SAFETY: leaked by `begin`; the child, which alone used it, is gone, and so is this value.
+        let child = *unsafe { Box::from_raw(self.child.as_ptr()) };
+        match child.refusal {
+            Some(refusal) => Err(Box::new((child.plan, refusal))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Start")
+            .field("pid", &self.pid)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A pipe, whose end for the child is out of the way of what the program will have.
+fn pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
+    if theirs.as_raw_fd() > RESULTS {
+        return Ok((ours, theirs));
+    }
+    Ok((ours, fcntl_dupfd_cloexec(theirs, RESULTS + 1)?))
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {
@@ -109,19 +211,16 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
         .collect()
 }
 
-/// Makes a child that runs [`enter`] on `stack` and waits until it has executed a program or is gone.
-fn clone_vfork(
-    child: &mut Child<'_>,
-    stack: &mut [MaybeUninit<u128>],
-    cgroup: Option<BorrowedFd<'_>>,
-) -> Result<Pid, Errno> {
-    let flags = libc::CLONE_VM | libc::CLONE_VFORK;
-    let top = stack.as_mut_ptr_range().end;
+/// Makes a child that runs [`enter`].
+fn clone(child: NonNull<Child>, cgroup: Option<BorrowedFd<'_>>) -> Result<Pid, Errno> {
+    // SAFETY: a live `Child`, which nobody else refers to.
+    let stack = unsafe { &mut (*child.as_ptr()).stack };
+    let (bottom, top) = (stack.as_mut_ptr(), stack.as_mut_ptr_range().end);
     let args = libc::clone_args {
-        flags: u64::from(flags.cast_unsigned()) | CLONE_INTO_CGROUP,
+        flags: u64::from(libc::CLONE_VM.cast_unsigned()) | CLONE_INTO_CGROUP,
         exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
-        stack: stack.as_mut_ptr() as u64,
-        stack_size: size_of_val(stack) as u64,
+        stack: bottom as u64,
+        stack_size: size_of_val(&**stack) as u64,
         cgroup: cgroup.map_or(0, |fd| u64::from(fd.as_raw_fd().unsigned_abs())),
         pidfd: 0,
         child_tid: 0,
@@ -138,14 +237,15 @@ fn clone_vfork(
         ),
         None => (
             libc::SYS_clone,
-            (flags | libc::SIGCHLD) as usize,
+            (libc::CLONE_VM | libc::SIGCHLD) as usize,
             top as usize,
         ),
     };
     let result: i64;
-    // SAFETY: the child has a stack of its own, 16-byte aligned, and never returns from `enter`; it shares our memory, but
-    // we stand still until it has executed a program or exited, and `child` and `stack` outlive that. It shares no signal
-    // handlers (none are installed) and runs only async-signal-safe code.
+    // SAFETY: the child has a stack of its own, 16-byte aligned, and never returns from `enter`. It shares our memory, and
+    // runs beside us: it writes to nothing but its stack and its `Child`, which stay as they are until it is gone, and takes
+    // nothing from the heap. It shares no signal handlers: none are installed. Thread-local storage, which it would share,
+    // is not used.
     unsafe {
         asm!(
             "syscall",
@@ -162,7 +262,7 @@ fn clone_vfork(
             in("rdx") 0,
             in("r10") 0,
             in("r8") 0,
-            in("r12") ptr::from_mut(child).cast::<c_void>(),
+            in("r12") child.as_ptr().cast::<c_void>(),
             in("r13") enter as extern "C" fn(*mut c_void) -> !,
             lateout("rcx") _,
             lateout("r11") _,
@@ -179,51 +279,56 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Where the child begins.
 extern "C" fn enter(child: *mut c_void) -> ! {
-    // SAFETY: the parent passed a live `Child` and stands still.
-    let child = unsafe { &mut *child.cast::<Child<'_>>() };
-    child.refusal = Some(become_program(child));
+    let child = child.cast::<Child>();
+    // SAFETY: the parent passed a live `Child`, which it leaves to us until we are gone.
+    let refusal = become_program(unsafe { &*child });
+    // SAFETY: as above; the reference has ended.
+    unsafe { (*child).refusal = Some(refusal) };
     sys::exit(127)
 }
 
 /// Turns the child into the program. Returns only if that fails. Allocates nothing.
-fn become_program(child: &Child<'_>) -> Refusal {
-    let image = child.image;
+fn become_program(child: &Child) -> Refusal {
+    let plan = &child.plan;
     let refused = |step| move |errno| Refusal { step, errno };
     let prepare = || {
-        if image.session {
+        if child.session {
             setsid().map_err(refused(Step::Session))?;
         }
-        let [stdin, stdout, stderr] = image.stdio;
-        if image.terminal {
+        // SAFETY: they are open in this process, whose table is a copy of the parent's at the clone.
+        let [stdin, stdout, stderr] = child.stdio.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
+        if child.terminal {
             ioctl_tiocsctty(stdin).map_err(refused(Step::Terminal))?;
         }
         dup2_stdin(stdin).map_err(refused(Step::Stdio))?;
         dup2_stdout(stdout).map_err(refused(Step::Stdio))?;
         dup2_stderr(stderr).map_err(refused(Step::Stdio))?;
-        if let Some(results) = image.results {
+        if let Some(results) = child.results {
             sys::give(results, RESULTS).map_err(refused(Step::Stdio))?;
         }
-        for (resource, value) in image.limits {
+        for (resource, value) in &plan.limits {
             let limit = Rlimit {
                 current: Some(*value),
                 maximum: Some(*value),
             };
             setrlimit(*resource, limit).map_err(refused(Step::Limit(*resource)))?;
         }
-        if let Some((uid, gid, groups)) = image.user {
+        if let Some((uid, gid, groups)) = &plan.user {
             set_thread_groups(groups).map_err(refused(Step::User))?;
             set_thread_res_gid(*gid, *gid, *gid).map_err(refused(Step::User))?;
+            // From here on other programs of that user may stop, kill and slow down this process, and, as our memory is
+            // not dumpable after this, not look into it.
             set_thread_res_uid(*uid, *uid, *uid).map_err(refused(Step::User))?;
         }
         // As the user: who may not enter a directory is not helped into it.
-        chdir(image.cwd).map_err(refused(Step::Cwd))
+        chdir(&*plan.cwd).map_err(refused(Step::Cwd))
     };
     if let Err(refusal) = prepare() {
         return refusal;
     }
     let _ = sys::set_signal_mask(0);
     let mut errno = Errno::NOENT;
-    for candidate in image.candidates {
+    for candidate in &plan.candidates {
         match execute(candidate, &child.argv, &child.env) {
             Errno::NOENT | Errno::NOTDIR => {}
             // Found, but not allowed: another directory may have one that is.

@@ -234,15 +234,11 @@ pub(crate) fn kill(pid: Pid, signal: u8) -> bool {
 }
 
 /// Makes `number` another name of `fd`, for the program that this process is about to become.
-pub(crate) fn give(fd: BorrowedFd<'_>, number: RawFd) -> Result<(), Errno> {
-    let (from, to) = (fd.as_raw_fd(), number);
-    let (call_number, args) = match from == to {
-        false => (libc::SYS_dup2, [from as usize, to as usize, 0, 0]),
+pub(crate) fn give(fd: RawFd, number: RawFd) -> Result<(), Errno> {
+    let (call_number, args) = match fd == number {
+        false => (libc::SYS_dup2, [fd as usize, number as usize, 0, 0]),
         // It is that already, and would be closed by the program's start.
-        true => (
-            libc::SYS_fcntl,
-            [from as usize, libc::F_SETFD as usize, 0, 0],
-        ),
+        true => (libc::SYS_fcntl, [fd as usize, libc::F_SETFD as usize, 0, 0]),
     };
     // SAFETY: passes numbers only; what `number` named before, this process does not use any more.
     unsafe { call(call_number, args) }.map(drop)

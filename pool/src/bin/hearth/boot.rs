@@ -11,6 +11,7 @@ use crate::TIMED_OUT;
 use crate::console;
 use crate::failure::failed;
 use crate::machine::{Machine, seconds};
+use crate::runtime::{self, RuntimeError};
 use crate::signals::{self, Signals};
 
 /// Boots any kernel, with its serial console on stdout, and says at the end how the guest ended
@@ -68,8 +69,10 @@ enum GuestError {
     Config(#[from] ConfigError),
     #[error("the guest could not be started")]
     Boot(#[from] BootError),
-    #[error("cannot start the event loop")]
-    Runtime(#[source] std::io::Error),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error("cannot wait for signals")]
+    Signals(#[source] std::io::Error),
     #[error("cannot write the guest's console to stdout")]
     Stdout(#[source] std::io::Error),
 }
@@ -93,12 +96,8 @@ pub(crate) fn boot(args: &Args) -> ExitCode {
 
 fn guest(args: &Args) -> Result<End, GuestError> {
     let config = config(args)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(GuestError::Runtime)?;
-    runtime.block_on(async {
-        let mut signals = Signals::catch().map_err(GuestError::Runtime)?;
+    runtime::on_this_thread()?.block_on(async {
+        let mut signals = Signals::catch().map_err(GuestError::Signals)?;
         let vm = Vm::boot(&config)?;
         let mut shown = std::pin::pin!(console::show(vm.console(), tokio::io::stdout()));
         let timeout = async {
@@ -164,7 +163,7 @@ impl End {
                 Exit::Panic => 11,
                 Exit::TripleFault => 12,
                 Exit::InternalError(_) => 13,
-                Exit::Killed | Exit::Failed(_) => 14,
+                Exit::Killed | Exit::BusError | Exit::Failed(_) => 14,
             },
             Self::TimedOut(_) => TIMED_OUT,
             Self::Signal(signal) => signals::exit_code(*signal),

@@ -13,6 +13,7 @@ mod machine;
 mod pool;
 mod progress;
 mod run;
+mod runtime;
 mod shell;
 mod signals;
 
@@ -21,6 +22,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::FromEnvError;
+
+use crate::failure::failed;
 
 /// Exit code for errors of the command itself, wrong usage included; what `env` and container
 /// runtimes use for the same.
@@ -61,7 +65,9 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
         }
     };
-    log();
+    if let Err(error) = log() {
+        return failed(&error);
+    }
     match cli.command {
         Subcommands::Doctor(args) => doctor::doctor(&args),
         Subcommands::Image(command) => image::image(&command),
@@ -73,14 +79,23 @@ fn main() -> ExitCode {
 }
 
 /// Logs go to stderr; warnings unless `HEARTH_LOG` says otherwise.
-fn log() {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("warn"));
+fn log() -> Result<(), LogError> {
+    let filter = match std::env::var_os(LOG_VARIABLE) {
+        None => EnvFilter::new("warn"),
+        Some(_) => EnvFilter::try_from_env(LOG_VARIABLE)?,
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+    Ok(())
 }
+
+/// A log filter that is none.
+#[derive(Debug, thiserror::Error)]
+#[error("HEARTH_LOG is no log filter: give a level such as debug, or hearth_vmm=trace")]
+struct LogError(#[from] FromEnvError);
 
 #[cfg(test)]
 mod tests {

@@ -9,6 +9,9 @@ impl World {
     pub(in super::super) fn options(&self) -> Vec<Step> {
         let mut events = Vec::new();
         let mut steps = vec![Step::Sleep];
+        if self.nudged {
+            steps.push(Step::Act);
+        }
         for profile in (0..self.profiles).map(ProfileId) {
             steps.push(Step::Take(profile));
             if self.bursts {

@@ -29,6 +29,7 @@ use super::lock;
 use super::open::{Answer, Open, Owed, Verdict};
 use super::packet::{Header, MAX_PAYLOAD, Op, Shut};
 use super::state::{CreditState, Fate};
+use crate::wake::{self, Awaited};
 
 /// How long a connection that its host side dropped may make no progress before the guest gets a
 /// reset: Linux's `VSOCK_CLOSE_TIMEOUT`.
@@ -97,6 +98,8 @@ pub(super) struct Machine {
     reader: Option<Waker>,
     /// Also who waits for the connection to be established.
     writer: Option<Waker>,
+    /// In the queue of those whose waiters are woken.
+    posted: bool,
     /// In the muxer's queue of turns, or on the way there.
     pub(super) scheduled: bool,
     /// Survives a save and restore when nothing is in flight.
@@ -112,6 +115,7 @@ impl Machine {
             window,
             reader: None,
             writer: None,
+            posted: false,
             scheduled: false,
             durable: false,
             deadline: None,
@@ -310,12 +314,9 @@ impl Machine {
     // The host's side.
 
     /// Resolves when the guest answered the request.
-    pub(super) fn poll_connected(&mut self, cx: &Context<'_>) -> Poll<Result<(), End>> {
+    pub(super) fn poll_connected(&self) -> Poll<Result<(), End>> {
         match &self.state {
-            State::Connecting { .. } => {
-                park(&mut self.writer, cx);
-                Poll::Pending
-            }
+            State::Connecting { .. } => Poll::Pending,
             State::Open(_) | State::Closing { .. } => Poll::Ready(Ok(())),
             // Established and over before anyone looked.
             State::Ended {
@@ -326,11 +327,7 @@ impl Machine {
         }
     }
 
-    pub(super) fn poll_read(
-        &mut self,
-        cx: &Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    pub(super) fn poll_read(&mut self, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if into.remaining() == 0 {
             return Poll::Ready(Ok(()));
         }
@@ -349,19 +346,12 @@ impl Machine {
             }
             | State::Closing { .. } => {}
             State::Ended { why, .. } => return Poll::Ready(Err(why.error())),
-            State::Open(_) | State::Connecting { .. } => {
-                park(&mut self.reader, cx);
-                return Poll::Pending;
-            }
+            State::Open(_) | State::Connecting { .. } => return Poll::Pending,
         }
         Poll::Ready(Ok(()))
     }
 
-    pub(super) fn poll_write(
-        &mut self,
-        cx: &Context<'_>,
-        mut from: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    pub(super) fn poll_write(&mut self, mut from: &[u8]) -> Poll<io::Result<usize>> {
         match &mut self.state {
             State::Open(open) if open.host.send || open.guest.receive => {
                 Poll::Ready(Err(End::Finished.error()))
@@ -370,15 +360,11 @@ impl Machine {
                 let window = usize::try_from(self.window).unwrap_or(usize::MAX);
                 let n = from.len().min(window.saturating_sub(open.tx.len()));
                 if n == 0 && !from.is_empty() {
-                    park(&mut self.writer, cx);
                     return Poll::Pending;
                 }
                 Poll::Ready(open.tx.fill(&mut from, n).map(|()| n))
             }
-            State::Connecting { .. } => {
-                park(&mut self.writer, cx);
-                Poll::Pending
-            }
+            State::Connecting { .. } => Poll::Pending,
             State::Closing { .. } => Poll::Ready(Err(End::Dropped.error())),
             State::Ended { why, .. } => Poll::Ready(Err(why.error())),
         }
@@ -424,6 +410,13 @@ impl Machine {
         true
     }
 
+    /// Marks it as scheduled, if it owes the guest a packet and was not scheduled before.
+    fn needs_turn(&mut self) -> bool {
+        let needs_turn = !self.scheduled && self.owes();
+        self.scheduled |= needs_turn;
+        needs_turn
+    }
+
     fn readable(&self) -> bool {
         match &self.state {
             State::Open(open) => !open.rx.is_empty() || open.guest.send || open.host.receive,
@@ -444,6 +437,11 @@ impl Machine {
         }
     }
 
+    /// Whether somebody waited for the state as it is now.
+    fn wakes(&self) -> bool {
+        (self.reader.is_some() && self.readable()) || (self.writer.is_some() && self.writable())
+    }
+
     /// Takes who waited for the state as it is now.
     fn woken(&mut self) -> [Option<Waker>; 2] {
         let reader = if self.readable() {
@@ -460,12 +458,12 @@ impl Machine {
     }
 }
 
-/// Whoever polled last is woken.
-fn park(slot: &mut Option<Waker>, cx: &Context<'_>) {
-    match slot {
-        Some(waker) => waker.clone_from(cx.waker()),
-        None => *slot = Some(cx.waker().clone()),
-    }
+/// What a task waits for. Whoever polled last for it is woken.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Side {
+    Reader,
+    /// Also for the connection to be established.
+    Writer,
 }
 
 /// Moves what fits from `buffer` to `into`.
@@ -506,25 +504,78 @@ impl Conn {
         at(&lock(&self.machine))
     }
 
-    /// Changes the machine and, with its lock released, wakes whom the change concerns. The second
-    /// value is true if the connection needs a turn and the caller must queue it.
-    pub(super) fn change<R>(&self, by: impl FnOnce(&mut Machine) -> R) -> (R, bool) {
+    /// Changes the machine; whom the change concerns is woken soon, on another thread: the caller may hold locks. True
+    /// if the connection needs a turn and the caller must queue it.
+    pub(super) fn change<R>(self: &Arc<Self>, by: impl FnOnce(&mut Machine) -> R) -> (R, bool) {
         let mut machine = lock(&self.machine);
         let result = by(&mut machine);
-        let woken = machine.woken();
-        let needs_turn = machine.owes() && !machine.scheduled;
-        machine.scheduled |= needs_turn;
+        let wakes = machine.wakes() && !machine.posted;
+        machine.posted |= wakes;
+        let needs_turn = machine.needs_turn();
         drop(machine);
-        woken.into_iter().flatten().for_each(Waker::wake);
+        if wakes {
+            wake::post(Arc::clone(self) as Arc<dyn Awaited>);
+        }
         (result, needs_turn)
     }
 
-    /// A change from the host's side: the device is told when it has to act.
+    /// A change from the host's side, by a thread of the embedding program that holds no lock of ours: whom it concerns
+    /// is woken here. The device is told when it has to act.
     pub(super) fn change_from_host<R>(self: &Arc<Self>, by: impl FnOnce(&mut Machine) -> R) -> R {
-        let (result, needs_turn) = self.change(by);
+        let mut machine = lock(&self.machine);
+        let result = by(&mut machine);
+        let woken = machine.woken();
+        let needs_turn = machine.needs_turn();
+        drop(machine);
         if needs_turn && let Some(hub) = self.hub() {
             hub.request_turn(Arc::clone(self));
         }
+        woken.into_iter().flatten().for_each(Waker::wake);
         result
+    }
+
+    /// As [`Conn::change_from_host`]; where the host's side has to wait, its task is woken when it is worth another try.
+    /// A waker is cloned and dropped without the lock: both may be the embedding program's code.
+    pub(super) fn poll<R>(
+        self: &Arc<Self>,
+        cx: &Context<'_>,
+        side: Side,
+        mut by: impl FnMut(&mut Machine) -> Poll<R>,
+    ) -> Poll<R> {
+        let mut waker = None;
+        loop {
+            let outcome = self.change_from_host(|machine| {
+                let polled = by(machine);
+                let slot = match side {
+                    Side::Reader => &mut machine.reader,
+                    Side::Writer => &mut machine.writer,
+                };
+                let known = |slot: &Option<Waker>| {
+                    slot.as_ref()
+                        .is_some_and(|waker| waker.will_wake(cx.waker()))
+                };
+                if polled.is_pending() && !known(slot) {
+                    let new = waker.take()?;
+                    // The one before is dropped below.
+                    waker = slot.replace(new);
+                }
+                Some(polled)
+            });
+            match outcome {
+                Some(polled) => return polled,
+                None => waker = Some(cx.waker().clone()),
+            }
+        }
+    }
+}
+
+impl Awaited for Conn {
+    fn wake_waiters(&self) {
+        let woken = {
+            let mut machine = lock(&self.machine);
+            machine.posted = false;
+            machine.woken()
+        };
+        woken.into_iter().flatten().for_each(Waker::wake);
     }
 }

@@ -21,8 +21,12 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::f
 /// Why a connection to the guest was not established.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
-    /// The guest answered that nothing listens on this port.
-    #[error("nothing in the guest listens on vsock port {0}; connect_retry waits until it does")]
+    /// The guest answered with a reset (virtio 1.2, 5.10.6.2): nothing listens on this port, or so many connections wait
+    /// there that its kernel takes no more. The protocol does not tell which.
+    #[error(
+        "the guest refused a connection to vsock port {0}: nothing listens there yet (connect_retry waits until it does), \
+         or its listener has too many connections waiting (close some)"
+    )]
     Refused(u32),
     /// The guest did not answer in time: its driver is not up, or it is stuck.
     #[error("the guest did not answer on vsock port {port} within {waited:?}")]

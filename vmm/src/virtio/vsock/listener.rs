@@ -1,25 +1,67 @@
 //! Connections that programs in the guest open.
 
-use std::sync::Weak;
-
-use tokio::sync::mpsc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, Weak};
 
 use super::host::ListenError;
 use super::hub::Hub;
 use super::lock;
+use super::muxer::BACKLOG;
 use super::stream::VsockStream;
+use crate::wake::Notice;
+
+/// Connections that wait to be accepted.
+#[derive(Debug, Default)]
+pub(super) struct Backlog {
+    waiting: Mutex<Waiting>,
+    changed: Notice,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    streams: VecDeque<VsockStream>,
+    /// No more will come.
+    closed: bool,
+}
+
+impl Backlog {
+    /// Whether there is a place for another one.
+    pub(super) fn has_room(&self) -> bool {
+        lock(&self.waiting).streams.len() < BACKLOG
+    }
+
+    pub(super) fn push(&self, stream: VsockStream) {
+        lock(&self.waiting).streams.push_back(stream);
+        self.changed.post();
+    }
+
+    pub(super) fn close(&self) {
+        lock(&self.waiting).closed = true;
+        self.changed.post();
+    }
+
+    /// The next one. Cancel-safe.
+    async fn next(&self) -> Result<VsockStream, ListenError> {
+        let look = || {
+            let mut waiting = lock(&self.waiting);
+            let next = waiting.streams.pop_front().map(Ok);
+            next.or_else(|| waiting.closed.then_some(Err(ListenError::VmEnded)))
+        };
+        self.changed.until(look).await
+    }
+}
 
 /// A port of the host on which programs in the guest connect. Dropping it closes the connections
 /// that nobody accepted and frees the port.
 #[derive(Debug)]
 pub struct VsockListener {
     port: u32,
-    backlog: mpsc::Receiver<VsockStream>,
+    backlog: Arc<Backlog>,
     hub: Weak<Hub>,
 }
 
 impl VsockListener {
-    pub(super) fn new(port: u32, backlog: mpsc::Receiver<VsockStream>, hub: Weak<Hub>) -> Self {
+    pub(super) fn new(port: u32, backlog: Arc<Backlog>, hub: Weak<Hub>) -> Self {
         Self { port, backlog, hub }
     }
 
@@ -34,7 +76,7 @@ impl VsockListener {
     /// # Errors
     /// [`ListenError::VmEnded`].
     pub async fn accept(&mut self) -> Result<VsockStream, ListenError> {
-        self.backlog.recv().await.ok_or(ListenError::VmEnded)
+        self.backlog.next().await
     }
 }
 
@@ -49,12 +91,12 @@ impl Drop for VsockListener {
 /// All ports of the host that have no [`VsockListener`]. Dropping it refuses what waits.
 #[derive(Debug)]
 pub struct VsockAnyListener {
-    backlog: mpsc::Receiver<VsockStream>,
+    backlog: Arc<Backlog>,
     hub: Weak<Hub>,
 }
 
 impl VsockAnyListener {
-    pub(super) fn new(backlog: mpsc::Receiver<VsockStream>, hub: Weak<Hub>) -> Self {
+    pub(super) fn new(backlog: Arc<Backlog>, hub: Weak<Hub>) -> Self {
         Self { backlog, hub }
     }
 
@@ -63,7 +105,7 @@ impl VsockAnyListener {
     /// # Errors
     /// [`ListenError::VmEnded`].
     pub async fn next(&mut self) -> Result<VsockIncoming, ListenError> {
-        let stream = self.backlog.recv().await.ok_or(ListenError::VmEnded)?;
+        let stream = self.backlog.next().await?;
         Ok(VsockIncoming { stream })
     }
 }

@@ -6,11 +6,10 @@ use std::io::{self, Read, Write};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use tokio::sync::mpsc;
-
 use super::conn::{Conn, End, Key, Machine};
 use super::host::{ConnectError, ListenError};
 use super::hub::{Hub, Inbox};
+use super::listener::Backlog;
 use super::open::Answer;
 use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
 use super::state::{ConnState, Fate, RawVsockState, VsockState};
@@ -44,9 +43,9 @@ pub(super) struct Muxer {
     /// The VM has ended.
     closed: bool,
     conns: HashMap<Key, Arc<Conn>>,
-    listeners: HashMap<u32, mpsc::Sender<VsockStream>>,
+    listeners: HashMap<u32, Arc<Backlog>>,
     /// For ports without a listener of their own.
-    any: Option<mpsc::Sender<VsockStream>>,
+    any: Option<Arc<Backlog>>,
     /// Connections that owe the guest a packet, each at most once, served in turn. Empty while the
     /// device is not active.
     turns: VecDeque<Arc<Conn>>,
@@ -166,7 +165,7 @@ impl Muxer {
         None
     }
 
-    pub(super) fn listen(&mut self, port: u32) -> Result<mpsc::Receiver<VsockStream>, ListenError> {
+    pub(super) fn listen(&mut self, port: u32) -> Result<Arc<Backlog>, ListenError> {
         if self.closed {
             return Err(ListenError::VmEnded);
         }
@@ -176,9 +175,9 @@ impl Muxer {
         if self.listeners.len() >= MAX_LISTENERS {
             return Err(ListenError::TooMany);
         }
-        let (sender, receiver) = mpsc::channel(BACKLOG);
-        self.listeners.insert(port, sender);
-        Ok(receiver)
+        let backlog = Arc::<Backlog>::default();
+        self.listeners.insert(port, Arc::clone(&backlog));
+        Ok(backlog)
     }
 
     pub(super) fn unlisten(&mut self, port: u32) {
@@ -186,16 +185,16 @@ impl Muxer {
     }
 
     /// Listens on every port that has no listener of its own.
-    pub(super) fn listen_any(&mut self) -> Result<mpsc::Receiver<VsockStream>, ListenError> {
+    pub(super) fn listen_any(&mut self) -> Result<Arc<Backlog>, ListenError> {
         if self.closed {
             return Err(ListenError::VmEnded);
         }
         if self.any.is_some() {
             return Err(ListenError::AnyInUse);
         }
-        let (sender, receiver) = mpsc::channel(BACKLOG);
-        self.any = Some(sender);
-        Ok(receiver)
+        let backlog = Arc::<Backlog>::default();
+        self.any = Some(Arc::clone(&backlog));
+        Ok(backlog)
     }
 
     pub(super) fn unlisten_any(&mut self) {
@@ -294,8 +293,12 @@ impl Muxer {
         }
         self.wide = 0;
         self.detached.clear();
-        self.listeners.clear();
-        self.any = None;
+        for (_, backlog) in self.listeners.drain() {
+            backlog.close();
+        }
+        if let Some(backlog) = self.any.take() {
+            backlog.close();
+        }
     }
 
     /// Takes what host tasks left since the last run.
@@ -385,13 +388,14 @@ impl Muxer {
             (None, Some(backlog)) => (backlog, Answer::Undecided),
             (None, None) => return false,
         };
-        let Ok(place) = backlog.clone().try_reserve_owned() else {
+        if !backlog.has_room() {
             return false;
-        };
+        }
+        let backlog = Arc::clone(backlog);
         let machine = Machine::asked(self.next_window(), request, answer);
         let conn = self.insert(key, machine);
         self.changed(&conn, |_| ());
-        place.send(VsockStream::new(conn));
+        backlog.push(VsockStream::new(conn));
         true
     }
 

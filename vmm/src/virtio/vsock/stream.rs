@@ -9,7 +9,7 @@ use std::time::Instant;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::coop;
 
-use super::conn::{Conn, End, Machine};
+use super::conn::{Conn, End, Machine, Side};
 
 /// A connection with a program in the guest: reads and writes like a TCP or Unix stream.
 ///
@@ -61,7 +61,7 @@ impl VsockStream {
 
     pub(super) fn poll_connected(&self, cx: &Context<'_>) -> Poll<Result<(), End>> {
         self.conn
-            .change_from_host(|machine| machine.poll_connected(cx))
+            .poll(cx, Side::Writer, |machine| machine.poll_connected())
     }
 }
 
@@ -75,7 +75,7 @@ impl AsyncRead for VsockStream {
         let turn = ready!(coop::poll_proceed(cx));
         let done = self
             .conn
-            .change_from_host(|machine| machine.poll_read(cx, buf));
+            .poll(cx, Side::Reader, |machine| machine.poll_read(buf));
         if done.is_ready() {
             turn.made_progress();
         }
@@ -92,7 +92,7 @@ impl AsyncWrite for VsockStream {
         let turn = ready!(coop::poll_proceed(cx));
         let done = self
             .conn
-            .change_from_host(|machine| machine.poll_write(cx, buf));
+            .poll(cx, Side::Writer, |machine| machine.poll_write(buf));
         if done.is_ready() {
             turn.made_progress();
         }

@@ -353,6 +353,13 @@ impl Guest {
     /// # Errors
     /// The device's fault.
     pub fn try_pump(&mut self) -> Result<(), Fault> {
+        let outcome = self.run();
+        // Whoever waited for what the device has done finds it.
+        crate::wake::flush();
+        outcome
+    }
+
+    fn run(&mut self) -> Result<(), Fault> {
         loop {
             let rung = self.bell.answer();
             if rung {

@@ -25,7 +25,8 @@ use super::listener::{VsockAnyListener, VsockIncoming};
 /// Longest path of the bridge's socket in bytes. The operating system takes 107; `PATH_N` with the
 /// longest port must fit as well.
 pub const MAX_PATH: usize = 107 - "_4294967295".len();
-/// Most connections of one bridge at a time, both directions together; more wait or are refused.
+/// Most connections of one bridge at a time that clients of the host opened, and as many again that the guest did: neither
+/// takes the other's places. A client more waits, a connection of the guest's is refused.
 pub const MAX_BRIDGED: usize = 1024;
 /// Longest first line of a client: `CONNECT 4294967295\n`.
 const MAX_LINE: usize = 19;
@@ -69,7 +70,15 @@ impl UnixBridge {
     /// # Errors
     /// See [`BridgeError`].
     pub fn bind(host: VsockHost, path: impl Into<PathBuf>) -> Result<Self, BridgeError> {
-        let path = path.into();
+        Self::with_places(host, path.into(), MAX_BRIDGED)
+    }
+
+    /// A bridge with so many places for each side's connections.
+    pub(super) fn with_places(
+        host: VsockHost,
+        path: PathBuf,
+        places: usize,
+    ) -> Result<Self, BridgeError> {
         let len = path.as_os_str().as_bytes().len();
         if len > MAX_PATH {
             return Err(BridgeError::PathTooLong(len));
@@ -79,7 +88,7 @@ impl UnixBridge {
             path: path.clone(),
             source,
         })?;
-        let server = tokio::spawn(serve(host, path.clone(), from_host, from_guest));
+        let server = tokio::spawn(serve(host, path.clone(), from_host, from_guest, places));
         Ok(Self {
             path,
             server: server.abort_handle(),
@@ -107,15 +116,17 @@ async fn serve(
     path: PathBuf,
     from_host: UnixListener,
     mut from_guest: VsockAnyListener,
+    places: usize,
 ) {
-    let places = Arc::new(Semaphore::new(MAX_BRIDGED));
+    let guests = Arc::new(Semaphore::new(places));
+    let clients = Arc::new(Semaphore::new(places));
     let mut bridged = JoinSet::new();
     loop {
         tokio::select! {
             Some(_) = bridged.join_next() => {}
             incoming = from_guest.next() => {
                 let Ok(incoming) = incoming else { return };
-                if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
+                if let Ok(place) = Arc::clone(&guests).try_acquire_owned() {
                     let path = path.clone();
                     bridged.spawn(async move {
                         let outcome = to_host(incoming, &path).await;
@@ -124,7 +135,7 @@ async fn serve(
                     });
                 }
             }
-            client = accept(&from_host, &places) => {
+            client = accept(&from_host, &clients) => {
                 let Ok((client, place)) = client else {
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;

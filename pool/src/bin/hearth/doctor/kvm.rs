@@ -9,7 +9,7 @@ use super::Check;
 use crate::failure::chain;
 
 pub(super) fn checks() -> Vec<Check> {
-    vec![kernel(), kvm()]
+    vec![kernel(), kvm(), split_locks()]
 }
 
 fn kernel() -> Check {
@@ -54,4 +54,21 @@ fn kvm() -> Check {
             host.max_vcpus()
         ),
     )
+}
+
+/// With `split_lock_detect=fatal` (Documentation/admin-guide/kernel-parameters.txt) the host's kernel sends
+/// SIGBUS to a program that locks memory across two cache lines, to a vCPU's thread for its guest, too.
+fn split_locks() -> Check {
+    let words = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    if words
+        .split_whitespace()
+        .any(|word| word == "split_lock_detect=fatal")
+    {
+        return Check::warn(
+            "split locks",
+            "the host's kernel was booted with split_lock_detect=fatal: a guest's program can end its VM",
+            "boot with split_lock_detect=warn",
+        );
+    }
+    Check::ok("split locks", "not fatal")
 }

@@ -1,56 +1,174 @@
-//! Limits of the host and of this process that bound how many guests run at once.
+//! Limits of the host and of this process. Each must leave room for one guest, and bounds how many
+//! run at once.
 
 use std::fs;
 
-use hearth_pool::{Host as _, ThisHost};
+use hearth_pool::{Host as _, ThisHost, thread_limit};
 use hearth_vmm::{DEFAULT_MEMORY_MIB, MIN_MEMORY_MIB};
 use rustix::process::{Resource, getrlimit};
 
 use super::Check;
 
-/// File descriptors of a VM with one vCPU, and some to spare for its owner.
-const DESCRIPTORS_PER_VM: u64 = 16;
-/// Fewer VMs than this draw a warning.
-const MODEST_VMS: u64 = 100;
-/// Threads of a VM with one vCPU.
-const THREADS_PER_VM: u64 = 1;
+/// Fewer guests than this draw a warning.
+const MODEST_GUESTS: u64 = 100;
+/// `hearth run` works with 24 descriptors and not with 20.
+const DESCRIPTORS: Need = Need {
+    first: 24,
+    further: 16,
+};
+/// `hearth run` works with eight threads beside its first; a further guest has one for each vCPU and
+/// a helper of KVM's.
+const THREADS: Need = Need {
+    first: 10,
+    further: 2,
+};
+/// Address space in MiB: a guest's memory, and 64 MiB that glibc sets aside for each thread that allocates.
+const ADDRESS_SPACE: Need = Need {
+    first: MIN_MEMORY_MIB + 10 * 64,
+    further: DEFAULT_MEMORY_MIB + 8,
+};
+/// Guests in a file smaller than this many MiB are small ones, and images need more.
+const MODEST_FILE_MIB: u64 = 4096;
+
+/// What a process needs of something that is limited, with its first guest and with each further one.
+#[derive(Debug, Clone, Copy)]
+struct Need {
+    first: u64,
+    further: u64,
+}
+
+impl Need {
+    /// How many guests `left` is enough for.
+    fn guests(self, left: u64) -> u64 {
+        match left.checked_sub(self.first) {
+            None => 0,
+            Some(rest) => 1 + rest / self.further,
+        }
+    }
+
+    /// The verdict on `left`, of which `found` tells.
+    fn check(self, name: &'static str, found: String, left: u64, advice: &str) -> Check {
+        match self.guests(left) {
+            0 => Check::fail(
+                name,
+                format!(
+                    "{found}: too little for one guest, which needs {}",
+                    self.first
+                ),
+                advice,
+            ),
+            few @ ..MODEST_GUESTS => Check::warn(
+                name,
+                found,
+                format!("enough for about {few} guests; {advice}"),
+            ),
+            _ => Check::ok(name, found),
+        }
+    }
+}
 
 pub(super) fn checks() -> Vec<Check> {
-    vec![descriptors(), processes(), memory(), overcommit()]
+    vec![
+        proc(),
+        descriptors(),
+        threads(),
+        signals(),
+        file_size(),
+        address_space(),
+        memory(),
+        overcommit(),
+    ]
+}
+
+/// Most of what follows is read there.
+fn proc() -> Check {
+    match fs::metadata("/proc/self/status") {
+        Ok(_) => Check::ok("proc", "/proc is mounted"),
+        Err(_) => Check::warn(
+            "proc",
+            "/proc is not mounted: guests run, but limits and free memory are not known",
+            "mount it with: mount -t proc proc /proc",
+        ),
+    }
 }
 
 fn descriptors() -> Check {
     let limit = getrlimit(Resource::Nofile);
     let soft = limit.current.unwrap_or(u64::MAX);
-    let found = format!("{} (soft limit)", count(soft));
-    if soft / DESCRIPTORS_PER_VM >= MODEST_VMS {
-        return Check::ok("files", found);
-    }
-    let hard = limit
-        .maximum
-        .map_or("unlimited".to_owned(), |max| max.to_string());
-    Check::warn(
+    let hard = limit.maximum.unwrap_or(u64::MAX);
+    let advice = if DESCRIPTORS.guests(hard) > DESCRIPTORS.guests(soft) {
+        format!("raise it with: ulimit -n {}", count(hard))
+    } else {
+        "the hard limit is no higher: raise it with LimitNOFILE= of the service or in \
+         /etc/security/limits.conf"
+            .to_owned()
+    };
+    DESCRIPTORS.check(
         "files",
-        found,
+        format!("{} descriptors (soft limit)", count(soft)),
+        soft,
+        &advice,
+    )
+}
+
+fn threads() -> Check {
+    let Some(limit) = thread_limit() else {
+        return Check::ok("threads", "no limit is known");
+    };
+    let advice = format!("each vCPU is a thread; raise {}", limit.name);
+    let found = format!("{} more threads, by {}", limit.left, limit.name);
+    THREADS.check("threads", found, limit.left, &advice)
+}
+
+/// A vCPU is kicked by a signal that needs no place in this queue: it is told for the record.
+fn signals() -> Check {
+    let limit = getrlimit(Resource::Sigpending).current;
+    let used = field("/proc/self/status", "SigQ:").and_then(|field| {
+        let (used, _) = field.split_once('/')?;
+        used.parse::<u64>().ok()
+    });
+    let used = used.map_or("an unknown number".to_owned(), |used| used.to_string());
+    Check::ok(
+        "signals",
         format!(
-            "enough for about {} VMs; raise it with: ulimit -n {hard}",
-            soft / DESCRIPTORS_PER_VM
+            "{used} of {} queued signals of this user; guests need none",
+            count(limit.unwrap_or(u64::MAX))
         ),
     )
 }
 
-fn processes() -> Check {
-    let user = getrlimit(Resource::Nproc).current.unwrap_or(u64::MAX);
-    let system = number("/proc/sys/kernel/threads-max").unwrap_or(u64::MAX);
-    let threads = user.min(system);
-    let found = format!("{} threads at most", count(threads));
-    if threads / THREADS_PER_VM >= MODEST_VMS * 2 {
-        return Check::ok("threads", found);
+/// Guest memory is a file to the kernel, though none on a disk.
+fn file_size() -> Check {
+    let Some(bytes) = getrlimit(Resource::Fsize).current else {
+        return Check::ok("file size", "unlimited");
+    };
+    let mib = bytes >> 20;
+    let found = format!("files of up to {mib} MiB, guest memory among them");
+    let advice = "raise it with: ulimit -f unlimited";
+    if mib < MIN_MEMORY_MIB {
+        Check::fail("file size", found, advice)
+    } else if mib < MODEST_FILE_MIB {
+        Check::warn(
+            "file size",
+            found,
+            format!("larger guests are refused and larger images not built; {advice}"),
+        )
+    } else {
+        Check::ok("file size", found)
     }
-    Check::warn(
-        "threads",
-        found,
-        "each vCPU is a thread; raise it with ulimit -u or sysctl kernel.threads-max",
+}
+
+fn address_space() -> Check {
+    let Some(bytes) = getrlimit(Resource::As).current else {
+        return Check::ok("addresses", "unlimited");
+    };
+    let used = field("/proc/self/status", "VmSize:").and_then(|kib| kib.parse::<u64>().ok());
+    let left = (bytes >> 20).saturating_sub(used.unwrap_or(0) >> 10);
+    ADDRESS_SPACE.check(
+        "addresses",
+        format!("{left} MiB of address space left to this process"),
+        left,
+        "raise it with: ulimit -v unlimited",
     )
 }
 
@@ -62,13 +180,14 @@ fn memory() -> Check {
         "{available} MiB available, enough for {} guests of {DEFAULT_MEMORY_MIB} MiB",
         available / DEFAULT_MEMORY_MIB
     );
+    let advice = "end other programs, raise memory.max of the cgroup, or add memory";
     if available < MIN_MEMORY_MIB {
-        Check::fail("memory", found, "end other programs or add memory")
+        Check::fail("memory", found, advice)
     } else if available < DEFAULT_MEMORY_MIB {
         Check::warn(
             "memory",
             found,
-            "end other programs, or give guests less with --memory",
+            format!("{advice}, or give guests less with --memory"),
         )
     } else {
         Check::ok("memory", found)
@@ -90,8 +209,16 @@ fn overcommit() -> Check {
     }
 }
 
+/// The number that is all of a file.
 fn number(path: &str) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// The first word after `name` in a file of lines such as `VmSize:  100 kB`.
+fn field(path: &str, name: &str) -> Option<String> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next().map(str::to_owned)
 }
 
 fn count(limit: u64) -> String {
@@ -99,5 +226,26 @@ fn count(limit: u64) -> String {
         "unlimited".to_owned()
     } else {
         limit.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+
+    #[test]
+    fn what_is_too_little_for_one_guest_fails_and_for_a_hundred_warns() {
+        let need = Need {
+            first: 24,
+            further: 16,
+        };
+        let verdict = |left| need.check("files", String::new(), left, "raise it").verdict;
+        assert_eq!(verdict(0), Verdict::Fail);
+        assert_eq!(verdict(23), Verdict::Fail);
+        assert_eq!(verdict(24), Verdict::Warn);
+        assert_eq!(verdict(24 + 98 * 16), Verdict::Warn);
+        assert_eq!(verdict(24 + 99 * 16), Verdict::Ok);
+        assert_eq!(verdict(u64::MAX), Verdict::Ok);
     }
 }

@@ -3,6 +3,7 @@
 mod images;
 mod kvm;
 mod limits;
+mod user;
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -92,6 +93,7 @@ impl Report {
 pub(crate) fn doctor(args: &Args) -> ExitCode {
     let checks = kvm::checks()
         .into_iter()
+        .chain(user::checks())
         .chain(limits::checks())
         .chain(images::checks())
         .collect();

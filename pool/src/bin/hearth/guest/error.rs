@@ -11,6 +11,7 @@ use hearth_vmm::{BootError, ConfigError, Exit, HostError, LoadError};
 
 use super::copies::CopyError;
 use crate::FAILED;
+use crate::runtime::RuntimeError;
 
 /// The guest has the program, but cannot execute it; as `env` has it.
 const NOT_EXECUTABLE: u8 = 126;
@@ -29,8 +30,10 @@ pub(crate) enum RunError {
     Load(#[from] LoadError),
     #[error("the guest could not be started")]
     Boot(#[from] BootError),
-    #[error("cannot start the event loop")]
-    Runtime(#[source] std::io::Error),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error("cannot wait for signals")]
+    Signals(#[source] std::io::Error),
     #[error(
         "there is nothing to run: give code (--lang python 'print(1)'), a file (script.py) or, after --, a program of the guest"
     )]

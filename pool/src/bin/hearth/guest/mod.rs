@@ -21,6 +21,7 @@ pub(crate) use self::image::{Image, image as image_by_name};
 pub(crate) use self::report::Report;
 use crate::machine::{Machine, seconds};
 use crate::progress;
+use crate::runtime;
 use crate::signals;
 use crate::{FAILED, TIMED_OUT};
 
@@ -194,10 +195,7 @@ pub(crate) fn run(
         copy_in: options.copy_in.clone(),
         copy_out: options.copy_out.clone(),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(RunError::Runtime)?;
+    let runtime = runtime::on_this_thread()?;
     let result = runtime.block_on(session::session(plan, report));
     // A read of stdin that nobody waits for any more must not hold the exit up.
     runtime.shutdown_background();

@@ -53,7 +53,7 @@ struct Session {
 }
 
 pub(super) async fn session(plan: Plan, report: &mut Report) -> Result<Exited, RunError> {
-    let signals = Signals::catch().map_err(RunError::Runtime)?;
+    let signals = Signals::catch().map_err(RunError::Signals)?;
     let resized = plan
         .job
         .on_terminal

@@ -24,6 +24,7 @@ use crate::failure::failed;
 use crate::guest::{Image, RunError, image_by_name};
 use crate::machine::seconds;
 use crate::progress;
+use crate::runtime::{self, RuntimeError};
 use crate::signals::Signals;
 use crate::{FAILED, signals};
 
@@ -97,8 +98,10 @@ enum PoolError {
     Host(#[from] HostError),
     #[error("the pool did not start")]
     Start(#[from] StartError),
-    #[error("cannot start the event loop")]
-    Runtime(#[source] std::io::Error),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error("cannot wait for signals")]
+    Signals(#[source] std::io::Error),
     #[error("ended by signal {0} before the pool was ready")]
     Signal(u8),
 }
@@ -126,11 +129,7 @@ fn run(args: &Args) -> Result<Summary, PoolError> {
         backend = backend.image(name, image);
     }
     let backend = backend.build();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(PoolError::Runtime)?;
-    runtime.block_on(async {
+    runtime::on_all_processors()?.block_on(async {
         let pool = Pool::new(backend, config)?;
         let result = under_load(args, &pool).await;
         pool.stop().await;
@@ -184,7 +183,7 @@ fn images(config: &PoolConfig) -> Result<Vec<(String, KvmImage)>, PoolError> {
 
 /// Starts the pool, and the load once it is ready; gives the sums at the load's end.
 async fn under_load(args: &Args, pool: &Pool<KvmBackend>) -> Result<Summary, PoolError> {
-    let mut signals = Signals::catch().map_err(PoolError::Runtime)?;
+    let mut signals = Signals::catch().map_err(PoolError::Signals)?;
     let screen = Screen::on_stderr();
     let began = Instant::now();
     let starting = async {

@@ -4,9 +4,10 @@
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 
 mod bulk;
 mod faults;
@@ -407,4 +408,66 @@ async fn a_guest_that_always_has_data_does_not_starve_other_tasks() {
         () = async { loop { tokio::task::yield_now().await; others += 1; } } => {}
     }
     assert!(others > 100, "{others}");
+}
+
+/// Does with its device what a waker may: anything.
+#[derive(Debug)]
+struct Busy {
+    host: VsockHost,
+    woken: std::sync::atomic::AtomicUsize,
+}
+
+impl std::task::Wake for Busy {
+    fn wake(self: Arc<Self>) {
+        assert_eq!(self.host.listen(7).map(|listener| listener.port()), Ok(7));
+        let _ = self.host.reattach_all();
+        self.woken.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+/// Was: a deadlock of the event thread, which held the device's lock while it woke.
+#[tokio::test]
+async fn a_waker_finds_no_lock_of_the_device_held() {
+    let mut guest = Guest::new(Setup::default());
+    let (mut stream, mut socket) = connected(&mut guest, 1, 65536).await;
+    let mut listener = guest.host.listen(5).unwrap();
+    let busy = Arc::new(Busy {
+        host: guest.host.clone(),
+        woken: Default::default(),
+    });
+    let waker = Waker::from(Arc::clone(&busy));
+    let mut cx = Context::from_waker(&waker);
+    let woken = || busy.woken.load(std::sync::atomic::Ordering::SeqCst);
+    // A reader, by data.
+    let mut bytes = [0; 8];
+    let mut into = ReadBuf::new(&mut bytes);
+    assert!(
+        Pin::new(&mut stream)
+            .poll_read(&mut cx, &mut into)
+            .is_pending()
+    );
+    let data = socket.data(1);
+    guest.send(data, &[1]);
+    guest.pump();
+    assert_eq!(woken(), 1);
+    // Whoever accepts, by a request.
+    let mut accepting = Box::pin(listener.accept());
+    assert!(accepting.as_mut().poll(&mut cx).is_pending());
+    let request = guest.socket(1000, 5, 65536);
+    guest.send(request.header(Op::Request), &[]);
+    guest.pump();
+    assert_eq!(woken(), 2);
+    let accepted = accepting.as_mut().poll(&mut cx);
+    assert!(accepted.is_ready());
+    guest.expect(Op::Response);
+    // Whoever connects, by the answer.
+    let host = guest.host.clone();
+    let mut connecting = Box::pin(host.connect(2));
+    assert!(connecting.as_mut().poll(&mut cx).is_pending());
+    let (request, _) = guest.expect(Op::Request);
+    let answer = Socket::answering(&request, 65536);
+    guest.send(answer.header(Op::Response), &[]);
+    guest.pump();
+    assert_eq!(woken(), 3);
+    assert!(connecting.as_mut().poll(&mut cx).is_ready());
 }

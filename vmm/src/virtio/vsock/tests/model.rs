@@ -118,6 +118,7 @@ fn attempt<T>(
     what: &str,
     poll: impl FnOnce(&mut Context<'_>) -> Poll<T>,
 ) -> Option<T> {
+    crate::wake::flush();
     let asleep = wait
         .take()
         .is_some_and(|woken| !woken.0.load(Ordering::SeqCst));

@@ -134,3 +134,30 @@ async fn a_path_that_is_too_long_or_taken_is_refused_with_the_reason() {
     assert!(matches!(ended, BridgeError::Listen(ListenError::VmEnded)));
     drop(bridge);
 }
+
+#[tokio::test]
+async fn a_guest_that_takes_all_its_places_leaves_the_hosts() {
+    const PLACES: usize = 3;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v.sock");
+    let mut guest = Guest::new(Setup::default());
+    let _bridge = UnixBridge::with_places(guest.host.clone(), path.clone(), PLACES).unwrap();
+    let server = UnixListener::bind(dir.path().join("v.sock_52")).unwrap();
+    let mut held = Vec::new();
+    for port in 0..=PLACES as u32 {
+        let socket = guest.socket(1000 + port, 52, 65536);
+        guest.send(socket.header(Op::Request), &[]);
+        let (answer, _) = packet(&mut guest).await;
+        assert!(socket.is_for(&answer));
+        let taken = held.len() < PLACES;
+        let wanted = if taken { Op::Response } else { Op::Reset };
+        assert_eq!(answer.op, wanted.to_wire(), "{port}");
+        if taken {
+            held.push(server.accept().await.unwrap());
+        }
+    }
+    let mut client = UnixStream::connect(&path).await.unwrap();
+    client.write_all(b"CONNECT 80\n").await.unwrap();
+    let (request, _) = packet(&mut guest).await;
+    assert_eq!((request.op, request.dst_port), (Op::Request.to_wire(), 80));
+}

@@ -1,6 +1,12 @@
-//! What the pool asks about the host's memory.
+//! What the pool asks about the host: memory, and threads.
+
+mod cgroup;
+mod memory;
+mod threads;
 
 use std::fs;
+
+pub use threads::{ThreadLimit, thread_limit};
 
 /// The host's memory, as the pool needs to know it. Called seldom: a small file read is fine.
 pub trait Host: Send + Sync + 'static {
@@ -11,26 +17,19 @@ pub trait Host: Send + Sync + 'static {
     fn memory_stall_percent(&self) -> Option<f64>;
 }
 
-/// The machine that this runs on, by `/proc/meminfo` and `/proc/pressure/memory`.
+/// The machine that this runs on, by `/proc/meminfo`, the limits of the cgroups that this process is in, and
+/// `/proc/pressure/memory`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ThisHost;
 
 impl Host for ThisHost {
     fn memory_available_mib(&self) -> Option<u64> {
-        available_mib(&fs::read_to_string("/proc/meminfo").ok()?)
+        memory::available_mib()
     }
 
     fn memory_stall_percent(&self) -> Option<f64> {
         stall_percent(&fs::read_to_string("/proc/pressure/memory").ok()?)
     }
-}
-
-fn available_mib(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib / 1024)
 }
 
 fn stall_percent(pressure: &str) -> Option<f64> {
@@ -48,19 +47,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_both_files_and_takes_nonsense_for_unknown() {
-        let meminfo = "MemTotal:  100 kB\nMemAvailable:   20480 kB\n";
-        assert_eq!(available_mib(meminfo), Some(20));
+    fn nonsense_is_taken_for_unknown() {
         let pressure = "some avg10=1.50 avg60=0.00 avg300=0.00 total=0\nfull avg10=9.00\n";
         assert_eq!(stall_percent(pressure), Some(1.5));
-        for nonsense in ["", "some", "MemAvailable:", "some avg10=x"] {
-            assert_eq!(available_mib(nonsense), None);
+        for nonsense in ["", "some", "some avg10=x"] {
             assert_eq!(stall_percent(nonsense), None);
         }
     }
 
     #[test]
-    fn this_host_knows_its_memory() {
+    fn this_host_knows_its_memory_and_threads() {
         assert!(ThisHost.memory_available_mib().is_some_and(|mib| mib > 0));
+        assert!(thread_limit().is_some_and(|limit| limit.left > 0));
     }
 }

@@ -1,0 +1,23 @@
+//! As whom guests would run.
+
+use rustix::process::geteuid;
+
+use super::Check;
+
+pub(super) fn checks() -> Vec<Check> {
+    vec![rights()]
+}
+
+/// A guest that breaks out of its VM has the rights of the process that it ran in.
+fn rights() -> Check {
+    let user = geteuid();
+    if user.is_root() {
+        Check::warn(
+            "user",
+            "root: a guest that broke out of its VM would be root on this machine",
+            "run guests as an ordinary user who may open /dev/kvm: sudo usermod -aG kvm NAME",
+        )
+    } else {
+        Check::ok("user", format!("{} (not root)", user.as_raw()))
+    }
+}

@@ -1,0 +1,116 @@
+//! Memory that this process could still get: what the machine has available, or less where a cgroup
+//! of this process has a limit.
+
+use std::fs;
+
+use super::cgroup::{Controller, Files, Limited, limits};
+
+const CONTROLLER: Controller = Controller {
+    name: "memory",
+    v2: Files {
+        limit: "memory.max",
+        used: "memory.current",
+    },
+    v1: Files {
+        limit: "memory.limit_in_bytes",
+        used: "memory.usage_in_bytes",
+    },
+};
+
+/// In MiB; none if not even the machine's is known.
+pub(super) fn available_mib() -> Option<u64> {
+    let machine = available_kib(&fs::read_to_string("/proc/meminfo").ok()?)?;
+    let cgroups = limits(&CONTROLLER);
+    let least = cgroups.iter().map(|limited| left(limited) >> 10).min();
+    Some(least.unwrap_or(u64::MAX).min(machine) >> 10)
+}
+
+/// Bytes that a cgroup leaves. Page cache that has not been used lately counts as used and is given up at need.
+fn left(limited: &Limited) -> u64 {
+    let stat = fs::read_to_string(limited.dir.join("memory.stat")).unwrap_or_default();
+    let cache = ["total_inactive_file ", "inactive_file "]
+        .iter()
+        .find_map(|name| stat.lines().find_map(|line| line.strip_prefix(name)))
+        .and_then(|bytes| bytes.trim().parse().ok())
+        .unwrap_or(0);
+    limited
+        .limit
+        .saturating_sub(limited.used.saturating_sub(cache))
+}
+
+fn available_kib(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::cgroup::limits_in;
+    use super::*;
+
+    #[test]
+    fn nonsense_is_taken_for_unknown() {
+        let meminfo = "MemTotal:  100 kB\nMemAvailable:   20480 kB\n";
+        assert_eq!(available_kib(meminfo), Some(20480));
+        for nonsense in ["", "MemAvailable:", "MemAvailable: x"] {
+            assert_eq!(available_kib(nonsense), None);
+        }
+    }
+
+    /// A tree of cgroups as files, by path and content.
+    fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (path, content) in files {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        root
+    }
+
+    fn least(root: &Path, membership: &str) -> Option<u64> {
+        limits_in(root, membership, &CONTROLLER)
+            .iter()
+            .map(left)
+            .min()
+    }
+
+    #[test]
+    fn the_smallest_limit_above_the_process_counts() {
+        let root = tree(&[
+            ("a/memory.max", "1000\n"),
+            ("a/memory.current", "100\n"),
+            ("a/b/memory.max", "5000\n"),
+            ("a/b/memory.current", "90\n"),
+            ("a/b/c/memory.max", "max\n"),
+            ("a/b/c/memory.current", "90\n"),
+            ("other/memory.max", "1\n"),
+            ("other/memory.current", "0\n"),
+        ]);
+        assert_eq!(least(root.path(), "0::/a/b/c\n"), Some(900));
+        assert_eq!(least(root.path(), "0::/\n"), None);
+        // A path of the host's, seen from within a container.
+        assert_eq!(least(root.path(), "0::/../../a\n"), None);
+    }
+
+    #[test]
+    fn version_1_and_idle_page_cache_are_known() {
+        let root = tree(&[
+            ("memory/a/memory.limit_in_bytes", "1000\n"),
+            ("memory/a/memory.usage_in_bytes", "990\n"),
+            (
+                "memory/a/memory.stat",
+                "inactive_file 1\ntotal_inactive_file 490\n",
+            ),
+            ("memory/memory.limit_in_bytes", "9223372036854771712\n"),
+            ("memory/memory.usage_in_bytes", "990\n"),
+        ]);
+        assert_eq!(least(root.path(), "4:memory:/a\n0::/\n"), Some(500));
+        assert_eq!(least(root.path(), "4:cpu,memory:/a\n"), Some(500));
+        assert_eq!(least(root.path(), "4:cpu:/a\n"), None);
+    }
+}

@@ -1,0 +1,324 @@
+//! Takes VMs apart off their owners' threads.
+//!
+//! A few threads share one queue. A VM whose vCPU threads do not leave it at once is set aside and looked at
+//! again and again, so that it holds up no other one: after [`STOP_BOUND`] it counts as leaked, and when its
+//! threads have left after all it is released like any other.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::machine::Machine;
+use crate::threads::{self, LARGE_STACK};
+use crate::vcpu::gate::Patience;
+
+/// How long stopping vCPU threads may take before their VM counts as leaked.
+pub(crate) const STOP_BOUND: Duration = Duration::from_secs(5);
+/// Threads. One that is stuck in what an embedding program let a VM carry holds up its own VM alone.
+const THREADS: usize = 2;
+/// Most VMs that wait for a thread; who drops another one takes it apart itself.
+const QUEUE: usize = 256;
+/// How long a thread waits for one VM before it turns to the next. They leave within a signal's delivery.
+const AT_ONCE: Duration = Duration::from_millis(20);
+/// Pause between two looks at VMs that were set aside.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What is taken apart here.
+pub(crate) trait Mortal: Send + 'static {
+    /// Ends it and waits so long for its threads; whether they have left.
+    fn has_stopped(&self, within: Duration) -> bool;
+    /// It did not stop in time: whoever waits for its end does so no longer.
+    fn leaks(&mut self);
+}
+
+/// One that did not stop at once.
+#[derive(Debug)]
+struct Late<M> {
+    body: M,
+    patience: Patience,
+    seen: Instant,
+    is_leaked: bool,
+}
+
+#[derive(Debug)]
+struct State<M> {
+    waiting: VecDeque<M>,
+    late: Vec<Late<M>>,
+    threads: usize,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Undertaker<M> {
+    state: Mutex<State<M>>,
+    arrived: Condvar,
+    /// Those that are leaked now.
+    leaked: AtomicU64,
+}
+
+/// That of the process.
+pub(crate) fn undertaker() -> &'static Arc<Undertaker<Machine>> {
+    static UNDERTAKER: std::sync::LazyLock<Arc<Undertaker<Machine>>> =
+        std::sync::LazyLock::new(Arc::default);
+    &UNDERTAKER
+}
+
+/// VMs of this process whose vCPU threads could not be stopped in 5 s and still run: their memory is mapped as
+/// long as they do. Anything but zero is a fault of the host's kernel or of this library.
+#[must_use]
+pub fn leaked_vms() -> u64 {
+    undertaker().leaked.load(Ordering::Relaxed)
+}
+
+impl<M> Default for Undertaker<M> {
+    fn default() -> Self {
+        let state = State {
+            waiting: VecDeque::new(),
+            late: Vec::new(),
+            threads: 0,
+        };
+        Self {
+            state: Mutex::new(state),
+            arrived: Condvar::new(),
+            leaked: AtomicU64::new(0),
+        }
+    }
+}
+
+impl<M: Mortal> Undertaker<M> {
+    fn lock(&self) -> MutexGuard<'_, State<M>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts the threads, if that was not done before. Not to be called by a confined thread.
+    pub(crate) fn start(self: &Arc<Self>) -> std::io::Result<()> {
+        let mut state = self.lock();
+        while state.threads < THREADS {
+            let own = Arc::clone(self);
+            threads::spawn("hearth-undertaker", LARGE_STACK, move || own.serve())?;
+            state.threads += 1;
+        }
+        Ok(())
+    }
+
+    /// Takes it apart soon, on a thread of its own.
+    pub(crate) fn bury(&self, body: M) {
+        let mut state = self.lock();
+        if state.waiting.len() < QUEUE && state.threads > 0 {
+            state.waiting.push_back(body);
+            drop(state);
+            self.arrived.notify_one();
+        } else {
+            drop(state);
+            drop(body);
+        }
+    }
+
+    /// Takes over one that did not stop in [`STOP_BOUND`]: it is leaked, unless it stops later.
+    pub(crate) fn watch(&self, body: M) {
+        let mut late = Late::new(body);
+        self.leaks(&mut late);
+        self.lock().late.push(late);
+        self.arrived.notify_one();
+    }
+
+    fn leaks(&self, late: &mut Late<M>) {
+        late.is_leaked = true;
+        self.leaked.fetch_add(1, Ordering::Relaxed);
+        tracing::error!(
+            "a vCPU thread did not stop in {STOP_BOUND:?}: it and its memory are leaked"
+        );
+        let _ = catch_unwind(AssertUnwindSafe(|| late.body.leaks()));
+    }
+
+    fn serve(&self) {
+        loop {
+            match self.next() {
+                Next::Body(body) if body.has_stopped(AT_ONCE) => release(body),
+                Next::Body(body) => self.lock().late.push(Late::new(body)),
+                Next::Late(late) => {
+                    let still: Vec<_> = late.into_iter().filter_map(|one| self.look(one)).collect();
+                    self.lock().late.extend(still);
+                }
+            }
+        }
+    }
+
+    fn next(&self) -> Next<M> {
+        let mut state = self.lock();
+        loop {
+            if let Some(body) = state.waiting.pop_front() {
+                return Next::Body(body);
+            }
+            let due = |late: &mut Late<M>| late.seen.elapsed() >= LOOK;
+            let late: Vec<_> = state.late.extract_if(.., due).collect();
+            if !late.is_empty() {
+                return Next::Late(late);
+            }
+            state = if state.late.is_empty() {
+                self.arrived
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner)
+            } else {
+                let waited = self.arrived.wait_timeout(state, LOOK);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            };
+        }
+    }
+
+    /// Looks again; gives it back if it has not stopped.
+    fn look(&self, mut late: Late<M>) -> Option<Late<M>> {
+        if late.body.has_stopped(Duration::ZERO) {
+            if late.is_leaked {
+                tracing::warn!("a VM that did not stop in time has stopped now, and is released");
+            }
+            release(late.body);
+            // When it is gone indeed.
+            self.leaked
+                .fetch_sub(u64::from(late.is_leaked), Ordering::Relaxed);
+            return None;
+        }
+        let step = late.seen.elapsed();
+        late.seen = Instant::now();
+        if !late.patience.charge(step) && !late.is_leaked {
+            self.leaks(&mut late);
+        }
+        Some(late)
+    }
+}
+
+/// What a VM carries is the embedding program's: its panic ends no thread of ours.
+fn release<M>(body: M) {
+    let _ = catch_unwind(AssertUnwindSafe(move || drop(body)));
+}
+
+enum Next<M> {
+    Body(M),
+    Late(Vec<Late<M>>),
+}
+
+impl<M> Late<M> {
+    fn new(body: M) -> Self {
+        Self {
+            body,
+            patience: Patience::new(STOP_BOUND),
+            seen: Instant::now(),
+            is_leaked: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::sync::mpsc::{self, Sender};
+
+    use super::*;
+
+    /// No answer after so long means that there will be none.
+    const STUCK: Duration = Duration::from_secs(30);
+
+    #[derive(Clone)]
+    struct Body {
+        stops: Arc<AtomicBool>,
+        gone: Sender<&'static str>,
+        name: &'static str,
+    }
+
+    impl Mortal for Body {
+        fn has_stopped(&self, _: Duration) -> bool {
+            self.stops.load(Ordering::SeqCst)
+        }
+        fn leaks(&mut self) {
+            self.gone.send("leaked").unwrap();
+        }
+    }
+
+    impl Drop for Body {
+        fn drop(&mut self) {
+            assert!(self.stops.load(Ordering::SeqCst), "released under a thread");
+            if self.name == "stuck for ever" {
+                loop {
+                    std::thread::park();
+                }
+            }
+            // Nobody listens at a test's end.
+            let _ = self.gone.send(self.name);
+            assert_ne!(self.name, "panics", "expected");
+        }
+    }
+
+    fn body(name: &'static str, stops: bool, gone: &Sender<&'static str>) -> Body {
+        Body {
+            stops: Arc::new(AtomicBool::new(stops)),
+            gone: gone.clone(),
+            name,
+        }
+    }
+
+    fn started() -> Arc<Undertaker<Body>> {
+        let undertaker = Arc::<Undertaker<Body>>::default();
+        undertaker.start().unwrap();
+        undertaker.start().unwrap();
+        assert_eq!(undertaker.lock().threads, THREADS);
+        undertaker
+    }
+
+    #[test]
+    fn one_that_stops_late_is_leaked_until_then_and_released_after_all() {
+        let undertaker = started();
+        let (gone, is_gone) = mpsc::channel();
+        let late = body("late", false, &gone);
+        let stops = Arc::clone(&late.stops);
+        undertaker.watch(late);
+        assert_eq!(is_gone.recv_timeout(STUCK), Ok("leaked"));
+        assert_eq!(undertaker.leaked.load(Ordering::Relaxed), 1);
+        // Others are not held up by it, nor by one that was set aside.
+        let aside = body("aside", false, &gone);
+        let aside_stops = Arc::clone(&aside.stops);
+        undertaker.bury(aside);
+        for _ in 0..10 {
+            undertaker.bury(body("next", true, &gone));
+            assert_eq!(is_gone.recv_timeout(STUCK), Ok("next"));
+        }
+        aside_stops.store(true, Ordering::SeqCst);
+        assert_eq!(is_gone.recv_timeout(STUCK), Ok("aside"));
+        stops.store(true, Ordering::SeqCst);
+        assert_eq!(is_gone.recv_timeout(STUCK), Ok("late"));
+        let end = Instant::now() + STUCK;
+        while undertaker.leaked.load(Ordering::Relaxed) > 0 {
+            assert!(Instant::now() < end, "still counted");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn what_one_carries_may_panic_or_block_and_others_are_released() {
+        let undertaker = started();
+        let (gone, is_gone) = mpsc::channel();
+        undertaker.bury(body("stuck for ever", true, &gone));
+        for _ in 0..2 * THREADS {
+            undertaker.bury(body("panics", true, &gone));
+            undertaker.bury(body("next", true, &gone));
+            assert_eq!(is_gone.recv_timeout(STUCK), Ok("panics"));
+            assert_eq!(is_gone.recv_timeout(STUCK), Ok("next"));
+        }
+    }
+
+    #[test]
+    fn a_full_queue_is_no_reason_to_hold_more() {
+        let undertaker = Undertaker::<Body>::default();
+        // No thread takes any of them.
+        undertaker.lock().threads = THREADS;
+        let (gone, is_gone) = mpsc::channel();
+        for _ in 0..QUEUE {
+            undertaker.bury(body("waits", true, &gone));
+        }
+        assert!(is_gone.try_recv().is_err());
+        undertaker.bury(body("here", true, &gone));
+        assert_eq!(is_gone.try_recv(), Ok("here"));
+        assert_eq!(undertaker.lock().waiting.len(), QUEUE);
+    }
+}

@@ -1,0 +1,451 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+//! What the host's limits leave of a VM: all of it, or a typed error that says which limit it was. Nothing panics,
+//! nothing hangs, nothing is left behind, and a limit that is raised is noticed.
+//!
+//! Limits are a process's own: each case runs in a child, this binary once more.
+
+use std::error::Error;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use hearth_vmm::{Template, Vm, VmConfig, VmStatus};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Names the limit and the level of a child.
+const CASE: &str = "HEARTH_TEST_LIMIT";
+/// How often a round is repeated whose leavings are counted.
+const ROUNDS: usize = 4;
+
+/// `in al, 0x64` for ever.
+const GUEST: [u8; 4] = [0xe4, 0x64, 0xeb, 0xfc];
+
+fn not_measured(reason: &str) {
+    // Past the capture of the test runner, which counts these lines.
+    let line = format!("\nNOT MEASURED: {reason}\n");
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+}
+
+fn kvm() -> bool {
+    let there = Path::new("/dev/kvm").exists();
+    if !there {
+        not_measured("no /dev/kvm");
+    }
+    there
+}
+
+/// A limit that a child sets itself.
+#[derive(Clone, Copy, Debug)]
+enum Limit {
+    /// So many threads more than there are.
+    Threads,
+    /// So many descriptors more than there are.
+    Descriptors,
+    /// So many MiB of address space more than there are.
+    AddressSpace,
+    /// Files of at most so many MiB.
+    FileSize,
+    /// So many KiB of locked memory.
+    LockedMemory,
+    /// So many queued signals.
+    Signals,
+    /// No `/proc`, at level 0.
+    Proc,
+}
+
+impl Limit {
+    const ALL: [Limit; 7] = [
+        Self::Threads,
+        Self::Descriptors,
+        Self::AddressSpace,
+        Self::FileSize,
+        Self::LockedMemory,
+        Self::Signals,
+        Self::Proc,
+    ];
+
+    /// What the error says to look at.
+    fn advice(self) -> &'static str {
+        match self {
+            Self::Threads => "ulimit -u",
+            Self::Descriptors => "ulimit -n",
+            Self::AddressSpace => "ulimit -v",
+            Self::FileSize => "ulimit -f",
+            Self::LockedMemory | Self::Signals => "nothing fails",
+            Self::Proc => "/proc",
+        }
+    }
+
+    fn resource(self) -> Option<Resource> {
+        match self {
+            Self::Threads => Some(Resource::Nproc),
+            Self::Descriptors => Some(Resource::Nofile),
+            Self::AddressSpace => Some(Resource::As),
+            Self::FileSize => Some(Resource::Fsize),
+            Self::LockedMemory => Some(Resource::Memlock),
+            Self::Signals => Some(Resource::Sigpending),
+            Self::Proc => None,
+        }
+    }
+
+    /// Sets the limit at `level`.
+    fn set(self, level: u64, held: &Held) {
+        let soft = match self {
+            Self::Threads => held.threads() + level,
+            // The lowest free numbers are those below the limit.
+            Self::Descriptors => held.descriptors() + level,
+            Self::AddressSpace => held.address_space() + (level << 20),
+            Self::FileSize => level << 20,
+            Self::LockedMemory => level << 10,
+            Self::Signals => level,
+            Self::Proc => return,
+        };
+        self.set_soft(Some(soft));
+    }
+
+    fn lift(self) {
+        let hard = self.resource().map(|resource| getrlimit(resource).maximum);
+        self.set_soft(hard.flatten());
+    }
+
+    fn set_soft(self, soft: Option<u64>) {
+        let Some(resource) = self.resource() else {
+            return;
+        };
+        let maximum = getrlimit(resource).maximum;
+        let limit = Rlimit {
+            current: soft,
+            maximum,
+        };
+        setrlimit(resource, limit).unwrap();
+    }
+
+    /// Makes the child one to which the limit applies; false where that cannot be.
+    fn applies(self) -> bool {
+        let is_root = rustix::process::geteuid().is_root();
+        match self {
+            Self::Threads => {
+                if !is_root {
+                    return false;
+                }
+                // Root's threads are not limited; those of nobody else are counted with them.
+                let user = 1_000_000 + std::process::id();
+                // SAFETY: the call changes the ids of this process, a child of its own.
+                assert_eq!(unsafe { libc::setresuid(user, 0, 0) }, 0);
+                drop_capabilities();
+                true
+            }
+            Self::Proc => {
+                // SAFETY: a mount namespace for the calling thread and those that it starts.
+                let own = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
+                own && hide_proc()
+            }
+            _ => true,
+        }
+    }
+}
+
+/// Those that lift a user's limit of threads.
+fn drop_capabilities() {
+    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+    let mut sets = capabilities(None).unwrap();
+    let lifting = CapabilitySet::SYS_RESOURCE | CapabilitySet::SYS_ADMIN;
+    sets.effective -= lifting;
+    sets.permitted -= lifting;
+    set_capabilities(None, sets).unwrap();
+}
+
+fn hide_proc() -> bool {
+    use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    mount_change("/", private).is_ok()
+        && mount("none", "/proc", "tmpfs", MountFlags::empty(), None).is_ok()
+}
+
+/// What the process holds; opened while there is a `/proc`.
+struct Held {
+    task: File,
+    fd: File,
+    status: File,
+}
+
+impl Held {
+    fn open() -> Self {
+        let open = |name: &str| File::open(format!("/proc/self/{name}")).unwrap();
+        Self {
+            task: open("task"),
+            fd: open("fd"),
+            status: open("status"),
+        }
+    }
+
+    fn threads(&self) -> u64 {
+        entries(&self.task)
+    }
+
+    fn descriptors(&self) -> u64 {
+        // Not the one that looks.
+        entries(&self.fd) - 1
+    }
+
+    fn address_space(&self) -> u64 {
+        self.status("VmSize:") << 10
+    }
+
+    fn status(&self, name: &str) -> u64 {
+        use std::os::unix::fs::FileExt;
+        let mut text = [0; 8192];
+        let len = self.status.read_at(&mut text, 0).unwrap();
+        let text = String::from_utf8_lossy(&text[..len]).into_owned();
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let number = line.unwrap().split_whitespace().next().unwrap();
+        number.parse().unwrap()
+    }
+
+    /// Threads, descriptors, MiB of address space.
+    fn all(&self) -> [u64; 3] {
+        let mib = self.address_space() >> 20;
+        [self.threads(), self.descriptors(), mib]
+    }
+}
+
+fn entries(dir: impl AsFd) -> u64 {
+    let dir = rustix::fs::Dir::read_from(dir).unwrap();
+    dir.filter(|entry| {
+        let name = entry.as_ref().unwrap().file_name().to_bytes();
+        !matches!(name, b"." | b"..")
+    })
+    .count() as u64
+}
+
+fn config() -> VmConfig {
+    VmConfig::flat(GUEST).memory_mib(32).build().unwrap()
+}
+
+/// An error with its causes.
+fn text(error: &(dyn Error + 'static)) -> String {
+    let causes = std::iter::successors(error.source(), |cause: &&(dyn Error + 'static)| {
+        (*cause).source()
+    });
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+/// A VM that was made runs.
+fn runs(vm: &Vm) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let begin = vm.exits().total();
+    while vm.exits().total() < begin + 5 {
+        assert_eq!(vm.status(), VmStatus::Running);
+        assert!(Instant::now() < deadline, "made, but it does not run");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Errors of what was tried.
+#[derive(Default)]
+struct Refusals(Vec<String>);
+
+impl Refusals {
+    fn note<T, E: Error + 'static>(&mut self, what: &str, result: Result<T, E>) -> Option<T> {
+        result
+            .map_err(|error| self.0.push(format!("{what}: {}", text(&error))))
+            .ok()
+    }
+
+    fn boot(&mut self) -> Option<Vm> {
+        let vm = self.note("boot", Vm::boot(&config()));
+        vm.inspect(runs)
+    }
+
+    /// What can be done with a VM and its template.
+    fn use_up(&mut self, vm: &Vm, template: &Template, dir: &Path) {
+        if let Some(clone) = self.note("fork", template.fork()) {
+            runs(&clone);
+            clone.destroy();
+        }
+        let shell = self.note("shell", template.shell());
+        if let Some(clone) = shell.and_then(|shell| self.note("fork of a shell", shell.fork())) {
+            runs(&clone);
+            clone.destroy();
+        }
+        drop(self.note("snapshot", vm.snapshot()));
+        runs(vm);
+        let saved = dir.join("saved");
+        match self.note("save", template.save(&saved)) {
+            Some(()) => {
+                drop(self.note("load", Template::load(&saved)));
+                std::fs::remove_dir_all(&saved).unwrap();
+            }
+            None => {
+                let left = entries(File::open(dir).unwrap());
+                assert_eq!(left, 0, "a save that failed leaves files");
+            }
+        }
+    }
+}
+
+/// All that is ever done, without a limit.
+fn everything(dir: &Path) {
+    let mut refused = Refusals::default();
+    if let Some(vm) = refused.boot() {
+        let template = vm.snapshot().unwrap();
+        refused.use_up(&vm, &template, dir);
+        vm.destroy();
+    }
+    assert_eq!(refused.0, [""; 0], "without a limit");
+}
+
+/// The child of a case: prints what was refused.
+#[test]
+fn child() {
+    let Ok(case) = std::env::var(CASE) else {
+        return;
+    };
+    let (name, level) = case.split_once(' ').unwrap();
+    let limit = Limit::ALL.into_iter().find(|l| format!("{l:?}") == name);
+    let (limit, level) = (limit.unwrap(), level.parse().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let held = Held::open();
+    if !limit.applies() {
+        println!("not applicable");
+        return;
+    }
+    // In a process that has made nothing yet.
+    limit.set(level, &held);
+    let mut refused = Refusals::default();
+    if let Some(vm) = refused.boot() {
+        vm.destroy();
+    }
+    limit.lift();
+    everything(dir.path());
+    // In one that has.
+    let vm = Vm::boot(&config()).unwrap();
+    let template = vm.snapshot().unwrap();
+    let mut counts = Vec::new();
+    for _ in 0..ROUNDS {
+        limit.set(level, &held);
+        if let Some(other) = refused.boot() {
+            other.destroy();
+        }
+        refused.use_up(&vm, &template, dir.path());
+        limit.lift();
+        everything(dir.path());
+        counts.push(settled(&held));
+    }
+    let [_, first, .., last] = counts[..] else {
+        unreachable!()
+    };
+    for (before, after) in first.into_iter().zip(last) {
+        assert!(after <= before, "something is left: {counts:?}");
+    }
+    assert_eq!(hearth_vmm::leaked_vms(), 0);
+    for refusal in refused.0 {
+        println!("refused: {refusal}");
+    }
+    println!("done");
+}
+
+/// What the process holds once it is at rest: threads that were told to end need a moment.
+fn settled(held: &Held) -> [u64; 3] {
+    let deadline = Instant::now() + Duration::from_secs(2);
+    let (mut counts, mut since) = (held.all(), Instant::now());
+    while since.elapsed() < Duration::from_millis(100) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+        let now = held.all();
+        if now != counts {
+            (counts, since) = (now, Instant::now());
+        }
+    }
+    counts
+}
+
+/// Runs the case in a child. What was refused; `None` where the limit cannot be set.
+fn refused_at(limit: Limit, level: u64) -> Option<Vec<String>> {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--nocapture", "--test-threads=1"])
+        .env(CASE, format!("{limit:?} {level}"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let out = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let status = output.status;
+    assert!(
+        status.success(),
+        "{limit:?} at {level}: {status}\n{out}{errors}"
+    );
+    if out.lines().any(|line| line.ends_with("not applicable")) {
+        return None;
+    }
+    assert!(
+        out.lines().any(|line| line.ends_with("done")),
+        "{limit:?} at {level}: {out}{errors}"
+    );
+    let refused = out.lines().filter_map(|line| line.split_once("refused: "));
+    Some(refused.map(|(_, refusal)| refusal.to_owned()).collect())
+}
+
+/// Tries the levels; which refused something.
+fn sweep(limit: Limit, levels: impl IntoIterator<Item = u64>) -> Vec<u64> {
+    let mut refused = Vec::new();
+    if !kvm() {
+        return refused;
+    }
+    for level in levels {
+        let Some(refusals) = refused_at(limit, level) else {
+            not_measured(&format!("{limit:?}: this user cannot limit a child so"));
+            return refused;
+        };
+        for refusal in &refusals {
+            println!("{limit:?} at {level}: {refusal}");
+            assert!(
+                refusal.contains(limit.advice()),
+                "{limit:?} at {level}: {refusal}"
+            );
+        }
+        if !refusals.is_empty() {
+            refused.push(level);
+        }
+    }
+    refused
+}
+
+#[test]
+fn too_few_threads_are_a_typed_error() {
+    let refused = sweep(Limit::Threads, 0..7);
+    assert!(refused.is_empty() || refused.contains(&0));
+}
+
+#[test]
+fn too_few_descriptors_are_a_typed_error() {
+    sweep(Limit::Descriptors, [0, 1, 2, 3, 5, 8, 11, 14, 17, 20]);
+}
+
+#[test]
+fn too_little_address_space_is_a_typed_error() {
+    sweep(Limit::AddressSpace, [2, 8, 20, 33, 40, 64, 100]);
+}
+
+#[test]
+fn too_small_files_are_a_typed_error_and_no_signal() {
+    let refused = sweep(Limit::FileSize, [0, 1, 31, 32, 64]);
+    assert!(refused.is_empty() || refused == [0, 1, 31]);
+}
+
+#[test]
+fn neither_locked_memory_nor_queued_signals_are_needed() {
+    assert_eq!(sweep(Limit::LockedMemory, [0]), [0; 0]);
+    assert_eq!(sweep(Limit::Signals, [0]), [0; 0]);
+}
+
+#[test]
+fn without_proc_all_that_needs_it_is_a_typed_error() {
+    sweep(Limit::Proc, [0]);
+}

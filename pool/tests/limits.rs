@@ -127,7 +127,7 @@ fn a_limit_on_threads_is_an_error_at_every_number_of_them() {
     }
     // One is the process itself.
     let mut enough = None;
-    for max in 1..=11 {
+    for max in 1..=15 {
         let Some(cgroup) = Pids::new("few", max) else {
             not_measured("no cgroup with pids.max may be made here");
             return;
@@ -142,7 +142,7 @@ fn a_limit_on_threads_is_an_error_at_every_number_of_them() {
             }
         }
         let (_, check) = doctor(cgroup.command(), "threads");
-        let verdict = if max < 11 { "fail" } else { "warn" };
+        let verdict = if max < 15 { "fail" } else { "warn" };
         assert_eq!(check["verdict"], verdict, "{max}: {check}");
     }
     assert!(enough.is_some(), "what the doctor calls enough is not");

@@ -5,6 +5,9 @@
 //! safe and ends the guest. What the guest does can never be more to the host program than a typed
 //! error: a bad driver gets its device marked `DEVICE_NEEDS_RESET`, a bad vCPU ends its own VM.
 //!
+//! Wakers of tasks that wait for a guest run on a thread of the library's own, which holds no lock: they may do anything,
+//! but one that blocks holds up those of all VMs of the process.
+//!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! use hearth_vmm::{Vm, VmConfig};
@@ -17,6 +20,7 @@
 //! # }
 //! ```
 
+mod advice;
 mod board;
 mod boot;
 mod config;
@@ -35,6 +39,7 @@ mod private;
 mod reactor;
 mod seccomp;
 mod sigbus;
+mod signals;
 mod snapshot;
 mod state;
 #[cfg(feature = "testing")]

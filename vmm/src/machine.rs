@@ -19,7 +19,7 @@ use crate::ending::Ending;
 #[cfg(feature = "testing")]
 use crate::frame::serial_interrupt;
 use crate::frame::{BASE_DEVICES, Frame, PlacedImage, Wire};
-use crate::host::{CpuProfile, Host, HostError};
+use crate::host::{self, CpuProfile, Host, HostError};
 use crate::kvm::KvmError;
 use crate::layout;
 use crate::legacy::console::Console;
@@ -399,6 +399,10 @@ impl Machine {
     }
 
     fn take_apart(&mut self) {
+        if host::is_forked() {
+            // All of it is the parent's, which goes on with it.
+            return std::mem::forget(self.take());
+        }
         self.ending.report(Exit::Killed);
         if self.settle() {
             self.detach();

@@ -56,7 +56,7 @@ pub(crate) fn post(awaited: Arc<dyn Awaited>) {
 }
 
 /// Waits until all that was posted before is done.
-#[cfg(any(test, feature = "testing"))]
+#[cfg(test)]
 pub(crate) fn flush() {
     struct Barrier(Sender<()>);
     impl Awaited for Barrier {

@@ -32,8 +32,16 @@ pub enum VcpuError {
     /// The handler of the kick signal, or that of SIGBUS, could not be installed, or the signal not be unblocked.
     #[error("the signals of a vCPU thread could not be handled")]
     Signal(#[source] std::io::Error),
+    /// The embedding program handles the signal that kicks vCPUs: it has replaced the library's handler, or left no
+    /// signal without one.
+    #[error(
+        "signal {0} has a handler of the host program's; leave the one to Hearth that kick_signal() names"
+    )]
+    SignalTaken(i32),
     /// The host has no thread left.
-    #[error("the host refused a vCPU thread; check ulimit -u and kernel.threads-max")]
+    #[error(
+        "the host refused a vCPU thread; check ulimit -u, pids.max (systemd: TasksMax), kernel.threads-max and ulimit -v"
+    )]
     Thread(#[source] std::io::Error),
     /// The timer that meters processor time could not be made.
     #[error("the host refused a timer for the processor quota; raise ulimit -i: {0}")]

@@ -45,6 +45,7 @@ mod mounts;
 mod plan;
 mod quiet;
 mod reaper;
+mod rights;
 mod root;
 mod serve;
 mod spawn;

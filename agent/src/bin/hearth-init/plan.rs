@@ -21,6 +21,8 @@ pub(crate) struct Plan {
     pub(crate) cwd: CString,
     pub(crate) limits: Vec<(Resource, u64)>,
     pub(crate) user: Option<Ids>,
+    /// Whether it is kept from rights that its user does not have (prctl(2), PR_SET_NO_NEW_PRIVS).
+    pub(crate) no_new_privs: bool,
 }
 
 /// User, group and supplementary groups.
@@ -93,6 +95,7 @@ impl Plan {
             .filter_map(|(resource, value)| Some((resource, value?)))
             .collect();
         let user = person.map(|person| ids(&person.ids)).transpose()?;
+        let is_root = user.as_ref().is_none_or(|(uid, ..)| uid.is_root());
         Ok(Self {
             candidates,
             argv,
@@ -100,6 +103,7 @@ impl Plan {
             cwd,
             limits,
             user,
+            no_new_privs: !is_root && !exec.new_privileges,
         })
     }
 
@@ -138,7 +142,7 @@ fn is_dir(path: &[u8]) -> bool {
     found.is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
 }
 
-fn ids(user: &hearth_agent::proto::User) -> Result<Ids, SpawnFailure> {
+pub(crate) fn ids(user: &hearth_agent::proto::User) -> Result<Ids, SpawnFailure> {
     use rustix::process::{Gid, Uid};
     // All ones means "leave as it is" to the system calls.
     let ids = [user.uid, user.gid];

@@ -16,15 +16,15 @@ const DESCRIPTORS: Need = Need {
     first: 24,
     further: 16,
 };
-/// `hearth run` works with eight threads beside its first; a further guest has one for each vCPU and
+/// `hearth run` works with twelve threads beside its first; a further guest has one for each vCPU and
 /// a helper of KVM's.
 const THREADS: Need = Need {
-    first: 10,
+    first: 14,
     further: 2,
 };
 /// Address space in MiB: a guest's memory, and 64 MiB that glibc sets aside for each thread that allocates.
 const ADDRESS_SPACE: Need = Need {
-    first: MIN_MEMORY_MIB + 10 * 64,
+    first: MIN_MEMORY_MIB + 14 * 64,
     further: DEFAULT_MEMORY_MIB + 8,
 };
 /// Guests in a file smaller than this many MiB are small ones, and images need more.

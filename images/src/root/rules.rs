@@ -12,6 +12,7 @@ use landlock::{
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
+use super::confine;
 use super::tree_root::TreeRoot;
 use crate::command;
 
@@ -102,12 +103,7 @@ pub(super) fn command(tree: &TreeRoot, program: &str) -> Result<Command, RulesEr
     unsafe {
         command.pre_exec(move || {
             libc::umask(0o022);
-            libc::syscall(
-                libc::SYS_close_range,
-                3,
-                u32::MAX,
-                libc::CLOSE_RANGE_CLOEXEC,
-            );
+            confine::close_on_exec()?;
             let rules = rules.take().ok_or(io::ErrorKind::InvalidInput)?;
             let status = rules
                 .restrict_self()

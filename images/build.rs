@@ -96,7 +96,7 @@ fn manifest(workspace: &Path) -> Result<Table> {
     ]))
 }
 
-/// The part of the workspace's lock that the agent needs.
+/// The part of the workspace's lock that the agent needs, and what features that others ask for add to it.
 fn lock(workspace: &Path) -> Result<Table> {
     let mut lock = read(&workspace.join("Cargo.lock"))?;
     let Some(Value::Array(mut packages)) = lock.remove("package") else {
@@ -126,27 +126,6 @@ fn lock(workspace: &Path) -> Result<Table> {
     }
     let mut at = 0..;
     packages.retain(|_| at.next().is_some_and(|at| needed.contains(&at)));
-    // Cargo wants a name without a version where only one is left, and writes the file anew otherwise.
-    let count = |name: &str| {
-        let same = |package: &&Value| text(package, "name").as_deref() == Some(name);
-        packages.iter().filter(same).count()
-    };
-    let single: BTreeSet<String> = packages
-        .iter()
-        .filter_map(|package| text(package, "name"))
-        .filter(|name| count(name) == 1)
-        .collect();
-    for package in &mut packages {
-        let needs = package
-            .get_mut("dependencies")
-            .and_then(Value::as_array_mut);
-        for need in needs.into_iter().flatten() {
-            let name = need.as_str().and_then(|need| need.split(' ').next());
-            if let Some(name) = name.filter(|name| single.contains(*name)) {
-                *need = Value::String(name.to_owned());
-            }
-        }
-    }
     lock.insert("package".to_owned(), Value::Array(packages));
     Ok(lock)
 }

@@ -64,9 +64,9 @@ fn exec() -> impl Strategy<Value = Exec> {
         any::<bool>(),
     );
     let terminal = option::of((any::<u16>(), any::<u16>()));
-    let outputs = (terminal, any::<bool>());
+    let outputs = (terminal, any::<bool>(), any::<bool>());
     (what, how, option::of(user()), limits(), clock(), outputs).prop_map(
-        |(what, how, user, limits, wall_clock, (terminal, results))| Exec {
+        |(what, how, user, limits, wall_clock, (terminal, results, new_privileges))| Exec {
             argv: what.0,
             env: what.1,
             clear_env: what.2,
@@ -90,6 +90,7 @@ fn exec() -> impl Strategy<Value = Exec> {
             wall_clock,
             terminal: terminal.map(|(rows, columns)| WindowSize { rows, columns }),
             results,
+            new_privileges,
         },
     )
 }
@@ -177,7 +178,7 @@ proptest! {
             Request::Freeze,
             Request::Thaw,
             Request::File(Box::new(FileRequest::Rename {
-                at: Place::beneath("/a", "b"),
+                at: Place::beneath("/a", "b").by(Account::Usual),
                 to: ByteBuf::from("c"),
                 replace: true,
             })),
@@ -292,7 +293,7 @@ fn a_long_length_is_refused_before_memory_is_taken() {
 /// The wire as it was when this version was fixed: a change here is a change of VERSION.
 #[test]
 fn the_wire_is_pinned() {
-    assert_eq!(VERSION, 3);
+    assert_eq!(VERSION, 4);
     let mut hello = Vec::new();
     Hello {
         instance: InstanceId([7; 16]),
@@ -304,7 +305,7 @@ fn the_wire_is_pinned() {
     assert_eq!(
         hello,
         [
-            b"\x19\0\0\0HRTH\x03\0".as_slice(),
+            b"\x19\0\0\0HRTH\x04\0".as_slice(),
             &[7; 16],
             b"\x01\xac\x02"
         ]
@@ -323,7 +324,7 @@ fn the_wire_is_pinned() {
     };
     assert_eq!(
         bytes(Request::Exec(Box::new(exec))),
-        b"\x16\0\0\0\x01\x01\x01a\0\0\0\0\0\x01\x01\0\0\0\0\0\0\0\0\0\0\0"
+        b"\x17\0\0\0\x01\x01\x01a\0\0\0\0\0\x01\x01\0\0\0\0\0\0\0\0\0\0\0\0"
     );
     assert_eq!(bytes(Request::Stdin(b"xy")), b"\x04\0\0\0\x02\x02xy");
     assert_eq!(bytes(Request::StdinEof), b"\x01\0\0\0\x03");
@@ -341,7 +342,7 @@ fn the_wire_is_pinned() {
     let put = Put::new("/a").mode(0o755);
     assert_eq!(
         bytes(Request::File(Box::new(FileRequest::Put(put)))),
-        b"\x0b\0\0\0\x09\x03\x02/a\0\0\x01\xed\x03\0"
+        b"\x0c\0\0\0\x09\x03\x02/a\0\0\0\x01\xed\x03\0"
     );
     assert_eq!(bytes(Request::FileData(b"xy")), b"\x04\0\0\0\x0a\x02xy");
     assert_eq!(bytes(Request::FileEnd), b"\x01\0\0\0\x0b");
@@ -359,7 +360,7 @@ fn versions_are_told_apart_from_strangers() {
     assert_eq!(Hello::decode(b"HRTH"), Err(HelloError::NotHello));
     assert_eq!(Hello::decode(b"HTTP/1.1 200 OK"), Err(HelloError::NotHello));
     assert_eq!(
-        Hello::decode(b"HRTH\x03\0short"),
+        Hello::decode(b"HRTH\x04\0short"),
         Err(HelloError::Frame(FrameError::Malformed))
     );
 }

@@ -14,13 +14,14 @@ use common::{
     peers::{last_word, scripted, wire},
 };
 use hearth_agent::{
-    client::{ConnectionError, FileError, MAX_ENTRIES},
+    client::{AgentClient, ConnectionError, FileError, MAX_ENTRIES, TreeError, TreeLimits},
     proto::{
-        DirEntry, Exec, FileKind, FileReply, FileRequest, Metadata, Place, Put, Rejection, Request,
-        Response,
+        DirEntry, Exec, FileKind, FileReply, FileRequest, Hello, Metadata, Place, Put, Rejection,
+        Request, Response, encode,
     },
 };
 use serde_bytes::ByteBuf;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
 fn file(request: FileRequest) -> Request<'static> {
     Request::File(Box::new(request))
@@ -132,4 +133,103 @@ async fn a_guest_that_lies_about_files() {
     let (mut client, guest) = scripted(&vec![page; MAX_ENTRIES / 10_000 + 1]).await;
     assert!(matches!(client.list("/").await, Err(FileError::TooMany)));
     drop(guest);
+}
+
+/// A guest that greets and says all this; what it is asked, it does not look at.
+async fn talker(responses: Vec<Response<'static>>) -> AgentClient<DuplexStream> {
+    let (ours, mut guest) = duplex(1 << 20);
+    tokio::spawn(async move {
+        // To its end, or as long as somebody listens.
+        let mut said = Vec::new();
+        Hello::default().encode(&mut said).unwrap();
+        for response in responses {
+            encode(&response, &mut said).unwrap();
+            if guest.write_all(&said).await.is_err() {
+                return;
+            }
+            said.clear();
+        }
+        let _ = guest.read_to_end(&mut said).await;
+    });
+    AgentClient::handshake(ours).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_guest_that_lies_about_a_tree() {
+    let reply = Response::File;
+    let entry = |name: &str, kind| DirEntry {
+        name: ByteBuf::from(name),
+        kind,
+    };
+    let is_lie = |error: TreeError, about: &str| {
+        let TreeError::File(FileError::Connection(ConnectionError::Protocol(said))) = &error else {
+            panic!("{error:?}");
+        };
+        assert!(said.contains(about), "{error:?}");
+    };
+    let read = async |responses: Vec<Response<'static>>, limits: TreeLimits| {
+        let mut client = talker(responses).await;
+        let mut archive = Vec::new();
+        let got = client.get_tree("/tree", limits, &mut archive).await;
+        (got, archive)
+    };
+    let done = || reply(FileReply::Done);
+    let limits = TreeLimits::default;
+
+    // A link and then a directory, a file, a link of the same name: whoever unpacks it writes where the link leads. Beside each
+    // other or not, in one answer or in two.
+    let _attack = "a name twice in a directory";
+    for kind in [FileKind::Dir, FileKind::File, FileKind::Link] {
+        let twice = [
+            entry("a", FileKind::Link),
+            entry("b", FileKind::File),
+            entry("a", kind),
+        ];
+        let one = vec![reply(FileReply::Entries(twice.to_vec())), done()];
+        let (got, archive) = read(one, limits()).await;
+        is_lie(got.unwrap_err(), "a name twice");
+        assert_eq!(archive, b"");
+        let pages = twice.map(|entry| reply(FileReply::Entries(vec![entry])));
+        let (got, _) = read([pages.to_vec(), vec![done()]].concat(), limits()).await;
+        is_lie(got.unwrap_err(), "a name twice");
+    }
+
+    let _attack = "a name longer than any";
+    let long = "n".repeat(256);
+    let page = reply(FileReply::Entries(vec![entry(&long, FileKind::File)]));
+    let (got, _) = read(vec![page.clone(), done()], limits()).await;
+    is_lie(got.unwrap_err(), "no name of a file");
+    let mut client = talker(vec![page, done()]).await;
+    let listed = client.list("/").await;
+    let protocol = matches!(
+        &listed,
+        Err(FileError::Connection(ConnectionError::Protocol(_)))
+    );
+    assert!(protocol, "{listed:?}");
+
+    // Each directory has as many as are allowed, of the longest names, and one more directory in it.
+    let _attack = "more names than a host should hold";
+    let names = |level: usize| {
+        (0..MAX_ENTRIES / 200).map(move |page| {
+            let name = |number: usize| format!("{level}{page:0>9}{number:0>245}");
+            let all = (0..200).map(|number| entry(&name(number), FileKind::Dir));
+            reply(FileReply::Entries(all.collect()))
+        })
+    };
+    let directory = reply(FileReply::Stat(Metadata {
+        kind: FileKind::Dir,
+        size: 0,
+        mode: 0o755,
+        uid: 0,
+        gid: 0,
+        modified_s: 0,
+        modified_ns: 0,
+    }));
+    let levels = (0..2).flat_map(|level| names(level).chain([done(), directory.clone()]));
+    let limits = TreeLimits {
+        entries: usize::MAX,
+        ..TreeLimits::default()
+    };
+    let (got, _) = read(levels.collect(), limits).await;
+    assert!(matches!(got, Err(TreeError::TooMany(_))), "{got:?}");
 }

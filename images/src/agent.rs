@@ -159,9 +159,10 @@ fn build_with(
     write(sources, &workspace)?;
     let mut cargo = command::fetcher(cargo);
     command::keep(&mut cargo, &CARGO);
-    // Settings are searched from the directory upwards that cargo starts in, which is `/` and not this one.
+    // Settings are searched from the directory upwards that cargo starts in, which is `/` and not this one. Not `--locked`:
+    // the lock has all that the agent needs, so that nothing else is taken, and more, which cargo drops from its copy.
     cargo
-        .args(["build", "--locked", "--profile", "guest", "--manifest-path"])
+        .args(["build", "--profile", "guest", "--manifest-path"])
         .arg(workspace.join("Cargo.toml"))
         .args(["--package", "hearth-agent", "--target", TARGET])
         .arg("--target-dir")

@@ -1,11 +1,13 @@
 //! The programs of a build. All are started here: found in absolute directories alone, in an environment that names what
 //! they may know, away from the caller's directory, without a terminal, their output kept for the error.
 
+mod tied;
+
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Output, Stdio};
+use std::process::{ChildStdout, Command, ExitStatus, Output, Stdio};
 
 /// Where programs are looked for if `PATH` names no absolute directory.
 const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -74,6 +76,7 @@ pub(crate) fn tool(program: impl AsRef<OsStr>) -> Command {
     if let Some(dir) = temporary {
         command.env("TMPDIR", dir);
     }
+    tied::end_with_us(&mut command);
     command
 }
 
@@ -108,34 +111,32 @@ fn absolute_part(path: &OsStr) -> OsString {
     }
 }
 
-/// A command for a program whose files everybody may read, whatever this process's files are like.
-pub(crate) fn open_handed(program: impl AsRef<OsStr>) -> Command {
-    let mut command = tool("/bin/sh");
-    command
-        .args(["-c", "umask 022; exec \"$@\"", "sh"])
-        .arg(program);
-    command
-}
-
-/// Runs both to the end, the first one's output the second one's input.
-pub(crate) fn pipe(from: &mut Command, to: &mut Command) -> Result<(), CommandError> {
-    let program = from.get_program().to_string_lossy().into_owned();
-    let start = |source| CommandError::Start { program, source };
-    tracing::debug!(command = ?from, "run");
-    from.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = match from.stderr(Stdio::piped()).spawn() {
-        Ok(child) => child,
-        Err(error) => return Err(start(error)),
+/// Runs to the end and hands its output to `consume`, which need not read all of it.
+pub(crate) fn read<T>(
+    command: &mut Command,
+    consume: impl FnOnce(&mut ChildStdout) -> T,
+) -> Result<T, CommandError> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let start = |source| CommandError::Start {
+        program: program.clone(),
+        source,
     };
-    let input = child.stdout.take().map_or_else(Stdio::null, Stdio::from);
-    let second = run_with(to, input, |_| {});
+    tracing::debug!(?command, "run");
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.stderr(Stdio::piped()).spawn().map_err(start)?;
+    let mut output = child.stdout.take();
+    let consumed = output.as_mut().map(|output| {
+        let consumed = consume(output);
+        // Else it would fail because nobody reads.
+        let _ = std::io::copy(output, &mut std::io::sink());
+        consumed
+    });
     let output = child.wait_with_output().map_err(start)?;
-    // What the first one says is why the second one failed, unless it was cut off by that.
-    second?;
-    if output.status.success() {
-        return Ok(());
+    match consumed {
+        // What it says is why its output could not be used.
+        Some(consumed) if output.status.success() => Ok(consumed),
+        _ => Err(failed(command, &output)),
     }
-    Err(failed(from, &output))
 }
 
 fn run_with(
@@ -292,6 +293,35 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_program_ends_with_the_build_that_is_killed() {
+        if is_child() {
+            let sleep = "echo; echo pid $$; exec sleep 1000";
+            let _ = run(tool("sh").args(["-c", sleep]), |line| println!("{line}"));
+            return;
+        }
+        let mut build = again("command::tests::a_program_ends_with_the_build_that_is_killed")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(build.stdout.take().unwrap()).lines();
+        let pid = said.find_map(|line| Some(line.unwrap().strip_prefix("pid ")?.to_owned()));
+        let status = format!("/proc/{}/stat", pid.unwrap());
+        let lives = || {
+            let status = std::fs::read_to_string(&status).unwrap_or_default();
+            // Who inherits it may not have asked how it ended.
+            !status.is_empty() && !status.contains(") Z ")
+        };
+        assert!(lives());
+        build.kill().unwrap();
+        build.wait().unwrap();
+        let begun = std::time::Instant::now();
+        while lives() {
+            assert!(begun.elapsed().as_secs() < 60, "it works on");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+
+    #[test]
     fn lines_of_both_streams_are_heard() {
         let mut heard = Vec::new();
         run(
@@ -318,24 +348,21 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_pipe_fails_with_either_end() {
-        let sh = |script: &str| {
-            let mut sh = tool("sh");
-            sh.args(["-c", script]);
-            sh
+    fn output_is_read_as_it_comes_and_a_failure_counts_more_than_it() {
+        let sh = |script: &str, bytes: usize| {
+            let mut said = vec![0; bytes];
+            let consume = |output: &mut ChildStdout| output.read_exact(&mut said);
+            read(tool("sh").args(["-c", script]), consume).map(|read| (read.is_ok(), said))
         };
-        pipe(&mut sh("echo word"), &mut sh("read w; test $w = word")).unwrap();
-        for (from, to) in [
-            ("echo word; echo first >&2; exit 3", "cat"),
-            ("seq 100000", "echo second; exit 3"),
-        ] {
-            let error = pipe(&mut sh(from), &mut sh(to)).unwrap_err();
-            let CommandError::Failed { status, tail, .. } = &error else {
-                panic!("{error:?}");
-            };
-            assert_eq!(status.code(), Some(3));
-            assert!(["first", "second"].contains(&tail.as_str()), "{tail}");
-        }
+        assert_eq!(sh("echo word", 4).unwrap(), (true, b"word".to_vec()));
+        // More than is read, and less than is wanted.
+        assert!(sh("seq 100000", 1).unwrap().0);
+        assert!(!sh("echo word", 6).unwrap().0);
+        let error = sh("echo word; echo why >&2; exit 3", 6).unwrap_err();
+        let CommandError::Failed { status, tail, .. } = &error else {
+            panic!("{error:?}");
+        };
+        assert_eq!((status.code(), tail.as_str()), (Some(3), "why"));
     }
 
     #[test]

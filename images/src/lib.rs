@@ -157,6 +157,13 @@ impl Images {
         tools::missing()
     }
 
+    /// Why no recipe that has `commands` can be built here, or `None` if one can: they run in namespaces of their own, which
+    /// some machines permit to nobody but root, or to nobody.
+    #[must_use]
+    pub fn commands_refused(&self) -> Option<CommandError> {
+        root::commands_refused()
+    }
+
     /// The guest kernel, built if it is not cached: an uncompressed, stripped
     /// ELF `vmlinux`.
     ///

@@ -7,6 +7,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+
 use hearth_images::{DebianError, Images, ImagesError, Recipe, RootError, Silent};
 
 /// Names the cache of the process that the test starts.
@@ -88,6 +90,54 @@ fn every_recipe_gives_the_same_bytes_again_without_root() {
             "{} depends on where it was built",
             entry.display()
         );
+    }
+}
+
+/// As in many containers, and on systems that permit namespaces to programs that they know.
+#[test]
+#[ignore = "long: builds each recipe twice, of packages that it fetches"]
+fn every_recipe_gives_the_same_bytes_where_namespaces_are_refused() {
+    let images = Images::open(None).unwrap();
+    let first = match build_all(&images) {
+        Ok(paths) => paths,
+        Err(error @ ImagesError::Root(RootError::Debian(DebianError::Fetch { .. }))) => {
+            return not_measured(&error.to_string());
+        }
+        Err(error) => panic!("{error:?}"),
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("place");
+    std::fs::create_dir(&place).unwrap();
+    let source = images.cache_dir().join("source");
+    std::os::unix::fs::symlink(source, place.join("source")).unwrap();
+    let others = Images::open(Some(place)).unwrap();
+    let refused = [libc::SYS_unshare, libc::SYS_setns].map(|call| (call, Vec::new()));
+    let filter: BpfProgram = SeccompFilter::new(
+        refused.into_iter().collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EPERM.unsigned_abs()),
+        TargetArch::x86_64,
+    )
+    .unwrap()
+    .try_into()
+    .unwrap();
+    // Of one thread, and of the programs that it starts.
+    let second = std::thread::scope(|scope| {
+        let built = scope.spawn(|| {
+            apply_filter(&filter).unwrap();
+            assert!(others.commands_refused().is_some());
+            build_all(&others).unwrap()
+        });
+        built.join().unwrap()
+    });
+    for (one, other) in first.iter().zip(second) {
+        let name = one.display();
+        assert_eq!(
+            one.parent().unwrap().file_name(),
+            other.parent().unwrap().file_name()
+        );
+        let (one, other) = (std::fs::read(one).unwrap(), std::fs::read(other).unwrap());
+        assert!(one == other, "{name} depends on namespaces");
     }
 }
 

@@ -28,15 +28,15 @@ impl<B: Backend> Pool<B> {
     pub fn acquire(&self, request: impl Into<Request>) -> Result<Lease<B>, AcquireError> {
         let now = Instant::now();
         let shared = self.shared();
-        let profile = shared.matching(&request.into())?;
-        let span = shared.acquire_span(profile);
+        let among = shared.matching(&request.into())?;
+        let span = shared.acquire_span(&among);
         let _entered = span.enter();
-        let taken = shared.take(&mut shared.state(), now, profile);
+        let taken = shared.take(&mut shared.state(), now, &among);
         shared.nudge.wake();
-        let lease = taken.map_err(|refusal| shared.missed(profile, refusal))?;
+        let lease = taken.map_err(|refusal| shared.missed(among.first, refusal))?;
         let lease = lease.hand_off();
         span.record("vm", display(lease.id()));
-        shared.leased(&lease, profile, |kept| {
+        shared.leased(&lease, |kept| {
             kept.metrics.acquire.record(now.elapsed());
         });
         Ok(lease)
@@ -53,15 +53,15 @@ impl<B: Backend> Pool<B> {
     ) -> Result<Vec<Lease<B>>, AcquireError> {
         let now = Instant::now();
         let shared = self.shared();
-        let profile = shared.matching(&request.into())?;
+        let among = shared.matching(&request.into())?;
         if count == 0 {
             return Ok(Vec::new());
         }
-        let span = shared.acquire_span(profile);
+        let span = shared.acquire_span(&among);
         let _entered = span.enter();
-        let taken = shared.take_many(&mut shared.state(), now, profile, count);
+        let taken = shared.take_many(&mut shared.state(), now, &among, count);
         shared.nudge.wake();
-        let leases = taken.map_err(|refusal| shared.missed(profile, refusal))?;
+        let leases = taken.map_err(|refusal| shared.missed(among.first, refusal))?;
         let leases: Vec<_> = leases.into_iter().map(Lease::hand_off).collect();
         if !span.is_disabled() {
             let ids: Vec<_> = leases.iter().map(|lease| lease.id().to_string()).collect();
@@ -69,7 +69,7 @@ impl<B: Backend> Pool<B> {
         }
         for lease in &leases {
             tracing::debug!(vm = %lease.id(), "one of a burst");
-            shared.leased(lease, profile, |kept| {
+            shared.leased(lease, |kept| {
                 kept.metrics.acquire.record(now.elapsed());
             });
         }
@@ -91,30 +91,45 @@ impl<B: Backend> Pool<B> {
     ) -> Result<Lease<B>, AcquireError> {
         let began = Instant::now();
         let shared = self.shared();
-        let profile = shared.matching(&request.into())?;
+        let among = shared.matching(&request.into())?;
         let until = deadline::after(began, patience);
-        let span = shared.acquire_span(profile);
+        let span = shared.acquire_span(&among);
         let lease = shared
-            .wait(profile, began, until)
+            .wait(&among, began, until)
             .instrument(span.clone())
             .await?;
         span.record("vm", display(lease.id()));
-        shared.leased(&lease, profile, |kept| {
+        shared.leased(&lease, |kept| {
             kept.metrics.wait.record(began.elapsed());
         });
         Ok(lease)
     }
 }
 
+/// The profiles that serve a request, in the order of the configuration.
+struct Among {
+    first: ProfileId,
+    others: Vec<ProfileId>,
+}
+
+impl Among {
+    fn all(&self) -> impl Iterator<Item = ProfileId> + '_ {
+        std::iter::once(self.first).chain(self.others.iter().copied())
+    }
+}
+
 impl<B: Backend> Shared<B> {
     /// The VM is recorded when there is one.
-    fn acquire_span(&self, profile: ProfileId) -> Span {
-        let name = self.profile(profile).map(|kept| &*kept.name);
+    fn acquire_span(&self, among: &Among) -> Span {
+        let name = self.profile(among.first).map(|kept| &*kept.name);
+        // Which of several it is, the VM tells.
+        let name = name.filter(|_| among.others.is_empty());
         tracing::debug_span!("acquire", profile = name, vm = Empty)
     }
 
     /// A caller has got its lease.
-    fn leased(&self, lease: &Lease<B>, profile: ProfileId, measure: impl FnOnce(&Kept)) {
+    fn leased(&self, lease: &Lease<B>, measure: impl FnOnce(&Kept)) {
+        let profile = lease.profile_id();
         self.emit(Some(profile), Some(lease.id()), EventKind::Leased);
         if let Some(kept) = self.profile(profile) {
             kept.metrics.hits.increment(1);
@@ -122,10 +137,10 @@ impl<B: Backend> Shared<B> {
         }
     }
 
-    /// The first profile that serves `request`.
-    fn matching(&self, request: &Request) -> Result<ProfileId, AcquireError> {
+    fn matching(&self, request: &Request) -> Result<Among, AcquireError> {
         let mut refused = Vec::new();
         let mut known = false;
+        let mut among: Option<Among> = None;
         for (index, kept) in self.profiles.iter().enumerate() {
             if request.named().is_some_and(|name| name != kept.spec.name) {
                 continue;
@@ -133,12 +148,23 @@ impl<B: Backend> Shared<B> {
             known = true;
             let mismatches = request.mismatches(&kept.spec);
             if mismatches.is_empty() {
-                return Ok(ProfileId(index));
+                let id = ProfileId(index);
+                match &mut among {
+                    Some(among) => among.others.push(id),
+                    None => {
+                        let others = Vec::new();
+                        among = Some(Among { first: id, others });
+                    }
+                }
+                continue;
             }
             refused.push(Ineligible {
                 profile: kept.spec.name.clone(),
                 mismatches,
             });
+        }
+        if let Some(among) = among {
+            return Ok(among);
         }
         match request.named() {
             Some(name) if !known => Err(AcquireError::UnknownProfile {
@@ -153,14 +179,19 @@ impl<B: Backend> Shared<B> {
         self: &Arc<Self>,
         state: &mut State<B>,
         now: Instant,
-        profile: ProfileId,
+        among: &Among,
     ) -> Result<Lease<B>, Refusal> {
-        // Each round but the last retires a dead VM.
-        while let Ok(id) = state.ledger.peek(now, profile)
-            && !state.is_alive(&self.backend, id)
-        {
-            self.ended(state, now, id);
-        }
+        let has = |profile: &ProfileId| {
+            // Each round but the last retires a dead VM.
+            while let Ok(id) = state.ledger.peek(now, *profile) {
+                if state.is_alive(&self.backend, id) {
+                    return true;
+                }
+                self.ended(state, now, id);
+            }
+            false
+        };
+        let profile = among.all().find(has).unwrap_or(among.first);
         let id = state.ledger.take(now, profile)?;
         self.lease(state, profile, id).ok_or(Refusal::Stopping)
     }
@@ -169,15 +200,19 @@ impl<B: Backend> Shared<B> {
         self: &Arc<Self>,
         state: &mut State<B>,
         now: Instant,
-        profile: ProfileId,
+        among: &Among,
         count: usize,
     ) -> Result<Vec<Lease<B>>, Refusal> {
-        let parked: Vec<_> = state.ledger.parked(profile).collect();
-        for id in parked {
-            if !state.is_alive(&self.backend, id) {
-                self.ended(state, now, id);
+        let has = |profile: &ProfileId| {
+            let parked: Vec<_> = state.ledger.parked(*profile).collect();
+            for id in parked {
+                if !state.is_alive(&self.backend, id) {
+                    self.ended(state, now, id);
+                }
             }
-        }
+            state.ledger.has(now, *profile, count)
+        };
+        let profile = among.all().find(has).unwrap_or(among.first);
         let taken = state.ledger.take_many(now, profile, count)?;
         Ok(taken
             .into_iter()
@@ -198,19 +233,22 @@ impl<B: Backend> Shared<B> {
 
     async fn wait(
         self: &Arc<Self>,
-        profile: ProfileId,
+        among: &Among,
         began: Instant,
         until: Instant,
     ) -> Result<Lease<B>, AcquireError> {
+        let profile = among.first;
         let (waiter, missed, mut served) = {
             let mut state = self.state();
-            let missed = match self.take(&mut state, began, profile) {
+            let missed = match self.take(&mut state, began, among) {
                 Ok(lease) => {
                     drop(state);
                     self.nudge.wake();
                     return Ok(lease.hand_off());
                 }
-                Err(refusal @ Refusal::Exhausted(_)) => refusal.is_miss(),
+                Err(refusal) if among.all().any(|of| state.ledger.hopeless(of).is_none()) => {
+                    refusal.is_miss()
+                }
                 Err(refusal) => {
                     drop(state);
                     return Err(self.missed(profile, refusal));
@@ -219,7 +257,7 @@ impl<B: Backend> Shared<B> {
             let (reply, served) = oneshot::channel();
             let waiter = state.next_waiter();
             state.waiters.insert(waiter, reply);
-            state.tell(began, Event::Wait(profile, waiter));
+            line_up(&mut state, began, among, waiter);
             (
                 Waiting {
                     shared: self,
@@ -261,7 +299,7 @@ impl<B: Backend> Shared<B> {
                     served = again;
                     let mut state = self.state();
                     state.waiters.insert(waiter.waiter, reply);
-                    state.tell(Instant::now(), Event::Wait(profile, waiter.waiter));
+                    line_up(&mut state, Instant::now(), among, waiter.waiter);
                     drop(state);
                     drop(dead);
                     self.nudge.wake();
@@ -289,6 +327,20 @@ impl<B: Backend> Shared<B> {
                 why,
             },
         }
+    }
+}
+
+/// Puts the waiter into the queues of all profiles that may serve it; into the first's, which turns it away, if none may.
+fn line_up<B: Backend>(state: &mut State<B>, now: Instant, among: &Among, waiter: WaiterId) {
+    let mut lines = 0;
+    for profile in among.all() {
+        if state.ledger.hopeless(profile).is_none() {
+            state.tell(now, Event::Wait(profile, waiter));
+            lines += 1;
+        }
+    }
+    if lines == 0 {
+        state.tell(now, Event::Wait(among.first, waiter));
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 
+use crate::config::{PoolConfig, Problem};
 use crate::profile::{Demand, Parking, Profile};
 use crate::slot::VmId;
 
@@ -81,6 +82,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Signals that the VM now belongs to a caller: resume, start to deflate, return.
     fn hand_off(&self, vm: &Self::Vm) {
         self.resume(vm);
+    }
+
+    /// What of a pool's configuration contradicts the one that this backend was made with. Nothing, unless
+    /// a backend says otherwise.
+    fn conflicts(&self, _config: &PoolConfig) -> Vec<Problem> {
+        Vec::new()
     }
 
     /// How VMs of `profile` wait when neither the profile nor the pool's configuration says.
@@ -176,6 +183,10 @@ impl<B: Backend> Backend for Arc<B> {
         (**self).hand_off(vm);
     }
 
+    fn conflicts(&self, config: &PoolConfig) -> Vec<Problem> {
+        (**self).conflicts(config)
+    }
+
     fn parking(&self, profile: &Profile) -> Parking {
         (**self).parking(profile)
     }
@@ -221,8 +232,9 @@ pub trait Remote: Send + Sync + 'static {
     /// Ends the VM, whoever owns it; resolves when nothing of it runs any more. Ending an ended VM is fine.
     fn kill(&self) -> impl Future<Output = ()> + Send;
 
-    /// A number that changes whenever the VM does something for its owner; the idle limit of
-    /// leases compares two readings. A constant means "cannot tell" and makes every lease idle.
+    /// A number that changes whenever the VM does something for its owner, and at each reading while a
+    /// request of the owner's is open: silence is not idleness then. The idle limit of leases compares two
+    /// readings. A constant means "cannot tell" and makes every lease idle.
     fn activity(&self) -> u64;
 }
 

@@ -142,7 +142,6 @@ pub enum Replenished {
 }
 
 /// Why an offered VM was not adopted. The VM comes back with it.
-#[derive(Debug)]
 pub struct OfferError<V> {
     /// The VM, unless the runtime ended under the pool.
     pub vm: Option<V>,
@@ -176,7 +175,21 @@ pub enum OfferRefusal {
 
 impl<V> fmt::Display for OfferError<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the offered VM was refused: {}", self.why)
+        f.write_str("the offered VM was refused")
+    }
+}
+
+impl<V> fmt::Debug for OfferError<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OfferError")
+            .field("why", &self.why)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<V> Error for OfferError<V> {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.why)
     }
 }
 

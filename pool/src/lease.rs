@@ -80,6 +80,10 @@ impl<B: Backend> Lease<B> {
         self.id
     }
 
+    pub(crate) fn profile_id(&self) -> ProfileId {
+        self.profile
+    }
+
     /// The name of its profile.
     #[must_use]
     pub fn profile(&self) -> &str {

@@ -1,5 +1,6 @@
 //! The pool, as its users see it.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +36,15 @@ impl<B: Backend> Clone for Pool<B> {
     }
 }
 
+impl<B: Backend> fmt::Debug for Pool<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the lock: whoever prints may hold what the pool waits for.
+        f.debug_struct("Pool")
+            .field("profiles", &self.shared().names())
+            .finish_non_exhaustive()
+    }
+}
+
 struct Owner<B: Backend>(Arc<Shared<B>>);
 
 impl<B: Backend> Drop for Owner<B> {
@@ -51,7 +61,8 @@ impl<B: Backend> Pool<B> {
     /// A pool that is not started yet, on this host.
     ///
     /// # Errors
-    /// Every problem of the configuration, pools that cannot fit into the limits included.
+    /// Every problem of the configuration, pools that cannot fit into the limits and what the backend was made
+    /// for otherwise included.
     pub fn new(backend: B, config: PoolConfig) -> Result<Self, ConfigError> {
         Self::with_host(backend, config, ThisHost)
     }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Autoscale, Unknown};
+use crate::config::Autoscale;
 
 /// A language with a built-in profile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -98,7 +98,7 @@ pub struct Demand {
 /// # let _ = data;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Profile {
     /// Its name, unique in a pool; in a file, the key of its table.
@@ -131,9 +131,6 @@ pub struct Profile {
     pub warm_pool_size: Option<usize>,
     /// Bounds between which demand moves the size; not given: the size is fixed.
     pub autoscale: Option<Autoscale>,
-    /// Keys of the file that mean nothing here; reported by validation.
-    #[serde(flatten, skip_serializing)]
-    pub(crate) unknown: Unknown,
 }
 
 impl Default for Profile {
@@ -152,7 +149,6 @@ impl Default for Profile {
             park: None,
             warm_pool_size: None,
             autoscale: None,
-            unknown: Unknown::default(),
         }
     }
 }
@@ -292,7 +288,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// Any profile that serves the rest; the first of the configuration's that does.
+    /// Any profile that serves the rest: the first of the configuration's that has a VM ready; who waits is served by
+    /// whichever has one first.
     #[must_use]
     pub fn any() -> Self {
         Self::default()
@@ -387,6 +384,18 @@ impl Request {
 
 impl From<&str> for Request {
     fn from(name: &str) -> Self {
+        Self::profile(name)
+    }
+}
+
+impl From<String> for Request {
+    fn from(name: String) -> Self {
+        Self::profile(name)
+    }
+}
+
+impl From<&String> for Request {
+    fn from(name: &String) -> Self {
         Self::profile(name)
     }
 }

@@ -208,6 +208,10 @@ impl<B: Backend> Shared<B> {
     ) -> Result<Arc<Self>, ConfigError> {
         let demand = |profile: &Profile| backend.demand(profile);
         let limits = config.limits_on(host.memory_available_mib(), demand)?;
+        let conflicts = backend.conflicts(&config);
+        if !conflicts.is_empty() {
+            return Err(ConfigError::Invalid(conflicts));
+        }
         let scale = backend.time_scale().max(1);
         let nudge = Arc::new(Nudge::default());
         let freed = Arc::clone(&nudge);

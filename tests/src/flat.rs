@@ -245,6 +245,19 @@ pub fn elf(segments: &[(u64, &[u8])]) -> Vec<u8> {
     file
 }
 
+/// A static program for a guest's Linux: the machine code between two labels, which may change itself.
+///
+/// # Safety
+/// From `start` to `end` lie initialized bytes that nothing changes.
+#[must_use]
+pub unsafe fn program(start: *const u8, end: *const u8) -> Vec<u8> {
+    /// As far into a page as the code lies in its file, behind the headers.
+    const ADDRESS: u64 = 0x40_0078;
+    // SAFETY: the caller's.
+    let code = unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) };
+    elf(&[(ADDRESS, code)])
+}
+
 /// The key of the template that [`cached_template`] makes for `number`.
 pub fn flat_key(number: u64) -> TemplateKey {
     TemplateKey::new().part("flat", number.to_le_bytes())

@@ -19,6 +19,8 @@ mod alone;
 pub mod flat;
 mod footprint;
 mod guest;
+pub mod low_water;
+pub mod registers;
 mod root;
 mod skip;
 mod vcpus;

@@ -6,8 +6,10 @@
 )]
 //! Programs in a real guest that try to become more than they are.
 
-use hearth_agent::client::Command;
-use hearth_agent::proto::{ExitStatus, User};
+use std::time::Duration;
+
+use hearth_agent::client::{Command, Output};
+use hearth_agent::proto::{ExitStatus, Put, User, WindowSize};
 use hearth_tests::{Guest, kernel_path, kvm, not_measured, within};
 use hearth_vmm::{CpuProfile, VmStatus};
 use tokio::io::AsyncReadExt;
@@ -123,23 +125,279 @@ async fn a_program_of_real_time_priority_does_not_silence_the_agent() {
     assert_eq!(guest.vm.status(), VmStatus::Running);
 }
 
+/// What an ordinary user tries: `tests/programs/attempts.rs`.
+const ATTEMPTS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/attempts"));
+const PLACE: &str = "/tmp/attempts";
+
+// include/uapi/asm-generic/errno-base.h, errno.h
+const EPERM: i32 = 1;
+const ENOENT: i32 = 2;
+const EIO: i32 = 5;
+const ENXIO: i32 = 6;
+const EACCES: i32 = 13;
+const EBUSY: i32 = 16;
+const EXDEV: i32 = 18;
+const ENODEV: i32 = 19;
+const EINVAL: i32 = 22;
+const EADDRINUSE: i32 = 98;
+const ENETUNREACH: i32 = 101;
+const ECONNRESET: i32 = 104;
+const ETIMEDOUT: i32 = 110;
+
+fn ordinary_user() -> User {
+    User {
+        uid: NOBODY,
+        gid: NOBODY,
+        groups: Vec::new(),
+    }
+}
+
+/// A command that tries something as an ordinary user.
+fn attempt(what: &str) -> Command {
+    Command::new(PLACE).arg(what).user(ordinary_user())
+}
+
+/// A guest of its own with the program in it.
+async fn guest_with_attempts() -> Guest {
+    let guest = Guest::fork().await;
+    let put = Put::new(PLACE).mode(0o755);
+    let put = guest.connect().await.put(put, ATTEMPTS).await;
+    put.unwrap();
+    guest
+}
+
+/// What became of each try.
+fn tries(output: &Output) -> Vec<(String, i32)> {
+    let said = String::from_utf8(output.stdout.clone()).unwrap();
+    assert_eq!(output.status, ExitStatus::Code(0), "{said} {output:?}");
+    let line = |line: &str| {
+        let (what, error) = line.rsplit_once(' ').unwrap();
+        (what.to_owned(), error.parse().unwrap())
+    };
+    said.lines().map(line).collect()
+}
+
+/// That the agent answers, does what it is asked, and is nobody else.
+async fn assert_unharmed(guest: &Guest) {
+    let mut agent = guest.connect().await;
+    assert_eq!(agent.hello().unwrap().instance, guest.instance);
+    within(5, "a pong", agent.ping(1)).await.unwrap();
+    let output = guest.run(Command::new("id")).await;
+    assert!(output.stdout.starts_with(b"uid=0"), "{output:?}");
+    assert_eq!(guest.vm.status(), VmStatus::Running);
+}
+
 #[tokio::test]
 async fn an_ordinary_user_can_neither_end_the_guest_nor_reach_its_agent() {
     if !kvm() {
         return;
     }
-    let guest = Guest::fork().await;
-    let user = || User {
-        uid: NOBODY,
-        gid: NOBODY,
-        groups: Vec::new(),
-    };
+    let guest = guest_with_attempts().await;
     for applet in ["poweroff", "reboot", "halt", "panic"] {
-        let output = guest.run(Command::new(applet).user(user())).await;
+        let output = guest.run(Command::new(applet).user(ordinary_user())).await;
         assert_eq!(output.status, ExitStatus::Code(1), "{applet}: {output:?}");
     }
-    let output = guest.run(Command::new("id").user(user())).await;
+    let output = guest.run(Command::new("id").user(ordinary_user())).await;
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.starts_with("uid=65534 gid=65534"), "{said}");
-    assert_eq!(guest.vm.status(), VmStatus::Running);
+    let other = guest.connect().await;
+    let other = other.exec(Command::new("sleep").arg("1000")).await.unwrap();
+    let pid = other.pid().to_string();
+    let refused = [EPERM, EACCES, ENOENT];
+    // (attack, what is tried, how many times at least, what the kernel answers)
+    let attacks: [(&str, &str, usize, &[i32]); 7] = [
+        (
+            "signals to the agent and to a program of root's",
+            "signals",
+            19,
+            &[EPERM],
+        ),
+        (
+            "the agent traced, looked into and written to",
+            "trace",
+            40,
+            &refused,
+        ),
+        (
+            "the agent slowed down, its limits lowered",
+            "schedule",
+            7,
+            &[EPERM, EACCES],
+        ),
+        (
+            "devices, settings of the kernel, cgroups and files of root's",
+            "files",
+            35,
+            &[EPERM, EACCES, ENOENT, ENXIO, ENODEV, EXDEV],
+        ),
+        (
+            "the agent's port taken, the agent and the host dialled",
+            "sockets",
+            9,
+            &[
+                EACCES,
+                EADDRINUSE,
+                ENODEV,
+                EINVAL,
+                ENETUNREACH,
+                ECONNRESET,
+                ETIMEDOUT,
+            ],
+        ),
+        ("rights asked for", "rights", 11, &[EPERM]),
+        (
+            "all capabilities in namespaces of its own",
+            "namespaces",
+            15,
+            &[EPERM, EACCES, ENOENT, ENXIO, ENODEV, EBUSY],
+        ),
+    ];
+    for (attack, what, least, expected) in attacks {
+        let output = guest.run(attempt(what).arg(&pid)).await;
+        let tried = tries(&output);
+        eprintln!("{attack}: {tried:?}");
+        assert!(tried.len() >= least, "{attack}: {}", tried.len());
+        for (one, error) in &tried {
+            // To have namespaces is no gain: what is tried in them is.
+            let harmless = one == "made" && *error == 0;
+            assert!(
+                harmless || expected.contains(error),
+                "{attack}: {one} gave {error}"
+            );
+        }
+        assert_unharmed(&guest).await;
+    }
+    drop(other);
+}
+
+#[tokio::test]
+async fn a_set_user_id_program_gives_no_rights_unless_it_is_let() {
+    if !kvm() {
+        return;
+    }
+    let guest = guest_with_attempts().await;
+    let set_uid = Put::new("/tmp/set-uid").mode(0o4755);
+    guest.connect().await.put(set_uid, ATTEMPTS).await.unwrap();
+    let who = async |command: Command| {
+        let output = guest.run(command.arg("who").user(ordinary_user())).await;
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let program = || Command::new("/tmp/set-uid");
+    let said = who(program()).await;
+    assert!(said.contains("Uid: 65534 65534 65534 65534"), "{said}");
+    assert!(said.contains("CapEff: 0000000000000000"), "{said}");
+    assert!(said.contains("NoNewPrivs: 1"), "{said}");
+    // The same file acts as it says where that is wanted: what stopped it was not the file system.
+    let said = who(program().allow_new_privileges()).await;
+    assert!(said.contains("Uid: 65534 0 0 0"), "{said}");
+    assert!(said.contains("NoNewPrivs: 0"), "{said}");
+    // Root has all rights anyway, and what it executes may take another user's.
+    let output = guest.run(program().arg("who")).await;
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("NoNewPrivs: 0"), "{said}");
+}
+
+#[tokio::test]
+async fn a_terminal_of_another_request_is_neither_typed_on_nor_taken_over() {
+    if !kvm() {
+        return;
+    }
+    let guest = guest_with_attempts().await;
+    let size = WindowSize::default();
+    for (owner, expected) in [
+        // Of another user: it is not even opened.
+        (None, &[("open", EACCES)][..]),
+        // Of the same user, who may write to it as to any file of the user's.
+        (
+            Some(ordinary_user()),
+            &[("type", EPERM), ("control", EPERM), ("control", EPERM)],
+        ),
+    ] {
+        let sleep = Command::new("sleep").arg("1000").terminal(size);
+        let sleep = match owner {
+            Some(owner) => sleep.user(owner),
+            None => sleep,
+        };
+        let exec = guest.connect().await.exec(sleep).await.unwrap();
+        let found = guest.run(Command::new("ls").arg("/dev/pts")).await;
+        let found = String::from_utf8(found.stdout).unwrap();
+        let number = found.lines().find(|name| *name != "ptmx").unwrap();
+        let place = format!("/dev/pts/{number}");
+        let output = guest.run(attempt("terminal").arg(&place)).await;
+        for ((what, error), (one, wanted)) in tries(&output).iter().zip(expected) {
+            assert_eq!(what, one, "{place}");
+            assert!(
+                error == wanted || *error == EIO,
+                "{place}: {what} gave {error}"
+            );
+        }
+        assert_eq!(tries(&output).len(), expected.len());
+        drop(exec);
+        let gone = async {
+            while guest.run(Command::new("ls").arg("/dev/pts")).await.stdout != b"ptmx\n" {}
+        };
+        within(10, "end of the terminal", gone).await;
+    }
+    assert_unharmed(&guest).await;
+}
+
+#[tokio::test]
+async fn a_user_that_stops_all_its_processes_does_not_stop_the_guest() {
+    if !kvm() {
+        return;
+    }
+    let guest = guest_with_attempts().await;
+    let mut stopper = guest
+        .connect()
+        .await
+        .exec(attempt("stop-all"))
+        .await
+        .unwrap();
+    let mut said = stopper.stdout().unwrap();
+    assert_eq!(said.read_u8().await.unwrap(), b's');
+    for round in 0..8 {
+        // Programs of the same user are stopped, before they have begun or after. Their time limit ends them.
+        let limited = Command::new("true").user(ordinary_user());
+        let limited = limited.timeout(Duration::from_millis(100));
+        let output = guest.run(limited.grace(Duration::from_millis(50))).await;
+        let ended = output.status == ExitStatus::Code(0);
+        assert!(ended || output.timed_out, "{round}: {output:?}");
+        assert_unharmed(&guest).await;
+    }
+    drop((stopper, said));
+    let output = guest.run(Command::new("id").user(ordinary_user())).await;
+    assert!(output.stdout.starts_with(b"uid=65534"), "{output:?}");
+}
+
+#[tokio::test]
+#[ignore = "long: makes all processes that a guest allows"]
+async fn a_user_that_takes_all_processes_and_all_memory_does_not_silence_the_agent() {
+    if !kvm() {
+        return;
+    }
+    let guest = guest_with_attempts().await;
+    let mut forks = guest.connect().await.exec(attempt("fork")).await.unwrap();
+    let mut said = forks.stdout().unwrap();
+    let mut made = String::new();
+    while !made.ends_with('\n') {
+        let byte = within(60, "all processes", said.read_u8()).await;
+        made.push(char::from(byte.unwrap()));
+    }
+    let count: u32 = made.trim().strip_prefix("made ").unwrap().parse().unwrap();
+    assert!(count > 16, "{made}");
+    assert_unharmed(&guest).await;
+    drop((forks, said));
+    let mut memory = guest.connect().await.exec(attempt("memory")).await.unwrap();
+    let mut said = memory.stdout().unwrap();
+    assert_eq!(said.read_u8().await.unwrap(), b't');
+    let mut agent = guest.connect().await;
+    for nonce in 1..=3 {
+        within(10, "a pong beside it", agent.ping(nonce))
+            .await
+            .unwrap();
+    }
+    drop(said);
+    let ended = within(60, "its end", memory.wait()).await.unwrap();
+    assert_eq!(ended.status, ExitStatus::Signal(9), "{ended:?}");
+    assert_unharmed(&guest).await;
 }

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use hearth_agent::client::{Command, Output};
 use hearth_agent::proto::{ExitStatus, ROOT_WORD, User};
 use hearth_images::{DebianError, Images, ImagesError, Recipe, RootError, Silent, WheelsError};
-use hearth_tests::{Guest, error_chain, kvm, not_measured};
+use hearth_tests::{Guest, error_chain, kvm, not_measured, registers};
 
 /// The image of a recipe, with Python packages. Says so if it is not cached and cannot be had here.
 fn image(recipe: &str, packages: &[&str]) -> Option<PathBuf> {
@@ -109,9 +109,14 @@ async fn node_runs_as_the_user_of_its_image() {
         return;
     };
     let guest = guest(&image, 512).await;
-    let output = guest.run(command("node", &["-e", JAVASCRIPT])).await;
-    // SHA-256 of abc: FIPS 180-2, appendix B.1.
-    assert_eq!(printed(&output), "42 1000 kept\nba7816bf\n1.234,5\n");
+    // Each has threads that take turns, with AVX in their registers.
+    let run = || guest.run(command("node", &["-e", JAVASCRIPT]));
+    let others = registers::keep(&guest, registers::widest(), 2, 200);
+    let (one, other, ()) = tokio::join!(run(), run(), others);
+    for output in [one, other] {
+        // SHA-256 of abc: FIPS 180-2, appendix B.1.
+        assert_eq!(printed(&output), "42 1000 kept\nba7816bf\n1.234,5\n");
+    }
 }
 
 const SHELL: &str = r#"
@@ -185,7 +190,8 @@ fn numbers(line: &str) -> Vec<f64> {
     line.split(' ').map(|word| word.parse().unwrap()).collect()
 }
 
-/// Two programs compute at once, so that each loses the processor, and with it its registers, in the middle.
+/// Programs compute at once, so that each loses the processor, and with it its registers, in the middle; beside them
+/// others that hold all the registers there are.
 #[tokio::test]
 #[ignore = "long: importing numpy takes half a minute where ring 0 is emulated; fetches it"]
 async fn numpy_computes_in_a_guest_what_the_host_does() {
@@ -197,8 +203,9 @@ async fn numpy_computes_in_a_guest_what_the_host_does() {
     };
     let guest = guest(&image, 512).await;
     let run = || guest.run(command("python3", &["-c", NUMPY]));
-    let (one, other) = tokio::join!(run(), run());
-    for output in [one, other] {
+    let others = registers::keep(&guest, registers::widest(), 4, 200);
+    let (one, two, three, four, ()) = tokio::join!(run(), run(), run(), run(), others);
+    for output in [one, two, three, four] {
         let text = printed(&output);
         let (first, second) = text.trim_end().split_once('\n').unwrap();
         // Whole numbers: exact, in whatever order they are summed.

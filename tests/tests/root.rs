@@ -111,15 +111,14 @@ async fn a_file_of_the_root_that_is_read_takes_none_of_the_guests_memory() {
     let guest = Guest::prepared(|config| config.pmem(&image).append(ROOT_WORD)).await;
     // The first reader brings what every program brings.
     cached(&guest).await;
-    let mut grown = Vec::new();
-    for to in ["/dev/null", "/tmp/copy"] {
+    // A copy of it shows that such memory is seen here.
+    for (to, least, most) in [("/dev/null", 0, 256), ("/tmp/copy", 8192, 9216)] {
         let before = cached(&guest).await;
         let output = guest.run(sh(&format!("cat /big > {to}"))).await;
         assert_eq!(output.status, ExitStatus::Code(0));
-        grown.push(cached(&guest).await.saturating_sub(before));
+        let grown = cached(&guest).await.saturating_sub(before);
+        assert!((least..=most).contains(&grown), "{to}: {grown} KiB");
     }
-    // A copy of it shows that such memory is seen here.
-    assert!(matches!(grown[..], [..256, 8192..]), "{grown:?} KiB");
 }
 
 #[tokio::test]

@@ -14,8 +14,8 @@ use std::task::{Context, Wake, Waker};
 use std::time::Duration;
 
 use hearth_agent::client::{Command, Exec};
-use hearth_agent::proto::{ExitStatus, Input};
-use hearth_tests::{Guest, kvm, noise, shared, within};
+use hearth_agent::proto::{ExitStatus, Input, Put};
+use hearth_tests::{Guest, kvm, low_water, noise, shared, within};
 use hearth_vmm::virtio::vsock::{ConnectError, VsockStream};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 
@@ -308,4 +308,34 @@ async fn a_waker_of_a_streams_reader_may_listen_and_drop_the_vm() {
         .await
         .unwrap();
     assert_eq!(hearth_vmm::leaked_vms(), 0);
+}
+
+/// What was read of a packet whose rest is still queued is neither there to be read nor room for the peer.
+#[tokio::test]
+async fn a_reader_that_waits_for_more_than_is_queued_gets_it() {
+    if !kvm() {
+        return;
+    }
+    let guest = Guest::fork().await;
+    let put = Put::new("/tmp/low-water").mode(0o755);
+    let put = guest.connect().await.put(put, &low_water::reader()).await;
+    put.unwrap();
+    let command = Command::new("/tmp/low-water");
+    let mut exec = guest.connect().await.exec(command).await.unwrap();
+    let mut stdout = exec.stdout().unwrap();
+    let mut line = [0; 10];
+    within(5, "listening", stdout.read_exact(&mut line))
+        .await
+        .unwrap();
+    let port = low_water::PORT;
+    let mut stream = guest.vm.vsock().connect(port).await.unwrap();
+    let bytes = noise(low_water::FIRST + low_water::MARK, 5);
+    within(10, "the buffer's room", stream.write_all(&bytes))
+        .await
+        .unwrap();
+    let mut said = Vec::new();
+    within(10, "the mark", stdout.read_to_end(&mut said))
+        .await
+        .unwrap();
+    assert_eq!(said, b"whole\n");
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use crate::layout;
 use crate::legacy::report;
 use crate::legacy::serial::{self, SerialPort};
+use crate::memory::GuestRam;
 use crate::state::Exit;
 use crate::virtio::mmio::MmioTransport;
 
@@ -19,6 +20,8 @@ pub(crate) type SharedTransport = Arc<Mutex<MmioTransport>>;
 pub(crate) struct Board {
     pub(crate) serial: Option<SerialPort>,
     pub(crate) virtio: Vec<SharedTransport>,
+    /// Guest memory, where the guest's kernel cannot save registers itself.
+    pub(crate) registers: Option<GuestRam>,
 }
 
 impl Board {
@@ -99,6 +102,7 @@ mod tests {
         Board {
             serial: Some(serial),
             virtio: Vec::new(),
+            registers: None,
         }
     }
 

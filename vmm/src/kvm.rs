@@ -8,6 +8,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::advice::advice;
 use crate::layout;
 use crate::memory::GuestRam;
 use crate::virtio::pmem::PmemImage;
@@ -19,7 +20,7 @@ const RUN_ATTEMPTS: u32 = 10;
 
 /// An ioctl on a VM or vCPU failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{call} failed")]
+#[error("{call} failed{}", advice(source))]
 pub struct KvmError {
     /// The ioctl's name.
     pub call: &'static str,

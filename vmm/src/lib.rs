@@ -20,6 +20,7 @@
 //! # }
 //! ```
 
+mod advice;
 mod board;
 mod boot;
 mod config;
@@ -38,6 +39,7 @@ mod private;
 mod reactor;
 mod seccomp;
 mod sigbus;
+mod signals;
 mod snapshot;
 mod state;
 #[cfg(feature = "testing")]

@@ -19,7 +19,7 @@ use crate::ending::Ending;
 #[cfg(feature = "testing")]
 use crate::frame::serial_interrupt;
 use crate::frame::{BASE_DEVICES, Frame, PlacedImage, Wire};
-use crate::host::{CpuProfile, Host, HostError};
+use crate::host::{self, CpuProfile, Host, HostError};
 use crate::kvm::KvmError;
 use crate::layout;
 use crate::legacy::console::Console;
@@ -300,6 +300,7 @@ impl Machine {
         let board = Arc::new(Board {
             serial: devices.serial,
             virtio: virtio.collect(),
+            registers: (hardware.profile == CpuProfile::Emulated).then(|| ram.clone()),
         });
         let gate = Arc::new(Gate::new(vcpus.len(), Want::Pause));
         let ending = Arc::new(Ending::new(Arc::clone(&gate), devices.console.clone()));
@@ -398,6 +399,10 @@ impl Machine {
     }
 
     fn take_apart(&mut self) {
+        if host::is_forked() {
+            // All of it is the parent's, which goes on with it.
+            return std::mem::forget(self.take());
+        }
         self.ending.report(Exit::Killed);
         if self.settle() {
             self.detach();

@@ -21,6 +21,9 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
+use rustix::process::{Resource, getrlimit};
+
+use crate::advice::advice;
 pub use huge::{HUGE_PAGE_SIZE, HugePages};
 
 /// Start of the hole below 4 GiB in which devices and interrupt controllers live.
@@ -41,7 +44,10 @@ pub enum MemoryError {
     #[error("guest memory of {0} bytes is not possible; use whole MiB")]
     Size(u64),
     /// The host refused the memory file.
-    #[error("the host could not create guest memory of {bytes} bytes")]
+    #[error(
+        "the host could not create guest memory of {bytes} bytes{}",
+        advice(source)
+    )]
     Create {
         /// Bytes asked for.
         bytes: u64,
@@ -147,6 +153,7 @@ impl GuestRam {
             true => HugePages::too_few(bytes, source),
             false => MemoryError::Create { bytes, source },
         };
+        check_file_size(bytes).map_err(|source| MemoryError::Create { bytes, source })?;
         let file = HugePages::file(huge).map_err(failed)?;
         file.set_len(bytes).map_err(failed)?;
         let ram = Self::map_regions(Arc::new(file), bytes, Sharing::Shared, huge)?;
@@ -415,6 +422,17 @@ impl GuestRam {
         } else {
             Err(MemoryError::Discard(std::io::Error::last_os_error()))
         }
+    }
+}
+
+/// Linux ends a program that makes a file longer than its limit by a signal, or writes beyond that: looks first.
+///
+/// # Errors
+/// When this process may not make a file of `bytes`, or write up to there.
+pub(crate) fn check_file_size(bytes: u64) -> std::io::Result<()> {
+    match getrlimit(Resource::Fsize).current {
+        Some(limit) if bytes > limit => Err(std::io::Error::from_raw_os_error(libc::EFBIG)),
+        _ => Ok(()),
     }
 }
 

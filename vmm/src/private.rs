@@ -46,7 +46,10 @@ pub(crate) fn each_own_page(ram: &GuestRam, mut see: impl FnMut(u64)) -> io::Res
 
 /// Shows `see` the guest address of each page that its VM has touched, in ascending order.
 pub(crate) fn each_page(ram: &GuestRam, mut see: impl FnMut(u64, Page)) -> io::Result<()> {
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let pagemap = File::open("/proc/self/pagemap").map_err(|error| {
+        let cause = format!("/proc/self/pagemap cannot be read, is /proc mounted? ({error})");
+        io::Error::new(error.kind(), cause)
+    })?;
     let mut buffer = vec![0; CHUNK as usize];
     for (mut addr, len, host) in ram.host_regions() {
         let (mut at, end) = (host / PAGE_SIZE * ENTRY, (host + len) / PAGE_SIZE * ENTRY);

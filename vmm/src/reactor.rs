@@ -11,6 +11,7 @@ use std::collections::{BinaryHeap, HashMap};
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -32,7 +33,7 @@ const MAX_THREADS: usize = 2;
 /// The event threads could not be used.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the event threads could not be started or reached; check ulimit -u, pids.max (systemd: TasksMax) and ulimit -n"
+    "the event threads could not be started or reached; check ulimit -u, pids.max (systemd: TasksMax), ulimit -n and ulimit -v"
 )]
 pub struct ReactorError(#[source] pub(crate) Box<dyn std::error::Error + Send + Sync>);
 
@@ -117,9 +118,16 @@ impl Reactor {
         let count = std::thread::available_parallelism()
             .map_or(1, usize::from)
             .min(MAX_THREADS);
-        let threads = (0..count)
+        // If one cannot be started, those before it end, for nobody lets them begin.
+        let ready = (0..count)
             .map(|index| start(index, confined))
             .collect::<Result<Vec<_>, _>>()?;
+        let begin = |(thread, begin): (Arc<EventThread>, Sender<()>)| {
+            // It waits for that.
+            let _ = begin.send(());
+            thread
+        };
+        let threads = ready.into_iter().map(begin).collect();
         Ok(reactor.get_or_init(|| Reactor {
             threads,
             next: AtomicU64::new(0),
@@ -176,14 +184,16 @@ impl Reactor {
     }
 }
 
-fn start(index: usize, confined: bool) -> Result<Arc<EventThread>, ReactorError> {
+/// A thread that is ready, and the word on which it begins. Without that it ends.
+fn start(index: usize, confined: bool) -> Result<(Arc<EventThread>, Sender<()>), ReactorError> {
     let thread = Arc::new(EventThread {
         epoll: Epoll::new().map_err(|e| ReactorError(Box::new(e)))?,
         places: Mutex::default(),
         timers: Timers::default(),
     });
     let own = Arc::clone(&thread);
-    let (ready, is_ready) = std::sync::mpsc::channel();
+    let (ready, is_ready) = mpsc::channel();
+    let (begin, may_begin) = mpsc::channel();
     threads::spawn(&format!("hearth-events{index}"), LARGE_STACK, move || {
         let filter = if confined {
             seccomp::confine(Role::Events)
@@ -192,14 +202,14 @@ fn start(index: usize, confined: bool) -> Result<Arc<EventThread>, ReactorError>
         };
         let refused = filter.is_err();
         let _ = ready.send(filter);
-        if !refused {
+        if !refused && may_begin.recv().is_ok() {
             serve(&own);
         }
     })
     .map_err(|e| ReactorError(Box::new(e)))?;
     let filter = is_ready.recv().map_err(|e| ReactorError(Box::new(e)))?;
     filter.map_err(|e| ReactorError(Box::new(e)))?;
-    Ok(thread)
+    Ok((thread, begin))
 }
 
 /// Serves the VMs of a thread, for ever.

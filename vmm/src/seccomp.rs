@@ -34,7 +34,7 @@ pub(crate) enum Role {
 }
 
 /// What any thread of ours needs: memory, locks, time, open descriptors, and its own end.
-const COMMON: [i64; 27] = [
+const COMMON: [i64; 26] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
@@ -58,8 +58,6 @@ const COMMON: [i64; 27] = [
     libc::SYS_sched_yield,
     libc::SYS_set_robust_list,
     libc::SYS_sigaltstack,
-    // Kicks other vCPUs when this one ends the VM.
-    libc::SYS_tgkill,
     // Panics.
     libc::SYS_rt_sigaction,
     libc::SYS_write,
@@ -98,6 +96,9 @@ fn filter(role: Role) -> Result<SeccompFilter, seccompiler::BackendError> {
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.insert(call, vec![masked(2, libc::PROT_EXEC as u64, 0)?]);
     }
+    // Kicks other vCPUs when this one ends the VM; signals to nobody else.
+    let own = masked(0, u64::MAX, u64::from(std::process::id()))?;
+    rules.insert(libc::SYS_tgkill, vec![own]);
     // The standard library looks at a descriptor before it closes it.
     let look = masked(1, u64::MAX, libc::F_GETFD as u64)?;
     rules.insert(libc::SYS_fcntl, vec![look]);
@@ -216,6 +217,23 @@ mod tests {
         let (kvm, tty) = confined(Role::Vcpu, move || (ask(0xae80), ask(libc::TIOCSTI)));
         assert_eq!(kvm.unwrap_err().raw_os_error(), Some(libc::ENOTTY));
         assert!(denied(tty));
+    }
+
+    #[test]
+    fn a_confined_thread_signals_nobody_but_its_own_process() {
+        // Signal 0 is sent to nobody (kill(2)); the parent's first thread has the parent's id.
+        // SAFETY: system calls without memory arguments.
+        let ask =
+            |process: i32| unsafe { called(libc::syscall(libc::SYS_tgkill, process, process, 0)) };
+        let own = std::process::id().cast_signed();
+        let parent = std::os::unix::process::parent_id().cast_signed();
+        assert!(ask(parent).is_ok());
+        for role in [Role::Vcpu, Role::Events] {
+            confined(role, move || {
+                assert!(ask(own).is_ok());
+                assert!(denied(ask(parent)));
+            });
+        }
     }
 
     #[test]

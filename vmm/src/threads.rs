@@ -7,6 +7,8 @@ use std::io;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use crate::signals;
+
 /// Stack of a thread that runs the library's own code: that does not recurse.
 pub(crate) const SMALL_STACK: usize = 256 << 10;
 /// Stack of a thread that runs the embedding program's: as the standard library's threads have.
@@ -54,7 +56,7 @@ pub(crate) fn spawn(
 
 fn make(name: String, stack: usize, body: Body) -> io::Result<()> {
     let builder = std::thread::Builder::new().name(name);
-    builder.stack_size(stack).spawn(body).map(drop)
+    signals::blocked(|| builder.stack_size(stack).spawn(body).map(drop))
 }
 
 fn maker() -> io::Result<&'static Maker> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::board::lock;
 use crate::config::VmConfig;
-use crate::host::CpuProfile;
+use crate::host::{CpuProfile, Host, is_forked};
 use crate::legacy::console::Console;
 use crate::machine::{BootError, Capture, CreateTimes, Machine};
 use crate::prefetch::WorkingSet;
@@ -53,6 +53,9 @@ pub enum PauseError {
     /// A vCPU did not stop in time; the VM goes on.
     #[error("a vCPU did not stop in time; the VM goes on")]
     Deadline,
+    /// This process was forked from the one that has the VM.
+    #[error("the VM is the parent process's: execute a program after fork(2)")]
+    Forked,
 }
 
 /// How long a pause waits for the vCPUs, of time in which this process could run. They leave the guest within a signal's
@@ -105,6 +108,7 @@ impl Vm {
 
     /// Gives a shell the rest of its template's state, and lets it go on.
     pub(crate) fn restore(&mut self, state: &VmState, want: Want) -> Result<(), BootError> {
+        Host::get()?;
         let machine = self.machine.get_mut();
         let machine = machine.unwrap_or_else(PoisonError::into_inner);
         let gone = || BootError::State("the VM was taken apart".into());
@@ -211,6 +215,7 @@ impl Vm {
 
     /// Keeps the vCPUs at the gate, whoever resumes the VM meanwhile.
     fn hold(&self) -> Result<Hold<'_>, PauseError> {
+        Self::is_here()?;
         let hold = self.handles.gate.hold();
         self.settled().map(|()| hold)
     }
@@ -226,7 +231,16 @@ impl Vm {
         }
     }
 
+    /// Its threads are in this process.
+    fn is_here() -> Result<(), PauseError> {
+        match is_forked() {
+            true => Err(PauseError::Forked),
+            false => Ok(()),
+        }
+    }
+
     fn want(&self, want: Want) -> Result<(), PauseError> {
+        Self::is_here()?;
         // The end is known before the gate is shut for good.
         if let Some(exit) = self.handles.ending.known() {
             return Err(PauseError::Ended(exit));
@@ -240,7 +254,9 @@ impl Vm {
 
     /// Ends the guest at once. Does not wait; [`Vm::exited`] resolves right away.
     pub fn kill(&self) {
-        self.handles.ending.report(Exit::Killed);
+        if !is_forked() {
+            self.handles.ending.report(Exit::Killed);
+        }
     }
 
     /// The host's end of the guest's sockets.
@@ -390,6 +406,9 @@ impl Drop for Vm {
     fn drop(&mut self) {
         let machine = self.machine().take();
         if let Some(machine) = machine {
+            if is_forked() {
+                return drop(machine);
+            }
             machine.ending.report(Exit::Killed);
             undertaker().bury(machine);
         }

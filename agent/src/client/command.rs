@@ -15,7 +15,7 @@ use crate::proto::{
 /// A program to run in a guest, built as `std::process::Command` is.
 ///
 /// Defaults: environment PATH and HOME, working directory `/`, no stdin, separate outputs, no timeout, 2 s of grace, 500 ms
-/// of linger, the agent's user, no limits.
+/// of linger, the agent's user, no limits, no rights beyond those of its user.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Command {
@@ -152,6 +152,13 @@ impl Command {
     /// Runs the program as this account.
     pub fn account(mut self, account: Account) -> Self {
         self.exec.user = Some(account);
+        self
+    }
+
+    /// Lets a program of another user than root gain rights by what it executes, as `sudo` does: without this, set-user-id
+    /// programs and such with capabilities of their own run with the rights of whoever starts them.
+    pub fn allow_new_privileges(mut self) -> Self {
+        self.exec.new_privileges = true;
         self
     }
 

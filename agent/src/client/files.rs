@@ -22,6 +22,9 @@ use crate::proto::{
 /// Entries of one directory that a listing takes at most: the guest may make any number.
 pub const MAX_ENTRIES: usize = 100_000;
 
+/// Longest name that a directory of Linux can have (NAME_MAX), in bytes. So a listing holds at most 25.5 MB of names.
+const LONGEST_NAME: usize = 255;
+
 impl Place {
     /// A path in the guest; a relative one begins at `/`.
     #[must_use]
@@ -29,6 +32,7 @@ impl Place {
         Self {
             path: bytes(path.as_ref()),
             beneath: None,
+            by: None,
         }
     }
 
@@ -38,7 +42,17 @@ impl Place {
         Self {
             path: bytes(path.as_ref()),
             beneath: Some(bytes(beneath.as_ref())),
+            by: None,
         }
+    }
+
+    /// Says with whose rights the path is followed and what is asked for is done: whatever programs of that user lay in the
+    /// way, links say, leads to nothing that these could not reach. What is made there belongs to that user. Otherwise all is
+    /// done with the agent's rights, which are root's: not for places that programs which are not trusted can write to.
+    #[must_use]
+    pub fn by(mut self, account: Account) -> Self {
+        self.by = Some(account);
+        self
     }
 }
 
@@ -72,21 +86,28 @@ impl Put {
         self
     }
 
-    /// Sets user and group.
+    /// Sets user and group who write it: see [`account`](Self::account).
     #[must_use]
-    pub fn owner(mut self, uid: u32, gid: u32) -> Self {
-        self.owner = Some(Account::Ids(User {
+    pub fn owner(self, uid: u32, gid: u32) -> Self {
+        self.account(Some(Account::Ids(User {
             uid,
             gid,
             groups: Vec::new(),
-        }));
+        })))
+    }
+
+    /// Sets who writes it: with whose rights, and to whom a file that is made belongs; none: root. As [`Place::by`].
+    #[must_use]
+    pub fn account(mut self, account: Option<Account>) -> Self {
+        self.at.by = account;
         self
     }
 
-    /// Sets whom it belongs to.
+    /// Has a file that is made given to somebody who may not be able to write there. Not for places that programs which are
+    /// not trusted can write to: see [`Place::by`].
     #[must_use]
-    pub fn account(mut self, owner: Option<Account>) -> Self {
-        self.owner = owner;
+    pub fn given_to(mut self, owner: Account) -> Self {
+        self.owner = Some(owner);
         self
     }
 }
@@ -143,6 +164,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         let mut all = Vec::new();
         loop {
             match self.reply(&path).await? {
+                Reply::Entries(some)
+                    if some.iter().any(|entry| entry.name.len() > LONGEST_NAME) =>
+                {
+                    return Err(ConnectionError::Protocol("no name of a file").into());
+                }
                 Reply::Entries(some) if all.len() + some.len() <= MAX_ENTRIES => all.extend(some),
                 Reply::Entries(_) => return Err(FileError::TooMany),
                 Reply::Done => return Ok(all),

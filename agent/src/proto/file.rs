@@ -47,7 +47,7 @@ pub enum FileRequest {
         mode: u32,
         /// Make missing directories on the way, and be content with one that is there.
         parents: bool,
-        /// Whom it belongs to, with those on the way that are made; none: the agent's own user.
+        /// Whom it is given to, with those on the way that are made; none: it belongs to who made it.
         owner: Option<Account>,
     },
     /// Removes a file, a link, an empty directory.
@@ -72,7 +72,7 @@ pub enum FileRequest {
         at: Place,
         /// What it points to.
         target: ByteBuf,
-        /// Whom it belongs to; none: the agent's own user.
+        /// Whom it is given to; none: it belongs to who made it.
         owner: Option<Account>,
     },
     /// What a symbolic link points to: [`FileReply::Data`], then [`FileReply::Done`].
@@ -82,13 +82,35 @@ pub enum FileRequest {
     },
 }
 
+impl FileRequest {
+    /// What it is about.
+    #[must_use]
+    pub fn at(&self) -> &Place {
+        match self {
+            Self::Stat { at, .. }
+            | Self::List { at }
+            | Self::Get { at, .. }
+            | Self::Put(Put { at, .. })
+            | Self::MakeDir { at, .. }
+            | Self::Remove { at, .. }
+            | Self::Rename { at, .. }
+            | Self::MakeLink { at, .. }
+            | Self::ReadLink { at } => at,
+        }
+    }
+}
+
 /// A path in the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     /// A relative one begins at `beneath`, or at `/`.
     pub path: ByteBuf,
-    /// The directory that the path, with all links on its way, may not lead out of.
+    /// The directory that the path, with all links on its way, may not lead out of. It is found once for all requests on a
+    /// connection that follow each other and name the same: they mean that directory, whatever is at its path meanwhile.
     pub beneath: Option<ByteBuf>,
+    /// With whose rights, and no others, the path is followed and the request carried out, and to whom what is made belongs;
+    /// none: the agent's own, which are all.
+    pub by: Option<Account>,
 }
 
 /// A file to be written.
@@ -98,9 +120,9 @@ pub struct Put {
     pub at: Place,
     /// What becomes of what is there.
     pub how: PutMode,
-    /// Permissions (07777); none: those of the file that is replaced, or 0644.
+    /// Permissions (07777); none: those of the file that is replaced, or 0644. A file that is appended to keeps its own.
     pub mode: Option<u32>,
-    /// Whom it belongs to; none: the agent's own user.
+    /// Whom a file that is made is given to; none: it belongs to who made it.
     pub owner: Option<Account>,
 }
 

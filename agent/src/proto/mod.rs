@@ -49,7 +49,7 @@ pub use response::{
 pub use status::ExitStatus;
 
 /// The version of this protocol; both sides must have the same.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// The vsock port on which the agent listens.
 pub const AGENT_PORT: u32 = 1024;

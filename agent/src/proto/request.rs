@@ -90,6 +90,9 @@ pub struct Exec {
     /// Gives the program a third output, on descriptor 3, reported as [`Response::Results`](super::Response::Results):
     /// what it says beside what its users' code prints. What it wrote to the other two before is reported before.
     pub results: bool,
+    /// Lets a program of another user than root gain rights by what it executes: set-user-id and set-group-id programs,
+    /// and such with capabilities of their own, act as their files say. Otherwise they do not (`no_new_privs`).
+    pub new_privileges: bool,
 }
 
 /// The size of a terminal; zero: unknown.

@@ -87,10 +87,10 @@ impl<'a> Image<'a> {
     /// end of a file that is stored beside its inode makes it copy the whole file into the guest's memory
     /// (`erofs_set_aops` and `erofs_inode_set_dax` want `FLAT_PLAIN` or `CHUNK_BASED`).
     pub(super) fn check_in_place(&self) -> Result<(), ErofsError> {
-        self.check_below(self.root, self.root, 0)
+        self.check_below(self.root, 0)
     }
 
-    fn check_below(&self, number: u64, parent: u64, depth: u32) -> Result<(), ErofsError> {
+    fn check_below(&self, number: u64, depth: u32) -> Result<(), ErofsError> {
         if depth > MAX_DEPTH {
             return Err(ErofsError::Layout("end of its directories"));
         }
@@ -102,8 +102,8 @@ impl<'a> Image<'a> {
             return Ok(());
         }
         for (name, child) in self.entries(&inode)? {
-            if ![&b"."[..], b".."].contains(&name.as_slice()) && child != parent {
-                self.check_below(child, number, depth + 1)?;
+            if ![&b"."[..], b".."].contains(&name.as_slice()) {
+                self.check_below(child, depth + 1)?;
             }
         }
         Ok(())

@@ -71,6 +71,7 @@ patches![
     "0032-x86-alternatives-hearth-patch-less-code-at-boot.patch",
     "0033-x86-ioapic-hearth-do-not-mask-what-is-masked.patch",
     "0034-lib-hearth-find-the-end-of-a-string-with-one-instruc.patch",
+    "0035-x86-fpu-hearth-let-the-monitor-save-registers-where.patch",
 ];
 
 /// Why there is no kernel.

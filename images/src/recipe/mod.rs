@@ -92,7 +92,7 @@ pub enum RecipeError {
 /// applets = true                       # links to busybox (package busybox-static) for programs that no package has
 /// remove = ["/usr/share/jq"]
 /// python = ["numpy==2.2.0"]            # wheels, into the packages of the image's Python
-/// commands = ["jq --version"]          # by the image's /bin/sh, as its root, without network
+/// commands = ["jq --version"]          # by the image's /bin/sh, as its root, without network; takes namespaces
 ///
 /// [[file]]
 /// path = "/etc/motd"                   # and one of:

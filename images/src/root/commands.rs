@@ -1,55 +1,28 @@
-//! Commands of a recipe, run with the tree as their root: in namespaces of their own, where an ordinary user is root, there
-//! is no network, and nothing of this machine's but a few devices.
+//! Commands of a recipe, run as root of the tree.
 
-use std::path::Path;
-
-use super::RootError;
+use super::tree_root::TreeRoot;
+use super::{RootError, confine};
+use crate::cache::io_error;
 use crate::command;
 
-const UNSHARE: [&str; 7] = [
-    "--map-root-user",
-    "--mount",
-    "--pid",
-    "--net",
-    "--ipc",
-    "--fork",
-    "--kill-child",
-];
-/// $1 is the tree, $2 the command. The devices are gone with the namespace.
-const ENTER: &str = r#"set -eu
-mount -t tmpfs tmpfs "$1/dev"
-for device in null zero random urandom; do
-    : > "$1/dev/$device"
-    mount --bind "/dev/$device" "$1/dev/$device"
-done
-mount -t proc proc "$1/proc" 2>/dev/null || :
-umask 022
-exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
-    SOURCE_DATE_EPOCH=0 chroot "$1" /bin/sh -c "$2"
-"#;
+/// Says whether this machine can run any, before anything is fetched.
+pub(super) fn check(commands: &[String]) -> Result<(), RootError> {
+    let wanted = (!commands.is_empty()).then(confine::refused);
+    match wanted.flatten() {
+        Some(refused) => Err(RootError::NoNamespaces(refused)),
+        None => Ok(()),
+    }
+}
 
-pub(super) fn run(tree: &Path, commands: &[String]) -> Result<(), RootError> {
-    let namespaces = || {
-        let mut unshare = command::tool("unshare");
-        unshare
-            .args(UNSHARE)
-            .args(["--", "/bin/sh", "-c"])
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        unshare
-    };
-    let try_it = r#"mount -t tmpfs tmpfs "$1/dev""#;
-    let mut attempt = namespaces();
-    command::run(attempt.args([try_it, "sh"]).arg(tree), |_| {})
-        .map_err(RootError::NoNamespaces)?;
+pub(super) fn run(tree: &TreeRoot, commands: &[String]) -> Result<(), RootError> {
     for text in commands {
-        let mut enter = namespaces();
-        enter.args([ENTER, "sh"]).arg(tree).arg(text);
-        command::run(&mut enter, |line| tracing::info!(command = text, "{line}")).map_err(
-            |source| {
-                let command = text.clone();
-                RootError::Command { command, source }
-            },
-        )?;
+        let shell = confine::command(tree, "/bin/sh");
+        let mut shell = shell.map_err(io_error("open", tree.path()))?;
+        let said = |line: &str| tracing::info!(command = text, "{line}");
+        command::run(shell.arg("-c").arg(text), said).map_err(|source| {
+            let command = text.clone();
+            RootError::Command { command, source }
+        })?;
     }
     Ok(())
 }

@@ -1,11 +1,19 @@
 //! Root file systems of recipes: packages are fetched, unpacked without running any of their scripts, changed as the recipe
 //! says, and written as an image that guests read in place.
 
+mod applets;
 mod commands;
+mod confine;
+#[cfg(test)]
+mod hostile;
+mod libraries;
 mod python;
+mod rules;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod tree_root;
+mod unpack;
 
 use std::fs;
 use std::io::Write;
@@ -19,6 +27,9 @@ use crate::lock::Lock;
 use crate::progress::{Progress, Stage, stage};
 use crate::recipe::{Recipe, RecipeError};
 use crate::wheels::{self, Wheels, WheelsError};
+
+pub(crate) use self::confine::refused as commands_refused;
+use self::tree_root::TreeRoot;
 
 const KIND: &str = "root";
 const FILE: &str = "root.erofs";
@@ -41,6 +52,15 @@ pub enum RootError {
     /// Packages could not be unpacked.
     #[error("a package could not be unpacked")]
     Unpack(#[source] CommandError),
+    /// A package or wheel is damaged.
+    #[error("a package is no whole archive: remove it from the image cache's `source` or `wheels`")]
+    Archive(#[source] std::io::Error),
+    /// A package holds a file for a place outside of the image.
+    #[error("a package has a file {name:?}, which leads out of the image: it is not to be trusted")]
+    Member {
+        /// The file's name in the package.
+        name: String,
+    },
     /// A program of the image's failed on its files.
     #[error("the image's {tool} failed")]
     Tool {
@@ -52,9 +72,16 @@ pub enum RootError {
     /// This machine does not let an ordinary user run commands in a tree of files.
     #[error(
         "the recipe has commands, and this machine permits no user namespaces to run them in: \
-         sudo sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=1000, or build without commands"
+         sudo sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=1000 (on Ubuntu \
+         kernel.apparmor_restrict_unprivileged_userns=0), or build without commands"
     )]
     NoNamespaces(#[source] CommandError),
+    /// This machine has nothing to confine a program of the image's with.
+    #[error(
+        "the image's Python compiles its library, and this machine can confine it neither by namespaces nor by Landlock: \
+         sudo sysctl user.max_user_namespaces=1000, or build on another"
+    )]
+    NotConfined(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A command of the recipe failed.
     #[error("the recipe's command `{command}` failed")]
     Command {
@@ -144,6 +171,7 @@ pub(crate) fn get(
     if let Some(path) = cached(cache, recipe) {
         return Ok(path);
     }
+    commands::check(&recipe.text.commands)?;
     let build = cache.lock(KIND, progress)?;
     if let Some(path) = cached(cache, recipe) {
         return Ok(path);
@@ -158,10 +186,11 @@ pub(crate) fn get(
         stage: Stage::Packages,
     };
     let packages = packages.fetch(&lock.packages, progress)?;
-    let (tree, entry) = (scratch.join("tree"), scratch.join("entry"));
+    let entry = scratch.join("entry");
+    let tree = TreeRoot::create(&scratch.join("tree"))?;
     let text = &recipe.text;
     stage(progress, Stage::Tree, || {
-        tree::make(&tree, &packages, text, progress)?;
+        tree::fill(&tree, &packages, text, progress)?;
         python::install(&tree, lock.python(), wheels.paths())
     })?;
     if !text.commands.is_empty() {
@@ -171,10 +200,10 @@ pub(crate) fn get(
     }
     stage(progress, Stage::Root, || {
         python::compile(&tree, lock.python())?;
-        tree::index_libraries(&tree)?;
+        libraries::index(&tree)?;
         fs::create_dir(&entry).map_err(io_error("create", &entry))?;
         let image = entry.join(FILE);
-        erofs::make(&tree, &image)?;
+        erofs::make(tree.path(), &image)?;
         for user in &text.users {
             erofs::own(&image, &user.home(), user.uid)?;
         }

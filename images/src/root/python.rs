@@ -1,111 +1,97 @@
-//! The image's Python works on the image's files: its own program does what its packages' scripts would have it do.
+//! The image's Python: its packages, and its library compiled by its own program.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{RootError, tree};
+use super::tree_root::TreeRoot;
+use super::{RootError, confine, rules, unpack};
 use crate::cache::io_error;
 use crate::command::{self, CommandError};
 
+/// The file itself: the name that programs know is a link to it from the root, which is another here.
+const LINKER: &str = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
+
 /// Where Debian's Python looks for packages that are not Debian's.
-fn packages_in(tree: &Path, version: &str) -> PathBuf {
-    tree.join(format!("usr/local/lib/python{version}/dist-packages"))
+fn packages_in(version: &str) -> PathBuf {
+    PathBuf::from(format!("/usr/local/lib/python{version}/dist-packages"))
 }
 
 /// Unpacks Python packages where the image's Python finds them.
 pub(super) fn install(
-    tree: &Path,
+    tree: &TreeRoot,
     version: Option<&str>,
     wheels: &[PathBuf],
 ) -> Result<(), RootError> {
-    let Some(version) = version.filter(|_| !wheels.is_empty()) else {
-        return Ok(());
-    };
-    let packages = packages_in(tree, version);
-    tree::make_dirs(&packages)?;
-    for wheel in wheels {
-        let mut unpack = interpreter(tree, version);
-        unpack
-            .args(["-m", "zipfile", "-e"])
-            .arg(wheel)
-            .arg(&packages);
-        command::run(&mut unpack, |_| {}).map_err(RootError::Unpack)?;
-    }
-    spread(&packages)
-}
-
-/// Parts of a wheel for several places come in a directory `NAME.data`: those for this place are moved to it, others
-/// (programs, headers) are dropped.
-fn spread(packages: &Path) -> Result<(), RootError> {
-    let entries = fs::read_dir(packages).map_err(io_error("read", packages))?;
-    let mut data: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .collect();
-    data.retain(|path| path.extension().is_some_and(|suffix| suffix == "data") && path.is_dir());
-    data.sort();
-    for dir in data {
-        for part in ["purelib", "platlib"].map(|part| dir.join(part)) {
-            if part.is_dir() {
-                let mut copy = command::open_handed("cp");
-                copy.args(["--recursive", "--no-target-directory"])
-                    .arg(&part)
-                    .arg(packages);
-                command::run(&mut copy, |_| {}).map_err(RootError::Unpack)?;
-            }
-        }
-        fs::remove_dir_all(&dir).map_err(io_error("remove", &dir))?;
-    }
-    Ok(())
-}
-
-/// Compiles all modules, so that no guest has to. Their sources are not looked at again: they do not change.
-pub(super) fn compile(tree: &Path, version: Option<&str>) -> Result<(), RootError> {
     let Some(version) = version else {
         return Ok(());
     };
+    let packages = packages_in(version);
+    wheels
+        .iter()
+        .try_for_each(|wheel| unpack::wheel(wheel, tree, &packages))
+}
+
+/// Compiles all modules, so that no guest has to. Their sources are not looked at again: they do not change.
+pub(super) fn compile(tree: &TreeRoot, version: Option<&str>) -> Result<(), RootError> {
+    let Some(version) = version else {
+        return Ok(());
+    };
+    let namespaces = confine::refused().is_none();
     let modules = |dir: &Path| {
-        let mut compile = interpreter(tree, version);
-        compile
-            .args([
-                "-m",
-                "compileall",
-                "-q",
-                "-f",
-                "--invalidation-mode=unchecked-hash",
-            ])
-            // Tracebacks name files as the guest does.
-            .args(["-p", "/", "-s"])
-            .arg(tree)
-            .arg(dir);
-        command::run(&mut compile, |_| {})
+        let mut compile = match namespaces {
+            true => in_namespaces(tree, version, dir)?,
+            false => by_rules(tree, version, dir)?,
+        };
+        Ok::<_, RootError>(command::run(&mut compile, |_| {}))
     };
     let failed = |source| RootError::Tool {
         tool: "Python",
         source,
     };
-    modules(&tree.join(format!("usr/lib/python{version}"))).map_err(failed)?;
-    let packages = packages_in(tree, version);
-    match packages.is_dir().then(|| modules(&packages)) {
+    modules(Path::new(&format!("/usr/lib/python{version}")))?.map_err(failed)?;
+    let packages = packages_in(version);
+    if !tree.is_dir(&packages) {
+        return Ok(());
+    }
+    match modules(&packages)? {
         // Packages carry files for other versions of Python; those stay as they are.
-        None | Some(Ok(()) | Err(CommandError::Failed { .. })) => Ok(()),
-        Some(Err(error)) => Err(failed(error)),
+        Ok(()) | Err(CommandError::Failed { .. }) => Ok(()),
+        Err(error) => Err(failed(error)),
     }
 }
 
-/// The image's Python with the image's libraries. It leaves nothing in the image, and is not led by this machine's
-/// settings or by chance.
-fn interpreter(tree: &Path, version: &str) -> Command {
-    let mut python = command::open_handed(tree.join("usr/lib64/ld-linux-x86-64.so.2"));
+fn in_namespaces(tree: &TreeRoot, version: &str, dir: &Path) -> Result<Command, RootError> {
+    let python = confine::command(tree, &format!("/usr/bin/python{version}"));
+    let mut python = python.map_err(io_error("open", tree.path()))?;
+    settle(&mut python, Path::new("/usr"));
+    python.arg(dir);
+    Ok(python)
+}
+
+/// It sees the tree where the tree is on this machine. What it writes is the same.
+fn by_rules(tree: &TreeRoot, version: &str, dir: &Path) -> Result<Command, RootError> {
+    let at = |path: &str| tree.path().join(path);
+    let mut python =
+        rules::command(tree, LINKER).map_err(|source| RootError::NotConfined(Box::new(source)))?;
     python
         .arg("--library-path")
-        .arg(tree.join("usr/lib/x86_64-linux-gnu"))
-        .arg(tree.join(format!("usr/bin/python{version}")))
-        .args(["-B", "-S", "-s"])
-        .env_clear()
+        .arg(at("usr/lib/x86_64-linux-gnu"))
+        .arg(at(&format!("usr/bin/python{version}")));
+    settle(&mut python, &at("usr"));
+    let dir = dir.strip_prefix("/").unwrap_or(dir);
+    // Tracebacks name files as the guest does.
+    python.args(["-p", "/", "-s"]).arg(tree.path());
+    python.arg(tree.path().join(dir));
+    Ok(python)
+}
+
+/// It is led by nothing but its own library, and not by chance.
+fn settle(python: &mut Command, home: &Path) {
+    python
+        .args(["-B", "-S", "-s", "-m", "compileall", "-q", "-f"])
+        .arg("--invalidation-mode=unchecked-hash")
         // Modules are its own alone. As a variable, for Pythons before 3.11 have no such option.
         .env("PYTHONSAFEPATH", "1")
-        .env("PYTHONHOME", tree.join("usr"))
+        .env("PYTHONHOME", home)
         .env("PYTHONHASHSEED", "0");
-    python
 }

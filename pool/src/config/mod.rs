@@ -23,7 +23,6 @@ mod validate;
 
 use std::time::Duration;
 
-pub(crate) use file::Unknown;
 pub use sections::{
     Autoscale, BalloonConfig, BootConfig, HealthConfig, LeaseConfig, LimitsConfig, PressureConfig,
     Refill,
@@ -36,7 +35,7 @@ use crate::profile::{Parking, Profile};
 
 /// What a pool is to be. Names carry their units; 0 means what the field says it means.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct PoolConfig {
     /// Most leases at a time, over all profiles. Must be given.
@@ -70,9 +69,6 @@ pub struct PoolConfig {
     /// The profiles, in order; names are unique.
     #[serde(with = "file::by_name")]
     pub profiles: Vec<Profile>,
-    /// Keys of the file that mean nothing here; reported by validation.
-    #[serde(flatten, skip_serializing)]
-    pub(crate) unknown: Unknown,
 }
 
 impl Default for PoolConfig {
@@ -93,7 +89,6 @@ impl Default for PoolConfig {
             stop_deadline_ms: sections::ms(policy::STOP_DEADLINE),
             retire_timeout_ms: sections::ms(policy::RETIRE_TIMEOUT),
             profiles: Vec::new(),
-            unknown: Unknown::default(),
         }
     }
 }

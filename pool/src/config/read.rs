@@ -1,4 +1,4 @@
-//! Reads a file's text so that every value of a wrong type is found, not only the first.
+//! Reads a file's text so that every value of a wrong type and every unknown key is found, not only the first.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use toml::de::{DeTable, DeValue, Deserializer};
 
 use super::{ConfigError, PoolConfig, Problem};
 
-/// The configuration without its values of a wrong type, and what was wrong with them.
+/// The configuration without what is wrong with it by itself, and what that is.
 pub(super) fn read(text: &str) -> Result<(PoolConfig, Vec<Problem>), ConfigError> {
     let mut table = DeTable::parse(text).map_err(ConfigError::from_toml)?;
     let mut wrong = Vec::new();
@@ -27,7 +27,7 @@ pub(super) fn read(text: &str) -> Result<(PoolConfig, Vec<Problem>), ConfigError
     }
 }
 
-/// Takes the innermost value around `span` out of the table; its path.
+/// Takes the innermost value around `span`, or whose key is, out of the table; its path.
 fn cut(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<String> {
     let mut found = None;
     for (key, value) in table.iter_mut() {
@@ -36,7 +36,8 @@ fn cut(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<String> {
             DeValue::Table(inner) => cut(inner, span),
             _ => None,
         };
-        let around = value.span().start <= span.start && span.end <= value.span().end;
+        let around = |of: Range<usize>| of.start <= span.start && span.end <= of.end;
+        let around = around(value.span()) || around(key.span());
         let key = key.get_ref().to_string();
         if let Some(path) = inner {
             return Some(format!("{key}.{path}"));

@@ -1,10 +1,17 @@
-//! The tables of the configuration.
+//! The tables of the configuration. Name what is not as usual and take the rest from `Default`, so that a
+//! field that is new does not concern you:
+//!
+//! ```
+//! use hearth_pool::config::HealthConfig;
+//!
+//! let health = HealthConfig { attempts: 5, ..Default::default() };
+//! assert_eq!(health.interval_ms, HealthConfig::default().interval_ms);
+//! ```
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::Unknown;
 use crate::policy;
 
 /// Whole milliseconds, saturating.
@@ -27,7 +34,7 @@ pub enum Refill {
 
 /// Health checks of parked VMs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct HealthConfig {
     /// Milliseconds between two passes; 0: none by itself.
     pub interval_ms: u64,
@@ -39,8 +46,6 @@ pub struct HealthConfig {
     pub backoff_max_ms: u64,
     /// Longest wait for a pong, in milliseconds; scaled by the backend.
     pub ping_timeout_ms: u64,
-    #[serde(flatten, skip_serializing)]
-    pub(crate) unknown: Unknown,
 }
 
 impl Default for HealthConfig {
@@ -51,14 +56,13 @@ impl Default for HealthConfig {
             backoff_min_ms: ms(policy::HEALTH_BACKOFF_MIN),
             backoff_max_ms: ms(policy::HEALTH_BACKOFF_MAX),
             ping_timeout_ms: ms(policy::PING_TIMEOUT),
-            unknown: Unknown::default(),
         }
     }
 }
 
 /// Boots, and what follows when they fail.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct BootConfig {
     /// Longest boot, in milliseconds; scaled by the backend.
     pub timeout_ms: u64,
@@ -77,8 +81,6 @@ pub struct BootConfig {
     /// A VM that nobody had and that ends, or proves unhealthy, so soon after its boot (in
     /// milliseconds) counts as a failure, too; 0: it does not.
     pub early_death_ms: u64,
-    #[serde(flatten, skip_serializing)]
-    pub(crate) unknown: Unknown,
 }
 
 impl Default for BootConfig {
@@ -92,21 +94,18 @@ impl Default for BootConfig {
             breaker_cooldown_ms: ms(policy::BREAKER_COOLDOWN),
             breaker_cooldown_max_ms: ms(policy::BREAKER_COOLDOWN_MAX),
             early_death_ms: ms(policy::EARLY_DEATH),
-            unknown: Unknown::default(),
         }
     }
 }
 
 /// Balloons of parked VMs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct BalloonConfig {
     /// Guest memory in MiB that an idle, cold-booted VM is left with.
     pub idle_target_mib: u32,
     /// Longest operation, in milliseconds; scaled by the backend.
     pub timeout_ms: u64,
-    #[serde(flatten, skip_serializing)]
-    pub(crate) unknown: Unknown,
 }
 
 impl Default for BalloonConfig {
@@ -114,14 +113,13 @@ impl Default for BalloonConfig {
         Self {
             idle_target_mib: policy::BALLOON_IDLE_TARGET_MIB,
             timeout_ms: ms(policy::BALLOON_TIMEOUT),
-            unknown: Unknown::default(),
         }
     }
 }
 
 /// Bounds on everything that lives, parked VMs included, over all profiles.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
     /// Most VMs; 0: no limit of its own.
     pub vms: usize,
@@ -132,8 +130,6 @@ pub struct LimitsConfig {
     /// Guest memory to promise, in percent of what the host has available when the pool is made;
     /// more than 100 is a choice to make.
     pub memory_overcommit_percent: u32,
-    #[serde(flatten, skip_serializing)]
-    pub(crate) unknown: Unknown,
 }
 
 impl Default for LimitsConfig {
@@ -143,22 +139,19 @@ impl Default for LimitsConfig {
             vcpus: 0,
             memory_mib: 0,
             memory_overcommit_percent: policy::MEMORY_OVERCOMMIT_PERCENT,
-            unknown: Unknown::default(),
         }
     }
 }
 
 /// What to do when the host runs short of memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct PressureConfig {
     /// Memory stall of the host, in percent of the last ten seconds, above which refill stops, and starts
     /// and calls of `replenish` are refused; 0: do not look.
     pub stall_percent: u32,
     /// How often a stopped refill looks again, in milliseconds.
     pub recheck_ms: u64,
-    #[serde(flatten, skip_serializing)]
-    pub(crate) unknown: Unknown,
 }
 
 impl Default for PressureConfig {
@@ -166,21 +159,19 @@ impl Default for PressureConfig {
         Self {
             stall_percent: policy::PRESSURE_STALL_PERCENT,
             recheck_ms: ms(policy::PRESSURE_RECHECK),
-            unknown: Unknown::default(),
         }
     }
 }
 
 /// Bounds on leases.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct LeaseConfig {
     /// Longest lease in milliseconds, then its VM is ended; 0: none.
     pub deadline_ms: u64,
-    /// Longest time in milliseconds without activity of the VM; 0: none.
+    /// Longest time in milliseconds without activity of the VM; 0: none. On KVM, a program that was started and
+    /// whose handle is held, and whoever waits for an answer on a stream of the guest's, are activity.
     pub idle_ms: u64,
-    #[serde(flatten, skip_serializing)]
-    pub(crate) unknown: Unknown,
 }
 
 /// Bounds between which demand moves the size of a pool, by the rule that the ledger's `autoscale`
@@ -189,6 +180,7 @@ pub struct LeaseConfig {
 /// At the end of each window: if callers missed `m` VMs that were not ready, grow by `m`, at most to
 /// twice the size; else if at least `l` VMs were ready all the time, shrink by half of `l`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Autoscale {
     /// Smallest size, at least 1.
     pub min: usize,
@@ -197,8 +189,6 @@ pub struct Autoscale {
     /// How long demand is watched before the size moves, in milliseconds.
     #[serde(default = "default_window")]
     pub window_ms: u64,
-    #[serde(flatten, skip_serializing)]
-    pub(crate) unknown: Unknown,
 }
 
 fn default_window() -> u64 {
@@ -213,7 +203,6 @@ impl Autoscale {
             min,
             max,
             window_ms: default_window(),
-            unknown: Unknown::default(),
         }
     }
 

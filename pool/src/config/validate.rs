@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use super::{PoolConfig, Unknown};
+use super::PoolConfig;
 use crate::permit::{Limits, Usage};
 use crate::policy;
 use crate::profile::{Demand, Profile};
@@ -91,17 +91,6 @@ impl Findings {
             self.add(format!("{table}.{}", low.0), what);
         }
     }
-
-    fn unknown(&mut self, table: &str, keys: &Unknown) {
-        for key in keys.names() {
-            let field = if table.is_empty() {
-                key.clone()
-            } else {
-                format!("{table}.{key}")
-            };
-            self.add(field, "no such setting");
-        }
-    }
 }
 
 /// A day: longer waits are taken for a mistake in the unit.
@@ -115,7 +104,6 @@ impl PoolConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         let mut found = Findings::default();
         self.check_numbers(&mut found);
-        self.check_unknown(&mut found);
         self.check_profiles(&mut found);
         if found.0.is_empty() {
             Ok(())
@@ -274,16 +262,6 @@ impl PoolConfig {
         found.within("lease.idle_ms", self.lease.idle_ms, 0, DAY_MS);
     }
 
-    fn check_unknown(&self, found: &mut Findings) {
-        found.unknown("", &self.unknown);
-        found.unknown("health", &self.health.unknown);
-        found.unknown("boot", &self.boot.unknown);
-        found.unknown("balloon", &self.balloon.unknown);
-        found.unknown("limits", &self.limits.unknown);
-        found.unknown("pressure", &self.pressure.unknown);
-        found.unknown("lease", &self.lease.unknown);
-    }
-
     fn check_profiles(&self, found: &mut Findings) {
         if self.profiles.is_empty() {
             found.add("profiles", "none is given, at least one is needed");
@@ -307,10 +285,19 @@ impl PoolConfig {
             found.within(&at("vcpus"), profile.vcpus, 1, policy::VCPUS_MAX);
             let size = profile.warm_pool_size.unwrap_or(0);
             found.within(&at("warm_pool_size"), size, 0, policy::VMS_MAX);
-            for name in profile.env.keys() {
+            for (name, value) in &profile.env {
                 if name.is_empty() || name.contains(['=', '\0']) {
                     found.add(at("env"), format!("{name:?} is no name of a variable"));
                 }
+                if value.contains('\0') {
+                    found.add(at("env"), format!("the value of {name:?} has a NUL in it"));
+                }
+            }
+            if profile.warm_up.first().is_some_and(String::is_empty) {
+                found.add(at("warm_up"), "the name of its program is empty");
+            }
+            if profile.warm_up.iter().any(|word| word.contains('\0')) {
+                found.add(at("warm_up"), "has a NUL in it");
             }
             if !profile.prelude.is_empty() && profile.session.is_none() {
                 found.add(at("prelude"), "there is no session to run it: add one");
@@ -318,7 +305,6 @@ impl PoolConfig {
             if profile.prelude.contains('\0') {
                 found.add(at("prelude"), "has a NUL in it");
             }
-            found.unknown(&format!("profiles.{}", profile.name), &profile.unknown);
             if let Some(scale) = &profile.autoscale {
                 found.within(&at("autoscale.min"), scale.min, 1, policy::VMS_MAX);
                 found.within(&at("autoscale.max"), scale.max, scale.min, policy::VMS_MAX);
@@ -329,7 +315,6 @@ impl PoolConfig {
                     let what = format!("bounds {min} to {max} do not hold the size, {size}");
                     found.add(at("autoscale"), what);
                 }
-                found.unknown(&at("autoscale"), &scale.unknown);
             }
         }
     }
@@ -375,6 +360,21 @@ mod tests {
         }
         assert_eq!(fields.len(), 10, "{fields:?}");
         assert!(error.to_string().contains("10 problem(s)"), "{error}");
+    }
+
+    #[test]
+    fn what_no_program_can_be_given_is_refused_and_an_empty_argument_is_not() {
+        let profile = |name: &str| Profile::new(name, "image");
+        let config = PoolConfig::new(1)
+            .profile(profile("a").warm_up([""]))
+            .profile(profile("b").warm_up(["sh", "-c", "a\0b"]))
+            .profile(profile("c").env("A", "a\0b"))
+            .profile(profile("d").env("A\0", "b"))
+            .profile(profile("good").warm_up(["sh", "-c", ""]).env("A", ""));
+        let error = config.validate().unwrap_err();
+        let fields: Vec<_> = error.problems().iter().map(|p| p.field.as_str()).collect();
+        let expected = ["a.warm_up", "b.warm_up", "c.env", "d.env"];
+        assert_eq!(fields, expected.map(|field| format!("profiles.{field}")));
     }
 
     #[test]

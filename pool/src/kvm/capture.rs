@@ -7,15 +7,15 @@ use hearth_agent::AgentClient;
 use hearth_agent::client::{ConnectionError, FreezeError, PingError};
 use hearth_agent::proto::Memory;
 use hearth_vmm::cache::Entry;
-use hearth_vmm::{CpuProfile, Exit, Template};
+use hearth_vmm::{CpuProfile, Exit, StoreError, Template};
 use tokio::task::{JoinError, spawn_blocking};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::KvmBackend;
 use super::guest::Guest;
 use super::make::{CreateError, FIRST_NONCE, refresh, warm_up};
 use super::session::Session;
-use super::store::MadeOf;
+use super::store::{MadeOf, Store};
 use super::stream::GuestStream;
 use super::templates::Unmade;
 use crate::profile::{Balloon, Profile};
@@ -31,6 +31,9 @@ const REHEARSALS: usize = 2;
 const REST: Duration = Duration::from_secs(10);
 /// Pause between two pings while a template's guest prepares itself.
 const PREPARE_PAUSE: Duration = Duration::from_millis(20);
+
+/// Pause between two looks at a template that another process makes: it takes seconds.
+const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
 /// The connection to the agent of a guest that becomes a template, and the nonces not used on it yet.
 struct Line {
@@ -61,15 +64,20 @@ impl KvmBackend {
             idle_mib: self.balloon_idle_mib,
         };
         let name = &profile.name;
-        let vacancy = match spawn_blocking(move || store.enter(&made_of))
-            .await
-            .map_err(panicked)?
-        {
-            Ok(Entry::Found(template)) => {
+        let entered = self.enter(store, made_of).await.map_err(panicked)?;
+        let vacancy = match entered {
+            Ok(Some(Entry::Found(template))) => {
                 tracing::debug!(profile = name, "the template was stored");
                 return Ok(template);
             }
-            Ok(Entry::Vacant(vacancy)) => {
+            Ok(None) => {
+                tracing::warn!(
+                    profile = name,
+                    "another process has been making the template for too long: it is made here, and not stored"
+                );
+                None
+            }
+            Ok(Some(Entry::Vacant(vacancy))) => {
                 if let Some(error) = vacancy.why() {
                     tracing::warn!(profile = name, %error, "a stored template is made again");
                 }
@@ -94,6 +102,28 @@ impl KvmBackend {
                 tracing::warn!(profile = name, %error, "the template was not stored");
                 Ok(template)
             }
+        }
+    }
+
+    /// The entry, or the right to make it; none if somebody else still makes it after the time that a boot may
+    /// take. Cancel-safe: nothing waits for the lock but this future.
+    async fn enter(
+        &self,
+        store: Store,
+        made_of: MadeOf,
+    ) -> Result<Result<Option<Entry>, StoreError>, JoinError> {
+        let made_of = match spawn_blocking(move || made_of.name()).await? {
+            Ok(made_of) => made_of,
+            Err(error) => return Ok(Err(error)),
+        };
+        let until = Instant::now() + self.boot_timeout;
+        loop {
+            let (store, named) = (store.clone(), made_of.clone());
+            let entered = spawn_blocking(move || store.try_enter(&named)).await?;
+            if !matches!(entered, Ok(None)) || Instant::now() >= until {
+                return Ok(entered);
+            }
+            sleep(LOCK_PAUSE).await;
         }
     }
 

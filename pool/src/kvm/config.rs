@@ -83,6 +83,7 @@ fn forks_at_once(cpu: CpuProfile) -> usize {
 }
 
 /// Collects a [`KvmBackend`].
+#[derive(Debug)]
 #[must_use]
 pub struct KvmBackendBuilder(KvmBackend);
 
@@ -91,6 +92,7 @@ impl KvmBackendBuilder {
         let scaled = |ms| Duration::from_millis(ms).saturating_mul(cpu.timeout_factor());
         Self(KvmBackend {
             images: HashMap::new(),
+            made_for: (config.boot.clone(), config.balloon.clone()),
             source: Source::default(),
             cpu,
             connect_timeout: scaled(config.boot.connect_timeout_ms),

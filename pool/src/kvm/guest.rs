@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -11,13 +11,14 @@ use futures::future::BoxFuture;
 use hearth_agent::client::{
     ExecError, FileError, HandshakeError, SessionError, TreeCount, TreeError, TreeLimits,
 };
-use hearth_agent::proto::{AGENT_PORT, Account, InstanceId, Put};
+use hearth_agent::proto::{AGENT_PORT, Account, InstanceId, Place, Put};
 use hearth_agent::{AgentClient, Command, Exec};
 use hearth_vmm::virtio::vsock::{ConnectError, VsockStream};
 use hearth_vmm::{Exit, Vm, VsockHost};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
+use super::activity::Activity;
 use super::birth::Gone;
 use super::control::Control;
 use super::session::Session;
@@ -68,7 +69,7 @@ pub struct Guest {
     /// The interpreter of the profile, for the first that asks for it.
     session: Mutex<Option<Session>>,
     instance: InstanceId,
-    activity: Arc<AtomicU64>,
+    activity: Arc<Activity>,
     connect_timeout: Duration,
     made_of: Option<Ingredients>,
     handed_out: AtomicBool,
@@ -185,7 +186,9 @@ impl Guest {
     /// # Errors
     /// [`GuestError::Connect`].
     pub async fn connect(&self, port: u32) -> Result<GuestStream, GuestError> {
-        self.dialler().connect(port).await
+        let stream = self.dialler().connect(port).await?;
+        stream.mark_owned();
+        Ok(stream)
     }
 
     /// A connection to the agent of its own, for everything that the agent can do.
@@ -198,10 +201,12 @@ impl Guest {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        match spare {
-            Some(agent) => Ok(agent),
-            None => self.dialler().agent().await,
-        }
+        let agent = match spare {
+            Some(agent) => agent,
+            None => self.dialler().agent().await?,
+        };
+        agent.stream().mark_owned();
+        Ok(agent)
     }
 
     /// A command; refine it and give it to [`exec`](Self::exec). It runs as the user whom the guest's image is made for, unless
@@ -217,25 +222,33 @@ impl Guest {
     /// Why it did not start.
     pub async fn exec(&self, command: Command) -> Result<Exec<GuestStream>, GuestError> {
         let command = self.in_environment(command.wall_clock(SystemTime::now()));
-        Ok(self.agent().await?.exec(command).await?)
+        let agent = self.agent().await?;
+        agent.stream().mark_running();
+        Ok(agent.exec(command).await?)
     }
 
-    /// Writes a file in the guest, for the user whom the guest's image is made for unless `put` names another. What is there is replaced once the new one is complete; `put` says otherwise where that is
+    /// Writes a file in the guest, as the user whom the guest's image is made for unless `put` names another (root, say, where
+    /// that user may not write): with that user's rights. What is there is replaced once the new one is complete; `put` says otherwise where that is
     /// not wanted. For more (streams, directories, paths that may not lead out) ask the [`agent`](Self::agent).
     ///
     /// # Errors
     /// [`GuestError::File`] with the guest's reason.
     pub async fn put(&self, put: Put, content: &[u8]) -> Result<(), GuestError> {
-        let owner = put.owner.clone().or(Some(Account::Usual));
-        Ok(self.agent().await?.put(put.account(owner), content).await?)
+        let account = put.at.by.clone().or(Some(Account::Usual));
+        Ok(self
+            .agent()
+            .await?
+            .put(put.account(account), content)
+            .await?)
     }
 
-    /// The content of a file of at most `most` bytes in the guest.
+    /// The content of a file of at most `most` bytes in the guest, if the user whom the guest's image is made for may read it.
     ///
     /// # Errors
     /// [`GuestError::File`] with the guest's reason, or if it is larger.
     pub async fn get(&self, at: impl AsRef<Path>, most: usize) -> Result<Vec<u8>, GuestError> {
-        Ok(self.agent().await?.get(at.as_ref(), most).await?)
+        let at = Place::new(at).by(Account::Usual);
+        Ok(self.agent().await?.get(at, most).await?)
     }
 
     /// Unpacks a tar archive into a directory of the guest, for the user whom the guest's image is made for, as
@@ -252,7 +265,8 @@ impl Guest {
         Ok(self.agent().await?.put_tree(dir, owner, archive).await?)
     }
 
-    /// Packs a directory of the guest into a tar archive, as [`AgentClient::get_tree`] does.
+    /// Packs a directory of the guest into a tar archive, as [`AgentClient::get_tree`] does, as far as the user whom the guest's
+    /// image is made for may read it.
     ///
     /// # Errors
     /// [`GuestError::Tree`].
@@ -262,6 +276,7 @@ impl Guest {
         limits: TreeLimits,
         archive: &mut (impl AsyncWrite + Unpin),
     ) -> Result<TreeCount, GuestError> {
+        let dir = Place::new(dir.into()).by(Account::Usual);
         Ok(self.agent().await?.get_tree(dir, limits, archive).await?)
     }
 
@@ -284,7 +299,7 @@ impl Guest {
         &self.control
     }
 
-    pub(super) fn activity(&self) -> &Arc<AtomicU64> {
+    pub(super) fn activity(&self) -> &Arc<Activity> {
         &self.activity
     }
 
@@ -334,7 +349,7 @@ impl fmt::Debug for Guest {
 pub(super) struct Dialler {
     pub(super) vsock: VsockHost,
     pub(super) timeout: Duration,
-    pub(super) activity: Arc<AtomicU64>,
+    pub(super) activity: Arc<Activity>,
 }
 
 /// The connections that a clone begins with.

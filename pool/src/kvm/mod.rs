@@ -1,5 +1,6 @@
 //! The backend that runs real guests on KVM: forks of a template, or cold boots where there is none.
 
+mod activity;
 mod birth;
 mod capture;
 mod config;
@@ -13,9 +14,11 @@ mod templates;
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use activity::Activity;
 use birth::{Birth, Births};
 pub use config::{KvmBackendBuilder, KvmImage, Source};
 use futures::FutureExt;
@@ -31,12 +34,15 @@ use templates::Templates;
 use tokio::sync::Semaphore;
 
 use crate::backend::{Backend, Making, ProbeError, Remote};
+use crate::config::{BalloonConfig, BootConfig, PoolConfig, Problem};
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
 
 /// Makes guests from images. Build one with [`KvmBackend::builder`].
 pub struct KvmBackend {
     images: HashMap<String, KvmImage>,
+    /// What it took from the configuration that it was built with.
+    made_for: (BootConfig, BalloonConfig),
     source: Source,
     cpu: CpuProfile,
     connect_timeout: Duration,
@@ -51,12 +57,23 @@ pub struct KvmBackend {
     turns: Semaphore,
 }
 
+impl fmt::Debug for KvmBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KvmBackend")
+            .field("images", &self.images)
+            .field("source", &self.source)
+            .field("cpu", &self.cpu)
+            .finish_non_exhaustive()
+    }
+}
+
 impl KvmBackend {
-    /// A backend for this host.
+    /// A backend for this host, and for pools of this configuration: [`Pool::new`](crate::Pool::new) refuses another one
+    /// whose times and balloons are not the same.
     ///
     /// # Errors
     /// Why KVM cannot be used, and what to do about it.
-    pub fn builder(config: &crate::PoolConfig) -> Result<KvmBackendBuilder, HostError> {
+    pub fn builder(config: &PoolConfig) -> Result<KvmBackendBuilder, HostError> {
         let cpu = Host::get()?.profile();
         Ok(KvmBackendBuilder::new(config, cpu))
     }
@@ -175,6 +192,48 @@ impl Backend for KvmBackend {
         }
     }
 
+    fn conflicts(&self, config: &PoolConfig) -> Vec<Problem> {
+        let (boot, balloon) = &self.made_for;
+        let same = |field: &str, mine: u64, pools: u64| {
+            (mine != pools).then(|| Problem {
+                field: field.to_owned(),
+                what: format!(
+                    "is {pools}, and the backend was built with {mine}: build it with the pool's configuration"
+                ),
+            })
+        };
+        let (boots, balloons) = (&config.boot, &config.balloon);
+        let found = [
+            same("boot.timeout_ms", boot.timeout_ms, boots.timeout_ms),
+            same(
+                "boot.connect_timeout_ms",
+                boot.connect_timeout_ms,
+                boots.connect_timeout_ms,
+            ),
+            same(
+                "boot.breaker_cooldown_ms",
+                boot.breaker_cooldown_ms,
+                boots.breaker_cooldown_ms,
+            ),
+            same(
+                "boot.breaker_cooldown_max_ms",
+                boot.breaker_cooldown_max_ms,
+                boots.breaker_cooldown_max_ms,
+            ),
+            same(
+                "balloon.idle_target_mib",
+                balloon.idle_target_mib.into(),
+                balloons.idle_target_mib.into(),
+            ),
+            same(
+                "balloon.timeout_ms",
+                balloon.timeout_ms,
+                balloons.timeout_ms,
+            ),
+        ];
+        found.into_iter().flatten().collect()
+    }
+
     /// A guest whose kernel is emulated costs a percent or two of a core when idle: it waits paused.
     fn parking(&self, _profile: &Profile) -> Parking {
         match self.cpu {
@@ -211,7 +270,7 @@ impl Backend for KvmBackend {
 /// Ends a guest that somebody else owns.
 pub struct GuestRemote {
     end: End,
-    activity: Arc<std::sync::atomic::AtomicU64>,
+    activity: Arc<Activity>,
 }
 
 impl Remote for GuestRemote {
@@ -220,6 +279,6 @@ impl Remote for GuestRemote {
     }
 
     fn activity(&self) -> u64 {
-        self.activity.load(std::sync::atomic::Ordering::Relaxed)
+        self.activity.reading()
     }
 }

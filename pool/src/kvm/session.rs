@@ -45,6 +45,7 @@ impl Guest {
     /// [`GuestError::NoSession`] if the profile has none; [`GuestError::Session`] if a new one does not start.
     pub async fn session(&self) -> Result<Session, GuestError> {
         if let Some(session) = self.take_session() {
+            session.with_stream(GuestStream::mark_owned);
             return Ok(session);
         }
         let language = self.made_for_session().ok_or(GuestError::NoSession)?;

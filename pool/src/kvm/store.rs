@@ -38,11 +38,10 @@ impl Store {
         Some(cache?.join("hearth").join("templates"))
     }
 
-    /// The entry, or the right to make it. Blocks: reads files, and waits for who makes it just now.
-    pub(super) fn enter(&self, made_of: &MadeOf) -> Result<Entry, StoreError> {
-        let key = made_of.key()?;
-        let images: Vec<&Path> = made_of.image.root.iter().map(PathBuf::as_path).collect();
-        TemplateCache::open(&self.dir, self.limit)?.enter_with(&key, &images)
+    /// The entry, or the right to make it; none while somebody else makes it. Blocks for the disk only.
+    pub(super) fn try_enter(&self, made_of: &Named) -> Result<Option<Entry>, StoreError> {
+        let images: Vec<&Path> = made_of.root.iter().map(PathBuf::as_path).collect();
+        TemplateCache::open(&self.dir, self.limit)?.try_enter_with(&made_of.key, &images)
     }
 }
 
@@ -58,7 +57,21 @@ pub(super) struct MadeOf {
     pub(super) idle_mib: u32,
 }
 
+/// The name of an entry, and what of a guest is not in it.
+#[derive(Clone, Debug)]
+pub(super) struct Named {
+    key: TemplateKey,
+    root: Option<PathBuf>,
+}
+
 impl MadeOf {
+    /// Blocks: reads the files.
+    pub(super) fn name(self) -> Result<Named, StoreError> {
+        let key = self.key()?;
+        let root = self.image.root;
+        Ok(Named { key, root })
+    }
+
     fn key(&self) -> Result<TemplateKey, StoreError> {
         // Field by field: whoever adds one has to say here whether it counts.
         let Self {

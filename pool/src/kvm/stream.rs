@@ -1,33 +1,41 @@
-//! A vsock stream that counts what moves on it, so that the pool can tell an idle lease.
+//! A vsock stream that tells what goes on on it, so that the pool can tell an idle lease.
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use hearth_vmm::virtio::vsock::VsockStream;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::activity::{Activity, Part};
+
 /// A stream to a port of a guest.
 #[derive(Debug)]
 pub struct GuestStream {
     stream: VsockStream,
-    activity: Arc<AtomicU64>,
+    part: Part,
 }
 
 impl GuestStream {
-    pub(super) fn new(stream: VsockStream, activity: Arc<AtomicU64>) -> Self {
-        Self { stream, activity }
+    pub(super) fn new(stream: VsockStream, activity: Arc<Activity>) -> Self {
+        let part = Part::new(activity);
+        Self { stream, part }
+    }
+
+    /// It is the owner's of the lease from here on.
+    pub(super) fn mark_owned(&self) {
+        self.part.set_owned();
+    }
+
+    /// A program of the owner's runs on it.
+    pub(super) fn mark_running(&self) {
+        self.part.set_runs();
     }
 
     /// Lets the connection survive in the clones of a template that is now made of its guest.
     pub(super) fn mark_durable(&self) {
         self.stream.mark_durable();
-    }
-
-    fn moved(&self) {
-        self.activity.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -38,9 +46,7 @@ impl AsyncRead for GuestStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        if read.is_ready() {
-            self.moved();
-        }
+        self.part.read(read.is_pending());
         read
     }
 }
@@ -53,7 +59,7 @@ impl AsyncWrite for GuestStream {
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
         if written.is_ready() {
-            self.moved();
+            self.part.wrote();
         }
         written
     }

@@ -44,7 +44,6 @@ impl From<&Profile> for Ingredients {
             park: _,
             warm_pool_size: _,
             autoscale: _,
-            unknown: _,
         } = profile;
         Self {
             image: image.clone(),

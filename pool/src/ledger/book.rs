@@ -213,7 +213,9 @@ impl Book {
     pub(super) fn shortage(&self, now: Instant, pressed: bool) -> Shortage {
         let waits = self.breaker.waits_until(now).is_some();
         let booting = self.booting.len();
-        if self.breaker.is_open() && waits {
+        if self.size == 0 {
+            Shortage::NoSize
+        } else if self.breaker.is_open() && waits {
             Shortage::BreakerOpen(self.breaker.failures())
         } else if booting > 0 {
             Shortage::Booting(booting)

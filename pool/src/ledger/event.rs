@@ -28,7 +28,7 @@ pub enum Event {
     Denied(VmId),
     /// Something was given back to the host's limits.
     CapacityFreed,
-    /// A caller waits; again, under its old number and so in its old place, if what it was served
+    /// A caller waits, in the queue of each profile that it is told for, until one of them serves it; again, under its old number and so in its old place, if what it was served
     /// proved dead before it was picked up.
     Wait(ProfileId, WaiterId),
     /// It no longer does.
@@ -178,6 +178,9 @@ pub enum Shortage {
     /// The host is short of memory.
     #[error("the host is short of memory, so nothing is booted")]
     MemoryPressure,
+    /// The profile was resized to nothing.
+    #[error("the profile keeps no VMs: resize it")]
+    NoSize,
     /// So many are booting.
     #[error("{0} are booting")]
     Booting(usize),

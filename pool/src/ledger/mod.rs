@@ -318,6 +318,25 @@ impl Ledger {
             .ok_or_else(|| Refusal::Exhausted(book.shortage(now, self.pressed)))
     }
 
+    /// Why no caller of `profile` would be served however long it waits; none: one may be.
+    #[must_use]
+    pub fn hopeless(&self, profile: ProfileId) -> Option<Refusal> {
+        let of_book = || match self.books.get(profile.0) {
+            Some(book) if book.draining => Some(Refusal::Draining),
+            Some(book) if book.size == 0 => Some(Refusal::Exhausted(Shortage::NoSize)),
+            _ => None,
+        };
+        self.closed().or_else(of_book)
+    }
+
+    /// Whether [`take_many`](Self::take_many) would take so many.
+    #[must_use]
+    pub fn has(&self, now: Instant, profile: ProfileId, count: usize) -> bool {
+        let parked = self.books.get(profile.0).map_or(0, Book::parked);
+        let free = self.rules.lease_limit.saturating_sub(self.leased);
+        self.takeable(now, profile).is_ok() && count <= parked.min(free)
+    }
+
     /// Why nobody is served, whatever there is.
     fn closed(&self) -> Option<Refusal> {
         match self.phase {

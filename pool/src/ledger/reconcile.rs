@@ -34,9 +34,7 @@ impl Ledger {
             let Some((waiter, profile, id)) = served.min() else {
                 return;
             };
-            if let Some(book) = self.books.get_mut(profile.0) {
-                book.waiters.pop_first();
-            }
+            self.leave(waiter);
             self.lease(now, id);
             self.out.push(Action::Serve(profile, waiter, id));
         }

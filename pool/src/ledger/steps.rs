@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use super::event::{Action, Event, Outcome, Overdue, Refusal};
+use super::event::{Action, Event, Outcome, Overdue, Refusal, Shortage};
 use super::{Hold, Ledger, Limit, Origin, PassId, Phase, ProfileId, Stage, TicketId, WaiterId};
 use crate::slot::VmId;
 
@@ -31,11 +31,7 @@ impl Ledger {
             Event::Denied(id) => self.denied(id),
             Event::CapacityFreed => self.books.iter_mut().for_each(|book| book.denied = false),
             Event::Wait(profile, waiter) => self.wait(profile, waiter),
-            Event::Leave(waiter) => {
-                self.books.iter_mut().for_each(|book| {
-                    book.waiters.remove(&waiter);
-                });
-            }
+            Event::Leave(waiter) => self.leave(waiter),
             Event::Returned(id) => self.returned(id),
             Event::Untouched(id) => self.untouched(now, id),
             Event::Withdrawn(id) => {
@@ -76,6 +72,10 @@ impl Ledger {
                     book.size = size;
                 }
                 self.shrink(profile);
+                if size == 0 {
+                    // Nobody would ever serve them.
+                    self.reject_all(profile, Refusal::Exhausted(Shortage::NoSize));
+                }
             }
             Event::Drain(profile) => self.drain(profile),
             Event::Undrain(profile) => self.undrain(now, profile),
@@ -132,14 +132,10 @@ impl Ledger {
     }
 
     fn turn_away(&mut self, profile: ProfileId, refusal: Refusal, outcome: Outcome) {
+        self.reject_all(profile, refusal);
         let Some(book) = self.books.get_mut(profile.0) else {
             return;
         };
-        self.out.extend(
-            std::mem::take(&mut book.waiters)
-                .into_iter()
-                .map(|waiter| Action::Reject(waiter, refusal)),
-        );
         self.out.extend(
             book.tickets
                 .drain(..)
@@ -272,13 +268,31 @@ impl Ledger {
     }
 
     fn wait(&mut self, profile: ProfileId, waiter: WaiterId) {
-        match (self.closed(), self.books.get_mut(profile.0)) {
-            (None, Some(book)) if !book.draining => {
+        match (self.hopeless(profile), self.books.get_mut(profile.0)) {
+            (None, Some(book)) => {
                 book.waiters.insert(waiter);
             }
-            (refusal, _) => {
-                let refusal = refusal.unwrap_or(Refusal::Draining);
-                self.out.push(Action::Reject(waiter, refusal));
+            (refusal, _) => self.reject(waiter, refusal.unwrap_or(Refusal::Draining)),
+        }
+    }
+
+    pub(super) fn leave(&mut self, waiter: WaiterId) {
+        for book in &mut self.books {
+            book.waiters.remove(&waiter);
+        }
+    }
+
+    /// Turns a caller away, unless another profile may still serve it.
+    fn reject(&mut self, waiter: WaiterId, refusal: Refusal) {
+        if !self.books.iter().any(|book| book.waiters.contains(&waiter)) {
+            self.out.push(Action::Reject(waiter, refusal));
+        }
+    }
+
+    fn reject_all(&mut self, profile: ProfileId, refusal: Refusal) {
+        if let Some(book) = self.books.get_mut(profile.0) {
+            for waiter in std::mem::take(&mut book.waiters) {
+                self.reject(waiter, refusal);
             }
         }
     }

@@ -9,6 +9,7 @@
 )]
 
 mod acquire;
+mod api;
 mod faults;
 mod health;
 mod leases;

@@ -257,3 +257,39 @@ async fn a_fork_has_little_memory_of_its_own() {
     drop(guest);
     stop(pool).await;
 }
+
+#[tokio::test]
+async fn a_lease_whose_program_is_silent_is_not_idle() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let idle = patience(Duration::from_millis(250));
+    let mut config = config(2).refill(Refill::AtStart);
+    config.lease.idle_ms = idle.as_millis() as u64;
+    let pool = rig.pool(config).await;
+    let mut events = pool.subscribe();
+    let [waits, holds] = pool.acquire_many(BASE, 2).unwrap().try_into().unwrap();
+    let silence = || format!("{}", (idle * 4).as_secs_f64().ceil());
+    let held = holds.command("sleep").arg(silence());
+    let held = holds.exec(held).await.unwrap();
+    // A program that says nothing for four idle limits, and ends well.
+    run(&waits, waits.command("sleep").arg(silence())).await;
+    while let Ok(event) = events.try_recv() {
+        assert!(!matches!(event.kind, EventKind::Overdue(_)), "{event:?}");
+    }
+    // What is no request any more is no activity.
+    drop(held);
+    let ended = async {
+        loop {
+            let event = events.recv().await.unwrap();
+            if let EventKind::Overdue(why) = event.kind {
+                return why;
+            }
+        }
+    };
+    let why = within(6, "the idle limit", ended).await;
+    assert_eq!(why, Overdue::Idle);
+    drop((waits, holds));
+    stop(pool).await;
+}

@@ -262,3 +262,46 @@ async fn a_guest_booted_cold_is_small_while_parked_and_whole_when_used() {
     drop(guest);
     stop(pool).await;
 }
+
+#[test]
+fn a_start_that_waits_for_another_processs_template_can_be_given_up_and_its_runtime_ends() {
+    if !kvm() {
+        return;
+    }
+    let (dir, config) = (tempfile::tempdir().unwrap(), config(1));
+    let cache = dir.path().join("templates");
+    let backend = async || {
+        let builder = builder(&config).await;
+        builder.template_cache(&cache, 1 << 30).build()
+    };
+    alone_in_a_runtime(async {
+        prepared(&backend().await, &config).await;
+    });
+    // The entry is gone, and somebody else is making it.
+    let lock = fs::read_dir(cache.join("lock")).unwrap().flatten().next();
+    let lock = lock.unwrap();
+    fs::remove_dir_all(cache.join(lock.file_name())).unwrap();
+    let other = fs::File::open(lock.path()).unwrap();
+    other.lock().unwrap();
+    std::thread::scope(|scope| {
+        let (over, ended) = std::sync::mpsc::channel();
+        scope.spawn(|| {
+            let over = over;
+            alone_in_a_runtime(async {
+                let backend = backend().await;
+                let prepare = backend.prepare(&config.profiles[0]);
+                let waited = tokio::time::timeout(Duration::from_secs(1), prepare).await;
+                assert!(waited.is_err(), "{waited:?}");
+            });
+            over.send(()).unwrap();
+        });
+        let ended = ended.recv_timeout(patience(Duration::from_secs(10)));
+        // Lets a thread that still waits go, so that the test ends.
+        other.unlock().unwrap();
+        assert!(ended.is_ok(), "the runtime does not end");
+    });
+    alone_in_a_runtime(async {
+        prepared(&backend().await, &config).await;
+    });
+    assert!(cache.join(lock.file_name()).is_dir());
+}

@@ -3,8 +3,8 @@
 use std::sync::atomic::Ordering;
 
 use hearth_tests::flat::{Code, REPORT_PORT, SERIAL_PORT};
-use hearth_tests::kvm;
-use hearth_vmm::{Exit, Vm, VmStatus};
+use hearth_tests::{kvm, not_measured};
+use hearth_vmm::{CpuProfile, Exit, Vm, VmStatus};
 
 use crate::driver::*;
 
@@ -15,6 +15,50 @@ const LOOPBACK: u8 = 0x10;
 const DIVISOR: u8 = 0x80;
 const I8042_DATA: u16 = 0x60;
 const I8042_COMMAND: u16 = 0x64;
+
+/// Where a kernel that cannot save registers has them saved and loaded, by addresses in units of 64 bytes.
+const SAVE: u16 = 0x5f4;
+const LOAD: u16 = 0x5f8;
+/// MXCSR and XSTATE_BV of a buffer (Intel SDM volume 1, 13.4).
+const MXCSR: u32 = 24;
+const XSTATE_BV: u32 = 512;
+
+/// Writes 32 bits to a port.
+fn out32(code: Code, port: u16, value: u32) -> Code {
+    // mov eax, value; mov dx, port; out dx, eax
+    code.raw(&[0xb8])
+        .raw(&value.to_le_bytes())
+        .raw(&[0x66, 0xba])
+        .raw(&port.to_le_bytes())
+        .raw(&[0xef])
+}
+
+/// Guests have those ports only where they need them.
+fn keeps_registers() -> bool {
+    if !kvm() {
+        return false;
+    }
+    let emulated = hearth_vmm::Host::get().unwrap().profile() == CpuProfile::Emulated;
+    if !emulated {
+        not_measured("this host's guests save registers themselves");
+    }
+    emulated
+}
+
+/// How a guest ends that does so, while another runs on.
+async fn ended(code: Code) -> String {
+    let vm = create(code.spin(), None);
+    vm.resume().unwrap();
+    let exit = hearth_tests::within(2, "the end", vm.exited()).await;
+    assert_eq!(vm.status(), VmStatus::Ended(exit.clone()));
+    let Exit::Failed(why) = exit else {
+        panic!("{exit}");
+    };
+    let (said, other) = printed(done(Code::new())).await;
+    assert_eq!(said, b"done");
+    assert_no_fault("beside registers outside of memory", &other);
+    why
+}
 
 /// The serial port prints again, whatever was done to it.
 fn done(code: Code) -> Code {
@@ -170,4 +214,56 @@ async fn wide_accesses_to_narrow_ports_are_answered() {
     let (said, vm) = printed(done(code.raw(&okay))).await;
     assert_eq!(said, b"okokaydone");
     assert!(port_exits(&vm) >= 8);
+}
+
+#[tokio::test]
+async fn registers_outside_of_memory_end_their_guest() {
+    if !keeps_registers() {
+        return;
+    }
+    // The last bytes of memory are too few for a buffer.
+    let last = u32::try_from((END - 64) >> 6).unwrap();
+    for port in [SAVE, LOAD] {
+        for line in [last, last + 1, 0xd000_0000 >> 6, u32::MAX] {
+            let why = ended(out32(Code::new(), port, line)).await;
+            assert!(why.contains("outside of its memory"), "{why}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn registers_that_no_processor_has_end_their_guest() {
+    if !keeps_registers() {
+        return;
+    }
+    let code = Code::new()
+        .store64(BUFFER + XSTATE_BV, u64::MAX)
+        .store(BUFFER + MXCSR, u32::MAX);
+    let why = ended(out32(code, LOAD, BUFFER >> 6)).await;
+    assert!(why.contains("KVM_SET_XSAVE failed"), "{why}");
+}
+
+#[tokio::test]
+async fn registers_without_end_and_of_any_width_hold_nobody_up() {
+    if !keeps_registers() {
+        return;
+    }
+    const ROUNDS: u32 = 2000;
+    // A byte and two bytes name no buffer: mov dx, port; out dx, ax
+    let narrow = |code: Code, port: u16| {
+        let code = code.out(port, 0xff).raw(&[0x66, 0xba]);
+        code.raw(&port.to_le_bytes()).raw(&[0x66, 0xef])
+    };
+    let code = narrow(narrow(Code::new(), SAVE), LOAD);
+    // Any room, and any components, are as good as those that there are.
+    let code = code
+        .store64(BUFFER + 464, u64::MAX)
+        .store64(BUFFER + XSTATE_BV, u64::MAX);
+    let flood = out32(out32(Code::new(), SAVE, BUFFER >> 6), LOAD, BUFFER >> 6);
+    let (said, vm) = printed(done(code.repeat(ROUNDS, flood))).await;
+    assert_eq!(said, b"done");
+    let registers = vm.exits().registers.load(Ordering::Relaxed);
+    assert_eq!(registers, u64::from(2 * ROUNDS));
+    assert!(port_exits(&vm) >= 4);
+    assert_no_fault("registers without end", &vm);
 }

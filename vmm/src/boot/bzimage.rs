@@ -6,7 +6,8 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 
-use crate::memory::{MIB, memfd};
+use crate::advice::advice;
+use crate::memory::{MIB, check_file_size, memfd};
 
 /// Most bytes of an unpacked kernel; real ones have 15 to 100 MiB.
 const MAX_UNPACKED: u64 = 512 * MIB;
@@ -41,6 +42,9 @@ pub enum BzImageError {
     /// The packed data is damaged.
     #[error("its kernel cannot be unpacked; the file is damaged")]
     Damaged(#[source] std::io::Error),
+    /// The host has no place for what is unpacked.
+    #[error("the host could not hold its kernel{}", advice(.0))]
+    Host(#[source] std::io::Error),
     /// What was unpacked has not the size that it says.
     #[error("its kernel unpacks to {found} bytes and not to {said}; the file is damaged")]
     Length {
@@ -103,7 +107,8 @@ pub(super) fn unpack(mut file: &File, head: &[u8], file_len: u64) -> Result<File
     file.seek(SeekFrom::Start(start))
         .map_err(BzImageError::Damaged)?;
     let packed = BufReader::new(file.take(packed_len));
-    let mut unpacked = memfd().map_err(BzImageError::Damaged)?;
+    check_file_size(said.saturating_add(LZ4_BLOCK as u64)).map_err(BzImageError::Host)?;
+    let mut unpacked = memfd().map_err(BzImageError::Host)?;
     let found = match packing {
         Packing::Gzip => copy(flate2::bufread::GzDecoder::new(packed), &mut unpacked, said),
         Packing::Xz => {

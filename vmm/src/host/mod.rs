@@ -10,6 +10,8 @@ use kvm_ioctls::{Cap, Kvm};
 
 pub(crate) use probe::Probe;
 
+use crate::advice::advice;
+
 /// Environment variable that forces the CPU profile: `native`, `emulated` or `auto`.
 pub const PROFILE_VARIABLE: &str = "HEARTH_CPU_PROFILE";
 
@@ -40,15 +42,21 @@ pub enum HostError {
     #[error("HEARTH_CPU_PROFILE is {0:?}: use native, emulated or auto")]
     BadProfile(String),
     /// An ioctl failed.
-    #[error("{call} on /dev/kvm failed")]
+    #[error("{call} on /dev/kvm failed{}", advice(source))]
     Ioctl {
         /// The ioctl's name.
         call: &'static str,
         /// The host's error.
         source: std::io::Error,
     },
-    /// The probe guest could not be made.
-    #[error("KVM refused to make the probe guest")]
+    /// The process was forked from one that uses Hearth: the library's threads, and those of the VMs, are not here.
+    #[error(
+        "process {0} has used Hearth and forked this one, which has none of its threads: execute a program after fork(2), or \
+         fork before the first VM"
+    )]
+    Forked(u32),
+    /// A VM to learn something of KVM could not be made.
+    #[error("KVM refused to make a VM to look at")]
     Kvm(#[from] crate::kvm::KvmError),
     /// KVM makes a thread of its own when a VM first runs (since Linux 6.13), and the host has none left.
     #[error(
@@ -96,13 +104,14 @@ impl CpuProfile {
                 "hearth.emulated",
                 "no_timer_check",
                 "clocksource=kvm-clock",
-                "noxsave",
+                // Ports of `vcpu::xsave`.
+                "hearth.xsave=0x5f4",
                 "nofsgsbase",
                 "rodata=off",
                 // By number (arch/x86/include/asm/cpufeatures.h), in this order: smap, smep, umip, pcid, invpcid,
-                // erms, fsrm, popcnt, rdrand, rdseed, rdpid, clflushopt, clwb, la57, cx16. Each name is searched
+                // erms, fsrm, popcnt, rdrand, rdseed, rdpid, clflushopt, clwb, la57, cx16, xsaves, xsavec, pku. Each name is searched
                 // for among 700, which is a hundredth of the boot.
-                "clearcpuid=308,295,514,145,298,297,580,151,158,306,534,311,312,528,141",
+                "clearcpuid=308,295,514,145,298,297,580,151,158,306,534,311,312,528,141,323,321,515",
             ],
         }
     }
@@ -117,6 +126,17 @@ pub struct Host {
     cpuid: CpuId,
     msr_indices: Vec<u32>,
     max_vcpus: usize,
+    /// The process that was probed.
+    process: u32,
+}
+
+static HOST: OnceLock<Host> = OnceLock::new();
+
+/// Whether this process was forked from one that has used the library, and has executed no other program since. It may not
+/// touch what it seems to have: threads are not here, and event queues are its parent's.
+pub(crate) fn is_forked() -> bool {
+    HOST.get()
+        .is_some_and(|host| host.process != std::process::id())
 }
 
 impl Host {
@@ -125,17 +145,23 @@ impl Host {
     /// # Errors
     /// [`HostError`] says what is missing and how to mend it.
     pub fn get() -> Result<&'static Host, HostError> {
-        static HOST: OnceLock<Host> = OnceLock::new();
         static PROBING: Mutex<()> = Mutex::new(());
         if let Some(host) = HOST.get() {
-            return Ok(host);
+            return host.of_this_process();
         }
         let _one_at_a_time = PROBING.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(host) = HOST.get() {
-            return Ok(host);
+            return host.of_this_process();
         }
         let host = Host::probe()?;
         Ok(HOST.get_or_init(|| host))
+    }
+
+    fn of_this_process(&self) -> Result<&Self, HostError> {
+        if is_forked() {
+            return Err(HostError::Forked(self.process));
+        }
+        Ok(self)
     }
 
     fn probe() -> Result<Host, HostError> {
@@ -165,6 +191,7 @@ impl Host {
             cpuid,
             msr_indices,
             max_vcpus,
+            process: std::process::id(),
         })
     }
 

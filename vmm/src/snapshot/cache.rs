@@ -9,7 +9,7 @@
 //! Locks are the system's (`flock`) and go with the process that holds them, however it ends. Whoever
 //! uses an entry holds a shared lock on its manifest; only an entry that nobody holds is evicted.
 
-use std::fs::{self, DirBuilder, File, FileTimes};
+use std::fs::{self, DirBuilder, File, FileTimes, TryLockError};
 use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -195,18 +195,46 @@ impl TemplateCache {
         let path = self.lock_path(&key);
         let lock = open_lock(&path)?;
         lock.lock().map_err(io_error("lock", &path))?;
+        Ok(self.enter_locked(key, lock, &here, images))
+    }
+
+    /// As [`TemplateCache::enter_with`], but does not wait: None while another process or thread makes the entry. A
+    /// thread that waits for a lock cannot be called back, so async code tries again from time to time.
+    ///
+    /// # Errors
+    /// As [`TemplateCache::enter`].
+    pub fn try_enter_with(
+        &self,
+        key: &TemplateKey,
+        images: &[&Path],
+    ) -> Result<Option<Entry>, StoreError> {
+        let here = Origin::here()?;
+        let key = key.name();
+        if let Ok(Some(template)) = self.load(&key, &here, images) {
+            return Ok(Some(Entry::Found(template)));
+        }
+        let path = self.lock_path(&key);
+        let lock = open_lock(&path)?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Some(self.enter_locked(key, lock, &here, images))),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(io_error("lock", &path)(error)),
+        }
+    }
+
+    fn enter_locked(&self, key: String, lock: File, here: &Origin, images: &[&Path]) -> Entry {
         // It may have been made meanwhile.
-        let why = match self.load(&key, &here, images) {
-            Ok(Some(template)) => return Ok(Entry::Found(template)),
+        let why = match self.load(&key, here, images) {
+            Ok(Some(template)) => return Entry::Found(template),
             Ok(None) => None,
             Err(why) => Some(why),
         };
-        Ok(Entry::Vacant(Vacancy {
+        Entry::Vacant(Vacancy {
             cache: self.clone(),
             key,
             why,
             _lock: lock,
-        }))
+        })
     }
 
     /// The entry of `key`, made by `build` if there is none that can be used. Blocks as

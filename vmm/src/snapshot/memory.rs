@@ -12,7 +12,9 @@ use sha2::{Digest as _, Sha256};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::manifest::Digest;
-use crate::memory::{GAP_END, GAP_START, GuestRam, PAGE_SIZE, Sharing, file_offset, memfd};
+use crate::memory::{
+    GAP_END, GAP_START, GuestRam, PAGE_SIZE, Sharing, check_file_size, file_offset, memfd,
+};
 use crate::private::each_own_page;
 
 /// Bytes copied at once.
@@ -21,6 +23,7 @@ const CHUNK: u64 = 1 << 20;
 /// Writes what `ram` maps from elsewhere into its own file, which then holds all of it. Only for
 /// shared memory whose VM will not run again.
 pub(super) fn complete(ram: &GuestRam) -> std::io::Result<()> {
+    check_file_size(ram.bytes())?;
     for (addr, len) in ram.overlays() {
         copy(ram, &(*addr..addr + len), ram.file(), &|| true)?;
     }
@@ -29,6 +32,7 @@ pub(super) fn complete(ram: &GuestRam) -> std::io::Result<()> {
 
 /// A new memory file with a copy of all of `ram`; holes stay holes. An error as soon as its VM does not go on.
 pub(super) fn copy_out(ram: &GuestRam, goes_on: impl Fn() -> bool) -> std::io::Result<File> {
+    check_file_size(ram.bytes())?;
     let target = memfd()?;
     target.set_len(ram.bytes())?;
     let mut stretches = data_stretches(ram.file(), ram.bytes())?;
@@ -56,13 +60,23 @@ fn copy(
             return Err(std::io::ErrorKind::Interrupted.into());
         }
         let len = CHUNK.min(stretch.end - addr);
-        buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+        resize(&mut buffer, len)?;
         ram.map()
             .read_slice(&mut buffer, GuestAddress(addr))
             .map_err(std::io::Error::other)?;
         target.write_all_at(&buffer, file_offset(addr))?;
         addr += len;
     }
+    Ok(())
+}
+
+/// As [`Vec::resize`]; memory that the host refuses (`ulimit -v`) is an error, where it would end the program.
+fn resize(buffer: &mut Vec<u8>, len: u64) -> std::io::Result<()> {
+    let len = usize::try_from(len).unwrap_or(0);
+    let refused = |_| std::io::Error::from_raw_os_error(libc::ENOMEM);
+    let more = len.saturating_sub(buffer.len());
+    buffer.try_reserve_exact(more).map_err(refused)?;
+    buffer.resize(len, 0);
     Ok(())
 }
 
@@ -86,7 +100,7 @@ pub(super) fn copy_pages(from: &File, to: &File, bytes: u64) -> std::io::Result<
         let mut offset = stretch.start;
         while offset < stretch.end {
             let len = CHUNK.min(stretch.end - offset);
-            buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+            resize(&mut buffer, len)?;
             from.read_exact_at(&mut buffer, offset)?;
             for run in buffer
                 .as_chunks::<{ PAGE_SIZE as usize }>()

@@ -36,6 +36,7 @@ pub(crate) use self::memory::allocated;
 pub use self::origin::Difference;
 pub use self::shell::Shell;
 pub use self::store::StoreError;
+use crate::advice::advice;
 use crate::host::HostError;
 use crate::kvm::KvmError;
 use crate::machine::{BootError, Capture, Hardware, Machine};
@@ -61,7 +62,7 @@ pub enum SnapshotError {
     #[error("KVM did not give the VM's state")]
     Kvm(#[from] KvmError),
     /// Guest memory could not be copied or sealed.
-    #[error("guest memory could not be captured; the host may be out of memory")]
+    #[error("guest memory could not be captured; the host may be out of memory{}", advice(.0))]
     Memory(#[source] std::io::Error),
 }
 

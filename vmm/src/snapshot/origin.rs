@@ -8,7 +8,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 use crate::host::{Host, HostError};
-use crate::kvm::{create_vcpu, create_vm};
+use crate::kvm::{KvmError, create_vcpu, create_vm};
 
 /// A host, as far as saved state depends on it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -86,7 +86,7 @@ impl Origin {
         let cpuid = host.cpuid().as_slice();
         Ok(Self {
             kernel,
-            tsc_khz: tsc_khz(host),
+            tsc_khz: tsc_khz(host)?,
             cpuid: cpuid.iter().map(whole_host).collect(),
         })
     }
@@ -155,13 +155,15 @@ fn is_same_rate(one: u32, other: u32) -> bool {
 }
 
 /// What KVM gives every guest that asks for nothing else.
-fn tsc_khz(host: &Host) -> u32 {
+fn tsc_khz(host: &Host) -> Result<u32, KvmError> {
     static RATE: OnceLock<u32> = OnceLock::new();
-    *RATE.get_or_init(|| {
-        let vm = create_vm(host.kvm()).ok();
-        let vcpu = vm.and_then(|vm| create_vcpu(&vm, 0, host.cpuid()).ok());
-        vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()).unwrap_or(0)
-    })
+    if let Some(rate) = RATE.get() {
+        return Ok(*rate);
+    }
+    let vm = create_vm(host.kvm())?;
+    let vcpu = create_vcpu(&vm, 0, host.cpuid())?;
+    let rate = vcpu.get_tsc_khz().unwrap_or(0);
+    Ok(*RATE.get_or_init(|| rate))
 }
 
 /// A leaf without what depends on which processor of the host answered (Intel SDM volume 2, CPUID; AMD

@@ -20,9 +20,10 @@ use super::manifest::{self, Defect, Manifest};
 use super::memory::copy_pages;
 use super::origin::{Difference, Origin};
 use super::{Template, VmState};
+use crate::advice::advice;
 use crate::config::{MAX_MEMORY_MIB, MAX_VCPUS};
 use crate::host::HostError;
-use crate::memory::{MIB, memfd, seal};
+use crate::memory::{MIB, check_file_size, memfd, seal};
 use crate::virtio::pmem::{MAX_IMAGES, PmemError};
 
 pub(super) const MANIFEST: &str = "manifest";
@@ -33,7 +34,7 @@ const MEMORY: &str = "memory";
 #[non_exhaustive]
 pub enum StoreError {
     /// A file operation failed.
-    #[error("cannot {action} {}: check permissions and free space", path.display())]
+    #[error("cannot {action} {}: check permissions and free space{}", path.display(), advice(source))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -189,8 +190,8 @@ impl Template {
         let path = dir.join(MEMORY);
         let bytes = stored.manifest.state.hardware.memory_bytes;
         let target = memfd().map_err(io_error("make memory for", &path))?;
-        target
-            .set_len(bytes)
+        check_file_size(bytes)
+            .and_then(|()| target.set_len(bytes))
             .map_err(io_error("make memory for", &path))?;
         let digest = copy_pages(&stored.memory, &target, bytes).map_err(|e| match e.kind() {
             // It became shorter while it was read.
@@ -371,6 +372,7 @@ pub(super) fn write_parts(
     let (file, path) = create(MEMORY)?;
     let bytes = state.hardware.memory_bytes;
     let write = || {
+        check_file_size(bytes)?;
         file.set_len(bytes)?;
         let digest = copy_pages(memory, &file, bytes)?;
         file.sync_all()?;
@@ -381,7 +383,10 @@ pub(super) fn write_parts(
     let encoded =
         manifest::encode(here, key, memory, &images, state).map_err(std::io::Error::other);
     encoded
-        .and_then(|bytes| std::io::Write::write_all(&mut file, &bytes))
+        .and_then(|bytes| {
+            check_file_size(bytes.len() as u64)?;
+            std::io::Write::write_all(&mut file, &bytes)
+        })
         .and_then(|()| file.sync_all())
         .map_err(io_error("write", &path))?;
     sync_dir(dir)

@@ -1,15 +1,19 @@
 //! Making a vCPU thread leave `KVM_RUN`.
 //!
-//! One real-time signal ([`kick_signal`]) whose handler does nothing but set `immediate_exit` in the
+//! One signal ([`kick_signal`]) whose handler does nothing but set `immediate_exit` in the
 //! vCPU's shared page. A signal that comes between the thread's last check and `KVM_RUN` therefore
 //! makes that run return at once: no kick is lost. A thread that has not entered its loop yet has no
 //! page to set; the kicker repeats until the thread acknowledges.
+//!
+//! It is one of the old signals, because those are sent whatever is queued: a real-time signal is refused once the
+//! user's processes have as many pending as `ulimit -i` allows (`__send_signal_locked` in kernel/signal.c), and a vCPU
+//! could not be stopped then.
 
 use std::cell::Cell;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, Once, OnceLock, PoisonError};
 
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::signal::{register_signal_handler, unblock_signal};
+use vmm_sys_util::signal::unblock_signal;
 
 use super::VcpuError;
 
@@ -19,11 +23,16 @@ thread_local! {
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-/// The signal that Hearth uses: `SIGRTMIN + 6`. An embedder must leave its disposition alone. The only other one that
-/// the library changes is that of SIGBUS (see [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
+/// The signal that this process uses, once it does.
+static CHOSEN: OnceLock<i32> = OnceLock::new();
+
+/// The signal that Hearth uses: `SIGSTKFLT`, which Linux never sends on x86. Where the embedding program has a handler for
+/// that when it makes its first VM, it is the first real-time signal from `SIGRTMIN + 6` on that has none. An embedder must
+/// leave its disposition alone from then on. The only other one that the library changes is that of SIGBUS (see
+/// [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
 #[must_use]
 pub fn kick_signal() -> i32 {
-    libc::SIGRTMIN() + 6
+    CHOSEN.get().copied().unwrap_or(libc::SIGSTKFLT)
 }
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -40,16 +49,53 @@ pub(crate) fn leave_guest() {
     }
 }
 
-/// Installs the handler, once per process.
+/// Installs the handler, once per process, for a signal that nobody else handles; later sees that it is still there.
 pub(crate) fn install() -> Result<(), VcpuError> {
-    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
-    INSTALLED
-        .get_or_init(|| register_signal_handler(kick_signal(), on_kick).map_err(|e| e.errno()))
-        .map_err(|errno| VcpuError::Signal(std::io::Error::from_raw_os_error(errno)))
+    static INSTALLING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(&signal) = CHOSEN.get() {
+        return match disposition(signal, None)? {
+            ours if ours == handler() => Ok(()),
+            _ => Err(VcpuError::SignalTaken(signal)),
+        };
+    }
+    let realtime = libc::SIGRTMIN() + 6..=libc::SIGRTMAX();
+    for signal in std::iter::once(libc::SIGSTKFLT).chain(realtime) {
+        // A program that is told to ignore a signal by its parent has no use for it.
+        if [libc::SIG_DFL, libc::SIG_IGN].contains(&disposition(signal, None)?) {
+            disposition(signal, Some(handler()))?;
+            CHOSEN.get_or_init(|| signal);
+            return Ok(());
+        }
+    }
+    Err(VcpuError::SignalTaken(libc::SIGSTKFLT))
 }
 
-/// Lets the signal in on the calling thread, also where whoever started it blocks all signals (to read them from
-/// a signalfd, say), which threads inherit.
+fn handler() -> libc::sighandler_t {
+    on_kick as *const () as libc::sighandler_t
+}
+
+/// What happens at a signal; and from now on, if that is given.
+fn disposition(
+    signal: i32,
+    new: Option<libc::sighandler_t>,
+) -> Result<libc::sighandler_t, VcpuError> {
+    // SAFETY: all-zero bytes are a valid sigaction: no flag, and an empty mask.
+    let (mut old, mut action): (libc::sigaction, libc::sigaction) = unsafe { std::mem::zeroed() };
+    let action = new.map(|handler| {
+        action.sa_sigaction = handler;
+        action.sa_flags = libc::SA_SIGINFO;
+        &raw const action
+    });
+    // SAFETY: both pointers are null or to live structures; the handler may run on any thread at any time.
+    let done = unsafe { libc::sigaction(signal, action.unwrap_or(std::ptr::null()), &raw mut old) };
+    match done {
+        0 => Ok(old.sa_sigaction),
+        _ => Err(VcpuError::Signal(std::io::Error::last_os_error())),
+    }
+}
+
+/// Lets the signal in on the calling thread, which begins with all signals blocked.
 pub(super) fn let_in() -> Result<(), VcpuError> {
     unblock_signal(kick_signal())
         .map_err(|error| VcpuError::Signal(std::io::Error::other(error.to_string())))
@@ -89,10 +135,18 @@ impl Kicker {
     }
 
     pub(super) fn kick(&self) {
-        if let Some(tid) = *self.lock() {
-            // SAFETY: the thread lives (`discharge` takes the lock before it ends), and the handler
-            // of the signal was installed before any vCPU thread started.
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
+        let Some(tid) = *self.lock() else {
+            return;
+        };
+        // SAFETY: the thread lives (`discharge` takes the lock before it ends), and the handler
+        // of the signal was installed before any vCPU thread started.
+        let sent = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
+        if sent != 0 {
+            static TOLD: Once = Once::new();
+            let error = std::io::Error::last_os_error();
+            TOLD.call_once(|| {
+                tracing::error!(%error, "a vCPU thread could not be signalled; check ulimit -i");
+            });
         }
     }
 

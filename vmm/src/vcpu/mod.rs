@@ -5,6 +5,7 @@ pub(crate) mod kick;
 pub(crate) mod quota;
 pub(crate) mod runner;
 pub(crate) mod stats;
+pub(crate) mod xsave;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +18,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use self::gate::Gate;
 use self::kick::Running;
 use self::quota::Meter;
+use self::xsave::Request;
 use crate::board::Board;
 use crate::ending::Ending;
 use crate::kvm::{KvmError, run_patiently};
@@ -30,9 +32,15 @@ pub enum VcpuError {
     /// The handler of the kick signal, or that of SIGBUS, could not be installed, or the signal not be unblocked.
     #[error("the signals of a vCPU thread could not be handled")]
     Signal(#[source] std::io::Error),
+    /// The embedding program handles the signal that kicks vCPUs: it has replaced the library's handler, or left no
+    /// signal without one.
+    #[error(
+        "signal {0} has a handler of the host program's; leave the one to Hearth that kick_signal() names"
+    )]
+    SignalTaken(i32),
     /// The host has no thread left.
     #[error(
-        "the host refused a vCPU thread; check ulimit -u, pids.max (systemd: TasksMax) and kernel.threads-max"
+        "the host refused a vCPU thread; check ulimit -u, pids.max (systemd: TasksMax), kernel.threads-max and ulimit -v"
     )]
     Thread(#[source] std::io::Error),
     /// The timer that meters processor time could not be made.
@@ -60,6 +68,8 @@ pub struct ExitCounters {
     pub mmio: AtomicU64,
     /// Kicks and other signals.
     pub interrupted: AtomicU64,
+    /// Registers of programs that were saved or loaded for the guest's kernel, where ring 0 is emulated.
+    pub registers: AtomicU64,
     /// Anything else.
     pub other: AtomicU64,
     /// See [`ExitCounters::first`].
@@ -82,10 +92,14 @@ impl ExitCounters {
     /// Sum over all kinds.
     #[must_use]
     pub fn total(&self) -> u64 {
-        [&self.pio, &self.mmio, &self.interrupted, &self.other]
-            .iter()
-            .map(|c| c.load(Ordering::Relaxed))
-            .sum()
+        let all = [
+            &self.pio,
+            &self.mmio,
+            &self.interrupted,
+            &self.registers,
+            &self.other,
+        ];
+        all.iter().map(|c| c.load(Ordering::Relaxed)).sum()
     }
 }
 
@@ -285,6 +299,15 @@ fn run_once(
     exits.first.get_or_init(Instant::now);
     match exit {
         VcpuExit::IoOut(port, data) => {
+            if let Some(ram) = &board.registers
+                && let Some(request) = Request::of(port, data)
+            {
+                count(&exits.registers);
+                let answer = request.answer(fd, ram);
+                return Ok(
+                    answer.map_or_else(|error| Step::End(failed(&error)), |()| Step::Continue)
+                );
+            }
             count(&exits.pio);
             if let Some(end) = board.pio_write(port, data) {
                 return Ok(Step::End(end));
@@ -322,6 +345,12 @@ fn run_once(
         }
     }
     Ok(Step::Continue)
+}
+
+/// The end that an error of ours is, with its causes.
+fn failed(error: &dyn std::error::Error) -> Exit {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    Exit::Failed(causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}")))
 }
 
 fn internal_error(fd: &mut VcpuFd) -> InternalError {

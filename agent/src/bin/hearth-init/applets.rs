@@ -329,6 +329,7 @@ fn start(
         cwd: c".".into(),
         limits: Vec::new(),
         user: None,
+        no_new_privs: false,
     };
     let image = Image {
         plan,

@@ -13,7 +13,7 @@ use crate::{
     clock::Instant,
     diagnose,
     exec::{Program, Which},
-    files::{self, Task},
+    files::{self, Base, Task},
     guest::Guest,
     hygiene,
     reaper::Reaped,
@@ -27,6 +27,8 @@ pub(crate) struct Conn {
     program: Option<Program>,
     /// What is under way with files; never beside a program.
     task: Option<Task>,
+    /// Where the requests about files are.
+    base: Base,
     dialled: bool,
     greeted: bool,
 }
@@ -92,6 +94,7 @@ impl Conn {
             phase: Phase::Greeting,
             program: None,
             task: None,
+            base: Base::default(),
             dialled: false,
             greeted: false,
         };
@@ -106,6 +109,7 @@ impl Conn {
             phase: Phase::Connecting,
             program: None,
             task: None,
+            base: Base::default(),
             dialled: true,
             greeted: false,
         }
@@ -305,6 +309,7 @@ impl Conn {
             phase,
             program,
             task,
+            base,
             greeted,
             ..
         } = self;
@@ -334,7 +339,7 @@ impl Conn {
                 _ => answer(
                     Request::decode(payload)?,
                     program,
-                    task,
+                    (task, base),
                     output,
                     guest,
                     asked,
@@ -364,7 +369,7 @@ impl Conn {
 fn answer(
     request: Request<'_>,
     program: &mut Option<Program>,
-    task: &mut Option<Task>,
+    (task, base): (&mut Option<Task>, &mut Base),
     output: &mut Output,
     guest: &mut Guest,
     asked: &mut Asked,
@@ -380,10 +385,13 @@ fn answer(
         Request::Exec(_) | Request::File(_) if task.is_some() => {
             return Err(Rejection::FileRunning.into());
         }
-        Request::Exec(exec) => match guest.start(&exec) {
-            Ok(started) => *program = Some(started),
-            Err(failure) => output.push(&Response::Failed(failure))?,
-        },
+        Request::Exec(exec) => {
+            base.forget();
+            match guest.start(&exec) {
+                Ok(started) => *program = Some(started),
+                Err(failure) => output.push(&Response::Failed(failure))?,
+            }
+        }
         Request::Stdin(bytes) => {
             if let Some(program) = program {
                 program.input(bytes, output)?;
@@ -411,7 +419,7 @@ fn answer(
         Request::Refresh(refresh) => output.push(&Response::Refreshed(guest.refresh(&refresh)))?,
         Request::Shutdown(kind) => asked.shutdown = Some(kind),
         Request::Freeze => output.push(&Response::Frozen(guest.freeze()))?,
-        Request::File(request) => *task = files::begin(*request, guest, output)?,
+        Request::File(request) => *task = files::begin(*request, guest, base, output)?,
         Request::FileData(bytes) => {
             let taken = task.as_mut().and_then(|task| task.data(bytes, output));
             taken.ok_or(Rejection::NoFile)??;

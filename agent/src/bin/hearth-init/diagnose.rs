@@ -12,6 +12,7 @@ use rustix::{
 
 use crate::{
     plan::{Plan, bad, lossy},
+    rights::Rights,
     spawn::{Refusal, Step},
 };
 
@@ -53,28 +54,25 @@ pub(crate) fn failure((plan, refusal): &(Plan, Refusal)) -> SpawnFailure {
     }
 }
 
-/// No file, or a file whose interpreter is none: the kernel says ENOENT to both.
+/// No file, or a file whose interpreter is none: the kernel says ENOENT to both. Looked at with the rights that it was to be
+/// executed with.
 fn missing(plan: &Plan) -> SpawnFailure {
     let program = plan.program();
-    for candidate in plan
-        .candidates
-        .iter()
-        .map(|candidate| absolute(&plan.cwd, candidate))
-    {
-        if let Ok(file) = open(
-            candidate.as_slice(),
-            OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
-            Mode::empty(),
-        ) {
-            let interpreter =
-                interpreter(|buffer, at| pread(&file, buffer, at).unwrap_or(0)).unwrap_or_default();
-            return SpawnFailure::MissingInterpreter {
-                program,
-                interpreter,
-            };
-        }
+    let rights = Rights::of(plan.user.clone());
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opened = rights.with(|| {
+        let places = plan.candidates.iter();
+        let mut places = places.map(|candidate| absolute(&plan.cwd, candidate));
+        places.find_map(|place| open(place.as_slice(), flags, Mode::empty()).ok())
+    });
+    let Ok(Some(file)) = opened else {
+        return SpawnFailure::NotFound { program };
+    };
+    let interpreter = interpreter(|buffer, at| pread(&file, buffer, at).unwrap_or(0));
+    SpawnFailure::MissingInterpreter {
+        program,
+        interpreter: interpreter.unwrap_or_default(),
     }
-    SpawnFailure::NotFound { program }
 }
 
 fn absolute(cwd: &CStr, path: &CStr) -> Vec<u8> {

@@ -1,12 +1,13 @@
 //! Files of the guest for the host: read, written, listed, made and removed.
 //!
 //! What may take long is a [`Task`] that does a bounded step at each turn of the loop, so that pings are answered meanwhile.
+//! What looks for a path is done with the [`Rights`] that the request names; what is open already needs none.
 
 mod place;
 mod put;
 mod remove;
 
-use alloc::{ffi::CString, vec, vec::Vec};
+use alloc::{ffi::CString, rc::Rc, vec, vec::Vec};
 use core::mem::MaybeUninit;
 
 use hearth_agent::proto::{
@@ -23,11 +24,13 @@ use rustix::{
 };
 use serde_bytes::ByteBuf;
 
+pub(crate) use self::place::Base;
 use self::{place::Spot, put::Putting, remove::Removing};
 use crate::{
     account::{self, Unknown},
     channel::Output,
     guest::Guest,
+    rights::Rights,
 };
 
 /// Bytes of directory entries that are looked at in one step.
@@ -37,7 +40,13 @@ const MAX_PARENTS: usize = 256;
 
 /// A request that is under way.
 #[derive(Debug)]
-pub(crate) enum Task {
+pub(crate) struct Task {
+    kind: Kind,
+    rights: Rights,
+}
+
+#[derive(Debug)]
+enum Kind {
     Getting {
         file: OwnedFd,
         rest: u64,
@@ -55,34 +64,45 @@ pub(crate) enum Task {
 pub(crate) fn begin(
     request: FileRequest,
     guest: &mut Guest,
+    base: &mut Base,
     output: &mut Output,
 ) -> Result<Option<Task>, FrameError> {
     guest.prepare();
     // Its content comes, whatever becomes of it.
     let is_put = matches!(request, FileRequest::Put(_));
-    match start(request) {
-        Ok(Started::Done(reply)) => {
+    let started = guest.rights(request.at().by.as_ref()).and_then(|rights| {
+        let started = rights.with(|| {
+            let base = base.of(request.at())?;
+            start(request, base.as_ref())
+        });
+        Ok((started??, rights))
+    });
+    match started {
+        Ok((Started::Done(reply), _)) => {
             output.push(&Response::File(reply))?;
             Ok(None)
         }
-        Ok(Started::Task(task)) => Ok(Some(task)),
+        Ok((Started::Task(kind), rights)) => Ok(Some(Task { kind, rights })),
         Err(failure) => {
             fail(failure, output)?;
-            Ok(is_put.then_some(Task::Discarding))
+            Ok(is_put.then(|| Task {
+                kind: Kind::Discarding,
+                rights: Rights::default(),
+            }))
         }
     }
 }
 
 enum Started {
     Done(FileReply<'static>),
-    Task(Task),
+    Task(Kind),
 }
 
-fn start(request: FileRequest) -> Result<Started, FileFailure> {
+fn start(request: FileRequest, base: Option<&Rc<OwnedFd>>) -> Result<Started, FileFailure> {
     let done = || Ok(Started::Done(FileReply::Done));
     Ok(Started::Task(match request {
         FileRequest::Stat { at, follow } => {
-            let spot = Spot::find(&at)?;
+            let spot = Spot::find(&at, base)?;
             let links = match follow {
                 true => OFlags::empty(),
                 false => OFlags::NOFOLLOW,
@@ -91,18 +111,19 @@ fn start(request: FileRequest) -> Result<Started, FileFailure> {
             return Ok(Started::Done(FileReply::Stat(metadata(&stat))));
         }
         FileRequest::List { at } => {
-            Task::Listing(Spot::find(&at)?.open(OFlags::RDONLY | OFlags::DIRECTORY)?)
+            Kind::Listing(Spot::find(&at, base)?.open(OFlags::RDONLY | OFlags::DIRECTORY)?)
         }
         FileRequest::Get { at, offset, most } => {
-            // Without NONBLOCK a pipe would keep the agent waiting for a writer.
-            let file = Spot::find(&at)?.open(OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)?;
+            // Without NONBLOCK a pipe would keep the agent waiting for a writer, and a file for who has a lease on it.
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+            let file = Spot::find(&at, base)?.open(flags)?;
             is_regular(&file)?;
             if offset > 0 {
                 seek(&file, SeekFrom::Start(offset))?;
             }
-            Task::Getting { file, rest: most }
+            Kind::Getting { file, rest: most }
         }
-        FileRequest::Put(put) => Task::Putting(Putting::begin(&put)?),
+        FileRequest::Put(put) => Kind::Putting(Putting::begin(&put, base)?),
         FileRequest::MakeDir {
             at,
             mode,
@@ -112,26 +133,23 @@ fn start(request: FileRequest) -> Result<Started, FileFailure> {
             let mode = Mode::from_raw_mode(mode & 0o7777);
             let owner = account::owner(owner.as_ref())?;
             if parents {
-                make_parents(&at, mode, owner)?;
+                make_parents(&at, base, mode, owner)?;
                 return done();
             }
-            let spot = Spot::of_entry(&at)?;
+            let spot = Spot::of_entry(&at, base)?;
             make_dir(&spot, mode, owner)?;
             return done();
         }
         FileRequest::Remove { at, recursive } => {
-            let spot = Spot::of_entry(&at)?;
+            let spot = Spot::of_entry(&at, base)?;
             match Removing::begin(spot, recursive)? {
-                Some(removing) => Task::Removing(removing),
+                Some(removing) => Kind::Removing(removing),
                 None => return done(),
             }
         }
         FileRequest::Rename { at, to, replace } => {
-            let from = Spot::of_entry(&at)?;
-            let to = Spot::of_entry(&Place {
-                path: to,
-                beneath: at.beneath,
-            })?;
+            let from = Spot::of_entry(&at, base)?;
+            let to = Spot::of_entry(&Place { path: to, ..at }, base)?;
             let flags = match replace {
                 true => RenameFlags::empty(),
                 false => RenameFlags::NOREPLACE,
@@ -141,13 +159,13 @@ fn start(request: FileRequest) -> Result<Started, FileFailure> {
         }
         FileRequest::MakeLink { at, target, owner } => {
             let owner = account::owner(owner.as_ref())?;
-            put::link(&Spot::of_entry(&at)?, &target, owner)?;
+            put::link(&Spot::of_entry(&at, base)?, &target, owner)?;
             return done();
         }
         FileRequest::ReadLink { at } => {
-            let spot = Spot::of_entry(&at)?;
+            let spot = Spot::of_entry(&at, base)?;
             let target = readlinkat(&spot.dir, spot.name(), Vec::new());
-            Task::Told(target.map_err(|errno| match errno {
+            Kind::Told(target.map_err(|errno| match errno {
                 Errno::INVAL => FileFailure::NotALink,
                 other => other.into(),
             })?)
@@ -166,7 +184,12 @@ fn make_dir(spot: &Spot, mode: Mode, owner: Option<(Uid, Gid)>) -> Result<(), Er
     fchmod(dir, mode)
 }
 
-fn make_parents(at: &Place, mode: Mode, owner: Option<(Uid, Gid)>) -> Result<(), FileFailure> {
+fn make_parents(
+    at: &Place,
+    base: Option<&Rc<OwnedFd>>,
+    mode: Mode,
+    owner: Option<(Uid, Gid)>,
+) -> Result<(), FileFailure> {
     let path = at.path.as_slice();
     let ends = path
         .iter()
@@ -179,9 +202,10 @@ fn make_parents(at: &Place, mode: Mode, owner: Option<(Uid, Gid)>) -> Result<(),
         }
         let part = Place {
             path: ByteBuf::from(path.get(..end).unwrap_or_default()),
-            beneath: at.beneath.clone(),
+            beneath: None,
+            by: at.by.clone(),
         };
-        last = match Spot::of_entry(&part) {
+        last = match Spot::of_entry(&part, base) {
             // `a/./b` and the like.
             Err(FileFailure::BadPath) => continue,
             Err(failure) => return Err(failure),
@@ -200,7 +224,7 @@ fn make_parents(at: &Place, mode: Mode, owner: Option<(Uid, Gid)>) -> Result<(),
 impl Task {
     /// Whether it goes on without being told.
     pub(crate) fn is_active(&self) -> bool {
-        !matches!(self, Self::Putting(_) | Self::Discarding)
+        !matches!(self.kind, Kind::Putting(_) | Kind::Discarding)
     }
 
     /// Does a bounded part of what is left; true once it is done.
@@ -209,15 +233,19 @@ impl Task {
         scratch: &mut Vec<u8>,
         output: &mut Output,
     ) -> Result<bool, FrameError> {
-        let stepped = match self {
-            Self::Getting { file, rest } => get(file, rest, scratch, output),
-            Self::Listing(dir) => list(dir, output),
-            Self::Told(target) => output
+        let stepped = match &mut self.kind {
+            Kind::Getting { file, rest } => get(file, rest, scratch, output),
+            Kind::Listing(dir) => list(dir, output),
+            Kind::Told(target) => output
                 .push(&Response::File(FileReply::Data(target.to_bytes())))
                 .map(|()| true)
                 .map_err(Stop::Frame),
-            Self::Removing(removing) => removing.step().map_err(Stop::from),
-            Self::Putting(_) | Self::Discarding => return Ok(false),
+            Kind::Removing(removing) => {
+                let stepped = self.rights.with(|| removing.step());
+                let stepped = stepped.map_err(FileFailure::from).and_then(|it| it);
+                stepped.map_err(Stop::from)
+            }
+            Kind::Putting(_) | Kind::Discarding => return Ok(false),
         };
         match stepped {
             Ok(false) => return Ok(false),
@@ -234,27 +262,31 @@ impl Task {
         bytes: &[u8],
         output: &mut Output,
     ) -> Option<Result<(), FrameError>> {
-        match self {
-            Self::Putting(putting) => {
+        match &mut self.kind {
+            Kind::Putting(putting) => {
                 if let Err(failure) = putting.write(bytes) {
-                    *self = Self::Discarding;
+                    self.kind = Kind::Discarding;
                     return Some(fail(failure, output));
                 }
                 Some(Ok(()))
             }
-            Self::Discarding => Some(Ok(())),
+            Kind::Discarding => Some(Ok(())),
             _ => None,
         }
     }
 
     /// The content is complete. None if there is no file that it could be of.
     pub(crate) fn end(self, output: &mut Output) -> Option<Result<(), FrameError>> {
-        match self {
-            Self::Putting(putting) => Some(match putting.finish() {
-                Ok(()) => output.push(&Response::File(FileReply::Done)),
-                Err(failure) => fail(failure, output),
-            }),
-            Self::Discarding => Some(Ok(())),
+        match self.kind {
+            Kind::Putting(putting) => {
+                let finished = self.rights.with(|| putting.finish());
+                let finished = finished.map_err(FileFailure::from).and_then(|it| it);
+                Some(match finished {
+                    Ok(()) => output.push(&Response::File(FileReply::Done)),
+                    Err(failure) => fail(failure, output),
+                })
+            }
+            Kind::Discarding => Some(Ok(())),
             _ => None,
         }
     }

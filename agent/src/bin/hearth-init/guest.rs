@@ -4,8 +4,8 @@ use alloc::{boxed::Box, string::String, vec::Vec};
 use core::fmt::Write;
 
 use hearth_agent::proto::{
-    Account, Applied, Exec, Hello, Input, InstanceId, Memory, OutputMode, Pong, Refresh, Refreshed,
-    SpawnFailure, Standstill, WindowSize,
+    Account, Applied, Exec, FileFailure, Hello, Input, InstanceId, Memory, OutputMode, Pong,
+    Refresh, Refreshed, SpawnFailure, Standstill, WindowSize,
 };
 use rustix::{
     fd::{AsFd, BorrowedFd, OwnedFd},
@@ -16,21 +16,21 @@ use rustix::{
 };
 
 use crate::{
-    account::{self, Person},
+    account::{self, Person, Unknown},
     cgroup::{Cgroup, Cgroups},
     clock::{Instant, uptime_us},
     diagnose,
     exec::{Pipes, Program},
     hygiene::{self, Hygiene},
     mounts,
-    plan::Plan,
+    plan::{self, Plan},
     quiet,
+    rights::Rights,
     root::{self, Root},
     runtime,
     spawn::{Image, NotStarted, Refusal, Start, Step},
     terminal,
     text::Stderr,
-    vectors,
 };
 
 /// The guest.
@@ -43,8 +43,6 @@ pub(crate) struct Guest {
     prepared: bool,
     /// Why the root file system that was asked for is not there.
     no_root: Option<Errno>,
-    /// Whether programs are to do without AVX.
-    no_avx: bool,
     hygiene: Hygiene,
     pub(crate) cgroups: Cgroups,
     /// Programs that run.
@@ -61,7 +59,6 @@ impl Guest {
             init,
             prepared: false,
             no_root: None,
-            no_avx: false,
             hygiene: Hygiene::new(),
             cgroups,
             programs: 0,
@@ -107,7 +104,6 @@ impl Guest {
             let failed = mounts::prepare();
             mounts::bound();
             quiet::settle();
-            self.no_avx = vectors::are_lost();
             // The console costs an exit per byte: silent unless the boot words say `hearth_log=1`.
             if environment
                 .iter()
@@ -170,8 +166,14 @@ impl Guest {
                 errno: errno.raw_os_error(),
             })?;
         }
-        let person = self.person(exec)?;
-        let plan = Plan::new(exec, person.as_ref(), self.no_avx)?;
+        let person = self.person(exec.user.as_ref());
+        let person = person.map_err(|_| SpawnFailure::NoUser {
+            name: match &exec.user {
+                Some(Account::Name(name)) => String::from_utf8_lossy(name).into_owned(),
+                _ => String::new(),
+            },
+        })?;
+        let plan = Plan::new(exec, person.as_ref())?;
         let cgroup = self.cgroups.acquire(&exec.limits)?;
         match launch(exec, plan, cgroup.as_ref()) {
             Ok((start, pipes)) => {
@@ -185,14 +187,18 @@ impl Guest {
         }
     }
 
-    /// Whom a program is to run as; none: our own user.
-    fn person(&self, exec: &Exec) -> Result<Option<Person>, SpawnFailure> {
-        let person = account::person(exec.user.as_ref()).map_err(|_| SpawnFailure::NoUser {
-            name: match &exec.user {
-                Some(Account::Name(name)) => String::from_utf8_lossy(name).into_owned(),
-                _ => String::new(),
-            },
-        })?;
+    /// With whose rights files are worked on for an account.
+    pub(crate) fn rights(&self, account: Option<&Account>) -> Result<Rights, FileFailure> {
+        let person = self.person(account)?;
+        // Root's rights are the agent's.
+        let person = person.filter(|person| (person.ids.uid, person.ids.gid) != (0, 0));
+        let ids = person.map(|person| plan::ids(&person.ids)).transpose();
+        Ok(Rights::of(ids.map_err(|_| FileFailure::NoUser)?))
+    }
+
+    /// Who an account is, whose home is there then; none: our own user.
+    fn person(&self, account: Option<&Account>) -> Result<Option<Person>, Unknown> {
+        let person = account::person(account)?;
         if let Some(Person {
             ids,
             entry: Some(entry),

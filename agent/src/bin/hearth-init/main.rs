@@ -45,6 +45,7 @@ mod mounts;
 mod plan;
 mod quiet;
 mod reaper;
+mod rights;
 mod root;
 mod serve;
 mod spawn;
@@ -52,7 +53,6 @@ mod sys;
 mod terminal;
 mod text;
 mod transport;
-mod vectors;
 
 use alloc::vec::Vec;
 

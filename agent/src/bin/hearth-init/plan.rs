@@ -6,7 +6,7 @@ use core::ffi::CStr;
 use hearth_agent::proto::{Exec, SpawnFailure};
 use rustix::{fs::FileType, process::Resource};
 
-use crate::{account::Person, applets, vectors};
+use crate::{account::Person, applets};
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Directories of PATH that are searched.
@@ -21,6 +21,8 @@ pub(crate) struct Plan {
     pub(crate) cwd: CString,
     pub(crate) limits: Vec<(Resource, u64)>,
     pub(crate) user: Option<Ids>,
+    /// Whether it is kept from rights that its user does not have (prctl(2), PR_SET_NO_NEW_PRIVS).
+    pub(crate) no_new_privs: bool,
 }
 
 /// User, group and supplementary groups.
@@ -31,15 +33,11 @@ pub(crate) type Ids = (
 );
 
 impl Plan {
-    /// Checks a request; `no_avx`: the program is to do without AVX.
+    /// Checks a request.
     ///
     /// # Errors
     /// [`SpawnFailure::BadArgument`] that says which part is bad.
-    pub(crate) fn new(
-        exec: &Exec,
-        person: Option<&Person>,
-        no_avx: bool,
-    ) -> Result<Self, SpawnFailure> {
+    pub(crate) fn new(exec: &Exec, person: Option<&Person>) -> Result<Self, SpawnFailure> {
         let argv = exec
             .argv
             .iter()
@@ -58,9 +56,6 @@ impl Plan {
             env.insert(&b"HOME"[..], home);
             for name in [&b"USER"[..], b"LOGNAME"] {
                 env.extend(entry.map(|entry| (name, entry.name.as_slice())));
-            }
-            if no_avx {
-                env.extend(vectors::WITHOUT);
             }
         }
         if exec.terminal.is_some() && !exec.clear_env {
@@ -100,6 +95,7 @@ impl Plan {
             .filter_map(|(resource, value)| Some((resource, value?)))
             .collect();
         let user = person.map(|person| ids(&person.ids)).transpose()?;
+        let is_root = user.as_ref().is_none_or(|(uid, ..)| uid.is_root());
         Ok(Self {
             candidates,
             argv,
@@ -107,6 +103,7 @@ impl Plan {
             cwd,
             limits,
             user,
+            no_new_privs: !is_root && !exec.new_privileges,
         })
     }
 
@@ -145,7 +142,7 @@ fn is_dir(path: &[u8]) -> bool {
     found.is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
 }
 
-fn ids(user: &hearth_agent::proto::User) -> Result<Ids, SpawnFailure> {
+pub(crate) fn ids(user: &hearth_agent::proto::User) -> Result<Ids, SpawnFailure> {
     use rustix::process::{Gid, Uid};
     // All ones means "leave as it is" to the system calls.
     let ids = [user.uid, user.gid];

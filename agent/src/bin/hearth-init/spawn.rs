@@ -23,7 +23,7 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
     process::{Pid, Resource, Rlimit, chdir, ioctl_tiocsctty, setrlimit, setsid},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
-    thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
+    thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 
 use crate::{plan::Plan, reaper, sys};
@@ -319,6 +319,11 @@ fn become_program(child: &Child) -> Refusal {
             // From here on other programs of that user may stop, kill and slow down this process, and, as our memory is
             // not dumpable after this, not look into it.
             set_thread_res_uid(*uid, *uid, *uid).map_err(refused(Step::User))?;
+        }
+        if plan.no_new_privs {
+            // No program that it executes has more rights than it, whatever the file says. So there is nothing that the
+            // bounding set of capabilities could bound.
+            set_no_new_privs(true).map_err(refused(Step::User))?;
         }
         // As the user: who may not enter a directory is not helped into it.
         chdir(&*plan.cwd).map_err(refused(Step::Cwd))

@@ -276,6 +276,36 @@ pub(crate) fn ignore_term() {
     };
 }
 
+/// Changes the user whom file systems see; gives the one before.
+pub(crate) fn set_fs_uid(uid: u32) -> u32 {
+    filesystem_id(libc::SYS_setfsuid, uid)
+}
+
+/// Changes the group that file systems see; gives the one before.
+pub(crate) fn set_fs_gid(gid: u32) -> u32 {
+    filesystem_id(libc::SYS_setfsgid, gid)
+}
+
+/// The user whom file systems see.
+pub(crate) fn fs_uid() -> u32 {
+    set_fs_uid(u32::MAX)
+}
+
+/// The group that file systems see.
+pub(crate) fn fs_gid() -> u32 {
+    set_fs_gid(u32::MAX)
+}
+
+/// All ones is nobody, and changes nothing.
+fn filesystem_id(number: i64, id: u32) -> u32 {
+    // SAFETY: passes a number.
+    let before = unsafe { call(number, [id as usize, 0, 0, 0]) };
+    before
+        .ok()
+        .and_then(|before| u32::try_from(before).ok())
+        .unwrap_or(u32::MAX)
+}
+
 /// Credits entropy to the kernel's generator and makes it reseed from that at once.
 pub(crate) fn reseed(entropy: &[u8]) -> Result<(), Errno> {
     const RNDADDENTROPY: usize = 0x4008_5203;

@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use self::{reader::TreeReader, writer::TreeWriter};
 use super::{AgentClient, error::ConnectionError, error::FileError};
-use crate::proto::Account;
+use crate::proto::{Account, Place};
 
 /// An entry of a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,7 +131,7 @@ impl TreeError {
 /// Trees. After an error drop the client: answers may still be on their way. The same goes for a future that is dropped.
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// Unpacks a tar archive (ustar, pax or GNU, not compressed) into a directory of the guest, which is made if it is not there. Files and
-    /// links that are there are replaced. Everything belongs to `owner`, or else to root. Of the archive's metadata the
+    /// links that are there are replaced. Everything is made with the rights of `account`, or else root's, and belongs to it. Of the archive's metadata the
     /// permissions count. Nothing is written outside of the directory, whatever names and links the archive or the
     /// directory has; archives with devices and hard links are refused.
     ///
@@ -140,10 +140,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     pub async fn put_tree(
         &mut self,
         dir: impl Into<PathBuf>,
-        owner: Option<Account>,
+        account: Option<Account>,
         archive: &mut (impl AsyncRead + Unpin),
     ) -> Result<TreeCount, TreeError> {
-        let mut writer = TreeWriter::begin(self, dir.into(), owner)?;
+        let mut writer = TreeWriter::begin(self, dir.into(), account)?;
         let mut tar = tar::Reader::new(archive);
         while let Some(entry) = tar.next().await? {
             writer.add(&entry, &mut tar).await?;
@@ -153,17 +153,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     }
 
     /// Packs a directory of the guest into a tar archive (ustar, with pax headers where that does not do): files, directories
-    /// and symbolic links, all root's. Links are packed as links, and point where they point: unpack it with care.
+    /// and symbolic links, all root's; with the rights that the place names ([`Place::by`](crate::proto::Place::by)). Links are packed as links, and point where they point: unpack it with care.
     ///
     /// # Errors
     /// [`TreeError`]; what was written is then a part of an archive.
     pub async fn get_tree(
         &mut self,
-        dir: impl Into<PathBuf>,
+        dir: impl Into<Place>,
         limits: TreeLimits,
         archive: &mut (impl AsyncWrite + Unpin),
     ) -> Result<TreeCount, TreeError> {
-        let mut reader = TreeReader::begin(self, dir.into(), limits).await?;
+        let mut reader = TreeReader::begin(self, dir, limits).await?;
         while let Some(entry) = reader.next().await? {
             tar::write_header(&entry, archive).await?;
             if let Node::File { size } = entry.node {

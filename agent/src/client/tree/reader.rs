@@ -1,8 +1,8 @@
 //! A tree on its way out of the guest.
 
 use std::{
-    ffi::OsStr,
-    os::unix::ffi::OsStrExt,
+    ffi::{OsStr, OsString},
+    os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
 };
 
@@ -10,43 +10,63 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{Node, TreeCount, TreeEntry, TreeError, TreeLimits};
 use crate::{
-    client::{AgentClient, error::ConnectionError, error::FileError},
+    client::{AgentClient, error::ConnectionError, error::FileError, files::bytes},
     proto::{FileKind, Place},
 };
 
 /// Longest path, as Linux has it.
 const LONGEST: usize = 4095;
+/// Bytes of names that are still to come, of all directories that are open.
+const MOST_HELD: usize = 32 << 20;
 
 /// Reads a tree in the guest, entry by entry, directories before what is in them, each in the order of names. Links are not followed.
 /// The guest may change the tree meanwhile, and may say what it likes: names are checked to be names.
 #[derive(Debug)]
 pub struct TreeReader<'a, S> {
     client: &'a mut AgentClient<S>,
-    dir: PathBuf,
+    dir: Place,
     limits: TreeLimits,
     count: TreeCount,
-    /// Directories from the top down, each with the names that are still to come, last first.
-    open: Vec<Vec<PathBuf>>,
+    /// Directories from the top down.
+    open: Vec<Level>,
+    /// Bytes of all names in there.
+    held: usize,
+}
+
+/// A directory that is being read.
+#[derive(Debug)]
+struct Level {
+    /// The way from the top.
+    path: PathBuf,
+    /// The names that are still to come, last first.
+    names: Vec<OsString>,
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
-    /// Begins with a directory of the guest, which is no entry itself.
+    /// Begins with a directory of the guest, which is no entry itself. It is read with the rights that the place names
+    /// ([`Place::by`]).
     ///
     /// # Errors
-    /// [`TreeError`], if there is no such directory, for example.
+    /// [`TreeError`], if there is no such directory, for example; [`TreeError::BadPath`] of a place that is beneath another one.
     pub async fn begin(
         client: &'a mut AgentClient<S>,
-        dir: PathBuf,
+        dir: impl Into<Place>,
         limits: TreeLimits,
     ) -> Result<Self, TreeError> {
+        let dir = dir.into();
+        if dir.beneath.is_some() {
+            let path = OsString::from_vec(dir.path.into_vec());
+            return Err(TreeError::BadPath(path.into()));
+        }
         let mut reader = Self {
             client,
             dir,
             limits,
             count: TreeCount::default(),
             open: Vec::new(),
+            held: 0,
         };
-        reader.enter(Place::new(&reader.dir), Path::new("")).await?;
+        reader.enter(Path::new("")).await?;
         Ok(reader)
     }
 
@@ -56,25 +76,28 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
     /// [`TreeError`].
     pub async fn next(&mut self) -> Result<Option<TreeEntry>, TreeError> {
         let path = loop {
-            match self.open.last_mut().map(Vec::pop) {
-                Some(Some(path)) => break path,
-                Some(None) => drop(self.open.pop()),
-                None => return Ok(None),
+            let Some(level) = self.open.last_mut() else {
+                return Ok(None);
+            };
+            if let Some(name) = level.names.pop() {
+                self.held = self.held.saturating_sub(name.len());
+                break level.path.join(name);
             }
+            self.open.pop();
         };
-        let at = || Place::beneath(&self.dir, &path);
-        let found = self.client.stat(at(), false).await?;
+        let at = self.place(&path);
+        let found = self.client.stat(at.clone(), false).await?;
         let node = match found.kind {
             FileKind::File => Node::File { size: found.size },
             FileKind::Link => Node::Link {
-                target: self.client.read_link(at()).await?,
+                target: self.client.read_link(at).await?,
             },
             FileKind::Dir if self.open.len() > self.limits.depth => {
                 let most = self.limits.depth;
                 return Err(TreeError::TooDeep { path, most });
             }
             FileKind::Dir => {
-                self.enter(at(), &path).await?;
+                self.enter(&path).await?;
                 Node::Dir
             }
             FileKind::Other => return Err(TreeError::NotPlain(path)),
@@ -107,7 +130,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
         if size == 0 {
             return Ok(());
         }
-        let at = Place::beneath(&self.dir, &entry.path);
+        let at = self.place(&entry.path);
         match self.client.get_into(at, 0..size, writer).await? {
             copied if copied < size => Err(TreeError::Changed(entry.path.clone())),
             _ => Ok(()),
@@ -120,7 +143,21 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
         self.count
     }
 
-    async fn enter(&mut self, at: Place, path: &Path) -> Result<(), TreeError> {
+    /// Always beneath the same directory, also the top itself: then it stays the one that was found first.
+    fn place(&self, path: &Path) -> Place {
+        let path = match path.as_os_str() {
+            top if top.is_empty() => Path::new("."),
+            _ => path,
+        };
+        Place {
+            path: bytes(path),
+            beneath: Some(self.dir.path.clone()),
+            by: self.dir.by.clone(),
+        }
+    }
+
+    async fn enter(&mut self, path: &Path) -> Result<(), TreeError> {
+        let at = self.place(path);
         let entries = match self.client.list(at).await {
             Ok(entries) => entries,
             Err(FileError::TooMany) => return Err(TreeError::TooMany(self.limits.entries)),
@@ -130,16 +167,28 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
         if self.count.entries > self.limits.entries {
             return Err(TreeError::TooMany(self.limits.entries));
         }
-        let mut paths = Vec::with_capacity(entries.len());
+        let mut names = Vec::with_capacity(entries.len());
         for entry in entries {
-            let path = path.join(name(&entry.name)?);
-            if path.as_os_str().len() > LONGEST {
-                return Err(TreeError::BadPath(path));
+            let name = name(&entry.name)?;
+            self.held = self.held.saturating_add(name.len());
+            if path.as_os_str().len() + 1 + name.len() > LONGEST {
+                return Err(TreeError::BadPath(path.join(name)));
             }
-            paths.push(path);
+            names.push(name.to_owned());
         }
-        paths.sort_unstable_by(|one, other| other.cmp(one));
-        self.open.push(paths);
+        if self.held > MOST_HELD {
+            return Err(TreeError::TooMany(self.limits.entries));
+        }
+        names.sort_unstable_by(|one, other| other.cmp(one));
+        // Who unpacks the tree takes the second for another file, and a link for the directory of that name.
+        if names
+            .windows(2)
+            .any(|pair| matches!(pair, [one, other] if one == other))
+        {
+            return Err(ConnectionError::Protocol("a name twice in a directory").into());
+        }
+        let path = path.to_owned();
+        self.open.push(Level { path, names });
         Ok(())
     }
 }

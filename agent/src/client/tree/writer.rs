@@ -29,6 +29,7 @@ const WINDOW: usize = 32;
 pub struct TreeWriter<'a, S> {
     client: &'a mut AgentClient<S>,
     dir: PathBuf,
+    by: Option<Account>,
     owner: Option<Account>,
     /// Directories that are on their way.
     made: HashSet<PathBuf>,
@@ -38,24 +39,51 @@ pub struct TreeWriter<'a, S> {
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
-    /// Begins with the directory, which is made if it is not there.
+    /// Begins with the directory, which is made if it is not there. All is made with the rights of that account, root's if
+    /// there is none, and belongs to it.
     ///
     /// # Errors
     /// [`FileError::PathTooLong`], as a [`TreeError`].
     pub fn begin(
         client: &'a mut AgentClient<S>,
         dir: PathBuf,
+        account: Option<Account>,
+    ) -> Result<Self, TreeError> {
+        Self::begin_with(client, dir, account, None)
+    }
+
+    /// As [`begin`](Self::begin), with root's rights wherever that is, and given to `owner` when it is made. Not for places that
+    /// programs which are not trusted can write to: see [`Place::by`].
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub fn begin_giving(
+        client: &'a mut AgentClient<S>,
+        dir: PathBuf,
+        owner: Account,
+    ) -> Result<Self, TreeError> {
+        Self::begin_with(client, dir, None, Some(owner))
+    }
+
+    fn begin_with(
+        client: &'a mut AgentClient<S>,
+        dir: PathBuf,
+        by: Option<Account>,
         owner: Option<Account>,
     ) -> Result<Self, TreeError> {
         let mut writer = Self {
             client,
+            by,
             owner,
             made: HashSet::new(),
             unanswered: VecDeque::new(),
             count: TreeCount::default(),
             dir,
         };
-        let at = Place::new(&writer.dir);
+        let at = Place {
+            by: writer.by.clone(),
+            ..Place::new(&writer.dir)
+        };
         writer.make_dir(at, 0o755)?;
         Ok(writer)
     }
@@ -76,7 +104,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
         {
             return Err(TreeError::BadPath(entry.path.clone()));
         }
-        let at = Place::beneath(&self.dir, &entry.path);
+        let at = self.place(&entry.path);
         match &entry.node {
             Node::Dir => {
                 self.made.insert(entry.path.clone());
@@ -93,7 +121,10 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
             }
             Node::File { size } => {
                 self.make_parent(&entry.path)?;
-                let put = Put::new(at).mode(entry.mode).account(self.owner.clone());
+                let put = Put {
+                    owner: self.owner.clone(),
+                    ..Put::new(at).mode(entry.mode)
+                };
                 self.ask(FileRequest::Put(put), bytes(&entry.path))?;
                 self.copy(&entry.path, *size, content).await?;
             }
@@ -109,6 +140,13 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
     pub async fn finish(mut self) -> Result<TreeCount, TreeError> {
         self.settle(0).await?;
         Ok(self.count)
+    }
+
+    fn place(&self, path: &Path) -> Place {
+        Place {
+            by: self.by.clone(),
+            ..Place::beneath(&self.dir, path)
+        }
     }
 
     fn make_dir(&mut self, at: Place, mode: u32) -> Result<(), TreeError> {
@@ -128,7 +166,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
             return Ok(());
         };
         match self.made.insert(parent.to_owned()) {
-            true => self.make_dir(Place::beneath(&self.dir, parent), 0o755),
+            true => self.make_dir(self.place(parent), 0o755),
             false => Ok(()),
         }
     }

@@ -94,7 +94,7 @@ impl World {
                     let target = if counts.draining { 0 } else { counts.size };
                     if self.refills() {
                         assert_eq!(counts.ready, target, "a deficit is permanent: {self:?}");
-                        assert!(target == 0 || counts.waiting == 0, "never served: {self:?}");
+                        assert_eq!(counts.waiting, 0, "never served: {self:?}");
                     }
                 }
             }

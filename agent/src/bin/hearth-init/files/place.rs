@@ -1,8 +1,8 @@
 //! Where a path leads.
 
-use alloc::vec::Vec;
+use alloc::{rc::Rc, vec::Vec};
 
-use hearth_agent::proto::{FileFailure, Place};
+use hearth_agent::proto::{Account, FileFailure, Place};
 use rustix::{
     fd::OwnedFd,
     fs::{CWD, Mode, OFlags, ResolveFlags, open, openat2},
@@ -13,18 +13,65 @@ const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CL
 /// Links that belong to a process lead anywhere.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
 
+/// The directory that requests on a connection name one after the other as the one not to be led out of. Found once: by the
+/// next request, a program of the guest may have laid something else at its path.
+#[derive(Debug, Default)]
+pub(crate) struct Base(Option<(Vec<u8>, Option<Account>, Rc<OwnedFd>)>);
+
+impl Base {
+    /// The next request is none of these.
+    pub(crate) fn forget(&mut self) {
+        self.0 = None;
+    }
+
+    /// The directory that a place is beneath, if it is beneath any.
+    pub(super) fn of(&mut self, place: &Place) -> Result<Option<Rc<OwnedFd>>, FileFailure> {
+        let known = self.0.take();
+        let Some(path) = &place.beneath else {
+            return Ok(None);
+        };
+        let known = known.filter(|(known, by, _)| *known == path.as_slice() && *by == place.by);
+        let dir = match known {
+            Some((.., dir)) => dir,
+            None => {
+                let links = links(place, ResolveFlags::empty());
+                Rc::new(openat2(
+                    CWD,
+                    path.as_slice(),
+                    DIRECTORY,
+                    Mode::empty(),
+                    links,
+                )?)
+            }
+        };
+        self.0 = Some((path.to_vec(), place.by.clone(), Rc::clone(&dir)));
+        Ok(Some(dir))
+    }
+}
+
+/// What paths may not lead through. What is done for a user does not lead through links that belong to a process: these
+/// would be the agent's.
+fn links(place: &Place, flags: ResolveFlags) -> ResolveFlags {
+    match place.by {
+        Some(_) => flags | ResolveFlags::NO_MAGICLINKS,
+        None => flags,
+    }
+}
+
 /// A name in a directory that was found.
 #[derive(Debug)]
 pub(super) struct Spot {
     pub(super) dir: OwnedFd,
     name: Vec<u8>,
     /// The directory that links may not lead out of, and the way from there.
-    beneath: Option<(OwnedFd, Vec<u8>)>,
+    beneath: Option<(Rc<OwnedFd>, Vec<u8>)>,
+    /// What links lead to.
+    links: ResolveFlags,
 }
 
 impl Spot {
-    /// Where a path leads; `/`, `.` and `..` are places, too.
-    pub(super) fn find(place: &Place) -> Result<Self, FileFailure> {
+    /// Where a path leads, from `base` if it is to stay beneath that; `/`, `.` and `..` are places, too.
+    pub(super) fn find(place: &Place, base: Option<&Rc<OwnedFd>>) -> Result<Self, FileFailure> {
         let path = place.path.as_slice();
         if path.is_empty() || path.contains(&0) {
             return Err(FileFailure::BadPath);
@@ -35,44 +82,32 @@ impl Spot {
         } else {
             name
         };
-        let Some(base) = &place.beneath else {
+        let Some(base) = base else {
+            let links = links(place, ResolveFlags::empty());
             let parent: &[u8] = if parent.is_empty() { b"/" } else { parent };
             // Relative ones begin at the root, whatever the agent's directory is.
             let root = open("/", DIRECTORY, Mode::empty())?;
-            let dir = openat2(
-                &root,
-                parent,
-                DIRECTORY,
-                Mode::empty(),
-                ResolveFlags::empty(),
-            )?;
             return Ok(Self {
-                dir,
+                dir: openat2(&root, parent, DIRECTORY, Mode::empty(), links)?,
                 name: name.to_vec(),
                 beneath: None,
+                links,
             });
         };
-        let base = openat2(
-            CWD,
-            base.as_slice(),
-            DIRECTORY,
-            Mode::empty(),
-            ResolveFlags::empty(),
-        )?;
         let parent: &[u8] = if parent.is_empty() { b"." } else { parent };
-        let dir = openat2(&base, parent, DIRECTORY, Mode::empty(), BENEATH)?;
         Ok(Self {
-            dir,
+            dir: openat2(&**base, parent, DIRECTORY, Mode::empty(), BENEATH)?,
             name: name.to_vec(),
-            beneath: Some((base, path.to_vec())),
+            beneath: Some((Rc::clone(base), path.to_vec())),
+            links: BENEATH,
         })
     }
 
     /// As [`find`](Self::find), for what changes the directory: the path must name an entry of it.
-    pub(super) fn of_entry(place: &Place) -> Result<Self, FileFailure> {
+    pub(super) fn of_entry(place: &Place, base: Option<&Rc<OwnedFd>>) -> Result<Self, FileFailure> {
         match split(&place.path).1 {
             b"" | b"." | b".." => Err(FileFailure::BadPath),
-            _ => Self::find(place),
+            _ => Self::find(place, base),
         }
     }
 
@@ -88,8 +123,8 @@ impl Spot {
     pub(super) fn open_with(&self, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
         let flags = flags | OFlags::CLOEXEC;
         match &self.beneath {
-            Some((base, path)) => openat2(base, path.as_slice(), flags, mode, BENEATH),
-            None => openat2(&self.dir, self.name(), flags, mode, ResolveFlags::empty()),
+            Some((base, path)) => openat2(&**base, path.as_slice(), flags, mode, self.links),
+            None => openat2(&self.dir, self.name(), flags, mode, self.links),
         }
     }
 }

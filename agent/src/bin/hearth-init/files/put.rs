@@ -1,6 +1,6 @@
 //! Writing a file.
 
-use alloc::{format, string::String};
+use alloc::{format, rc::Rc, string::String};
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use hearth_agent::proto::{FileFailure, Put, PutMode};
@@ -40,26 +40,12 @@ struct Unfinished {
 }
 
 impl Putting {
-    pub(super) fn begin(put: &Put) -> Result<Self, FileFailure> {
-        let spot = Spot::of_entry(&put.at)?;
+    pub(super) fn begin(put: &Put, base: Option<&Rc<OwnedFd>>) -> Result<Self, FileFailure> {
+        let spot = Spot::of_entry(&put.at, base)?;
         let mode = put.mode.map(|mode| mode & 0o7777);
         let owner = owner(put.owner.as_ref())?;
         if put.how == PutMode::Append {
-            let flags = OFlags::WRONLY
-                | OFlags::APPEND
-                | OFlags::CREATE
-                | OFlags::NONBLOCK
-                | OFlags::NOCTTY;
-            let created = Mode::from_raw_mode(mode.unwrap_or(USUAL));
-            let file = spot
-                .open_with(flags, created)
-                .map_err(|errno| match errno {
-                    // A pipe that nobody reads.
-                    Errno::NXIO => FileFailure::NotAFile,
-                    other => other.into(),
-                })?;
-            is_regular(&file)?;
-            settle(&file, mode, owner)?;
+            let file = extend(&spot, mode, owner)?;
             return Ok(Self {
                 file,
                 unfinished: None,
@@ -118,6 +104,7 @@ impl Putting {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if !self.done {
+            // With the agent's rights: the directory is at hand, and nothing else is found by that name.
             let _ = unlinkat(&self.spot.dir, self.name.as_str(), AtFlags::empty());
         }
     }
@@ -143,6 +130,38 @@ pub(super) fn link(
         let _ = unlinkat(&spot.dir, name, AtFlags::empty());
     }
     Ok(named?)
+}
+
+/// A file to be written to its end. One that is there stays whose it is, and keeps its permissions: it may be another one than
+/// was meant.
+fn extend(
+    spot: &Spot,
+    mode: Option<u32>,
+    owner: Option<(Uid, Gid)>,
+) -> Result<OwnedFd, FileFailure> {
+    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opened = match spot.open(flags) {
+        Err(Errno::NOENT) => {
+            let created = Mode::from_raw_mode(mode.unwrap_or(USUAL));
+            match spot.open_with(flags | OFlags::CREATE | OFlags::EXCL, created) {
+                Ok(file) => {
+                    settle(&file, mode, owner)?;
+                    return Ok(file);
+                }
+                // Somebody was quicker; or it is a link to nothing.
+                Err(Errno::EXIST) => spot.open(flags),
+                Err(errno) => Err(errno),
+            }
+        }
+        opened => opened,
+    };
+    let file = opened.map_err(|errno| match errno {
+        // A pipe that nobody reads.
+        Errno::NXIO => FileFailure::NotAFile,
+        other => other.into(),
+    })?;
+    is_regular(&file)?;
+    Ok(file)
 }
 
 /// A new file beside the one that it will become.

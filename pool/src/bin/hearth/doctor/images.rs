@@ -20,6 +20,7 @@ pub(super) fn checks() -> Vec<Check> {
     vec![
         tools(&images, cached.kernel.is_some()),
         cache(&images, &cached),
+        commands(&images),
     ]
 }
 
@@ -58,4 +59,16 @@ fn cache(images: &Images, cached: &hearth_images::Cached) -> Check {
         format!("{dir} holds {missing}"),
         "the first run builds what is missing; or build it now with: hearth image build base",
     )
+}
+
+fn commands(images: &Images) -> Check {
+    let Some(refused) = images.commands_refused() else {
+        return Check::ok("recipes", "recipes with commands can be built");
+    };
+    let found = format!(
+        "recipes with commands cannot be built, others can: no namespaces ({})",
+        chain(&refused)
+    );
+    let advice = "sudo sysctl user.max_user_namespaces=1000; on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0";
+    Check::warn("recipes", found, advice)
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use hearth_agent::client::{AgentClient, FileError, TreeError};
-use hearth_agent::proto::{Account, FileKind, Put};
+use hearth_agent::proto::{Account, FileKind, Place, Put};
 use hearth_vmm::virtio::vsock::VsockStream;
 use tokio::fs;
 
@@ -107,9 +107,10 @@ pub(super) async fn put(
         if let Some(dir) = to.parent().filter(|dir| dir.file_name().is_some()) {
             agent.make_dir(dir, 0o755, true).await?;
         }
+        // Nothing has run in the guest yet that could lay something in root's way.
         let put = Put::new(to)
             .mode(metadata.permissions().mode() & 0o777)
-            .account(Some(owner.clone()));
+            .given_to(owner.clone());
         agent.put_from(put, &mut file).await?;
     }
     Ok(())
@@ -120,17 +121,20 @@ pub(super) async fn put(
 pub(super) async fn get(
     agent: &mut AgentClient<VsockStream>,
     copies: &[Copy],
+    owner: &Account,
 ) -> Result<(), CopyError> {
     for Copy { from, to } in copies {
         let part = Part::of(to);
-        let found = agent.stat(from, true).await?;
+        // As the program's user, whose programs may have laid links there.
+        let place = Place::new(from).by(owner.clone());
+        let found = agent.stat(place.clone(), true).await?;
         if found.kind == FileKind::Dir {
             if fs::symlink_metadata(to).await.is_ok() {
                 return Err(CopyError::Exists(to.clone()));
             }
-            trees::get(agent, from, &part.0).await?;
+            trees::get(agent, from, owner, &part.0).await?;
         } else {
-            get_one(agent, from, found.mode & 0o777, &part.0).await?;
+            get_one(agent, place, found.mode & 0o777, &part.0).await?;
         }
         let named = fs::rename(&part.0, to).await;
         named.map_err(|source| CopyError::written(to, source))?;
@@ -140,14 +144,15 @@ pub(super) async fn get(
 
 async fn get_one(
     agent: &mut AgentClient<VsockStream>,
-    from: &Path,
+    from: Place,
     mode: u32,
     part: &Path,
 ) -> Result<(), CopyError> {
     let failed = |source| CopyError::written(part, source);
     let mut file = fs::File::create(part).await.map_err(failed)?;
+    let path = PathBuf::from(OsString::from_vec(from.path.to_vec()));
     if agent.get_into(from, 0..MOST, &mut file).await? == MOST {
-        return Err(CopyError::TooLarge(from.to_owned()));
+        return Err(CopyError::TooLarge(path));
     }
     let permissions = std::fs::Permissions::from_mode(mode);
     file.set_permissions(permissions).await.map_err(failed)

@@ -111,7 +111,8 @@ impl Session {
             ..
         } = plan.job;
         if let Some(code) = &code {
-            let put = Put::new(&code.place).mode(0o644).account(Some(plan.owner));
+            let put = Put::new(&code.place).mode(0o644);
+            let put = put.given_to(plan.owner.clone());
             let putting = agent.put(put, &code.content);
             self.unless_ended("while code was copied", putting)
                 .await?
@@ -143,7 +144,7 @@ impl Session {
         report.exited(&exited);
         if !plan.copy_out.is_empty() {
             let start = Instant::now();
-            let copying = copies::get(&mut agent, &plan.copy_out);
+            let copying = copies::get(&mut agent, &plan.copy_out, &plan.owner);
             self.unless_ended("while files were copied", copying)
                 .await??;
             report.phases_us.copy_out = Some(micros(start.elapsed()));

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use hearth_agent::client::{AgentClient, Node, TreeEntry, TreeLimits, TreeReader, TreeWriter};
-use hearth_agent::proto::Account;
+use hearth_agent::proto::{Account, Place};
 use hearth_vmm::virtio::vsock::VsockStream;
 use tokio::fs;
 use tokio::io::empty;
@@ -16,14 +16,15 @@ use super::copies::{CopyError, MOST};
 
 type Agent = AgentClient<VsockStream>;
 
-/// Copies a directory of the host with all that is in it; links stay links.
+/// Copies a directory of the host with all that is in it; links stay links. With root's rights, before anything has run in the
+/// guest that could lay something in their way.
 pub(super) async fn put(
     agent: &mut Agent,
     from: &Path,
     to: &Path,
     owner: &Account,
 ) -> Result<(), CopyError> {
-    let mut writer = TreeWriter::begin(agent, to.to_owned(), Some(owner.clone()))?;
+    let mut writer = TreeWriter::begin_giving(agent, to.to_owned(), owner.clone())?;
     let mut open = vec![names(from, Path::new("")).await?];
     while let Some(names_here) = open.last_mut() {
         let Some(path) = names_here.pop() else {
@@ -73,17 +74,23 @@ async fn names(top: &Path, dir: &Path) -> Result<Vec<PathBuf>, CopyError> {
 }
 
 /// Copies a directory of the guest into `part`, which is made. Links that lead out of it are refused.
-pub(super) async fn get(agent: &mut Agent, from: &Path, part: &Path) -> Result<(), CopyError> {
+pub(super) async fn get(
+    agent: &mut Agent,
+    from: &Path,
+    owner: &Account,
+    part: &Path,
+) -> Result<(), CopyError> {
     let failed = |place: &Path| {
         let place = place.to_owned();
         move |source| CopyError::written(&place, source)
     };
-    let mode = agent.stat(from, true).await?.mode;
+    let top = Place::new(from).by(owner.clone());
+    let mode = agent.stat(top.clone(), true).await?.mode;
     let limits = TreeLimits {
         bytes: MOST,
         ..TreeLimits::default()
     };
-    let mut reader = TreeReader::begin(agent, from.to_owned(), limits).await?;
+    let mut reader = TreeReader::begin(agent, top, limits).await?;
     make_dir(part, mode).await.map_err(failed(part))?;
     while let Some(entry) = reader.next().await? {
         // Every directory on the way is one that was made here, by an earlier entry: what is there already, a link say, is an

@@ -88,6 +88,16 @@ enum PoolError {
     Config(#[from] ConfigError),
     #[error("the description has no profile {name}; it has {}", known.join(", "))]
     NoProfile { name: String, known: Vec<String> },
+    #[error(
+        "profile {profile} asks for packages ({}), and the built-in image {image} has none but its own: \
+         leave them out, or build an image that has them and use the library",
+        packages.join(", ")
+    )]
+    Packages {
+        profile: String,
+        image: String,
+        packages: Vec<String>,
+    },
     #[error(transparent)]
     Image(#[from] RunError),
     #[error(transparent)]
@@ -150,6 +160,13 @@ fn config(args: &Args) -> Result<PoolConfig, PoolError> {
         source,
     })?;
     let config = PoolConfig::from_toml(&text)?;
+    if let Some(profile) = config.profiles.iter().find(|of| !of.packages.is_empty()) {
+        return Err(PoolError::Packages {
+            profile: profile.name.clone(),
+            image: profile.image.clone(),
+            packages: profile.packages.iter().cloned().collect(),
+        });
+    }
     let names = config.profiles.iter().map(|profile| &profile.name);
     match names.clone().any(|name| *name == args.profile) {
         true => Ok(config),

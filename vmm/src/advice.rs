@@ -1,0 +1,15 @@
+//! What to do about a limit of the host's, by the error that it makes.
+
+use std::io;
+
+/// How a message about `error` ends.
+pub(crate) fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "; raise ulimit -n",
+        Some(libc::ENFILE) => "; raise sysctl fs.file-max",
+        Some(libc::EAGAIN) => "; check ulimit -u and pids.max (systemd: TasksMax)",
+        Some(libc::ENOMEM) => "; check ulimit -v and the memory that is free to this process",
+        Some(libc::EFBIG) => "; raise ulimit -f",
+        _ => "",
+    }
+}

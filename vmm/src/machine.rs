@@ -6,13 +6,13 @@
 //! leak, are counted and logged, and nothing is unmapped under it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::board::{Board, SharedTransport, lock};
+use crate::board::{Board, SharedTransport};
 use crate::boot::{self, LoadError};
 use crate::config::{ConfigError, MAX_VCPUS, VmConfig};
 use crate::cpu::{cpuid, setup};
@@ -216,7 +216,8 @@ impl Machine {
         let devices = Devices::restore(state, &frame.images, &frame.wires, irq)?;
         let mut machine = Self::assemble(state.hardware, frame, devices);
         for (transport, saved) in machine.board.virtio.iter().zip(&state.transports) {
-            lock(transport)
+            transport
+                .lock()
                 .restore(saved)
                 .map_err(|e| BootError::State(e.to_string()))?;
         }
@@ -245,7 +246,7 @@ impl Machine {
         let start = Instant::now();
         // Now that the controllers can take interrupts.
         for transport in &self.board.virtio {
-            lock(transport).begin();
+            transport.lock().begin();
         }
         if let Some(serial) = &self.board.serial {
             serial.begin();
@@ -271,12 +272,7 @@ impl Machine {
         } = frame;
         let virtio = devices.virtio.into_iter().zip(wires);
         let virtio = virtio.map(|(device, Wire { bell, interrupt })| {
-            Arc::new(Mutex::new(MmioTransport::new(
-                device,
-                ram.clone(),
-                bell,
-                interrupt,
-            )))
+            SharedTransport::new(MmioTransport::new(device, ram.clone(), bell, interrupt))
         });
         let board = Arc::new(Board {
             serial: devices.serial,
@@ -351,7 +347,7 @@ impl Machine {
         // Not locked meanwhile: their event thread serves other VMs.
         let _asleep = Asleep::all(&self.board.virtio);
         let devices = self.board.virtio.iter();
-        let saved = devices.map(|transport| lock(transport).save()).collect();
+        let saved = devices.map(|transport| transport.lock().save()).collect();
         let serial = self.board.serial.as_ref().map(SerialPort::save);
         let indices = Host::get()?.msr_indices();
         let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
@@ -418,7 +414,7 @@ struct Asleep<'a>(&'a [SharedTransport]);
 impl<'a> Asleep<'a> {
     fn all(transports: &'a [SharedTransport]) -> Self {
         for transport in transports {
-            lock(transport).fall_asleep();
+            transport.lock().fall_asleep();
         }
         Self(transports)
     }
@@ -427,7 +423,7 @@ impl<'a> Asleep<'a> {
 impl Drop for Asleep<'_> {
     fn drop(&mut self) {
         for transport in self.0 {
-            lock(transport).wake();
+            transport.lock().wake();
         }
     }
 }

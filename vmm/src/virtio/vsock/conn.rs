@@ -28,6 +28,7 @@ use super::hub::Hub;
 use super::lock;
 use super::open::{Answer, Open, Owed, Verdict};
 use super::packet::{Header, MAX_PAYLOAD, Op, Shut};
+use super::places::Place;
 use super::state::{CreditState, Fate};
 
 /// How long a connection that its host side dropped may make no progress before the guest gets a
@@ -97,12 +98,17 @@ pub(super) struct Machine {
     reader: Option<Waker>,
     /// Also who waits for the connection to be established.
     writer: Option<Waker>,
+    /// Who waits for the guest to take no more.
+    refused: Option<Waker>,
     /// In the muxer's queue of turns, or on the way there.
     pub(super) scheduled: bool,
     /// Survives a save and restore when nothing is in flight.
     pub(super) durable: bool,
     /// When a dropped connection that makes no progress ends.
     pub(super) deadline: Option<Instant>,
+    /// Kept until it is over and the host's end is gone.
+    pub(super) place: Option<Place>,
+    host_gone: bool,
 }
 
 impl Machine {
@@ -112,9 +118,12 @@ impl Machine {
             window,
             reader: None,
             writer: None,
+            refused: None,
             scheduled: false,
             durable: false,
             deadline: None,
+            place: None,
+            host_gone: false,
         }
     }
 
@@ -138,6 +147,7 @@ impl Machine {
     /// A connection that did not survive a restore: the guest is owed a reset.
     pub(super) fn lost() -> Self {
         let mut machine = Self::connecting(0);
+        machine.host_gone = true;
         machine.end(End::Dropped, true);
         machine
     }
@@ -384,6 +394,24 @@ impl Machine {
         }
     }
 
+    /// Whether nothing that the host side writes can reach the guest any more.
+    fn is_refused(&self) -> bool {
+        match &self.state {
+            State::Connecting { .. } => false,
+            State::Open(open) => open.guest.receive,
+            State::Closing { .. } | State::Ended { .. } => true,
+        }
+    }
+
+    /// Resolves once the guest takes no more.
+    pub(super) fn poll_refused(&mut self, cx: &Context<'_>) -> Poll<()> {
+        if self.is_refused() {
+            return Poll::Ready(());
+        }
+        park(&mut self.refused, cx);
+        Poll::Pending
+    }
+
     /// The host side takes the connection that the guest asked for.
     pub(super) fn accept(&mut self) {
         if let State::Open(open) = &mut self.state
@@ -400,9 +428,27 @@ impl Machine {
         }
     }
 
+    /// The host side takes no more.
+    pub(super) fn shut_receive(&mut self) {
+        match &mut self.state {
+            State::Open(open) => {
+                // A guest that sends no more has nothing to learn from it.
+                open.host.receive |= !open.guest.send;
+                let unread = open.rx.clear();
+                open.inbound.consume(unread);
+            }
+            State::Ended { unread, .. } => {
+                unread.clear();
+            }
+            State::Connecting { .. } | State::Closing { .. } => {}
+        }
+    }
+
     /// The host side is gone; what it wrote before is still delivered, if the guest takes it. Returns
     /// whether the muxer has to know: not when the connection was over before.
     pub(super) fn hang_up(&mut self, now: Instant) -> bool {
+        self.host_gone = true;
+        self.shut_receive();
         match &mut self.state {
             State::Connecting { sent } => {
                 let reset_owed = *sent;
@@ -411,15 +457,10 @@ impl Machine {
             State::Open(open) if open.answer == Answer::Undecided => self.end(End::Dropped, true),
             State::Open(open) => {
                 open.host = Shut::BOTH;
-                let unread = open.rx.clear();
-                open.inbound.consume(unread);
                 self.deadline = Some(now + CLOSE_TIMEOUT);
             }
             State::Closing { .. } => {}
-            State::Ended { unread, .. } => {
-                unread.clear();
-                return false;
-            }
+            State::Ended { .. } => return false,
         }
         true
     }
@@ -445,7 +486,7 @@ impl Machine {
     }
 
     /// Takes who waited for the state as it is now.
-    fn woken(&mut self) -> [Option<Waker>; 2] {
+    fn woken(&mut self) -> [Option<Waker>; 3] {
         let reader = if self.readable() {
             self.reader.take()
         } else {
@@ -456,7 +497,12 @@ impl Machine {
         } else {
             None
         };
-        [reader, writer]
+        let refused = if self.is_refused() {
+            self.refused.take()
+        } else {
+            None
+        };
+        [reader, writer, refused]
     }
 }
 
@@ -511,6 +557,9 @@ impl Conn {
     pub(super) fn change<R>(&self, by: impl FnOnce(&mut Machine) -> R) -> (R, bool) {
         let mut machine = lock(&self.machine);
         let result = by(&mut machine);
+        if machine.is_over() && machine.host_gone {
+            machine.place = None;
+        }
         let woken = machine.woken();
         let needs_turn = machine.owes() && !machine.scheduled;
         machine.scheduled |= needs_turn;

@@ -6,7 +6,6 @@ use tokio::sync::mpsc;
 
 use super::host::ListenError;
 use super::hub::Hub;
-use super::lock;
 use super::stream::VsockStream;
 
 /// A port of the host on which programs in the guest connect. Dropping it closes the connections
@@ -41,7 +40,7 @@ impl VsockListener {
 impl Drop for VsockListener {
     fn drop(&mut self) {
         if let Some(hub) = self.hub.upgrade() {
-            lock(&hub.muxer).unlisten(self.port);
+            hub.muxer.lock().unlisten(self.port);
         }
     }
 }
@@ -71,7 +70,7 @@ impl VsockAnyListener {
 impl Drop for VsockAnyListener {
     fn drop(&mut self) {
         if let Some(hub) = self.hub.upgrade() {
-            lock(&hub.muxer).unlisten_any();
+            hub.muxer.lock().unlisten_any();
         }
     }
 }

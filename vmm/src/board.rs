@@ -3,7 +3,9 @@
 //! Lock order: a transport's lock is the outermost; serial port and console have their own and call
 //! nothing.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::layout;
 use crate::legacy::report;
@@ -11,9 +13,64 @@ use crate::legacy::serial::{self, SerialPort};
 use crate::memory::GuestRam;
 use crate::state::Exit;
 use crate::virtio::mmio::MmioTransport;
+use crate::virtio::{Interrupt, Progress};
 
-/// A virtio device behind its transport's lock.
-pub(crate) type SharedTransport = Arc<Mutex<MmioTransport>>;
+/// A virtio device as the vCPUs, its event thread and the host's calls share it.
+#[derive(Clone, Debug)]
+pub(crate) struct SharedTransport(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// The registers of the interrupt line are served without the lock: a driver reads and writes them
+    /// in its interrupt handler, which shall not wait for a turn of its device.
+    interrupt: Interrupt,
+    transport: Mutex<MmioTransport>,
+}
+
+impl SharedTransport {
+    pub(crate) fn new(transport: MmioTransport) -> Self {
+        Self(Arc::new(Shared {
+            interrupt: transport.interrupt().clone(),
+            transport: Mutex::new(transport),
+        }))
+    }
+
+    /// The transport, whoever panicked with it: that ended the VM and left the lock as it was.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, MmioTransport> {
+        self.0.transport.lock()
+    }
+
+    /// A turn of the device, for its event thread, and when it next wants one without a ring. Whoever
+    /// waits for the transport meanwhile has it next: however many turns a guest makes its device take,
+    /// a vCPU at a register, or a host's call, waits for one.
+    pub(crate) fn turn(&self) -> (Progress, Option<std::time::Instant>) {
+        let mut transport = self.lock();
+        let outcome = (transport.run(), transport.deadline());
+        MutexGuard::unlock_fair(transport);
+        outcome
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match (
+            <&mut [u8; 4]>::try_from(&mut *data),
+            self.0.interrupt.read_register(offset),
+        ) {
+            (Ok(data), Some(value)) => *data = value.to_le_bytes(),
+            _ => self.lock().read(offset, data),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let own = <[u8; 4]>::try_from(data).is_ok_and(|data| {
+            self.0
+                .interrupt
+                .write_register(offset, u32::from_le_bytes(data))
+        });
+        if !own {
+            self.lock().write(offset, data);
+        }
+    }
+}
 
 /// See the module's text.
 #[derive(Debug)]
@@ -61,14 +118,14 @@ impl Board {
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some((transport, offset)) = self.transport(address) {
-            lock(transport).read(offset, data);
+            transport.read(offset, data);
         }
     }
 
     /// A guest writes memory that is not RAM.
     pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
         if let Some((transport, offset)) = self.transport(address) {
-            lock(transport).write(offset, data);
+            transport.write(offset, data);
         }
     }
 
@@ -77,11 +134,6 @@ impl Board {
         let index = usize::try_from(offset / layout::MMIO_SIZE).ok()?;
         Some((self.virtio.get(index)?, offset % layout::MMIO_SIZE))
     }
-}
-
-/// Locks a transport; a panic under the lock has poisoned the VM, not the lock.
-pub(crate) fn lock(transport: &SharedTransport) -> std::sync::MutexGuard<'_, MmioTransport> {
-    transport.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn serial_offset(port: u16) -> Option<u16> {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::board::{Board, SharedTransport, lock};
+use crate::board::{Board, SharedTransport};
 use crate::boot::{self, LoadError};
 use crate::config::{ConfigError, MAX_VCPUS, VmConfig};
 use crate::cpu::{cpuid, setup};
@@ -235,7 +235,8 @@ impl Machine {
         let devices = Devices::restore(state, &frame.images, &frame.wires, irq)?;
         let mut machine = Self::assemble(state.hardware, frame, devices);
         for (transport, saved) in machine.board.virtio.iter().zip(&state.transports) {
-            lock(transport)
+            transport
+                .lock()
                 .restore(saved)
                 .map_err(|e| BootError::State(e.to_string()))?;
         }
@@ -264,7 +265,7 @@ impl Machine {
         let start = Instant::now();
         // Now that the controllers can take interrupts.
         for transport in &self.board.virtio {
-            lock(transport).begin();
+            transport.lock().begin();
         }
         if let Some(serial) = &self.board.serial {
             serial.begin();
@@ -290,12 +291,7 @@ impl Machine {
         } = frame;
         let virtio = devices.virtio.into_iter().zip(wires);
         let virtio = virtio.map(|(device, Wire { bell, interrupt })| {
-            Arc::new(Mutex::new(MmioTransport::new(
-                device,
-                ram.clone(),
-                bell,
-                interrupt,
-            )))
+            SharedTransport::new(MmioTransport::new(device, ram.clone(), bell, interrupt))
         });
         let board = Arc::new(Board {
             serial: devices.serial,
@@ -452,7 +448,7 @@ impl Capture {
         // Not locked meanwhile: their event thread serves other VMs.
         let _asleep = Asleep::all(&self.board.virtio);
         let devices = self.board.virtio.iter();
-        let saved = devices.map(|transport| lock(transport).save()).collect();
+        let saved = devices.map(|transport| transport.lock().save()).collect();
         let serial = self.board.serial.as_ref().map(SerialPort::save);
         let indices = Host::get()?.msr_indices();
         let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
@@ -487,7 +483,7 @@ struct Asleep<'a>(&'a [SharedTransport]);
 impl<'a> Asleep<'a> {
     fn all(transports: &'a [SharedTransport]) -> Self {
         for transport in transports {
-            lock(transport).fall_asleep();
+            transport.lock().fall_asleep();
         }
         Self(transports)
     }
@@ -496,7 +492,7 @@ impl<'a> Asleep<'a> {
 impl Drop for Asleep<'_> {
     fn drop(&mut self) {
         for transport in self.0 {
-            lock(transport).wake();
+            transport.lock().wake();
         }
     }
 }

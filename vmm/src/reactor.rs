@@ -1,8 +1,10 @@
 //! The event threads: a small fixed set that serves the devices of all VMs of the process.
 //!
-//! Each VM has a place on one thread; each of its devices is one bell. A run does a bounded
-//! amount of work and rings its own bell when there is more, so that every other VM of the thread
-//! has its turn in between. Nothing blocks here. A place is taken and given up without waking the thread.
+//! Each VM has a place on one thread; each of its devices is one bell. A turn of a device does a bounded
+//! amount of work and rings its own bell when there is more. Between two looks at the bells each VM has one turn
+//! at most, whichever and however many of its devices want one, so that a guest waits for one turn of
+//! each other guest of its thread. Nothing blocks here. A place is taken and given up without waking the
+//! thread.
 //!
 //! Lock order: a VM's place, then a transport's lock.
 
@@ -18,7 +20,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::board::{SharedTransport, lock};
+use crate::board::SharedTransport;
 use crate::ending::Ending;
 use crate::seccomp::{self, Role};
 use crate::sigbus::Watch;
@@ -146,10 +148,23 @@ impl Reactor {
         let Some(thread) = self.threads.get(turn) else {
             return Err(ReactorError("no event thread".into()));
         };
+        Attachment::new(Arc::clone(thread), id, transports, ending, watch)
+    }
+}
+
+impl Attachment {
+    /// Gives `transports` the place `id` on `thread`.
+    fn new(
+        thread: Arc<EventThread>,
+        id: u64,
+        transports: Vec<SharedTransport>,
+        ending: Arc<Ending>,
+        watch: Arc<Watch>,
+    ) -> Result<Self, ReactorError> {
         let devices: Vec<Device> = transports
             .into_iter()
             .map(|transport| {
-                let bell = lock(&transport).bell().clone();
+                let bell = transport.lock().bell().clone();
                 Device {
                     transport,
                     bell,
@@ -160,6 +175,7 @@ impl Reactor {
         let bells: Vec<Bell> = devices.iter().map(|device| device.bell.clone()).collect();
         let place = Place::new(Mutex::new(Some(Devices {
             devices,
+            last: 0,
             timers: Arc::clone(&thread.timers),
             ending,
             watch,
@@ -174,7 +190,8 @@ impl Reactor {
         };
         for (index, bell) in bells.into_iter().enumerate() {
             let event = EpollEvent::new(EventSet::IN, token(id, index));
-            thread
+            attachment
+                .thread
                 .epoll
                 .ctl(ControlOperation::Add, bell.fd().as_raw_fd(), event)
                 .map_err(|e| ReactorError(Box::new(e)))?;
@@ -226,14 +243,28 @@ fn serve(thread: &EventThread) {
                 continue;
             }
         };
-        for event in events.iter().take(count) {
-            let (id, index) = (event.data() >> DEVICE_BITS, event.data() as u16);
-            // None if its VM has gone since.
-            let place = thread.places().get(&id).cloned();
-            let Some(place) = place else { continue };
-            if let Some(devices) = &mut *occupant(&place) {
-                devices.process(usize::from(index));
-            }
+        take_turns(thread, events.get(..count).unwrap_or_default());
+    }
+}
+
+/// A turn for each VM of which a bell rang. Its other bells ring on: they are seen at the next look.
+fn take_turns(thread: &EventThread, rung: &[EpollEvent]) {
+    let mut tokens = [0; EVENTS];
+    let tokens = tokens.get_mut(..rung.len()).unwrap_or_default();
+    for (token, event) in tokens.iter_mut().zip(rung) {
+        *token = event.data();
+    }
+    tokens.sort_unstable();
+    for of_vm in tokens.chunk_by(|a, b| a >> DEVICE_BITS == b >> DEVICE_BITS) {
+        let Some(id) = of_vm.first().map(|token| token >> DEVICE_BITS) else {
+            continue;
+        };
+        // None if its VM has gone since.
+        let place = thread.places().get(&id).cloned();
+        let Some(place) = place else { continue };
+        if let Some(devices) = &mut *occupant(&place) {
+            let rung = of_vm.iter().map(|token| usize::from(*token as u16));
+            devices.take_turn(rung);
         }
     }
 }
@@ -259,7 +290,7 @@ fn ring_due(timers: &Timers) -> i32 {
 /// A VM's place on an event thread. Dropping it waits until the thread will never touch the VM
 /// again (at most for the work that it is doing).
 pub(crate) struct Attachment {
-    thread: &'static EventThread,
+    thread: Arc<EventThread>,
     id: u64,
     place: Place,
     /// Those that the thread listens to.
@@ -298,24 +329,28 @@ struct Device {
 /// The devices of one VM.
 struct Devices {
     devices: Vec<Device>,
+    /// Which one had the last turn.
+    last: usize,
     timers: Timers,
     ending: Arc<Ending>,
     watch: Arc<Watch>,
 }
 
 impl Devices {
-    /// A device's bell rang.
-    fn process(&mut self, index: usize) {
+    /// A turn for one of the devices whose bells `rung`, in ascending order: the next one after the last
+    /// that had a turn.
+    fn take_turn(&mut self, rung: impl Iterator<Item = usize> + Clone) {
+        let next = rung.clone().find(|index| *index > self.last);
+        let Some(index) = next.or_else(|| rung.clone().next()) else {
+            return;
+        };
+        self.last = index;
         let Some(device) = self.devices.get_mut(index) else {
             return;
         };
         let _ = device.bell.answer();
         let serves = self.watch.guard();
-        let run = AssertUnwindSafe(|| {
-            let mut transport = lock(&device.transport);
-            (transport.run(), transport.deadline())
-        });
-        let ran = catch_unwind(run);
+        let ran = catch_unwind(AssertUnwindSafe(|| device.transport.turn()));
         drop(serves);
         if self.watch.is_lost() {
             return self.ending.report(Exit::BusError);
@@ -351,5 +386,37 @@ impl Device {
                 .unwrap_or_else(|e| e.into_inner())
                 .push(Reverse(timer));
         }
+    }
+}
+
+/// An event thread that a test plays.
+#[cfg(test)]
+pub(crate) struct Played(Arc<EventThread>);
+
+#[cfg(test)]
+impl Played {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(EventThread {
+            epoll: Epoll::new().unwrap(),
+            places: Mutex::default(),
+            timers: Timers::default(),
+        }))
+    }
+
+    /// Gives a VM the place `id`.
+    pub(crate) fn attach(&self, id: u64, transports: Vec<SharedTransport>) -> Attachment {
+        use crate::memory::{GuestRam, MIB};
+        use crate::vcpu::gate::{Gate, Want};
+        let gate = Arc::new(Gate::new(0, Want::Pause));
+        let ending = Arc::new(Ending::new(gate, Default::default()));
+        let watch = Watch::new(GuestRam::new(MIB).unwrap());
+        Attachment::new(Arc::clone(&self.0), id, transports, ending, watch).unwrap()
+    }
+
+    /// Looks at the bells once.
+    pub(crate) fn look(&self) {
+        let mut events = [EpollEvent::default(); EVENTS];
+        let count = self.0.epoll.wait(0, &mut events).unwrap();
+        take_turns(&self.0, &events[..count]);
     }
 }

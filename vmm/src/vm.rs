@@ -4,7 +4,6 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::board::lock;
 use crate::config::VmConfig;
 use crate::host::{CpuProfile, Host, is_forked};
 use crate::legacy::console::Console;
@@ -290,7 +289,7 @@ impl Vm {
     pub fn device_faults(&self) -> Vec<DeviceFaults> {
         let machine = self.machine();
         let virtio = machine.iter().flat_map(|machine| &machine.board.virtio);
-        virtio.map(|transport| lock(transport).report()).collect()
+        virtio.map(|transport| transport.lock().report()).collect()
     }
 
     /// Guest instructions that KVM's emulator has run so far, over all vCPUs: nearly all of the guest's

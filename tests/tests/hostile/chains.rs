@@ -1,7 +1,11 @@
 //! Attacks on descriptor chains, mostly of the balloon, whose requests are one buffer of page numbers.
 
+use std::time::{Duration, Instant};
+
 use hearth_tests::flat::Code;
-use hearth_tests::{kvm, within};
+use hearth_tests::{kvm, patience, within};
+use hearth_vmm::virtio::mmio::register;
+use hearth_vmm::{Vm, VmConfig};
 
 use crate::driver::*;
 
@@ -96,4 +100,53 @@ async fn a_page_given_to_the_balloon_is_zeroed_here_and_nowhere_else() {
     let later = within(2, "neighbour", neighbour.console().read(seen)).await;
     assert!(!later.bytes.is_empty());
     assert!(later.bytes.iter().all(|byte| *byte == 0x4e));
+}
+
+/// Two guests, so that each event thread has one, report 2.5 GiB in each of eight chains, and offer each
+/// again as soon as they have it back.
+#[tokio::test]
+async fn reports_of_gigabytes_hold_neither_a_neighbour_nor_the_host() {
+    if !kvm() {
+        return;
+    }
+    const REPORTING: u32 = 1 << 5;
+    let [_, driver, device] = rings(2);
+    let mut code = live_with(BALLOON, REPORTING, 3);
+    code = descriptor(code, 2, 0, (64 << 20, 0xa000_0000), WRITE, 0);
+    // l: mov ax, [device + 2]; add ax, 8; mov [driver + 2], ax; mov dword [rbx + QUEUE_NOTIFY], 2; jmp l
+    let code = code
+        .raw(&[0x66, 0x8b, 0x04, 0x25])
+        .raw(&(device + 2).to_le_bytes())
+        .raw(&[0x66, 0x83, 0xc0, SIZE as u8])
+        .raw(&[0x66, 0x89, 0x04, 0x25])
+        .raw(&(driver + 2).to_le_bytes())
+        .write(register::QUEUE_NOTIFY, 2)
+        .raw(&[0xeb, 0xe0]);
+    let config = VmConfig::flat(code.bytes()).memory_mib(3 << 10);
+    let config = config.build().unwrap();
+    let hostile = [(); 2].map(|()| Vm::create(&config).unwrap());
+    for vm in &hostile {
+        vm.resume().unwrap();
+    }
+    let limit = patience(Duration::from_secs(10));
+    for vm in &hostile {
+        let begin = Instant::now();
+        while vm.balloon().reported() < 20 << 10 {
+            assert!(begin.elapsed() < limit, "{} MiB", vm.balloon().reported());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    for _ in 0..3 {
+        let page = (BUFFER.into(), 4);
+        let honest = live(BALLOON).store(BUFFER, 0x500);
+        assert_served("beside reports of gigabytes", offer_one(honest, page, 0, 0)).await;
+    }
+    for vm in hostile {
+        assert_no_fault("reports of gigabytes", &vm);
+        vm.pause().unwrap();
+        vm.resume().unwrap();
+        vm.kill();
+        vm.destroy();
+    }
+    assert_eq!(hearth_vmm::leaked_vms(), 0);
 }

@@ -1,17 +1,20 @@
 //! The memory balloon (virtio 1.2 section 5.5): the guest hands pages back to the host.
 //!
 //! Queues: inflate, deflate, statistics, free page reporting. Pages that the guest gives up leave
-//! the host at once ([`GuestRam::discard`]). Free page hinting is not offered: it can free pages in
+//! the host in bounded turns ([`GuestRam::discard`]). Free page hinting is not offered: it can free pages in
 //! use.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+mod discards;
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
-use super::serve::{Chain, descriptors, serve};
+use self::discards::{Discards, Stretches, TURN_BYTES};
+use super::serve::{Budget, Chain, descriptors, serve, take};
 use super::{
     Activation, Bell, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
     QueuePosition, VirtioDevice,
@@ -28,14 +31,8 @@ const F_REPORTING: u64 = 1 << 5;
 const QUEUE_SIZE: u16 = 128;
 /// Pages of one balloon unit and of a MiB.
 const PAGES_PER_MIB: u32 = (MIB / PAGE_SIZE) as u32;
-/// Page numbers that one chain may carry: a page full, as Windows sends; Linux sends 256.
-const MAX_PFNS: usize = 1024;
 /// Bytes of one statistics report that are looked at; Linux sends 10 to 18 entries of 10 bytes.
 const MAX_STATS_BYTES: usize = 640;
-/// Chains served per run, over all queues.
-const BUDGET: usize = 64;
-/// Stretches of memory that are released at the price of a chain: each is two calls of the host's.
-const RELEASES_PER_CHAIN: usize = 16;
 /// Guest memory that a balloon must leave.
 pub const FLOOR_MIB: u32 = 16;
 
@@ -98,8 +95,8 @@ struct Shared {
     stats: Mutex<Option<BalloonStats>>,
     /// `actual` or `stats` changed.
     changed: Notice,
-    /// Bytes released by free page reporting, in pages.
-    reported: AtomicU32,
+    /// Bytes released by free page reporting.
+    reported: AtomicU64,
 }
 
 /// The host's hand on a guest's balloon. Cheap to clone; does not keep the VM alive.
@@ -180,7 +177,8 @@ impl Balloon {
     /// MiB that free page reporting returned to the host so far.
     #[must_use]
     pub fn reported(&self) -> u32 {
-        self.shared.reported.load(Ordering::Relaxed) / PAGES_PER_MIB
+        let mib = self.shared.reported.load(Ordering::Relaxed) / MIB;
+        u32::try_from(mib).unwrap_or(u32::MAX)
     }
 }
 
@@ -193,10 +191,10 @@ impl Shared {
 struct Active {
     ram: GuestRam,
     interrupt: Interrupt,
-    inflate: Queue,
+    inflate: Discards,
     deflate: Queue,
     stats: Option<Queue>,
-    reporting: Option<Queue>,
+    reporting: Option<Discards>,
     /// The statistics buffer that the device holds until it wants new figures.
     stats_held: Option<u16>,
 }
@@ -331,14 +329,19 @@ impl VirtioDevice for BalloonDevice {
         let deflate = next(true).ok_or(Fault::Request("balloon without a deflate queue"))?;
         let stats = next(features & F_STATS_VQ != 0);
         let reporting = next(features & F_REPORTING != 0);
+        // A restored one may be no head at all.
+        let held = self.stats_held.take().filter(|head| {
+            let size = stats.as_ref().map(Queue::size);
+            size.is_some_and(|size| *head < size)
+        });
         self.active = Some(Active {
             ram,
             interrupt,
-            inflate,
+            inflate: Discards::new(inflate),
             deflate,
             stats,
-            reporting,
-            stats_held: self.stats_held.take(),
+            reporting: reporting.map(Discards::new),
+            stats_held: held,
         });
         Ok(())
     }
@@ -348,7 +351,7 @@ impl VirtioDevice for BalloonDevice {
         let Some(active) = &mut self.active else {
             return Ok(Progress::Idle);
         };
-        let mut budget = BUDGET;
+        let mut budget = Budget::of_turn(TURN_BYTES);
         active.serve_stats(&self.shared, &mut budget)?;
         let Active {
             ram,
@@ -358,23 +361,14 @@ impl VirtioDevice for BalloonDevice {
             interrupt,
             ..
         } = active;
-        serve(inflate, ram, interrupt, &mut budget, |chain, budget| {
-            release_pfns(ram, chain, budget).map(|()| 0)
-        })?;
+        inflate.serve(ram, interrupt, &mut budget, Stretches::of_pages)?;
         // Deflated pages come back by being touched.
-        serve(deflate, ram, interrupt, &mut budget, |_, _| Ok(0))?;
+        serve(deflate, ram, interrupt, &mut budget, |_, _| Ok(Some(0)))?;
         if let Some(reporting) = reporting {
-            serve(reporting, ram, interrupt, &mut budget, |chain, budget| {
-                let pages = release_ranges(ram, chain, budget);
-                self.shared.reported.fetch_add(pages, Ordering::Relaxed);
-                Ok(0)
-            })?;
+            let bytes = reporting.serve(ram, interrupt, &mut budget, Stretches::of_ranges)?;
+            self.shared.reported.fetch_add(bytes, Ordering::Relaxed);
         }
-        Ok(if budget == 0 {
-            Progress::More
-        } else {
-            Progress::Idle
-        })
+        Ok(budget.progress())
     }
 
     fn reset(&mut self) {
@@ -388,11 +382,14 @@ impl VirtioDevice for BalloonDevice {
         let Some(active) = &self.active else {
             return Vec::new();
         };
-        let optional = [active.stats.as_ref(), active.reporting.as_ref()];
-        let queues = [&active.inflate, &active.deflate]
-            .into_iter()
-            .chain(optional.into_iter().flatten());
-        queues.map(|queue| Some(QueuePosition::of(queue))).collect()
+        let stats = active.stats.as_ref().map(QueuePosition::of);
+        let reporting = active.reporting.as_ref().map(Discards::position);
+        let always = [
+            active.inflate.position(),
+            QueuePosition::of(&active.deflate),
+        ];
+        let positions = always.into_iter().chain(stats).chain(reporting);
+        positions.map(Some).collect()
     }
 
     fn save(&self) -> DeviceState {
@@ -405,82 +402,25 @@ impl VirtioDevice for BalloonDevice {
     }
 }
 
-/// The inflate queue: arrays of 32-bit page numbers. Runs of neighbours are released together;
-/// numbers outside memory are ignored, as the page is not ours to give.
-fn release_pfns(ram: &GuestRam, chain: Chain<'_>, budget: &mut usize) -> Result<(), Fault> {
-    let mut left = MAX_PFNS;
-    let mut releases = 0;
-    let mut run: Option<(u64, u64)> = None;
-    for descriptor in descriptors(chain).filter(|d| !d.is_write_only()) {
-        let count = (descriptor.len() / 4) as usize;
-        left = left.checked_sub(count).ok_or(Fault::Request(
-            "more page numbers than a balloon chain may carry",
-        ))?;
-        let mut bytes = vec![0u8; count * 4];
-        ram.map().read_slice(&mut bytes, descriptor.addr())?;
-        for pfn in bytes.as_chunks::<4>().0 {
-            let pfn = u64::from(u32::from_le_bytes(*pfn));
-            run = match run {
-                Some((start, len)) if pfn == start + len => Some((start, len + 1)),
-                // Linux hands out pages from high to low.
-                Some((start, len)) if pfn + 1 == start => Some((pfn, len + 1)),
-                Some(done) => {
-                    release(ram, done);
-                    releases += 1;
-                    Some((pfn, 1))
-                }
-                None => Some((pfn, 1)),
-            };
-        }
-    }
-    if let Some(done) = run {
-        release(ram, done);
-    }
-    *budget = budget.saturating_sub(releases / RELEASES_PER_CHAIN);
-    Ok(())
-}
-
-fn release(ram: &GuestRam, (pfn, count): (u64, u64)) {
-    if let Err(error) = ram.discard(pfn * PAGE_SIZE, count * PAGE_SIZE) {
-        tracing::debug!(pfn, count, %error, "balloon pages not released");
-    }
-}
-
-/// Free page reporting: each descriptor is a free range. Returns the pages released.
-fn release_ranges(ram: &GuestRam, chain: Chain<'_>, budget: &mut usize) -> u32 {
-    let mut pages = 0u32;
-    let mut releases = 0;
-    for descriptor in descriptors(chain).filter(|d| d.is_write_only()) {
-        releases += 1;
-        let (addr, len) = (descriptor.addr().0, u64::from(descriptor.len()));
-        match ram.discard(addr, len) {
-            Ok(()) => pages = pages.saturating_add((len / PAGE_SIZE) as u32),
-            Err(error) => tracing::debug!(addr, len, %error, "free pages not released"),
-        }
-    }
-    *budget = budget.saturating_sub(releases / RELEASES_PER_CHAIN);
-    pages
-}
-
 impl Active {
     /// The statistics queue works backwards: the driver offers a filled buffer, the device keeps it
     /// and returns it when it wants fresh figures (section 5.5.6.3).
-    fn serve_stats(&mut self, shared: &Shared, budget: &mut usize) -> Result<(), Fault> {
+    fn serve_stats(&mut self, shared: &Shared, budget: &mut Budget) -> Result<(), Fault> {
         let Some(queue) = &mut self.stats else {
             return Ok(());
         };
         let mem = self.ram.map();
         let mut promised = false;
         loop {
-            while *budget > 0 {
-                let Some(chain) = queue.iter(mem)?.next() else {
+            while !budget.is_spent() {
+                let Some(chain) = take(queue, mem)? else {
                     if promised {
                         return Err(Fault::Gone);
                     }
                     break;
                 };
                 promised = false;
-                *budget -= 1;
+                budget.spend_chain();
                 if self.stats_held.is_some() {
                     return Err(Fault::Request("a second statistics buffer"));
                 }
@@ -491,7 +431,7 @@ impl Active {
                 shared.changed.post();
             }
             // Without this the driver would not kick for its next report (EVENT_IDX).
-            if *budget == 0 || !queue.enable_notification(mem)? {
+            if budget.is_spent() || !queue.enable_notification(mem)? {
                 break;
             }
             promised = true;

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::mmio::register;
+
 /// `InterruptStatus` bit 0: the device used a buffer.
 pub const USED_BUFFER: u32 = 1;
 /// `InterruptStatus` bit 1: the configuration changed.
@@ -85,6 +87,24 @@ impl Interrupt {
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.0.generation.load(Ordering::SeqCst)
+    }
+
+    /// What the register at `offset` reads, if it is one of the line's own.
+    pub(crate) fn read_register(&self, offset: u64) -> Option<u32> {
+        match offset {
+            register::INTERRUPT_STATUS => Some(self.status()),
+            register::CONFIG_GENERATION => Some(self.generation()),
+            _ => None,
+        }
+    }
+
+    /// Takes a write to the register at `offset`; false if it is none of the line's own.
+    pub(crate) fn write_register(&self, offset: u64, value: u32) -> bool {
+        let own = offset == register::INTERRUPT_ACK;
+        if own {
+            self.acknowledge(value);
+        }
+        own
     }
 
     /// The eventfd that KVM turns into an interrupt (irqfd); in tests, what was raised.

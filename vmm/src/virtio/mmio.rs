@@ -326,15 +326,13 @@ impl MmioTransport {
             register::QUEUE_READY => queue
                 .and_then(|i| self.queues.get(i))
                 .map_or(0, |q| u32::from(q.ready)),
-            register::INTERRUPT_STATUS => self.interrupt.status(),
             register::STATUS => self.status,
             // No shared memory regions: length and base read as all ones (section 4.2.2).
             register::SHM_LEN_LOW
             | register::SHM_LEN_HIGH
             | register::SHM_BASE_LOW
             | register::SHM_BASE_HIGH => u32::MAX,
-            register::CONFIG_GENERATION => self.interrupt.generation(),
-            _ => 0,
+            _ => self.interrupt.read_register(offset).unwrap_or(0),
         }
     }
 
@@ -363,7 +361,6 @@ impl MmioTransport {
             register::DRIVER_FEATURES => self.set_driver_features(value),
             register::QUEUE_SEL => self.queue_sel = value,
             register::QUEUE_NOTIFY => self.bell.ring(),
-            register::INTERRUPT_ACK => self.interrupt.acknowledge(value),
             register::STATUS => self.set_status(value),
             register::QUEUE_NUM
             | register::QUEUE_READY
@@ -373,8 +370,10 @@ impl MmioTransport {
             | register::QUEUE_DRIVER_HIGH
             | register::QUEUE_DEVICE_LOW
             | register::QUEUE_DEVICE_HIGH => self.set_queue(offset, value),
-            // Read-only and unknown registers: section 4.2.2 wants writes ignored.
-            _ => {}
+            // Of read-only and unknown registers section 4.2.2 wants writes ignored.
+            _ => {
+                self.interrupt.write_register(offset, value);
+            }
         }
     }
 

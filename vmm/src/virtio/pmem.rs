@@ -14,7 +14,7 @@ use vm_memory::Bytes;
 
 pub use self::image::{GRANULE, PmemError};
 pub(crate) use self::image::{PmemFile, PmemImage, place};
-use super::serve::{Chain, descriptors, serve};
+use super::serve::{Budget, Chain, TURN_CHAINS, descriptors, serve};
 use super::{
     Activation, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress, QueuePosition,
     VirtioDevice,
@@ -26,8 +26,8 @@ pub const MAX_IMAGES: usize = 8;
 /// Device id (virtio 1.2 section 5.19.1).
 const DEVICE_TYPE: u32 = 27;
 const QUEUE_SIZE: u16 = 64;
-/// Requests served per run.
-const BUDGET: usize = 64;
+/// Bytes of a request: its type and its result.
+const REQUEST_BYTES: u64 = 8;
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH (section 5.19.6).
 const FLUSH: u32 = 0;
 /// What a request is answered with (section 5.19.7): success, and failure.
@@ -115,15 +115,12 @@ impl VirtioDevice for PmemDevice {
             interrupt,
             requests,
         } = active;
-        let mut budget = BUDGET;
-        serve(requests, ram, interrupt, &mut budget, |chain, _| {
-            answer(ram, chain)
+        let mut budget = Budget::of_turn(u64::from(TURN_CHAINS) * REQUEST_BYTES);
+        serve(requests, ram, interrupt, &mut budget, |chain, budget| {
+            budget.spend_bytes(REQUEST_BYTES);
+            answer(ram, chain).map(Some)
         })?;
-        Ok(if budget == 0 {
-            Progress::More
-        } else {
-            Progress::Idle
-        })
+        Ok(budget.progress())
     }
 
     fn reset(&mut self) {

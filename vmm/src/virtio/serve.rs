@@ -1,10 +1,10 @@
-//! Serving a queue in bounded turns, for devices whose requests are answered at once.
+//! Taking chains off a queue, and serving a queue in bounded turns.
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 
-use super::{Fault, Interrupt};
+use super::{Fault, Interrupt, Progress};
 use crate::memory::GuestRam;
 
 /// A request of the driver's.
@@ -14,42 +14,129 @@ pub(super) type Chain<'a> = DescriptorChain<&'a GuestMemoryMmap>;
 /// tables, which no device offers but a guest can make, are held to it as well.
 const MAX_DESCRIPTORS: usize = 128;
 
+/// Most chains that a device takes in one turn, over all its queues.
+pub(super) const TURN_CHAINS: u32 = 64;
+
+/// What a device may still do in this turn of its event thread.
+#[derive(Debug)]
+pub(super) struct Budget {
+    chains: u32,
+    bytes: u64,
+}
+
+impl Budget {
+    /// A turn's chains, and at most `bytes` bytes of work in them.
+    pub(super) fn of_turn(bytes: u64) -> Self {
+        Self {
+            chains: TURN_CHAINS,
+            bytes,
+        }
+    }
+
+    /// Splits half of what is left off, for one of two directions that both need their part.
+    pub(super) fn half(&mut self) -> Self {
+        let half = Self {
+            chains: self.chains / 2,
+            bytes: self.bytes / 2,
+        };
+        self.chains -= half.chains;
+        self.bytes -= half.bytes;
+        half
+    }
+
+    /// Takes back what was split off and not spent.
+    pub(super) fn give_back(&mut self, rest: Self) {
+        self.chains += rest.chains;
+        self.bytes += rest.bytes;
+    }
+
+    pub(super) fn is_spent(&self) -> bool {
+        self.chains == 0 || self.bytes == 0
+    }
+
+    /// Bytes that are left.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A chain was taken.
+    pub(super) fn spend_chain(&mut self) {
+        self.chains = self.chains.saturating_sub(1);
+    }
+
+    pub(super) fn spend_bytes(&mut self, bytes: u64) {
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+
+    /// Whether there may be more to do than the turn allowed.
+    pub(super) fn progress(&self) -> Progress {
+        if self.is_spent() {
+            Progress::More
+        } else {
+            Progress::Idle
+        }
+    }
+}
+
+/// Takes the next chain that is available. Every device takes its chains here: the queue's own code
+/// writes a line to the log, at error level, for each head outside its table, and a guest could
+/// fill the log with them.
+///
+/// # Errors
+/// A [`Fault`] when the ring's index, or the chain's head, cannot be.
+pub(super) fn take<'a>(
+    queue: &mut Queue,
+    mem: &'a GuestMemoryMmap,
+) -> Result<Option<Chain<'a>>, Fault> {
+    let chain = queue.iter(mem)?.next();
+    match chain {
+        Some(chain) if chain.head_index() >= queue.size() => {
+            Err(virtio_queue::Error::InvalidDescriptorIndex.into())
+        }
+        chain => Ok(chain),
+    }
+}
+
 /// The descriptors of a request, in order.
 pub(super) fn descriptors(chain: Chain<'_>) -> impl Iterator<Item = Descriptor> {
     chain.take(MAX_DESCRIPTORS)
 }
 
-/// Serves chains of one queue until it is empty or the budget is gone. Each chain costs one; `handle`
-/// says how many bytes it wrote into it, and spends more of the budget on one that is much work.
+/// Serves chains of one queue until it is empty or the budget is gone. `handle` says how many bytes it
+/// wrote into the chain, or `None` if the budget was gone before the chain was done: the chain then stays
+/// the queue's next, and `handle` gets it again in the next turn.
 /// Notifications stay off while serving; the last look after switching them on again closes the race
 /// with the driver.
 pub(super) fn serve(
     queue: &mut Queue,
     ram: &GuestRam,
     interrupt: &Interrupt,
-    budget: &mut usize,
-    mut handle: impl FnMut(Chain<'_>, &mut usize) -> Result<u32, Fault>,
+    budget: &mut Budget,
+    mut handle: impl FnMut(Chain<'_>, &mut Budget) -> Result<Option<u32>, Fault>,
 ) -> Result<(), Fault> {
     let mem = ram.map();
     let mut used = false;
     let mut promised = false;
-    loop {
+    'turn: loop {
         queue.disable_notification(mem)?;
-        while *budget > 0 {
-            let Some(chain) = queue.iter(mem)?.next() else {
+        while !budget.is_spent() {
+            let Some(chain) = take(queue, mem)? else {
                 if promised {
                     return Err(Fault::Gone);
                 }
                 break;
             };
             promised = false;
-            *budget -= 1;
+            budget.spend_chain();
             let head = chain.head_index();
-            let written = handle(chain, budget)?;
+            let Some(written) = handle(chain, budget)? else {
+                queue.go_to_previous_position();
+                break 'turn;
+            };
             queue.add_used(mem, head, written)?;
             used = true;
         }
-        if *budget == 0 || !queue.enable_notification(mem)? {
+        if budget.is_spent() || !queue.enable_notification(mem)? {
             break;
         }
         promised = true;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::discards::MAX_PFNS;
 use super::*;
 use crate::virtio::vsock::testing::Ring;
 
@@ -349,4 +350,59 @@ async fn a_restored_balloon_goes_on_where_it_was() {
         "the held buffer survived"
     );
     asked.abort();
+}
+
+/// A snapshot between two turns of one chain: the clone does what is left, and gives the chain back once.
+#[test]
+fn a_chain_that_is_half_done_at_a_snapshot_is_done_once_in_each_of_the_two() {
+    const PAGES: u64 = 40 * MIB / PAGE_SIZE;
+    const FIRST: u64 = 16 * MIB / PAGE_SIZE;
+    let mut driver = Driver::new();
+    for page in (FIRST..FIRST + PAGES).step_by(256) {
+        driver.dirty(page);
+    }
+    driver.give_at(
+        REPORTING,
+        FIRST * PAGE_SIZE,
+        (PAGES * PAGE_SIZE) as u32,
+        WRITE,
+    );
+    let left = |driver: &Driver| {
+        let pages = (FIRST..FIRST + PAGES).step_by(256);
+        pages
+            .filter(|page| driver.byte(page * PAGE_SIZE) != 0)
+            .count()
+    };
+    assert_eq!(driver.device.run().unwrap(), Progress::More);
+    assert_eq!(left(&driver), 24);
+    assert_eq!(driver.rings[REPORTING].pop(&driver.ram), None);
+    let DeviceState::Balloon(state) = driver.device.save() else {
+        panic!("another device")
+    };
+    let positions = driver.device.positions();
+    // The guest itself goes on.
+    let mut clone = Driver::new();
+    let mut memory = vec![0; RAM as usize];
+    let start = vm_memory::GuestAddress(0);
+    driver.ram.map().read_slice(&mut memory, start).unwrap();
+    clone.ram.map().write_slice(&memory, start).unwrap();
+    clone.rings = driver.rings.clone();
+    let (device, balloon) = BalloonDevice::restore(&state, 64, Bell::new().unwrap());
+    (clone.device, clone.balloon) = (device, balloon);
+    let queues = clone.rings.iter().zip(&positions);
+    let queues = queues.map(|(ring, at)| at.map(|p| ring.queue((p.next_avail, p.next_used))));
+    let activation = Activation {
+        ram: clone.ram.clone(),
+        queues: queues.collect(),
+        features: F_VERSION_1 | F_EVENT_IDX | F_STATS_VQ | F_DEFLATE_ON_OOM | F_REPORTING,
+        interrupt: clone.interrupt.clone(),
+    };
+    clone.device.activate(activation).unwrap();
+    for driver in [&mut driver, &mut clone] {
+        while driver.device.run().unwrap() == Progress::More {}
+        assert_eq!(left(driver), 0);
+        assert_eq!(driver.rings[REPORTING].pop(&driver.ram), Some((0, 0)));
+        assert_eq!(driver.rings[REPORTING].pop(&driver.ram), None);
+        assert_eq!(driver.balloon.reported(), 40);
+    }
 }

@@ -107,28 +107,63 @@ fn page_numbers_that_are_not_the_guests_are_ignored() {
     attacker.assert_unaffected("page numbers outside memory");
 }
 
-/// Each page by itself is two calls of the host's: a chain full of them costs its driver more of its turn
-/// than one that is a single stretch.
+/// Each page by itself is two calls of the host's: a turn takes no more than 256 of them, however few
+/// bytes they are, and no more than 16 MiB.
 #[test]
 fn scattered_pages_cost_their_driver_its_turn() {
-    // All in one turn; two chains in each, and a last look.
-    for (stride, turns) in [(1, 1), (2, 5)] {
+    for (stride, each, stretches) in [(1, 512, 1), (2, 384, 384)] {
         let (mut attacker, _) = Attacker::balloon();
         attacker.up(F_VERSION_1, 2);
-        let pages = (0..512u32).map(|n| 0x100 + n * stride);
+        let pages = (0..each).map(|n| 0x100 + n * stride);
         let bytes: Vec<u8> = pages.flat_map(u32::to_le_bytes).collect();
         // The last pages: not among those that are given up.
         let at = RAM - PAGE;
         attacker.write(at, &bytes);
+        let len = u32::try_from(bytes.len()).unwrap();
         for index in 0..SIZE {
-            attacker.descriptor(0, index, (at, 2048), 0, 0);
+            attacker.descriptor(0, index, (at, len), 0, 0);
             attacker.write(parts(0)[1] + 4 + 2 * u64::from(index), &index.to_le_bytes());
         }
         attacker.write(parts(0)[1] + 2, &SIZE.to_le_bytes());
-        let runs = attacker.run();
-        assert_eq!((attacker.used(0), runs), (SIZE, turns), "stride {stride}");
+        // 16 MiB in 8 stretches are one turn, 3072 stretches are 12; and a last look.
+        let turns = usize::from(SIZE) * stretches / 256 + usize::from(stretches == 1) + 1;
+        assert_eq!(attacker.run(), turns, "stride {stride}");
+        assert_eq!(attacker.used(0), SIZE, "stride {stride}");
         attacker.assert_unaffected("scattered pages");
     }
+}
+
+/// One descriptor covers 2 GiB: the event thread would have been gone for half a second.
+#[test]
+fn a_report_of_gigabytes_leaves_the_host_in_turns_of_16_mib() {
+    const START: u64 = 64 * MIB;
+    const REPORT: u64 = 2 << 30;
+    let bell = Bell::new().unwrap();
+    let device = Kind::Balloon.device(&bell);
+    let mut attacker = Attacker::in_memory(Kind::Balloon, device, bell, 3 << 30);
+    attacker.up(F_VERSION_1 | F_REPORTING, 3);
+    // One page in each MiB, and one on either side.
+    let marks: Vec<u64> = (START..START + REPORT).step_by(MIB as usize).collect();
+    for mark in &marks {
+        attacker.write(*mark, &[0x77; 4]);
+    }
+    let around = [START - PAGE, START + REPORT];
+    for mark in around {
+        attacker.write(mark, &[0x77; 4]);
+    }
+    let len = u32::try_from(REPORT).unwrap();
+    attacker.descriptor(2, 0, (START, len), WRITE, 0);
+    attacker.offer(2, 0);
+    for turn in 1..=128 {
+        assert_eq!(attacker.used(2), 0, "not before all of it is gone");
+        assert_eq!(attacker.transport.run(), Progress::More);
+        let gone = marks.iter().filter(|mark| attacker.word(**mark) == 0);
+        assert_eq!(gone.count(), 16 * turn, "after {turn} turns");
+    }
+    assert_eq!(attacker.used(2), 1);
+    assert_eq!(attacker.transport.run(), Progress::Idle);
+    assert!(around.iter().all(|mark| attacker.word(*mark) == 0x7777));
+    attacker.assert_unaffected("a report of gigabytes");
 }
 
 #[test]

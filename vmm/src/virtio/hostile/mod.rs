@@ -5,6 +5,8 @@
 //! Each attack says which branch must catch it (the words of the [`Fault`]) and what becomes of the
 //! device, and ends with an honest exchange after a reset: nothing that a driver did may outlive it.
 
+mod fairness;
+mod log;
 mod memory;
 mod requests;
 mod rings;
@@ -21,6 +23,7 @@ use super::mmio::{MmioTransport, register, status};
 use super::pmem::{GRANULE, PmemDevice, PmemImage};
 use super::vsock::VsockDevice;
 use super::{Bell, F_EVENT_IDX, F_VERSION_1, Interrupt, Progress, VirtioDevice};
+use crate::board::SharedTransport;
 use crate::memory::{GAP_END, GuestRam, MIB};
 
 const RAM: u64 = 4 * MIB;
@@ -43,13 +46,15 @@ fn parts(index: u32) -> [u64; 3] {
     [base, base + 0x4000, base + 0x8000]
 }
 
-/// A device with its registers, and guest memory.
+/// A device with its registers, and guest memory. Nothing that it does writes a line to the log at a level
+/// that programs show.
 struct Attacker {
     transport: MmioTransport,
     ram: GuestRam,
     kind: Kind,
     /// Queues that the device cannot do without.
     queues: u32,
+    _log: log::Quiet,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +86,11 @@ impl Attacker {
     }
 
     fn with(kind: Kind, device: Box<dyn VirtioDevice>, bell: Bell) -> Self {
-        let ram = GuestRam::new(RAM).unwrap();
+        Self::in_memory(kind, device, bell, RAM)
+    }
+
+    fn in_memory(kind: Kind, device: Box<dyn VirtioDevice>, bell: Bell, bytes: u64) -> Self {
+        let ram = GuestRam::new(bytes).unwrap();
         let interrupt = Interrupt::new().unwrap();
         Self {
             transport: MmioTransport::new(device, ram.clone(), bell, interrupt),
@@ -92,6 +101,7 @@ impl Attacker {
                 Kind::Balloon => 2,
                 Kind::Pmem => 1,
             },
+            _log: log::Quiet::watch(),
         }
     }
 
@@ -118,6 +128,12 @@ impl Attacker {
         self.ram = GuestRam::new(bytes).unwrap();
         let interrupt = Interrupt::new().unwrap();
         self.transport = MmioTransport::new(device, self.ram.clone(), bell, interrupt);
+    }
+
+    /// The device as its VM has it, and the guest's memory.
+    fn shared(self) -> (SharedTransport, GuestRam) {
+        let ram = self.ram.clone();
+        (SharedTransport::new(self.transport), ram)
     }
 
     fn set(&mut self, offset: u64, value: u32) {

@@ -28,6 +28,7 @@ use super::hub::Hub;
 use super::lock;
 use super::open::{Answer, Open, Owed, Verdict};
 use super::packet::{Header, MAX_PAYLOAD, Op, Shut};
+use super::places::Place;
 use super::state::{CreditState, Fate};
 use crate::wake::{self, Awaited};
 
@@ -98,6 +99,8 @@ pub(super) struct Machine {
     reader: Option<Waker>,
     /// Also who waits for the connection to be established.
     writer: Option<Waker>,
+    /// Who waits for the guest to take no more.
+    refused: Option<Waker>,
     /// In the queue of those whose waiters are woken.
     posted: bool,
     /// In the muxer's queue of turns, or on the way there.
@@ -106,6 +109,9 @@ pub(super) struct Machine {
     pub(super) durable: bool,
     /// When a dropped connection that makes no progress ends.
     pub(super) deadline: Option<Instant>,
+    /// Kept until it is over and the host's end is gone.
+    pub(super) place: Option<Place>,
+    host_gone: bool,
 }
 
 impl Machine {
@@ -115,10 +121,13 @@ impl Machine {
             window,
             reader: None,
             writer: None,
+            refused: None,
             posted: false,
             scheduled: false,
             durable: false,
             deadline: None,
+            place: None,
+            host_gone: false,
         }
     }
 
@@ -142,6 +151,7 @@ impl Machine {
     /// A connection that did not survive a restore: the guest is owed a reset.
     pub(super) fn lost() -> Self {
         let mut machine = Self::connecting(0);
+        machine.host_gone = true;
         machine.end(End::Dropped, true);
         machine
     }
@@ -370,6 +380,23 @@ impl Machine {
         }
     }
 
+    /// Whether nothing that the host side writes can reach the guest any more.
+    fn is_refused(&self) -> bool {
+        match &self.state {
+            State::Connecting { .. } => false,
+            State::Open(open) => open.guest.receive,
+            State::Closing { .. } | State::Ended { .. } => true,
+        }
+    }
+
+    /// Resolves once the guest takes no more.
+    pub(super) fn poll_refused(&self) -> Poll<()> {
+        match self.is_refused() {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
+    }
+
     /// The host side takes the connection that the guest asked for.
     pub(super) fn accept(&mut self) {
         if let State::Open(open) = &mut self.state
@@ -386,9 +413,27 @@ impl Machine {
         }
     }
 
+    /// The host side takes no more.
+    pub(super) fn shut_receive(&mut self) {
+        match &mut self.state {
+            State::Open(open) => {
+                // A guest that sends no more has nothing to learn from it.
+                open.host.receive |= !open.guest.send;
+                let unread = open.rx.clear();
+                open.inbound.consume(unread);
+            }
+            State::Ended { unread, .. } => {
+                unread.clear();
+            }
+            State::Connecting { .. } | State::Closing { .. } => {}
+        }
+    }
+
     /// The host side is gone; what it wrote before is still delivered, if the guest takes it. Returns
     /// whether the muxer has to know: not when the connection was over before.
     pub(super) fn hang_up(&mut self, now: Instant) -> bool {
+        self.host_gone = true;
+        self.shut_receive();
         match &mut self.state {
             State::Connecting { sent } => {
                 let reset_owed = *sent;
@@ -397,15 +442,10 @@ impl Machine {
             State::Open(open) if open.answer == Answer::Undecided => self.end(End::Dropped, true),
             State::Open(open) => {
                 open.host = Shut::BOTH;
-                let unread = open.rx.clear();
-                open.inbound.consume(unread);
                 self.deadline = Some(now + CLOSE_TIMEOUT);
             }
             State::Closing { .. } => {}
-            State::Ended { unread, .. } => {
-                unread.clear();
-                return false;
-            }
+            State::Ended { .. } => return false,
         }
         true
     }
@@ -439,11 +479,20 @@ impl Machine {
 
     /// Whether somebody waited for the state as it is now.
     fn wakes(&self) -> bool {
-        (self.reader.is_some() && self.readable()) || (self.writer.is_some() && self.writable())
+        (self.reader.is_some() && self.readable())
+            || (self.writer.is_some() && self.writable())
+            || (self.refused.is_some() && self.is_refused())
+    }
+
+    /// Frees its place among the device's connections once neither side has anything of it.
+    fn leave_place(&mut self) {
+        if self.is_over() && self.host_gone {
+            self.place = None;
+        }
     }
 
     /// Takes who waited for the state as it is now.
-    fn woken(&mut self) -> [Option<Waker>; 2] {
+    fn woken(&mut self) -> [Option<Waker>; 3] {
         let reader = if self.readable() {
             self.reader.take()
         } else {
@@ -454,7 +503,12 @@ impl Machine {
         } else {
             None
         };
-        [reader, writer]
+        let refused = if self.is_refused() {
+            self.refused.take()
+        } else {
+            None
+        };
+        [reader, writer, refused]
     }
 }
 
@@ -464,6 +518,8 @@ pub(super) enum Side {
     Reader,
     /// Also for the connection to be established.
     Writer,
+    /// For the guest to take no more.
+    Refused,
 }
 
 /// Moves what fits from `buffer` to `into`.
@@ -509,6 +565,7 @@ impl Conn {
     pub(super) fn change<R>(self: &Arc<Self>, by: impl FnOnce(&mut Machine) -> R) -> (R, bool) {
         let mut machine = lock(&self.machine);
         let result = by(&mut machine);
+        machine.leave_place();
         let wakes = machine.wakes() && !machine.posted;
         machine.posted |= wakes;
         let needs_turn = machine.needs_turn();
@@ -524,6 +581,7 @@ impl Conn {
     pub(super) fn change_from_host<R>(self: &Arc<Self>, by: impl FnOnce(&mut Machine) -> R) -> R {
         let mut machine = lock(&self.machine);
         let result = by(&mut machine);
+        machine.leave_place();
         let woken = machine.woken();
         let needs_turn = machine.needs_turn();
         drop(machine);
@@ -549,6 +607,7 @@ impl Conn {
                 let slot = match side {
                     Side::Reader => &mut machine.reader,
                     Side::Writer => &mut machine.writer,
+                    Side::Refused => &mut machine.refused,
                 };
                 let known = |slot: &Option<Waker>| {
                     slot.as_ref()

@@ -5,16 +5,17 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use parking_lot::MutexGuard;
+use virtio_queue::{Queue, QueueT};
 
 use super::chain::Chain;
 use super::host::VsockHost;
 use super::hub::Hub;
-use super::lock;
 use super::muxer::Muxer;
 use super::packet::{HEADER_BYTES, Header, MAX_PAYLOAD};
 use super::state::VsockState;
 use crate::memory::GuestRam;
+use crate::virtio::serve::{Budget, take};
 use crate::virtio::{
     Activation, Bell, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
     QueuePosition, VirtioDevice,
@@ -26,9 +27,8 @@ const DEVICE_TYPE: u32 = 19;
 /// connection's window, and a guest that never uses vsock loses no more than that. It keeps 8 event
 /// buffers.
 const QUEUE_SIZES: [u16; 3] = [64, 128, 8];
-/// Most packets in each direction, and most bytes together, in one run.
-const RUN_PACKETS: u32 = 256;
-const RUN_BYTES: u32 = 1 << 20;
+/// Most bytes of payload in one turn, both directions together.
+const TURN_BYTES: u64 = 1 << 20;
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, the only event there is.
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
@@ -66,23 +66,6 @@ struct Active {
     interrupt: Interrupt,
 }
 
-/// What a run may still do.
-struct Budget {
-    packets: u32,
-    bytes: u32,
-}
-
-impl Budget {
-    fn is_spent(&self) -> bool {
-        self.packets == 0 || self.bytes == 0
-    }
-
-    fn spend(&mut self, bytes: u32) {
-        self.packets = self.packets.saturating_sub(1);
-        self.bytes = self.bytes.saturating_sub(bytes);
-    }
-}
-
 impl VsockDevice {
     /// A device for a guest with context id `guest_cid` (3 to 2^32 - 2) that is woken by `bell`, and
     /// the host's handle on it.
@@ -100,7 +83,7 @@ impl VsockDevice {
     #[must_use]
     pub fn save(&self) -> VsockState {
         let owed = self.transport_reset != TransportReset::Done;
-        lock(&self.hub.muxer).save(owed)
+        self.hub.muxer.lock().save(owed)
     }
 
     /// A device that continues from `state` once it is activated with the queues that were saved
@@ -124,7 +107,7 @@ impl VsockDevice {
     /// Connections of this device, those that are closing included.
     #[must_use]
     pub fn connections(&self) -> usize {
-        lock(&self.hub.muxer).connections()
+        self.hub.muxer.lock().connections()
     }
 
     fn with(
@@ -179,7 +162,7 @@ impl VirtioDevice for VsockDevice {
             events,
             interrupt: activation.interrupt,
         });
-        let mut muxer = lock(&self.hub.muxer);
+        let mut muxer = self.hub.muxer.lock();
         muxer.take_in(self.hub.take_inbox());
         muxer.activate();
         drop(muxer);
@@ -193,13 +176,13 @@ impl VirtioDevice for VsockDevice {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        lock(&self.hub.muxer).deadline()
+        self.hub.muxer.lock().deadline()
     }
 
     fn reset(&mut self) {
         self.active = None;
         self.transport_reset = TransportReset::Done;
-        let mut muxer = lock(&self.hub.muxer);
+        let mut muxer = self.hub.muxer.lock();
         muxer.take_in(self.hub.take_inbox());
         muxer.deactivate();
     }
@@ -229,20 +212,26 @@ impl VsockDevice {
     }
 
     fn serve(&mut self, now: Instant) -> Result<Progress, Fault> {
-        let mut muxer = lock(&self.hub.muxer);
+        let mut muxer = self.hub.muxer.lock();
         muxer.take_in(self.hub.take_inbox());
         muxer.expire(now);
         let Some(active) = &mut self.active else {
             return Ok(Progress::Idle);
         };
-        self.transport_reset = active.reset_transport(self.transport_reset)?;
-        // TX first: what it frees or asks for goes out in the same run.
-        let received = active.receive(&mut muxer)?;
+        let mut budget = Budget::of_turn(TURN_BYTES);
+        self.transport_reset = active.reset_transport(self.transport_reset, &mut budget)?;
+        // TX first: what it frees or asks for goes out in the same turn, of which RX has its part
+        // whatever the guest sends.
+        let mut part = budget.half();
+        let received = active.receive(&mut muxer, &mut part)?;
+        budget.give_back(part);
         let sent = if self.transport_reset == TransportReset::Done {
-            active.send(&mut muxer)?
+            active.send(&mut muxer, &mut budget)?
         } else {
             Progress::Idle
         };
+        // A guest that never rests must not keep the host's calls waiting.
+        MutexGuard::unlock_fair(muxer);
         let again = received == Progress::More || sent == Progress::More;
         Ok(if again {
             Progress::More
@@ -260,24 +249,21 @@ impl Drop for VsockDevice {
 
 impl Active {
     /// Takes the guest's packets from the TX queue, as long as their answers have a place.
-    fn receive(&mut self, muxer: &mut Muxer) -> Result<Progress, Fault> {
+    fn receive(&mut self, muxer: &mut Muxer, budget: &mut Budget) -> Result<Progress, Fault> {
         let ram = self.ram.map();
-        let mut budget = Budget {
-            packets: RUN_PACKETS,
-            bytes: RUN_BYTES,
-        };
         let mut used = false;
         let mut promised = false;
         let progress = loop {
             self.tx.disable_notification(ram)?;
             while !budget.is_spent() && muxer.can_receive() {
-                let Some(chain) = self.tx.iter(ram)?.next() else {
+                let Some(chain) = take(&mut self.tx, ram)? else {
                     if promised {
                         return Err(Fault::Gone);
                     }
                     break;
                 };
                 promised = false;
+                budget.spend_chain();
                 let head = chain.head_index();
                 let mut packet = Chain::readable(ram, chain)?;
                 let mut wire = [0; HEADER_BYTES];
@@ -289,7 +275,7 @@ impl Active {
                 muxer
                     .receive(&header, available, &mut packet)
                     .map_err(|_| Fault::Request("TX packet cannot be read"))?;
-                budget.spend(header.len.min(MAX_PAYLOAD));
+                budget.spend_bytes(u64::from(header.len.min(MAX_PAYLOAD)));
                 self.tx.add_used(ram, head, 0)?;
                 used = true;
             }
@@ -313,12 +299,8 @@ impl Active {
 
     /// Fills the guest's RX buffers, as long as there are buffers and packets for them. The guest is
     /// asked to kick only when there is a packet without a buffer.
-    fn send(&mut self, muxer: &mut Muxer) -> Result<Progress, Fault> {
+    fn send(&mut self, muxer: &mut Muxer, budget: &mut Budget) -> Result<Progress, Fault> {
         let ram = self.ram.map();
-        let mut budget = Budget {
-            packets: RUN_PACKETS,
-            bytes: RUN_BYTES,
-        };
         let mut used = false;
         let mut promised = false;
         let stalled = !muxer.can_receive();
@@ -330,7 +312,7 @@ impl Active {
             if budget.is_spent() {
                 break Progress::More;
             }
-            let Some(chain) = self.rx.iter(ram)?.next() else {
+            let Some(chain) = take(&mut self.rx, ram)? else {
                 if promised {
                     return Err(Fault::Gone);
                 }
@@ -342,6 +324,7 @@ impl Active {
                 break Progress::Idle;
             };
             promised = false;
+            budget.spend_chain();
             let head = chain.head_index();
             let mut buffer = Chain::writable(ram, chain)?;
             let room = buffer
@@ -353,7 +336,7 @@ impl Active {
             let sent = muxer
                 .send(room, &mut buffer)
                 .map_err(|_| Fault::Request("RX buffer cannot be written"))?;
-            budget.spend(sent);
+            budget.spend_bytes(u64::from(sent));
             self.rx.add_used(ram, head, buffer.moved())?;
             used = true;
         };
@@ -368,10 +351,15 @@ impl Active {
     }
 
     /// Brings the transport's reset as far as it gets.
-    fn reset_transport(&mut self, mut at: TransportReset) -> Result<TransportReset, Fault> {
+    fn reset_transport(
+        &mut self,
+        mut at: TransportReset,
+        budget: &mut Budget,
+    ) -> Result<TransportReset, Fault> {
         if at == TransportReset::Owed {
             // Before the guest can have acted on it.
             let available = self.events.avail_idx(self.ram.map(), Ordering::Acquire)?.0;
+            budget.spend_chain();
             if self.send_event(TRANSPORT_RESET)? {
                 at = TransportReset::Sent { available };
             }
@@ -393,10 +381,10 @@ impl Active {
     /// Puts an event into the guest's event queue; false if it has no buffer there.
     fn send_event(&mut self, event: [u8; 4]) -> Result<bool, Fault> {
         let ram = self.ram.map();
-        let mut chain = self.events.iter(ram)?.next();
+        let mut chain = take(&mut self.events, ram)?;
         if chain.is_none() && self.events.enable_notification(ram)? {
             // One came meanwhile.
-            chain = Some(self.events.iter(ram)?.next().ok_or(Fault::Gone)?);
+            chain = Some(take(&mut self.events, ram)?.ok_or(Fault::Gone)?);
         }
         let Some(chain) = chain else {
             return Ok(false);

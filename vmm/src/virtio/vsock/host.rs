@@ -9,7 +9,6 @@ use tokio::time::Instant;
 use super::conn::{End, Key};
 use super::hub::Hub;
 use super::listener::{VsockAnyListener, VsockListener};
-use super::lock;
 use super::muxer::{BACKLOG, MAX_CONNECTIONS, MAX_LISTENERS};
 use super::stream::VsockStream;
 
@@ -97,7 +96,7 @@ impl VsockHost {
     ) -> Result<VsockStream, ConnectError> {
         let stream = {
             let hub = self.hub.upgrade().ok_or(ConnectError::VmEnded)?;
-            let stream = lock(&hub.muxer).connect(guest_port)?;
+            let stream = hub.muxer.lock().connect(guest_port)?;
             hub.ring();
             stream
         };
@@ -145,7 +144,7 @@ impl VsockHost {
     pub fn listen(&self, port: u32) -> Result<VsockListener, ListenError> {
         const { assert!(BACKLOG == 128) };
         let hub = self.hub.upgrade().ok_or(ListenError::VmEnded)?;
-        let backlog = lock(&hub.muxer).listen(port)?;
+        let backlog = hub.muxer.lock().listen(port)?;
         Ok(VsockListener::new(port, backlog, Weak::clone(&self.hub)))
     }
 
@@ -156,7 +155,7 @@ impl VsockHost {
     /// See [`ListenError`].
     pub fn listen_any(&self) -> Result<VsockAnyListener, ListenError> {
         let hub = self.hub.upgrade().ok_or(ListenError::VmEnded)?;
-        let backlog = lock(&hub.muxer).listen_any()?;
+        let backlog = hub.muxer.lock().listen_any()?;
         Ok(VsockAnyListener::new(backlog, Weak::clone(&self.hub)))
     }
 
@@ -165,7 +164,7 @@ impl VsockHost {
     #[must_use]
     pub fn reattach(&self, guest_port: u32, host_port: u32) -> Option<VsockStream> {
         let hub = self.hub.upgrade()?;
-        lock(&hub.muxer).reattach(Key {
+        hub.muxer.lock().reattach(Key {
             host: host_port,
             guest: guest_port,
         })
@@ -175,7 +174,7 @@ impl VsockHost {
     #[must_use]
     pub fn reattach_all(&self) -> Vec<VsockStream> {
         let hub = self.hub.upgrade();
-        hub.map_or_else(Vec::new, |hub| lock(&hub.muxer).reattach_all())
+        hub.map_or_else(Vec::new, |hub| hub.muxer.lock().reattach_all())
     }
 
     /// The VM has ended: streams fail with [`ConnectionAborted`](std::io::ErrorKind) after what the

@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
+use parking_lot::Mutex as FairMutex;
+
 use super::conn::Conn;
 use super::lock;
 use super::muxer::Muxer;
@@ -13,7 +15,8 @@ use crate::virtio::Bell;
 #[derive(Debug)]
 pub(super) struct Hub {
     bell: Bell,
-    pub(super) muxer: Mutex<Muxer>,
+    /// Handed to whoever waits after each turn of the device (see [`FairMutex`]).
+    pub(super) muxer: FairMutex<Muxer>,
     inbox: Mutex<Inbox>,
 }
 
@@ -30,7 +33,7 @@ impl Hub {
     pub(super) fn new(bell: Bell, muxer: Muxer) -> Self {
         Self {
             bell,
-            muxer: Mutex::new(muxer),
+            muxer: FairMutex::new(muxer),
             inbox: Mutex::default(),
         }
     }
@@ -57,7 +60,7 @@ impl Hub {
 
     /// The VM has ended: every stream gets an error, every pending connect and accept fails.
     pub(super) fn close(&self) {
-        lock(&self.muxer).close();
+        self.muxer.lock().close();
         drop(self.take_inbox());
     }
 }

@@ -83,7 +83,7 @@ impl VsockListener {
 impl Drop for VsockListener {
     fn drop(&mut self) {
         if let Some(hub) = self.hub.upgrade() {
-            lock(&hub.muxer).unlisten(self.port);
+            hub.muxer.lock().unlisten(self.port);
         }
     }
 }
@@ -113,7 +113,7 @@ impl VsockAnyListener {
 impl Drop for VsockAnyListener {
     fn drop(&mut self) {
         if let Some(hub) = self.hub.upgrade() {
-            lock(&hub.muxer).unlisten_any();
+            hub.muxer.lock().unlisten_any();
         }
     }
 }

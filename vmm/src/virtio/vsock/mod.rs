@@ -9,7 +9,8 @@
 //! tasks touch only their connection's buffers and ring the device's bell when it has to act; all
 //! queue work is done by [`VsockDevice::run`](super::VirtioDevice::run), a bounded amount at a time.
 //!
-//! Bounds: at most [`MAX_CONNECTIONS`] connections. The first [`WIDE_CONNECTIONS`] that are alive
+//! Bounds: at most [`MAX_CONNECTIONS`] connections, those that the guest has reset and whose host's end
+//! is still held included. The first [`WIDE_CONNECTIONS`] of them
 //! may buffer [`WIDE_WINDOW`] bytes in each direction, the others [`NARROW_WINDOW`]: a hostile guest
 //! can make its host hold 184 MiB, if the host program accepts that many connections and reads none.
 //! Buffers take memory only while they hold bytes.
@@ -28,6 +29,7 @@ mod listener;
 mod muxer;
 mod open;
 pub mod packet;
+mod places;
 mod state;
 mod stream;
 #[cfg(any(test, feature = "testing"))]
@@ -36,6 +38,7 @@ pub mod testing;
 #[cfg(test)]
 mod tests;
 pub mod unix;
+mod unix_end;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

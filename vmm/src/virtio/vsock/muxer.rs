@@ -12,10 +12,11 @@ use super::hub::{Hub, Inbox};
 use super::listener::Backlog;
 use super::open::Answer;
 use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
+use super::places::Places;
 use super::state::{ConnState, Fate, RawVsockState, VsockState};
 use super::stream::VsockStream;
 
-/// Most connections of one device, in every state together.
+/// Most connections of one device, in every state together, until both ends have let go of them.
 pub const MAX_CONNECTIONS: usize = 4096;
 /// Most ports of one device that the host listens on.
 pub const MAX_LISTENERS: usize = 1024;
@@ -54,7 +55,7 @@ pub(super) struct Muxer {
     /// Dropped connections in the order in which they time out.
     closing: VecDeque<(Instant, Arc<Conn>)>,
     next_port: u32,
-    wide: usize,
+    places: Places,
     /// Restored connections that nobody has taken up again yet.
     detached: HashMap<Key, VsockStream>,
 }
@@ -73,7 +74,7 @@ impl Muxer {
             refusals: VecDeque::new(),
             closing: VecDeque::new(),
             next_port: HOST_PORTS.start,
-            wide: 0,
+            places: Places::default(),
             detached: HashMap::new(),
         }
     }
@@ -137,7 +138,7 @@ impl Muxer {
         if self.closed {
             return Err(ConnectError::VmEnded);
         }
-        if self.conns.len() >= MAX_CONNECTIONS {
+        if self.places.are_taken() {
             return Err(ConnectError::TooMany);
         }
         let host = self.free_port(guest_port).ok_or(ConnectError::TooMany)?;
@@ -145,7 +146,7 @@ impl Muxer {
             host,
             guest: guest_port,
         };
-        let machine = Machine::connecting(self.next_window());
+        let machine = Machine::connecting(self.places.next_window());
         let conn = self.insert(key, machine);
         self.changed(&conn, |_| ());
         Ok(VsockStream::new(conn))
@@ -215,16 +216,8 @@ impl Muxer {
         self.conns.len()
     }
 
-    fn next_window(&self) -> u32 {
-        if self.wide < WIDE_CONNECTIONS {
-            WIDE_WINDOW
-        } else {
-            NARROW_WINDOW
-        }
-    }
-
-    fn insert(&mut self, key: Key, machine: Machine) -> Arc<Conn> {
-        self.wide += usize::from(machine.window() > NARROW_WINDOW);
+    fn insert(&mut self, key: Key, mut machine: Machine) -> Arc<Conn> {
+        machine.place = Some(self.places.take(machine.window()));
         let conn = Conn::new(key, Weak::clone(&self.hub), machine);
         self.conns.insert(key, Arc::clone(&conn));
         conn
@@ -241,11 +234,10 @@ impl Muxer {
     }
 
     fn forget_if_over(&mut self, conn: &Arc<Conn>) {
-        let (over, window) = conn.look(|machine| (machine.is_over(), machine.window()));
+        let over = conn.look(Machine::is_over);
         let known = self.conns.get(&conn.key);
         if over && known.is_some_and(|known| Arc::ptr_eq(known, conn)) {
             self.conns.remove(&conn.key);
-            self.wide -= usize::from(window > NARROW_WINDOW);
         }
     }
 
@@ -291,7 +283,6 @@ impl Muxer {
         for conn in std::mem::take(&mut self.conns).into_values() {
             conn.change(|machine| machine.end(End::VmEnded, false));
         }
-        self.wide = 0;
         self.detached.clear();
         for (_, backlog) in self.listeners.drain() {
             backlog.close();
@@ -380,7 +371,7 @@ impl Muxer {
 
     /// Hands the guest's request to a listener, if one has room for it.
     fn accept(&mut self, key: Key, request: &Header) -> bool {
-        if self.conns.len() >= MAX_CONNECTIONS {
+        if self.places.are_taken() {
             return false;
         }
         let (backlog, answer) = match (self.listeners.get(&key.host), &self.any) {
@@ -392,7 +383,7 @@ impl Muxer {
             return false;
         }
         let backlog = Arc::clone(backlog);
-        let machine = Machine::asked(self.next_window(), request, answer);
+        let machine = Machine::asked(self.places.next_window(), request, answer);
         let conn = self.insert(key, machine);
         self.changed(&conn, |_| ());
         backlog.push(VsockStream::new(conn));

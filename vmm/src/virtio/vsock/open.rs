@@ -54,7 +54,7 @@ pub(super) struct Open {
     update_owed: bool,
     /// We asked for the guest's credit since it last had none.
     asked: bool,
-    /// What the host side closed: `send` by a shutdown, `receive` only by the drop.
+    /// What the host side closed.
     pub(super) host: Shut,
     /// What of it the guest has heard.
     pub(super) told: Shut,

@@ -59,6 +59,21 @@ impl VsockStream {
         self.conn.change_from_host(Machine::accept);
     }
 
+    /// Takes no more from the guest: what it sent and nobody has read is thrown away, and its next write
+    /// fails.
+    pub(super) fn shut_receive(&self) {
+        self.conn.change_from_host(Machine::shut_receive);
+    }
+
+    /// Resolves once the guest takes no more from this side.
+    pub(super) async fn refused(&self) {
+        std::future::poll_fn(|cx| {
+            self.conn
+                .poll(cx, Side::Refused, |machine| machine.poll_refused())
+        })
+        .await;
+    }
+
     pub(super) fn poll_connected(&self, cx: &Context<'_>) -> Poll<Result<(), End>> {
         self.conn
             .poll(cx, Side::Writer, |machine| machine.poll_connected())
@@ -66,6 +81,36 @@ impl VsockStream {
 }
 
 impl AsyncRead for VsockStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut &*self).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for VsockStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut &*self).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut &*self).poll_shutdown(cx)
+    }
+}
+
+/// For one task that reads and one that writes. Of two that read, or two that write, the later one is
+/// woken.
+impl AsyncRead for &VsockStream {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -83,7 +128,8 @@ impl AsyncRead for VsockStream {
     }
 }
 
-impl AsyncWrite for VsockStream {
+/// As for reading.
+impl AsyncWrite for &VsockStream {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -6,6 +6,10 @@
 //! - A guest that connects to the host's port `N` is connected to whoever listens on the socket at
 //!   `PATH_N`, or refused.
 //!
+//! Each direction ends by itself: one that is closed, or whose receiver takes no more, leaves the other as
+//! it is. A socket that is closed as a whole is so on the other side: the next write there fails. A
+//! connection costs two descriptors.
+//!
 //! Whoever may open the socket may talk to the guest: put it into a private directory.
 
 use std::io;
@@ -14,13 +18,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::host::{ListenError, VsockHost};
 use super::listener::{VsockAnyListener, VsockIncoming};
+use super::stream::VsockStream;
+use super::unix_end::UnixEnd;
 
 /// Longest path of the bridge's socket in bytes. The operating system takes 107; `PATH_N` with the
 /// longest port must fit as well.
@@ -164,12 +170,14 @@ async fn accept(
     Ok((client, place))
 }
 
-async fn to_guest(mut client: UnixStream, host: &VsockHost) -> io::Result<(u64, u64)> {
+async fn to_guest(mut client: UnixStream, host: &VsockHost) -> io::Result<()> {
     let port = tokio::time::timeout(LINE_TIMEOUT, read_request(&mut client)).await??;
-    let mut stream = host.connect(port).await.map_err(io::Error::other)?;
+    let end = UnixEnd::of(&client)?;
+    let stream = host.connect(port).await.map_err(io::Error::other)?;
     let ok = format!("OK {}\n", stream.host_port());
     client.write_all(ok.as_bytes()).await?;
-    copy_bidirectional(&mut client, &mut stream).await
+    join(client, &end, &stream).await;
+    Ok(())
 }
 
 /// Reads `CONNECT <port>\n` and not a byte more: what follows is for the guest.
@@ -190,11 +198,46 @@ async fn read_request(client: &mut UnixStream) -> io::Result<u32> {
         .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-async fn to_host(incoming: VsockIncoming, path: &Path) -> io::Result<(u64, u64)> {
+async fn to_host(incoming: VsockIncoming, path: &Path) -> io::Result<()> {
     let mut path = path.as_os_str().to_owned();
     path.push(format!("_{}", incoming.host_port()));
     // On failure the guest is refused, by the drop of what it asked for.
-    let mut server = UnixStream::connect(path).await?;
-    let mut stream = incoming.accept();
-    copy_bidirectional(&mut stream, &mut server).await
+    let server = UnixStream::connect(path).await?;
+    let end = UnixEnd::of(&server)?;
+    join(server, &end, &incoming.accept()).await;
+    Ok(())
+}
+
+/// Moves bytes both ways until both directions have ended.
+async fn join(mut socket: UnixStream, end: &UnixEnd, stream: &VsockStream) {
+    let (from_socket, to_socket) = socket.split();
+    tokio::join!(
+        async {
+            pass(from_socket, stream, stream.refused()).await;
+            end.shut_receive();
+        },
+        async {
+            pass(stream, to_socket, end.hung_up()).await;
+            stream.shut_receive();
+        },
+    );
+}
+
+/// Moves bytes one way until no more come, or `refused`. Whoever receives is then told that there are no
+/// more.
+async fn pass(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    refused: impl Future<Output = ()>,
+) {
+    tokio::select! {
+        // A receiver that is gone gets nothing that is left either.
+        biased;
+        () = refused => {}
+        moved = tokio::io::copy(&mut from, &mut to) => {
+            tracing::trace!(?moved, "one direction of a bridged connection ended");
+        }
+    }
+    // It fails where the receiver is gone.
+    let _ = to.shutdown().await;
 }

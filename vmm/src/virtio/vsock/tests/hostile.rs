@@ -228,11 +228,84 @@ async fn the_table_has_an_end_and_windows_shrink_before_it() {
     let data = narrow.data(40_000);
     guest.send(data, &[0; 40_000]);
     guest.expect(Op::Reset);
-    // A wide one that is free again is given again.
+    // A wide one that both ends have let go of is given again.
     guest.send(guest.socket(0, 5, 0).header(Op::Reset), &[]);
+    guest.pump();
+    drop(streams.swap_remove(0));
     guest.send(guest.socket(1 << 21, 5, 0).header(Op::Request), &[]);
     let (response, _) = guest.expect(Op::Response);
     assert_eq!(response.buf_alloc, WIDE_WINDOW);
+}
+
+/// A connection that its guest has reset is counted as long as the host holds its end, with what it has
+/// not read: else each reset would make room for as many bytes again.
+#[tokio::test]
+async fn connections_that_the_guest_resets_are_counted_while_the_host_holds_them() {
+    const EACH: usize = NARROW_WINDOW as usize;
+    let mut guest = Guest::new(Setup::default());
+    let mut listener = guest.host.listen(5).unwrap();
+    let mut held = Vec::new();
+    let mut bytes = 0;
+    let mut refused = 0;
+    for port in 0..u32::try_from(MAX_CONNECTIONS).unwrap() + 500 {
+        let mut socket = guest.socket(port, 5, 1000);
+        guest.send(socket.header(Op::Request), &[]);
+        let (answer, _) = guest.recv().unwrap();
+        if Op::from_wire(answer.op) == Some(Op::Reset) {
+            refused += 1;
+            continue;
+        }
+        socket.hear(&answer);
+        // All that the guest is allowed.
+        while socket.room() > 0 {
+            let len = socket.room().min(EACH);
+            let data = socket.data(len);
+            guest.send(data, &vec![7; len]);
+            bytes += len;
+            while let Some((update, _)) = guest.recv() {
+                socket.hear(&update);
+            }
+        }
+        guest.send(socket.header(Op::Reset), &[]);
+        guest.pump();
+        held.push(listener.accept().await.unwrap());
+    }
+    assert_eq!(guest.connections(), 0, "the guest has let go of all");
+    let wide = WIDE_CONNECTIONS * WIDE_WINDOW as usize;
+    assert_eq!(
+        (refused, bytes),
+        (500, wide + (MAX_CONNECTIONS - WIDE_CONNECTIONS) * EACH),
+        "184 MiB"
+    );
+    assert_eq!(bytes, 184 << 20);
+    // In a backlog, too: nobody has accepted these.
+    for _ in 0..BACKLOG {
+        held.pop();
+    }
+    for port in 0..200 {
+        let socket = guest.socket(1 << 20 | port, 5, 1000);
+        guest.send(socket.header(Op::Request), &[]);
+        guest.send(socket.header(Op::Reset), &[]);
+        guest.pump();
+    }
+    assert_eq!(guest.connections(), 0);
+    let full = guest.host.connect(1).await.unwrap_err();
+    assert_eq!(full, ConnectError::TooMany);
+    // What the host lets go of is free again.
+    held.pop();
+    let mut connecting = Box::pin(guest.host.connect(1));
+    assert!(poll(connecting.as_mut()).is_none());
+    drop(connecting);
+    drop(listener);
+    held.clear();
+    let mut socket = guest.socket(7, 5, 1000);
+    let mut listener = guest.host.listen(5).unwrap();
+    guest.inbox.clear();
+    guest.send(socket.header(Op::Request), &[]);
+    let (response, _) = guest.expect(Op::Response);
+    socket.hear(&response);
+    assert_eq!(socket.room(), WIDE_WINDOW as usize);
+    listener.accept().await.unwrap();
 }
 
 /// Resets are neither dropped nor piled up: TX waits until the guest takes them.

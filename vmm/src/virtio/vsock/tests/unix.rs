@@ -111,6 +111,149 @@ async fn the_guest_connects_to_the_socket_of_its_port() {
     assert_eq!(accepted.read(&mut [0; 8]).await.unwrap(), 0);
 }
 
+/// A client with a connection to the guest's port 1024.
+async fn client_of(guest: &mut Guest, bridge: &UnixBridge, window: u32) -> (UnixStream, Socket) {
+    let mut client = UnixStream::connect(bridge.path()).await.unwrap();
+    client.write_all(b"CONNECT 1024\n").await.unwrap();
+    let (request, _) = packet(guest).await;
+    let socket = Socket::answering(&request, window);
+    guest.send(socket.header(Op::Response), &[]);
+    guest.pump();
+    let ok = format!("OK {}\n", request.src_port);
+    let mut said = vec![0; ok.len()];
+    client.read_exact(&mut said).await.unwrap();
+    assert_eq!(said, ok.as_bytes());
+    (client, socket)
+}
+
+/// Pumps until the host's kernel says that the client's peer takes no more; returns how the client's
+/// first write after that fails.
+async fn broken(guest: &mut Guest, client: &mut UnixStream) -> io::ErrorKind {
+    use rustix::net::{SendFlags, send};
+    for _ in 0..5000 {
+        guest.pump();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        // Nothing is sent, but whether it could be is looked at.
+        if let Err(error) = send(&*client, &[], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            assert_eq!(error, rustix::io::Errno::PIPE);
+            return client.write_all(b"x").await.unwrap_err().kind();
+        }
+    }
+    panic!("the client can write for ever");
+}
+
+/// A client that writes to a guest that takes no more gets all of the answer.
+#[tokio::test]
+async fn the_guests_answer_arrives_although_it_takes_no_more() {
+    const ANSWER: usize = 250_000;
+    let dir = tempfile::tempdir().unwrap();
+    let mut guest = Guest::new(Setup::default());
+    let bridge = UnixBridge::bind(guest.host.clone(), dir.path().join("v.sock")).unwrap();
+    let (mut client, mut socket) = client_of(&mut guest, &bridge, 65536).await;
+    guest.send(socket.shutdown(RECEIVE), &[]);
+    // The client's byte too many, before anything is answered.
+    let error = broken(&mut guest, &mut client).await;
+    assert_eq!(error, io::ErrorKind::BrokenPipe);
+    let reading = tokio::spawn(async move {
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        (answer, client)
+    });
+    let mut sent = 0;
+    while sent < ANSWER {
+        let len = socket.room().min(ANSWER - sent).min(30_000);
+        if len > 0 {
+            let data = socket.data(len);
+            guest.send(data, &vec![sent as u8; len]);
+            sent += len;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        while let Some((update, _)) = guest.recv() {
+            assert_ne!(update.op, Op::Reset.to_wire());
+            assert!(!shut(&update).receive || update.op != Op::Shutdown.to_wire());
+            socket.hear(&update);
+        }
+    }
+    guest.send(socket.shutdown(SEND), &[]);
+    guest.pump();
+    let (answer, _client) = reading.await.unwrap();
+    assert_eq!(answer.len(), ANSWER);
+}
+
+/// A client that takes no more still gives the guest all that it writes.
+#[tokio::test]
+async fn a_clients_data_arrives_although_it_takes_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut guest = Guest::new(Setup::default());
+    let bridge = UnixBridge::bind(guest.host.clone(), dir.path().join("v.sock")).unwrap();
+    let (mut client, mut socket) = client_of(&mut guest, &bridge, 65536).await;
+    rustix::net::shutdown(&client, rustix::net::Shutdown::Read).unwrap();
+    let data = socket.data(4);
+    guest.send(data, b"lost");
+    let (end, _) = packet(&mut guest).await;
+    assert_eq!((end.op, shut(&end)), (Op::Shutdown.to_wire(), RECEIVE));
+    client.write_all(b"more").await.unwrap();
+    assert_eq!(packet(&mut guest).await.1, b"more");
+    drop(client);
+    let (end, _) = packet(&mut guest).await;
+    assert_eq!((end.op, shut(&end)), (Op::Shutdown.to_wire(), Shut::BOTH));
+}
+
+#[tokio::test]
+async fn a_socket_closed_as_a_whole_is_so_on_the_other_side() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut guest = Guest::new(Setup::default());
+    let bridge = UnixBridge::bind(guest.host.clone(), dir.path().join("v.sock")).unwrap();
+    // The client closes, at once or after it said that it sends no more: without a packet of the
+    // guest's the guest hears both.
+    for half_first in [false, true] {
+        let (mut client, _) = client_of(&mut guest, &bridge, 65536).await;
+        client.write_all(b"last").await.unwrap();
+        if half_first {
+            client.shutdown().await.unwrap();
+        }
+        assert_eq!(packet(&mut guest).await.1, b"last");
+        if half_first {
+            let (end, _) = packet(&mut guest).await;
+            assert_eq!((end.op, shut(&end)), (Op::Shutdown.to_wire(), SEND));
+            // A half-closed connection stays one.
+            for _ in 0..20 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                guest.expect_nothing();
+            }
+        }
+        drop(client);
+        let mut told = Shut::default();
+        while told != Shut::BOTH {
+            let (end, _) = packet(&mut guest).await;
+            assert_eq!(end.op, Op::Shutdown.to_wire());
+            told = told.with(shut(&end));
+        }
+        guest.inbox.clear();
+    }
+    // The guest closes, at once or after it said that it sends no more: the client's next write fails.
+    for first in [Shut::BOTH, SEND] {
+        let (mut client, mut socket) = client_of(&mut guest, &bridge, 65536).await;
+        let data = socket.data(4);
+        guest.send(data, b"last");
+        guest.send(socket.shutdown(first), &[]);
+        guest.pump();
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"last");
+        if first == SEND {
+            client.write_all(b"still").await.unwrap();
+            assert_eq!(packet(&mut guest).await.1, b"still");
+            guest.send(socket.shutdown(Shut::BOTH), &[]);
+        }
+        assert_eq!(
+            broken(&mut guest, &mut client).await,
+            io::ErrorKind::BrokenPipe
+        );
+        guest.inbox.clear();
+    }
+}
+
 /// mvm#3533: a path that no Unix socket can have.
 #[tokio::test]
 async fn a_path_that_is_too_long_or_taken_is_refused_with_the_reason() {

@@ -1,0 +1,310 @@
+//! Attacks on the time of those who share an event thread, or a lock, with the guest.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+
+use super::*;
+use crate::board::{Board, SharedTransport};
+use crate::layout::MMIO_BASE;
+use crate::reactor::Played;
+use crate::virtio::{Activation, DeviceState, Fault, QueuePosition};
+
+/// A device that tells its test of each turn and each read, and always wants another turn.
+struct Restless {
+    run: Box<dyn Fn() + Send>,
+    read: Box<dyn Fn() + Send>,
+}
+
+impl VirtioDevice for Restless {
+    fn device_type(&self) -> u32 {
+        42
+    }
+    fn features(&self) -> u64 {
+        F_VERSION_1
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[]
+    }
+    fn read_config(&self, _: u64, _: &mut [u8]) {
+        (self.read)();
+    }
+    fn activate(&mut self, _: Activation) -> Result<(), Fault> {
+        Ok(())
+    }
+    fn run(&mut self) -> Result<Progress, Fault> {
+        (self.run)();
+        Ok(Progress::More)
+    }
+    fn reset(&mut self) {}
+    fn positions(&self) -> Vec<Option<QueuePosition>> {
+        Vec::new()
+    }
+    fn save(&self) -> DeviceState {
+        BalloonDevice::new(64, Bell::new().unwrap()).0.save()
+    }
+}
+
+fn restless(run: impl Fn() + Send + 'static, read: impl Fn() + Send + 'static) -> SharedTransport {
+    let (run, read) = (Box::new(run), Box::new(read));
+    SharedTransport::new(MmioTransport::new(
+        Box::new(Restless { run, read }),
+        GuestRam::new(MIB).unwrap(),
+        Bell::new().unwrap(),
+        Interrupt::new().unwrap(),
+    ))
+}
+
+fn board(transport: &SharedTransport) -> Board {
+    Board {
+        serial: None,
+        virtio: vec![transport.clone()],
+        registers: None,
+    }
+}
+
+/// A driver reads and acknowledges in its interrupt handler: with interrupts off, on a vCPU that others
+/// of the guest may wait for.
+#[test]
+fn the_registers_of_an_interrupt_do_not_wait_for_a_turn() {
+    ends("interrupt registers", || {
+        let transport = restless(|| (), || ());
+        let board = board(&transport);
+        let in_a_turn = transport.lock();
+        in_a_turn.interrupt().used();
+        in_a_turn.interrupt().config_changed();
+        let get = |offset| {
+            let mut data = [0xff; 4];
+            board.mmio_read(MMIO_BASE + offset, &mut data);
+            u32::from_le_bytes(data)
+        };
+        assert_eq!(get(register::INTERRUPT_STATUS), 3);
+        assert_eq!(get(register::CONFIG_GENERATION), 1);
+        board.mmio_write(MMIO_BASE + register::INTERRUPT_ACK, &1u32.to_le_bytes());
+        assert_eq!(get(register::INTERRUPT_STATUS), 2);
+    });
+}
+
+/// The thread's state as the host has it: `S` while it waits.
+fn waits(thread: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
+    stat.rsplit_once(") ").unwrap().1.starts_with('S')
+}
+
+/// Whoever waits for a lock that an event thread takes again and again may else wait for ever: a guest
+/// whose vCPU does could be neither paused nor taken apart in time.
+#[test]
+fn whoever_waits_for_a_device_has_it_after_the_turn_that_it_takes() {
+    ends("a device without rest", || {
+        for _ in 0..20 {
+            let begun = Arc::new(AtomicBool::new(false));
+            // The thread of the vCPU, once it is there; turns so far; how many there were when it read.
+            let vcpu = Arc::new(AtomicI32::new(0));
+            let turns = Arc::new(AtomicUsize::new(0));
+            let seen = Arc::new(AtomicUsize::new(0));
+            let transport = restless(
+                {
+                    let (begun, vcpu) = (Arc::clone(&begun), Arc::clone(&vcpu));
+                    let turns = Arc::clone(&turns);
+                    move || {
+                        begun.store(true, Ordering::SeqCst);
+                        // The first turn is not over before the vCPU waits.
+                        while turns.load(Ordering::SeqCst) == 0
+                            && !matches!(vcpu.load(Ordering::SeqCst), id if id != 0 && waits(id))
+                        {
+                            std::thread::yield_now();
+                        }
+                        turns.fetch_add(1, Ordering::SeqCst);
+                    }
+                },
+                {
+                    let (turns, seen) = (Arc::clone(&turns), Arc::clone(&seen));
+                    move || seen.store(turns.load(Ordering::SeqCst), Ordering::SeqCst)
+                },
+            );
+            let board = board(&transport);
+            let reader = std::thread::spawn(move || {
+                while !begun.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                let own = rustix::thread::gettid().as_raw_nonzero().get();
+                vcpu.store(own, Ordering::SeqCst);
+                board.mmio_read(MMIO_BASE + register::CONFIG, &mut [0; 4]);
+            });
+            for _ in 0..1000 {
+                transport.turn();
+            }
+            reader.join().unwrap();
+            let seen = seen.load(Ordering::SeqCst);
+            assert_eq!(seen, 1, "turns");
+        }
+    });
+}
+
+/// Writes down whose turn it is.
+struct Counted {
+    device: Box<dyn VirtioDevice>,
+    name: &'static str,
+    turns: Arc<Mutex<Vec<&'static str>>>,
+}
+
+impl VirtioDevice for Counted {
+    fn device_type(&self) -> u32 {
+        self.device.device_type()
+    }
+    fn features(&self) -> u64 {
+        self.device.features()
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        self.device.queue_sizes()
+    }
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.device.read_config(offset, data);
+    }
+    fn activate(&mut self, activation: Activation) -> Result<(), Fault> {
+        self.device.activate(activation)
+    }
+    fn run(&mut self) -> Result<Progress, Fault> {
+        self.turns.lock().unwrap().push(self.name);
+        self.device.run()
+    }
+    fn reset(&mut self) {
+        self.device.reset();
+    }
+    fn positions(&self) -> Vec<Option<QueuePosition>> {
+        self.device.positions()
+    }
+    fn save(&self) -> DeviceState {
+        self.device.save()
+    }
+}
+
+/// A driver that offers every chain that it has, again and again.
+struct Flood {
+    transport: SharedTransport,
+    ram: GuestRam,
+    queues: Vec<u32>,
+    offered: u16,
+}
+
+impl Flood {
+    /// Offers what the device has given back since, and kicks whatever it says.
+    fn go_on(&self) {
+        for queue in &self.queues {
+            let [_, driver, device] = parts(*queue);
+            let used: u16 = self.ram.map().read_obj(GuestAddress(device + 2)).unwrap();
+            let available = used.wrapping_add(self.offered);
+            let at = GuestAddress(driver + 2);
+            self.ram.map().write_obj(available, at).unwrap();
+        }
+        self.transport.lock().bell().ring();
+    }
+}
+
+/// Every request as large as the protocol allows, in every queue of every device that a guest can have.
+fn flood(kind: Kind, turns: &Arc<Mutex<Vec<&'static str>>>) -> Flood {
+    let bell = Bell::new().unwrap();
+    let device = Counted {
+        device: kind.device(&bell),
+        name: "hostile",
+        turns: Arc::clone(turns),
+    };
+    let mut attacker = Attacker::in_memory(kind, Box::new(device), bell, 3 << 30);
+    let (features, queues, flooded): (u64, u32, &[u32]) = match kind {
+        Kind::Vsock => (0, 3, &[1]),
+        Kind::Balloon => (F_REPORTING, 3, &[0, 1, 2]),
+        Kind::Pmem => (0, 1, &[0]),
+    };
+    attacker.up(F_VERSION_1 | features, queues);
+    match kind {
+        // Of nobody, so that no answer ends the flood: a header and 64 KiB.
+        Kind::Vsock => {
+            let mut header = [0; 44];
+            (header[0], header[26], header[28], header[30]) = (77, 1, 1, 5);
+            attacker.write(BUFFER, &header);
+            attacker.descriptor(1, 0, (BUFFER, 44 + (64 << 10)), 0, 0);
+        }
+        Kind::Balloon => {
+            let pages: Vec<u8> = (0..1024u32)
+                .flat_map(|n| (0x1_0000 + 2 * n).to_le_bytes())
+                .collect();
+            attacker.write(BUFFER, &pages);
+            attacker.descriptor(0, 0, (BUFFER, 4096), 0, 0);
+            attacker.descriptor(1, 0, (BUFFER, 4096), 0, 0);
+            attacker.descriptor(2, 0, (64 * MIB, 0xa000_0000), WRITE, 0);
+        }
+        Kind::Pmem => {
+            attacker.descriptor(0, 0, (BUFFER, 4), NEXT, 1);
+            attacker.descriptor(0, 1, (BUFFER + 4, 4), WRITE, 0);
+        }
+    }
+    let (transport, ram) = attacker.shared();
+    Flood {
+        transport,
+        ram,
+        queues: flooded.to_vec(),
+        offered: SIZE,
+    }
+}
+
+/// Two guests on one event thread, one with all its devices at once: between the other's kick and its
+/// answer are a turn that was under way, one turn of the hostile guest, and its own.
+#[test]
+fn a_guest_that_floods_all_its_devices_has_one_turn_between_two_of_its_neighbours() {
+    ends("a flood of all devices", || {
+        // Which of the two has the first place on the thread must not matter.
+        for places in [[1, 2], [2, 1]] {
+            let turns = Arc::default();
+            let images = std::iter::repeat_n(Kind::Pmem, crate::virtio::pmem::MAX_IMAGES);
+            let kinds = [Kind::Vsock, Kind::Balloon].into_iter().chain(images);
+            let floods: Vec<Flood> = kinds.map(|kind| flood(kind, &turns)).collect();
+            let bell = Bell::new().unwrap();
+            let device = Counted {
+                device: Kind::Pmem.device(&bell),
+                name: "honest",
+                turns: Arc::clone(&turns),
+            };
+            let mut honest = Attacker::with(Kind::Pmem, Box::new(device), bell);
+            honest.up(F_VERSION_1, 1);
+            honest.descriptor(0, 0, (BUFFER, 4), NEXT, 1);
+            honest.descriptor(0, 1, (BUFFER + 4, 4), WRITE, 0);
+            let (transport, ram) = honest.shared();
+            let thread = Played::new();
+            let hostile = floods.iter().map(|flood| flood.transport.clone());
+            let _hostile = thread.attach(places[0], hostile.collect());
+            let _honest = thread.attach(places[1], vec![transport.clone()]);
+            for request in 1..=100u16 {
+                for flood in &floods {
+                    flood.go_on();
+                }
+                let index = GuestAddress(parts(0)[1] + 2);
+                ram.map().write_obj(request, index).unwrap();
+                transport.lock().bell().ring();
+                turns.lock().unwrap().clear();
+                let used = || -> u16 {
+                    let index = GuestAddress(parts(0)[2] + 2);
+                    ram.map().read_obj(index).unwrap()
+                };
+                while used() != request {
+                    thread.look();
+                }
+                let turns = turns.lock().unwrap();
+                let before = turns.iter().take_while(|name| **name == "hostile").count();
+                assert!(before <= 1, "request {request}: {turns:?}");
+            }
+            // None of the flooded devices was left out, and none took offence.
+            turns.lock().unwrap().clear();
+            for _ in 0..floods.len() {
+                floods.iter().for_each(Flood::go_on);
+                thread.look();
+            }
+            for flood in &floods {
+                let transport = flood.transport.lock();
+                assert_eq!(transport.faults(), 0, "{:?}", transport.last_fault());
+            }
+            let turns = turns.lock().unwrap();
+            let hostile = turns.iter().filter(|name| **name == "hostile").count();
+            assert_eq!(hostile, floods.len());
+        }
+    });
+}

@@ -39,8 +39,10 @@ pub async fn backend(files: Files<'_>) -> Result<Arc<KvmBackend>, ScenarioError>
 /// Pools of `size` guests, which nothing but the scenario disturbs.
 #[must_use]
 pub fn config(shape: Shape, size: usize, refill: Refill) -> PoolConfig {
-    let mut health = HealthConfig::default();
-    health.interval_ms = 0;
+    let health = HealthConfig {
+        interval_ms: 0,
+        ..HealthConfig::default()
+    };
     let profile = Profile::new(PROFILE, PROFILE)
         .memory_mib(shape.memory_mib)
         .vcpus(shape.vcpus)

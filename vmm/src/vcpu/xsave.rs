@@ -113,10 +113,7 @@ fn save(area: &[u8; AREA], ram: &GuestRam, address: u64) -> Result<(), XsaveErro
 fn load(ram: &GuestRam, address: u64) -> Result<[u8; AREA], XsaveError> {
     let mut area = [0; AREA];
     let present = read(ram, address, PRESENT.start as u64)? & KEPT;
-    for range in [0..SSE_REGISTERS.end]
-        .into_iter()
-        .chain(components(present))
-    {
+    for range in std::iter::once(0..SSE_REGISTERS.end).chain(components(present)) {
         let at = GuestAddress(address + range.start as u64);
         let read = ram
             .map()

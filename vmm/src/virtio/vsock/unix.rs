@@ -217,7 +217,7 @@ async fn join(mut socket: UnixStream, end: &UnixEnd, stream: &VsockStream) {
             end.shut_receive();
         },
         async {
-            pass(stream, to_socket, end.hung_up()).await;
+            pass(stream, to_socket, end.refused()).await;
             stream.shut_receive();
         },
     );

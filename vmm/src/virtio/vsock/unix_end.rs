@@ -5,6 +5,8 @@ use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream as StdStream;
 
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -22,14 +24,22 @@ impl UnixEnd {
         Ok(Self(end?))
     }
 
-    /// Resolves once the peer neither sends nor receives any more. Cancel-safe.
-    pub(super) async fn hung_up(&self) {
+    /// Resolves once the peer receives no more. Cancel-safe.
+    pub(super) async fn refused(&self) {
         while let Ok(mut guard) = self.0.ready(Interest::WRITABLE).await {
-            if guard.ready().is_write_closed() {
+            if self.refuses() {
                 return;
             }
             guard.clear_ready();
         }
+    }
+
+    /// Whether the peer receives no more. That it does not, though it still sends, is no readiness of the socket's, but the
+    /// change wakes whoever waits for one.
+    fn refuses(&self) -> bool {
+        // Nothing is sent, but whether it could be is looked at.
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        matches!(send(self.0.get_ref(), &[], flags), Err(Errno::PIPE))
     }
 
     /// Takes no more from the peer: its next write fails.

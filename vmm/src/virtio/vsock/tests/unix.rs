@@ -180,23 +180,28 @@ async fn the_guests_answer_arrives_although_it_takes_no_more() {
     assert_eq!(answer.len(), ANSWER);
 }
 
-/// A client that takes no more still gives the guest all that it writes.
+/// The guest hears that a client takes no more before it writes in vain, and gets all that the client writes.
 #[tokio::test]
 async fn a_clients_data_arrives_although_it_takes_no_more() {
     let dir = tempfile::tempdir().unwrap();
     let mut guest = Guest::new(Setup::default());
     let bridge = UnixBridge::bind(guest.host.clone(), dir.path().join("v.sock")).unwrap();
-    let (mut client, mut socket) = client_of(&mut guest, &bridge, 65536).await;
-    rustix::net::shutdown(&client, rustix::net::Shutdown::Read).unwrap();
-    let data = socket.data(4);
-    guest.send(data, b"lost");
-    let (end, _) = packet(&mut guest).await;
-    assert_eq!((end.op, shut(&end)), (Op::Shutdown.to_wire(), RECEIVE));
-    client.write_all(b"more").await.unwrap();
-    assert_eq!(packet(&mut guest).await.1, b"more");
-    drop(client);
-    let (end, _) = packet(&mut guest).await;
-    assert_eq!((end.op, shut(&end)), (Op::Shutdown.to_wire(), Shut::BOTH));
+    for lost in [false, true] {
+        let (mut client, mut socket) = client_of(&mut guest, &bridge, 65536).await;
+        rustix::net::shutdown(&client, rustix::net::Shutdown::Read).unwrap();
+        if lost {
+            let data = socket.data(4);
+            guest.send(data, b"lost");
+        }
+        let (end, _) = packet(&mut guest).await;
+        assert_eq!((end.op, shut(&end)), (Op::Shutdown.to_wire(), RECEIVE));
+        client.write_all(b"more").await.unwrap();
+        assert_eq!(packet(&mut guest).await.1, b"more");
+        drop(client);
+        let (end, _) = packet(&mut guest).await;
+        assert_eq!((end.op, shut(&end)), (Op::Shutdown.to_wire(), Shut::BOTH));
+        guest.inbox.clear();
+    }
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! The command's event loop. All its threads are started before anything else, or none is: tokio panics
 //! where it cannot start one later.
 
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
@@ -13,6 +14,8 @@ use tokio::runtime::{Builder, Runtime};
 const BLOCKING: usize = 4;
 /// A pool also makes its guests and takes them apart there.
 const BLOCKING_OF_A_POOL: usize = 16;
+/// What the event loop opens, signals included: tokio panics where it cannot.
+const DESCRIPTORS: usize = 8;
 /// Stack of a thread that only waits.
 const SMALL_STACK: usize = 64 << 10;
 /// Longer than any command runs.
@@ -53,6 +56,7 @@ pub(crate) fn on_all_processors() -> Result<Runtime, RuntimeError> {
 }
 
 fn start(mut builder: Builder, workers: usize, blocking: usize) -> Result<Runtime, RuntimeError> {
+    can_open(DESCRIPTORS).map_err(RuntimeError::Start)?;
     let needed = workers + blocking;
     can_start(needed).map_err(|source| RuntimeError::Threads { needed, source })?;
     let runtime = builder
@@ -69,6 +73,14 @@ fn start(mut builder: Builder, workers: usize, blocking: usize) -> Result<Runtim
     }
     all.wait();
     Ok(runtime)
+}
+
+/// Opens so many descriptors at once and closes them.
+fn can_open(descriptors: usize) -> io::Result<()> {
+    (0..descriptors)
+        .map(|_| File::open("/"))
+        .collect::<io::Result<Vec<_>>>()
+        .map(drop)
 }
 
 /// Starts so many threads at once and ends them.

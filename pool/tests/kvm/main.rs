@@ -15,6 +15,7 @@ mod hand_off;
 mod health;
 mod idle;
 mod leases;
+mod limits;
 mod nothing_left;
 mod profiles;
 mod rig;

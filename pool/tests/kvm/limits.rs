@@ -101,6 +101,7 @@ async fn steps(pids: &Pids) {
 }
 
 #[test]
+#[ignore = "long: a boot for each number of threads"]
 fn a_limit_on_threads_is_an_error_of_the_vm_and_never_a_panic() {
     if !kvm() || !alone() {
         return;

@@ -2,6 +2,7 @@
 //! found in the cache of templates; every VM here is a fork of it.
 
 #![allow(
+    clippy::field_reassign_with_default,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,

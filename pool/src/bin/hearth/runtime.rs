@@ -12,8 +12,6 @@ use tokio::runtime::{Builder, Runtime};
 
 /// Threads for what blocks: stdin, stdout, stderr, and one for all else.
 const BLOCKING: usize = 4;
-/// A pool also makes its guests and takes them apart there.
-const BLOCKING_OF_A_POOL: usize = 16;
 /// What the event loop opens, signals included: tokio panics where it cannot.
 const DESCRIPTORS: usize = 8;
 /// Stack of a thread that only waits.
@@ -44,7 +42,7 @@ fn advice() -> String {
 
 /// An event loop on the calling thread.
 pub(crate) fn on_this_thread() -> Result<Runtime, RuntimeError> {
-    start(Builder::new_current_thread(), 0, BLOCKING)
+    start(Builder::new_current_thread(), 0)
 }
 
 /// An event loop with a thread for each processor.
@@ -52,22 +50,22 @@ pub(crate) fn on_all_processors() -> Result<Runtime, RuntimeError> {
     let workers = thread::available_parallelism().map_or(1, usize::from);
     let mut builder = Builder::new_multi_thread();
     builder.worker_threads(workers);
-    start(builder, workers, BLOCKING_OF_A_POOL)
+    start(builder, workers)
 }
 
-fn start(mut builder: Builder, workers: usize, blocking: usize) -> Result<Runtime, RuntimeError> {
+fn start(mut builder: Builder, workers: usize) -> Result<Runtime, RuntimeError> {
     can_open(DESCRIPTORS).map_err(RuntimeError::Start)?;
-    let needed = workers + blocking;
+    let needed = workers + BLOCKING;
     can_start(needed).map_err(|source| RuntimeError::Threads { needed, source })?;
     let runtime = builder
         .enable_all()
-        .max_blocking_threads(blocking)
+        .max_blocking_threads(BLOCKING)
         .thread_keep_alive(FOR_EVER)
         .build()
         .map_err(RuntimeError::Start)?;
     // Those for what blocks are started by work for each at the same time.
-    let all = Arc::new(Barrier::new(blocking + 1));
-    for _ in 0..blocking {
+    let all = Arc::new(Barrier::new(BLOCKING + 1));
+    for _ in 0..BLOCKING {
         let all = all.clone();
         drop(runtime.handle().spawn_blocking(move || all.wait()));
     }

@@ -21,7 +21,7 @@ use crate::backend::{Backend, Making, ProbeError};
 use crate::boot::Failed;
 use crate::error::{BootFailure, OfferError, OfferRefusal};
 use crate::event::EventKind;
-use crate::lease::{Lease, Released};
+use crate::lease::Released;
 use crate::ledger::{Event, PassId, Phase, ProfileId, TicketId};
 use crate::permit::Denial;
 use crate::shared::{Shared, State};
@@ -39,8 +39,8 @@ pub(crate) enum Message<B: Backend> {
     Ended(VmId),
     Retired(VmId),
     Killed(VmId),
-    /// A lease comes home that is on no book any more.
-    Stray(VmId, B::Vm, Released),
+    /// A lease comes home that is on no book any more; or a VM that was offered, and whose owner has gone.
+    Stray(Option<VmId>, B::Vm, Released),
     Prepare(ProfileId, PreparedReply),
     Prepared(ProfileId, Result<(), BootFailure>, PreparedReply),
     Replenish(ProfileId, TicketId, oneshot::Sender<Attempt>),
@@ -92,8 +92,6 @@ pub(crate) struct Actor<B: Backend> {
     breakers: Vec<bool>,
     /// Dropped when the lock is no longer held.
     trash: Vec<Slot<B>>,
-    /// The same, and so come home: leases whose callers have gone.
-    unclaimed: Vec<Lease<B>>,
     stopped: bool,
 }
 
@@ -116,7 +114,6 @@ impl<B: Backend> Actor<B> {
             denial: None,
             pressure_read: None,
             trash: Vec::new(),
-            unclaimed: Vec::new(),
             stopped: false,
         }
     }
@@ -225,13 +222,14 @@ impl<B: Backend> Actor<B> {
         if state.ledger.phase() != Phase::Starting {
             self.prepared.cancel();
         }
-        self.show_breakers(&state);
-        for (index, profile) in shared.profiles.iter().enumerate() {
-            profile.metrics.show(&state.ledger.counts(ProfileId(index)));
-        }
+        self.show_breakers(&mut state);
+        let profiles = (0..shared.profiles.len()).map(ProfileId);
+        let counts: Vec<_> = profiles.map(|id| state.ledger.counts(id)).collect();
         drop(state);
+        for (profile, counts) in shared.profiles.iter().zip(&counts) {
+            profile.metrics.show(counts);
+        }
         self.trash.clear();
-        self.unclaimed.clear();
         shared.stepped();
     }
 
@@ -252,11 +250,14 @@ impl<B: Backend> Actor<B> {
                 let slot = state.slots.get_mut(&id);
                 let profile = slot.as_ref().map(|slot| slot.profile);
                 let released = slot.and_then(|slot| slot.released.take());
-                self.shared.emit(profile, Some(id), EventKind::Destroyed);
+                self.shared
+                    .emit_in(state, profile, Some(id), EventKind::Destroyed);
                 state.tell(now, Event::Retired(id));
                 if let Some(released) = released {
                     // Nobody has to wait for it.
-                    let _ = released.send(());
+                    state.later(move || {
+                        let _ = released.send(());
+                    });
                 }
             }
             Message::Killed(id) => {
@@ -266,16 +267,16 @@ impl<B: Backend> Actor<B> {
                 }
                 state.tell(now, Event::Killed(id));
             }
-            Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(Some(id)), vm, done),
+            Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(id), vm, done),
             Message::Prepare(_, reply) if state.pressed => {
                 // The start may have been given up.
-                let _ = reply.send(Err(BootFailure::MemoryPressure));
+                state.later(move || drop(reply.send(Err(BootFailure::MemoryPressure))));
             }
             Message::Prepare(profile, reply) => self.prepare(profile, reply),
             Message::Prepared(profile, result, reply) => {
                 self.show_template(state, profile);
                 // The start may have been given up.
-                let _ = reply.send(result);
+                state.later(move || drop(reply.send(result)));
             }
             Message::Replenish(profile, ticket, reply) => {
                 self.tickets.insert(ticket, reply);
@@ -293,7 +294,8 @@ impl<B: Backend> Actor<B> {
                 state.tell(now, Event::Offer(profile, ticket));
             }
             Message::Forget(ticket) => {
-                self.tickets.remove(&ticket);
+                let reply = self.tickets.remove(&ticket);
+                state.later(move || drop(reply));
                 state.tell(now, Event::Forget(ticket));
             }
             Message::Check(profile, most, pass, reply) => {
@@ -308,10 +310,11 @@ impl<B: Backend> Actor<B> {
                 );
                 state.tell(now, Event::BeginCheck(profile, most, pass));
                 self.perform(state, now);
-                self.settle_pass(pass);
+                self.settle_pass(state, pass);
             }
             Message::AbandonPass(pass) => {
-                self.passes.remove(&pass);
+                let abandoned = self.passes.remove(&pass);
+                state.later(move || drop(abandoned));
                 state.tell(now, Event::AbandonPass(pass));
             }
         }
@@ -344,7 +347,9 @@ impl<B: Backend> Actor<B> {
             *last = Some(BootFailure::Denied(denial));
         }
         let name = self.shared.profile_name(profile);
-        tracing::warn!(vm = %id, profile = name, %denial, "a boot was refused");
+        state.later(move || {
+            tracing::warn!(vm = %id, profile = name, %denial, "a boot was refused");
+        });
         self.denial = Some(denial);
         state.tell(now, Event::Denied(id));
     }
@@ -357,10 +362,6 @@ impl<B: Backend> Actor<B> {
             self.destroy(Doomed::Stray(Some(id)), vm, released);
         }
         self.trash.push(slot);
-    }
-
-    pub(crate) fn unclaimed(&mut self, lease: Lease<B>) {
-        self.unclaimed.push(lease);
     }
 
     pub(crate) fn stopped(&mut self, state: &State<B>) {

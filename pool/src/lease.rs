@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::actor::{Home, Message};
 use crate::backend::{Backend, ProbeError};
-use crate::guard::guarded;
+use crate::guard::{self, guarded};
 use crate::health;
 use crate::ledger::ProfileId;
 use crate::permit::Reservation;
@@ -69,9 +69,10 @@ impl<B: Backend> Lease<B> {
     }
 
     pub(crate) fn is_alive(&self) -> bool {
-        self.vm
-            .as_ref()
-            .is_some_and(|vm| guarded("alive", || self.shared.backend.alive(vm)).unwrap_or(false))
+        let vm = self.vm.as_ref();
+        let alive = vm.and_then(|vm| guarded("alive", || self.shared.backend.alive(vm)));
+        guard::tell();
+        alive.unwrap_or(false)
     }
 
     /// The VM's number.
@@ -136,7 +137,7 @@ impl<B: Backend> Lease<B> {
             Ok(()) => {}
             Err(Stray::Late(vm, done)) => {
                 // If nobody listens, the pool has stopped: the VM comes back in the error and is dropped.
-                let _ = self.home.send(Message::Stray(self.id, vm, done));
+                let _ = self.home.send(Message::Stray(Some(self.id), vm, done));
             }
             Err(Stray::Adrift(vm, adrift)) => {
                 drop(vm);

@@ -48,6 +48,7 @@ mod host;
 pub mod kvm;
 mod lease;
 pub mod ledger;
+mod locked;
 pub mod metrics;
 mod permit;
 pub mod policy;

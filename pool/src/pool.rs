@@ -245,7 +245,7 @@ impl<B: Backend> Pool<B> {
         let limits = shared.admission.limits();
         limits.admit(full).map_err(ResizeError::TooLarge)?;
         state.note(Instant::now(), Event::Resize(id, size));
-        shared.emit(Some(id), None, EventKind::Resized(size));
+        shared.emit_in(&mut state, Some(id), None, EventKind::Resized(size));
         drop(state);
         shared.nudge.wake();
         Ok(())

@@ -1,14 +1,14 @@
 //! What the pool's handles, leases and tasks share.
 //!
 //! Locks: `Shared::state` first, then the account inside [`Admission`]; neither is held across an
-//! await. Whatever the ledger asks for is done by the actor; others only add to `State::pending` and
+//! await, nor while code of the embedder's runs ([`locked`](crate::locked)). Whatever the ledger asks for is done by the actor; others only add to `State::pending` and
 //! nudge it. VMs and leases are never dropped under the lock.
 
 use std::collections::HashMap;
 use std::error::Error;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -30,6 +30,7 @@ use crate::ledger::{
     Action, BreakerRules, Event, Ledger, Phase, PoolRules, ProfileId, Refusal, Rules, ScaleRules,
     TicketId, WaiterId,
 };
+use crate::locked::{Locked, Outbox};
 use crate::metrics::ProfileMetrics;
 use crate::permit::{Admission, Reservation};
 use crate::policy;
@@ -122,6 +123,8 @@ pub(crate) struct State<B: Backend> {
     /// By profile, as it was told last.
     pub(crate) no_template: Vec<Option<Arc<dyn Error + Send + Sync>>>,
     pub(crate) pressed: bool,
+    /// See [`later`](Self::later).
+    pub(crate) outbox: Outbox,
     next_id: u64,
 }
 
@@ -151,6 +154,12 @@ impl<B: Backend> State<B> {
     pub(crate) fn note(&mut self, now: Instant, event: Event) {
         let actions = self.ledger.note(now, event);
         self.pending.extend(actions);
+    }
+
+    /// Has something told (logs, metrics, events, answers) as soon as the lock is free: that is code of the
+    /// embedder's.
+    pub(crate) fn later(&mut self, tell: impl FnOnce() + Send + 'static) {
+        self.outbox.push(tell);
     }
 
     /// Whether the life whose inbox this is goes on.
@@ -247,6 +256,7 @@ impl<B: Backend> Shared<B> {
                 last_failure: vec![None; profiles.len()],
                 no_template: vec![None; profiles.len()],
                 pressed: false,
+                outbox: Outbox::default(),
                 next_id: 0,
             }),
             profiles,
@@ -255,9 +265,8 @@ impl<B: Backend> Shared<B> {
         }))
     }
 
-    pub(crate) fn state(&self) -> MutexGuard<'_, State<B>> {
-        // A panic of the backend under the lock leaves the ledger as it was: go on.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn state(&self) -> Locked<'_, B> {
+        Locked::new(&self.state)
     }
 
     pub(crate) fn profile(&self, id: ProfileId) -> Option<&Kept> {
@@ -283,42 +292,72 @@ impl<B: Backend> Shared<B> {
             .map(ProfileId)
     }
 
+    /// Tells subscribers, after all that was told before.
     pub(crate) fn emit(&self, profile: Option<ProfileId>, vm: Option<VmId>, kind: EventKind) {
+        if self.events.receiver_count() > 0 {
+            self.emit_in(&mut self.state(), profile, vm, kind);
+        }
+    }
+
+    /// The same under the lock: once it is free.
+    pub(crate) fn emit_in(
+        &self,
+        state: &mut State<B>,
+        profile: Option<ProfileId>,
+        vm: Option<VmId>,
+        kind: EventKind,
+    ) {
         if self.events.receiver_count() > 0 {
             let profile = profile
                 .and_then(|id| self.profile(id))
                 .map(|kept| kept.name.clone());
+            let events = self.events.clone();
             // An error means that the last subscriber has just gone.
-            let _ = self.events.send(PoolEvent { profile, vm, kind });
+            state.later(move || drop(events.send(PoolEvent { profile, vm, kind })));
         }
+    }
+
+    /// Measures something of a profile once the lock is free.
+    pub(crate) fn measure(
+        self: &Arc<Self>,
+        state: &mut State<B>,
+        profile: ProfileId,
+        measure: impl FnOnce(&ProfileMetrics) + Send + 'static,
+    ) {
+        let shared = Arc::clone(self);
+        state.later(move || {
+            if let Some(kept) = shared.profile(profile) {
+                measure(&kept.metrics);
+            }
+        });
     }
 
     /// A VM has ended by itself. Whoever has a lease is told by the VM itself. It is replaced when the
     /// actor looks next.
-    pub(crate) fn ended(&self, state: &mut State<B>, now: Instant, id: VmId) {
+    pub(crate) fn ended(self: &Arc<Self>, state: &mut State<B>, now: Instant, id: VmId) {
         let parked = state.slots.get(&id).filter(|slot| slot.vm.is_some());
         if let Some(profile) = parked.map(|slot| slot.profile)
             && state.ledger.is_parked(id)
         {
-            self.died(profile, id);
+            self.died(state, profile, id);
         }
         state.note(now, Event::Ended(id));
     }
 
     /// A VM has ended before anybody had it.
-    pub(crate) fn died(&self, profile: ProfileId, id: VmId) {
+    pub(crate) fn died(self: &Arc<Self>, state: &mut State<B>, profile: ProfileId, id: VmId) {
         let name = self.profile_name(profile);
-        tracing::warn!(vm = %id, profile = name, "a parked VM ended by itself");
-        if let Some(kept) = self.profile(profile) {
-            kept.metrics.died.increment(1);
-        }
-        self.emit(Some(profile), Some(id), EventKind::Ended);
+        self.measure(state, profile, move |metrics| {
+            tracing::warn!(vm = %id, profile = name, "a parked VM ended by itself");
+            metrics.died.increment(1);
+        });
+        self.emit_in(state, Some(profile), Some(id), EventKind::Ended);
     }
 
     /// The VM of a lease comes home. If it is no longer on the books (its pool was stopped since, maybe
     /// started again), it is handed back: it is to be destroyed all the same.
     pub(crate) fn take_back(
-        &self,
+        self: &Arc<Self>,
         (home, id): (&Home<B>, VmId),
         vm: B::Vm,
         untouched: bool,
@@ -338,7 +377,7 @@ impl<B: Backend> Shared<B> {
         slot.released = done;
         let now = Instant::now();
         if died {
-            self.died(profile, id);
+            self.died(&mut state, profile, id);
             state.note(now, Event::Ended(id));
         }
         let event = if untouched {
@@ -348,7 +387,8 @@ impl<B: Backend> Shared<B> {
         };
         state.note(now, event);
         let untouched = state.ledger.is_kept(id);
-        self.emit(Some(profile), Some(id), EventKind::Returned { untouched });
+        let kind = EventKind::Returned { untouched };
+        self.emit_in(&mut state, Some(profile), Some(id), kind);
         drop(state);
         self.nudge.wake();
         Ok(())
@@ -365,7 +405,7 @@ impl<B: Backend> Shared<B> {
         };
         let (profile, reservation) = (slot.profile, slot.reservation.take());
         state.note(Instant::now(), Event::Withdrawn(id));
-        self.emit(Some(profile), Some(id), EventKind::Withdrawn);
+        self.emit_in(&mut state, Some(profile), Some(id), EventKind::Withdrawn);
         drop(state);
         self.nudge.wake();
         reservation
@@ -386,7 +426,7 @@ impl<B: Backend> Shared<B> {
             return;
         }
         if state.ledger.phase() != Phase::Stopping {
-            self.emit(None, None, EventKind::Stopping);
+            self.emit_in(&mut state, None, None, EventKind::Stopping);
         }
         state.tell(Instant::now(), Event::Stop(by));
         drop(state);

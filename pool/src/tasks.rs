@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::FutureExt;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use crate::actor::{Actor, Message, PreparedReply, Verdict};
 use crate::backend::{Backend, Making, ProbeError, Remote};
@@ -56,7 +56,7 @@ impl<B: Backend> Actor<B> {
             Action::AskIdle(id) => ask_idle(state, now, id),
             Action::Resized(profile, size) => {
                 self.shared
-                    .emit(Some(profile), None, EventKind::Resized(size));
+                    .emit_in(state, Some(profile), None, EventKind::Resized(size));
             }
             Action::Stopped => self.stopped(state),
         }
@@ -66,8 +66,7 @@ impl<B: Backend> Actor<B> {
     pub(crate) fn prepare(&mut self, profile: ProfileId, reply: PreparedReply) {
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let over = self.prepared.clone();
-        let name = shared.profile(profile).map(|kept| &*kept.name);
-        let span = tracing::info_span!("prepare", profile = name);
+        let name = shared.profile(profile).map(|kept| Arc::clone(&kept.name));
         let task = async move {
             let Some(kept) = shared.profile(profile) else {
                 return;
@@ -86,7 +85,20 @@ impl<B: Backend> Actor<B> {
             };
             let _ = home.send(Message::Prepared(profile, prepared, reply));
         };
-        self.tasks.spawn(task.instrument(span));
+        self.spawn_in(
+            move || tracing::info_span!("prepare", profile = name.as_deref()),
+            task,
+        );
+    }
+
+    /// Spawns a task in a span, which is the embedder's to see: it is made by the task, without the lock.
+    fn spawn_in(
+        &mut self,
+        span: impl FnOnce() -> Span + Send + 'static,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        self.tasks
+            .spawn(async move { task.instrument(span()).await });
     }
 
     /// Reserves for a VM and gives it a slot; returns what gives its boot up. None: the host's
@@ -114,28 +126,31 @@ impl<B: Backend> Actor<B> {
 
     fn boot(&mut self, state: &mut State<B>, now: Instant, profile: ProfileId, id: VmId) {
         let Some(cancelled) = self.admit(state, now, profile, id) else {
-            if let (Some(kept), Some(denial)) = (self.shared.profile(profile), self.denial) {
-                kept.metrics.boot_failed(&BootFailure::Denied(denial), None);
+            if let Some(denial) = self.denial {
+                self.shared.measure(state, profile, move |metrics| {
+                    metrics.boot_failed(&BootFailure::Denied(denial), None);
+                });
             }
             return;
         };
         self.shared
-            .emit(Some(profile), Some(id), EventKind::Booting);
+            .emit_in(state, Some(profile), Some(id), EventKind::Booting);
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let Some(kept) = shared.profile(profile) else {
             return;
         };
         let how = guarded("making", || shared.backend.making(&kept.spec)).unwrap_or(Making::Boot);
-        let span = match how {
-            Making::Boot => tracing::info_span!("boot", vm = %id, profile = %kept.name),
-            Making::Fork => tracing::info_span!("fork", vm = %id, profile = %kept.name),
+        let name = Arc::clone(&kept.name);
+        let span = move || match how {
+            Making::Boot => tracing::info_span!("boot", vm = %id, profile = %name),
+            Making::Fork => tracing::info_span!("fork", vm = %id, profile = %name),
         };
         let task = async move {
             let result = boot::boot(shared, profile, id, cancelled).await;
             // The actor outlives its tasks, save when the runtime itself ends.
             let _ = home.send(Message::Booted(id, (how, now), result));
         };
-        self.tasks.spawn(task.instrument(span));
+        self.spawn_in(span, task);
     }
 
     fn join(
@@ -166,8 +181,8 @@ impl<B: Backend> Actor<B> {
             return self.joined(state, now, id, Err(OfferRefusal::Unhealthy(wrong)));
         }
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
-        let name = shared.profile(profile).map(|kept| &*kept.name);
-        let span = tracing::info_span!("adopt", vm = %id, profile = name);
+        let name = shared.profile(profile).map(|kept| Arc::clone(&kept.name));
+        let span = move || tracing::info_span!("adopt", vm = %id, profile = name.as_deref());
         let task = async move {
             let check = health::check(shared.check_rules, || shared.probe(id));
             let result = tokio::select! {
@@ -177,7 +192,7 @@ impl<B: Backend> Actor<B> {
             };
             let _ = home.send(Message::Joined(id, result));
         };
-        self.tasks.spawn(task.instrument(span));
+        self.spawn_in(span, task);
     }
 
     fn park(&mut self, state: &mut State<B>, now: Instant, id: VmId) {
@@ -243,7 +258,8 @@ impl<B: Backend> Actor<B> {
         }
         let dropped = CancellationToken::new();
         slot.job = Some(dropped.clone());
-        let span = tracing::debug_span!("check", vm = %id, profile = %kept.name);
+        let name = Arc::clone(&kept.name);
+        let span = move || tracing::debug_span!("check", vm = %id, profile = %name);
         self.count_check(pass);
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let task = async move {
@@ -255,7 +271,7 @@ impl<B: Backend> Actor<B> {
             };
             let _ = home.send(Message::Checked(id, check, pass, verdict));
         };
-        self.tasks.spawn(task.instrument(span));
+        self.spawn_in(span, task);
     }
 
     fn serve(
@@ -272,7 +288,7 @@ impl<B: Backend> Actor<B> {
         };
         let alive = state.is_alive(&self.shared.backend, id);
         let Some(vm) = alive.then(|| state.take_out(id)).flatten() else {
-            self.shared.died(profile, id);
+            self.shared.died(state, profile, id);
             state.waiters.insert(waiter, reply);
             state.tell(now, Event::Ended(id));
             state.tell(now, Event::Untouched(id));
@@ -280,10 +296,8 @@ impl<B: Backend> Actor<B> {
         };
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let lease = Lease::untouched(shared, home, id, profile, vm);
-        if let Err(Ok(lease)) = reply.send(Ok(lease)) {
-            // The waiter has gone.
-            self.unclaimed(lease);
-        }
+        // If the waiter has gone, the lease comes home.
+        state.later(move || drop(reply.send(Ok(lease))));
     }
 
     fn retire(&mut self, state: &mut State<B>, now: Instant, id: VmId) {
@@ -307,7 +321,7 @@ impl<B: Backend> Actor<B> {
             Doomed::Kept(profile, id) => (Some((profile, id)), Some(id)),
             Doomed::Stray(id) => (None, id),
         };
-        let span = tracing::debug_span!("destroy", vm = id.map(display));
+        let span = move || tracing::debug_span!("destroy", vm = id.map(display));
         let task = async move {
             let began = Instant::now();
             let retire = async { shared.backend.retire(vm).await };
@@ -336,20 +350,21 @@ impl<B: Backend> Actor<B> {
                 let _ = done.send(());
             }
         };
-        self.tasks.spawn(task.instrument(span));
+        self.spawn_in(span, task);
     }
 
     fn kill(&mut self, state: &mut State<B>, now: Instant, id: VmId, why: Overdue) {
         let Some(slot) = state.slots.get(&id) else {
             return state.tell(now, Event::Killed(id));
         };
-        tracing::warn!(vm = %id, ?why, "the pool ends the VM of a lease");
-        if let Some(kept) = self.shared.profile(slot.profile) {
-            kept.metrics.overdue(why);
-        }
+        let (profile, remote) = (slot.profile, slot.remote.clone());
+        self.shared.measure(state, profile, move |metrics| {
+            tracing::warn!(vm = %id, ?why, "the pool ends the VM of a lease");
+            metrics.overdue(why);
+        });
         self.shared
-            .emit(Some(slot.profile), Some(id), EventKind::Overdue(why));
-        let Some(remote) = slot.remote.clone() else {
+            .emit_in(state, Some(profile), Some(id), EventKind::Overdue(why));
+        let Some(remote) = remote else {
             return state.tell(now, Event::Killed(id));
         };
         let (limit, home) = (self.shared.times.retire, self.home.clone());
@@ -367,7 +382,7 @@ impl<B: Backend> Actor<B> {
 fn reject<B: Backend>(state: &mut State<B>, waiter: WaiterId, refusal: Refusal) {
     if let Some(reply) = state.waiters.remove(&waiter) {
         // It may have gone.
-        let _ = reply.send(Err(refusal));
+        state.later(move || drop(reply.send(Err(refusal))));
     }
 }
 

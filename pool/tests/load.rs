@@ -109,7 +109,8 @@ fn what_is_wrong_with_a_pool_or_its_program_is_said() {
     if !kvm() {
         return;
     }
-    let program = ["--seconds", "1", "--", "no-such-program"];
+    // A run takes a third of a second where ring 0 is emulated, and more beside other work.
+    let program = ["--seconds", "5", "--", "no-such-program"];
     let args = [&config[..], &profile, &program].concat();
     let (code, stdout, stderr) = text(hearth(&args).output().unwrap());
     assert_eq!(code, Some(125), "{stderr}");

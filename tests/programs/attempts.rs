@@ -2,10 +2,12 @@
 //! guest that has no libraries. `attempts WHAT [ARGUMENT...]` prints a line `TRY NUMBER` for each try: the system's error, 0 if it
 //! was let.
 
-use std::ffi::{c_int, c_long};
+use std::ffi::{CString, c_int, c_long};
 use std::fs::OpenOptions;
 use std::io::{Error, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 unsafe extern "C" {
     fn syscall(number: c_long, ...) -> c_long;
@@ -14,6 +16,7 @@ unsafe extern "C" {
 // arch/x86/entry/syscalls/syscall_64.tbl
 const MMAP: c_long = 9;
 const IOCTL: c_long = 16;
+const ACCESS: c_long = 21;
 const SOCKET: c_long = 41;
 const CONNECT: c_long = 42;
 const BIND: c_long = 49;
@@ -55,7 +58,9 @@ fn main() {
         "trace" => trace(),
         "schedule" => schedule(),
         "files" => files(),
-        "sockets" => sockets(),
+        "writable" => writable(),
+        "plant" => plant(),
+        "sockets" => sockets(argument(2)),
         "rights" => rights(),
         "namespaces" => namespaces(),
         "terminal" => terminal(&args[1]),
@@ -218,7 +223,9 @@ fn files() {
     }
     for place in [
         "/file",
+        "/.layer",
         "/etc/passwd",
+        "/etc/ld.so.preload",
         "/root/file",
         "/run/file",
         "/dev/file",
@@ -235,8 +242,62 @@ fn files() {
             ),
         );
     }
-    for place in ["/init", "/etc/machine-id"] {
-        told("rename", code(std::fs::rename(place, "/tmp/mine")));
+    // Where dynamic linkers look for libraries, shells for what they do first.
+    for place in ["/lib", "/lib64", "/etc/profile.d"] {
+        told(place, code(std::fs::create_dir(place)));
+    }
+    // On the same file system, so that this is not what stops it.
+    for place in ["/init", "/etc", "/etc/machine-id", "/tmp/attempts"] {
+        told("rename", code(std::fs::rename(place, format!("{place}.mine"))));
+        told("mode", code(set_mode(place)));
+    }
+    for place in ["/init", "/etc/machine-id", "/tmp/attempts"] {
+        told("unlink", code(std::fs::remove_file(place)));
+        told(place, write(place));
+    }
+}
+
+fn set_mode(place: &str) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(place, std::fs::Permissions::from_mode(0o777))
+}
+
+/// All files that the kernel would let this user write to, but for links and for what processes have in `/proc`.
+fn writable() {
+    let mut places = vec![PathBuf::from("/")];
+    while let Some(place) = places.pop() {
+        let name = CString::new(place.as_os_str().as_bytes()).unwrap();
+        // W_OK
+        if error!(ACCESS, name.as_ptr(), 2 as c_long) == 0 {
+            println!("{}", place.display());
+        }
+        let Ok(entries) = std::fs::read_dir(&place) else {
+            continue;
+        };
+        places.extend(entries.flatten().filter_map(|entry| {
+            let path = entry.path();
+            let of_process = place == Path::new("/proc")
+                && (entry.file_name().as_bytes()[0].is_ascii_digit()
+                    || ["self", "thread-self"].iter().any(|own| entry.file_name() == *own));
+            let link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+            (!link && !of_process).then_some(path)
+        }));
+    }
+}
+
+/// Lays itself, as `id`, where programs are looked for by name.
+fn plant() {
+    for place in [
+        "/usr/local/sbin",
+        "/usr/local/bin",
+        "/usr/sbin",
+        "/usr/bin",
+        "/sbin",
+        "/bin",
+    ] {
+        told(place, code(std::fs::create_dir_all(place)));
+        let copied = std::fs::copy("/proc/self/exe", format!("{place}/id"));
+        told("id", code(copied.map(|_| ())));
     }
 }
 
@@ -249,36 +310,28 @@ fn address(cid: u32, port: u32) -> [u8; 16] {
     address
 }
 
-fn sockets() {
-    let socket = || {
+fn sockets(own: c_long) {
+    let socket = |kind: c_long| {
         // SAFETY: numbers only.
-        unsafe { syscall(SOCKET, 40 as c_long, 1 as c_long, 0 as c_long) }
+        unsafe { syscall(SOCKET, 40 as c_long, kind, 0 as c_long) }
     };
-    let mut own = 0_u32;
-    if let Ok(device) = OpenOptions::new().read(true).open("/dev/vsock") {
-        // SAFETY: IOCTL_VM_SOCKETS_GET_LOCAL_CID writes one number.
-        unsafe {
-            syscall(
-                IOCTL,
-                device.as_raw_fd() as c_long,
-                0x7b9 as c_long,
-                &mut own,
-            )
-        };
-    }
-    assert!(own > 2, "{own}");
+    const STREAM: c_long = 1;
+    const SEQPACKET: c_long = 5;
+    let own = u32::try_from(own).unwrap();
     // As the agent: its port, on each address, and those below.
     for (cid, port) in [(u32::MAX, 1024), (own, 1024), (u32::MAX, 1023), (own, 80)] {
-        let fd = socket();
-        let bound = error!(BIND, fd, &address(cid, port), 16 as c_long);
-        told("bind", bound);
-        if bound == 0 {
-            told("listen", error!(LISTEN, fd, 1 as c_long));
+        for kind in [STREAM, SEQPACKET] {
+            let fd = socket(kind);
+            let bound = error!(BIND, fd, &address(cid, port), 16 as c_long);
+            told("bind", bound);
+            if bound == 0 {
+                told("listen", error!(LISTEN, fd, 1 as c_long));
+            }
         }
     }
     // As the host: its agent, from here. As the agent: the host's ports.
     for (cid, port) in [(1, 1024), (own, 1024), (0, 1024), (2, 1025), (2, 1024)] {
-        let fd = socket();
+        let fd = socket(STREAM);
         told(
             "connect",
             error!(CONNECT, fd, &address(cid, port), 16 as c_long),

@@ -13,8 +13,10 @@ const STUCK: Duration = Duration::from_secs(60);
 pub(super) fn acquire_release() -> Walk {
     let runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = { runtime }.enable_time().build().unwrap();
-    let mut health = HealthConfig::default();
-    health.interval_ms = 0;
+    let health = HealthConfig {
+        interval_ms: 0,
+        ..HealthConfig::default()
+    };
     let profile = Profile::new(PROFILE, PROFILE)
         .memory_mib(128)
         .warm_pool_size(4);

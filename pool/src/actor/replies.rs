@@ -48,16 +48,18 @@ impl<B: Backend> Actor<B> {
         }
     }
 
-    pub(super) fn settle_pass(&mut self, id: PassId) {
+    pub(super) fn settle_pass(&mut self, state: &mut State<B>, id: PassId) {
         if self.passes.get(&id).is_some_and(|pass| pass.left == 0)
             && let Some(pass) = self.passes.remove(&id)
         {
             // The one who asked may have gone.
-            let _ = pass.reply.send(pass.report);
+            state.later(move || {
+                let _ = pass.reply.send(pass.report);
+            });
         }
     }
 
-    pub(crate) fn settle(&mut self, state: &State<B>, ticket: TicketId, outcome: Outcome) {
+    pub(crate) fn settle(&mut self, state: &mut State<B>, ticket: TicketId, outcome: Outcome) {
         if let Some(reply) = self.tickets.remove(&ticket) {
             let answer = match outcome {
                 Outcome::Booted(id) => Replenished::Booted(id),
@@ -80,10 +82,8 @@ impl<B: Backend> Actor<B> {
                 _ => None,
             };
             // The one who asked may have gone.
-            let _ = reply.send(Attempt {
-                did: answer,
-                failed,
-            });
+            let did = answer;
+            state.later(move || drop(reply.send(Attempt { did, failed })));
         }
         let Some(offer) = self.offers.remove(&ticket) else {
             return;
@@ -96,18 +96,16 @@ impl<B: Backend> Actor<B> {
             Outcome::Failed(_) => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),
             Outcome::Denied(_) => Err(self.denial.map_or(OfferRefusal::Full, OfferRefusal::Denied)),
         };
-        let answer = match answer {
-            Ok(id) => offer.reply.send(Ok(id)),
-            Err(why) => offer.reply.send(Err(OfferError { vm: offer.vm, why })),
-        };
-        match answer {
-            Err(Err(OfferError { vm: Some(vm), .. })) => {
-                self.destroy(Doomed::Stray(offer.id), vm, None);
+        let home = self.home.clone();
+        state.later(move || {
+            let Offered { vm, id, reply } = offer;
+            let answer = answer.map_err(|why| OfferError { vm, why });
+            // One that was adopted is, though nobody hears of it.
+            if let Err(Err(OfferError { vm: Some(vm), .. })) = reply.send(answer) {
+                // If nobody listens any more, it comes back in the error and is dropped.
+                let _ = home.send(Message::Stray(id, vm, None));
             }
-            // Adopted, though nobody hears of it.
-            Err(Ok(id)) => debug_assert!(state.slots.contains_key(&id)),
-            Err(Err(_)) | Ok(()) => {}
-        }
+        });
     }
 
     pub(crate) fn take_offered(&mut self, ticket: TicketId, id: VmId) -> Option<B::Vm> {
@@ -119,7 +117,7 @@ impl<B: Backend> Actor<B> {
     /// After the end: only leases are of interest.
     pub(super) fn receive_late(&mut self, message: Message<B>) {
         match message {
-            Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(Some(id)), vm, done),
+            Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(id), vm, done),
             Message::Offer(.., vm, reply) => {
                 let refusal = OfferError {
                     vm: Some(vm),

@@ -43,22 +43,27 @@ impl<B: Backend> Actor<B> {
         }
         let result = result.and_then(|vm| self.take_up(slot, vm));
         match result {
-            Ok(()) => {
+            Ok(private) => {
                 let took = began.elapsed();
-                if let Some(kept) = self.shared.profile(profile) {
-                    kept.metrics.made(how, took);
-                }
-                tracing::debug!(vm = %id, ?how, ?took, "made");
-                self.shared
-                    .emit(Some(profile), Some(id), EventKind::Ready(took));
+                self.shared.measure(state, profile, move |metrics| {
+                    if let Some(kib) = private {
+                        // Exact to the KiB, up to 4 TiB.
+                        metrics.private.record(f64::from(kib) * 1024.0);
+                    }
+                    metrics.made(how, took);
+                    tracing::debug!(vm = %id, ?how, ?took, "made");
+                });
+                let kind = EventKind::Ready(took);
+                self.shared.emit_in(state, Some(profile), Some(id), kind);
                 state.tell(now, Event::Booted(id));
             }
             Err(Failed { why, kind, vm }) => {
                 let has_vm = vm.is_some();
                 slot.vm = vm;
-                if let Some(kept) = self.shared.profile(profile) {
-                    kept.metrics.boot_failed(&why, kind);
-                }
+                let failure = why.clone();
+                self.shared.measure(state, profile, move |metrics| {
+                    metrics.boot_failed(&failure, kind);
+                });
                 self.note_failure(state, profile, id, &why);
                 self.failure = Some(why);
                 state.tell(now, Event::BootFailed(id, has_vm));
@@ -67,8 +72,8 @@ impl<B: Backend> Actor<B> {
         }
     }
 
-    /// A fresh VM moves into its slot.
-    fn take_up(&self, slot: &mut Slot<B>, vm: B::Vm) -> Result<(), Failed<B>> {
+    /// A fresh VM moves into its slot; how many KiB it has to itself, if that is known.
+    fn take_up(&self, slot: &mut Slot<B>, vm: B::Vm) -> Result<Option<u32>, Failed<B>> {
         let backend = &self.shared.backend;
         let Some(remote) = guarded("remote", || backend.remote(&vm)) else {
             let why = BootFailure::Panicked;
@@ -80,19 +85,13 @@ impl<B: Backend> Actor<B> {
             });
         };
         let private = guarded("private_bytes", || backend.private_bytes(&vm)).flatten();
-        if let Some(kept) = self.shared.profile(slot.profile)
-            && let Some(kib) = private.and_then(|bytes| u32::try_from(bytes / 1024).ok())
-        {
-            // Exact to the KiB, up to 4 TiB.
-            kept.metrics.private.record(f64::from(kib) * 1024.0);
-        }
         slot.remote = Some(Arc::new(remote));
         slot.vm = Some(vm);
-        Ok(())
+        Ok(private.and_then(|bytes| u32::try_from(bytes / 1024).ok()))
     }
 
     /// Tells of breakers that opened or closed since the last time.
-    pub(super) fn show_breakers(&mut self, state: &State<B>) {
+    pub(super) fn show_breakers(&mut self, state: &mut State<B>) {
         for (index, was_open) in self.breakers.iter_mut().enumerate() {
             let profile = ProfileId(index);
             let counts = state.ledger.counts(profile);
@@ -103,12 +102,14 @@ impl<B: Backend> Actor<B> {
             let kind = if counts.breaker_open {
                 let failures = counts.failures_in_a_row;
                 let profile = self.shared.profile_name(profile);
-                tracing::error!(profile, failures, "boots keep failing: the breaker is open");
+                state.later(move || {
+                    tracing::error!(profile, failures, "boots keep failing: the breaker is open");
+                });
                 EventKind::BreakerOpened(failures)
             } else {
                 EventKind::BreakerClosed
             };
-            self.shared.emit(Some(profile), None, kind);
+            self.shared.emit_in(state, Some(profile), None, kind);
         }
     }
 
@@ -122,26 +123,26 @@ impl<B: Backend> Actor<B> {
         };
         let backend = &self.shared.backend;
         let now = guarded("no_template", || backend.no_template(&kept.spec)).flatten();
-        let (name, event) = (&*kept.name, |kind| {
-            self.shared.emit(Some(profile), None, kind)
-        });
-        match (&*last, &now) {
+        let kind = match (&*last, &now) {
             (None, None) => return,
             (Some(before), Some(now)) if Arc::ptr_eq(before, now) => return,
-            (_, Some(error)) => {
-                let cause = error.source().map(ToString::to_string).unwrap_or_default();
-                tracing::warn!(profile = name, %error, cause, "no template: VMs boot from cold");
-                kept.metrics.template_failures.increment(1);
-                event(EventKind::TemplateFailed(Arc::clone(error)));
-            }
-            (Some(_), None) => {
-                tracing::info!(profile = name, "a template was made after all");
-                event(EventKind::TemplateMade);
-            }
-        }
-        let without = f64::from(u8::from(now.is_some()));
-        kept.metrics.without_template.set(without);
-        *last = now;
+            (_, Some(error)) => EventKind::TemplateFailed(Arc::clone(error)),
+            (Some(_), None) => EventKind::TemplateMade,
+        };
+        last.clone_from(&now);
+        let name = Arc::clone(&kept.name);
+        self.shared.measure(state, profile, move |metrics| {
+            metrics
+                .without_template
+                .set(f64::from(u8::from(now.is_some())));
+            let Some(error) = now else {
+                return tracing::info!(profile = &*name, "a template was made after all");
+            };
+            metrics.template_failures.increment(1);
+            let cause = error.source().map(ToString::to_string).unwrap_or_default();
+            tracing::warn!(profile = &*name, %error, cause, "no template: VMs boot from cold");
+        });
+        self.shared.emit_in(state, Some(profile), None, kind);
     }
 
     pub(crate) fn note_failure(
@@ -151,16 +152,17 @@ impl<B: Backend> Actor<B> {
         id: VmId,
         why: &BootFailure,
     ) {
-        let cause = std::error::Error::source(why)
-            .map(ToString::to_string)
-            .unwrap_or_default();
-        let name = self.shared.profile_name(profile);
-        tracing::warn!(vm = %id, profile = name, error = %why, cause, "a boot failed");
+        let (name, error) = (self.shared.profile_name(profile), why.clone());
+        state.later(move || {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            let cause = cause.unwrap_or_default();
+            tracing::warn!(vm = %id, profile = name, %error, cause, "a boot failed");
+        });
         if let Some(last) = state.last_failure.get_mut(profile.0) {
             *last = Some(why.clone());
         }
-        self.shared
-            .emit(Some(profile), Some(id), EventKind::BootFailed(why.clone()));
+        let kind = EventKind::BootFailed(why.clone());
+        self.shared.emit_in(state, Some(profile), Some(id), kind);
     }
 
     pub(crate) fn joined(
@@ -208,20 +210,21 @@ impl<B: Backend> Actor<B> {
         let current = state.ledger.is_checking(id, check);
         if current && let Some(slot) = state.slots.get_mut(&id) {
             slot.job = None;
-            let kept = self.shared.profile(slot.profile);
+            let profile = slot.profile;
             match &verdict {
                 Verdict::Healthy(took) => {
-                    if let Some(kept) = kept {
-                        kept.metrics.ping.record(*took);
-                    }
+                    let took = *took;
+                    self.shared
+                        .measure(state, profile, move |metrics| metrics.ping.record(took));
                 }
                 Verdict::Unhealthy(error) => {
-                    tracing::warn!(vm = %id, %error, "a parked VM is unhealthy");
-                    if let Some(kept) = kept {
-                        kept.metrics.unhealthy(error);
-                    }
+                    let why = error.clone();
+                    self.shared.measure(state, profile, move |metrics| {
+                        tracing::warn!(vm = %id, error = %why, "a parked VM is unhealthy");
+                        metrics.unhealthy(&why);
+                    });
                     let kind = EventKind::Unhealthy(error.clone());
-                    self.shared.emit(Some(slot.profile), Some(id), kind);
+                    self.shared.emit_in(state, Some(profile), Some(id), kind);
                 }
                 Verdict::Dropped => {}
             }
@@ -237,6 +240,6 @@ impl<B: Backend> Actor<B> {
             }
         }
         self.perform(state, now);
-        self.settle_pass(pass);
+        self.settle_pass(state, pass);
     }
 }

@@ -113,4 +113,18 @@ mod tests {
         assert_eq!(least(root.path(), "4:cpu,memory:/a\n"), Some(500));
         assert_eq!(least(root.path(), "4:cpu:/a\n"), None);
     }
+
+    #[test]
+    fn more_used_than_allowed_leaves_nothing_and_nonsense_is_no_limit() {
+        let used = ("a/memory.current", "20\n");
+        let root = tree(&[("a/memory.max", "10\n"), used]);
+        assert_eq!(least(root.path(), "0::/a\n"), Some(0));
+        for nonsense in ["nonsense", "", ":", "0:"] {
+            assert_eq!(least(root.path(), nonsense), None, "{nonsense}");
+        }
+        for nonsense in ["", "x", "-1"] {
+            let root = tree(&[("a/memory.max", nonsense), used]);
+            assert_eq!(least(root.path(), "0::/a\n"), None, "{nonsense}");
+        }
+    }
 }

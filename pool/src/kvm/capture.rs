@@ -8,7 +8,6 @@ use hearth_agent::client::{ConnectionError, FreezeError, PingError};
 use hearth_agent::proto::Memory;
 use hearth_vmm::cache::Entry;
 use hearth_vmm::{CpuProfile, Exit, StoreError, Template};
-use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::KvmBackend;
@@ -18,6 +17,7 @@ use super::session::Session;
 use super::store::{MadeOf, Store};
 use super::stream::GuestStream;
 use super::templates::Unmade;
+use super::workers::{WorkError, blocking};
 use crate::profile::{Balloon, Profile};
 
 /// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's time. What is held is
@@ -41,7 +41,7 @@ struct Line {
     nonces: RangeFrom<u64>,
 }
 
-fn panicked(error: JoinError) -> Unmade<CreateError> {
+fn panicked(error: WorkError) -> Unmade<CreateError> {
     Unmade::Refused(error.into())
 }
 
@@ -93,7 +93,7 @@ impl KvmBackend {
             return Ok(template);
         };
         let made = template.clone();
-        match spawn_blocking(move || vacancy.fill(&made))
+        match blocking(move || vacancy.fill(&made))
             .await
             .map_err(panicked)?
         {
@@ -111,15 +111,15 @@ impl KvmBackend {
         &self,
         store: Store,
         made_of: MadeOf,
-    ) -> Result<Result<Option<Entry>, StoreError>, JoinError> {
-        let made_of = match spawn_blocking(move || made_of.name()).await? {
+    ) -> Result<Result<Option<Entry>, StoreError>, WorkError> {
+        let made_of = match blocking(move || made_of.name()).await? {
             Ok(made_of) => made_of,
             Err(error) => return Ok(Err(error)),
         };
         let until = Instant::now() + self.boot_timeout;
         loop {
             let (store, named) = (store.clone(), made_of.clone());
-            let entered = spawn_blocking(move || store.try_enter(&named)).await?;
+            let entered = blocking(move || store.try_enter(&named)).await?;
             if !matches!(entered, Ok(None)) || Instant::now() >= until {
                 return Ok(entered);
             }
@@ -200,7 +200,7 @@ impl KvmBackend {
             }
             vm.into_template()
         };
-        Ok(spawn_blocking(freeze).await??)
+        Ok(blocking(freeze).await??)
     }
 
     /// Does to a template's guest what each clone will go through, so that what the first time takes (pages,

@@ -24,6 +24,7 @@ use super::control::Control;
 use super::session::Session;
 use super::stream::GuestStream;
 use super::templates::Ingredients;
+use super::workers::blocking;
 use crate::profile::{Language, Profile};
 
 /// Why a guest could not be talked to.
@@ -156,7 +157,7 @@ impl Guest {
     /// Looks how much memory it has to itself now.
     pub(super) async fn weigh(&mut self) {
         let vm = Arc::clone(&self.vm);
-        let weighed = tokio::task::spawn_blocking(move || vm.private_bytes().ok());
+        let weighed = blocking(move || vm.private_bytes().ok());
         self.private_bytes = weighed.await.ok().flatten();
     }
 
@@ -325,8 +326,8 @@ impl End {
     pub(super) async fn bring_about(&self) {
         if let Some(vm) = self.vm.upgrade() {
             vm.kill();
-            // Also if that task panics, the VM goes.
-            let _ = tokio::task::spawn_blocking(move || vm.take_apart()).await;
+            // Without a thread, or if it panics, the VM is dropped: the undertaker takes it apart.
+            let _ = blocking(move || vm.take_apart()).await;
         }
         self.gone.clone().wait().await;
     }

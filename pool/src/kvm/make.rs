@@ -13,13 +13,13 @@ use hearth_vmm::{
 };
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::birth::Birth;
 use super::guest::{Dialler, Guest, GuestError, Lines};
 use super::session::Session;
 use super::stream::GuestStream;
+use super::workers::{WorkError, blocking};
 use super::{KvmBackend, KvmImage};
 use crate::profile::{Balloon, Profile};
 use crate::slot::VmId;
@@ -88,9 +88,9 @@ pub enum CreateError {
     /// The booted guest could not be made a template.
     #[error("the guest could not be made a template")]
     Snapshot(#[from] SnapshotError),
-    /// A task of this backend panicked.
-    #[error("a task of the backend did not end in order")]
-    Task(#[from] tokio::task::JoinError),
+    /// There was no thread to make it on, or it panicked there.
+    #[error("the backend could not do its work")]
+    Work(#[from] WorkError),
 }
 
 impl CreateError {
@@ -98,7 +98,7 @@ impl CreateError {
         match self {
             Self::NoImage { .. } | Self::Load(_) => "image",
             Self::Config(_) => "config",
-            Self::Boot(_) | Self::Pause(_) | Self::Listen(_) | Self::Task(_) | Self::Random(_) => {
+            Self::Boot(_) | Self::Pause(_) | Self::Listen(_) | Self::Work(_) | Self::Random(_) => {
                 "monitor"
             }
             Self::Ended(_) => "ended",
@@ -139,7 +139,7 @@ impl KvmBackend {
 
     pub(super) async fn preload(&self, profile: &Profile) -> Result<(), CreateError> {
         let config = self.config(profile)?;
-        Ok(spawn_blocking(move || config.preload()).await??)
+        Ok(blocking(move || config.preload()).await??)
     }
 
     /// A cold boot, to the guest that is warm and, if the profile says so, small.
@@ -260,7 +260,7 @@ async fn alive(
 ) -> Result<Vm, CreateError> {
     let life = birth.life();
     let make = move || make().inspect(|vm| vm.carry(life));
-    Ok(spawn_blocking(make).await??)
+    Ok(blocking(make).await??)
 }
 
 /// Gives a clone its new identity, and sends a ping behind.

@@ -11,6 +11,7 @@ mod session;
 mod store;
 mod stream;
 mod templates;
+mod workers;
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -32,6 +33,7 @@ use store::Store;
 pub use stream::GuestStream;
 use templates::Templates;
 use tokio::sync::Semaphore;
+pub use workers::WorkError;
 
 use crate::backend::{Backend, Making, ProbeError, Remote};
 use crate::config::{BalloonConfig, BootConfig, PoolConfig, Problem};

@@ -2,6 +2,7 @@
 //! real guest are elsewhere; here a fake backend and paused time make every interleaving repeatable.
 
 #![allow(
+    clippy::field_reassign_with_default,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,

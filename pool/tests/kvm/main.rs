@@ -2,6 +2,7 @@
 //! found in the cache of templates; every VM here is a fork of it.
 
 #![allow(
+    clippy::field_reassign_with_default,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
@@ -15,6 +16,7 @@ mod hand_off;
 mod health;
 mod idle;
 mod leases;
+mod limits;
 mod nothing_left;
 mod profiles;
 mod rig;

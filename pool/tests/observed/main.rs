@@ -2,6 +2,7 @@
 //! wrong is logged. A program of its own, because it installs a subscriber for the whole process.
 
 #![allow(
+    clippy::field_reassign_with_default,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,

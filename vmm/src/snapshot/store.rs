@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{AtFlags, Mode, OFlags, openat};
 
 use super::images;
 use super::manifest::{self, Defect, Manifest};
@@ -115,8 +115,9 @@ pub(super) fn io_error(
 
 impl Template {
     /// Writes the template to `dir`, which must not exist (or be empty): all of it or nothing, also if
-    /// the host fails meanwhile. Images that its guest was given are no part of it. A process that is killed leaves a directory `.NAME.PID.NUMBER` beside
-    /// it. Pages of zeroes take no space. Blocks for the disk.
+    /// the host fails meanwhile. Images that its guest was given are no part of it. A process that is killed leaves a
+    /// directory `.NAME.PID.NUMBER.unfinished` beside it, with the guest's memory in it, which the next save
+    /// beside it removes. Pages of zeroes take no space. Blocks for the disk.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind.
@@ -126,13 +127,18 @@ impl Template {
         let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
             return Err(StoreError::Exists(dir));
         };
+        sweep(parent);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let scratch = format!(
-            ".{}.{}.{number}",
+            ".{}.{}.{number}{UNFINISHED}",
             name.to_string_lossy(),
             std::process::id()
         );
         let scratch = Scratch::new(parent.join(scratch))?;
+        // Locked, it says that its maker lives, until it has its name or this process ends. A file system without
+        // such locks gives none to who sweeps either, who then removes nothing.
+        let alive = open_dir(&scratch.0).map_err(io_error("open", &scratch.0))?;
+        let _ = alive.lock();
         self.write_into(&scratch.0, "")?;
         publish(&scratch.0, &dir)
     }
@@ -410,6 +416,45 @@ pub(super) fn publish(scratch: &Path, dir: &Path) -> Result<(), StoreError> {
     }
 }
 
+fn open_dir(dir: &Path) -> std::io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(dir, flags, Mode::empty())?.into())
+}
+
+/// How names end of what [`Template::save`] has not finished; no template is called so by chance.
+const UNFINISHED: &str = ".unfinished";
+
+/// Removes what saves into `parent` left whose processes were killed: nobody holds its lock. What was made
+/// just now and is not locked yet is known by being empty.
+fn sweep(parent: &Path) {
+    let Ok(listing) = fs::read_dir(parent) else {
+        return;
+    };
+    for entry in listing.flatten() {
+        let name = entry.file_name();
+        let name = name.to_str().unwrap_or_default();
+        if !name.starts_with('.') || !name.ends_with(UNFINISHED) {
+            continue;
+        }
+        let path = entry.path();
+        let Ok(held) = open_dir(&path) else { continue };
+        if held.try_lock().is_err() {
+            continue;
+        }
+        let own = held
+            .metadata()
+            .is_ok_and(|dir| is_private(dir.uid(), dir.mode()));
+        let empty = fs::read_dir(&path).is_ok_and(|mut files| files.next().is_none());
+        if own && !empty {
+            // With anything else in it the directory stays.
+            for part in [MANIFEST, MEMORY] {
+                let _ = rustix::fs::unlinkat(&held, part, AtFlags::empty());
+            }
+            let _ = fs::remove_dir(&path);
+        }
+    }
+}
+
 fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     File::open(dir)
         .and_then(|dir| dir.sync_all())
@@ -433,5 +478,52 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         // Gone already when it was published; what cannot be removed hurts nobody.
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scratch_of_dead_savers_is_swept_and_of_living_ones_and_all_else_is_not() {
+        let parent = tempfile::tempdir().unwrap();
+        let make = |name: &str, parts: &[&str]| {
+            let scratch = Scratch::new(parent.path().join(name)).unwrap();
+            for part in parts {
+                fs::write(scratch.0.join(part), "x").unwrap();
+            }
+            // As of a process that was killed.
+            let path = scratch.0.clone();
+            std::mem::forget(scratch);
+            path
+        };
+        let dead = make(".base.123.0.unfinished", &[MEMORY, MANIFEST]);
+        let half = make(".my.base.9.17.unfinished", &[MEMORY]);
+        let fresh = make(".base.123.1.unfinished", &[]);
+        let alive = make(".base.123.2.unfinished", &[MEMORY]);
+        let lock = open_dir(&alive).unwrap();
+        lock.lock().unwrap();
+        let foreign = make(".base.123.3.unfinished", &[MEMORY, "diary"]);
+        let others = [
+            make("base", &[MEMORY, MANIFEST]),
+            make(".python.3.14", &[MEMORY, MANIFEST]),
+            make("base.1.2.unfinished", &[MEMORY]),
+        ];
+        let link = parent.path().join(".base.5.5.unfinished");
+        std::os::unix::fs::symlink(&others[0], link).unwrap();
+        sweep(parent.path());
+        for gone in [&dead, &half] {
+            assert!(!gone.exists(), "{}", gone.display());
+        }
+        for kept in others.iter().chain([&fresh, &alive]) {
+            assert!(kept.exists(), "{}", kept.display());
+        }
+        assert!(others.iter().all(|other| other.join(MEMORY).exists()));
+        assert!(others[1].join(MANIFEST).exists());
+        assert!(foreign.join("diary").exists());
+        drop(lock);
+        sweep(parent.path());
+        assert!(!alive.exists(), "its process has ended since");
     }
 }

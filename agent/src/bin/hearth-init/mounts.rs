@@ -80,8 +80,11 @@ pub(crate) fn prepare() -> Vec<(&'static str, Errno)> {
     for (target, place) in LINKS {
         let _ = symlink(target, place);
     }
-    // For everybody, whatever the mask or an image says.
-    let _ = chmod("/tmp", Mode::from_raw_mode(0o1777));
+    // Whatever the mask, the kernel or an image says: the kernel makes its root for everybody to write to, and what
+    // anybody then calls `/usr/bin/id` would be what root starts as `id`.
+    for (place, mode) in [("/", 0o755), ("/tmp", 0o1777)] {
+        let _ = chmod(place, Mode::from_raw_mode(mode));
+    }
     failed
 }
 

@@ -1,6 +1,7 @@
 //! The command's event loop. All its threads are started before anything else, or none is: tokio panics
 //! where it cannot start one later.
 
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
@@ -11,8 +12,8 @@ use tokio::runtime::{Builder, Runtime};
 
 /// Threads for what blocks: stdin, stdout, stderr, and one for all else.
 const BLOCKING: usize = 4;
-/// A pool also makes its guests and takes them apart there.
-const BLOCKING_OF_A_POOL: usize = 16;
+/// What the event loop opens, signals included: tokio panics where it cannot.
+const DESCRIPTORS: usize = 8;
 /// Stack of a thread that only waits.
 const SMALL_STACK: usize = 64 << 10;
 /// Longer than any command runs.
@@ -41,7 +42,7 @@ fn advice() -> String {
 
 /// An event loop on the calling thread.
 pub(crate) fn on_this_thread() -> Result<Runtime, RuntimeError> {
-    start(Builder::new_current_thread(), 0, BLOCKING)
+    start(Builder::new_current_thread(), 0)
 }
 
 /// An event loop with a thread for each processor.
@@ -49,26 +50,35 @@ pub(crate) fn on_all_processors() -> Result<Runtime, RuntimeError> {
     let workers = thread::available_parallelism().map_or(1, usize::from);
     let mut builder = Builder::new_multi_thread();
     builder.worker_threads(workers);
-    start(builder, workers, BLOCKING_OF_A_POOL)
+    start(builder, workers)
 }
 
-fn start(mut builder: Builder, workers: usize, blocking: usize) -> Result<Runtime, RuntimeError> {
-    let needed = workers + blocking;
+fn start(mut builder: Builder, workers: usize) -> Result<Runtime, RuntimeError> {
+    can_open(DESCRIPTORS).map_err(RuntimeError::Start)?;
+    let needed = workers + BLOCKING;
     can_start(needed).map_err(|source| RuntimeError::Threads { needed, source })?;
     let runtime = builder
         .enable_all()
-        .max_blocking_threads(blocking)
+        .max_blocking_threads(BLOCKING)
         .thread_keep_alive(FOR_EVER)
         .build()
         .map_err(RuntimeError::Start)?;
     // Those for what blocks are started by work for each at the same time.
-    let all = Arc::new(Barrier::new(blocking + 1));
-    for _ in 0..blocking {
+    let all = Arc::new(Barrier::new(BLOCKING + 1));
+    for _ in 0..BLOCKING {
         let all = all.clone();
         drop(runtime.handle().spawn_blocking(move || all.wait()));
     }
     all.wait();
     Ok(runtime)
+}
+
+/// Opens so many descriptors at once and closes them.
+fn can_open(descriptors: usize) -> io::Result<()> {
+    (0..descriptors)
+        .map(|_| File::open("/"))
+        .collect::<io::Result<Vec<_>>>()
+        .map(drop)
 }
 
 /// Starts so many threads at once and ends them.

@@ -157,8 +157,9 @@ async fn crowd(config: &VmConfig, template: &Template, count: usize) -> Vec<Vm> 
 #[tokio::test]
 async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() {
     const VMS: usize = 200;
-    /// Event threads (`vmm::reactor` starts two at most) and the one that takes VMs apart.
-    const LASTING: usize = 3;
+    /// Event threads (`vmm::reactor` starts two at most), two that take VMs apart, the one that wakes the program, and the
+    /// one that makes them all.
+    const LASTING: usize = 6;
     /// Threads that are ready for a vCPU (`vmm::vcpu::runner` keeps two at most).
     const SPARES: usize = 2;
     const KVM_WORKER: &str = "kvm-nx-lpage-re";

@@ -89,14 +89,14 @@ fn mount_image(device: &[u8]) -> Result<(), Errno> {
     let flags = MountFlags::RDONLY | MountFlags::NODEV;
     let mut waited = Duration::ZERO;
     loop {
-        // In place if the kernel can: then no page of the image takes guest memory.
-        let mounted = mount(device, IMAGE, c"erofs", flags, c"dax=always")
-            .or_else(|_| mount(device, IMAGE, c"erofs", flags, None));
-        match mounted {
+        // In place if the kernel can: then no page of the image takes guest memory. A device that is not there yet
+        // says nothing of that, and may be there a moment later.
+        match mount(device, IMAGE, c"erofs", flags, c"dax=always") {
             Err(Errno::NXIO | Errno::NOENT | Errno::NODEV) if waited < PATIENCE => {
                 clock::sleep(PAUSE);
                 waited += PAUSE;
             }
+            Err(Errno::INVAL) => return mount(device, IMAGE, c"erofs", flags, None),
             other => return other,
         }
     }

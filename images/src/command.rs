@@ -56,11 +56,6 @@ pub enum CommandError {
     },
 }
 
-/// Runs to the end and hands each line of output (both streams) to `line`.
-pub(crate) fn run(command: &mut Command, line: impl FnMut(&str)) -> Result<(), CommandError> {
-    run_with(command, Stdio::null(), line)
-}
-
 /// A program of a build. Of the caller's environment it knows where programs and temporary files are, and nothing else:
 /// what comes out must not depend on variables that nobody thought of. It starts in `/`, where only root can have put
 /// anything, so that neither the caller's directory nor one above it is searched for settings or code.
@@ -139,11 +134,8 @@ pub(crate) fn read<T>(
     }
 }
 
-fn run_with(
-    command: &mut Command,
-    input: Stdio,
-    mut line: impl FnMut(&str),
-) -> Result<(), CommandError> {
+/// Runs to the end and hands each line of output (both streams) to `line`.
+pub(crate) fn run(command: &mut Command, mut line: impl FnMut(&str)) -> Result<(), CommandError> {
     let program = command.get_program().to_string_lossy().into_owned();
     let start = |source| CommandError::Start {
         program: program.clone(),
@@ -154,16 +146,13 @@ fn run_with(
     let other = writer.try_clone().map_err(start)?;
     tracing::debug!(?command, "run");
     let mut child = command
-        .stdin(input)
+        .stdin(Stdio::null())
         .stdout(writer)
         .stderr(other)
         .spawn()
         .map_err(start)?;
     // Our copies of the pipe's end must go, or its end is never seen.
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
+    command.stdout(Stdio::null()).stderr(Stdio::null());
 
     let mut tail = VecDeque::with_capacity(TAIL_LINES);
     let mut reader = BufReader::new(reader);

@@ -1,5 +1,5 @@
 //! Builds root file systems of our own recipes, of Debian's packages.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 // A test is no build: its programs may know of this machine what they like.
 #![allow(clippy::disallowed_methods)]
 
@@ -26,6 +26,18 @@ fn build_all(images: &Images) -> Result<Vec<PathBuf>, ImagesError> {
         .collect()
 }
 
+/// None, and said to be not measured, where their packages cannot be fetched.
+fn built_or_not_measured(images: &Images) -> Option<Vec<PathBuf>> {
+    match build_all(images) {
+        Ok(paths) => Some(paths),
+        Err(error @ ImagesError::Root(RootError::Debian(DebianError::Fetch { .. }))) => {
+            not_measured(&error.to_string());
+            None
+        }
+        Err(error) => panic!("{error:?}"),
+    }
+}
+
 /// In this user's cache if they are not there, and in another place from the same packages: by another process, with other
 /// permissions for new files, and by an ordinary user if this one is root.
 #[test]
@@ -37,12 +49,8 @@ fn every_recipe_gives_the_same_bytes_again_without_root() {
         return;
     }
     let images = Images::open(None).unwrap();
-    let first = match build_all(&images) {
-        Ok(paths) => paths,
-        Err(error @ ImagesError::Root(RootError::Debian(DebianError::Fetch { .. }))) => {
-            return not_measured(&error.to_string());
-        }
-        Err(error) => panic!("{error:?}"),
+    let Some(first) = built_or_not_measured(&images) else {
+        return;
     };
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("place");
@@ -98,12 +106,8 @@ fn every_recipe_gives_the_same_bytes_again_without_root() {
 #[ignore = "long: builds each recipe twice, of packages that it fetches"]
 fn every_recipe_gives_the_same_bytes_where_namespaces_are_refused() {
     let images = Images::open(None).unwrap();
-    let first = match build_all(&images) {
-        Ok(paths) => paths,
-        Err(error @ ImagesError::Root(RootError::Debian(DebianError::Fetch { .. }))) => {
-            return not_measured(&error.to_string());
-        }
-        Err(error) => panic!("{error:?}"),
+    let Some(first) = built_or_not_measured(&images) else {
+        return;
     };
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("place");

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use hearth_agent::client::TreeLimits;
 use hearth_agent::proto::Put;
 use hearth_pool::kvm::GuestError;
-use hearth_pool::{Backend, EventKind, Overdue, Parking, Refill, VmId};
+use hearth_pool::{Backend, EventKind, Overdue, Parking, Pool, PoolEvent, Refill, VmId};
 use hearth_tests::{kvm, noise, patience, within};
 use hearth_vmm::virtio::vsock::ConnectError;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::broadcast::Receiver;
 
 use crate::rig::{BASE, Rig, builder, config, run, stop};
 
@@ -197,6 +198,23 @@ async fn the_first_request_sets_the_clock_before_its_program_runs() {
     stop(pool).await;
 }
 
+/// A pool of two guests whose leases may be idle so long.
+async fn pool_with_idle_limit(rig: &Rig, idle: Duration) -> Pool<Rig> {
+    let mut config = config(2).refill(Refill::AtStart);
+    config.lease.idle_ms = idle.as_millis() as u64;
+    rig.pool(config).await
+}
+
+/// The next lease that the pool ends, and why.
+async fn overdue(events: &mut Receiver<PoolEvent>) -> (Option<VmId>, Overdue) {
+    loop {
+        let event = events.recv().await.unwrap();
+        if let EventKind::Overdue(why) = event.kind {
+            return (event.vm, why);
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_lease_that_does_nothing_is_ended_and_one_that_works_is_not() {
     if !kvm() {
@@ -204,9 +222,7 @@ async fn a_lease_that_does_nothing_is_ended_and_one_that_works_is_not() {
     }
     let rig = Rig::new().await;
     let idle = patience(Duration::from_millis(250));
-    let mut config = config(2).refill(Refill::AtStart);
-    config.lease.idle_ms = idle.as_millis() as u64;
-    let pool = rig.pool(config).await;
+    let pool = pool_with_idle_limit(&rig, idle).await;
     let mut events = pool.subscribe();
     let [lazy, busy] = pool.acquire_many(BASE, 2).unwrap().try_into().unwrap();
     let works = async {
@@ -215,15 +231,7 @@ async fn a_lease_that_does_nothing_is_ended_and_one_that_works_is_not() {
             tokio::time::sleep(idle / 10).await;
         }
     };
-    let ended = async {
-        loop {
-            let event = events.recv().await.unwrap();
-            if let EventKind::Overdue(why) = event.kind {
-                return (event.vm, why);
-            }
-        }
-    };
-    let ended = within(6, "the idle limit", ended);
+    let ended = within(6, "the idle limit", overdue(&mut events));
     let (vm, why) = tokio::select! {
         ended = ended => ended,
         () = works => unreachable!(),
@@ -265,9 +273,7 @@ async fn a_lease_whose_program_is_silent_is_not_idle() {
     }
     let rig = Rig::new().await;
     let idle = patience(Duration::from_millis(250));
-    let mut config = config(2).refill(Refill::AtStart);
-    config.lease.idle_ms = idle.as_millis() as u64;
-    let pool = rig.pool(config).await;
+    let pool = pool_with_idle_limit(&rig, idle).await;
     let mut events = pool.subscribe();
     let [waits, holds] = pool.acquire_many(BASE, 2).unwrap().try_into().unwrap();
     let silence = || format!("{}", (idle * 4).as_secs_f64().ceil());
@@ -280,15 +286,7 @@ async fn a_lease_whose_program_is_silent_is_not_idle() {
     }
     // What is no request any more is no activity.
     drop(held);
-    let ended = async {
-        loop {
-            let event = events.recv().await.unwrap();
-            if let EventKind::Overdue(why) = event.kind {
-                return why;
-            }
-        }
-    };
-    let why = within(6, "the idle limit", ended).await;
+    let (_, why) = within(6, "the idle limit", overdue(&mut events)).await;
     assert_eq!(why, Overdue::Idle);
     drop((waits, holds));
     stop(pool).await;

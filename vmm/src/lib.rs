@@ -23,8 +23,10 @@
 mod advice;
 mod board;
 mod boot;
+mod capture;
 mod config;
 mod cpu;
+mod devices;
 mod ending;
 mod frame;
 pub mod host;

@@ -5,43 +5,40 @@
 //! whose vCPU threads do not leave in time is kept whole: nothing is unmapped under them. It is leaked,
 //! which is counted and logged, until they do (see [`crate::undertaker`]).
 
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::board::{Board, SharedTransport};
 use crate::boot::{self, LoadError};
+use crate::capture::Capture;
 use crate::config::{ConfigError, MAX_VCPUS, VmConfig};
 use crate::cpu::{cpuid, setup};
+use crate::devices::Devices;
 use crate::ending::Ending;
-#[cfg(feature = "testing")]
-use crate::frame::serial_interrupt;
 use crate::frame::{BASE_DEVICES, Frame, PlacedImage, Wire};
 use crate::host::{self, CpuProfile, Host, HostError};
 use crate::kvm::KvmError;
 use crate::layout;
 use crate::legacy::console::Console;
-use crate::legacy::serial::SerialPort;
 use crate::limits::Limits;
 use crate::memory::{GuestRam, MemoryError};
 use crate::reactor::{Attachment, Reactor, ReactorError};
 use crate::sigbus::{self, Watch};
-use crate::snapshot::chips::ChipState;
-use crate::snapshot::cpu::VcpuState;
-use crate::snapshot::{SnapshotError, VmState};
+use crate::snapshot::VmState;
 use crate::state::Exit;
 use crate::undertaker::{Mortal, STOP_BOUND, undertaker};
 use crate::vcpu::gate::{Gate, Want};
 use crate::vcpu::runner::{Crew, replenish};
 use crate::vcpu::stats::VcpuStats;
 use crate::vcpu::{ExitCounters, Vcpu, VcpuError};
-use crate::virtio::balloon::{Balloon, BalloonDevice};
+use crate::virtio::DeviceState;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::mmio::MmioTransport;
-use crate::virtio::pmem::{PmemDevice, PmemError, PmemFile, PmemImage, place};
-use crate::virtio::vsock::{VsockDevice, VsockHost};
-use crate::virtio::{DeviceState, VirtioDevice};
+use crate::virtio::pmem::{PmemError, PmemFile, PmemImage, place};
+use crate::virtio::vsock::VsockHost;
 
 /// The guest's vsock address. Every VM has its own socket space, so that one number serves all.
 pub const GUEST_CID: u64 = 3;
@@ -139,18 +136,6 @@ impl std::fmt::Debug for Baggage {
     }
 }
 
-/// What a VM is captured from. It keeps that much of the VM: whoever takes the VM apart meanwhile need not wait.
-/// Fields are dropped in this order: KVM's VM is closed before memory is unmapped.
-#[derive(Debug)]
-pub(crate) struct Capture {
-    hardware: Hardware,
-    gate: Arc<Gate>,
-    vm: Arc<VmFd>,
-    board: Arc<Board>,
-    ram: GuestRam,
-    _baggage: Baggage,
-}
-
 /// What a VM is made of, apart from what is in its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Hardware {
@@ -220,7 +205,7 @@ impl Machine {
         times.devices = start.elapsed();
         machine.times = times;
         let crew = Crew::muster(hardware.vcpus, hardware.limits)?;
-        machine.start(crew, Want::Pause)?;
+        machine.start_surely(crew, Want::Pause)?;
         Ok(machine)
     }
 
@@ -331,9 +316,30 @@ impl Machine {
 
     /// Gives the vCPUs to their threads, which wait at the gate, or run at once: to wake a thread that has just come
     /// to wait takes longer than all the rest of a fork on a busy host. Then has the devices served: what the
-    /// guest wants of them before is remembered. Whether the vCPUs can run is known then. A failure takes the half-made
-    /// machine apart by dropping it.
-    pub(crate) fn start(&mut self, mut crew: Crew, want: Want) -> Result<(), BootError> {
+    /// guest wants of them before is remembered. A failure takes the half-made machine apart by dropping it; a vCPU that
+    /// proves unable to run ends it later.
+    pub(crate) fn start(&mut self, crew: Crew, want: Want) -> Result<(), BootError> {
+        self.launch(crew, want, None)
+    }
+
+    /// The same, and waits until it is known that the vCPUs can run: for as long as KVM takes to make a thread.
+    pub(crate) fn start_surely(&mut self, crew: Crew, want: Want) -> Result<(), BootError> {
+        let (begun, vcpus_begun) = mpsc::channel();
+        self.launch(crew, want, Some(begun))?;
+        let start = Instant::now();
+        for vcpu in vcpus_begun {
+            vcpu?;
+        }
+        self.times.devices += start.elapsed();
+        Ok(())
+    }
+
+    fn launch(
+        &mut self,
+        mut crew: Crew,
+        want: Want,
+        begun: Option<Sender<Result<(), VcpuError>>>,
+    ) -> Result<(), BootError> {
         let start = Instant::now();
         sigbus::install().map_err(VcpuError::Signal)?;
         // All that the end of a vCPU may need, before there is one.
@@ -343,7 +349,6 @@ impl Machine {
             .map_err(|e| ReactorError(Box::new(e)))?;
         let reactor = Reactor::get(limits.seccomp)?;
         self.gate.set(want);
-        let (begun, vcpus_begun) = mpsc::channel();
         for (index, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
@@ -352,17 +357,13 @@ impl Machine {
                 gate: Arc::clone(&self.gate),
                 ending: Arc::clone(&self.ending),
                 exits: Arc::clone(&self.exits),
-                begun: Some(begun.clone()),
+                begun: begun.clone(),
                 watch: Arc::clone(&self.watch),
             };
             crew.next()?.run(vcpu)?;
         }
-        drop(begun);
         let (virtio, ending) = (self.board.virtio.clone(), Arc::clone(&self.ending));
         self.attachment = Some(reactor.attach(virtio, ending, Arc::clone(&self.watch))?);
-        for vcpu in vcpus_begun {
-            vcpu?;
-        }
         self.times.devices += start.elapsed();
         replenish(limits);
         Ok(())
@@ -437,66 +438,6 @@ impl Machine {
     }
 }
 
-impl Capture {
-    /// The state of a VM whose vCPUs wait at the gate, and what `with_memory` makes of its memory
-    /// while no device can write to it. Devices are saved before KVM's state, so that an interrupt
-    /// that a device raised is in the controllers when they are saved.
-    pub(crate) fn save<T>(
-        &self,
-        with_memory: impl FnOnce(&GuestRam) -> std::io::Result<T>,
-    ) -> Result<(VmState, T), SnapshotError> {
-        // Not locked meanwhile: their event thread serves other VMs.
-        let _asleep = Asleep::all(&self.board.virtio);
-        let devices = self.board.virtio.iter();
-        let saved = devices.map(|transport| transport.lock().save()).collect();
-        let serial = self.board.serial.as_ref().map(SerialPort::save);
-        let indices = Host::get()?.msr_indices();
-        let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
-        for index in 0..usize::from(self.hardware.vcpus) {
-            let vcpu = self
-                .gate
-                .with_vcpu(index, |vcpu| VcpuState::save(vcpu, indices))
-                .ok_or(SnapshotError::Running)??;
-            vcpus.push(vcpu);
-        }
-        let chips = ChipState::save(&self.vm, self.hardware.pit)?;
-        let memory = with_memory(&self.ram).map_err(SnapshotError::Memory)?;
-        let state = VmState {
-            hardware: self.hardware,
-            vcpus,
-            chips,
-            transports: saved,
-            serial,
-        };
-        Ok((state, memory))
-    }
-
-    /// Whether the guest has ended: nobody needs what is captured then.
-    pub(crate) fn is_over(&self) -> bool {
-        self.gate.want() == Want::Stop
-    }
-}
-
-/// While it lives, the devices write nothing to guest memory.
-struct Asleep<'a>(&'a [SharedTransport]);
-
-impl<'a> Asleep<'a> {
-    fn all(transports: &'a [SharedTransport]) -> Self {
-        for transport in transports {
-            transport.lock().fall_asleep();
-        }
-        Self(transports)
-    }
-}
-
-impl Drop for Asleep<'_> {
-    fn drop(&mut self) {
-        for transport in self.0 {
-            transport.lock().wake();
-        }
-    }
-}
-
 impl Drop for Machine {
     fn drop(&mut self) {
         // Else another value has it all.
@@ -552,118 +493,4 @@ fn device_word(index: u32) -> String {
         "virtio_mmio.device=4K@{base:#x}:{}",
         layout::FIRST_IRQ + index
     )
-}
-
-/// The devices of one VM.
-struct Devices {
-    /// In the order of their windows.
-    virtio: Vec<Box<dyn VirtioDevice>>,
-    serial: Option<SerialPort>,
-    console: Console,
-    vsock: VsockHost,
-    balloon: Balloon,
-}
-
-impl Devices {
-    fn new(
-        hardware: Hardware,
-        images: &[PlacedImage],
-        wires: &[Wire],
-        irq: Option<EventFd>,
-    ) -> Result<Self, BootError> {
-        let [vsock, balloon, ..] = wires else {
-            return Err(BootError::State(NO_WIRE.into()));
-        };
-        let vsock = VsockDevice::new(GUEST_CID, vsock.bell.clone());
-        let balloon = BalloonDevice::new(memory_mib(hardware), balloon.bell.clone());
-        let console = Console::default();
-        let serial = irq.map(|irq| SerialPort::new(console.clone(), irq));
-        Ok(Self::with(vsock, balloon, images, serial, console))
-    }
-
-    fn restore(
-        state: &VmState,
-        images: &[PlacedImage],
-        wires: &[Wire],
-        irq: Option<EventFd>,
-    ) -> Result<Self, BootError> {
-        let parts: Vec<_> = state.transports.iter().map(|t| &t.device).collect();
-        let [
-            DeviceState::Vsock(vsock),
-            DeviceState::Balloon(balloon),
-            rest @ ..,
-        ] = parts.as_slice()
-        else {
-            return Err(BootError::State("devices in another order".into()));
-        };
-        // All that follows is images, or there are other devices than the VM has.
-        if rest.len() != images.len() {
-            return Err(BootError::State("devices that the VM does not have".into()));
-        }
-        let [vsock_wire, balloon_wire, ..] = wires else {
-            return Err(BootError::State(NO_WIRE.into()));
-        };
-        let vsock = VsockDevice::restore(vsock, vsock_wire.bell.clone());
-        let mib = memory_mib(state.hardware);
-        let balloon = BalloonDevice::restore(balloon, mib, balloon_wire.bell.clone());
-        let console = Console::default();
-        let serial = match (&state.serial, irq) {
-            (Some(saved), Some(irq)) => {
-                let port = SerialPort::restore(saved, console.clone(), irq);
-                Some(port.map_err(BootError::Descriptors)?)
-            }
-            (Some(_), None) => return Err(BootError::State(NO_WIRE.into())),
-            (None, _) => None,
-        };
-        Ok(Self::with(vsock, balloon, images, serial, console))
-    }
-
-    fn with(
-        (vsock_device, vsock): (VsockDevice, VsockHost),
-        (balloon_device, balloon): (BalloonDevice, Balloon),
-        images: &[PlacedImage],
-        serial: Option<SerialPort>,
-        console: Console,
-    ) -> Self {
-        let mut virtio: Vec<Box<dyn VirtioDevice>> =
-            vec![Box::new(vsock_device), Box::new(balloon_device)];
-        for (image, address) in images {
-            virtio.push(Box::new(PmemDevice::new(image.clone(), *address)));
-        }
-        Self {
-            virtio,
-            serial,
-            console,
-            vsock,
-            balloon,
-        }
-    }
-}
-
-/// A saved device that is not part of the saved hardware.
-const NO_WIRE: &str = "a device without a wire";
-
-/// Restores the devices of a template's state, as a clone does, in 2 MiB of memory of their own, and lets
-/// each run: for the fuzz target of what can be in a template's file.
-#[cfg(feature = "testing")]
-pub(crate) fn restore_devices(state: &VmState) -> Result<(), BootError> {
-    /// Runs of a device after which it shows nothing new.
-    const RUNS: usize = 64;
-    let ram = GuestRam::new(2 << 20)?;
-    let wires = [Wire::new()?, Wire::new()?];
-    let devices = Devices::restore(state, &[], &wires, Some(serial_interrupt()?))?;
-    for ((device, wire), saved) in devices.virtio.into_iter().zip(wires).zip(&state.transports) {
-        let mut transport = MmioTransport::new(device, ram.clone(), wire.bell, wire.interrupt);
-        transport
-            .restore(saved)
-            .map_err(|e| BootError::State(e.to_string()))?;
-        transport.begin();
-        let mut runs = std::iter::repeat_with(|| transport.run()).take(RUNS);
-        let _ = runs.find(|progress| *progress == crate::virtio::Progress::Idle);
-    }
-    Ok(())
-}
-
-fn memory_mib(hardware: Hardware) -> u32 {
-    u32::try_from(hardware.memory_bytes >> 20).unwrap_or(u32::MAX)
 }

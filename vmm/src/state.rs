@@ -23,6 +23,9 @@ pub enum Exit {
     /// image that was cut off or cannot be read. Or its kernel ended the thread's work for another reason that it tells
     /// by SIGBUS (see [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
     BusError,
+    /// The host refused KVM the thread that it makes for a VM when that first runs (since Linux 6.13). A boot says so
+    /// by its error; a fork does not wait for it, and its VM ends so.
+    NoThread,
     /// The host program killed it.
     Killed,
     /// The monitor failed or its thread panicked; the text says where. The VM is poisoned.
@@ -62,6 +65,9 @@ impl fmt::Display for Exit {
             Self::BusError => {
                 f.write_str("the host could not give memory of the guest's (SIGBUS or EFAULT)")
             }
+            Self::NoThread => f.write_str(
+                "the host refused KVM a thread for the VM; check ulimit -u and pids.max (systemd: TasksMax)",
+            ),
             Self::Killed => f.write_str("the guest was killed"),
             Self::Failed(what) => write!(f, "the monitor failed: {what}"),
         }

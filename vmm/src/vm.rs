@@ -4,10 +4,11 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::capture::Capture;
 use crate::config::VmConfig;
 use crate::host::{CpuProfile, Host, is_forked};
 use crate::legacy::console::Console;
-use crate::machine::{BootError, Capture, CreateTimes, Machine};
+use crate::machine::{BootError, CreateTimes, Machine};
 use crate::prefetch::WorkingSet;
 use crate::snapshot::{SnapshotError, Template, VmState, rest};
 use crate::state::{Exit, VmStatus};

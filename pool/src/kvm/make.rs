@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures::FutureExt;
 use hearth_agent::AgentClient;
 use hearth_agent::client::{ConnectionError, OutputLimits, PingError, SessionError};
 use hearth_agent::proto::{InstanceId, READY_PORT, ROOT_WORD, Refresh, layer_word};
@@ -56,7 +57,7 @@ pub enum CreateError {
     #[error("the host cannot wait for the agent")]
     Listen(#[from] ListenError),
     /// The guest ended before its agent was ready.
-    #[error("the guest ended while it booted: {0}")]
+    #[error("the guest ended before it was ready: {0}")]
     Ended(Exit),
     /// The agent did not get ready in time.
     #[error("the agent was not ready within {0:?}")]
@@ -197,6 +198,20 @@ impl KvmBackend {
         // Never closed: there is always a turn to come.
         let _turn = self.turns.acquire().await;
         let vm = alive(birth, move || template.fork()).await?;
+        let exited = vm.exited();
+        let settled = self.settle(vm, profile, id, birth).await;
+        // What is wrong with a clone that has ended is that.
+        settled.map_err(|error| exited.now_or_never().map_or(error, CreateError::Ended))
+    }
+
+    /// Gives a clone that runs its own identity.
+    async fn settle(
+        &self,
+        vm: Vm,
+        profile: &Profile,
+        id: VmId,
+        birth: &Birth,
+    ) -> Result<Guest, CreateError> {
         let dialler = self.dialler(&vm);
         let Lines {
             mut control,

@@ -94,5 +94,5 @@ pub(crate) fn read(file: &[u8]) -> bool {
     let written = write(&manifest);
     let again = Manifest::decode(&written).expect("what was written can be read");
     assert_eq!(write(&again), written, "the same each time");
-    manifest.is_possible() && crate::machine::restore_devices(&manifest.state).is_ok()
+    manifest.is_possible() && crate::devices::restore_devices(&manifest.state).is_ok()
 }

@@ -37,9 +37,10 @@ pub use self::origin::Difference;
 pub use self::shell::Shell;
 pub use self::store::StoreError;
 use crate::advice::advice;
+use crate::capture::Capture;
 use crate::host::HostError;
 use crate::kvm::KvmError;
-use crate::machine::{BootError, Capture, Hardware, Machine};
+use crate::machine::{BootError, Hardware, Machine};
 use crate::memory::seal;
 use crate::prefetch::WorkingSet;
 use crate::vcpu::gate::Want;
@@ -104,7 +105,9 @@ impl Template {
     /// taken up with [`VsockHost::reattach`](crate::VsockHost::reattach).
     ///
     /// # Errors
-    /// [`BootError`] when the host refuses; nothing is left behind.
+    /// [`BootError`] when the host refuses; nothing is left behind. Whether KVM gets the thread that it needs is not
+    /// waited for, which takes a quarter of a fork: a VM that cannot run for want of it ends by
+    /// [`Exit::NoThread`](crate::Exit::NoThread).
     pub fn fork(&self) -> Result<Vm, BootError> {
         shell::fork(self, Want::Run)
     }

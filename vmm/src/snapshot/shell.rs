@@ -27,7 +27,8 @@ impl Shell {
     pub(super) fn of(template: &Template) -> Result<Self, BootError> {
         let mut machine = assemble(template)?;
         let hardware = machine.hardware;
-        machine.start(Crew::muster(hardware.vcpus, hardware.limits)?, Want::Pause)?;
+        let crew = Crew::muster(hardware.vcpus, hardware.limits)?;
+        machine.start_surely(crew, Want::Pause)?;
         if !machine.settle() {
             return Err(BootError::State("its threads do not come to wait".into()));
         }

@@ -59,6 +59,16 @@ pub enum VcpuError {
     Run(#[source] KvmError),
 }
 
+impl From<VcpuError> for Exit {
+    fn from(error: VcpuError) -> Self {
+        match error {
+            VcpuError::KvmThread(_) => Self::NoThread,
+            VcpuError::Run(error) => Self::Failed(format!("{error}: {}", error.source)),
+            error => Self::Failed(error.to_string()),
+        }
+    }
+}
+
 /// How often a VM's vCPUs left the guest, by kind. Relaxed counters: exact once the VM is paused.
 #[derive(Debug, Default)]
 pub struct ExitCounters {
@@ -115,7 +125,7 @@ pub(crate) struct Vcpu {
     pub(crate) gate: Arc<Gate>,
     pub(crate) ending: Arc<Ending>,
     pub(crate) exits: Arc<ExitCounters>,
-    /// Whether it can run; until that is known.
+    /// Who waits to know whether it can run. Nobody does: a vCPU that cannot ends its VM.
     pub(crate) begun: Option<Sender<Result<(), VcpuError>>>,
     pub(crate) watch: Arc<Watch>,
 }
@@ -140,10 +150,7 @@ impl Vcpu {
                 seat.kicker.enlist();
                 let warm = warm_up(&mut fd);
                 let can_run = warm.is_ok();
-                if let Some(begun) = begun {
-                    // Who does not hear it takes the VM apart.
-                    let _ = begun.send(warm);
-                }
+                tell(begun, &self.ending, warm);
                 if can_run {
                     self.run_until_stopped(fd, meter);
                 }
@@ -163,9 +170,7 @@ impl Vcpu {
     /// Its thread could not be made ready.
     fn refuse(mut self, error: VcpuError) {
         let gate = Arc::clone(&self.gate);
-        if let Some(begun) = self.begun.take() {
-            let _ = begun.send(Err(error));
-        }
+        tell(self.begun.take(), &self.ending, Err(error));
         drop(self);
         gate.leave();
     }
@@ -232,6 +237,22 @@ impl Vcpu {
                 ending.report(exit);
             }
         }
+    }
+}
+
+/// Says whether a vCPU can run: to who waits for that, else by the VM's end.
+fn tell(
+    begun: Option<Sender<Result<(), VcpuError>>>,
+    ending: &Ending,
+    can_run: Result<(), VcpuError>,
+) {
+    match (begun, can_run) {
+        (Some(begun), can_run) => {
+            // Who does not hear it takes the VM apart.
+            let _ = begun.send(can_run);
+        }
+        (None, Err(error)) => ending.report(error.into()),
+        (None, Ok(())) => {}
     }
 }
 

@@ -163,7 +163,7 @@ impl End {
                 Exit::Panic => 11,
                 Exit::TripleFault => 12,
                 Exit::InternalError(_) => 13,
-                Exit::Killed | Exit::BusError | Exit::Failed(_) => 14,
+                Exit::Killed | Exit::BusError | Exit::NoThread | Exit::Failed(_) => 14,
             },
             Self::TimedOut(_) => TIMED_OUT,
             Self::Signal(signal) => signals::exit_code(*signal),

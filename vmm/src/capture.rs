@@ -1,0 +1,87 @@
+//! The state of a VM that goes on: taken while its vCPUs wait at the gate and its devices sleep.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+
+use crate::board::{Board, SharedTransport};
+use crate::host::Host;
+use crate::legacy::serial::SerialPort;
+use crate::machine::{Baggage, Hardware};
+use crate::memory::GuestRam;
+use crate::snapshot::chips::ChipState;
+use crate::snapshot::cpu::VcpuState;
+use crate::snapshot::{SnapshotError, VmState};
+use crate::vcpu::gate::{Gate, Want};
+
+/// What a VM is captured from. It keeps that much of the VM: whoever takes the VM apart meanwhile need not wait.
+/// Fields are dropped in this order: KVM's VM is closed before memory is unmapped.
+#[derive(Debug)]
+pub(crate) struct Capture {
+    pub(crate) hardware: Hardware,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) ram: GuestRam,
+    pub(crate) _baggage: Baggage,
+}
+
+impl Capture {
+    /// The state of a VM whose vCPUs wait at the gate, and what `with_memory` makes of its memory
+    /// while no device can write to it. Devices are saved before KVM's state, so that an interrupt
+    /// that a device raised is in the controllers when they are saved.
+    pub(crate) fn save<T>(
+        &self,
+        with_memory: impl FnOnce(&GuestRam) -> std::io::Result<T>,
+    ) -> Result<(VmState, T), SnapshotError> {
+        // Not locked meanwhile: their event thread serves other VMs.
+        let _asleep = Asleep::all(&self.board.virtio);
+        let devices = self.board.virtio.iter();
+        let saved = devices.map(|transport| transport.lock().save()).collect();
+        let serial = self.board.serial.as_ref().map(SerialPort::save);
+        let indices = Host::get()?.msr_indices();
+        let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
+        for index in 0..usize::from(self.hardware.vcpus) {
+            let vcpu = self
+                .gate
+                .with_vcpu(index, |vcpu| VcpuState::save(vcpu, indices))
+                .ok_or(SnapshotError::Running)??;
+            vcpus.push(vcpu);
+        }
+        let chips = ChipState::save(&self.vm, self.hardware.pit)?;
+        let memory = with_memory(&self.ram).map_err(SnapshotError::Memory)?;
+        let state = VmState {
+            hardware: self.hardware,
+            vcpus,
+            chips,
+            transports: saved,
+            serial,
+        };
+        Ok((state, memory))
+    }
+
+    /// Whether the guest has ended: nobody needs what is captured then.
+    pub(crate) fn is_over(&self) -> bool {
+        self.gate.want() == Want::Stop
+    }
+}
+
+/// While it lives, the devices write nothing to guest memory.
+struct Asleep<'a>(&'a [SharedTransport]);
+
+impl<'a> Asleep<'a> {
+    fn all(transports: &'a [SharedTransport]) -> Self {
+        for transport in transports {
+            transport.lock().fall_asleep();
+        }
+        Self(transports)
+    }
+}
+
+impl Drop for Asleep<'_> {
+    fn drop(&mut self) {
+        for transport in self.0 {
+            transport.lock().wake();
+        }
+    }
+}

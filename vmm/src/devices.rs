@@ -1,0 +1,133 @@
+//! The devices of a VM, made new or with the state that they had in another.
+
+use vmm_sys_util::eventfd::EventFd;
+
+#[cfg(feature = "testing")]
+use crate::frame::serial_interrupt;
+use crate::frame::{PlacedImage, Wire};
+use crate::legacy::console::Console;
+use crate::legacy::serial::SerialPort;
+use crate::machine::{BootError, GUEST_CID, Hardware};
+#[cfg(feature = "testing")]
+use crate::memory::GuestRam;
+use crate::snapshot::VmState;
+use crate::virtio::balloon::{Balloon, BalloonDevice};
+#[cfg(feature = "testing")]
+use crate::virtio::mmio::MmioTransport;
+use crate::virtio::pmem::PmemDevice;
+use crate::virtio::vsock::{VsockDevice, VsockHost};
+use crate::virtio::{DeviceState, VirtioDevice};
+
+/// The devices of one VM.
+pub(crate) struct Devices {
+    /// In the order of their windows.
+    pub(crate) virtio: Vec<Box<dyn VirtioDevice>>,
+    pub(crate) serial: Option<SerialPort>,
+    pub(crate) console: Console,
+    pub(crate) vsock: VsockHost,
+    pub(crate) balloon: Balloon,
+}
+
+impl Devices {
+    pub(crate) fn new(
+        hardware: Hardware,
+        images: &[PlacedImage],
+        wires: &[Wire],
+        irq: Option<EventFd>,
+    ) -> Result<Self, BootError> {
+        let [vsock, balloon, ..] = wires else {
+            return Err(BootError::State(NO_WIRE.into()));
+        };
+        let vsock = VsockDevice::new(GUEST_CID, vsock.bell.clone());
+        let balloon = BalloonDevice::new(memory_mib(hardware), balloon.bell.clone());
+        let console = Console::default();
+        let serial = irq.map(|irq| SerialPort::new(console.clone(), irq));
+        Ok(Self::with(vsock, balloon, images, serial, console))
+    }
+
+    pub(crate) fn restore(
+        state: &VmState,
+        images: &[PlacedImage],
+        wires: &[Wire],
+        irq: Option<EventFd>,
+    ) -> Result<Self, BootError> {
+        let parts: Vec<_> = state.transports.iter().map(|t| &t.device).collect();
+        let [
+            DeviceState::Vsock(vsock),
+            DeviceState::Balloon(balloon),
+            rest @ ..,
+        ] = parts.as_slice()
+        else {
+            return Err(BootError::State("devices in another order".into()));
+        };
+        // All that follows is images, or there are other devices than the VM has.
+        if rest.len() != images.len() {
+            return Err(BootError::State("devices that the VM does not have".into()));
+        }
+        let [vsock_wire, balloon_wire, ..] = wires else {
+            return Err(BootError::State(NO_WIRE.into()));
+        };
+        let vsock = VsockDevice::restore(vsock, vsock_wire.bell.clone());
+        let mib = memory_mib(state.hardware);
+        let balloon = BalloonDevice::restore(balloon, mib, balloon_wire.bell.clone());
+        let console = Console::default();
+        let serial = match (&state.serial, irq) {
+            (Some(saved), Some(irq)) => {
+                let port = SerialPort::restore(saved, console.clone(), irq);
+                Some(port.map_err(BootError::Descriptors)?)
+            }
+            (Some(_), None) => return Err(BootError::State(NO_WIRE.into())),
+            (None, _) => None,
+        };
+        Ok(Self::with(vsock, balloon, images, serial, console))
+    }
+
+    fn with(
+        (vsock_device, vsock): (VsockDevice, VsockHost),
+        (balloon_device, balloon): (BalloonDevice, Balloon),
+        images: &[PlacedImage],
+        serial: Option<SerialPort>,
+        console: Console,
+    ) -> Self {
+        let mut virtio: Vec<Box<dyn VirtioDevice>> =
+            vec![Box::new(vsock_device), Box::new(balloon_device)];
+        for (image, address) in images {
+            virtio.push(Box::new(PmemDevice::new(image.clone(), *address)));
+        }
+        Self {
+            virtio,
+            serial,
+            console,
+            vsock,
+            balloon,
+        }
+    }
+}
+
+/// A saved device that is not part of the saved hardware.
+const NO_WIRE: &str = "a device without a wire";
+
+/// Restores the devices of a template's state, as a clone does, in 2 MiB of memory of their own, and lets
+/// each run: for the fuzz target of what can be in a template's file.
+#[cfg(feature = "testing")]
+pub(crate) fn restore_devices(state: &VmState) -> Result<(), BootError> {
+    /// Runs of a device after which it shows nothing new.
+    const RUNS: usize = 64;
+    let ram = GuestRam::new(2 << 20)?;
+    let wires = [Wire::new()?, Wire::new()?];
+    let devices = Devices::restore(state, &[], &wires, Some(serial_interrupt()?))?;
+    for ((device, wire), saved) in devices.virtio.into_iter().zip(wires).zip(&state.transports) {
+        let mut transport = MmioTransport::new(device, ram.clone(), wire.bell, wire.interrupt);
+        transport
+            .restore(saved)
+            .map_err(|e| BootError::State(e.to_string()))?;
+        transport.begin();
+        let mut runs = std::iter::repeat_with(|| transport.run()).take(RUNS);
+        let _ = runs.find(|progress| *progress == crate::virtio::Progress::Idle);
+    }
+    Ok(())
+}
+
+fn memory_mib(hardware: Hardware) -> u32 {
+    u32::try_from(hardware.memory_bytes >> 20).unwrap_or(u32::MAX)
+}

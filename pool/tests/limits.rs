@@ -3,23 +3,54 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use hearth_tests::{kvm, not_measured};
+use rustix::io::{FdFlags, fcntl_setfd};
 use serde_json::Value;
 
 /// Wrong usage and what goes wrong in the command itself.
 const FAILED: i32 = 125;
 
-/// The command under the limits that `prlimit` knows by these words.
+/// The command under the limits that `prlimit` knows by these words, with no descriptors but the usual three.
 fn limited(limits: &[&str]) -> Command {
+    keep_to_itself_what_was_inherited();
     let mut command = Command::new("prlimit");
     command
         .args(limits)
         .arg(env!("CARGO_BIN_EXE_hearth"))
         .stdin(Stdio::null());
     command
+}
+
+/// The command with so many descriptors more that are open already.
+fn inheriting(more: &str, limits: &[&str]) -> Command {
+    keep_to_itself_what_was_inherited();
+    let mut command = Command::new("sh");
+    let open = more.chars().map(|number| format!("{number}<&0 "));
+    let script = format!("exec {}&& exec prlimit \"$@\"", open.collect::<String>());
+    command
+        .args(["-c", &script, "sh"])
+        .args(limits)
+        .arg(env!("CARGO_BIN_EXE_hearth"))
+        .stdin(Stdio::null());
+    command
+}
+
+/// What the caller of the tests has left open counts against the limits of whatever they start.
+fn keep_to_itself_what_was_inherited() {
+    for entry in fs::read_dir("/proc/self/fd").unwrap() {
+        let number = entry.unwrap().file_name().into_string().unwrap();
+        let number = number.parse::<i32>().unwrap();
+        if number > 2 {
+            // SAFETY: the number alone is used, for a flag that all other descriptors of a test have anyway.
+            let fd = unsafe { BorrowedFd::borrow_raw(number) };
+            // One that another thread has just closed needs none.
+            let _ = fcntl_setfd(fd, FdFlags::CLOEXEC);
+        }
+    }
 }
 
 fn outcome(command: &mut Command) -> (Option<i32>, String) {
@@ -40,7 +71,7 @@ fn doctor(mut command: Command, name: &str) -> (Option<i32>, Value) {
 /// Limits too small for any guest: the words of the error and the check that foretells it.
 const TOO_SMALL: [(&str, &str, &str); 4] = [
     ("--nofile=8", "Too many open files", "files"),
-    ("--nofile=20:20", "ulimit -n", "files"),
+    ("--nofile=19:19", "ulimit -n", "files"),
     ("--fsize=1048576", "ulimit -f", "file size"),
     ("--as=67108864", "ulimit -v", "addresses"),
 ];
@@ -61,12 +92,51 @@ fn a_limit_that_leaves_no_guest_is_an_error_and_foretold_by_the_doctor() {
     }
 }
 
+/// As many as are too few, and one more, in a process that was left some open by whoever started it.
+#[test]
+fn what_is_inherited_open_counts() {
+    if !kvm() {
+        return;
+    }
+    let verdict_at = |more, limit| {
+        let (_, check) = doctor(inheriting(more, &[limit]), "files");
+        check["verdict"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(verdict_at("3456789", "--nofile=26"), "fail");
+    assert_eq!(verdict_at("3456789", "--nofile=27"), "warn");
+    let (code, text) = outcome(inheriting("3456789", &["--nofile=27"]).args(["run", "--", "true"]));
+    assert_eq!(code, Some(0), "{text}");
+}
+
+/// Whatever it is that there is no descriptor for.
+#[test]
+fn each_number_of_descriptors_is_enough_or_an_error_that_says_what_to_raise() {
+    if !kvm() {
+        return;
+    }
+    let mut enough = false;
+    // Fewer, and the command itself cannot be loaded.
+    for number in 6..=20 {
+        let limit = format!("--nofile={number}");
+        let (code, text) = outcome(limited(&[&limit]).args(["run", "--", "true"]));
+        match code {
+            Some(0) => enough = true,
+            code => {
+                assert_eq!(code, Some(FAILED), "{limit}: {text}");
+                assert!(text.contains("ulimit -n"), "{limit}: {text}");
+                assert!(!enough, "{limit}: {text}");
+            }
+        }
+    }
+    assert!(enough, "what the doctor calls enough is not");
+}
+
 #[test]
 fn a_hard_limit_is_not_what_the_doctor_advises_to_raise_to() {
-    let (_, check) = doctor(limited(&["--nofile=20:20"]), "files");
+    let (_, check) = doctor(limited(&["--nofile=19:19"]), "files");
     let advice = check["advice"].as_str().unwrap();
     assert!(advice.contains("hard limit"), "{advice}");
-    assert!(!advice.contains("ulimit -n 20"), "{advice}");
+    assert!(!advice.contains("ulimit -n 19"), "{advice}");
 }
 
 #[test]
@@ -76,7 +146,7 @@ fn what_the_doctor_calls_enough_runs_a_guest() {
     }
     // No place for a queued signal is left: a vCPU is stopped all the same.
     for (limits, name) in [
-        (["--nofile=24", "--sigpending=0"], "files"),
+        (["--nofile=20", "--sigpending=0"], "files"),
         (["--fsize=134217728", "--sigpending=0"], "file size"),
     ] {
         let (_, check) = doctor(limited(&limits), name);

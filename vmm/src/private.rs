@@ -46,9 +46,13 @@ pub(crate) fn each_own_page(ram: &GuestRam, mut see: impl FnMut(u64)) -> io::Res
 
 /// Shows `see` the guest address of each page that its VM has touched, in ascending order.
 pub(crate) fn each_page(ram: &GuestRam, mut see: impl FnMut(u64, Page)) -> io::Result<()> {
-    let pagemap = File::open("/proc/self/pagemap").map_err(|error| {
-        let cause = format!("/proc/self/pagemap cannot be read, is /proc mounted? ({error})");
-        io::Error::new(error.kind(), cause)
+    let pagemap = File::open("/proc/self/pagemap").map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => {
+            let cause = "/proc/self/pagemap is not there: is /proc mounted?";
+            io::Error::new(io::ErrorKind::NotFound, cause)
+        }
+        // Its number tells what to do.
+        _ => error,
     })?;
     let mut buffer = vec![0; CHUNK as usize];
     for (mut addr, len, host) in ram.host_regions() {

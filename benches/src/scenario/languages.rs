@@ -67,6 +67,7 @@ async fn one(
     let image = KvmImage::new(files.kernel, files.initramfs).root(&root);
     let mut samples = Samples::default();
     warm(&mut samples, image.clone(), language, rounds.warm).await?;
+    parked(&mut samples, image.clone(), language, rounds.warm).await?;
     cold(&mut samples, image, language, rounds.cold).await?;
     samples.report(report, SCENARIO, language.as_str());
     restored::run(report, files, (&root, language), peers, rounds.warm).await
@@ -148,6 +149,28 @@ async fn warm(
             samples.time("print(6 * 7) once more", again);
             samples.time("fork on demand to print(6 * 7)", ready + result);
         }
+    }
+    pool.stop().await;
+    Ok(())
+}
+
+/// What a parked guest costs the host beside its template.
+async fn parked(
+    samples: &mut Samples,
+    image: KvmImage,
+    language: Language,
+    n: usize,
+) -> Result<(), ScenarioError> {
+    let pool = pool(image, language, Source::default()).await?;
+    for _ in 0..n {
+        made(&pool, language).await?;
+        let guest = pool
+            .acquire(language)
+            .map_err(ScenarioError::at("acquire"))?;
+        let bytes = guest.vm().private_bytes();
+        let bytes = bytes.map_err(ScenarioError::at("private memory"))?;
+        samples.push("private memory when parked", "KiB", bytes as f64 / 1024.0);
+        guest.release().await;
     }
     pool.stop().await;
     Ok(())

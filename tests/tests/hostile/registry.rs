@@ -143,3 +143,41 @@ fn every_fault_of_others_has_the_test_that_is_named() {
     assert_eq!(count, listed - heads);
     assert!(count > 60, "{count}");
 }
+
+/// `SECURITY.md` promises bounds, and names what holds each.
+#[test]
+fn every_bound_that_is_promised_is_held_by_a_test_that_is_there() {
+    let text = std::fs::read_to_string(repository().join("SECURITY.md")).unwrap();
+    let (_, bounds) = text.split_once("\n## Bounds\n").unwrap();
+    let (bounds, _) = bounds.split_once("\n## ").unwrap();
+    let rows: Vec<&str> = bounds.lines().filter(|row| row.starts_with("| ")).collect();
+    let mut tests = BTreeSet::new();
+    for room in ["agent", "images", "pool", "tests", "vmm"] {
+        tests_below(&repository().join(room), &mut tests);
+    }
+    for row in &rows[1..] {
+        let mut cells = row.trim_matches('|').rsplit(" | ");
+        let held_by = cells.next().unwrap();
+        // Every second piece is between backticks.
+        let mut names = held_by.split('`').skip(1).step_by(2).peekable();
+        assert!(names.peek().is_some(), "held by nothing: {row}");
+        for name in names {
+            let test = name.rsplit("::").next().unwrap();
+            let is_there = tests.contains(test) || repository().join(name).is_file();
+            assert!(is_there, "no test or file {name}: {row}");
+        }
+    }
+    assert!(rows.len() > 20, "{}", rows.len());
+}
+
+/// The names of the tests of all files in and under a directory.
+fn tests_below(dir: &Path, tests: &mut BTreeSet<String>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            tests_below(&path, tests);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            tests.append(&mut tests_of(&std::fs::read_to_string(path).unwrap()));
+        }
+    }
+}

@@ -196,7 +196,8 @@ unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void)
     };
     // SAFETY: what sigaction(2) gave is SIG_DFL, SIG_IGN, or a function of the type that its flags say.
     unsafe {
-        let sent = (*info).si_code <= 0;
+        // A notice of memory that nobody has touched yet does not repeat itself either.
+        let sent = (*info).si_code <= 0 || (*info).si_code == libc::BUS_MCEERR_AO;
         match previous.sa_sigaction {
             libc::SIG_IGN if sent => {}
             // Nothing can be ignored that would happen again at once.

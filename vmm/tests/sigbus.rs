@@ -167,6 +167,25 @@ fn act(what: &str) {
             // SAFETY: ends this process.
             unsafe { libc::raise(libc::SIGBUS) };
         }
+        // A notice of memory that is lost and that nobody has touched: it comes once, where a fault repeats itself.
+        "notice" => {
+            // SAFETY: the default disposition; no process of a test has another use for it.
+            unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+            let _vm = boot();
+            // SAFETY: all-zero bytes are a valid siginfo_t; a process may send itself any code of the kernel's
+            // (rt_sigqueueinfo(2)).
+            unsafe {
+                let mut notice: libc::siginfo_t = std::mem::zeroed();
+                notice.si_signo = libc::SIGBUS;
+                notice.si_code = libc::BUS_MCEERR_AO;
+                let (us, thread) = (libc::getpid(), libc::gettid());
+                let call = libc::SYS_rt_tgsigqueueinfo;
+                assert_eq!(
+                    libc::syscall(call, us, thread, libc::SIGBUS, &raw const notice),
+                    0
+                );
+            }
+        }
         // Switched off: a vCPU's thread is as any other.
         "off" => {
             assert!(hearth_vmm::leave_sigbus_alone());
@@ -201,7 +220,7 @@ fn the_programs_own_handling_of_sigbus_stays() {
     };
     let chained = child("chained");
     assert!(chained.status.success(), "{chained:?}");
-    for what in ["default", "off"] {
+    for what in ["default", "notice", "off"] {
         let ended = child(what);
         assert_eq!(
             ended.status.signal(),

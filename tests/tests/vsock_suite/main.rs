@@ -117,10 +117,17 @@ fn build() -> Result<Suite, String> {
     Ok(Suite { host, guest, tests })
 }
 
-/// The newest of the kernel's source packages that the image build left.
+/// The kernel's source package that the image build left, under a name that is its hash.
 fn package() -> Option<PathBuf> {
     let cache = Images::open(None).ok()?.cache_dir().join("source");
-    files(&cache, "linux-source-", ".deb").pop()
+    files(&cache, "", ".deb").into_iter().find(|file| {
+        let name = Command::new("dpkg-deb")
+            .arg("-f")
+            .arg(file)
+            .arg("Package")
+            .output();
+        name.is_ok_and(|name| name.stdout.starts_with(b"linux-source-"))
+    })
 }
 
 /// The files of a directory whose names begin and end so, by name.

@@ -135,15 +135,18 @@ impl Kicker {
     }
 
     pub(super) fn kick(&self) {
-        let Some(tid) = *self.lock() else {
+        let thread = self.lock();
+        let Some(tid) = *thread else {
             return;
         };
-        // SAFETY: the thread lives (`discharge` takes the lock before it ends), and the handler
+        // SAFETY: the thread lives (`discharge` takes the lock, which is held here, before it ends), and the handler
         // of the signal was installed before any vCPU thread started.
         let sent = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
+        let error = std::io::Error::last_os_error();
+        drop(thread);
         if sent != 0 {
+            // All that is known to be refused is a real-time signal for which the user's queue has no place.
             static TOLD: Once = Once::new();
-            let error = std::io::Error::last_os_error();
             TOLD.call_once(|| {
                 tracing::error!(%error, "a vCPU thread could not be signalled; check ulimit -i");
             });

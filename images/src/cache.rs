@@ -19,12 +19,15 @@
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::progress::{Event, Progress, Stage};
+
+/// As many links in one path as Linux follows (path_resolution(7)).
+const MAX_LINKS: u32 = 40;
 
 /// Kinds of entries.
 const PUBLISHED: [&str; 4] = ["base", "kernel", "root", "wheels"];
@@ -242,27 +245,57 @@ fn settle(dir: &Path) -> Result<(), CacheError> {
     Ok(())
 }
 
-/// Refuses a cache that another user could change: itself, what is published in it, or a directory that it is in, by
-/// the names as given and as links lead. What does not exist yet is made for this user alone.
+/// Refuses a cache that another user could change: itself, what is published in it, or a directory
+/// that it, or a link on the way to it, is in. What does not exist yet is made for this user alone.
 fn private(root: &Path) -> Result<(), CacheError> {
-    let real = root.ancestors().find_map(|dir| dir.canonicalize().ok());
-    let leads = real.as_deref().unwrap_or(root);
-    for dir in root.ancestors().skip(1).chain(leads.ancestors()) {
-        // In a sticky directory, such as /tmp, nobody can replace what is another's.
-        owned(dir, 0o1000)?;
-    }
-    owned(root, 0)?;
-    if root.exists() {
-        owned(leads, 0)?;
-    }
+    reached(root)?;
     PUBLISHED
         .iter()
         .try_for_each(|kind| below(&root.join(kind), 2))
 }
 
+/// Goes to what the path names as the kernel does, link by link: it and all on the way is looked at.
+fn reached(path: &Path) -> Result<(), CacheError> {
+    let mut here = PathBuf::new();
+    let mut ahead = path.to_owned();
+    let mut links = 0;
+    loop {
+        let mut names = ahead.components();
+        let Some(name) = names.next() else {
+            return owned(&here, 0);
+        };
+        let rest = names.as_path().to_owned();
+        match name {
+            // What is here is no link.
+            Component::ParentDir => _ = here.pop(),
+            Component::CurDir => {}
+            name => here.push(name),
+        }
+        // In a sticky directory, such as /tmp, nobody can replace what is another's.
+        owned(&here, 0o1000)?;
+        ahead = match fs::read_link(&here) {
+            Ok(_) if links == MAX_LINKS => {
+                return Err(io_error("follow", path)(rustix::io::Errno::LOOP.into()));
+            }
+            Ok(target) => {
+                links += 1;
+                here.pop();
+                target.join(rest)
+            }
+            // No link, or not there.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => rest,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => rest,
+            Err(error) => return Err(io_error("look at", here)(error)),
+        };
+    }
+}
+
 /// The directory and what it holds, down to the files of entries.
 fn below(path: &Path, depth: u32) -> Result<(), CacheError> {
-    owned(path, 0)?;
+    match path.is_symlink() {
+        true => reached(path)?,
+        false => owned(path, 0)?,
+    }
     if depth == 0 {
         return Ok(());
     }
@@ -433,6 +466,60 @@ mod tests {
         }
         set(0o700);
         open().unwrap();
+    }
+
+    #[test]
+    fn a_cache_behind_a_link_that_others_may_replace_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in [
+            "first",
+            "shared",
+            "last",
+            "last/cache",
+            "last/cache/root",
+            "own",
+        ] {
+            DirBuilder::new().mode(0o700).create(at(name)).unwrap();
+        }
+        let link = |to: &str, name| std::os::unix::fs::symlink(to, at(name)).unwrap();
+        // Absolute, relative, and of a directory in the middle.
+        link(at("shared/link").to_str().unwrap(), "first/absolute");
+        link("../shared/link", "first/relative");
+        link("../last/cache", "shared/link");
+        link("../shared", "first/dir");
+        link("../last/none", "shared/nowhere");
+        // Of a kind of entries alone.
+        link("../first/relative/root", "own/root");
+        let ways = [
+            "first/absolute",
+            "first/relative",
+            "first/relative/new/cache",
+            "first/dir/link",
+            "first/dir/../last/cache",
+            "first/dir/nowhere",
+            "own",
+        ];
+        let open = |way| Cache::open(Some(at(way))).map(drop);
+        let set = |mode| {
+            fs::set_permissions(at("shared"), fs::Permissions::from_mode(mode)).unwrap();
+        };
+        for way in ways {
+            set(0o755);
+            open(way).unwrap();
+            set(0o777);
+            match open(way) {
+                Err(CacheError::NotPrivate { path, .. }) => {
+                    assert_eq!(path.file_name(), at("shared").file_name(), "{way}");
+                }
+                other => panic!("{way}: {other:?}"),
+            }
+            set(0o1777);
+            open(way).unwrap();
+        }
+        link("circle", "circle");
+        let error = open("circle").unwrap_err();
+        assert!(error.to_string().contains("circle"), "{error}");
     }
 
     #[test]

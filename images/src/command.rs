@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::process::{ChildStdout, Command, ExitStatus, Stdio};
 
 /// Where programs are looked for if `PATH` names no absolute directory.
 const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -106,36 +106,59 @@ fn absolute_part(path: &OsStr) -> OsString {
     }
 }
 
-/// Runs to the end and hands its output to `consume`, which need not read all of it.
-pub(crate) fn read<T>(
+/// Hands its output to `consume`, which need not read all of it: the program runs to its end, but is killed if `consume`
+/// fails before that.
+pub(crate) fn read<T, E>(
     command: &mut Command,
-    consume: impl FnOnce(&mut ChildStdout) -> T,
-) -> Result<T, CommandError> {
+    consume: impl FnOnce(&mut ChildStdout) -> Result<T, E>,
+) -> Result<Result<T, E>, CommandError> {
     let program = command.get_program().to_string_lossy().into_owned();
     let start = |source| CommandError::Start {
         program: program.clone(),
         source,
     };
+    let (errors, writer) = std::io::pipe().map_err(start)?;
     tracing::debug!(?command, "run");
     command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = command.stderr(Stdio::piped()).spawn().map_err(start)?;
-    let mut output = child.stdout.take();
-    let consumed = output.as_mut().map(|output| {
-        let consumed = consume(output);
-        // Else it would fail because nobody reads.
-        let _ = std::io::copy(output, &mut std::io::sink());
-        consumed
-    });
-    let output = child.wait_with_output().map_err(start)?;
-    match consumed {
-        // What it says is why its output could not be used.
-        Some(consumed) if output.status.success() => Ok(consumed),
-        _ => Err(failed(command, &output)),
-    }
+    command.stderr(writer);
+    std::thread::scope(|scope| {
+        // A program that nobody hears waits when the pipe is full.
+        let said = std::thread::Builder::new();
+        let said = said.spawn_scoped(scope, || hear(errors, |_| {}));
+        let said = said.map_err(start)?;
+        let child = command.spawn();
+        // Our copy of the pipe's end must go, or its end is never seen.
+        command.stderr(Stdio::null());
+        let mut child = child.map_err(start)?;
+        let mut consumed = None;
+        let mut killed = false;
+        if let Some(mut output) = child.stdout.take() {
+            let result = consume(&mut output);
+            if result.is_ok() {
+                // Else it would fail because nobody reads.
+                let _ = std::io::copy(&mut output, &mut std::io::sink());
+            } else if !matches!(output.read(&mut [0]), Ok(0)) {
+                // It had more to say: that it ended was not the reason.
+                killed = child.kill().is_ok();
+            }
+            consumed = Some(result);
+        }
+        let status = child.wait().map_err(start)?;
+        let tail = said.join().unwrap_or_default();
+        match consumed {
+            Some(consumed) if killed || status.success() => Ok(consumed),
+            // What it says is why its output could not be used.
+            _ => Err(CommandError::Failed {
+                program: describe(command),
+                status,
+                tail,
+            }),
+        }
+    })
 }
 
 /// Runs to the end and hands each line of output (both streams) to `line`.
-pub(crate) fn run(command: &mut Command, mut line: impl FnMut(&str)) -> Result<(), CommandError> {
+pub(crate) fn run(command: &mut Command, line: impl FnMut(&str)) -> Result<(), CommandError> {
     let program = command.get_program().to_string_lossy().into_owned();
     let start = |source| CommandError::Start {
         program: program.clone(),
@@ -153,7 +176,20 @@ pub(crate) fn run(command: &mut Command, mut line: impl FnMut(&str)) -> Result<(
         .map_err(start)?;
     // Our copies of the pipe's end must go, or its end is never seen.
     command.stdout(Stdio::null()).stderr(Stdio::null());
+    let tail = hear(reader, line);
+    let status = child.wait().map_err(start)?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(CommandError::Failed {
+        program: describe(command),
+        status,
+        tail,
+    })
+}
 
+/// Reads to the end, hands each line to `line`, and returns the last ones.
+fn hear(reader: impl Read, mut line: impl FnMut(&str)) -> String {
     let mut tail = VecDeque::with_capacity(TAIL_LINES);
     let mut reader = BufReader::new(reader);
     let mut bytes = Vec::new();
@@ -171,16 +207,7 @@ pub(crate) fn run(command: &mut Command, mut line: impl FnMut(&str)) -> Result<(
         }
         tail.push_back(text.to_owned());
     }
-
-    let status = child.wait().map_err(start)?;
-    if status.success() {
-        return Ok(());
-    }
-    Err(CommandError::Failed {
-        program: describe(command),
-        status,
-        tail: Vec::from(tail).join("\n"),
-    })
+    Vec::from(tail).join("\n")
 }
 
 /// Runs to the end and returns all that it said on standard output.
@@ -194,17 +221,13 @@ pub(crate) fn output(command: &mut Command) -> Result<String, CommandError> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    Err(failed(command, &output))
-}
-
-fn failed(command: &Command, output: &Output) -> CommandError {
-    CommandError::Failed {
+    Err(CommandError::Failed {
         program: describe(command),
         status: output.status,
         tail: String::from_utf8_lossy(&output.stderr)
             .trim_end()
             .to_owned(),
-    }
+    })
 }
 
 fn describe(command: &Command) -> String {
@@ -352,6 +375,47 @@ pub(crate) mod tests {
             panic!("{error:?}");
         };
         assert_eq!((status.code(), tail.as_str()), (Some(3), "why"));
+    }
+
+    #[test]
+    fn a_program_whose_output_is_of_no_use_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let end = dir.path().join("end");
+        // More than a pipe holds, by what the shell has built in.
+        let script = format!(
+            "n=0; while test $n -lt 100000; do echo word; n=$((n+1)); done; : > {}",
+            end.display()
+        );
+        let consume = |output: &mut ChildStdout| {
+            output.read_exact(&mut [0; 4]).unwrap();
+            Err::<(), _>("no use")
+        };
+        let read = read(tool("sh").args(["-c", &script]), consume).unwrap();
+        assert_eq!(read, Err("no use"));
+        assert!(!end.exists(), "it worked on for nobody");
+    }
+
+    #[test]
+    fn a_program_that_says_much_before_its_output_is_heard() {
+        let script = "head --bytes=1048576 /dev/zero | tr '\\0' '\\n' >&2; echo word; \
+                      echo why >&2; exit $1";
+        let sh = |code: &str| {
+            let mut said = String::new();
+            let consume = |output: &mut ChildStdout| output.read_to_string(&mut said);
+            let read = read(tool("sh").args(["-c", script, "sh", code]), consume);
+            read.map(|read| {
+                read.unwrap();
+                said
+            })
+        };
+        assert_eq!(sh("0").unwrap(), "word\n");
+        let CommandError::Failed { tail, .. } = sh("3").unwrap_err() else {
+            panic!("another error");
+        };
+        assert!(
+            tail.ends_with("\nwhy") && tail.lines().count() == TAIL_LINES,
+            "{tail}"
+        );
     }
 
     #[test]

@@ -7,9 +7,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
-
 use hearth_images::{DebianError, Images, ImagesError, Recipe, RootError, Silent};
+
+#[path = "support/without_namespaces.rs"]
+mod without_namespaces;
+use without_namespaces::without_namespaces;
 
 /// Names the cache of the process that the test starts.
 const PLACE: &str = "HEARTH_TEST_PLACE";
@@ -101,7 +103,6 @@ fn every_recipe_gives_the_same_bytes_again_without_root() {
     }
 }
 
-/// As in many containers, and on systems that permit namespaces to programs that they know.
 #[test]
 #[ignore = "long: builds each recipe twice, of packages that it fetches"]
 fn every_recipe_gives_the_same_bytes_where_namespaces_are_refused() {
@@ -115,24 +116,9 @@ fn every_recipe_gives_the_same_bytes_where_namespaces_are_refused() {
     let source = images.cache_dir().join("source");
     std::os::unix::fs::symlink(source, place.join("source")).unwrap();
     let others = Images::open(Some(place)).unwrap();
-    let refused = [libc::SYS_unshare, libc::SYS_setns].map(|call| (call, Vec::new()));
-    let filter: BpfProgram = SeccompFilter::new(
-        refused.into_iter().collect(),
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::EPERM.unsigned_abs()),
-        TargetArch::x86_64,
-    )
-    .unwrap()
-    .try_into()
-    .unwrap();
-    // Of one thread, and of the programs that it starts.
-    let second = std::thread::scope(|scope| {
-        let built = scope.spawn(|| {
-            apply_filter(&filter).unwrap();
-            assert!(others.commands_refused().is_some());
-            build_all(&others).unwrap()
-        });
-        built.join().unwrap()
+    let second = without_namespaces(|| {
+        assert!(others.commands_refused().is_some());
+        build_all(&others).unwrap()
     });
     for (one, other) in first.iter().zip(second) {
         let name = one.display();

@@ -2,14 +2,16 @@
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
-
 use std::path::Path;
+use std::process::Command;
 
-use seccompiler::{SeccompAction, SeccompFilter, TargetArch, apply_filter};
-
-use super::tests::{built, mode, not_measured, prepared_of};
+use super::tests::{built, mode, not_measured, prepared_of, with_libraries};
 use super::*;
 use crate::{Silent, command};
+
+#[path = "../../tests/support/without_namespaces.rs"]
+mod without_namespaces;
+use without_namespaces::without_namespaces;
 
 const RECIPE: &str = r#"
 name = "hostile"
@@ -26,31 +28,6 @@ content = "of the recipe\n"
 name = "user"
 uid = 1000
 "#;
-
-/// Where namespaces are refused, as in many containers.
-fn without_namespaces<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    let refused = [
-        (libc::SYS_unshare, Vec::new()),
-        (libc::SYS_setns, Vec::new()),
-    ];
-    let filter: seccompiler::BpfProgram = SeccompFilter::new(
-        refused.into_iter().collect(),
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::EPERM.unsigned_abs()),
-        TargetArch::x86_64,
-    )
-    .unwrap()
-    .try_into()
-    .unwrap();
-    // Of one thread, and of the processes that it starts.
-    std::thread::scope(|scope| {
-        let refused = scope.spawn(|| {
-            apply_filter(&filter).unwrap();
-            work()
-        });
-        refused.join().unwrap()
-    })
-}
 
 /// A directory with a file of its own, as names that a script can use.
 struct Witness(PathBuf);
@@ -200,6 +177,18 @@ fn a_command_reaches_nothing_but_its_tree() {
     assert_eq!(status, wanted);
 }
 
+/// A program of the tree that is confined by rules.
+fn by_rules(tree: &TreeRoot, program: &str, args: &[&str]) -> Result<Command, String> {
+    let linker = "lib64/ld-linux-x86-64.so.2";
+    let mut command = rules::command(tree, linker).map_err(|error| error.to_string())?;
+    command
+        .arg("--library-path")
+        .arg(tree.path().join("usr/lib/x86_64-linux-gnu"))
+        .arg(tree.path().join(program))
+        .args(args);
+    Ok(command)
+}
+
 #[test]
 fn a_program_confined_by_rules_reaches_nothing_but_its_tree() {
     let dir = tempfile::tempdir().unwrap();
@@ -209,13 +198,7 @@ fn a_program_confined_by_rules_reaches_nothing_but_its_tree() {
     };
     let got = tree.path().join("got");
     let run = |script: &str| {
-        let program = "lib64/ld-linux-x86-64.so.2";
-        let mut shell = rules::command(&tree, program).map_err(|error| error.to_string())?;
-        shell
-            .arg("--library-path")
-            .arg(tree.path().join("usr/lib/x86_64-linux-gnu"))
-            .arg(tree.path().join("bin/sh"))
-            .args(["-c", script]);
+        let mut shell = by_rules(&tree, "bin/sh", &["-c", script])?;
         Ok::<_, String>(command::run(&mut shell, |_| {}))
     };
     let try_all = |outside: &Path| {
@@ -240,6 +223,96 @@ fn a_program_confined_by_rules_reaches_nothing_but_its_tree() {
     try_all(&inside).unwrap();
     let got = fs::read_to_string(&got).unwrap();
     assert_eq!(got, "write\nmake\nread\nroot\nabove\n");
+}
+
+/// What makes the kernel, or asks it to, send SIGKILL to a process when somebody reads what the program writes; in Perl, which
+/// needs no module for system calls. Numbers are those of fcntl.h, asm-generic/ioctls.h and unistd_64.h.
+fn signals(other: u32) -> [(&'static str, String); 9] {
+    [
+        ("F_SETSIG", "fcntl(STDOUT, 10, 9)".to_owned()),
+        ("F_SETOWN", format!("fcntl(STDOUT, 8, {other})")),
+        (
+            "F_SETOWN_EX",
+            format!("fcntl(STDOUT, 15, pack('ii', 1, {other}))"),
+        ),
+        // The kernel does not look at the upper half.
+        (
+            "F_SETOWN by another number",
+            format!("syscall(72, 1, 0x100000008, {other}) == 0"),
+        ),
+        // O_WRONLY and O_ASYNC.
+        ("F_SETFL", "fcntl(STDOUT, 4, 020001)".to_owned()),
+        ("FIOASYNC", "ioctl(STDOUT, 0x5452, pack('i', 1))".to_owned()),
+        ("F_NOTIFY", "fcntl(STDOUT, 1026, 2)".to_owned()),
+        ("kill", format!("kill(9, {other})")),
+        ("tgkill", format!("syscall(234, {other}, {other}, 9) == 0")),
+    ]
+}
+
+#[test]
+fn a_program_confined_by_rules_has_no_signal_sent() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(tree) = shell_tree(dir.path()) else {
+        return not_measured("no dpkg-deb, ldd or mkfs.erofs");
+    };
+    let Some(files) = with_libraries("/usr/bin/perl") else {
+        return not_measured("no perl");
+    };
+    for file in files {
+        let content = fs::File::open(&file).unwrap();
+        tree.write(Path::new(&file), content, 0o755).unwrap();
+    }
+    let mut other = command::tool("sleep").arg("1000").spawn().unwrap();
+    let ways = signals(other.id()).into_iter();
+    // One that is no attack, to see that it runs.
+    let ways = ways.chain([("F_GETFD", "fcntl(STDOUT, 1, 0)".to_owned())]);
+    let script: String = ways
+        .map(|(name, way)| format!("print \"{name}\\n\" if {way};"))
+        .collect();
+    // One that it is given as a word it begins by opening /dev/null.
+    let file = Path::new("script");
+    let script = format!("$| = 1; {script}");
+    tree.write(file, script.as_bytes(), 0o644).unwrap();
+    let file = tree.path().join(file);
+    let mut done = Vec::new();
+    let run = by_rules(&tree, "usr/bin/perl", &[file.to_str().unwrap()])
+        .map(|mut perl| command::run(&mut perl, |line| done.push(line.to_owned())));
+    let lives = other.try_wait().unwrap().is_none();
+    other.kill().unwrap();
+    other.wait().unwrap();
+    match run {
+        Ok(run) => run.unwrap(),
+        Err(why) => return not_measured(&why),
+    }
+    assert_eq!(done, ["F_GETFD"]);
+    assert!(lives, "it was killed");
+}
+
+#[test]
+fn a_program_confined_by_rules_has_no_rights_of_root_s() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(tree) = shell_tree(dir.path()) else {
+        return not_measured("no dpkg-deb, ldd or mkfs.erofs");
+    };
+    // It is there as long as nobody reads what does not fit into a pipe.
+    let script = "echo $$; n=0; while test $n -lt 100000; do echo word; n=$((n+1)); done";
+    let mut shell = match by_rules(&tree, "bin/sh", &["-c", script]) {
+        Ok(shell) => shell,
+        Err(why) => return not_measured(&why),
+    };
+    let mut rights = Vec::new();
+    let look = |line: &str| {
+        if rights.is_empty() {
+            let status = fs::read_to_string(format!("/proc/{line}/status")).unwrap();
+            let has = |line: &&str| {
+                ["CapInh", "CapPrm", "CapEff"].contains(&line.split(':').next().unwrap())
+            };
+            rights.extend(status.lines().filter(has).map(str::to_owned));
+        }
+    };
+    command::run(&mut shell, look).unwrap();
+    let none = ["CapInh", "CapPrm", "CapEff"].map(|set| format!("{set}:\t{:016}", 0));
+    assert_eq!(rights, none);
 }
 
 #[test]

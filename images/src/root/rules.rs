@@ -2,6 +2,7 @@
 //! seccomp it makes no system calls but those that reading, computing and writing take. That is too narrow for commands.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -10,7 +11,11 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
     RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter,
+};
 
 use super::confine;
 use super::tree_root::TreeRoot;
@@ -18,7 +23,7 @@ use crate::command;
 
 /// None of them changes a file by its path but `mkdir`, `rename` and `unlink`, which Landlock judges; none reaches another
 /// process or a network.
-const CALLS: [i64; 60] = [
+const CALLS: [i64; 59] = [
     libc::SYS_access,
     libc::SYS_arch_prctl,
     libc::SYS_brk,
@@ -31,7 +36,6 @@ const CALLS: [i64; 60] = [
     libc::SYS_exit_group,
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_futex,
     libc::SYS_getcwd,
@@ -81,6 +85,22 @@ const CALLS: [i64; 60] = [
     libc::SYS_writev,
 ];
 
+/// What `fcntl` does for them. Others of its commands make the kernel send a signal of their choice
+/// to any process of the user's (`F_SETSIG`, `F_SETOWN` and `F_SETFL` with `O_ASYNC`).
+const FCNTL: [i32; 5] = [
+    libc::F_DUPFD,
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_GETFD,
+    libc::F_GETFL,
+    libc::F_SETFD,
+];
+
+const NO_RIGHTS: CapabilitySets = CapabilitySets {
+    effective: CapabilitySet::empty(),
+    permitted: CapabilitySet::empty(),
+    inheritable: CapabilitySet::empty(),
+};
+
 /// Why programs cannot be confined like this here.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RulesError {
@@ -111,6 +131,9 @@ pub(super) fn command(tree: &TreeRoot, program: &str) -> Result<Command, RulesEr
             if status.ruleset == RulesetStatus::NotEnforced {
                 return Err(io::ErrorKind::Unsupported.into());
             }
+            // Root's as well, for whom `madvise` takes memory from others. `restrict_self` has seen
+            // to it that nothing gives them back (`no_new_privs`).
+            rustix::thread::set_capabilities(None, NO_RIGHTS)?;
             apply_filter(&filter).map_err(|_| io::ErrorKind::Unsupported.into())
         });
     }
@@ -137,13 +160,20 @@ fn rules(tree: &TreeRoot) -> Result<RulesetCreated, RulesetError> {
 }
 
 fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
-    let allowed = CALLS.map(|call| (call, Vec::new()));
+    let mut allowed: BTreeMap<i64, Vec<SeccompRule>> =
+        CALLS.into_iter().map(|call| (call, Vec::new())).collect();
+    let fcntl: Result<_, _> = FCNTL.into_iter().map(fcntl).collect();
+    allowed.insert(libc::SYS_fcntl, fcntl?);
     let refuse = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    SeccompFilter::new(
-        allowed.into_iter().collect(),
-        refuse,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?
-    .try_into()
+    SeccompFilter::new(allowed, refuse, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+}
+
+/// Allows one command of `fcntl`, of which the kernel reads 32 bits.
+fn fcntl(command: i32) -> Result<SeccompRule, seccompiler::BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(
+        1,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::Eq,
+        u64::from(command.unsigned_abs()),
+    )?])
 }

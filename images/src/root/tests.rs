@@ -51,17 +51,20 @@ fn package(dir: &Path) -> Option<PathBuf> {
     write("etc/unwanted", 0o644)?;
     write("usr/share/many/files", 0o644)?;
     write("usr/share/doc/tool/copyright", 0o644)?;
-    let libraries = command::output(command::tool("ldd").arg("/bin/sh")).ok()?;
-    let libraries = libraries.split_whitespace();
-    for file in libraries
-        .filter(|word| word.starts_with('/'))
-        .chain(["/bin/sh"])
-    {
+    for file in with_libraries("/bin/sh")? {
         let to = tree.join(file.trim_start_matches('/'));
         fs::create_dir_all(to.parent()?).ok()?;
         fs::copy(file, to).ok()?;
     }
     built(dir, "package")
+}
+
+/// A program of this machine, and its libraries.
+pub(super) fn with_libraries(program: &str) -> Option<Vec<String>> {
+    let libraries = command::output(command::tool("ldd").arg(program)).ok()?;
+    let libraries = libraries.split_whitespace();
+    let libraries = libraries.filter(|word| word.starts_with('/'));
+    Some(libraries.chain([program]).map(str::to_owned).collect())
 }
 
 /// The package of the files in that directory.

@@ -1,5 +1,6 @@
 //! What packages hold, put into a tree member by member: each path is the tree's, and devices, pipes and sockets are left out.
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
@@ -25,40 +26,68 @@ const UNWANTED: [&str; 9] = [
     "usr/share/menu",
     "usr/share/gdb",
 ];
-/// A wheel may hold more than it weighs.
-const MAX_WHEEL_BYTES: u64 = 8 << 30;
+/// Most bytes that one package or wheel may put into a tree, or may be when it is unpacked: both may
+/// hold more than they weigh.
+const MAX_BYTES: u64 = 8 << 30;
+/// The least that a member counts for beside its content: so a package has at most two million.
+const MEMBER_BYTES: u64 = 4096;
+/// Most bytes of one member's headers, which are held in memory: long names, attributes, and where
+/// the parts of a sparse file are.
+const MAX_HEADERS: u64 = 1 << 20;
 
 /// Unpacks a Debian package; none of its scripts is run.
 pub(super) fn package(package: &Path, tree: &TreeRoot) -> Result<(), RootError> {
     let mut deb = command::tool("dpkg-deb");
     deb.arg("--fsys-tarfile").arg(package);
-    command::read(&mut deb, |archive| members(archive, tree))
+    command::read(&mut deb, |archive| members(archive, tree, MAX_BYTES))
         .map_err(RootError::Unpack)
         .flatten()
 }
 
-fn members(archive: impl Read, tree: &TreeRoot) -> Result<(), RootError> {
-    let mut archive = tar::Archive::new(archive);
+fn members(archive: impl Read, tree: &TreeRoot, most: u64) -> Result<(), RootError> {
+    let left = Cell::new(most);
+    // What may be read of the archive itself.
+    let next = Cell::new(MAX_HEADERS);
+    let mut archive = tar::Archive::new(Counted(archive, &next));
     let entries = archive.entries().map_err(RootError::Archive)?;
     for entry in entries {
-        let mut entry = entry.map_err(RootError::Archive)?;
-        let path = within(&entry.path_bytes())?;
-        if UNWANTED.iter().any(|unwanted| path.starts_with(unwanted)) {
-            continue;
+        let entry = entry.map_err(RootError::Archive)?;
+        let headers = MAX_HEADERS - next.get();
+        charge(&left, headers.max(MEMBER_BYTES)).map_err(RootError::Archive)?;
+        // Of content, `left` counts what comes out, which may be more: holes.
+        next.set(u64::MAX);
+        let mut entry = Counted(entry, &left);
+        member(&mut entry, tree)?;
+        // What is left out counts as well, and not as headers of the next.
+        io::copy(&mut entry, &mut io::sink()).map_err(RootError::Archive)?;
+        next.set(MAX_HEADERS);
+    }
+    // As does what is behind the end.
+    let mut rest = Counted(archive.into_inner().0, &left);
+    io::copy(&mut rest, &mut io::sink()).map_err(RootError::Archive)?;
+    Ok(())
+}
+
+fn member<R: Read>(
+    entry: &mut Counted<'_, tar::Entry<'_, R>>,
+    tree: &TreeRoot,
+) -> Result<(), RootError> {
+    let path = within(&entry.0.path_bytes())?;
+    if UNWANTED.iter().any(|unwanted| path.starts_with(unwanted)) {
+        return Ok(());
+    }
+    let mode = entry.0.header().mode().map_err(RootError::Archive)? & 0o7777;
+    let target = entry.0.link_name_bytes().map(|target| target.into_owned());
+    let target = || target.ok_or_else(|| RootError::Archive(io::ErrorKind::InvalidData.into()));
+    match entry.0.header().entry_type() {
+        // Packages that were made for separate directories follow the links of merged ones.
+        EntryType::Directory => tree.make_dir(&path, mode)?,
+        EntryType::Symlink => tree.symlink(&*target()?, &path)?,
+        EntryType::Link => tree.hard_link(&within(&target()?)?, &path)?,
+        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+            tree.write(&path, entry, mode)?;
         }
-        let mode = entry.header().mode().map_err(RootError::Archive)? & 0o7777;
-        let target = entry.link_name_bytes().map(|target| target.into_owned());
-        let target = || target.ok_or_else(|| RootError::Archive(io::ErrorKind::InvalidData.into()));
-        match entry.header().entry_type() {
-            // Packages that were made for separate directories follow the links of merged ones.
-            EntryType::Directory => tree.make_dir(&path, mode)?,
-            EntryType::Symlink => tree.symlink(&*target()?, &path)?,
-            EntryType::Link => tree.hard_link(&within(&target()?)?, &path)?,
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                tree.write(&path, &mut entry, mode)?;
-            }
-            _ => {}
-        }
+        _ => {}
     }
     Ok(())
 }
@@ -69,9 +98,10 @@ pub(super) fn wheel(wheel: &Path, tree: &TreeRoot, dir: &Path) -> Result<(), Roo
     let file = File::open(wheel).map_err(io_error("open", wheel))?;
     let invalid = |error: zip::result::ZipError| RootError::Archive(error.into());
     let mut archive = zip::ZipArchive::new(file).map_err(invalid)?;
-    let mut left = MAX_WHEEL_BYTES;
+    let left = Cell::new(MAX_BYTES);
     for index in 0..archive.len() {
         let member = archive.by_index(index).map_err(invalid)?;
+        charge(&left, MEMBER_BYTES).map_err(RootError::Archive)?;
         let is_dir = member.is_dir();
         let Some(path) = placed(&within(member.name_raw())?) else {
             continue;
@@ -81,25 +111,30 @@ pub(super) fn wheel(wheel: &Path, tree: &TreeRoot, dir: &Path) -> Result<(), Roo
             tree.make_dirs(&path)?;
             continue;
         }
-        let mut counted = Counted(member, left);
-        tree.write(&path, &mut counted, 0o644)?;
-        left = counted.1;
+        tree.write(&path, Counted(member, &left), 0o644)?;
     }
     Ok(())
 }
 
-/// A reader that fails when more than so many bytes come.
-struct Counted<R>(R, u64);
+/// A reader that fails when more bytes come than are left.
+struct Counted<'l, R>(R, &'l Cell<u64>);
 
-impl<R: Read> Read for Counted<R> {
+impl<R: Read> Read for Counted<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.0.read(buffer)?;
-        let left = u64::try_from(read)
-            .ok()
-            .and_then(|read| self.1.checked_sub(read));
-        self.1 = left.ok_or(io::ErrorKind::FileTooLarge)?;
+        charge(self.1, read as u64)?;
         Ok(read)
     }
+}
+
+fn charge(left: &Cell<u64>, bytes: u64) -> io::Result<()> {
+    let less = left.get().checked_sub(bytes).ok_or_else(|| {
+        let most =
+            "it is more than 8 GiB unpacked, or one of its files has more than 1 MiB of headers";
+        io::Error::new(io::ErrorKind::FileTooLarge, most)
+    })?;
+    left.set(less);
+    Ok(())
 }
 
 /// Where a file of a wheel belongs.
@@ -137,6 +172,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+    use crate::cache::CacheError;
 
     /// A tar archive of these members: name, kind, and content or what a link says.
     fn archive(members: &[(&str, EntryType, &str)]) -> Vec<u8> {
@@ -191,7 +227,7 @@ mod tests {
         for (number, attack) in attacks.into_iter().enumerate() {
             let tree = TreeRoot::create(&dir.path().join(format!("tree{number}"))).unwrap();
             // Refused or done within the tree: the same to this machine.
-            let _ = members(&*archive(attack), &tree);
+            let _ = members(&*archive(attack), &tree, MAX_BYTES);
             assert_eq!(
                 fs::read(outside.join("file")).unwrap(),
                 b"witness",
@@ -215,13 +251,13 @@ mod tests {
             ("./usr/bin/tool", Regular, "first"),
             ("./usr/share/doc/tool/text", Regular, "text"),
         ]);
-        members(&*first, &tree).unwrap();
+        members(&*first, &tree, MAX_BYTES).unwrap();
         let second = [
             ("./bin/", Directory, ""),
             ("bin/tool", Regular, "second"),
             ("same", Link, "./bin/tool"),
         ];
-        members(&*archive(&second), &tree).unwrap();
+        members(&*archive(&second), &tree, MAX_BYTES).unwrap();
         let at = |path: &str| tree.path().join(path);
         assert_eq!(fs::read(at("usr/bin/tool")).unwrap(), b"second");
         assert_eq!(fs::read(at("same")).unwrap(), b"second");
@@ -264,10 +300,111 @@ mod tests {
     }
 
     #[test]
-    fn more_than_a_wheel_may_hold_is_an_error() {
-        let mut counted = Counted(&b"1234"[..], 4);
+    fn a_package_that_is_more_unpacked_than_may_be_is_an_error() {
+        let unpack = |archive: &[u8], most| {
+            let dir = tempfile::tempdir().unwrap();
+            let tree = TreeRoot::create(&dir.path().join("tree")).unwrap();
+            members(archive, &tree, most)
+        };
+        let too_large = |unpacked: Result<(), RootError>| match unpacked.unwrap_err() {
+            RootError::Archive(error) | RootError::Cache(CacheError::Io { source: error, .. }) => {
+                assert_eq!(error.kind(), io::ErrorKind::FileTooLarge, "{error}");
+            }
+            error => panic!("{error}"),
+        };
+        let content = "x".repeat(50_000);
+        let plain = archive(&[("file", EntryType::Regular, &content)]);
+        unpack(&plain, 60_000).unwrap();
+        too_large(unpack(&plain, 49_999));
+        // Many that hold nothing.
+        let names: Vec<_> = (0..100).map(|number| number.to_string()).collect();
+        let empty: Vec<_> = names
+            .iter()
+            .map(|name| (name.as_str(), EntryType::Regular, ""))
+            .collect();
+        unpack(&archive(&empty), 101 * MEMBER_BYTES).unwrap();
+        too_large(unpack(&archive(&empty), 99 * MEMBER_BYTES));
+        // What is behind the end.
+        let behind = [archive(&[]), vec![0; 50_000]].concat();
+        unpack(&behind, 60_000).unwrap();
+        too_large(unpack(&behind, 50_000));
+        // A file that is all holes: 4 GiB in a kilobyte.
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(EntryType::GNUSparse);
+        header.set_path("holes").unwrap();
+        header.set_mode(0o644);
+        header.set_size(0);
+        let sparse = header.as_gnu_mut().unwrap();
+        sparse.sparse[0].offset.copy_from_slice(b"40000000000\0");
+        sparse.sparse[0].numbytes.copy_from_slice(b"00000000000\0");
+        sparse.realsize.copy_from_slice(b"40000000000\0");
+        header.set_cksum();
+        let mut holes = tar::Builder::new(Vec::new());
+        holes.append(&header, io::empty()).unwrap();
+        too_large(unpack(&holes.into_inner().unwrap(), 70_000));
+    }
+
+    #[test]
+    fn headers_that_are_more_than_a_member_may_have_are_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let with_header = |kind: EntryType, bytes: usize| {
+            // Whatever is read of it is no whole header, and refused for that if it is short.
+            let content = io::repeat(b'x').take(bytes as u64);
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_path("header").unwrap();
+            header.set_size(bytes as u64);
+            header.set_cksum();
+            let mut builder = tar::Builder::new(Vec::new());
+            builder.append(&header, content).unwrap();
+            let mut archive = builder.into_inner().unwrap();
+            // Without its end.
+            archive.truncate(archive.len() - 1024);
+            archive.extend(self::archive(&[("file", EntryType::Regular, "text")]));
+            let read = Cell::new(u64::MAX);
+            let path = dir.path().join(format!("{kind:?}{bytes}"));
+            let tree = TreeRoot::create(&path).unwrap();
+            let unpacked = members(Counted(&*archive, &read), &tree, MAX_BYTES);
+            (unpacked, u64::MAX - read.get())
+        };
+        for kind in [
+            EntryType::GNULongName,
+            EntryType::GNULongLink,
+            EntryType::XHeader,
+        ] {
+            let (unpacked, read) = with_header(kind, 4 << 20);
+            let Err(RootError::Archive(error)) = unpacked else {
+                panic!("{kind:?}: {unpacked:?}");
+            };
+            assert_eq!(error.kind(), io::ErrorKind::FileTooLarge, "{kind:?}");
+            assert!(read < 2 * MAX_HEADERS, "{kind:?}: {read}");
+        }
+        with_header(EntryType::GNULongLink, 500_000).0.unwrap();
+        // The parts of a sparse file: 21 empty ones in each further block.
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(EntryType::GNUSparse);
+        header.set_path("sparse").unwrap();
+        header.set_size(0);
+        header.as_gnu_mut().unwrap().isextended[0] = 1;
+        header.set_cksum();
+        let mut part = [0; 512];
+        part[504] = 1;
+        let blocks = std::iter::repeat_n(part, 4096).flatten();
+        let sparse: Vec<u8> = header.as_bytes().iter().copied().chain(blocks).collect();
+        let tree = TreeRoot::create(&dir.path().join("sparse")).unwrap();
+        let Err(RootError::Archive(error)) = members(&*sparse, &tree, MAX_BYTES) else {
+            panic!("it was taken");
+        };
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge, "{error}");
+    }
+
+    #[test]
+    fn more_than_an_archive_may_hold_is_an_error() {
+        let left = Cell::new(4);
+        let mut counted = Counted(&b"1234"[..], &left);
         assert_eq!(io::copy(&mut counted, &mut io::sink()).unwrap(), 4);
-        let mut counted = Counted(&b"12345"[..], 4);
+        let left = Cell::new(4);
+        let mut counted = Counted(&b"12345"[..], &left);
         let error = io::copy(&mut counted, &mut io::sink()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
     }

@@ -16,7 +16,7 @@ use crate::lease::Lease;
 use crate::ledger::{Event, ProfileId, Refusal, WaiterId};
 use crate::pool::Pool;
 use crate::profile::Request;
-use crate::shared::{Kept, Shared, State};
+use crate::shared::{Kept, Shared, State, Waiter};
 
 impl<B: Backend> Pool<B> {
     /// A ready VM, now. Never waits for a boot, nor for the pool's tasks: it takes a lock for a
@@ -256,8 +256,8 @@ impl<B: Backend> Shared<B> {
             };
             let (reply, served) = oneshot::channel();
             let waiter = state.next_waiter();
-            state.waiters.insert(waiter, reply);
-            line_up(&mut state, began, among, waiter);
+            let profiles = among.all().collect();
+            state.line_up(began, waiter, Waiter { profiles, reply });
             (
                 Waiting {
                     shared: self,
@@ -298,8 +298,9 @@ impl<B: Backend> Shared<B> {
                     let (reply, again) = oneshot::channel();
                     served = again;
                     let mut state = self.state();
-                    state.waiters.insert(waiter.waiter, reply);
-                    line_up(&mut state, Instant::now(), among, waiter.waiter);
+                    let profiles = among.all().collect();
+                    let waiting = Waiter { profiles, reply };
+                    state.line_up(Instant::now(), waiter.waiter, waiting);
                     drop(state);
                     drop(dead);
                     self.nudge.wake();
@@ -327,20 +328,6 @@ impl<B: Backend> Shared<B> {
                 why,
             },
         }
-    }
-}
-
-/// Puts the waiter into the queues of all profiles that may serve it; into the first's, which turns it away, if none may.
-fn line_up<B: Backend>(state: &mut State<B>, now: Instant, among: &Among, waiter: WaiterId) {
-    let mut lines = 0;
-    for profile in among.all() {
-        if state.ledger.hopeless(profile).is_none() {
-            state.tell(now, Event::Wait(profile, waiter));
-            lines += 1;
-        }
-    }
-    if lines == 0 {
-        state.tell(now, Event::Wait(among.first, waiter));
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::actor::{Home, Message};
 use crate::backend::{Backend, ProbeError};
-use crate::guard::{self, guarded};
+use crate::guard::guarded;
 use crate::health;
 use crate::ledger::ProfileId;
 use crate::permit::Reservation;
@@ -71,7 +71,6 @@ impl<B: Backend> Lease<B> {
     pub(crate) fn is_alive(&self) -> bool {
         let vm = self.vm.as_ref();
         let alive = vm.and_then(|vm| guarded("alive", || self.shared.backend.alive(vm)));
-        guard::tell();
         alive.unwrap_or(false)
     }
 

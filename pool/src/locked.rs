@@ -1,15 +1,15 @@
-//! The lock of a pool, which is never held while code of the embedder's runs: subscribers, recorders and
-//! wakers may call into the pool.
+//! The lock of a pool, which is not held while subscribers, recorders and wakers run: they are code of the embedder's,
+//! and may call into the pool. The exception is the backend, which may be an embedder's as well: what
+//! [`Backend`] names runs under the lock, and must not call into the pool.
 //!
-//! What is to be told of what happens under the lock is put into [`State::later`], and told, in that order,
-//! by whoever has released it. A panic there is not the pool's.
+//! What is to be told of what happens under the lock is put into [`State::later`] (by a backend of ours into
+//! [`guard::later`]), and told, in that order, by whoever has released it. A panic there is not the pool's.
 
 use std::ops::{Deref, DerefMut};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::backend::Backend;
-use crate::guard;
+use crate::guard::{self, quietly};
 use crate::shared::State;
 
 /// Something to tell.
@@ -53,6 +53,7 @@ pub(crate) struct Locked<'a, B: Backend> {
 impl<'a, B: Backend> Locked<'a, B> {
     pub(crate) fn new(lock: &'a Mutex<State<B>>) -> Self {
         let guard = Some(take(lock));
+        guard::hold();
         Self { lock, guard }
     }
 }
@@ -60,14 +61,6 @@ impl<'a, B: Backend> Locked<'a, B> {
 fn take<B: Backend>(lock: &Mutex<State<B>>) -> MutexGuard<'_, State<B>> {
     // A panic of the backend under the lock leaves the ledger as it was: go on.
     lock.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Tells, whatever comes of it: a panic has been reported by its hook, and must not cost what is told next.
-fn quietly(tell: impl FnOnce()) {
-    if let Err(payload) = catch_unwind(AssertUnwindSafe(tell)) {
-        // The payload's drop might panic as well.
-        std::mem::forget(payload);
-    }
 }
 
 impl<B: Backend> Deref for Locked<'_, B> {
@@ -97,7 +90,7 @@ impl<B: Backend> Drop for Locked<'_, B> {
         };
         let mut batch = guard.outbox.begin();
         drop(guard);
-        quietly(guard::tell);
+        guard::release();
         while let Some(now) = batch {
             for later in now {
                 quietly(later);

@@ -1,8 +1,10 @@
 //! What the pool's handles, leases and tasks share.
 //!
 //! Locks: `Shared::state` first, then the account inside [`Admission`]; neither is held across an
-//! await, nor while code of the embedder's runs ([`locked`](crate::locked)). Whatever the ledger asks for is done by the actor; others only add to `State::pending` and
-//! nudge it. VMs and leases are never dropped under the lock.
+//! await, nor while code of the embedder's runs ([`locked`](crate::locked)), a [`Backend`] of the
+//! embedder's apart: what that trait names runs under `Shared::state`. Whatever the ledger asks for is
+//! done by the actor; others only add to `State::pending` and nudge it. VMs and leases are never
+//! dropped under the lock.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -108,10 +110,17 @@ impl Nudge {
 
 pub(crate) type Served<B> = oneshot::Sender<Result<Lease<B>, Refusal>>;
 
+/// A caller that waits.
+pub(crate) struct Waiter<B: Backend> {
+    /// All that may serve it, those included that could not when it came.
+    pub(crate) profiles: Vec<ProfileId>,
+    pub(crate) reply: Served<B>,
+}
+
 pub(crate) struct State<B: Backend> {
     pub(crate) ledger: Ledger,
     pub(crate) slots: HashMap<VmId, Slot<B>>,
-    pub(crate) waiters: HashMap<WaiterId, Served<B>>,
+    pub(crate) waiters: HashMap<WaiterId, Waiter<B>>,
     /// Asked for by the ledger, not yet done.
     pub(crate) pending: Vec<Action>,
     /// The way home for leases; present from start until the actor ends.
@@ -153,6 +162,14 @@ impl<B: Backend> State<B> {
     /// Lets the ledger know, and leaves it to the actor to make up for what is missing then.
     pub(crate) fn note(&mut self, now: Instant, event: Event) {
         let actions = self.ledger.note(now, event);
+        self.pending.extend(actions);
+    }
+
+    /// Puts a caller into the queues of its profiles; again, under its old number, if what it was served
+    /// proved dead.
+    pub(crate) fn line_up(&mut self, now: Instant, id: WaiterId, waiter: Waiter<B>) {
+        let actions = self.ledger.line_up(now, id, &waiter.profiles);
+        self.waiters.insert(id, waiter);
         self.pending.extend(actions);
     }
 

@@ -282,22 +282,21 @@ impl<B: Backend> Actor<B> {
         waiter: WaiterId,
         id: VmId,
     ) {
-        let Some(reply) = state.waiters.remove(&waiter) else {
+        let Some(waiting) = state.waiters.remove(&waiter) else {
             // Gone, and its VM never left the slot.
             return state.tell(now, Event::Untouched(id));
         };
         let alive = state.is_alive(&self.shared.backend, id);
         let Some(vm) = alive.then(|| state.take_out(id)).flatten() else {
             self.shared.died(state, profile, id);
-            state.waiters.insert(waiter, reply);
             state.tell(now, Event::Ended(id));
             state.tell(now, Event::Untouched(id));
-            return state.tell(now, Event::Wait(profile, waiter));
+            return state.line_up(now, waiter, waiting);
         };
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let lease = Lease::untouched(shared, home, id, profile, vm);
         // If the waiter has gone, the lease comes home.
-        state.later(move || drop(reply.send(Ok(lease))));
+        state.later(move || drop(waiting.reply.send(Ok(lease))));
     }
 
     fn retire(&mut self, state: &mut State<B>, now: Instant, id: VmId) {
@@ -380,9 +379,9 @@ impl<B: Backend> Actor<B> {
 }
 
 fn reject<B: Backend>(state: &mut State<B>, waiter: WaiterId, refusal: Refusal) {
-    if let Some(reply) = state.waiters.remove(&waiter) {
+    if let Some(waiter) = state.waiters.remove(&waiter) {
         // It may have gone.
-        state.later(move || drop(reply.send(Err(refusal))));
+        state.later(move || drop(waiter.reply.send(Err(refusal))));
     }
 }
 

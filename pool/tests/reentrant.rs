@@ -29,11 +29,13 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::Registry;
 
 use crate::support::*;
-use hearth_pool::fake::{Boot, FakeBackend, Method, Ping};
-use hearth_pool::{Pool, Profile};
+use hearth_pool::fake::{Boot, FakeBackend, FakeVmHandle, Gate, Method, Ping};
+use hearth_pool::{Parking, Pool, Profile};
 
 static POOL: OnceLock<Pool<FakeBackend>> = OnceLock::new();
 static CALLS: [AtomicUsize; 3] = [const { AtomicUsize::new(0) }; 3];
+/// What the backend itself has logged.
+static BY_BACKEND: AtomicUsize = AtomicUsize::new(0);
 
 #[derive(Clone, Copy)]
 enum Watcher {
@@ -62,7 +64,10 @@ fn call(watcher: Watcher) {
 struct Logs;
 
 impl Layer<Registry> for Logs {
-    fn on_event(&self, _: &tracing::Event<'_>, _: Context<'_, Registry>) {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, Registry>) {
+        if event.metadata().target().starts_with("hearth_pool::fake") {
+            BY_BACKEND.fetch_add(1, Ordering::Relaxed);
+        }
         call(Watcher::Log);
     }
 
@@ -129,10 +134,29 @@ fn poll_once<F: Future>(future: std::pin::Pin<&mut F>) {
     assert!(polled.is_pending());
 }
 
+/// Lets a VM end between its check and its parking, of which its backend tells under the pool's lock.
+async fn parked_when_dead(fake: &FakeBackend, pool: &Pool<FakeBackend>) {
+    pool.wait_ready(secs(600)).await.unwrap();
+    let gate = Gate::new();
+    for vm in fake.live() {
+        vm.script_pings([Ping::Gate(gate.clone())]);
+    }
+    let (checking, victims) = (pool.clone(), fake.clone());
+    let check = tokio::spawn(async move { checking.check(PY, 1).await });
+    gate.held(1).await;
+    gate.open();
+    // Before the pool hears of the check.
+    let kill = tokio::spawn(async move { victims.live().iter().for_each(FakeVmHandle::kill) });
+    kill.await.unwrap();
+    check.await.unwrap().unwrap();
+    assert_eq!(BY_BACKEND.load(Ordering::Relaxed), 1);
+}
+
 /// All that a pool tells of.
 async fn life() {
     let fake = FakeBackend::new();
     let mut config = config(2).profile(Profile::new(JS, JS).warm_pool_size(1));
+    config.park = Some(Parking::Paused);
     config.limits.vms = 6;
     config.boot.breaker_failures = 2;
     config.lease.deadline_ms = 60_000;
@@ -175,6 +199,7 @@ async fn life() {
     pool.wait_ready(secs(600)).await.unwrap();
     let late = pool.acquire(PY).unwrap();
     tokio::time::sleep(secs(61)).await;
+    parked_when_dead(&fake, &pool).await;
     fake.panic_in(Method::Alive);
     drop(pool.acquire(PY));
     drop(late);

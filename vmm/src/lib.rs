@@ -70,6 +70,8 @@ pub use seccomp::SeccompError;
 pub use sigbus::leave_sigbus_alone;
 pub use snapshot::{Difference, Shell, SnapshotError, StoreError, Template, cache};
 pub use state::{Exit, InternalError, VmStatus};
+#[doc(hidden)]
+pub use threads::spawn_neutral;
 pub use undertaker::leaked_vms;
 pub use vcpu::kick::kick_signal;
 pub use vcpu::{ExitCounters, VcpuError};

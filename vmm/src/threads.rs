@@ -54,6 +54,16 @@ pub(crate) fn spawn(
     is_made.recv().map_err(gone)?
 }
 
+/// Makes a thread for the rest of the library, as its own are made: all signals but those that a thread
+/// causes itself are blocked, and it has nothing of the calling thread. It is not waited for.
+///
+/// # Errors
+/// Why the host gives none.
+#[doc(hidden)]
+pub fn spawn_neutral(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    spawn(name, LARGE_STACK, body)
+}
+
 fn make(name: String, stack: usize, body: Body) -> io::Result<()> {
     let builder = std::thread::Builder::new().name(name);
     signals::blocked(|| builder.stack_size(stack).spawn(body).map(drop))

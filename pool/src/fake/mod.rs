@@ -29,6 +29,7 @@ use vm::Life;
 pub use vm::{FakeRemote, FakeVm, FakeVmError, FakeVmHandle};
 
 use crate::backend::{Backend, Making, ProbeError};
+use crate::guard;
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
 
@@ -382,6 +383,10 @@ impl Backend for FakeBackend {
 
     fn pause(&self, vm: &FakeVm) {
         self.trip(Method::Pause);
+        if !vm.life.is_alive() {
+            // As the KVM backend does.
+            guard::later(|| tracing::debug!("a parked VM was not paused"));
+        }
         vm.life.set_paused(true);
     }
 

@@ -1,14 +1,25 @@
 //! What a guest does for its owner, so that the pool can tell an idle lease.
+//!
+//! Who reads on a stream of the owner's and finds nothing waits for an answer: that is activity. Who gives the read
+//! up need not say so, and keeps the stream. So each reading asks those who wait again, by waking them: the
+//! next reading counts those who have come back meanwhile.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+
+use crate::guard;
 
 /// Of one guest, over all its streams.
 #[derive(Debug, Default)]
 pub(super) struct Activity {
     moves: AtomicU64,
-    /// Requests of the owner's that are not answered.
-    open: AtomicUsize,
+    /// Programs of the owner's whose streams are there.
+    running: AtomicUsize,
+    /// Who has found nothing to read since the last reading, by the number of its stream.
+    waiting: Mutex<HashMap<u64, Waker>>,
+    streams: AtomicU64,
 }
 
 impl Activity {
@@ -19,10 +30,20 @@ impl Activity {
 
     /// A number that changes when bytes moved, and at each call while a request is open.
     pub(super) fn reading(&self) -> u64 {
-        if self.open.load(Ordering::Relaxed) > 0 {
+        let waiting = std::mem::take(&mut *self.waiting());
+        if !waiting.is_empty() || self.running.load(Ordering::Relaxed) > 0 {
             self.moved();
         }
+        for waker in waiting.into_values() {
+            // The pool reads under its lock.
+            guard::later(move || waker.wake());
+        }
         self.moves.load(Ordering::Relaxed)
+    }
+
+    /// Holds the lock; no waker is cloned or dropped meanwhile, for that is code of the embedder's.
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Waker>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -30,6 +51,7 @@ impl Activity {
 #[derive(Debug)]
 pub(super) struct Part {
     guest: Arc<Activity>,
+    stream: u64,
     /// The owner's, not the pool's: who reads on it waits for an answer.
     owned: AtomicBool,
     waits: bool,
@@ -40,6 +62,7 @@ pub(super) struct Part {
 impl Part {
     pub(super) fn new(guest: Arc<Activity>) -> Self {
         Self {
+            stream: guest.streams.fetch_add(1, Ordering::Relaxed),
             guest,
             owned: AtomicBool::new(false),
             waits: false,
@@ -53,23 +76,30 @@ impl Part {
 
     pub(super) fn set_runs(&self) {
         if !self.runs.swap(true, Ordering::Relaxed) {
-            self.guest.open.fetch_add(1, Ordering::Relaxed);
+            self.guest.running.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Somebody has read, and waits for more to come if there was nothing.
-    pub(super) fn read(&mut self, nothing_there: bool) {
-        if !nothing_there {
-            self.guest.moved();
+    /// Somebody has read something, or that there is no more.
+    pub(super) fn read(&mut self) {
+        self.guest.moved();
+        self.wait_no_more();
+    }
+
+    /// Somebody has found nothing to read, and waits for more to come.
+    pub(super) fn found_nothing(&mut self, waker: &Waker) {
+        if self.owned.load(Ordering::Relaxed) {
+            self.waits = true;
+            let waker = waker.clone();
+            let before = self.guest.waiting().insert(self.stream, waker);
+            drop(before);
         }
-        let waits = nothing_there && self.owned.load(Ordering::Relaxed);
-        if waits != self.waits {
-            self.waits = waits;
-            if waits {
-                self.guest.open.fetch_add(1, Ordering::Relaxed);
-            } else {
-                self.guest.open.fetch_sub(1, Ordering::Relaxed);
-            }
+    }
+
+    fn wait_no_more(&mut self) {
+        if std::mem::take(&mut self.waits) {
+            let waker = self.guest.waiting().remove(&self.stream);
+            drop(waker);
         }
     }
 
@@ -80,14 +110,39 @@ impl Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        let open = usize::from(self.waits) + usize::from(*self.runs.get_mut());
-        self.guest.open.fetch_sub(open, Ordering::Relaxed);
+        self.wait_no_more();
+        let runs = usize::from(*self.runs.get_mut());
+        self.guest.running.fetch_sub(runs, Ordering::Relaxed);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::task::{Wake, Waker};
+
     use super::*;
+
+    /// A task, by how often it was woken.
+    #[derive(Default)]
+    struct Task(AtomicUsize);
+
+    impl Wake for Task {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    impl Task {
+        fn woken(&self) -> usize {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+
+    fn task() -> (Arc<Task>, Waker) {
+        let task = Arc::new(Task::default());
+        (Arc::clone(&task), task.into())
+    }
 
     /// Whether a lease with this activity would be ended at its idle limit.
     fn is_idle(guest: &Activity) -> bool {
@@ -98,17 +153,64 @@ mod tests {
     fn an_open_request_of_the_owners_is_activity_until_its_answer_or_the_end_of_its_stream() {
         let guest = Arc::new(Activity::default());
         let mut part = Part::new(Arc::clone(&guest));
-        part.read(true);
+        let (task, waker) = task();
+        part.found_nothing(&waker);
         assert!(is_idle(&guest), "the pool's own question");
         part.set_owned();
-        part.read(true);
-        part.read(true);
-        assert!(!is_idle(&guest), "a silent program's caller waits");
-        part.read(false);
+        let mut last = guest.reading();
+        for woken in 1..4 {
+            // Polled for the first time, and each time that it is woken.
+            part.found_nothing(&waker);
+            part.found_nothing(&waker);
+            let next = guest.reading();
+            assert_ne!(next, last, "a silent program's caller waits");
+            assert_eq!(task.woken(), woken, "it is asked whether it still does");
+            last = next;
+        }
+        part.found_nothing(&waker);
+        part.read();
+        assert_eq!(guest.reading(), last + 1);
         assert!(is_idle(&guest), "it was answered");
-        part.read(true);
+        part.found_nothing(&waker);
         drop(part);
-        assert!(is_idle(&guest), "it was given up");
+        assert!(is_idle(&guest), "its stream is gone");
+        assert_eq!(task.woken(), 3);
+    }
+
+    /// Was: it counted for as long as the stream was there.
+    #[test]
+    fn a_read_that_was_given_up_is_activity_for_one_reading_though_its_stream_is_kept() {
+        let guest = Arc::new(Activity::default());
+        let [mut given_up, mut waits] = [(); 2].map(|()| Part::new(Arc::clone(&guest)));
+        let ((gone, of_gone), (here, of_here)) = (task(), task());
+        given_up.set_owned();
+        given_up.found_nothing(&of_gone);
+        let before = guest.reading();
+        assert_eq!(gone.woken(), 1);
+        // Whoever it was does something else when it is woken.
+        assert_eq!(guest.reading(), before);
+        waits.set_owned();
+        waits.found_nothing(&of_here);
+        assert_eq!(guest.reading(), before + 1, "another request is another");
+        assert_eq!((gone.woken(), here.woken()), (1, 1));
+        given_up.found_nothing(&of_gone);
+        assert_eq!(guest.reading(), before + 2, "it reads again");
+        drop((given_up, waits));
+    }
+
+    /// A waker is code of the embedder's.
+    #[test]
+    fn whoever_waits_is_woken_when_no_lock_of_a_pool_is_held() {
+        let guest = Arc::new(Activity::default());
+        let mut part = Part::new(Arc::clone(&guest));
+        let (task, waker) = task();
+        part.set_owned();
+        part.found_nothing(&waker);
+        guard::hold();
+        guest.reading();
+        assert_eq!(task.woken(), 0);
+        guard::release();
+        assert_eq!(task.woken(), 1);
     }
 
     #[test]
@@ -129,7 +231,7 @@ mod tests {
         let mut part = Part::new(Arc::clone(&guest));
         let before = guest.reading();
         part.wrote();
-        part.read(false);
+        part.read();
         assert_eq!(guest.reading(), before + 2);
     }
 }

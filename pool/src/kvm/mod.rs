@@ -37,6 +37,7 @@ pub use workers::WorkError;
 
 use crate::backend::{Backend, Making, ProbeError, Remote};
 use crate::config::{BalloonConfig, BootConfig, PoolConfig, Problem};
+use crate::guard;
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
 
@@ -172,7 +173,7 @@ impl Backend for KvmBackend {
 
     fn pause(&self, vm: &Guest) {
         if let Err(error) = vm.vm().request_pause() {
-            tracing::debug!(%error, "a parked VM was not paused");
+            guard::later(move || tracing::debug!(%error, "a parked VM was not paused"));
         }
     }
 

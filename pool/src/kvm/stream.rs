@@ -11,6 +11,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::activity::{Activity, Part};
 
 /// A stream to a port of a guest.
+///
+/// Whoever reads on it, and waits for more to come, keeps its lease from being ended at the idle limit
+/// ([`LeaseConfig::idle_ms`](crate::config::LeaseConfig::idle_ms)), for as long as its task reads again when it is woken.
 #[derive(Debug)]
 pub struct GuestStream {
     stream: VsockStream,
@@ -46,7 +49,10 @@ impl AsyncRead for GuestStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        self.part.read(read.is_pending());
+        match read {
+            Poll::Ready(_) => self.part.read(),
+            Poll::Pending => self.part.found_nothing(cx.waker()),
+        }
         read
     }
 }

@@ -2,16 +2,16 @@
 //!
 //! tokio's own panic where the host gives no thread (a limit on tasks, say), and a runtime waits for them
 //! when it is dropped. These are made when they are needed, go when they are not, and their absence is an
-//! error.
+//! error. They take no signals, and have nothing of the thread that happened to need them.
 
 use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use hearth_vmm::spawn_neutral;
 use tokio::sync::oneshot;
 
 /// Most threads of the process for this.
@@ -58,8 +58,7 @@ pub(super) fn blocking<T: Send + 'static>(
 }
 
 fn spawn(workers: Arc<Workers>) -> io::Result<()> {
-    let builder = thread::Builder::new().name("hearth-pool".into());
-    builder.spawn(move || workers.work()).map(drop)
+    spawn_neutral("hearth-pool", move || workers.work())
 }
 
 impl Workers {
@@ -151,6 +150,7 @@ fn same(error: &io::Error) -> io::Error {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
+    use std::thread;
 
     use futures::executor::block_on;
     use futures::future::join_all;
@@ -211,6 +211,39 @@ mod tests {
         let jobs: Vec<_> = jobs.collect();
         assert!(block_on(join_all(jobs)).iter().all(Result::is_ok));
         assert_eq!(MOST_AT_ONCE.load(Ordering::SeqCst), 3);
+    }
+
+    /// A line of the calling thread's status in /proc.
+    fn of_this_thread(name: &str) -> String {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap().trim().to_owned()
+    }
+
+    #[test]
+    fn its_threads_take_no_signals_and_run_where_the_process_may_whoever_needed_them() {
+        use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+        let processors = || sched_getaffinity(None).unwrap();
+        let main = std::fs::read_to_string("/proc/self/status").unwrap();
+        let main = main
+            .lines()
+            .find_map(|line| line.strip_prefix("Cpus_allowed:"));
+        let allowed = processors();
+        let here = (0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu));
+        let mut one = CpuSet::new();
+        one.set(here.unwrap());
+        sched_setaffinity(None, &one).unwrap();
+        let workers = Workers::new(1, spawn);
+        let told = workers.run(|| (of_this_thread("Cpus_allowed:"), of_this_thread("SigBlk:")));
+        let (runs_on, blocked) = block_on(told).unwrap();
+        assert_eq!(Some(&*runs_on), main.map(str::trim));
+        let blocked = u64::from_str_radix(&blocked, 16).unwrap();
+        // SIGHUP, SIGINT, SIGUSR1, SIGTERM, SIGCHLD
+        for signal in [1, 2, 10, 15, 17] {
+            assert_ne!(blocked & (1 << (signal - 1)), 0, "{signal}: {blocked:x}");
+        }
+        // SIGSEGV: what a thread causes itself.
+        assert_eq!(blocked & (1 << 10), 0, "{blocked:x}");
     }
 
     #[test]

@@ -28,10 +28,7 @@ pub enum Event {
     Denied(VmId),
     /// Something was given back to the host's limits.
     CapacityFreed,
-    /// A caller waits, in the queue of each profile that it is told for, until one of them serves it; again, under its old number and so in its old place, if what it was served
-    /// proved dead before it was picked up.
-    Wait(ProfileId, WaiterId),
-    /// It no longer does.
+    /// A caller that waited no longer does.
     Leave(WaiterId),
     /// A lease is over; the VM was used, or is dead.
     Returned(VmId),
@@ -80,8 +77,8 @@ pub enum Action {
     Park(VmId),
     /// Check it under this number; answer `Checked`.
     Check(ProfileId, VmId, u64, PassId),
-    /// Hand the VM to the waiter; answer `Ended`, `Untouched` and `Wait` if the VM is dead,
-    /// `Untouched` if nobody came.
+    /// Hand the VM to the waiter; answer `Ended` and `Untouched`, and line the waiter up again, if the VM is
+    /// dead; `Untouched` if nobody came.
     Serve(ProfileId, WaiterId, VmId),
     /// Turn the waiter away.
     Reject(WaiterId, Refusal),

@@ -218,6 +218,21 @@ impl Ledger {
         std::mem::take(&mut self.out)
     }
 
+    /// A caller waits, in the queue of each of `profiles` that may serve it, until one does; again,
+    /// under its old number and so in its old place, if what it was served proved dead before it was picked
+    /// up. Returns what is to be done, as [`apply`](Self::apply) does.
+    #[must_use]
+    pub fn line_up(
+        &mut self,
+        now: Instant,
+        waiter: WaiterId,
+        profiles: &[ProfileId],
+    ) -> Vec<Action> {
+        self.wait(waiter, profiles);
+        self.reconcile(now);
+        std::mem::take(&mut self.out)
+    }
+
     /// The VM that [`take`](Self::take) would take.
     ///
     /// # Errors

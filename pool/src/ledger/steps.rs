@@ -30,7 +30,6 @@ impl Ledger {
             Event::BootFailed(id, has_vm) => self.boot_failed(now, id, has_vm),
             Event::Denied(id) => self.denied(id),
             Event::CapacityFreed => self.books.iter_mut().for_each(|book| book.denied = false),
-            Event::Wait(profile, waiter) => self.wait(profile, waiter),
             Event::Leave(waiter) => self.leave(waiter),
             Event::Returned(id) => self.returned(id),
             Event::Untouched(id) => self.untouched(now, id),
@@ -267,13 +266,18 @@ impl Ledger {
         }
     }
 
-    fn wait(&mut self, profile: ProfileId, waiter: WaiterId) {
-        match (self.hopeless(profile), self.books.get_mut(profile.0)) {
-            (None, Some(book)) => {
-                book.waiters.insert(waiter);
+    /// Into the queues of those that may serve it; it is turned away, as the first would, if none may.
+    pub(super) fn wait(&mut self, waiter: WaiterId, profiles: &[ProfileId]) {
+        let mut refusal = None;
+        for profile in profiles {
+            match (self.hopeless(*profile), self.books.get_mut(profile.0)) {
+                (None, Some(book)) => {
+                    book.waiters.insert(waiter);
+                }
+                (why, _) => refusal = refusal.or(why),
             }
-            (refusal, _) => self.reject(waiter, refusal.unwrap_or(Refusal::Draining)),
         }
+        self.reject(waiter, refusal.unwrap_or(Refusal::Draining));
     }
 
     pub(super) fn leave(&mut self, waiter: WaiterId) {

@@ -31,9 +31,19 @@ enum Place {
     Slot,
     /// With a caller, or served to a waiter that has not picked it up.
     Lease {
-        waiter: Option<WaiterId>,
+        waiter: Option<(WaiterId, Among)>,
     },
     Retiring,
+}
+
+/// The profiles that may serve a caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Among(ProfileId, Option<ProfileId>);
+
+impl Among {
+    fn all(self) -> impl Iterator<Item = ProfileId> {
+        std::iter::once(self.0).chain(self.1)
+    }
 }
 
 /// One thing that may happen.
@@ -42,6 +52,8 @@ pub(super) enum Step {
     Take(ProfileId),
     /// So many at once, or none.
     TakeMany(ProfileId, usize),
+    /// A caller waits; again, if what it was served proved dead.
+    Wait(WaiterId, Among),
     Tell(Event),
     /// The actor, which was nudged, makes its step.
     Act,
@@ -75,7 +87,8 @@ pub(super) struct World {
     kills: BTreeSet<VmId>,
     /// Leases that the ledger wants to know about.
     asked: BTreeSet<VmId>,
-    waiters: BTreeMap<WaiterId, ProfileId>,
+    /// What each asked for, and the queues that it is in.
+    waiters: BTreeMap<WaiterId, (Among, BTreeSet<ProfileId>)>,
     tickets: BTreeSet<TicketId>,
     /// Handed to a caller for good, or ended: never to be handed out again.
     spent: BTreeSet<VmId>,
@@ -91,7 +104,7 @@ pub(super) struct World {
 
 /// Whether it is told in the middle of a call, by whoever calls; all else comes to the actor's inbox.
 fn is_told_by_callers(event: Event) -> bool {
-    is_noted(event) || matches!(event, Event::Wait(..) | Event::Leave(_) | Event::Stop(_))
+    is_noted(event) || matches!(event, Event::Leave(_) | Event::Stop(_))
 }
 
 /// Whether what is missing then is made up for by the actor's next step.
@@ -234,6 +247,7 @@ impl World {
                 }
                 self.nudged = true;
             }
+            Step::Wait(waiter, among) => self.line_up(waiter, among),
             Step::Act => self.act_on_nudge(),
             Step::Sleep => {
                 if let Some(at) = self.ledger.wake_at(self.now) {
@@ -266,6 +280,31 @@ impl World {
         }
     }
 
+    fn line_up(&mut self, waiter: WaiterId, among: Among) {
+        self.next += u64::from(waiter.0 == self.next);
+        for (_, place) in self.vms.values_mut() {
+            if matches!(place, Place::Lease { waiter: Some((other, _)) } if *other == waiter) {
+                // It waits again: the dead VM is on its way home.
+                *place = Place::Lease { waiter: None };
+            }
+        }
+        let running = self.ledger.phase() == Phase::Running;
+        let may_serve = |of: &ProfileId| running && self.ledger.counts(*of).wanted() > 0;
+        let lines = among.all().filter(may_serve).collect();
+        self.waiters.insert(waiter, (among, lines));
+        self.nudged = false;
+        let profiles: Vec<_> = among.all().collect();
+        for action in self.ledger.line_up(self.now, waiter, &profiles) {
+            self.act(action);
+        }
+    }
+
+    /// How many wait for `profile`.
+    fn waiting(&self, profile: ProfileId) -> usize {
+        let all = self.waiters.values();
+        all.filter(|(_, lines)| lines.contains(&profile)).count()
+    }
+
     fn act_on_nudge(&mut self) {
         self.nudged = false;
         for action in self.ledger.apply(self.now, Event::Tick) {
@@ -276,8 +315,8 @@ impl World {
     /// Leases that are free, and not owed to callers who wait and whose VMs are ready.
     fn spare_leases(&self) -> usize {
         let owed = (0..self.profiles).map(ProfileId).map(|profile| {
-            let waiting = self.waiters.values().filter(|of| **of == profile);
-            waiting.count().min(self.ledger.counts(profile).parked())
+            let parked = self.ledger.counts(profile).parked();
+            self.waiting(profile).min(parked)
         });
         let free = self.lease_limit.saturating_sub(self.ledger.leased());
         free.saturating_sub(owed.sum())
@@ -286,18 +325,14 @@ impl World {
     /// What the outside has done when it tells `event`.
     fn prepare(&mut self, event: Event) {
         match event {
-            Event::Wait(profile, waiter) => {
-                self.next += u64::from(waiter.0 == self.next);
-                self.waiters.insert(waiter, profile);
-                for (_, place) in self.vms.values_mut() {
-                    // It waits again: the dead VM is on its way home.
-                    if *place
-                        == (Place::Lease {
-                            waiter: Some(waiter),
-                        })
-                    {
-                        *place = Place::Lease { waiter: None };
-                    }
+            Event::Drain(profile) | Event::Resize(profile, 0) => {
+                for (_, lines) in self.waiters.values_mut() {
+                    lines.remove(&profile);
+                }
+            }
+            Event::Stop(_) => {
+                for (_, lines) in self.waiters.values_mut() {
+                    lines.clear();
                 }
             }
             Event::Leave(waiter) => {
@@ -354,7 +389,7 @@ impl World {
         }
     }
 
-    fn hand_out(&mut self, id: VmId, profile: ProfileId, waiter: Option<WaiterId>) {
+    fn hand_out(&mut self, id: VmId, profile: ProfileId, waiter: Option<(WaiterId, Among)>) {
         assert_eq!(self.place(id), Some(Place::Slot), "{id} is not parked");
         let owner = self.vms.get(&id).map(|(owner, _)| *owner);
         assert_eq!(owner, Some(profile), "{id} is of another profile");
@@ -405,13 +440,19 @@ impl World {
                 self.verdicts.insert((id, check));
             }
             Action::Serve(profile, waiter, id) => {
-                assert_eq!(self.waiters.remove(&waiter), Some(profile));
-                let mut others = self.waiters.iter();
-                let earlier = others.any(|(other, of)| *of == profile && *other < waiter);
+                let Some((among, lines)) = self.waiters.remove(&waiter) else {
+                    panic!("{waiter:?} is served and does not wait");
+                };
+                assert!(lines.contains(&profile), "{waiter:?} waits for others");
+                let mut earlier = self.waiters.range(..waiter);
+                let earlier = earlier.any(|(_, (_, lines))| lines.contains(&profile));
                 assert!(!earlier, "served out of order");
-                self.hand_out(id, profile, Some(waiter));
+                self.hand_out(id, profile, Some((waiter, among)));
             }
-            Action::Reject(waiter, _) => assert!(self.waiters.remove(&waiter).is_some()),
+            Action::Reject(waiter, _) => {
+                let left = self.waiters.remove(&waiter).map(|(_, lines)| lines);
+                assert_eq!(left, Some(BTreeSet::new()), "another may serve {waiter:?}");
+            }
             Action::Settle(ticket, outcome) => {
                 // Its owner may have gone; it is settled once at most.
                 self.tickets.remove(&ticket);

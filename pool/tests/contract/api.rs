@@ -7,7 +7,7 @@ use crate::support::*;
 use hearth_pool::config::{
     BalloonConfig, BootConfig, HealthConfig, LeaseConfig, LimitsConfig, PressureConfig,
 };
-use hearth_pool::fake::{FakeBackend, FakeVm};
+use hearth_pool::fake::{FakeBackend, FakeVm, Method};
 use hearth_pool::{AcquireError, OfferError, OfferRefusal, Pool, Request, Shortage};
 
 #[tokio::test(start_paused = true)]
@@ -135,6 +135,33 @@ async fn a_request_for_any_profile_is_served_by_whichever_has_a_vm() {
         (0, 0)
     );
     drop((first, second, third));
+    stop_clean(pool, &fake).await;
+}
+
+/// Was: it waited on in one profile only, and was turned away when that was drained.
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_any_profile_still_does_when_what_it_is_served_proves_dead() {
+    let fake = FakeBackend::new();
+    let config = config(1).profile(hearth_pool::Profile::new(JS, JS).warm_pool_size(1));
+    let pool = running(&fake, config).await;
+    let [first, second] = [PY, JS].map(|profile| gated(&fake, profile));
+    let taken = [PY, JS].map(|profile| pool.acquire(profile).unwrap());
+    let waiting = pool.clone();
+    let waiting =
+        tokio::spawn(async move { waiting.acquire_timeout(Request::any(), secs(60)).await });
+    settle().await;
+    // Whether the VM that it is to have is alive cannot be told.
+    fake.panic_in(Method::Alive);
+    first.admit(1);
+    settle().await;
+    let waits = || [PY, JS].map(|profile| counts(&pool, profile).waiting);
+    assert_eq!((fake.tally(PY).created, waits()), (2, [1, 1]));
+    assert_eq!(pool.drain(PY, millis(1)).await.unwrap(), 1);
+    assert_eq!(waits(), [0, 1]);
+    second.open();
+    let lease = waiting.await.unwrap().unwrap();
+    assert_eq!((lease.profile(), waits()), (JS, [0, 0]));
+    drop((lease, taken));
     stop_clean(pool, &fake).await;
 }
 

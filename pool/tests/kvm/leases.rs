@@ -2,14 +2,16 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use hearth_agent::AgentClient;
 use hearth_agent::client::TreeLimits;
-use hearth_agent::proto::Put;
+use hearth_agent::proto::{AGENT_PORT, Put};
 use hearth_pool::kvm::GuestError;
 use hearth_pool::{Backend, EventKind, Overdue, Parking, Pool, PoolEvent, Refill, VmId};
 use hearth_tests::{kvm, noise, patience, within};
 use hearth_vmm::virtio::vsock::ConnectError;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::broadcast::Receiver;
+use tokio::time::timeout;
 
 use crate::rig::{BASE, Rig, builder, config, run, stop};
 
@@ -240,6 +242,38 @@ async fn a_lease_that_does_nothing_is_ended_and_one_that_works_is_not() {
     within(5, "end", lazy.exited()).await;
     within(6, "ping", busy.ping()).await.unwrap();
     drop((lazy, busy));
+    stop(pool).await;
+}
+
+/// Was: a read that was given up counted for as long as its stream was there.
+#[tokio::test]
+async fn a_lease_whose_reader_has_given_up_is_idle_and_one_whose_reader_waits_is_not() {
+    if !kvm() {
+        return;
+    }
+    let rig = Rig::new().await;
+    let idle = patience(Duration::from_millis(250));
+    let pool = pool_with_idle_limit(&rig, idle).await;
+    let mut events = pool.subscribe();
+    let leases = pool.acquire_many(BASE, 2).unwrap();
+    let mut lines = Vec::new();
+    for guest in &leases {
+        // The agent says nothing more unless it is asked.
+        let mut line = within(5, "connect", guest.connect(AGENT_PORT))
+            .await
+            .unwrap();
+        let greeting = AgentClient::handshake(&mut line);
+        within(5, "handshake", greeting).await.unwrap();
+        lines.push(line);
+    }
+    let [mut given_up, mut waits] = lines.try_into().unwrap();
+    assert!(timeout(idle / 10, given_up.read_u8()).await.is_err());
+    let waiting = timeout(idle * 6, waits.read_u8());
+    let ended = within(6, "the idle limit", overdue(&mut events));
+    let (ended, waiting) = tokio::join!(ended, waiting);
+    assert_eq!(ended, (Some(leases[0].id()), Overdue::Idle));
+    assert!(waiting.is_err(), "its guest was ended: {waiting:?}");
+    drop((given_up, waits, leases));
     stop(pool).await;
 }
 

@@ -13,11 +13,7 @@ impl World {
             assert!(occupied <= target, "over-full: {counts:?}");
             leased += counts.leased;
             let running = self.ledger.phase() == Phase::Running && !counts.draining;
-            let waiting = self
-                .waiters
-                .values()
-                .filter(|owner| **owner == profile)
-                .count();
+            let waiting = self.waiting(profile);
             assert_eq!(counts.waiting, waiting);
             if running && waiting > 0 && self.ledger.leased() < self.lease_limit {
                 assert_eq!(
@@ -52,6 +48,8 @@ impl World {
             };
             assert_eq!(counts.booting, places(booting));
         }
+        let hopeless = self.waiters.values().any(|(_, lines)| lines.is_empty());
+        assert!(!hopeless, "a caller waits for nobody");
         assert_eq!(leased, self.ledger.leased());
         assert!(leased <= self.lease_limit);
     }
@@ -104,8 +102,8 @@ impl World {
 
     fn is_well(&self) -> bool {
         // Callers of a profile that is to hold nothing wait until they go away.
-        let mut callers = self.waiters.values();
-        let served = callers.all(|profile| self.ledger.counts(*profile).wanted() == 0);
+        let mut lines = self.waiters.values().flat_map(|(_, lines)| lines);
+        let served = lines.all(|profile| self.ledger.counts(*profile).wanted() == 0);
         let settled = served && self.tickets.is_empty();
         settled && self.ledger.phase() == Phase::Running && self.ledger.is_full()
     }

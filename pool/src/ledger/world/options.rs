@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Event, PassId, Phase, Place, ProfileId, Step, TicketId, WaiterId, World};
+use super::{Among, Event, PassId, Phase, Place, ProfileId, Step, TicketId, WaiterId, World};
 
 impl World {
     /// Everything that may happen now, what only callers decide included.
@@ -18,7 +18,12 @@ impl World {
                 steps.push(Step::TakeMany(profile, 2));
             }
             if self.waiters.len() < 2 {
-                events.push(Event::Wait(profile, WaiterId(self.next)));
+                let waiter = WaiterId(self.next);
+                steps.push(Step::Wait(waiter, Among(profile, None)));
+                let next = ProfileId(profile.0 + 1);
+                if next.0 < self.profiles {
+                    steps.push(Step::Wait(waiter, Among(profile, Some(next))));
+                }
             }
             if self.tickets.len() < 2 {
                 events.push(Event::Replenish(profile, TicketId(self.next)));
@@ -31,7 +36,7 @@ impl World {
         }
         events.extend(self.waiters.keys().map(|waiter| Event::Leave(*waiter)));
         events.extend(self.tickets.iter().map(|ticket| Event::Forget(*ticket)));
-        for (id, (profile, place)) in &self.vms {
+        for (id, (_, place)) in &self.vms {
             let id = *id;
             match place {
                 Place::Booting { .. } => events.extend([
@@ -49,10 +54,10 @@ impl World {
                 Place::Slot => events.push(Event::Ended(id)),
                 Place::Lease { waiter } => {
                     events.extend([Event::Returned(id), Event::Withdrawn(id), Event::Ended(id)]);
-                    if let Some(waiter) = *waiter {
+                    if let Some((waiter, among)) = *waiter {
                         events.push(Event::Untouched(id));
                         if self.spent.contains(&id) {
-                            events.push(Event::Wait(*profile, waiter));
+                            steps.push(Step::Wait(waiter, among));
                         }
                     }
                 }

@@ -68,7 +68,7 @@ pub use error::{
     Replenished, ResizeError, StartError, StartFailure, StartReport, UnknownProfile,
 };
 pub use event::{EventKind, PoolEvent};
-pub use host::{Host, ThisHost, ThreadLimit, thread_limit};
+pub use host::{Host, MemoryLimit, ThisHost, ThreadLimit, memory_limit, thread_limit};
 pub use lease::Lease;
 pub use ledger::{Counts, Overdue, Phase, Shortage};
 pub use permit::{Denial, Limits, Reservation, Usage};

@@ -2,25 +2,30 @@
 //! knows it beforehand, and what the doctor calls enough is enough.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::os::fd::BorrowedFd;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use hearth_tests::{kvm, not_measured};
+use hearth_tests::{Cgroup, kernel_path, kvm, not_measured, patience, shell_root};
 use rustix::io::{FdFlags, fcntl_setfd};
 use serde_json::Value;
 
+const HEARTH: &str = env!("CARGO_BIN_EXE_hearth");
 /// Wrong usage and what goes wrong in the command itself.
 const FAILED: i32 = 125;
 
-/// The command under the limits that `prlimit` knows by these words, with no descriptors but the usual three.
+/// The command under the limits that `prlimit` knows by these words, with no descriptors but the usual three. One that hangs
+/// is killed.
 fn limited(limits: &[&str]) -> Command {
     keep_to_itself_what_was_inherited();
-    let mut command = Command::new("prlimit");
+    let mut command = Command::new("timeout");
+    let seconds = patience(Duration::from_secs(30)).as_secs().to_string();
     command
+        .args(["--signal=KILL", &seconds, "prlimit"])
         .args(limits)
-        .arg(env!("CARGO_BIN_EXE_hearth"))
+        .arg(HEARTH)
         .stdin(Stdio::null());
     command
 }
@@ -34,7 +39,7 @@ fn inheriting(more: &str, limits: &[&str]) -> Command {
     command
         .args(["-c", &script, "sh"])
         .args(limits)
-        .arg(env!("CARGO_BIN_EXE_hearth"))
+        .arg(HEARTH)
         .stdin(Stdio::null());
     command
 }
@@ -131,6 +136,71 @@ fn each_number_of_descriptors_is_enough_or_an_error_that_says_what_to_raise() {
     assert!(enough, "what the doctor calls enough is not");
 }
 
+/// Whatever it is that there is no address for: a thread's stack, a kernel, a guest.
+#[test]
+fn each_size_of_the_address_space_is_enough_or_an_error_that_says_what_to_raise() {
+    if !kvm() {
+        return;
+    }
+    let kernel = kernel_path();
+    let boot = ["boot", "--timeout", "0.1", "--kernel"].map(OsStr::new);
+    let boot = [boot.as_slice(), &[kernel.as_os_str()]].concat();
+    let run = ["run", "--", "true"].map(OsStr::new);
+    // The first is at its threads with little, the second has the kernel in memory before.
+    let few = (8..32).map(|mib| (mib, boot.as_slice(), 124));
+    let more = [16, 24, 36, 40, 64, 96, 128, 192, 256, 512, 1024];
+    let more = more.map(|mib| (mib, run.as_slice(), 0));
+    let mut enough = false;
+    for (mib, arguments, success) in few.chain(more) {
+        let limit = format!("--as={}", mib << 20);
+        // Less, and the command itself cannot be loaded.
+        if outcome(limited(&[&limit]).arg("--version")).0 != Some(0) {
+            continue;
+        }
+        let (code, text) = outcome(limited(&[&limit]).args(arguments));
+        enough = code == Some(success);
+        if !enough {
+            assert_eq!(code, Some(FAILED), "{mib} MiB, {arguments:?}: {text}");
+            assert!(text.contains("ulimit -v"), "{mib} MiB: {text}");
+        }
+    }
+    assert!(enough, "1 GiB is not enough");
+}
+
+/// The guest chooses how large they are.
+#[test]
+fn files_that_are_too_large_for_the_host_are_an_error_and_no_signal() {
+    if !kvm() {
+        return;
+    }
+    let home = tempfile::tempdir().unwrap();
+    let Some(root) = shell_root(home.path(), &["/usr/bin/truncate"], &[]) else {
+        return;
+    };
+    let root = root.to_str().unwrap();
+    let out = home.path().join("out");
+    fs::create_dir(&out).unwrap();
+    // Guest memory is a file, too: no limit is smaller.
+    let limited = || limited(&["--fsize=33554432"]);
+    let run = ["run", "--memory", "32", "--root", root];
+    let copy = format!("/tmp/large:{}", out.join("large").display());
+    let program = ["--", "/usr/bin/truncate", "-s", "33M", "/tmp/large"];
+    let mut command = limited();
+    command.args(run).args(["--copy-out", &copy]).args(program);
+    let (code, text) = outcome(&mut command);
+    assert_eq!(code, Some(FAILED), "{text}");
+    assert!(text.contains("ulimit -f"), "{text}");
+    assert_eq!(fs::read_dir(&out).unwrap().count(), 0, "{text}");
+    // A program's output that nobody takes ends the program, as in a pipe.
+    let log = File::create(out.join("log")).unwrap();
+    log.set_len(32 << 20).unwrap();
+    let log = File::options().append(true).open(out.join("log")).unwrap();
+    let endless = ["--", "/bin/sh", "-c", "while :; do echo more; done"];
+    let mut command = limited();
+    let status = command.args(run).args(endless).stdout(log).status();
+    assert_eq!(status.unwrap().code(), Some(128 + 13));
+}
+
 #[test]
 fn a_hard_limit_is_not_what_the_doctor_advises_to_raise_to() {
     let (_, check) = doctor(limited(&["--nofile=19:19"]), "files");
@@ -156,40 +226,6 @@ fn what_the_doctor_calls_enough_runs_a_guest() {
     }
 }
 
-/// A cgroup of its own for a test; removed with it.
-struct Pids(PathBuf);
-
-impl Pids {
-    fn new(name: &str, max: u64) -> Option<Self> {
-        let root = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"]
-            .map(Path::new)
-            .into_iter()
-            .find(|root| root.join("cgroup.procs").exists())?;
-        let dir = root.join(format!("hearth-{name}-{}", std::process::id()));
-        fs::create_dir(&dir).ok()?;
-        let cgroup = Self(dir);
-        fs::write(cgroup.0.join("pids.max"), max.to_string()).ok()?;
-        Some(cgroup)
-    }
-
-    /// The command as the cgroup's one process.
-    fn command(&self) -> Command {
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", "echo $$ >\"$0/cgroup.procs\" && exec \"$@\""])
-            .arg(&self.0)
-            .arg(env!("CARGO_BIN_EXE_hearth"))
-            .stdin(Stdio::null());
-        command
-    }
-}
-
-impl Drop for Pids {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.0);
-    }
-}
-
 #[test]
 fn a_limit_on_threads_is_an_error_at_every_number_of_them() {
     if !kvm() {
@@ -198,11 +234,11 @@ fn a_limit_on_threads_is_an_error_at_every_number_of_them() {
     // One is the process itself.
     let mut enough = None;
     for max in 1..=15 {
-        let Some(cgroup) = Pids::new("few", max) else {
+        let Some(cgroup) = Cgroup::pids("few", max) else {
             not_measured("no cgroup with pids.max may be made here");
             return;
         };
-        let (code, text) = outcome(cgroup.command().args(["run", "--", "true"]));
+        let (code, text) = outcome(cgroup.command(HEARTH).args(["run", "--", "true"]));
         match code {
             Some(0) => enough = enough.or(Some(max)),
             code => {
@@ -211,11 +247,48 @@ fn a_limit_on_threads_is_an_error_at_every_number_of_them() {
                 assert_eq!(enough, None, "{max}: {text}");
             }
         }
-        let (_, check) = doctor(cgroup.command(), "threads");
+        let (_, check) = doctor(cgroup.command(HEARTH), "threads");
         let verdict = if max < 15 { "fail" } else { "warn" };
         assert_eq!(check["verdict"], verdict, "{max}: {check}");
     }
     assert!(enough.is_some(), "what the doctor calls enough is not");
+}
+
+/// A limit that is smaller than the guest is seen beforehand. What fits in it may still meet it: then the kernel ends the
+/// command with SIGKILL, and its cgroup's `memory.events` or `memory.oom_control` tells; no program can say so itself.
+#[test]
+fn a_guest_that_the_memory_of_a_cgroup_cannot_hold_is_an_error_and_foretold_by_the_doctor() {
+    if !kvm() {
+        return;
+    }
+    let Some(cgroup) = Cgroup::memory("small", 64 << 20) else {
+        return not_measured("no cgroup with a limit of memory may be made here");
+    };
+    let file = cgroup.limit_file().display().to_string();
+    let (_, check) = doctor(cgroup.command(HEARTH), "memory");
+    assert_eq!(check["verdict"], "warn", "{check}");
+    assert!(check["advice"].as_str().unwrap().contains(&file), "{check}");
+    for arguments in [
+        ["run", "--", "true"].as_slice(),
+        &["boot", "--kernel", "none"],
+    ] {
+        let (code, text) = outcome(cgroup.command(HEARTH).args(arguments));
+        assert_eq!(code, Some(FAILED), "{arguments:?}: {text}");
+        assert!(text.contains(&file), "{arguments:?}: {text}");
+        assert!(text.contains("--memory"), "{arguments:?}: {text}");
+    }
+    let (code, text) = outcome(cgroup.command(HEARTH).args(["pool", "--seconds", "1"]));
+    assert_eq!(code, Some(FAILED), "{text}");
+    assert!(text.contains("limits.memory_mib"), "{text}");
+    let small = ["run", "--memory", "32", "--", "true"];
+    let (code, text) = outcome(cgroup.command(HEARTH).args(small));
+    assert_eq!(code, Some(0), "{text}");
+    cgroup.limit(31 << 20);
+    let (code, check) = doctor(cgroup.command(HEARTH), "memory");
+    assert_eq!((code, check["verdict"].as_str()), (Some(1), Some("fail")));
+    let (code, text) = outcome(cgroup.command(HEARTH).args(small));
+    assert_eq!(code, Some(FAILED), "{text}");
+    assert!(text.contains(&file), "{text}");
 }
 
 #[test]

@@ -17,6 +17,35 @@ const CONTROLLER: Controller = Controller {
     },
 };
 
+/// What version 1 has instead of the word `max`: the largest number of bytes in whole pages.
+const NO_LIMIT: u64 = i64::MAX as u64 & !0xfff;
+
+/// A limit on memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MemoryLimit {
+    /// What to raise: a file of a cgroup.
+    pub name: String,
+    /// MiB that may be used under it, and are in part.
+    pub mib: u64,
+}
+
+/// The smallest limit of the cgroups that this process is in; none if they have none.
+#[must_use]
+pub fn memory_limit() -> Option<MemoryLimit> {
+    smallest(limits(&CONTROLLER))
+}
+
+fn smallest(limits: Vec<Limited>) -> Option<MemoryLimit> {
+    let limits = limits.into_iter().filter(|of| of.limit < NO_LIMIT);
+    let smallest = limits.min_by_key(|of| of.limit)?;
+    let name = smallest.dir.join(smallest.limit_file);
+    Some(MemoryLimit {
+        name: name.display().to_string(),
+        mib: smallest.limit >> 20,
+    })
+}
+
 /// In MiB; none if not even the machine's is known.
 pub(super) fn available_mib() -> Option<u64> {
     let machine = available_kib(&fs::read_to_string("/proc/meminfo").ok()?)?;
@@ -112,6 +141,23 @@ mod tests {
         assert_eq!(least(root.path(), "4:memory:/a\n0::/\n"), Some(500));
         assert_eq!(least(root.path(), "4:cpu,memory:/a\n"), Some(500));
         assert_eq!(least(root.path(), "4:cpu:/a\n"), None);
+    }
+
+    #[test]
+    fn a_limit_is_named_and_none_is_none() {
+        let limit = |limit: &str| {
+            let root = tree(&[
+                ("memory/a/memory.limit_in_bytes", limit),
+                ("memory/a/memory.usage_in_bytes", "990\n"),
+                ("memory/memory.limit_in_bytes", "9223372036854771712\n"),
+                ("memory/memory.usage_in_bytes", "990\n"),
+            ]);
+            smallest(limits_in(root.path(), "4:memory:/a\n", &CONTROLLER))
+        };
+        let found = limit("67108864\n").unwrap();
+        assert_eq!(found.mib, 64);
+        assert!(found.name.ends_with("memory/a/memory.limit_in_bytes"));
+        assert_eq!(limit("9223372036854771712\n"), None);
     }
 
     #[test]

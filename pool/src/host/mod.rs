@@ -6,6 +6,7 @@ mod threads;
 
 use std::fs;
 
+pub use memory::{MemoryLimit, memory_limit};
 pub use threads::{ThreadLimit, thread_limit};
 
 /// The host's memory, as the pool needs to know it. Called seldom: a small file read is fine.

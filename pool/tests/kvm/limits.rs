@@ -1,68 +1,28 @@
 //! A program that has no more threads to give is told so by its pools, and loses nothing else.
 
-use std::fs;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hearth_pool::kvm::KvmBackend;
 use hearth_pool::{Backend, Pool, PoolConfig, VmId};
-use hearth_tests::{alone, error_chain, kvm, not_measured, within};
+use hearth_tests::{Cgroup, alone, error_chain, kvm, not_measured, within};
 
 use crate::rig::{BASE, builder, config};
 
 static PANICS: AtomicUsize = AtomicUsize::new(0);
 
-/// A cgroup with this process as its one member; removed when it has ended.
-struct Pids(PathBuf);
-
-impl Pids {
-    fn new() -> Option<Self> {
-        let root = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"]
-            .map(Path::new)
-            .into_iter()
-            .find(|root| root.join("cgroup.procs").exists())?;
-        let dir = root.join(format!("hearth-pool-{}", std::process::id()));
-        fs::create_dir(&dir).ok()?;
-        let group = Self(dir);
-        group.write("cgroup.procs", "0")?;
-        group.write("pids.max", "max")?;
-        Some(group)
-    }
-
-    fn write(&self, file: &str, text: &str) -> Option<()> {
-        fs::write(self.0.join(file), text).ok()
-    }
-
-    /// Lets this process have so many threads more than it has.
-    fn leave(&self, threads: u64) {
-        let used = fs::read_to_string(self.0.join("pids.current")).unwrap();
-        let used: u64 = used.trim().parse().unwrap();
-        let max = (used + threads).to_string();
-        self.write("pids.max", &max).unwrap();
-    }
-}
-
-impl Drop for Pids {
-    fn drop(&mut self) {
-        let parent = self.0.parent().unwrap().join("cgroup.procs");
-        let _ = fs::write(parent, "0");
-        let _ = fs::remove_dir(&self.0);
-    }
-}
-
 /// How many more threads the first guest takes; each number below is an error.
-async fn first_guest(pids: &Pids, backend: &KvmBackend, config: &PoolConfig) -> u64 {
+async fn first_guest(pids: &Cgroup, backend: &KvmBackend, config: &PoolConfig) -> u64 {
     let profile = &config.profiles[0];
     for more in 0..16 {
-        pids.leave(more);
+        pids.leave_threads(more);
         let made = async {
             backend.prepare(profile).await?;
             backend.create(profile, VmId(1)).await
         };
         match within(60, "a guest or an error", made).await {
             Ok(guest) => {
-                pids.write("pids.max", "max").unwrap();
+                pids.limit("max");
                 within(10, "a guest's end", backend.retire(guest)).await;
                 return more;
             }
@@ -75,19 +35,19 @@ async fn first_guest(pids: &Pids, backend: &KvmBackend, config: &PoolConfig) -> 
     panic!("16 threads are not enough");
 }
 
-async fn steps(pids: &Pids) {
+async fn steps(pids: &Cgroup) {
     let config = config(2);
     let backend = builder(&config).await.build();
     let threads = first_guest(pids, &backend, &config).await;
     assert!(threads > 0, "a guest without a thread");
     // The pool's boots fail, and succeed when the limit is raised.
     let pool = Pool::new(backend, config).unwrap();
-    pids.leave(0);
+    pids.leave_threads(0);
     let started = within(30, "start", pool.start()).await;
     let waited = pool.wait_ready(Duration::from_secs(2)).await;
     eprintln!("{threads} threads for a guest; {started:?}, {waited:?}");
     assert!(waited.is_err(), "{waited:?}");
-    pids.write("pids.max", "max").unwrap();
+    pids.limit("max");
     if started.is_err() {
         within(30, "start", pool.start()).await.unwrap();
     }
@@ -106,7 +66,8 @@ fn a_limit_on_threads_is_an_error_of_the_vm_and_never_a_panic() {
     if !kvm() || !alone() {
         return;
     }
-    let Some(pids) = Pids::new() else {
+    let pids = Cgroup::pids("pool", "max").and_then(|mut pids| pids.join().map(|()| pids));
+    let Some(pids) = pids else {
         return not_measured("no cgroup with pids.max may be made here");
     };
     let hook = std::panic::take_hook();

@@ -10,7 +10,7 @@ use hearth_vmm::{BootError, ConfigError, DEFAULT_MEMORY_MIB, EntryChoice, Exit, 
 use crate::TIMED_OUT;
 use crate::console;
 use crate::failure::failed;
-use crate::machine::{Machine, seconds};
+use crate::machine::{DoesNotFit, Machine, seconds};
 use crate::runtime::{self, RuntimeError};
 use crate::signals::{self, Signals};
 
@@ -67,6 +67,8 @@ enum Entry {
 enum GuestError {
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Memory(#[from] DoesNotFit),
     #[error("the guest could not be started")]
     Boot(#[from] BootError),
     #[error(transparent)]
@@ -96,6 +98,7 @@ pub(crate) fn boot(args: &Args) -> ExitCode {
 
 fn guest(args: &Args) -> Result<End, GuestError> {
     let config = config(args)?;
+    args.machine.fits(DEFAULT_MEMORY_MIB)?;
     runtime::on_this_thread()?.block_on(async {
         let mut signals = Signals::catch().map_err(GuestError::Signals)?;
         let vm = Vm::boot(&config)?;

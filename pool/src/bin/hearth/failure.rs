@@ -1,20 +1,30 @@
 //! How the command says that something failed.
 
 use std::error::Error;
+use std::io;
 use std::process::ExitCode;
 
 use crate::FAILED;
+
+/// What to do about a file that the host does not let grow: any that is written.
+const FILE_LIMIT: &str = "ulimit -f";
 
 /// An error with all its causes on one line. Causes that the text above them repeats are left out.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
+    let mut at_file_limit = false;
     while let Some(error) = cause {
         let said = error.to_string();
         if !text.ends_with(&said) {
             text = format!("{text}: {said}");
         }
+        let kind = error.downcast_ref().map(io::Error::kind);
+        at_file_limit |= kind == Some(io::ErrorKind::FileTooLarge);
         cause = error.source();
+    }
+    if at_file_limit && !text.contains(FILE_LIMIT) {
+        text = format!("{text}; raise {FILE_LIMIT}");
     }
     text
 }
@@ -42,5 +52,11 @@ mod tests {
         let cause = || std::io::Error::other("inner");
         assert_eq!(chain(&Sample::Outer(cause())), "outer: inner");
         assert_eq!(chain(&Sample::Repeats(cause())), "says all: inner");
+    }
+
+    #[test]
+    fn a_file_that_may_not_grow_is_said_with_the_limit() {
+        let text = chain(&Sample::Outer(io::ErrorKind::FileTooLarge.into()));
+        assert!(text.ends_with("; raise ulimit -f"), "{text}");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use hearth_pool::memory_limit;
 use hearth_vmm::{DEFAULT_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, VmConfigBuilder};
 
 #[derive(Debug, clap::Args)]
@@ -14,7 +15,32 @@ pub(crate) struct Machine {
     cpus: u8,
 }
 
+/// The kernel would end this process where the guest used its memory.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "a guest of {memory_mib} MiB does not fit in the cgroup of this process: {name} is {limit_mib} MiB; raise that, \
+     or give the guest less with --memory"
+)]
+pub(crate) struct DoesNotFit {
+    memory_mib: u64,
+    name: String,
+    limit_mib: u64,
+}
+
 impl Machine {
+    /// Whether this process may use so much memory at all.
+    pub(crate) fn fits(&self, usual_mib: u64) -> Result<(), DoesNotFit> {
+        let memory_mib = self.memory.unwrap_or(usual_mib);
+        match memory_limit() {
+            Some(limit) if limit.mib < memory_mib => Err(DoesNotFit {
+                memory_mib,
+                name: limit.name,
+                limit_mib: limit.mib,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// `usual_mib` is the memory of a guest that was given no amount.
     pub(crate) fn apply(&self, config: VmConfigBuilder, usual_mib: u64) -> VmConfigBuilder {
         let memory_mib = self.memory.unwrap_or(usual_mib);

@@ -68,6 +68,11 @@ fn main() -> ExitCode {
     if let Err(error) = log() {
         return failed(&error);
     }
+    // The doctor writes no files, and tells of every limit.
+    let is_doctor = matches!(cli.command, Subcommands::Doctor(_));
+    if let (false, Err(error)) = (is_doctor, runtime::outlive_the_file_limit()) {
+        return failed(&error);
+    }
     match cli.command {
         Subcommands::Doctor(args) => doctor::doctor(&args),
         Subcommands::Image(command) => image::image(&command),

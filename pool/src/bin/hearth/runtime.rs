@@ -3,19 +3,27 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Barrier, mpsc};
+use std::panic;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
 use hearth_pool::thread_limit;
+use rustix::process::{Resource, Signal, getrlimit};
 use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Threads for what blocks: stdin, stdout, stderr, and one for all else.
 const BLOCKING: usize = 4;
 /// What the event loop opens, signals included: tokio panics where it cannot.
 const DESCRIPTORS: usize = 8;
-/// Stack of a thread that only waits.
-const SMALL_STACK: usize = 64 << 10;
+/// Stack of each thread, in bytes of address space.
+const STACK: usize = 2 << 20;
+/// Address space in bytes that is left beside the stacks.
+const SPARE: usize = 8 << 20;
+/// How long all threads together may take to start: a moment, unless somebody else took the last places.
+const DEADLINE: Duration = Duration::from_secs(5);
 /// Longer than any command runs.
 const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
 
@@ -25,7 +33,7 @@ pub(crate) enum RuntimeError {
     /// A limit on threads.
     #[error(
         "this process needs {needed} more threads and cannot start them: {}",
-        advice()
+        advice(*needed)
     )]
     Threads { needed: usize, source: io::Error },
     /// Something else, such as file descriptors.
@@ -33,10 +41,10 @@ pub(crate) enum RuntimeError {
     Start(#[source] io::Error),
 }
 
-fn advice() -> String {
-    match thread_limit() {
+fn advice(needed: usize) -> String {
+    match thread_limit().filter(|limit| limit.left < needed as u64) {
         Some(limit) => format!("{} leaves {}; raise it", limit.name, limit.left),
-        None => "check ulimit -u and pids.max of the cgroup".to_owned(),
+        None => "check ulimit -v, ulimit -u and pids.max of the cgroup".to_owned(),
     }
 }
 
@@ -53,16 +61,47 @@ pub(crate) fn on_all_processors() -> Result<Runtime, RuntimeError> {
     start(builder, workers)
 }
 
-fn start(mut builder: Builder, workers: usize) -> Result<Runtime, RuntimeError> {
+/// Lets a write beyond `ulimit -f` be an error, of which the default is a signal that ends this process. Programs that it
+/// starts have the default.
+pub(crate) fn outlive_the_file_limit() -> Result<(), RuntimeError> {
+    if getrlimit(Resource::Fsize).current.is_none() {
+        return Ok(());
+    }
+    can_open(DESCRIPTORS).map_err(RuntimeError::Start)?;
+    let mut builder = Builder::new_current_thread();
+    let runtime = builder.enable_io().build().map_err(RuntimeError::Start)?;
+    let _inside = runtime.enter();
+    // The handler stays.
+    let caught = signal(SignalKind::from_raw(Signal::XFSZ.as_raw()));
+    caught.map(drop).map_err(RuntimeError::Start)
+}
+
+fn start(builder: Builder, workers: usize) -> Result<Runtime, RuntimeError> {
     can_open(DESCRIPTORS).map_err(RuntimeError::Start)?;
     let needed = workers + BLOCKING;
-    can_start(needed).map_err(|source| RuntimeError::Threads { needed, source })?;
-    let runtime = builder
+    // A thread that finds no memory to begin with panics, too: what is wrong is said once, by the error.
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let started = start_all(builder, needed);
+    panic::set_hook(hook);
+    started.map_err(|source| RuntimeError::Threads { needed, source })?
+}
+
+fn start_all(mut builder: Builder, needed: usize) -> io::Result<Result<Runtime, RuntimeError>> {
+    can_start(needed + 1)?;
+    builder
         .enable_all()
         .max_blocking_threads(BLOCKING)
-        .thread_keep_alive(FOR_EVER)
-        .build()
-        .map_err(RuntimeError::Start)?;
+        .thread_stack_size(STACK)
+        .thread_keep_alive(FOR_EVER);
+    // Somebody else may have taken the places since: then tokio panics, or waits for a thread that does not come.
+    let built = apart(DEADLINE, move || build(&mut builder))?;
+    Ok(built.map_err(RuntimeError::Start))
+}
+
+/// With all its threads.
+fn build(builder: &mut Builder) -> io::Result<Runtime> {
+    let runtime = builder.build()?;
     // Those for what blocks are started by work for each at the same time.
     let all = Arc::new(Barrier::new(BLOCKING + 1));
     for _ in 0..BLOCKING {
@@ -73,6 +112,23 @@ fn start(mut builder: Builder, workers: usize) -> Result<Runtime, RuntimeError> 
     Ok(runtime)
 }
 
+/// Does `work` on a thread of its own. A panic of that thread is an error, and so is more time than `limit`: the thread is
+/// left behind then.
+fn apart<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    let (done, result) = mpsc::sync_channel(1);
+    let work = move || {
+        let _ = done.send(work());
+    };
+    thread::Builder::new().stack_size(STACK).spawn(work)?;
+    result.recv_timeout(limit).map_err(|error| match error {
+        RecvTimeoutError::Timeout => io::ErrorKind::TimedOut.into(),
+        RecvTimeoutError::Disconnected => io::ErrorKind::WouldBlock.into(),
+    })
+}
+
 /// Opens so many descriptors at once and closes them.
 fn can_open(descriptors: usize) -> io::Result<()> {
     (0..descriptors)
@@ -81,21 +137,23 @@ fn can_open(descriptors: usize) -> io::Result<()> {
         .map(drop)
 }
 
-/// Starts so many threads at once and ends them.
+/// Starts so many threads at once and ends them; with some memory to spare for what they are to do.
 fn can_start(threads: usize) -> io::Result<()> {
+    let mut spare = Vec::<u8>::new();
+    spare.try_reserve_exact(SPARE)?;
+    // Memory that nobody uses may be left out of a program.
+    std::hint::black_box(&mut spare);
     let mut waiting = Vec::with_capacity(threads);
     for _ in 0..threads {
         let (end, ended) = mpsc::channel::<()>();
-        let thread = thread::Builder::new()
-            .stack_size(SMALL_STACK)
-            .spawn(move || {
-                let _ = ended.recv();
-            })?;
+        let thread = thread::Builder::new().stack_size(STACK).spawn(move || {
+            let _ = ended.recv();
+        })?;
         waiting.push((end, thread));
     }
     for (end, thread) in waiting {
         drop(end);
-        let _ = thread.join();
+        thread.join().map_err(|_| io::ErrorKind::WouldBlock)?;
     }
     Ok(())
 }
@@ -103,6 +161,15 @@ fn can_start(threads: usize) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_waits_for_ever_or_panics_is_an_error() {
+        let waits = apart(Duration::from_millis(10), || Barrier::new(2).wait());
+        assert_eq!(waits.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let panics = apart::<()>(DEADLINE, || panic!("no thread"));
+        assert_eq!(panics.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(apart(DEADLINE, || 1).unwrap(), 1);
+    }
 
     #[test]
     fn what_blocks_finds_its_threads_started() {

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use hearth_pool::{Host as _, ThisHost, thread_limit};
+use hearth_pool::{Host as _, ThisHost, memory_limit, thread_limit};
 use hearth_vmm::{DEFAULT_MEMORY_MIB, MIN_MEMORY_MIB};
 use rustix::fs::OFlags;
 use rustix::process::{Resource, getrlimit};
@@ -198,7 +198,10 @@ fn memory() -> Check {
         "{available} MiB available, enough for {} guests of {DEFAULT_MEMORY_MIB} MiB",
         available / DEFAULT_MEMORY_MIB
     );
-    let advice = "end other programs, raise memory.max of the cgroup, or add memory";
+    let advice = match memory_limit() {
+        Some(limit) => format!("end other programs, raise {}, or add memory", limit.name),
+        None => "end other programs, or add memory".to_owned(),
+    };
     if available < MIN_MEMORY_MIB {
         Check::fail("memory", found, advice)
     } else if available < DEFAULT_MEMORY_MIB {

@@ -11,6 +11,7 @@ use hearth_vmm::{BootError, ConfigError, Exit, HostError, LoadError};
 
 use super::copies::CopyError;
 use crate::FAILED;
+use crate::machine::DoesNotFit;
 use crate::runtime::RuntimeError;
 
 /// The guest has the program, but cannot execute it; as `env` has it.
@@ -26,6 +27,8 @@ pub(crate) enum RunError {
     Images(#[from] ImagesError),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Memory(#[from] DoesNotFit),
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error("the guest could not be started")]

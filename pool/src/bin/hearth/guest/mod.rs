@@ -119,6 +119,7 @@ impl Options {
         // Impossible values are refused before minutes go into an image.
         let machine = |config| self.machine.apply(config, memory_mib);
         machine(VmConfig::builder("")).build()?;
+        self.machine.fits(memory_mib)?;
         if image == Image::Base && !self.package.is_empty() {
             return Err(RunError::NoPackages);
         }

@@ -233,7 +233,7 @@ fn signals(other: u32) -> [(&'static str, String); 9] {
         ("F_SETOWN", format!("fcntl(STDOUT, 8, {other})")),
         (
             "F_SETOWN_EX",
-            format!("fcntl(STDOUT, 15, pack('ii', 1, {other}))"),
+            format!("fcntl(STDOUT, 15, my $owner = pack('ii', 1, {other}))"),
         ),
         // The kernel does not look at the upper half.
         (
@@ -242,7 +242,10 @@ fn signals(other: u32) -> [(&'static str, String); 9] {
         ),
         // O_WRONLY and O_ASYNC.
         ("F_SETFL", "fcntl(STDOUT, 4, 020001)".to_owned()),
-        ("FIOASYNC", "ioctl(STDOUT, 0x5452, pack('i', 1))".to_owned()),
+        (
+            "FIOASYNC",
+            "ioctl(STDOUT, 0x5452, my $on = pack('i', 1))".to_owned(),
+        ),
         ("F_NOTIFY", "fcntl(STDOUT, 1026, 2)".to_owned()),
         ("kill", format!("kill(9, {other})")),
         ("tgkill", format!("syscall(234, {other}, {other}, 9) == 0")),

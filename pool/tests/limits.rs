@@ -152,12 +152,12 @@ fn each_size_of_the_address_space_is_enough_or_an_error_that_says_what_to_raise(
     let more = more.map(|mib| (mib, run.as_slice(), 0));
     let mut enough = false;
     for (mib, arguments, success) in few.chain(more) {
-        let limit = format!("--as={}", mib << 20);
+        let limit = |mib: u64| format!("--as={}", mib << 20);
         // Less, and the command itself cannot be loaded.
-        if outcome(limited(&[&limit]).arg("--version")).0 != Some(0) {
+        if outcome(limited(&[&limit(mib - 1)]).arg("--version")).0 != Some(0) {
             continue;
         }
-        let (code, text) = outcome(limited(&[&limit]).args(arguments));
+        let (code, text) = outcome(limited(&[&limit(mib)]).args(arguments));
         enough = code == Some(success);
         if !enough {
             assert_eq!(code, Some(FAILED), "{mib} MiB, {arguments:?}: {text}");

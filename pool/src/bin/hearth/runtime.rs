@@ -137,12 +137,14 @@ fn can_open(descriptors: usize) -> io::Result<()> {
         .map(drop)
 }
 
-/// Starts so many threads at once and ends them; with some memory to spare for what they are to do.
+/// Starts so many threads at once and ends them. Their stacks are looked at before: a thread that finds no address for the
+/// first thing that it does ends the process.
 fn can_start(threads: usize) -> io::Result<()> {
-    let mut spare = Vec::<u8>::new();
-    spare.try_reserve_exact(SPARE)?;
-    // Memory that nobody uses may be left out of a program.
-    std::hint::black_box(&mut spare);
+    let mut addresses = Vec::<u8>::new();
+    addresses.try_reserve_exact(threads * STACK + SPARE)?;
+    // Else memory that nobody uses may be left out of the program.
+    std::hint::black_box(&mut addresses);
+    drop(addresses);
     let mut waiting = Vec::with_capacity(threads);
     for _ in 0..threads {
         let (end, ended) = mpsc::channel::<()>();

@@ -28,6 +28,7 @@ mod config;
 mod cpu;
 mod devices;
 mod ending;
+mod forked;
 mod frame;
 pub mod host;
 mod kvm;

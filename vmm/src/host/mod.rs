@@ -11,6 +11,7 @@ use kvm_ioctls::{Cap, Kvm};
 pub(crate) use probe::Probe;
 
 use crate::advice::advice;
+use crate::forked::Mark;
 
 /// Environment variable that forces the CPU profile: `native`, `emulated` or `auto`.
 pub const PROFILE_VARIABLE: &str = "HEARTH_CPU_PROFILE";
@@ -126,8 +127,8 @@ pub struct Host {
     cpuid: CpuId,
     msr_indices: Vec<u32>,
     max_vcpus: usize,
-    /// The process that was probed.
-    process: u32,
+    /// Of the process that was probed.
+    mark: Mark,
 }
 
 static HOST: OnceLock<Host> = OnceLock::new();
@@ -135,8 +136,7 @@ static HOST: OnceLock<Host> = OnceLock::new();
 /// Whether this process was forked from one that has used the library, and has executed no other program since. It may not
 /// touch what it seems to have: threads are not here, and event queues are its parent's.
 pub(crate) fn is_forked() -> bool {
-    HOST.get()
-        .is_some_and(|host| host.process != std::process::id())
+    HOST.get().is_some_and(|host| host.mark.is_forked())
 }
 
 impl Host {
@@ -159,7 +159,7 @@ impl Host {
 
     fn of_this_process(&self) -> Result<&Self, HostError> {
         if is_forked() {
-            return Err(HostError::Forked(self.process));
+            return Err(HostError::Forked(self.mark.process()));
         }
         Ok(self)
     }
@@ -191,7 +191,7 @@ impl Host {
             cpuid,
             msr_indices,
             max_vcpus,
-            process: std::process::id(),
+            mark: Mark::of_this_process(),
         })
     }
 

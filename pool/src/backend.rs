@@ -22,8 +22,8 @@ use crate::slot::VmId;
 ///   [`no_template`](Self::no_template), [`private_bytes`](Self::private_bytes), [`Remote::activity`]) and the part of
 ///   [`probe`](Self::probe) and [`ended`](Self::ended) that makes the future run under the pool's
 ///   lock: they must not block, and must not call back into the pool, nor run code that may (a log
-///   goes to the program's subscriber). The same holds for [`hand_off`](Self::hand_off), which runs in the
-///   caller of acquire.
+///   goes to the program's subscriber). The same holds for [`hand_off`](Self::hand_off), which runs
+///   in the caller of acquire.
 /// - `pause` and `resume` are *requests* and keep their order: the last one wins.
 /// - Dropping any future, or a VM, at any moment is safe and leaves nothing behind.
 pub trait Backend: Send + Sync + 'static {

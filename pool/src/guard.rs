@@ -1,5 +1,5 @@
-//! Calls into the backend from where a panic would take the pool with it (its loop, and its lock), and what is to be
-//! told of such a call when its thread holds no lock of a pool.
+//! Calls into the backend from where a panic would take the pool with it (its loop, and its lock),
+//! and what is to be told of such a call when its thread holds no lock of a pool.
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,8 +20,8 @@ pub(crate) fn guarded<T>(what: &'static str, call: impl FnOnce() -> T) -> Option
     returned.ok()
 }
 
-/// Has something told (logs, wakers) that is code of the embedder's, and of which a backend comes to know under the
-/// pool's lock: as soon as this thread holds none.
+/// Has something told (logs, wakers) that is code of the embedder's, and of which a backend comes
+/// to know under the pool's lock: as soon as this thread holds none.
 pub(crate) fn later(tell: impl FnOnce() + 'static) {
     if HELD.get() == 0 {
         return quietly(tell);
@@ -45,7 +45,8 @@ pub(crate) fn release() {
     told.unwrap_or_default().into_iter().for_each(quietly);
 }
 
-/// Tells, whatever comes of it: a panic has been reported by its hook, and must not cost what is told next.
+/// Tells, whatever comes of it: a panic has been reported by its hook, and must not cost what is
+/// told next.
 pub(crate) fn quietly(tell: impl FnOnce()) {
     if let Err(payload) = catch_unwind(AssertUnwindSafe(tell)) {
         // The payload's drop might panic as well.

@@ -1,9 +1,10 @@
-//! The lock of a pool, which is not held while subscribers, recorders and wakers run: they are code of the embedder's,
-//! and may call into the pool. The exception is the backend, which may be an embedder's as well: what
-//! [`Backend`] names runs under the lock, and must not call into the pool.
+//! The lock of a pool, which is not held while subscribers, recorders and wakers run: they are code
+//! of the embedder's, and may call into the pool. The exception is the backend, which may be an
+//! embedder's as well: what [`Backend`] names runs under the lock, and must not call into the pool.
 //!
-//! What is to be told of what happens under the lock is put into [`State::later`] (by a backend of ours into
-//! [`guard::later`]), and told, in that order, by whoever has released it. A panic there is not the pool's.
+//! What is to be told of what happens under the lock is put into [`State::later`] (by a backend of
+//! ours into [`guard::later`]), and told, in that order, by whoever has released it. A panic there
+//! is not the pool's.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};

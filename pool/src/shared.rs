@@ -2,8 +2,8 @@
 //!
 //! Locks: `Shared::state` first, then the account inside [`Admission`]; neither is held across an
 //! await, nor while code of the embedder's runs ([`locked`](crate::locked)), a [`Backend`] of the
-//! embedder's apart: what that trait names runs under `Shared::state`. Whatever the ledger asks for is
-//! done by the actor; others only add to `State::pending` and nudge it. VMs and leases are never
+//! embedder's apart: what that trait names runs under `Shared::state`. Whatever the ledger asks for
+//! is done by the actor; others only add to `State::pending` and nudge it. VMs and leases are never
 //! dropped under the lock.
 
 use std::collections::HashMap;
@@ -165,8 +165,8 @@ impl<B: Backend> State<B> {
         self.pending.extend(actions);
     }
 
-    /// Puts a caller into the queues of its profiles; again, under its old number, if what it was served
-    /// proved dead.
+    /// Puts a caller into the queues of its profiles; again, under its old number, if what it was
+    /// served proved dead.
     pub(crate) fn line_up(&mut self, now: Instant, id: WaiterId, waiter: Waiter<B>) {
         let actions = self.ledger.line_up(now, id, &waiter.profiles);
         self.waiters.insert(id, waiter);

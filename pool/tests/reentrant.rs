@@ -134,7 +134,8 @@ fn poll_once<F: Future>(future: std::pin::Pin<&mut F>) {
     assert!(polled.is_pending());
 }
 
-/// Lets a VM end between its check and its parking, of which its backend tells under the pool's lock.
+/// Lets a VM end between its check and its parking, of which its backend tells under the pool's
+/// lock.
 async fn parked_when_dead(fake: &FakeBackend, pool: &Pool<FakeBackend>) {
     pool.wait_ready(secs(600)).await.unwrap();
     let gate = Gate::new();

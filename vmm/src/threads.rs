@@ -54,8 +54,9 @@ pub(crate) fn spawn(
     is_made.recv().map_err(gone)?
 }
 
-/// Makes a thread for the rest of the library, as its own are made: all signals but those that a thread
-/// causes itself are blocked, and it has nothing of the calling thread. It is not waited for.
+/// Makes a thread for the rest of the library, as its own are made: all signals but those that a
+/// thread causes itself are blocked, and it has nothing of the calling thread. It is not waited
+/// for.
 ///
 /// # Errors
 /// Why the host gives none.

@@ -170,8 +170,9 @@ pub struct LeaseConfig {
     /// Longest lease in milliseconds, then its VM is ended; 0: none.
     pub deadline_ms: u64,
     /// Longest time in milliseconds without activity of the VM; 0: none. On KVM, a program that was started and
-    /// whose handle is held, and whoever waits for an answer on a stream of the guest's, are activity. Once in each
-    /// such time those who wait are woken: one that does not read again before the next has given up.
+    /// whose handle is held, and whoever waits for an answer on a stream of the guest's, are
+    /// activity. Once in each such time those who wait are woken: one that does not read again
+    /// before the next has given up.
     pub idle_ms: u64,
 }
 

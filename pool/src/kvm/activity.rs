@@ -1,8 +1,8 @@
 //! What a guest does for its owner, so that the pool can tell an idle lease.
 //!
-//! Who reads on a stream of the owner's and finds nothing waits for an answer: that is activity. Who gives the read
-//! up need not say so, and keeps the stream. So each reading asks those who wait again, by waking them: the
-//! next reading counts those who have come back meanwhile.
+//! Who reads on a stream of the owner's and finds nothing waits for an answer: that is activity.
+//! Who gives the read up need not say so, and keeps the stream. So each reading asks those who wait
+//! again, by waking them: the next reading counts those who have come back meanwhile.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

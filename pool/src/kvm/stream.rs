@@ -12,8 +12,9 @@ use super::activity::{Activity, Part};
 
 /// A stream to a port of a guest.
 ///
-/// Whoever reads on it, and waits for more to come, keeps its lease from being ended at the idle limit
-/// ([`LeaseConfig::idle_ms`](crate::config::LeaseConfig::idle_ms)), for as long as its task reads again when it is woken.
+/// Whoever reads on it, and waits for more to come, keeps its lease from being ended at the idle
+/// limit ([`LeaseConfig::idle_ms`](crate::config::LeaseConfig::idle_ms)), for as long as its task
+/// reads again when it is woken.
 #[derive(Debug)]
 pub struct GuestStream {
     stream: VsockStream,

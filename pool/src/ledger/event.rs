@@ -77,8 +77,8 @@ pub enum Action {
     Park(VmId),
     /// Check it under this number; answer `Checked`.
     Check(ProfileId, VmId, u64, PassId),
-    /// Hand the VM to the waiter; answer `Ended` and `Untouched`, and line the waiter up again, if the VM is
-    /// dead; `Untouched` if nobody came.
+    /// Hand the VM to the waiter; answer `Ended` and `Untouched`, and line the waiter up again, if
+    /// the VM is dead; `Untouched` if nobody came.
     Serve(ProfileId, WaiterId, VmId),
     /// Turn the waiter away.
     Reject(WaiterId, Refusal),

@@ -219,8 +219,8 @@ impl Ledger {
     }
 
     /// A caller waits, in the queue of each of `profiles` that may serve it, until one does; again,
-    /// under its old number and so in its old place, if what it was served proved dead before it was picked
-    /// up. Returns what is to be done, as [`apply`](Self::apply) does.
+    /// under its old number and so in its old place, if what it was served proved dead before it
+    /// was picked up. Returns what is to be done, as [`apply`](Self::apply) does.
     #[must_use]
     pub fn line_up(
         &mut self,

@@ -266,7 +266,8 @@ impl Ledger {
         }
     }
 
-    /// Into the queues of those that may serve it; it is turned away, as the first would, if none may.
+    /// Into the queues of those that may serve it; it is turned away, as the first would, if none
+    /// may.
     pub(super) fn wait(&mut self, waiter: WaiterId, profiles: &[ProfileId]) {
         let mut refusal = None;
         for profile in profiles {

@@ -16,8 +16,8 @@ const HEARTH: &str = env!("CARGO_BIN_EXE_hearth");
 /// Wrong usage and what goes wrong in the command itself.
 const FAILED: i32 = 125;
 
-/// The command under the limits that `prlimit` knows by these words, with no descriptors but the usual three. One that hangs
-/// is killed.
+/// The command under the limits that `prlimit` knows by these words, with no descriptors but the usual
+/// three. One that hangs is killed.
 fn limited(limits: &[&str]) -> Command {
     keep_to_itself_what_was_inherited();
     let mut command = Command::new("timeout");
@@ -254,8 +254,9 @@ fn a_limit_on_threads_is_an_error_at_every_number_of_them() {
     assert!(enough.is_some(), "what the doctor calls enough is not");
 }
 
-/// A limit that is smaller than the guest is seen beforehand. What fits in it may still meet it: then the kernel ends the
-/// command with SIGKILL, and its cgroup's `memory.events` or `memory.oom_control` tells; no program can say so itself.
+/// A limit that is smaller than the guest is seen beforehand. What fits in it may still meet it: then
+/// the kernel ends the command with SIGKILL, which only the cgroup's `memory.events` or
+/// `memory.oom_control` tells.
 #[test]
 fn a_guest_that_the_memory_of_a_cgroup_cannot_hold_is_an_error_and_foretold_by_the_doctor() {
     if !kvm() {

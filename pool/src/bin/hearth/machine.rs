@@ -18,8 +18,8 @@ pub(crate) struct Machine {
 /// The kernel would end this process where the guest used its memory.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "a guest of {memory_mib} MiB does not fit in the cgroup of this process: {name} is {limit_mib} MiB; raise that, \
-     or give the guest less with --memory"
+    "a guest of {memory_mib} MiB does not fit in the cgroup of this process: {name} is {limit_mib} MiB; \
+     raise that, or give the guest less with --memory"
 )]
 pub(crate) struct DoesNotFit {
     memory_mib: u64,

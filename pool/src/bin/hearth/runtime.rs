@@ -22,7 +22,8 @@ const DESCRIPTORS: usize = 8;
 const STACK: usize = 2 << 20;
 /// Address space in bytes that is left beside the stacks.
 const SPARE: usize = 8 << 20;
-/// How long all threads together may take to start: a moment, unless somebody else took the last places.
+/// How long all threads together may take to start: a moment, unless somebody else took the last
+/// places.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// Longer than any command runs.
 const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
@@ -61,8 +62,8 @@ pub(crate) fn on_all_processors() -> Result<Runtime, RuntimeError> {
     start(builder, workers)
 }
 
-/// Lets a write beyond `ulimit -f` be an error, of which the default is a signal that ends this process. Programs that it
-/// starts have the default.
+/// Lets a write beyond `ulimit -f` be an error. The default is a signal that ends the process; programs
+/// that this one starts have it again.
 pub(crate) fn outlive_the_file_limit() -> Result<(), RuntimeError> {
     if getrlimit(Resource::Fsize).current.is_none() {
         return Ok(());
@@ -79,7 +80,7 @@ pub(crate) fn outlive_the_file_limit() -> Result<(), RuntimeError> {
 fn start(builder: Builder, workers: usize) -> Result<Runtime, RuntimeError> {
     can_open(DESCRIPTORS).map_err(RuntimeError::Start)?;
     let needed = workers + BLOCKING;
-    // A thread that finds no memory to begin with panics, too: what is wrong is said once, by the error.
+    // A thread that finds no memory to begin with panics, too: the error says once what is wrong.
     let hook = panic::take_hook();
     panic::set_hook(Box::new(|_| {}));
     let started = start_all(builder, needed);
@@ -94,7 +95,8 @@ fn start_all(mut builder: Builder, needed: usize) -> io::Result<Result<Runtime, 
         .max_blocking_threads(BLOCKING)
         .thread_stack_size(STACK)
         .thread_keep_alive(FOR_EVER);
-    // Somebody else may have taken the places since: then tokio panics, or waits for a thread that does not come.
+    // Somebody else may have taken the places since: then tokio panics, or waits for a thread that
+    // does not come.
     let built = apart(DEADLINE, move || build(&mut builder))?;
     Ok(built.map_err(RuntimeError::Start))
 }
@@ -112,8 +114,8 @@ fn build(builder: &mut Builder) -> io::Result<Runtime> {
     Ok(runtime)
 }
 
-/// Does `work` on a thread of its own. A panic of that thread is an error, and so is more time than `limit`: the thread is
-/// left behind then.
+/// Does `work` on a thread of its own. A panic of that thread is an error, and so is more time than
+/// `limit`: the thread is left behind then.
 fn apart<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
@@ -137,8 +139,8 @@ fn can_open(descriptors: usize) -> io::Result<()> {
         .map(drop)
 }
 
-/// Starts so many threads at once and ends them. Their stacks are looked at before: a thread that finds no address for the
-/// first thing that it does ends the process.
+/// Starts so many threads at once and ends them. Addresses for their stacks are looked for before: a
+/// thread that has none left for the first thing that it does ends the process.
 fn can_start(threads: usize) -> io::Result<()> {
     let mut addresses = Vec::<u8>::new();
     addresses.try_reserve_exact(threads * STACK + SPARE)?;

@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn what_is_too_little_for_one_guest_fails_and_for_a_hundred_warns() {
         let need = Need {
-            first: 20,
+            first: 24,
             further: 16,
         };
         let verdict = |left| need.check("files", String::new(), left, "raise it").verdict;

@@ -11,6 +11,9 @@ use tokio::sync::broadcast::Receiver;
 
 use crate::rig::{BASE, Rig, alone_in_a_runtime, builder, config, full, run, stop};
 
+/// Files smaller than this hold a kernel that is about to be sealed, and no guest's memory.
+const GUEST_BYTES: u64 = 64 << 20;
+
 /// Lets no more seals be put on the memory of any guest of this process, so that it cannot be frozen.
 /// Gives how many there were.
 fn lock_seals() -> usize {
@@ -21,7 +24,10 @@ fn lock_seals() -> usize {
     });
     let locked = memory.filter(|fd| {
         let file = OpenOptions::new().read(true).write(true).open(fd.path());
-        file.is_ok_and(|file| fcntl_add_seals(&file, SealFlags::SEAL).is_ok())
+        file.is_ok_and(|file| {
+            let bytes = file.metadata().map_or(0, |file| file.len());
+            bytes >= GUEST_BYTES && fcntl_add_seals(&file, SealFlags::SEAL).is_ok()
+        })
     });
     locked.count()
 }

@@ -164,6 +164,10 @@ fn can_start(threads: usize) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use rustix::thread::gettid;
+
     use super::*;
 
     #[test]
@@ -177,15 +181,27 @@ mod tests {
 
     #[test]
     fn what_blocks_finds_its_threads_started() {
-        let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+        // By their ids: other tests start and end threads of this process meanwhile.
+        let entries = || std::fs::read_dir("/proc/self/task").unwrap();
         let runtime = on_this_thread().unwrap();
-        let before = threads();
-        let all = Arc::new(Barrier::new(BLOCKING + 1));
-        for _ in 0..BLOCKING {
-            let all = all.clone();
-            runtime.handle().spawn_blocking(move || all.wait());
-        }
-        all.wait();
-        assert_eq!(threads(), before);
+        let before: BTreeSet<_> = entries()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        let all = Arc::new(Barrier::new(BLOCKING));
+        let jobs: Vec<_> = (0..BLOCKING)
+            .map(|_| {
+                let all = all.clone();
+                runtime.handle().spawn_blocking(move || {
+                    all.wait();
+                    gettid().as_raw_nonzero().to_string()
+                })
+            })
+            .collect();
+        let of_jobs: BTreeSet<_> = jobs
+            .into_iter()
+            .map(|job| runtime.block_on(job).unwrap())
+            .collect();
+        assert_eq!(of_jobs.len(), BLOCKING);
+        assert!(of_jobs.is_subset(&before), "{of_jobs:?}, {before:?}");
     }
 }

@@ -70,8 +70,8 @@ impl<B: Backend> Lease<B> {
 
     pub(crate) fn is_alive(&self) -> bool {
         let vm = self.vm.as_ref();
-        let alive = vm.and_then(|vm| guarded("alive", || self.shared.backend.alive(vm)));
-        alive.unwrap_or(false)
+        vm.and_then(|vm| guarded("alive", || self.shared.backend.alive(vm)))
+            .unwrap_or(false)
     }
 
     /// The VM's number.

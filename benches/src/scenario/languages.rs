@@ -67,7 +67,6 @@ async fn one(
     let image = KvmImage::new(files.kernel, files.initramfs).root(&root);
     let mut samples = Samples::default();
     warm(&mut samples, image.clone(), language, rounds.warm).await?;
-    parked(&mut samples, image.clone(), language, rounds.warm).await?;
     cold(&mut samples, image, language, rounds.cold).await?;
     samples.report(report, SCENARIO, language.as_str());
     restored::run(report, files, (&root, language), peers, rounds.warm).await
@@ -104,6 +103,10 @@ async fn made(pool: &Guests, language: Language) -> Result<(), ScenarioError> {
     }
 }
 
+fn acquire(pool: &Guests, language: Language) -> Result<Guest, ScenarioError> {
+    pool.acquire(language).map_err(ScenarioError::at("acquire"))
+}
+
 /// What is done before the hand-off is measured where it is done, and what of that is hygiene once more in the guest.
 async fn warm(
     samples: &mut Samples,
@@ -118,9 +121,7 @@ async fn warm(
         made(&pool, language).await?;
         let ready = fork.elapsed();
         let begin = Instant::now();
-        let guest = pool
-            .acquire(language)
-            .map_err(ScenarioError::at("acquire"))?;
+        let guest = acquire(&pool, language)?;
         let handed = begin.elapsed();
         let (sent, mut session) = first(&guest, language).await?;
         let result = begin.elapsed();
@@ -150,6 +151,7 @@ async fn warm(
             samples.time("fork on demand to print(6 * 7)", ready + result);
         }
     }
+    parked(samples, &pool, language, n).await?;
     pool.stop().await;
     Ok(())
 }
@@ -157,22 +159,18 @@ async fn warm(
 /// What a parked guest costs the host beside its template.
 async fn parked(
     samples: &mut Samples,
-    image: KvmImage,
+    pool: &Guests,
     language: Language,
     n: usize,
 ) -> Result<(), ScenarioError> {
-    let pool = pool(image, language, Source::default()).await?;
     for _ in 0..n {
-        made(&pool, language).await?;
-        let guest = pool
-            .acquire(language)
-            .map_err(ScenarioError::at("acquire"))?;
+        made(pool, language).await?;
+        let guest = acquire(pool, language)?;
         let bytes = guest.vm().private_bytes();
         let bytes = bytes.map_err(ScenarioError::at("private memory"))?;
         samples.push("private memory when parked", "KiB", bytes as f64 / 1024.0);
         guest.release().await;
     }
-    pool.stop().await;
     Ok(())
 }
 
@@ -186,9 +184,7 @@ async fn cold(
     for _ in 0..n {
         let begin = Instant::now();
         made(&pool, language).await?;
-        let guest = pool
-            .acquire(language)
-            .map_err(ScenarioError::at("acquire"))?;
+        let guest = acquire(&pool, language)?;
         let (_, session) = first(&guest, language).await?;
         samples.time("cold boot to print(6 * 7)", begin.elapsed());
         drop(session);

@@ -105,13 +105,10 @@ fn descriptors() -> Check {
             .to_owned()
     };
     let inherited = inherited(soft);
-    let found = match inherited {
-        0 => format!("{} descriptors (soft limit)", count(soft)),
-        some => format!(
-            "{} descriptors (soft limit), {some} of them inherited open",
-            count(soft)
-        ),
-    };
+    let mut found = format!("{} descriptors (soft limit)", count(soft));
+    if inherited > 0 {
+        found = format!("{found}, {inherited} of them inherited open");
+    }
     DESCRIPTORS.check("files", found, soft.saturating_sub(inherited), &advice)
 }
 
@@ -120,7 +117,7 @@ fn descriptors() -> Check {
 fn inherited(limit: u64) -> u64 {
     let is_inherited = |number: &u64| {
         let flags = field(&format!("/proc/self/fdinfo/{number}"), "flags:");
-        let flags = flags.and_then(|flags| u64::from_str_radix(flags.trim(), 8).ok());
+        let flags = flags.and_then(|flags| u64::from_str_radix(&flags, 8).ok());
         flags.is_some_and(|flags| flags & u64::from(OFlags::CLOEXEC.bits()) == 0)
     };
     let open = fs::read_dir("/proc/self/fd").into_iter().flatten();

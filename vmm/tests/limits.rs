@@ -11,7 +11,7 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -104,8 +104,7 @@ impl Limit {
     fn set(self, level: u64, held: &Held) {
         let soft = match self {
             Self::Threads => held.threads() + level,
-            // The lowest free numbers are those below the limit.
-            Self::Descriptors => held.descriptors() + level,
+            Self::Descriptors => held.free_number(level),
             Self::AddressSpace => held.address_space() + (level << 20),
             Self::FileSize => level << 20,
             Self::LockedMemory => level << 10,
@@ -198,6 +197,12 @@ impl Held {
     fn descriptors(&self) -> u64 {
         // Not the one that looks.
         entries(&self.fd) - 1
+    }
+
+    /// The first number that is free but for `level` others: numbers of files that were closed are free, too.
+    fn free_number(&self, level: u64) -> u64 {
+        let lowest: Vec<_> = (0..=level).map(|_| self.fd.try_clone().unwrap()).collect();
+        lowest.iter().map(|fd| fd.as_raw_fd() as u64).max().unwrap()
     }
 
     fn address_space(&self) -> u64 {
@@ -363,6 +368,11 @@ fn child() {
     // In one that has.
     let vm = Vm::boot(&config()).unwrap();
     let template = vm.snapshot().unwrap();
+    // By itself: nothing that was closed just now is free.
+    limit.set(level, &held);
+    let saved = refused.note("save", template.save(dir.path().join("saved")));
+    limit.lift();
+    clear(dir.path(), saved.is_some());
     let uses = || {
         limit.set(level, &held);
         if let Some(other) = refused.boot() {

@@ -20,7 +20,7 @@ use sha2::{Digest as _, Sha256};
 use super::Template;
 use super::manifest::FORMAT;
 use super::origin::Origin;
-use super::store::{MANIFEST, Scratch, StoreError, io_error, is_private, publish};
+use super::store::{MANIFEST, Scratch, StoreError, io_error, is_private};
 
 const LOCKS: &str = "lock";
 const WORK: &str = "work";
@@ -397,9 +397,9 @@ impl Vacancy {
             remove(left).map_err(io_error("remove", left))?;
         }
         let scratch = Scratch::new(cache.work(&self.key, ""))?;
-        template.write_into(&scratch.0, &self.key)?;
+        template.write_into(&scratch.path, &self.key)?;
         // Held before others see it.
-        let manifest = scratch.0.join(MANIFEST);
+        let manifest = scratch.path.join(MANIFEST);
         let lease = File::open(&manifest)
             .and_then(|file| file.lock_shared().map(|()| file))
             .map_err(io_error("lock", &manifest))?;
@@ -409,7 +409,7 @@ impl Vacancy {
             }
             _ => {}
         }
-        publish(&scratch.0, &dir)?;
+        scratch.publish(&dir)?;
         let _ = remove(&old);
         if let Err(error) = cache.evict(&self.key) {
             tracing::warn!(%error, "the template cache may exceed its limit");

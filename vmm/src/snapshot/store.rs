@@ -6,7 +6,7 @@
 //! can make a template of his own.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -135,12 +135,8 @@ impl Template {
             std::process::id()
         );
         let scratch = Scratch::new(parent.join(scratch))?;
-        // Locked, it says that its maker lives, until it has its name or this process ends. A file system without
-        // such locks gives none to who sweeps either, who then removes nothing.
-        let alive = open_dir(&scratch.0).map_err(io_error("open", &scratch.0))?;
-        let _ = alive.lock();
-        self.write_into(&scratch.0, "")?;
-        publish(&scratch.0, &dir)
+        self.write_into(&scratch.path, "")?;
+        scratch.publish(&dir)
     }
 
     /// Reads a template that [`Template::save`] wrote: a copy whose checksums are right, in memory that
@@ -201,7 +197,7 @@ impl Template {
             .map_err(io_error("make memory for", &path))?;
         let digest = copy_pages(&stored.memory, &target, bytes).map_err(|e| match e.kind() {
             // It became shorter while it was read.
-            std::io::ErrorKind::UnexpectedEof => StoreError::Damaged(path.clone()),
+            ErrorKind::UnexpectedEof => StoreError::Damaged(path.clone()),
             _ => io_error("read", &path)(e),
         })?;
         if digest != stored.manifest.memory {
@@ -252,7 +248,7 @@ impl Template {
         Ok(Self::with(state, Arc::new(stored.memory)))
     }
 
-    /// Writes the parts into an empty directory and waits until the disk has them.
+    /// Writes the parts into an empty directory and waits until the disk has their content.
     pub(super) fn write_into(&self, dir: &Path, key: &str) -> Result<(), StoreError> {
         write_parts(
             dir,
@@ -394,26 +390,7 @@ pub(super) fn write_parts(
             std::io::Write::write_all(&mut file, &bytes)
         })
         .and_then(|()| file.sync_all())
-        .map_err(io_error("write", &path))?;
-    sync_dir(dir)
-}
-
-/// Gives the directory `scratch` the name `dir`, unless there is something of that name.
-pub(super) fn publish(scratch: &Path, dir: &Path) -> Result<(), StoreError> {
-    match fs::rename(scratch, dir) {
-        Ok(()) => sync_dir(dir.parent().unwrap_or(dir)),
-        Err(e)
-            if matches!(
-                e.kind(),
-                std::io::ErrorKind::DirectoryNotEmpty
-                    | std::io::ErrorKind::AlreadyExists
-                    | std::io::ErrorKind::NotADirectory
-            ) =>
-        {
-            Err(StoreError::Exists(dir.to_owned()))
-        }
-        Err(e) => Err(io_error("create", dir)(e)),
-    }
+        .map_err(io_error("write", &path))
 }
 
 fn open_dir(dir: &Path) -> std::io::Result<File> {
@@ -446,23 +423,20 @@ fn sweep(parent: &Path) {
             .is_ok_and(|dir| is_private(dir.uid(), dir.mode()));
         let empty = fs::read_dir(&path).is_ok_and(|mut files| files.next().is_none());
         if own && !empty {
-            // With anything else in it the directory stays.
-            for part in [MANIFEST, MEMORY] {
-                let _ = rustix::fs::unlinkat(&held, part, AtFlags::empty());
-            }
-            let _ = fs::remove_dir(&path);
+            remove_parts(&held, &path);
         }
     }
 }
 
-fn sync_dir(dir: &Path) -> Result<(), StoreError> {
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(io_error("write", dir))
+/// A private directory for the parts of a template, which goes at drop unless it was published.
+pub(super) struct Scratch {
+    pub(super) path: PathBuf,
+    /// Open, it is emptied and synced without another descriptor. Locked, it says that its maker lives, until it
+    /// is published or this process ends. A file system without such locks gives none to who sweeps either, who
+    /// then removes nothing.
+    dir: File,
+    is_published: bool,
 }
-
-/// A private directory that goes at drop, unless it got another name.
-pub(super) struct Scratch(pub(super) PathBuf);
 
 impl Scratch {
     pub(super) fn new(path: PathBuf) -> Result<Self, StoreError> {
@@ -470,15 +444,58 @@ impl Scratch {
             .mode(0o700)
             .create(&path)
             .map_err(io_error("create", &path))?;
-        Ok(Self(path))
+        match open_dir(&path) {
+            Ok(dir) => {
+                let _ = dir.lock();
+                Ok(Self {
+                    path,
+                    dir,
+                    is_published: false,
+                })
+            }
+            Err(error) => {
+                let _ = fs::remove_dir(&path);
+                Err(io_error("open", path)(error))
+            }
+        }
+    }
+
+    /// Gives the directory the name `to`, unless there is something of that name, and waits until the disk has it. After
+    /// an error it does not have it.
+    pub(super) fn publish(mut self, to: &Path) -> Result<(), StoreError> {
+        let parent = to.parent().unwrap_or(to);
+        // Whatever may be short is asked for before the rename.
+        let parent = File::open(parent).map_err(io_error("open", parent))?;
+        self.dir.sync_all().map_err(io_error("write", &self.path))?;
+        fs::rename(&self.path, to).map_err(|error| match error.kind() {
+            ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
+                StoreError::Exists(to.to_owned())
+            }
+            _ => io_error("create", to)(error),
+        })?;
+        if let Err(error) = parent.sync_all() {
+            let _ = fs::rename(to, &self.path);
+            return Err(io_error("write", to)(error));
+        }
+        self.is_published = true;
+        Ok(())
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // Gone already when it was published; what cannot be removed hurts nobody.
-        let _ = fs::remove_dir_all(&self.0);
+        if !self.is_published {
+            remove_parts(&self.dir, &self.path);
+        }
     }
+}
+
+/// Removes a template's directory, without another descriptor. With anything else in it the directory stays.
+fn remove_parts(dir: &File, path: &Path) {
+    for part in [MANIFEST, MEMORY] {
+        let _ = rustix::fs::unlinkat(dir, part, AtFlags::empty());
+    }
+    let _ = fs::remove_dir(path);
 }
 
 #[cfg(test)]
@@ -489,13 +506,12 @@ mod tests {
     fn scratch_of_dead_savers_is_swept_and_of_living_ones_and_all_else_is_not() {
         let parent = tempfile::tempdir().unwrap();
         let make = |name: &str, parts: &[&str]| {
-            let scratch = Scratch::new(parent.path().join(name)).unwrap();
+            // As of a process that was killed: not locked.
+            let path = parent.path().join(name);
+            DirBuilder::new().mode(0o700).create(&path).unwrap();
             for part in parts {
-                fs::write(scratch.0.join(part), "x").unwrap();
+                fs::write(path.join(part), "x").unwrap();
             }
-            // As of a process that was killed.
-            let path = scratch.0.clone();
-            std::mem::forget(scratch);
             path
         };
         let dead = make(".base.123.0.unfinished", &[MEMORY, MANIFEST]);

@@ -343,9 +343,24 @@ impl Request {
         self.profile.as_deref()
     }
 
+    fn asks_for_nothing_but_a_name(&self) -> bool {
+        let Self {
+            profile: _,
+            image,
+            memory_mib,
+            vcpus,
+            packages,
+            env,
+        } = self;
+        (image, memory_mib, vcpus) == (&None, &None, &None) && packages.is_empty() && env.is_empty()
+    }
+
     /// Why `profile` cannot serve this; empty if it can.
     pub(crate) fn mismatches(&self, profile: &Profile) -> Vec<Mismatch> {
         let mut found = Vec::new();
+        if self.asks_for_nothing_but_a_name() {
+            return found;
+        }
         if let Some(want) = &self.image
             && *want != profile.image
         {

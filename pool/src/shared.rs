@@ -219,8 +219,9 @@ impl<B: Backend> State<B> {
         if let Some(check) = slot.job.take() {
             check.cancel();
         }
-        // What the idle limit is first compared with.
+        // What the idle limit, if there is one, is first compared with.
         let remote = slot.remote.as_ref();
+        let remote = remote.filter(|_| self.ledger.ends_idle_leases());
         slot.activity = remote.and_then(|remote| guarded("activity", || remote.activity()));
         slot.vm.take()
     }

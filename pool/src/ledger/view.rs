@@ -187,6 +187,12 @@ impl Ledger {
         self.is_parked(id) || matches!(self.stage(id), Some(Stage::Leased(_)))
     }
 
+    /// Whether leases end that are idle for long.
+    #[must_use]
+    pub fn ends_idle_leases(&self) -> bool {
+        self.rules.lease_idle.is_some()
+    }
+
     /// Whether the VM is with a caller and not ended by the pool.
     #[must_use]
     pub fn is_leased(&self, id: VmId) -> bool {

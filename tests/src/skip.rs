@@ -45,7 +45,7 @@ pub fn kvm() -> bool {
 #[must_use]
 pub fn patience(hardware: Duration) -> Duration {
     let host = Host::get().expect("the host runs guests");
-    hardware * host.profile().timeout_factor()
+    hardware * host.timeout_factor()
 }
 
 /// Waits for what must happen; fails the test, naming it, after `seconds` on hardware.

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 
 use crate::board::{Board, SharedTransport};
+use crate::cpu::msrs;
+use crate::frame;
 use crate::host::Host;
 use crate::legacy::serial::SerialPort;
 use crate::machine::{Baggage, Hardware};
@@ -39,12 +41,16 @@ impl Capture {
         let devices = self.board.virtio.iter();
         let saved = devices.map(|transport| transport.lock().save()).collect();
         let serial = self.board.serial.as_ref().map(SerialPort::save);
-        let indices = Host::get()?.msr_indices();
+        let host = Host::get()?;
+        let fresh = frame::fresh_vcpus(host, self.hardware)?;
         let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
-        for index in 0..usize::from(self.hardware.vcpus) {
+        for (index, fresh) in fresh.iter().enumerate() {
+            let fresh = msrs::read(fresh, host.msr_indices().iter().copied())?;
             let vcpu = self
                 .gate
-                .with_vcpu(index, |vcpu| VcpuState::save(vcpu, indices))
+                .with_vcpu(index, |vcpu| {
+                    VcpuState::save(vcpu, host.msr_indices(), &fresh)
+                })
                 .ok_or(SnapshotError::Running)??;
             vcpus.push(vcpu);
         }

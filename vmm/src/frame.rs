@@ -76,12 +76,11 @@ impl Frame {
         images: Vec<PlacedImage>,
     ) -> Result<Self, BootError> {
         let vm = kvm::create_vm(host.kvm())?;
+        host.caps().confine(&vm, hardware.pmu)?;
         kvm::set_memory(&vm, &ram)?;
         kvm::set_images(&vm, &ram, &images)?;
         kvm::create_irqchip(&vm, hardware.pit)?;
-        let vcpus = (0..hardware.vcpus)
-            .map(|index| create_vcpu(host, hardware, &vm, index))
-            .collect::<Result<_, _>>()?;
+        let vcpus = create_vcpus(host, hardware, &vm)?;
         let wires = (0u32..)
             .take(BASE_DEVICES + images.len())
             .map(|index| Wire::to(&vm, index))
@@ -106,11 +105,32 @@ impl Frame {
     }
 }
 
-fn create_vcpu(host: &Host, hardware: Hardware, vm: &VmFd, index: u8) -> Result<VcpuFd, BootError> {
-    let cpuid = cpuid::for_vcpu(host.cpuid(), hardware.profile, index, hardware.vcpus);
+/// vCPUs as KVM makes them, of a VM without memory: for what they are before they have a state.
+pub(crate) fn fresh_vcpus(host: &Host, hardware: Hardware) -> Result<Vec<VcpuFd>, KvmError> {
+    let vm = kvm::create_vm(host.kvm())?;
+    host.caps().confine(&vm, hardware.pmu)?;
+    kvm::create_irqchip(&vm, false)?;
+    create_vcpus(host, hardware, &vm)
+}
+
+fn create_vcpus(host: &Host, hardware: Hardware, vm: &VmFd) -> Result<Vec<VcpuFd>, KvmError> {
+    let indices = 0..hardware.vcpus;
+    indices
+        .map(|index| create_vcpu(host, hardware, vm, index))
+        .collect()
+}
+
+fn create_vcpu(host: &Host, hardware: Hardware, vm: &VmFd, index: u8) -> Result<VcpuFd, KvmError> {
+    let Hardware {
+        profile,
+        pmu,
+        vcpus,
+        ..
+    } = hardware;
+    let cpuid = cpuid::for_vcpu(host.cpuid(), profile, pmu, index, vcpus);
     let cpuid = cpuid.map_err(|_| KvmError {
         call: "KVM_SET_CPUID2",
         source: std::io::ErrorKind::InvalidInput.into(),
     })?;
-    Ok(kvm::create_vcpu(vm, index, &cpuid)?)
+    kvm::create_vcpu(vm, index, &cpuid)
 }

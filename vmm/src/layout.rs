@@ -5,7 +5,8 @@
 //! 0x0000_5000  setup_data (random seed)  0x0000_6000  PVH start info and memory map
 //! 0x0000_7000  zero page (boot_params)   0x0000_8ff0  boot stack, growing down
 //! 0x0000_9000  page tables               0x0002_0000  kernel command line
-//! 0x0009_fc00  MP table                  0x000a_0000  end of low memory
+//! 0x0009_f000  ACPI tables               0x0009_fc00  MP table
+//!                                        0x000a_0000  end of low memory
 //! 0x0010_0000  high memory: kernel (where its ELF says), initramfs at the top
 //! 0xc000_0000  gap: virtio-mmio at 0xd000_0000
 //! 0xfec0_0000  I/O APIC                  0xfee0_0000  local APIC
@@ -31,6 +32,8 @@ pub(crate) const CMDLINE: u64 = 0x2_0000;
 /// Bytes of command line with the terminating zero (`COMMAND_LINE_SIZE`,
 /// arch/x86/include/asm/setup.h).
 pub(crate) const CMDLINE_MAX: usize = 2048;
+/// ACPI tables, the first of which the boot parameters name.
+pub(crate) const ACPI: u64 = 0x9_f000;
 /// MP table, in the extended BIOS data area where kernels look for it.
 pub(crate) const MPTABLE: u64 = 0x9_fc00;
 /// End of conventional memory.

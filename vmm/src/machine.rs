@@ -143,6 +143,7 @@ pub(crate) struct Hardware {
     pub(crate) vcpus: u8,
     pub(crate) console: bool,
     pub(crate) pit: bool,
+    pub(crate) pmu: bool,
     pub(crate) profile: CpuProfile,
     /// Not in a template's file: nothing that is stored decides it.
     #[serde(skip)]
@@ -163,6 +164,7 @@ impl Machine {
             vcpus: config.vcpus,
             console: config.console,
             pit: config.pit,
+            pmu: config.pmu,
             profile: config.profile.unwrap_or(host.profile()),
             limits: config.limits,
         };
@@ -204,7 +206,7 @@ impl Machine {
         }
         times.devices = start.elapsed();
         machine.times = times;
-        let crew = Crew::muster(hardware.vcpus, hardware.limits)?;
+        let crew = Crew::muster(hardware.vcpus, hardware.limits, config.placement.as_ref())?;
         machine.start_surely(crew, Want::Pause)?;
         Ok(machine)
     }
@@ -237,7 +239,7 @@ impl Machine {
         };
         state.chips.restore(vm)?;
         for (index, saved) in state.vcpus.iter().enumerate() {
-            let restore = |vcpu: &VcpuFd| saved.restore(vcpu, index);
+            let restore = |vcpu: &VcpuFd| saved.restore(vcpu, index, state.hardware.profile);
             match self.vcpus.get(index) {
                 Some(vcpu) => restore(vcpu)?,
                 None => self

@@ -1,12 +1,14 @@
 //! What the backend makes guests from.
 
 use std::collections::HashMap;
+use std::io;
 use std::num::NonZero;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use hearth_vmm::CpuProfile;
+use hearth_vmm::{CpuProfile, Host, VcpuThread};
 use tokio::sync::Semaphore;
 
 use super::KvmBackend;
@@ -88,13 +90,16 @@ fn forks_at_once(cpu: CpuProfile) -> usize {
 pub struct KvmBackendBuilder(KvmBackend);
 
 impl KvmBackendBuilder {
-    pub(super) fn new(config: &PoolConfig, cpu: CpuProfile) -> Self {
-        let scaled = |ms| Duration::from_millis(ms).saturating_mul(cpu.timeout_factor());
+    pub(super) fn new(config: &PoolConfig, host: &Host) -> Self {
+        let (cpu, timeout_factor) = (host.profile(), host.timeout_factor());
+        let scaled = |ms| Duration::from_millis(ms).saturating_mul(timeout_factor);
         Self(KvmBackend {
             images: HashMap::new(),
             made_for: (config.boot.clone(), config.balloon.clone()),
             source: Source::default(),
             cpu,
+            timeout_factor,
+            place: None,
             connect_timeout: scaled(config.boot.connect_timeout_ms),
             boot_timeout: scaled(config.boot.timeout_ms),
             balloon_timeout: scaled(config.balloon.timeout_ms),
@@ -129,6 +134,17 @@ impl KvmBackendBuilder {
     /// is logged.
     pub fn template_cache(mut self, dir: impl Into<PathBuf>, limit: u64) -> Self {
         self.0.store = Some(Store::new(dir.into(), limit));
+        self
+    }
+
+    /// Has `place` decide where the vCPU threads of all guests run (see
+    /// [`VmConfigBuilder::place_vcpus`](hearth_vmm::VmConfigBuilder::place_vcpus)): on which processors, in which control
+    /// group, beside whom. A guest whose threads it does not place is not made. It is called on threads of the backend's.
+    pub fn place_vcpus(
+        mut self,
+        place: impl Fn(&VcpuThread) -> io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        self.0.place = Some(Arc::new(place));
         self
     }
 

@@ -135,6 +135,10 @@ impl KvmBackend {
             Some(mib) => config.append(&layer_word((*mib).into())),
             None => config,
         };
+        let config = match self.place.clone() {
+            Some(place) => config.place_vcpus(move |thread| place(thread)),
+            None => config,
+        };
         Ok(config.build()?)
     }
 
@@ -197,6 +201,10 @@ impl KvmBackend {
     ) -> Result<Guest, CreateError> {
         // Never closed: there is always a turn to come.
         let _turn = self.turns.acquire().await;
+        let template = match self.place.clone() {
+            Some(place) => template.place_vcpus(move |thread| place(thread)),
+            None => template,
+        };
         let vm = alive(birth, move || template.fork()).await?;
         let exited = vm.exited();
         let settled = self.settle(vm, profile, id, birth).await;

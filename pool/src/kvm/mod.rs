@@ -16,6 +16,7 @@ mod workers;
 use std::collections::HashMap;
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use guest::End;
 pub use guest::{Guest, GuestError};
-use hearth_vmm::{CpuProfile, Host, HostError, Template, VmStatus};
+use hearth_vmm::{CpuProfile, Host, HostError, Template, VcpuThread, VmStatus};
 pub use make::CreateError;
 pub use session::Session;
 use store::Store;
@@ -41,6 +42,8 @@ use crate::guard;
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
 
+type Place = dyn Fn(&VcpuThread) -> io::Result<()> + Send + Sync;
+
 /// Makes guests from images. Build one with [`KvmBackend::builder`].
 pub struct KvmBackend {
     images: HashMap<String, KvmImage>,
@@ -48,6 +51,9 @@ pub struct KvmBackend {
     made_for: (BootConfig, BalloonConfig),
     source: Source,
     cpu: CpuProfile,
+    timeout_factor: u32,
+    /// Decides where vCPU threads run.
+    place: Option<Arc<Place>>,
     connect_timeout: Duration,
     boot_timeout: Duration,
     balloon_timeout: Duration,
@@ -77,8 +83,7 @@ impl KvmBackend {
     /// # Errors
     /// Why KVM cannot be used, and what to do about it.
     pub fn builder(config: &PoolConfig) -> Result<KvmBackendBuilder, HostError> {
-        let cpu = Host::get()?.profile();
-        Ok(KvmBackendBuilder::new(config, cpu))
+        Ok(KvmBackendBuilder::new(config, Host::get()?))
     }
 
     fn image(&self, profile: &Profile) -> Result<&KvmImage, CreateError> {
@@ -246,7 +251,7 @@ impl Backend for KvmBackend {
     }
 
     fn time_scale(&self) -> u32 {
-        self.cpu.timeout_factor()
+        self.timeout_factor
     }
 
     fn private_bytes(&self, vm: &Guest) -> Option<u64> {

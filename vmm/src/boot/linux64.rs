@@ -32,7 +32,10 @@ pub(super) fn write(
     cmdline_len: u32,
     seed: &[u8; SEED_BYTES],
 ) -> Result<(), GuestMemoryError> {
-    let mut params = boot_params::default();
+    let mut params = boot_params {
+        acpi_rsdp_addr: layout::ACPI,
+        ..Default::default()
+    };
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
     params.hdr.version = VERSION;
@@ -85,6 +88,7 @@ mod tests {
         write(ram.map(), &memory_map(64 * MIB), Some(initrd), 7, &[9; 32]).unwrap();
         let at = |offset| GuestAddress(layout::ZERO_PAGE + offset);
         // Offsets from zero-page.rst and boot.rst.
+        assert_eq!(ram.map().read_obj::<u64>(at(0x70)).unwrap(), layout::ACPI);
         assert_eq!(ram.map().read_obj::<u8>(at(0x1e8)).unwrap(), 3);
         assert_eq!(ram.map().read_obj::<u16>(at(0x1fe)).unwrap(), 0xaa55);
         assert_eq!(&ram.map().read_obj::<[u8; 4]>(at(0x202)).unwrap(), b"HdrS");

@@ -1,8 +1,9 @@
 //! From a kernel file to a guest whose first instruction can run.
 //!
-//! [`load`] puts kernel, initramfs, command line, memory map, MP table and boot parameters into
+//! [`load`] puts kernel, initramfs, command line, memory map, MP table, ACPI tables and boot parameters into
 //! guest memory and says where the first vCPU starts.
 
+mod acpi;
 mod bzimage;
 mod cmdline;
 mod image;
@@ -122,8 +123,8 @@ pub(crate) struct MapEntry {
     pub(crate) usable: bool,
 }
 
-/// The memory map that guests are told (e820): conventional memory ends below the MP table, so that
-/// kernels look for it there.
+/// The memory map that guests are told (e820): conventional memory ends below the ACPI tables and
+/// the MP table, which kernels look for in its last KiB.
 pub(crate) fn memory_map(bytes: u64) -> Vec<MapEntry> {
     let usable = |start: u64, end: u64| MapEntry {
         start,
@@ -131,10 +132,10 @@ pub(crate) fn memory_map(bytes: u64) -> Vec<MapEntry> {
         usable: true,
     };
     let mut map = vec![
-        usable(0, layout::MPTABLE),
+        usable(0, layout::ACPI),
         MapEntry {
-            start: layout::MPTABLE,
-            len: layout::LOW_END - layout::MPTABLE,
+            start: layout::ACPI,
+            len: layout::LOW_END - layout::ACPI,
             usable: false,
         },
     ];
@@ -169,6 +170,7 @@ pub(crate) fn load(ram: &mut GuestRam, source: &Source<'_>) -> Result<Entry, Loa
     let initrd = image.map_into(ram)?;
     let cmdline_len = cmdline::write(ram.map(), source.words)?;
     mptable::write(ram.map(), source.vcpus, source.lines)?;
+    acpi::write(ram.map(), source.vcpus, source.lines)?;
     let map = memory_map(ram.bytes());
     match entry.mode {
         EntryMode::Linux64 => {
@@ -210,13 +212,13 @@ mod tests {
     use crate::memory::{GAP_END, MIB};
 
     #[test]
-    fn the_map_ends_low_memory_below_the_mp_table() {
+    fn the_map_ends_low_memory_below_the_tables() {
         let map = memory_map(128 * MIB);
         assert_eq!(
             map[0],
             MapEntry {
                 start: 0,
-                len: 0x9_fc00,
+                len: 0x9_f000,
                 usable: true
             }
         );

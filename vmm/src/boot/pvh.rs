@@ -26,6 +26,7 @@ pub(super) fn write(
         magic: MAGIC,
         version: VERSION,
         cmdline_paddr: layout::CMDLINE,
+        rsdp_paddr: layout::ACPI,
         memmap_paddr: MEMORY_MAP,
         memmap_entries: map.len() as u32,
         ..Default::default()
@@ -73,6 +74,7 @@ mod tests {
             (info.magic, info.nr_modules, info.memmap_entries),
             (MAGIC, 1, 3)
         );
+        assert_eq!(info.rsdp_paddr, layout::ACPI);
         let module: hvm_modlist_entry = ram
             .map()
             .read_obj(GuestAddress(info.modlist_paddr))

@@ -1,8 +1,9 @@
-//! CPUID of a guest: what KVM supports, with a topology of one package and one thread per core that
+//! CPUID of a guest: what it is shown of what KVM supports ([`features`]), with a topology of one package and one thread per core that
 //! agrees with the MP table, and without what the CPU profile cannot run.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
+use super::features;
 use crate::host::CpuProfile;
 
 /// KVM's paravirtual features (Documentation/virt/kvm/x86/cpuid.rst).
@@ -14,13 +15,14 @@ const KVM_PV_CALLS: u32 = 1 << 9 | 1 << 7 | 1 << 11 | 1 << 13;
 /// instructions), and then run other tasks for the microseconds in which the host copies a page.
 const KVM_ASYNC_PF_AND_STEAL: u32 = 1 << 4 | 1 << 5 | 1 << 10 | 1 << 14;
 
-/// CPUID for vCPU `index` of `count` (1 to 32; index below count). APIC id = index.
+/// CPUID for vCPU `index` of `count` (1 to 32; index below count), with performance counters or without. APIC id = index.
 ///
 /// # Errors
 /// When the host's table has no room for the topology leaves.
 pub(crate) fn for_vcpu(
     host: &CpuId,
     profile: CpuProfile,
+    pmu: bool,
     index: u8,
     count: u8,
 ) -> Result<CpuId, vmm_sys_util::fam::Error> {
@@ -29,11 +31,7 @@ pub(crate) fn for_vcpu(
         .iter()
         .find(|e| e.function == 0)
         .map_or(0, |e| e.eax);
-    let mut table: Vec<kvm_cpuid_entry2> = entries
-        .iter()
-        .filter(|e| !matches!(e.function, 0xb | 0x1f))
-        .copied()
-        .collect();
+    let mut table = features::reviewed(entries, pmu);
     for entry in &mut table {
         patch(entry, profile, index, count);
     }
@@ -43,6 +41,11 @@ pub(crate) fn for_vcpu(
         }
     }
     CpuId::from_entries(&table)
+}
+
+/// What any guest of this host may be shown, whatever its topology.
+pub(crate) fn shown(host: &CpuId) -> impl Iterator<Item = kvm_cpuid_entry2> + use<> {
+    features::reviewed(host.as_slice(), true).into_iter()
 }
 
 /// Physical address bits of the guest's processor (AMD APM volume 3, Fn8000_0008 EAX; 36 where a
@@ -70,9 +73,6 @@ fn patch(entry: &mut kvm_cpuid_entry2, profile: CpuProfile, index: u8, count: u8
             // TSC deadline timer: KVM has it whenever its own APIC is used, but does not list it.
             set(&mut entry.ecx, 24, true);
             set(&mut entry.ecx, 31, true);
-            // No virtual machines inside: their state would not be captured, and KVM's code for them is
-            // not what a hostile guest needs to reach (VMX; SVM below).
-            set(&mut entry.ecx, 5, false);
         }
         // Leaf 4 (Intel) and 0x8000001D (AMD): caches. The last level is shared by the package.
         0x4 | 0x8000_001d => {
@@ -83,11 +83,8 @@ fn patch(entry: &mut kvm_cpuid_entry2, profile: CpuProfile, index: u8, count: u8
                 entry.eax = (entry.eax & !(0x3f << 26)) | (cores_mask.min(0x3f) << 26);
             }
         }
-        // AMD APM volume 3, Fn8000_0001 ECX bit 1: several cores, no hyperthreads. Bit 2: SVM.
-        0x8000_0001 => {
-            set(&mut entry.ecx, 1, count > 1);
-            set(&mut entry.ecx, 2, false);
-        }
+        // AMD APM volume 3, Fn8000_0001 ECX bit 1: several cores, no hyperthreads.
+        0x8000_0001 => set(&mut entry.ecx, 1, count > 1),
         // AMD APM volume 3, Fn8000_0008 ECX: core count and APIC id size.
         0x8000_0008 => {
             entry.ecx = (entry.ecx & !0xf0ff) | (count - 1) | (core_bits(count as u8) << 12);
@@ -176,7 +173,7 @@ mod tests {
     fn every_count_and_index_agree_on_one_package_without_hyperthreads() {
         for count in 1..=32u8 {
             for index in 0..count {
-                let table = for_vcpu(&host(), CpuProfile::Native, index, count).unwrap();
+                let table = for_vcpu(&host(), CpuProfile::Native, false, index, count).unwrap();
                 let one = get(&table, 1, 0);
                 assert_eq!(one.ebx >> 24, u32::from(index));
                 assert_eq!((one.ebx >> 16) & 0xff, u32::from(count));
@@ -206,7 +203,7 @@ mod tests {
 
     #[test]
     fn a_guest_has_no_virtual_machines_of_its_own() {
-        let table = for_vcpu(&host(), CpuProfile::Native, 0, 1).unwrap();
+        let table = for_vcpu(&host(), CpuProfile::Native, false, 0, 1).unwrap();
         assert_eq!(get(&table, 1, 0).ecx & VMX, 0);
         assert_eq!(get(&table, 0x8000_0001, 0).ecx & SVM, 0);
     }
@@ -219,7 +216,7 @@ mod tests {
         let mut seen = sha2::Sha256::new();
         for profile in [CpuProfile::Native, CpuProfile::Emulated] {
             for (index, count) in [(0, 1), (2, 3)] {
-                let table = for_vcpu(&host(), profile, index, count).unwrap();
+                let table = for_vcpu(&host(), profile, false, index, count).unwrap();
                 seen.update(postcard::to_stdvec(table.as_slice()).unwrap());
             }
         }
@@ -227,7 +224,7 @@ mod tests {
         assert_eq!(
             (crate::snapshot::FORMAT, format!("{seen:x}").as_str()),
             (
-                4,
+                5,
                 "71f0931b26adeb104dd2b759a0ab25eae5e243be185351d864f1f8267ed3a466"
             ),
             "raise FORMAT, then note both here"
@@ -236,8 +233,8 @@ mod tests {
 
     #[test]
     fn the_emulated_profile_has_no_paravirtual_calls() {
-        let native = for_vcpu(&host(), CpuProfile::Native, 0, 4).unwrap();
-        let emulated = for_vcpu(&host(), CpuProfile::Emulated, 0, 4).unwrap();
+        let native = for_vcpu(&host(), CpuProfile::Native, false, 0, 4).unwrap();
+        let emulated = for_vcpu(&host(), CpuProfile::Emulated, false, 0, 4).unwrap();
         assert_ne!(get(&native, KVM_FEATURES, 0).eax & KVM_PV_CALLS, 0);
         let cleared = KVM_PV_CALLS | KVM_ASYNC_PF_AND_STEAL;
         assert_eq!(get(&emulated, KVM_FEATURES, 0).eax & cleared, 0);

@@ -1,17 +1,19 @@
 //! The registers of a vCPU that boots (as opposed to one that is restored).
 
-use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs};
+use kvm_bindings::{kvm_msr_entry, kvm_regs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
 
+use super::msrs;
 use crate::boot::{Entry, EntryMode, long_mode};
 use crate::kvm::KvmError;
 use crate::layout;
 
-/// IA32_MISC_ENABLE, bit 0: fast strings (Intel SDM volume 4, table 2-2).
-const MSR_MISC_ENABLE: u32 = 0x1a0;
-/// IA32_MTRR_DEF_TYPE: enabled (bit 11), write-back (6) (Intel SDM volume 3, section 12.11.2.1).
-const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// Of IA32_MISC_ENABLE (Intel SDM volume 4, table 2-2).
+const FAST_STRINGS: u64 = 1;
+/// Of IA32_MTRR_DEF_TYPE (Intel SDM volume 3, section 12.11.2.1).
+const MTRR_ENABLED: u64 = 1 << 11;
+const WRITE_BACK: u64 = 6;
 /// Local vector table entries in the APIC page (Intel SDM volume 3, section 11.5.1).
 const APIC_LVT0: usize = 0x350;
 const APIC_LVT1: usize = 0x360;
@@ -31,17 +33,12 @@ pub(crate) fn boot(
         call: "guest memory",
         source: std::io::ErrorKind::InvalidInput.into(),
     };
-    let msr = |index, data| kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    };
-    let msrs = Msrs::from_entries(&[msr(MSR_MISC_ENABLE, 1), msr(MSR_MTRR_DEF_TYPE, 1 << 11 | 6)])
-        .map_err(|_| KvmError {
-            call: "KVM_SET_MSRS",
-            source: std::io::ErrorKind::InvalidInput.into(),
-        })?;
-    vcpu.set_msrs(&msrs).map_err(KvmError::of("KVM_SET_MSRS"))?;
+    // Fast strings, besides what KVM says of the processor.
+    let misc = msrs::read_one(vcpu, msrs::MISC_ENABLE)?.map(|misc| misc | FAST_STRINGS);
+    let misc = misc.map(|misc| msrs::entry(msrs::MISC_ENABLE, misc));
+    let mtrr = msrs::entry(msrs::MTRR_DEF_TYPE, MTRR_ENABLED | WRITE_BACK);
+    let all: Vec<kvm_msr_entry> = misc.into_iter().chain([mtrr]).collect();
+    msrs::write(vcpu, &all)?;
     let mut lapic = vcpu.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?;
     for (register, mode) in [(APIC_LVT0, APIC_MODE_EXTINT), (APIC_LVT1, APIC_MODE_NMI)] {
         if let Some(bytes) = lapic.regs.get_mut(register..register + 4) {

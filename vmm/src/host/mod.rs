@@ -8,9 +8,11 @@ use std::sync::{Mutex, OnceLock};
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 
+use probe::MOST_PATIENT;
 pub(crate) use probe::Probe;
 
 use crate::advice::advice;
+use crate::caps::Caps;
 use crate::forked::Mark;
 
 /// Environment variable that forces the CPU profile: `native`, `emulated` or `auto`.
@@ -80,15 +82,6 @@ pub enum CpuProfile {
 }
 
 impl CpuProfile {
-    /// What to multiply a timeout by that was chosen for hardware.
-    #[must_use]
-    pub fn timeout_factor(self) -> u32 {
-        match self {
-            Self::Native => 1,
-            Self::Emulated => 10,
-        }
-    }
-
     /// Kernel command-line words that this profile needs. The emulator lacks the instructions that
     /// the kernel patches in when it sees these features; `hearth.emulated` switches on our kernel
     /// patches. `rodata=off` leaves the kernel's pages as they were mapped: write-protecting them walks
@@ -126,6 +119,7 @@ pub struct Host {
     probe: Option<Probe>,
     cpuid: CpuId,
     msr_indices: Vec<u32>,
+    caps: Caps,
     max_vcpus: usize,
     /// Of the process that was probed.
     mark: Mark,
@@ -182,6 +176,7 @@ impl Host {
             .map_err(|e| ioctl("KVM_GET_MSR_INDEX_LIST", e))?
             .as_slice()
             .to_vec();
+        let caps = Caps::of(&kvm);
         let max_vcpus = kvm.get_max_vcpus();
         tracing::debug!(?profile, ?probe, "host probed");
         Ok(Host {
@@ -190,6 +185,7 @@ impl Host {
             probe,
             cpuid,
             msr_indices,
+            caps,
             max_vcpus,
             mark: Mark::of_this_process(),
         })
@@ -213,6 +209,19 @@ impl Host {
         self.probe.map(|p| p.best)
     }
 
+    /// What to multiply a time by that was chosen for a fast host: 1 to 10, by how long the probe guest took. 10 where ring 0
+    /// is emulated.
+    #[must_use]
+    pub fn timeout_factor(&self) -> u32 {
+        match self.probe {
+            Some(probe) => probe.timeout_factor(),
+            None => match self.profile {
+                CpuProfile::Native => 1,
+                CpuProfile::Emulated => MOST_PATIENT,
+            },
+        }
+    }
+
     /// CPUID leaves that KVM can give a guest.
     #[must_use]
     pub fn cpuid(&self) -> &CpuId {
@@ -223,6 +232,10 @@ impl Host {
     #[must_use]
     pub fn msr_indices(&self) -> &[u32] {
         &self.msr_indices
+    }
+
+    pub(crate) fn caps(&self) -> Caps {
+        self.caps
     }
 
     /// Most vCPUs of one VM that the host supports.

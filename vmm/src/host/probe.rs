@@ -28,6 +28,11 @@ const CODE: [u8; 12] = [
     0xeb, 0xf4, // jmp -12
 ];
 
+/// A round on a fast host, entry and exit of the guest included: several times what processors of today need.
+const FAST: Duration = Duration::from_micros(50);
+/// The most that a slow host is given to what a fast one needs.
+pub(super) const MOST_PATIENT: u32 = 10;
+
 /// Rounds that are measured at most.
 const ROUNDS: u32 = 3;
 /// Most interruptions: a signal of the embedder's every millisecond, for ten seconds.
@@ -118,6 +123,14 @@ impl Probe {
         Ok(Probe { best })
     }
 
+    /// How much slower than a fast host this one is, in whole steps: 1 to [`MOST_PATIENT`].
+    pub(super) fn timeout_factor(self) -> u32 {
+        let times = self.best.as_nanos().div_ceil(FAST.as_nanos());
+        u32::try_from(times)
+            .unwrap_or(u32::MAX)
+            .clamp(1, MOST_PATIENT)
+    }
+
     pub(crate) fn profile(self) -> CpuProfile {
         if self.best < THRESHOLD {
             CpuProfile::Native
@@ -147,6 +160,19 @@ mod tests {
             .profile(),
             CpuProfile::Emulated
         );
+    }
+
+    #[test]
+    fn a_slow_host_is_given_more_time_and_an_emulated_one_most() {
+        let factor = |micros| {
+            let best = Duration::from_micros(micros);
+            Probe { best }.timeout_factor()
+        };
+        assert_eq!(
+            [0, 5, 50, 51, 150, 450, 2_000].map(factor),
+            [1, 1, 1, 2, 3, 9, 10]
+        );
+        assert_eq!(factor(8_000), 10);
     }
 
     const MS: Duration = Duration::from_millis(1);

@@ -16,6 +16,7 @@ fn without_devices(bytes: u64) -> VmState {
             vcpus: 1,
             console: true,
             pit: true,
+            pmu: false,
             profile: CpuProfile::Native,
             limits: Limits::default(),
         },

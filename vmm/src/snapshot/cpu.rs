@@ -1,24 +1,26 @@
 //! The state of one vCPU, saved and restored in the order that KVM wants.
 
 use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_RUNNABLE, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 
+use crate::cpu::msrs::{self, Registers};
+use crate::host::CpuProfile;
 use crate::kvm::KvmError;
 
-/// IA32_TSC_DEADLINE; restored after the APIC and after the TSC (Intel SDM volume 3, section
-/// 11.5.4.1), so it is kept last.
-pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// MSRs that are kept whatever they are: the time stamp counter, which is first, because the deadline refers to it; the deadline,
+/// which is last, because it is restored after the APIC and after the counter (Intel SDM volume 3, section 11.5.4.1); and
+/// what the guest was told of the processor (IA32_ARCH_CAPABILITIES, IA32_BIOS_SIGN_ID), which another boot of the host may
+/// tell otherwise.
+const KEPT: [u32; 4] = [msrs::TSC, msrs::TSC_DEADLINE, 0x10a, 0x8b];
+/// Ticks by which the time stamp counter is set off before it is set: a minute and more of any processor.
+const FAR: u64 = 1 << 40;
 /// Where the guest wants the wall clock's base written, MSR_KVM_WALL_CLOCK and its older number
 /// (Documentation/virt/kvm/x86/msr.rst). Not restored: KVM would write there once more, a page of each clone
 /// for a value that is only read when it was just asked for.
 const MSR_KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
-/// IA32_MTRR_DEF_TYPE: set at boot, but not in KVM's list.
-const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// IA32_TSC; first, because the deadline refers to it.
-pub(super) const MSR_TSC: u32 = 0x10;
 
 /// Debug registers after a reset (Intel SDM volume 3, table 10-1).
 const DEBUG_RESET: kvm_debugregs = kvm_debugregs {
@@ -46,6 +48,7 @@ pub(crate) struct VcpuState {
     xcrs: kvm_xcrs,
     debugregs: kvm_debugregs,
     lapic: Box<kvm_lapic_state>,
+    /// Those that a vCPU that boots has not anyway.
     msrs: Vec<kvm_msr_entry>,
     events: kvm_vcpu_events,
 }
@@ -59,8 +62,13 @@ impl std::fmt::Debug for VcpuState {
 }
 
 impl VcpuState {
-    /// Saves a vCPU that does not run and has no exit unfinished. `msr_indices` is the host's list.
-    pub(crate) fn save(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<Self, KvmError> {
+    /// Saves a vCPU that does not run and has no exit unfinished. `msr_indices` is the host's list, `fresh` what those of a
+    /// vCPU are that has not run.
+    pub(crate) fn save(
+        vcpu: &VcpuFd,
+        msr_indices: &[u32],
+        fresh: &[kvm_msr_entry],
+    ) -> Result<Self, KvmError> {
         Ok(Self {
             mp_state: vcpu
                 .get_mp_state()
@@ -73,7 +81,7 @@ impl VcpuState {
                 .get_debug_regs()
                 .map_err(KvmError::of("KVM_GET_DEBUGREGS"))?,
             lapic: Box::new(vcpu.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?),
-            msrs: read_msrs(vcpu, msr_indices)?,
+            msrs: read_msrs(vcpu, msr_indices, fresh)?,
             events: vcpu
                 .get_vcpu_events()
                 .map_err(KvmError::of("KVM_GET_VCPU_EVENTS"))?,
@@ -81,7 +89,12 @@ impl VcpuState {
     }
 
     /// Restores a fresh vCPU, the `index`th, whose CPUID is set. What it has from its reset is not set.
-    pub(crate) fn restore(&self, vcpu: &VcpuFd, index: usize) -> Result<(), KvmError> {
+    pub(crate) fn restore(
+        &self,
+        vcpu: &VcpuFd,
+        index: usize,
+        profile: CpuProfile,
+    ) -> Result<(), KvmError> {
         // The first vCPU is runnable from the start, the others wait for it (KVM_CREATE_VCPU).
         if index > 0 || self.mp_state.mp_state != KVM_MP_STATE_RUNNABLE {
             vcpu.set_mp_state(self.mp_state)
@@ -91,8 +104,8 @@ impl VcpuState {
             .map_err(KvmError::of("KVM_SET_REGS"))?;
         vcpu.set_sregs(&self.sregs)
             .map_err(KvmError::of("KVM_SET_SREGS"))?;
-        // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes unless the process asked for
-        // larger features (AMX) with arch_prctl, which this library never does.
+        // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes of a vCPU without dynamic features (AMX), which no
+        // guest is shown (`cpu::features`).
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(KvmError::of("KVM_SET_XSAVE"))?;
         if !is_reset(&self.xcrs) {
             vcpu.set_xcrs(&self.xcrs)
@@ -104,83 +117,94 @@ impl VcpuState {
         }
         vcpu.set_lapic(&self.lapic)
             .map_err(KvmError::of("KVM_SET_LAPIC"))?;
-        match self.msrs.split_last() {
-            Some((deadline, others)) if is_armed(deadline) => {
-                write_msrs(vcpu, others)?;
-                write_msrs(vcpu, &[self.put_off(*deadline, vcpu)?])?;
-            }
-            _ => write_msrs(vcpu, &self.msrs)?,
-        }
+        self.restore_msrs(vcpu, index, profile)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(KvmError::of("KVM_SET_VCPU_EVENTS"))
     }
 
+    fn restore_msrs(
+        &self,
+        vcpu: &impl Registers,
+        index: usize,
+        profile: CpuProfile,
+    ) -> Result<(), KvmError> {
+        let counter = self.msrs.first().filter(|msr| msr.index == msrs::TSC);
+        // Of the first vCPU: KVM gives the others the same counter.
+        let counter = counter.filter(|_| index == 0 && profile == CpuProfile::Native);
+        if let Some(counter) = counter {
+            // KVM before 6.7 takes a value within a second of what it expects, which is what a new VM has, for a try to set
+            // all vCPUs alike, and goes on with its own: until the guest's clock is where it was, time would stand still.
+            let far = counter.data.wrapping_add(FAR);
+            msrs::write(vcpu, &[msrs::entry(msrs::TSC, far)])?;
+        }
+        match self.msrs.split_last() {
+            Some((deadline, others)) if is_armed(deadline) => {
+                msrs::write(vcpu, others)?;
+                msrs::write(vcpu, &[self.put_off(*deadline, vcpu)?])?;
+            }
+            _ => msrs::write(vcpu, &self.msrs)?,
+        }
+        match counter {
+            Some(counter) => goes_on(vcpu, counter.data),
+            None => Ok(()),
+        }
+    }
+
     /// The deadline as far ahead as it was. Where the time stamp counter cannot be restored it has gone on since: all
     /// deadlines would be over, and each clone would begin with a timer interrupt for nothing.
-    fn put_off(&self, deadline: kvm_msr_entry, vcpu: &VcpuFd) -> Result<kvm_msr_entry, KvmError> {
-        let Some(saved) = self.msrs.first().filter(|msr| msr.index == MSR_TSC) else {
+    fn put_off(
+        &self,
+        deadline: kvm_msr_entry,
+        vcpu: &impl Registers,
+    ) -> Result<kvm_msr_entry, KvmError> {
+        let Some(saved) = self.msrs.first().filter(|msr| msr.index == msrs::TSC) else {
             return Ok(deadline);
         };
-        let now = read_msrs(vcpu, &[MSR_TSC])?;
-        let now = now.iter().find(|msr| msr.index == MSR_TSC);
-        let passed = now.map_or(0, |now| now.data.wrapping_sub(saved.data));
+        let now = msrs::read_one(vcpu, msrs::TSC)?;
+        let passed = now.map_or(0, |now| now.wrapping_sub(saved.data));
         // Back at zero it would stop the timer.
         let data = deadline.data.wrapping_add(passed).max(1);
         Ok(kvm_msr_entry { data, ..deadline })
     }
 }
 
-/// Whether this is the timer's deadline, and there is one (zero: none).
-fn is_armed(msr: &kvm_msr_entry) -> bool {
-    msr.index == MSR_TSC_DEADLINE && msr.data != 0
-}
-
-fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
-    Msrs::from_entries(entries).map_err(|_| KvmError {
-        call: "MSR list",
-        source: std::io::ErrorKind::InvalidInput.into(),
+/// Whether the time stamp counter, which was set to this, is there and has gone on.
+fn goes_on(vcpu: &impl Registers, from: u64) -> Result<(), KvmError> {
+    let now = msrs::read_one(vcpu, msrs::TSC)?;
+    if now.is_none_or(|now| now.wrapping_sub(from) < FAR / 2) {
+        return Ok(());
+    }
+    Err(KvmError {
+        call: "KVM_SET_MSRS",
+        source: std::io::Error::other("the clone's time stamp counter is not where it was set"),
     })
 }
 
-/// Reads all that can be read. KVM stops at the first MSR that it cannot read (some are listed but
-/// not given to this guest); that one is left out.
-fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
-    let listed = indices.iter().filter(|index| **index != MSR_MTRR_DEF_TYPE);
-    let mut left: Vec<kvm_msr_entry> = listed
+/// Whether this is the timer's deadline, and there is one (zero: none).
+fn is_armed(msr: &kvm_msr_entry) -> bool {
+    msr.index == msrs::TSC_DEADLINE && msr.data != 0
+}
+
+/// What is worth keeping of the MSRs of a vCPU: those that differ from what a `fresh` one has. KVM lists more than a hundred,
+/// of which a guest has set two dozen; and some it notes in the host's log when they are written, with whatever value.
+fn read_msrs(
+    vcpu: &impl Registers,
+    indices: &[u32],
+    fresh: &[kvm_msr_entry],
+) -> Result<Vec<kvm_msr_entry>, KvmError> {
+    let listed = indices.iter().copied();
+    let listed = listed.filter(|index| *index != msrs::MTRR_DEF_TYPE);
+    let wanted = listed
         .filter(|index| !MSR_KVM_WALL_CLOCK.contains(index))
-        .chain([&MSR_MTRR_DEF_TYPE])
-        .map(|index| kvm_msr_entry {
-            index: *index,
-            ..Default::default()
-        })
-        .collect();
-    let mut read = Vec::with_capacity(left.len());
-    while !left.is_empty() {
-        let mut list = msr_list(&left)?;
-        let count = vcpu
-            .get_msrs(&mut list)
-            .map_err(KvmError::of("KVM_GET_MSRS"))?;
-        read.extend_from_slice(list.as_slice().get(..count).unwrap_or(&[]));
-        left.drain(..(count + 1).min(left.len()));
-    }
+        .chain([msrs::MTRR_DEF_TYPE]);
+    let mut read = msrs::read(vcpu, wanted)?;
+    read.retain(|msr| KEPT.contains(&msr.index) || !fresh.contains(msr));
     read.sort_by_key(|msr| match msr.index {
-        MSR_TSC => 0,
-        MSR_TSC_DEADLINE => 2,
+        msrs::TSC => 0,
+        msrs::TSC_DEADLINE => 2,
         _ => 1,
     });
     Ok(read)
-}
-
-/// Writes all that can be written, in order; an MSR that KVM only lets read is passed over.
-fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
-    let mut left = entries;
-    while !left.is_empty() {
-        let count = vcpu
-            .set_msrs(&msr_list(left)?)
-            .map_err(KvmError::of("KVM_SET_MSRS"))?;
-        left = left.get(count + 1..).unwrap_or(&[]);
-    }
-    Ok(())
 }
 
 #[cfg(any(test, feature = "testing"))]
@@ -197,6 +221,134 @@ impl VcpuState {
             lapic: Default::default(),
             msrs: vec![kvm_msr_entry::default()],
             events: Default::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::BTreeMap;
+    use std::io::Write as _;
+
+    use kvm_bindings::Msrs;
+
+    use super::*;
+    use crate::host::Host;
+    use crate::kvm::{create_irqchip, create_vcpu, create_vm};
+
+    /// A vCPU of a KVM that goes on with the time stamp counter that it expects where it is given one near that: before 6.7.
+    #[derive(Default)]
+    struct Played {
+        msrs: RefCell<BTreeMap<u32, u64>>,
+        writes: RefCell<Vec<u32>>,
+        keeps_its_counter: bool,
+    }
+
+    /// Ticks of a second.
+    const SECOND: u64 = 2_000_000_000;
+
+    impl Registers for Played {
+        fn get(&self, list: &mut Msrs) -> Result<usize, KvmError> {
+            for (done, msr) in list.as_mut_slice().iter_mut().enumerate() {
+                match self.msrs.borrow().get(&msr.index) {
+                    Some(data) => msr.data = *data,
+                    None => return Ok(done),
+                }
+            }
+            Ok(list.as_slice().len())
+        }
+
+        fn set(&self, list: &Msrs) -> Result<usize, KvmError> {
+            for msr in list.as_slice() {
+                self.writes.borrow_mut().push(msr.index);
+                let mut msrs = self.msrs.borrow_mut();
+                let data = msrs.entry(msr.index).or_default();
+                let near = data.abs_diff(msr.data) < SECOND;
+                let ignored = msr.index == msrs::TSC && (near || self.keeps_its_counter);
+                if !ignored {
+                    *data = msr.data;
+                }
+            }
+            Ok(list.as_slice().len())
+        }
+    }
+
+    fn state(msrs: &[(u32, u64)]) -> VcpuState {
+        let msrs = msrs.iter().map(|(index, data)| msrs::entry(*index, *data));
+        VcpuState {
+            msrs: msrs.collect(),
+            ..VcpuState::blank()
+        }
+    }
+
+    #[test]
+    fn a_young_guest_s_clock_goes_on_where_it_was_on_kernels_that_would_set_it_back() {
+        let saved = state(&[(msrs::TSC, SECOND / 2), (msrs::TSC_DEADLINE, 0)]);
+        let young = Played::default();
+        saved.restore_msrs(&young, 0, CpuProfile::Native).unwrap();
+        assert_eq!(young.msrs.borrow()[&msrs::TSC], SECOND / 2);
+        // One that does not take it at all is no host for a clone, unless its counter is known to be the host's.
+        let stubborn = Played {
+            keeps_its_counter: true,
+            ..Played::default()
+        };
+        let refused = saved.restore_msrs(&stubborn, 0, CpuProfile::Native);
+        assert_eq!(refused.unwrap_err().call, "KVM_SET_MSRS");
+        saved
+            .restore_msrs(&stubborn, 0, CpuProfile::Emulated)
+            .unwrap();
+    }
+
+    #[test]
+    fn what_a_vcpu_has_anyway_is_neither_kept_nor_written() {
+        let vcpu = Played::default();
+        let fresh = [(0x174, 0), (0x1d9, 0), (0x277, 7), (0x10a, 5)];
+        let fresh: Vec<_> = fresh
+            .iter()
+            .map(|(index, data)| msrs::entry(*index, *data))
+            .collect();
+        let now = [
+            (0x10, 1),
+            (0x174, 16),
+            (0x1d9, 0),
+            (0x277, 7),
+            (0x10a, 5),
+            (0x6e0, 0),
+        ];
+        vcpu.msrs.borrow_mut().extend(now);
+        let indices = now.map(|(index, _)| index);
+        let kept = read_msrs(&vcpu, &indices, &fresh).unwrap();
+        let kept: Vec<u32> = kept.iter().map(|msr| msr.index).collect();
+        // The counter first, the deadline last, what the guest was told of its processor always.
+        assert_eq!(kept, [0x10, 0x174, 0x10a, 0x6e0]);
+    }
+
+    /// On the host's own KVM, with a guest that is younger than a second.
+    #[test]
+    fn a_clone_s_time_stamp_counter_is_not_behind_its_template_s() {
+        let host = match Host::get() {
+            Ok(host) if host.profile() == CpuProfile::Native => host,
+            _ => {
+                let why = "no KVM that has a guest's time stamp counter set";
+                let _ = writeln!(std::io::stderr(), "\nNOT MEASURED: {why}");
+                return;
+            }
+        };
+        for millis in [1, 100, 900, 5_000] {
+            let vm = create_vm(host.kvm()).unwrap();
+            create_irqchip(&vm, false).unwrap();
+            let vcpu = create_vcpu(&vm, 0, host.cpuid()).unwrap();
+            let khz = u64::from(vcpu.get_tsc_khz().unwrap());
+            let saved = khz * millis;
+            let state = state(&[(msrs::TSC, saved), (msrs::TSC_DEADLINE, 0)]);
+            state.restore_msrs(&vcpu, 0, CpuProfile::Native).unwrap();
+            let now = msrs::read_one(&vcpu, msrs::TSC).unwrap().unwrap();
+            let since = now.checked_sub(saved);
+            assert!(
+                since.is_some_and(|since| since < 10_000 * khz),
+                "{now} after {saved}"
+            );
         }
     }
 }

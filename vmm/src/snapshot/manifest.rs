@@ -17,7 +17,7 @@ use super::origin::Origin;
 
 /// Version of the format; others are refused. Raised whenever any struct below [`Manifest`] changes, or
 /// what a vCPU is given that is not saved (its CPUID).
-pub(crate) const FORMAT: u32 = 4;
+pub(crate) const FORMAT: u32 = 5;
 /// Most bytes of a manifest: far more than 32 vCPUs and all connections of a device need.
 pub(super) const MAX_BYTES: u64 = 4 << 20;
 

@@ -42,6 +42,7 @@ use crate::host::HostError;
 use crate::kvm::KvmError;
 use crate::machine::{BootError, Hardware, Machine};
 use crate::memory::seal;
+use crate::placement::{Placement, VcpuThread};
 use crate::prefetch::WorkingSet;
 use crate::vcpu::gate::Want;
 use crate::virtio::mmio::TransportState;
@@ -84,6 +85,7 @@ pub(crate) struct VmState {
 pub struct Template {
     frozen: Arc<Frozen>,
     count_instructions: bool,
+    placement: Option<Placement>,
     /// Pages that clones have from the start.
     working_set: Option<Arc<WorkingSet>>,
     /// Keeps the cache entry that holds this template.
@@ -133,6 +135,18 @@ impl Template {
     #[must_use]
     pub fn count_instructions(mut self, on: bool) -> Self {
         self.count_instructions = on;
+        self
+    }
+
+    /// Has `place` decide where the vCPU threads of this value's clones run, as
+    /// [`VmConfigBuilder::place_vcpus`](crate::VmConfigBuilder::place_vcpus) does for a VM that boots; of a
+    /// [`Shell`], when it is made. A template does not keep what it was booted with.
+    #[must_use]
+    pub fn place_vcpus(
+        mut self,
+        place: impl Fn(&VcpuThread) -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        self.placement = Some(Placement::new(place));
         self
     }
 
@@ -201,6 +215,7 @@ impl Template {
         Self {
             frozen: Arc::new(Frozen { state, memory }),
             count_instructions: false,
+            placement: None,
             working_set: None,
             _lease: None,
         }

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::cpuid;
 use crate::host::{Host, HostError};
 use crate::kvm::{KvmError, create_vcpu, create_vm};
 
@@ -17,7 +18,7 @@ pub(crate) struct Origin {
     kernel: String,
     /// Rate of the time stamp counter, to which the guest has set its clocks; 0 if KVM does not tell.
     tsc_khz: u32,
-    /// What KVM can show a guest, without what differs from one processor of the host to the next.
+    /// What a guest is shown, without what differs from one processor of the host to the next.
     cpuid: Vec<kvm_cpuid_entry2>,
 }
 
@@ -31,7 +32,7 @@ pub enum Difference {
         /// Here.
         here: String,
     },
-    /// The same processor, but KVM shows a guest other features (microcode, firmware or module
+    /// The same processor, but a guest is shown other features (microcode, firmware or module
     /// settings differ).
     Feature {
         /// CPUID leaf.
@@ -83,11 +84,10 @@ impl Origin {
             .map(|part| part.to_string_lossy())
             .join(" ");
         let host = Host::get()?;
-        let cpuid = host.cpuid().as_slice();
         Ok(Self {
             kernel,
             tsc_khz: tsc_khz(host)?,
-            cpuid: cpuid.iter().map(whole_host).collect(),
+            cpuid: cpuid::shown(host.cpuid()).filter_map(whole_host).collect(),
         })
     }
 
@@ -167,10 +167,11 @@ fn tsc_khz(host: &Host) -> Result<u32, KvmError> {
 }
 
 /// A leaf without what depends on which processor of the host answered (Intel SDM volume 2, CPUID; AMD
-/// APM volume 3, appendix E).
-fn whole_host(leaf: &kvm_cpuid_entry2) -> kvm_cpuid_entry2 {
-    let mut leaf = *leaf;
+/// APM volume 3, appendix E). None if that is all of it: caches, which hybrid processors have of two kinds, are a hint to
+/// the guest, which takes no harm from those of another.
+fn whole_host(mut leaf: kvm_cpuid_entry2) -> Option<kvm_cpuid_entry2> {
     match leaf.function {
+        0x2 | 0x4 | 0x8000_0005 | 0x8000_0006 | 0x8000_0019 | 0x8000_001d => return None,
         // Initial APIC id.
         0x1 => leaf.ebx &= 0x00ff_ffff,
         // x2APIC id.
@@ -181,11 +182,13 @@ fn whole_host(leaf: &kvm_cpuid_entry2) -> kvm_cpuid_entry2 {
         0x8000_001e => (leaf.eax, leaf.ebx, leaf.ecx) = (0, 0, 0),
         _ => {}
     }
-    leaf
+    Some(leaf)
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use kvm_bindings::CpuId;
+
     use super::*;
 
     /// A host that nobody has.
@@ -266,7 +269,7 @@ pub(crate) mod tests {
     fn which_processor_of_a_host_answered_is_no_difference() {
         let answered = |apic: u32| {
             [0x1, 0xb, 0x8000_001e].map(|function| {
-                whole_host(&kvm_cpuid_entry2 {
+                whole_host(kvm_cpuid_entry2 {
                     function,
                     ebx: if function == 1 { apic << 24 | 0x800 } else { 0 },
                     edx: if function == 0xb { apic } else { 0 },
@@ -276,6 +279,32 @@ pub(crate) mod tests {
             })
         };
         assert_eq!(answered(0), answered(7));
-        assert_eq!(answered(0)[0].ebx, 0x800);
+        assert_eq!(answered(0)[0].map(|leaf| leaf.ebx), Some(0x800));
+    }
+
+    /// Performance and efficiency cores have caches of their own; which of them answers is chance.
+    #[test]
+    fn which_kind_of_a_hybrid_host_s_processors_answered_is_no_difference() {
+        let host = |kind: u32| {
+            let leaf = |function, index, eax| kvm_cpuid_entry2 {
+                function,
+                index,
+                eax,
+                ..Default::default()
+            };
+            let caches = (0..4).map(move |index| leaf(0x4, index, 0x121 + kind));
+            let leaves = caches.chain([
+                leaf(0x1, 0, 0xb0671),
+                leaf(0x2, 0, 0xff + kind),
+                leaf(0x7, 0, 2),
+                leaf(0x1a, 0, kind << 24),
+                leaf(0x8000_0006, 0, kind),
+            ]);
+            let host = CpuId::from_entries(&leaves.collect::<Vec<_>>()).unwrap();
+            let shown: Vec<_> = cpuid::shown(&host).filter_map(whole_host).collect();
+            shown
+        };
+        assert_eq!(host(0x20), host(0x40));
+        assert_eq!(host(0x20).len(), 2);
     }
 }

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, Msrs, kvm_msr_entry};
+use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use kvm_ioctls::VcpuFd;
 
-use super::cpu::{MSR_TSC, MSR_TSC_DEADLINE};
+use crate::cpu::msrs;
 use crate::vcpu::gate::Gate;
 
 /// For how long no vCPU has anything to do unless an interrupt comes. `None` if one is not idle, or does not wait at
@@ -24,13 +24,8 @@ fn until_timer(vcpu: &VcpuFd) -> Option<Duration> {
     if state.mp_state == KVM_MP_STATE_RUNNABLE {
         return None;
     }
-    let entries = [MSR_TSC, MSR_TSC_DEADLINE].map(|index| kvm_msr_entry {
-        index,
-        ..Default::default()
-    });
-    let mut msrs = Msrs::from_entries(&entries).ok()?;
-    vcpu.get_msrs(&mut msrs).ok()?;
-    let &[now, deadline] = msrs.as_slice() else {
+    let read = msrs::read(vcpu, [msrs::TSC, msrs::TSC_DEADLINE].into_iter()).ok()?;
+    let &[now, deadline] = &read[..] else {
         return None;
     };
     // Zero: not armed (Intel SDM volume 3, section 11.5.4.1).

@@ -27,7 +27,8 @@ impl Shell {
     pub(super) fn of(template: &Template) -> Result<Self, BootError> {
         let mut machine = assemble(template)?;
         let hardware = machine.hardware;
-        let crew = Crew::muster(hardware.vcpus, hardware.limits)?;
+        let placement = template.placement.as_ref();
+        let crew = Crew::muster(hardware.vcpus, hardware.limits, placement)?;
         machine.start_surely(crew, Want::Pause)?;
         if !machine.settle() {
             return Err(BootError::State("its threads do not come to wait".into()));
@@ -92,7 +93,8 @@ fn assemble(template: &Template) -> Result<Machine, BootError> {
 pub(super) fn fork(template: &Template, want: Want) -> Result<Vm, BootError> {
     let mut machine = assemble(template)?;
     let hardware = machine.hardware;
-    let crew = Crew::muster(hardware.vcpus, hardware.limits)?;
+    let placement = template.placement.as_ref();
+    let crew = Crew::muster(hardware.vcpus, hardware.limits, placement)?;
     crew.alert();
     machine.restore(&template.frozen.state)?;
     machine.start(crew, want)?;

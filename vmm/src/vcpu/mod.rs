@@ -2,6 +2,7 @@
 
 pub(crate) mod gate;
 pub(crate) mod kick;
+mod notable;
 pub(crate) mod quota;
 pub(crate) mod runner;
 pub(crate) mod stats;
@@ -46,6 +47,9 @@ pub enum VcpuError {
     /// The timer that meters processor time could not be made.
     #[error("the host refused a timer for the processor quota; raise ulimit -i: {0}")]
     Timer(std::io::Error),
+    /// The embedding program's hook did not place the thread.
+    #[error("the program's hook, place_vcpus, did not place a vCPU thread")]
+    Placement(#[source] std::io::Error),
     /// The thread could not be confined.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
@@ -80,6 +84,9 @@ pub struct ExitCounters {
     pub interrupted: AtomicU64,
     /// Registers of programs that were saved or loaded for the guest's kernel, where ring 0 is emulated.
     pub registers: AtomicU64,
+    /// Locks that stopped the memory of all processors, where the host tells; after each the vCPU rests for a millisecond.
+    /// They are noted at exits of any kind, and so not in the sum.
+    pub bus_locks: AtomicU64,
     /// Anything else.
     pub other: AtomicU64,
     /// See [`ExitCounters::first`].
@@ -213,7 +220,12 @@ impl Vcpu {
                     break Step::End(Exit::BusError);
                 }
                 match ran {
-                    Ok(Step::Continue) => {}
+                    Ok(Step::Continue) => {
+                        if notable::locked_the_bus(fd.get_kvm_run()) {
+                            exits.bus_locks.fetch_add(1, Ordering::Relaxed);
+                            gate.rest(Instant::now() + notable::REST);
+                        }
+                    }
                     Ok(Step::Kicked) => {
                         // A debt may take several periods.
                         while let Some(until) = meter.as_mut().and_then(|meter| meter.charge()) {
@@ -359,6 +371,7 @@ fn run_once(
             count(&exits.interrupted);
             return Ok(Step::Kicked);
         }
+        VcpuExit::Unsupported(reason) => return Ok(notable::step(reason, fd.get_kvm_run())),
         other => {
             return Ok(Step::End(Exit::Failed(format!(
                 "unexpected exit {other:?}"

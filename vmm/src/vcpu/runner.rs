@@ -9,9 +9,12 @@ use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::thread::Pid;
+
 use super::quota::{Account, Meter};
 use super::{Vcpu, VcpuError, kick};
 use crate::limits::Limits;
+use crate::placement::{Placement, VcpuThread};
 use crate::seccomp::{self, Role};
 use crate::threads::{self, SMALL_STACK};
 
@@ -29,6 +32,7 @@ static STOCK: Mutex<Vec<Runner>> = Mutex::new(Vec::new());
 #[derive(Debug)]
 pub(crate) struct Runner {
     orders: Sender<Order>,
+    id: Receiver<Pid>,
     is_spare: bool,
 }
 
@@ -48,14 +52,27 @@ impl Runner {
     fn new(limits: Limits, account: Option<Arc<Account>>) -> Result<Self, VcpuError> {
         kick::install()?;
         let (orders, todo) = mpsc::channel();
+        let (began, id) = mpsc::channel();
         threads::spawn(IDLE, SMALL_STACK, move || {
+            // Nobody waits for it unless the thread is to be placed.
+            let _ = began.send(VcpuThread::own_id());
             serve(&todo, limits, account.as_deref())
         })
         .map_err(VcpuError::Thread)?;
         Ok(Self {
             orders,
+            id,
             is_spare: is_usual(limits),
         })
+    }
+
+    /// Has it placed for its vCPU; it is no spare afterwards.
+    fn place(&mut self, index: usize, placement: &Placement) -> Result<(), VcpuError> {
+        self.is_spare = false;
+        let ended = |_| VcpuError::Thread(std::io::ErrorKind::BrokenPipe.into());
+        let id = self.id.recv().map_err(ended)?;
+        let thread = VcpuThread::new(index, id);
+        placement.place(thread).map_err(VcpuError::Placement)
     }
 
     /// Lets it run `vcpu`, which comes to its gate first.
@@ -94,17 +111,28 @@ fn stock() -> MutexGuard<'static, Vec<Runner>> {
 pub(crate) struct Crew(Vec<Runner>);
 
 impl Crew {
-    /// So many threads.
-    pub(crate) fn muster(vcpus: u8, limits: Limits) -> Result<Self, VcpuError> {
+    /// So many threads, which `placement` is told of.
+    pub(crate) fn muster(
+        vcpus: u8,
+        limits: Limits,
+        placement: Option<&Placement>,
+    ) -> Result<Self, VcpuError> {
         let mut crew = Self(Vec::with_capacity(usize::from(vcpus)));
         let account = limits.cpu_percent.map(Account::new).map(Arc::new);
-        for _ in 0..vcpus {
-            let spare = is_usual(limits).then(|| stock().pop()).flatten();
-            crew.0.push(match spare {
+        for index in 0..usize::from(vcpus) {
+            let usual = is_usual(limits) && placement.is_none();
+            let spare = usual.then(|| stock().pop()).flatten();
+            let mut runner = match spare {
                 Some(spare) => spare,
                 None => Runner::new(limits, account.clone())?,
-            });
+            };
+            if let Some(placement) = placement {
+                runner.place(index, placement)?;
+            }
+            crew.0.push(runner);
         }
+        // The first is taken from the end.
+        crew.0.reverse();
         Ok(crew)
     }
 

@@ -21,7 +21,7 @@ const SAVE: u16 = 0x5f4;
 /// The port that loads.
 const LOAD: u16 = SAVE + 4;
 
-/// Bytes of `kvm_xsave`, unless the process asked for larger features (AMX), which this library never does.
+/// Bytes of `kvm_xsave`, which hold all that a guest may have (`cpu::features`).
 const AREA: usize = 4096;
 /// The state components that are kept: x87, SSE, AVX and the three of AVX-512 (13.1).
 const KEPT: u64 = FP | SSE | 1 << 2 | 7 << 5;
@@ -81,8 +81,8 @@ impl Request {
             }
             Self::Load(address) => {
                 let xsave = xsave_of(&load(ram, address)?);
-                // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes unless the process asked for
-                // larger features (AMX) with arch_prctl, which this library never does.
+                // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes of a vCPU without dynamic features (AMX), which
+                // no guest is shown (`cpu::features`).
                 unsafe { vcpu.set_xsave(&xsave) }.map_err(kvm("KVM_SET_XSAVE"))
             }
         }

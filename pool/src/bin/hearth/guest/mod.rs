@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use hearth_agent::Command;
 use hearth_agent::proto::{Account, Exited, ROOT_WORD, layer_word};
 use hearth_images::Images;
-use hearth_vmm::{CpuProfile, Host, VmConfig};
+use hearth_vmm::{Host, VmConfig};
 
 pub(crate) use self::error::RunError;
 pub(crate) use self::image::{Image, image as image_by_name};
@@ -24,9 +24,6 @@ use crate::progress;
 use crate::runtime;
 use crate::signals;
 use crate::{FAILED, TIMED_OUT};
-
-/// How long a guest may take to its agent's greeting on hardware; scaled by the CPU profile.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The guest.
 #[derive(Debug, clap::Args)]
@@ -190,7 +187,8 @@ pub(crate) fn run(
     let plan = session::Plan {
         config,
         job,
-        boot_timeout: options.boot_timeout.unwrap_or(boot_timeout(host.profile())),
+        slowness: host.timeout_factor(),
+        boot_timeout: options.boot_timeout,
         show_console: options.console,
         owner: options.account(),
         copy_in: options.copy_in.clone(),
@@ -201,10 +199,6 @@ pub(crate) fn run(
     // A read of stdin that nobody waits for any more must not hold the exit up.
     runtime.shutdown_background();
     result
-}
-
-fn boot_timeout(profile: CpuProfile) -> Duration {
-    BOOT_TIMEOUT.saturating_mul(profile.timeout_factor())
 }
 
 /// The exit code for a program's end, or for why that is not known.

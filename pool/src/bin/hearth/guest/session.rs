@@ -25,7 +25,9 @@ use super::{Code, Job};
 use crate::console;
 use crate::signals::Signals;
 
-/// How late the guest may be with the end of a program whose time is over; scaled by the CPU profile.
+/// How long a guest may take to its agent's greeting on a fast host.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How late the guest may be there with the end of a program whose time is over.
 const MARGIN: Duration = Duration::from_secs(10);
 /// How long to wait for the reason after a connection broke.
 const REASON: Duration = Duration::from_secs(1);
@@ -36,7 +38,10 @@ const SIGPIPE: u8 = 13;
 pub(super) struct Plan {
     pub(super) config: VmConfig,
     pub(super) job: Job,
-    pub(super) boot_timeout: Duration,
+    /// What times chosen for a fast host are multiplied by.
+    pub(super) slowness: u32,
+    /// [`BOOT_TIMEOUT`] if not said.
+    pub(super) boot_timeout: Option<Duration>,
     pub(super) show_console: bool,
     /// Whom what is copied in belongs to.
     pub(super) owner: Account,
@@ -96,7 +101,9 @@ impl Session {
         listener: VsockListener,
         report: &mut Report,
     ) -> Result<Exited, RunError> {
-        let mut agent = self.agent(listener, plan.boot_timeout, report).await?;
+        let scaled = |time: Duration| time.saturating_mul(plan.slowness);
+        let boot_timeout = plan.boot_timeout.unwrap_or(scaled(BOOT_TIMEOUT));
+        let mut agent = self.agent(listener, boot_timeout, report).await?;
         if !plan.copy_in.is_empty() {
             let start = Instant::now();
             let copying = copies::put(&mut agent, &plan.copy_in, &plan.owner);
@@ -134,7 +141,7 @@ impl Session {
         let (exited, mut agent) = match timeout {
             None => self.program(exec).await?,
             Some(timeout) => {
-                let margin = MARGIN.saturating_mul(self.vm.profile().timeout_factor());
+                let margin = scaled(MARGIN);
                 tokio::time::timeout(timeout.saturating_add(margin), self.program(exec))
                     .await
                     .map_err(|_| RunError::Overdue(margin))??

@@ -2,12 +2,12 @@
 # The work is done by cargo and by the scripts in .ci/; this file only names the entrances.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint fuzz-smoke bench counts image packages
+.PHONY: help demo test test-long test-hardware lint fuzz-smoke bench counts image packages
 
 CARGO ?= cargo
 
 help: ## Lists these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: packages ## Runs a program in a guest that a warm pool hands out, and shows the time of each phase
 	@.ci/demo
@@ -17,6 +17,9 @@ test: packages ## Runs all checks and tests of the CI tier: at most 30 minutes f
 
 test-long: packages ## Runs the tests that take longer
 	@.ci/test long
+
+test-hardware: packages ## Runs the tests on hardware KVM, which QEMU emulates: hours; PART='pool/6.12/*' runs some of them
+	@.ci/hardware/test $(if $(PART),'$(PART)')
 
 lint: ## Checks formatting, clippy and the documentation
 	@.ci/test lint

@@ -90,7 +90,7 @@ fn doctor(mut command: Command, name: &str) -> (Option<i32>, Value) {
 /// Limits too small for any guest: the words of the error and the check that foretells it.
 const TOO_SMALL: [(&str, &str, &str); 4] = [
     ("--nofile=8", "Too many open files", "files"),
-    ("--nofile=19:19", "ulimit -n", "files"),
+    ("--nofile=18:18", "ulimit -n", "files"),
     ("--fsize=1048576", "ulimit -f", "file size"),
     ("--as=67108864", "ulimit -v", "addresses"),
 ];

@@ -236,7 +236,10 @@ impl Guest {
             hostname: None,
         };
         let refreshed = within(5, "refresh", agent.refresh(refresh)).await;
-        let refreshed = refreshed.expect("an answer");
+        let refreshed = refreshed.unwrap_or_else(|error| {
+            let console = tail(&vm);
+            panic!("no answer: {error}; {:?}\n{console}", vm.status())
+        });
         assert!(refreshed.all_applied(), "{refreshed:?}");
         Guest {
             vm,

@@ -15,6 +15,7 @@ use std::time::Duration;
 use hearth_tests::flat::Code;
 use hearth_tests::{Footprint, Guest, alone, available_kib, kvm, patience, private_kib, within};
 use hearth_vmm::{Exit, Template, Vm, VmConfig, VmStatus, leaked_vms};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Anonymous mappings that the C library may keep or make: stacks and arenas for threads.
 const ARENAS: usize = 8;
@@ -154,6 +155,16 @@ async fn crowd(config: &VmConfig, template: &Template, count: usize) -> Vec<Vm> 
     vms
 }
 
+/// A VM takes 16 or so, and the usual limit is that of a process that asks for no more.
+fn as_many_descriptors_as_are_allowed() {
+    let most = getrlimit(Resource::Nofile).maximum;
+    let limit = Rlimit {
+        current: most,
+        maximum: most,
+    };
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
 #[tokio::test]
 async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() {
     const VMS: usize = 200;
@@ -166,6 +177,7 @@ async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() 
     if !kvm() || !alone() {
         return;
     }
+    as_many_descriptors_as_are_allowed();
     let config = sleeper();
     let first = Vm::boot(&config).unwrap();
     runs(&first).await;

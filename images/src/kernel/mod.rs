@@ -72,6 +72,7 @@ patches![
     "0033-x86-ioapic-hearth-do-not-mask-what-is-masked.patch",
     "0034-lib-hearth-find-the-end-of-a-string-with-one-instruc.patch",
     "0035-x86-fpu-hearth-let-the-monitor-save-registers-where.patch",
+    "0036-tick-hearth-end-the-long-stride-of-the-boot-with-it.patch",
 ];
 
 /// Why there is no kernel.

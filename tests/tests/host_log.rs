@@ -4,7 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! What guests leave in the log of the host's kernel: nothing, whether they are well or write what they should not.
+//! What guests leave in the log of the host's kernel: nothing, whether they are well or write what
+//! they should not.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -31,8 +32,8 @@ fn log() -> Option<File> {
     }
 }
 
-/// Lines of KVM's since then; each read gives one (Documentation/ABI/testing/dev-kmsg). Not those of a paravirtual KVM that
-/// records each fault of a guest anyway.
+/// Lines of KVM's since then; each read gives one (Documentation/ABI/testing/dev-kmsg). Not those
+/// of a paravirtual KVM that records each fault of a guest anyway.
 fn of_kvm(log: &mut File) -> Vec<String> {
     let mut lines = Vec::new();
     let mut line = [0; 8192];
@@ -50,7 +51,8 @@ fn of_kvm(log: &mut File) -> Vec<String> {
     lines
 }
 
-/// Was, on AMD-V: a line for each boot, on a performance counter, and one or two for each clone, on debug control.
+/// Was, on AMD-V: a line for each boot, on a performance counter, and one or two for each clone, on
+/// debug control.
 #[tokio::test]
 async fn a_boot_and_a_hundred_clones_leave_nothing_in_the_host_s_log() {
     if !kvm() || !alone() {
@@ -66,7 +68,8 @@ async fn a_boot_and_a_hundred_clones_leave_nothing_in_the_host_s_log() {
     assert!(lines.is_empty(), "{lines:#?}");
 }
 
-/// Each of these is noted by KVM, on one kind of processor or the other, if it gets as far as KVM's list of MSRs.
+/// Each of these is noted by KVM, on one kind of processor or the other, if it gets as far as KVM's
+/// list of MSRs.
 #[tokio::test]
 async fn a_guest_that_writes_msrs_that_no_guest_has_leaves_nothing_in_the_host_s_log() {
     if !kvm() || !alone() {

@@ -1,5 +1,6 @@
-//! What KVM keeps a guest from besides, on hosts whose kernel can: the processor's performance counters, MSRs whose writes KVM
-//! notes in the host's log, locks that stop the memory of all processors, and loops in which no interrupt gets through.
+//! What KVM keeps a guest from besides, on hosts whose kernel can: the processor's performance
+//! counters, MSRs whose writes KVM notes in the host's log, locks that stop the memory of all
+//! processors, and loops in which no interrupt gets through.
 
 use kvm_bindings::{
     KVM_BUS_LOCK_DETECTION_EXIT, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_BUS_LOCK_EXIT,
@@ -13,7 +14,8 @@ use crate::kvm::KvmError;
 /// What the host's KVM can keep guests from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Caps {
-    /// An exit for each lock that stops the bus (Linux 5.12, Intel; Documentation/virt/kvm/api.rst, 7.22).
+    /// An exit for each lock that stops the bus (Linux 5.12, Intel; Documentation/virt/kvm/api.rst,
+    /// 7.22).
     bus_locks: bool,
     /// An exit where a guest lets no interrupt through (Linux 6.0, Intel; 7.34).
     notify: bool,
@@ -23,8 +25,9 @@ pub(crate) struct Caps {
     msr_filter: bool,
 }
 
-/// MSRs that KVM has not, but takes writes of, noting each in the host's log (`kvm_pr_unimpl_wrmsr` in arch/x86/kvm): the first
-/// and how many. A guest that writes them gets the fault that it gets for those that no processor has.
+/// MSRs that KVM has not, but takes writes of, noting each in the host's log (`kvm_pr_unimpl_wrmsr`
+/// in arch/x86/kvm): the first and how many. A guest that writes them gets the fault that it gets
+/// for those that no processor has.
 const LOGGED: &[(u32, u32)] = &[
     // BBL_CR_CTL3
     (0x11e, 1),
@@ -33,7 +36,8 @@ const LOGGED: &[(u32, u32)] = &[
     (0xc001_0058, 1),
     (0xc001_0114, 2),
 ];
-/// The same, of the counters and of branch records: those of the P6 (counts, then their control), debug control, those of the K7.
+/// The same, of the counters and of branch records: those of the P6 (counts, then their control),
+/// debug control, those of the K7.
 const LOGGED_OF_PMU: &[(u32, u32)] = &[(0xc1, 2), (0x186, 2), (0x1d9, 1), (0xc001_0000, 8)];
 /// A bit for each MSR of the longest range; none is set: none may be written.
 const DENIED: [u8; 1] = [0];

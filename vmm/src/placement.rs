@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use rustix::thread::{CpuSet, Pid, gettid, sched_setaffinity};
 
-/// A thread that is about to run a vCPU, for whoever decides where it runs: on which processors ([`pin`](Self::pin)), in which
-/// control group (its [`id`](Self::id) into a `cgroup.threads`), beside whom (`PR_SCHED_CORE` of prctl(2), so that no other
-/// tenant's thread shares its core).
+/// A thread that is about to run a vCPU, for whoever decides where it runs: on which processors
+/// ([`pin`](Self::pin)), in which control group (its [`id`](Self::id) into a `cgroup.threads`),
+/// beside whom (`PR_SCHED_CORE` of prctl(2), so that no other tenant's thread shares its core).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VcpuThread {
     index: usize,

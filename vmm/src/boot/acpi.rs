@@ -1,5 +1,6 @@
-//! ACPI tables (ACPI specification 6.5, chapter 5): how distributions' kernels find their processors, interrupt lines and
-//! devices. They read no MP table, and take no devices from their command line. Our own kernel has no ACPI, and reads none of it.
+//! ACPI tables (ACPI specification 6.5, chapter 5): how distributions' kernels find their
+//! processors, interrupt lines and devices. They read no MP table, and take no devices from their
+//! command line. Our own kernel has no ACPI, and reads none of it.
 
 use acpi_tables::aml::{
     self, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ResourceTemplate, Scope,
@@ -21,13 +22,14 @@ const OEM_TABLE: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
 /// Bytes of an XSDT without entries, each of which takes 8.
 const XSDT_HEADER: u64 = 36;
-/// Fixed features: no VGA, no CMOS clock (table 5.11, IAPC_BOOT_ARCH). Nor a keyboard controller: what there is of one resets.
+/// Fixed features: no VGA, no CMOS clock (table 5.11, IAPC_BOOT_ARCH). Nor a keyboard controller:
+/// what there is of one resets.
 const NO_VGA_NO_CLOCK: u16 = 1 << 2 | 1 << 5;
 /// First port of COM1.
 const COM1: u16 = 0x3f8;
 
-/// Writes the tables of a guest with `vcpus` processors (1 to 32), APIC ids 0 on, and devices on these interrupt lines. The first is
-/// at [`layout::ACPI`].
+/// Writes the tables of a guest with `vcpus` processors (1 to 32), APIC ids 0 on, and devices on
+/// these interrupt lines. The first is at [`layout::ACPI`].
 pub(super) fn write(
     ram: &GuestMemoryMmap,
     vcpus: u8,
@@ -111,7 +113,8 @@ impl Aml for Body {
     }
 }
 
-/// A virtio device behind registers in memory (virtio 1.2, 4.2.3.1: the id is what Linux's driver goes by).
+/// A virtio device behind registers in memory (virtio 1.2, 4.2.3.1: the id is what Linux's driver
+/// goes by).
 fn virtio(index: u32, body: &mut Body) {
     let base = layout::MMIO_BASE as u32 + index * layout::MMIO_SIZE as u32;
     let registers = Memory32Fixed::new(true, base, layout::MMIO_SIZE as u32);

@@ -1,12 +1,14 @@
 //! What of KVM's CPUID a guest is shown: a list of what is allowed, leaf by leaf and bit by bit.
 //!
-//! KVM lists whatever it can give a guest, and learns new features with each kernel. A guest gets a feature only if it was
-//! looked at: its state is saved with a template (`snapshot::cpu`), it takes nothing from the guest's neighbours, and it
-//! has the host's kernel log nothing. Left out are, among others, what measures the processor (PMU, LBR, PT, IBS),
-//! state that is not saved (AMX, CET, PKS, FRED, UINTR), enclaves and encryption (SGX, SEV, TDX, key locker), virtual
-//! machines inside (VMX, SVM), TSX, MONITOR, and all of resource control.
+//! KVM lists whatever it can give a guest, and learns new features with each kernel. A guest gets a
+//! feature only if it was looked at: its state is saved with a template (`snapshot::cpu`), it takes
+//! nothing from the guest's neighbours, and it has the host's kernel log nothing. Left out are,
+//! among others, what measures the processor (PMU, LBR, PT, IBS), state that is not saved (AMX,
+//! CET, PKS, FRED, UINTR), enclaves and encryption (SGX, SEV, TDX, key locker), virtual machines
+//! inside (VMX, SVM), TSX, MONITOR, and all of resource control.
 //!
-//! Sources: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E; Linux, arch/x86/include/asm/cpufeatures.h.
+//! Sources: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E; Linux,
+//! arch/x86/include/asm/cpufeatures.h.
 
 use kvm_bindings::kvm_cpuid_entry2;
 
@@ -50,8 +52,8 @@ const fn bits(bits: &[u32]) -> u32 {
     mask
 }
 
-/// Leaf 1 ECX: SSE3, PCLMULQDQ, SSSE3, FMA, CMPXCHG16B, PCID, SSE4.1, SSE4.2, x2APIC, MOVBE, POPCNT, the APIC timer's
-/// deadline, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND, hypervisor.
+/// Leaf 1 ECX: SSE3, PCLMULQDQ, SSSE3, FMA, CMPXCHG16B, PCID, SSE4.1, SSE4.2, x2APIC, MOVBE,
+/// POPCNT, the APIC timer's deadline, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND, hypervisor.
 const BASIC_ECX: u32 = bits(&[
     0, 1, 9, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
 ]);
@@ -61,16 +63,17 @@ const BASIC_EDX: u32 = bits(&[
 ]);
 /// Leaf 1 ECX: MSR_IA32_PERF_CAPABILITIES.
 const PDCM: u32 = 1 << 15;
-/// Leaf 7 EBX: FSGSBASE, TSC_ADJUST, BMI1, AVX2, FDP_EXCPTN_ONLY, SMEP, BMI2, ERMS, INVPCID, ZERO_FCS_FDS, AVX-512 F,
-/// DQ, RDSEED, ADX, SMAP, IFMA, CLFLUSHOPT, CLWB, AVX-512 PF, ER, CD, SHA, AVX-512 BW, VL.
+/// Leaf 7 EBX: FSGSBASE, TSC_ADJUST, BMI1, AVX2, FDP_EXCPTN_ONLY, SMEP, BMI2, ERMS, INVPCID,
+/// ZERO_FCS_FDS, AVX-512 F, DQ, RDSEED, ADX, SMAP, IFMA, CLFLUSHOPT, CLWB, AVX-512 PF, ER, CD, SHA,
+/// AVX-512 BW, VL.
 const SEVEN_EBX: u32 = bits(&[
     0, 1, 3, 5, 6, 7, 8, 9, 10, 13, 16, 17, 18, 19, 20, 21, 23, 24, 26, 27, 28, 29, 30, 31,
 ]);
-/// Leaf 7 ECX: AVX-512 VBMI, UMIP, PKU, OSPKE, VBMI2, GFNI, VAES, VPCLMULQDQ, VNNI, BITALG, VPOPCNTDQ, LA57, RDPID,
-/// CLDEMOTE, MOVDIRI, MOVDIR64B.
+/// Leaf 7 ECX: AVX-512 VBMI, UMIP, PKU, OSPKE, VBMI2, GFNI, VAES, VPCLMULQDQ, VNNI, BITALG,
+/// VPOPCNTDQ, LA57, RDPID, CLDEMOTE, MOVDIRI, MOVDIR64B.
 const SEVEN_ECX: u32 = bits(&[1, 2, 3, 4, 6, 8, 9, 10, 11, 12, 14, 16, 22, 25, 27, 28]);
-/// Leaf 7 EDX: AVX-512 4VNNIW, 4FMAPS, FSRM, VP2INTERSECT, MD_CLEAR, SERIALIZE, AVX-512 FP16, SPEC_CTRL, STIBP,
-/// L1D_FLUSH, ARCH_CAPABILITIES, SSBD.
+/// Leaf 7 EDX: AVX-512 4VNNIW, 4FMAPS, FSRM, VP2INTERSECT, MD_CLEAR, SERIALIZE, AVX-512 FP16,
+/// SPEC_CTRL, STIBP, L1D_FLUSH, ARCH_CAPABILITIES, SSBD.
 const SEVEN_EDX: u32 = bits(&[2, 3, 4, 8, 10, 14, 23, 26, 27, 28, 29, 31]);
 /// Leaf 7.1 EAX: SHA512, SM3, SM4, AVX-VNNI, AVX-512 BF16, CMPCCXADD, FZRM, FSRS, FSRC, AVX-IFMA.
 const SEVEN_1_EAX: u32 = bits(&[0, 1, 2, 4, 5, 7, 10, 11, 12, 23]);
@@ -78,14 +81,16 @@ const SEVEN_1_EAX: u32 = bits(&[0, 1, 2, 4, 5, 7, 10, 11, 12, 23]);
 const SEVEN_1_EDX: u32 = bits(&[4, 5, 10, 14]);
 /// Leaf 7.2 EDX: PSFD, IPRED_CTRL, RRSBA_CTRL, DDPD_U, BHI_CTRL, MCDT_NO.
 const SEVEN_2_EDX: u32 = bits(&[0, 1, 2, 3, 4, 5]);
-/// State components that a guest may use: x87, SSE, AVX, AVX-512 (three), PKRU. Together they fit into `kvm_xsave`.
+/// State components that a guest may use: x87, SSE, AVX, AVX-512 (three), PKRU. Together they fit
+/// into `kvm_xsave`.
 const XCR0: u32 = bits(&[0, 1, 2, 5, 6, 7, 9]);
 /// Leaf 0xD.1 EAX: XSAVEOPT, XSAVEC, XGETBV with ECX = 1, XSAVES (with no state of its own).
 const XSAVE_KINDS: u32 = bits(&[0, 1, 2, 3]);
-/// Leaf 0x8000_0001 ECX: LAHF, CMP_LEGACY, CR8_LEGACY, ABM, SSE4A, MISALIGNSSE, 3DNOWPREFETCH, OSVW, XOP, FMA4, TBM,
-/// TOPOEXT.
+/// Leaf 0x8000_0001 ECX: LAHF, CMP_LEGACY, CR8_LEGACY, ABM, SSE4A, MISALIGNSSE, 3DNOWPREFETCH,
+/// OSVW, XOP, FMA4, TBM, TOPOEXT.
 const EXTENDED_ECX: u32 = bits(&[0, 1, 4, 5, 6, 7, 8, 9, 11, 16, 21, 22]);
-/// Leaf 0x8000_0001 EDX: those of leaf 1, SYSCALL, NX, MMXEXT, FXSR_OPT, GBPAGES, RDTSCP, LM, 3DNOW (two).
+/// Leaf 0x8000_0001 EDX: those of leaf 1, SYSCALL, NX, MMXEXT, FXSR_OPT, GBPAGES, RDTSCP, LM, 3DNOW
+/// (two).
 const EXTENDED_EDX: u32 = bits(&[
     0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 22, 23, 24, 25, 26, 27, 29, 30,
     31,
@@ -94,11 +99,11 @@ const EXTENDED_EDX: u32 = bits(&[
 const PERFCTR_CORE: u32 = 1 << 23;
 /// Leaf 0x8000_0007 EDX: the time stamp counter runs at one rate.
 const INVARIANT_TSC: u32 = 1 << 8;
-/// Leaf 0x8000_0008 EBX: CLZERO, XSAVEERPTR, WBNOINVD, IBPB, IBRS, STIBP, IBRS and STIBP always on, SSBD (by two ways),
-/// SSB_NO, PSFD, BTC_NO, IBPB_RET.
+/// Leaf 0x8000_0008 EBX: CLZERO, XSAVEERPTR, WBNOINVD, IBPB, IBRS, STIBP, IBRS and STIBP always on,
+/// SSBD (by two ways), SSB_NO, PSFD, BTC_NO, IBPB_RET.
 const SPECULATION: u32 = bits(&[0, 2, 9, 12, 14, 15, 16, 17, 24, 25, 26, 28, 29, 30]);
-/// Leaf 0x8000_0021 EAX: NO_NESTED_DATA_BP, LFENCE_RDTSC, VERW_CLEAR, NULL_SEL_CLR_BASE, AUTOIBRS, NO_SMM_CTL_MSR, FSRS,
-/// FSRC, SBPB, IBPB_BRTYPE, SRSO_NO, SRSO_USER_KERNEL_NO.
+/// Leaf 0x8000_0021 EAX: NO_NESTED_DATA_BP, LFENCE_RDTSC, VERW_CLEAR, NULL_SEL_CLR_BASE, AUTOIBRS,
+/// NO_SMM_CTL_MSR, FSRS, FSRC, SBPB, IBPB_BRTYPE, SRSO_NO, SRSO_USER_KERNEL_NO.
 const EXTENDED_21_EAX: u32 = bits(&[0, 2, 5, 6, 8, 9, 10, 11, 27, 28, 29, 30]);
 /// Leaf 0x8000_0021 ECX: TSA_SQ_NO, TSA_L1_NO.
 const EXTENDED_21_ECX: u32 = bits(&[1, 2]);
@@ -206,8 +211,8 @@ pub(super) fn reviewed(host: &[kvm_cpuid_entry2], pmu: bool) -> Vec<kvm_cpuid_en
     shown
 }
 
-/// Bytes of the largest area that `XSAVE` writes: each component has its size in EAX and its place in EBX (Intel SDM volume 1,
-/// 13.2); the legacy region and the header take 576.
+/// Bytes of the largest area that `XSAVE` writes: each component has its size in EAX and its place
+/// in EBX (Intel SDM volume 1, 13.2); the legacy region and the header take 576.
 fn xsave_area(leaves: &[kvm_cpuid_entry2]) -> u32 {
     let components = leaves
         .iter()
@@ -250,7 +255,8 @@ mod tests {
     #[test]
     fn a_guest_is_shown_nothing_that_nobody_looked_at() {
         let shown = reviewed(&everything(), false);
-        // PMU, SGX, PT, AMX (two), key locker, IBS, SEV, resource control, performance counters, Centaur's.
+        // PMU, SGX, PT, AMX (two), key locker, IBS, SEV, resource control, performance counters,
+        // Centaur's.
         for function in [
             0xa,
             0x5,
@@ -283,7 +289,8 @@ mod tests {
             (0, 0)
         );
         let seven = get(&shown, 7, 0);
-        // SGX, TSX (two), MPX, PT; CET, key locker, bus lock traps, ENQCMD, SGX_LC, PKS; UINTR, hybrid, PCONFIG, LBR, CET, AMX.
+        // SGX, TSX (two), MPX, PT; CET, key locker, bus lock traps, ENQCMD, SGX_LC, PKS; UINTR,
+        // hybrid, PCONFIG, LBR, CET, AMX.
         assert_eq!(seven.ebx & bits(&[2, 4, 11, 14, 25]), 0);
         assert_eq!(seven.ecx & bits(&[7, 23, 24, 29, 30, 31]), 0);
         assert_eq!(seven.edx & bits(&[5, 15, 18, 19, 20, 22, 24, 25]), 0);

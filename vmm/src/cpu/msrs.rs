@@ -36,7 +36,8 @@ pub(crate) fn entry(index: u32, data: u64) -> kvm_msr_entry {
     }
 }
 
-/// What reads and writes MSRs as `KVM_GET_MSRS` and `KVM_SET_MSRS` do: in their order, up to the first that cannot be.
+/// What reads and writes MSRs as `KVM_GET_MSRS` and `KVM_SET_MSRS` do: in their order, up to the
+/// first that cannot be.
 pub(crate) trait Registers {
     /// How many were read.
     fn get(&self, list: &mut Msrs) -> Result<usize, KvmError>;
@@ -54,7 +55,8 @@ impl Registers for VcpuFd {
     }
 }
 
-/// Those of `indices` that can be read, in their order. KVM lists some that it does not give this guest; those are left out.
+/// Those of `indices` that can be read, in their order. KVM lists some that it does not give this
+/// guest; those are left out.
 pub(crate) fn read(
     vcpu: &impl Registers,
     indices: impl Iterator<Item = u32>,
@@ -75,7 +77,8 @@ pub(crate) fn read_one(vcpu: &impl Registers, index: u32) -> Result<Option<u64>,
     Ok(read.first().map(|msr| msr.data))
 }
 
-/// Writes all, in their order. One that KVM does not let write is passed over if it has that value already.
+/// Writes all, in their order. One that KVM does not let write is passed over if it has that value
+/// already.
 ///
 /// # Errors
 /// Also if another has another value: the guest would go on with what it does not expect.

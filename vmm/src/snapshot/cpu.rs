@@ -10,16 +10,18 @@ use crate::cpu::msrs::{self, Registers};
 use crate::host::CpuProfile;
 use crate::kvm::KvmError;
 
-/// MSRs that are kept whatever they are: the time stamp counter, which is first, because the deadline refers to it; the deadline,
-/// which is last, because it is restored after the APIC and after the counter (Intel SDM volume 3, section 11.5.4.1); and
-/// what the guest was told of the processor (IA32_ARCH_CAPABILITIES, IA32_BIOS_SIGN_ID), which another boot of the host may
-/// tell otherwise.
+/// MSRs that are kept whatever they are: the time stamp counter, which is first, because the
+/// deadline refers to it; the deadline, which is last, because it is restored after the APIC and
+/// after the counter (Intel SDM volume 3, section 11.5.4.1); and what the guest was told of the
+/// processor (IA32_ARCH_CAPABILITIES, IA32_BIOS_SIGN_ID), which another boot of the host may tell
+/// otherwise.
 const KEPT: [u32; 4] = [msrs::TSC, msrs::TSC_DEADLINE, 0x10a, 0x8b];
-/// Ticks by which the time stamp counter is set off before it is set: a minute and more of any processor.
+/// Ticks by which the time stamp counter is set off before it is set: a minute and more of any
+/// processor.
 const FAR: u64 = 1 << 40;
 /// Where the guest wants the wall clock's base written, MSR_KVM_WALL_CLOCK and its older number
-/// (Documentation/virt/kvm/x86/msr.rst). Not restored: KVM would write there once more, a page of each clone
-/// for a value that is only read when it was just asked for.
+/// (Documentation/virt/kvm/x86/msr.rst). Not restored: KVM would write there once more, a page of
+/// each clone for a value that is only read when it was just asked for.
 const MSR_KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 
 /// Debug registers after a reset (Intel SDM volume 3, table 10-1).
@@ -31,8 +33,8 @@ const DEBUG_RESET: kvm_debugregs = kvm_debugregs {
     reserved: [0; 9],
 };
 
-/// Whether these are the extended control registers after a reset: XCR0 with x87 state alone (Intel SDM
-/// volume 3, table 10-1).
+/// Whether these are the extended control registers after a reset: XCR0 with x87 state alone (Intel
+/// SDM volume 3, table 10-1).
 fn is_reset(xcrs: &kvm_xcrs) -> bool {
     let [xcr0, ..] = xcrs.xcrs;
     (xcrs.nr_xcrs, xcr0.xcr, xcr0.value) == (1, 0, 1)
@@ -62,8 +64,8 @@ impl std::fmt::Debug for VcpuState {
 }
 
 impl VcpuState {
-    /// Saves a vCPU that does not run and has no exit unfinished. `msr_indices` is the host's list, `fresh` what those of a
-    /// vCPU are that has not run.
+    /// Saves a vCPU that does not run and has no exit unfinished. `msr_indices` is the host's list,
+    /// `fresh` what those of a vCPU are that has not run.
     pub(crate) fn save(
         vcpu: &VcpuFd,
         msr_indices: &[u32],
@@ -88,7 +90,8 @@ impl VcpuState {
         })
     }
 
-    /// Restores a fresh vCPU, the `index`th, whose CPUID is set. What it has from its reset is not set.
+    /// Restores a fresh vCPU, the `index`th, whose CPUID is set. What it has from its reset is not
+    /// set.
     pub(crate) fn restore(
         &self,
         vcpu: &VcpuFd,
@@ -104,8 +107,8 @@ impl VcpuState {
             .map_err(KvmError::of("KVM_SET_REGS"))?;
         vcpu.set_sregs(&self.sregs)
             .map_err(KvmError::of("KVM_SET_SREGS"))?;
-        // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes of a vCPU without dynamic features (AMX), which no
-        // guest is shown (`cpu::features`).
+        // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes of a vCPU without dynamic
+        // features (AMX), which no guest is shown (`cpu::features`).
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(KvmError::of("KVM_SET_XSAVE"))?;
         if !is_reset(&self.xcrs) {
             vcpu.set_xcrs(&self.xcrs)
@@ -132,8 +135,9 @@ impl VcpuState {
         // Of the first vCPU: KVM gives the others the same counter.
         let counter = counter.filter(|_| index == 0 && profile == CpuProfile::Native);
         if let Some(counter) = counter {
-            // KVM before 6.7 takes a value within a second of what it expects, which is what a new VM has, for a try to set
-            // all vCPUs alike, and goes on with its own: until the guest's clock is where it was, time would stand still.
+            // KVM before 6.7 takes a value within a second of what it expects, which is what a new
+            // VM has, for a try to set all vCPUs alike, and goes on with its own: until the guest's
+            // clock is where it was, time would stand still.
             let far = counter.data.wrapping_add(FAR);
             msrs::write(vcpu, &[msrs::entry(msrs::TSC, far)])?;
         }
@@ -150,8 +154,9 @@ impl VcpuState {
         }
     }
 
-    /// The deadline as far ahead as it was. Where the time stamp counter cannot be restored it has gone on since: all
-    /// deadlines would be over, and each clone would begin with a timer interrupt for nothing.
+    /// The deadline as far ahead as it was. Where the time stamp counter cannot be restored it has
+    /// gone on since: all deadlines would be over, and each clone would begin with a timer
+    /// interrupt for nothing.
     fn put_off(
         &self,
         deadline: kvm_msr_entry,
@@ -185,8 +190,9 @@ fn is_armed(msr: &kvm_msr_entry) -> bool {
     msr.index == msrs::TSC_DEADLINE && msr.data != 0
 }
 
-/// What is worth keeping of the MSRs of a vCPU: those that differ from what a `fresh` one has. KVM lists more than a hundred,
-/// of which a guest has set two dozen; and some it notes in the host's log when they are written, with whatever value.
+/// What is worth keeping of the MSRs of a vCPU: those that differ from what a `fresh` one has. KVM
+/// lists more than a hundred, of which a guest has set two dozen; and some it notes in the host's
+/// log when they are written, with whatever value.
 fn read_msrs(
     vcpu: &impl Registers,
     indices: &[u32],
@@ -237,7 +243,8 @@ mod tests {
     use crate::host::Host;
     use crate::kvm::{create_irqchip, create_vcpu, create_vm};
 
-    /// A vCPU of a KVM that goes on with the time stamp counter that it expects where it is given one near that: before 6.7.
+    /// A vCPU of a KVM that goes on with the time stamp counter that it expects where it is given
+    /// one near that: before 6.7.
     #[derive(Default)]
     struct Played {
         msrs: RefCell<BTreeMap<u32, u64>>,
@@ -288,7 +295,8 @@ mod tests {
         let young = Played::default();
         saved.restore_msrs(&young, 0, CpuProfile::Native).unwrap();
         assert_eq!(young.msrs.borrow()[&msrs::TSC], SECOND / 2);
-        // One that does not take it at all is no host for a clone, unless its counter is known to be the host's.
+        // One that does not take it at all is no host for a clone, unless its counter is known to
+        // be the host's.
         let stubborn = Played {
             keeps_its_counter: true,
             ..Played::default()

@@ -1,4 +1,5 @@
-//! Exits that only some hosts make, when they were asked to (`crate::caps`): they tell of a guest that would slow its neighbours.
+//! Exits that only some hosts make, when they were asked to (`crate::caps`): they tell of a guest
+//! that would slow its neighbours.
 
 use std::time::Duration;
 
@@ -10,12 +11,12 @@ use kvm_bindings::{
 use super::Step;
 use crate::state::Exit;
 
-/// How long a vCPU rests after each lock of the bus: at most a thousand in a second, where one takes a microsecond of all
-/// processors.
+/// How long a vCPU rests after each lock of the bus: at most a thousand in a second, where one
+/// takes a microsecond of all processors.
 pub(super) const REST: Duration = Duration::from_millis(1);
 
-/// Whether the guest has locked the bus in the run that ended: by an exit of its own, or noted at another
-/// (Documentation/virt/kvm/api.rst, 5, `KVM_RUN_X86_BUS_LOCK`).
+/// Whether the guest has locked the bus in the run that ended: by an exit of its own, or noted at
+/// another (Documentation/virt/kvm/api.rst, 5, `KVM_RUN_X86_BUS_LOCK`).
 pub(super) fn locked_the_bus(run: &kvm_run) -> bool {
     u32::from(run.flags) & KVM_RUN_X86_BUS_LOCK != 0
 }
@@ -26,7 +27,8 @@ pub(super) fn step(reason: u32, run: &kvm_run) -> Step {
         // See `locked_the_bus`.
         KVM_EXIT_X86_BUS_LOCK => Step::Continue,
         KVM_EXIT_NOTIFY => {
-            // SAFETY: the exit is KVM_EXIT_NOTIFY, for which `notify` is the member in use; all its bit patterns are valid.
+            // SAFETY: the exit is KVM_EXIT_NOTIFY, for which `notify` is the member in use; all its
+            // bit patterns are valid.
             let notify = unsafe { run.__bindgen_anon_1.notify };
             if notify.flags & KVM_NOTIFY_CONTEXT_INVALID == 0 {
                 // It has let no interrupt in for long. The exit let them in.

@@ -7,8 +7,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 thread_local! {
     /// Locks of pools that this thread holds.
     static HELD: Cell<usize> = const { Cell::new(0) };
-    /// Whether there is anything in `LATER`: a release, of which each hand-off has some, looks no further.
-    static WAITS: Cell<bool> = const { Cell::new(false) };
     /// To be told when it holds none.
     static LATER: RefCell<Vec<Box<dyn FnOnce()>>> = const { RefCell::new(Vec::new()) };
 }
@@ -30,7 +28,6 @@ pub(crate) fn later(tell: impl FnOnce() + 'static) {
     }
     // A thread that ends has no place for it any more.
     let _ = LATER.try_with(|later| later.borrow_mut().push(Box::new(tell)));
-    WAITS.set(true);
 }
 
 /// This thread has taken the lock of a pool.
@@ -41,7 +38,7 @@ pub(crate) fn hold() {
 /// It has released it. Tells what was to be told later.
 pub(crate) fn release() {
     HELD.set(HELD.get() - 1);
-    if HELD.get() > 0 || !WAITS.take() {
+    if HELD.get() > 0 {
         return;
     }
     let told = LATER.try_with(|later| std::mem::take(&mut *later.borrow_mut()));

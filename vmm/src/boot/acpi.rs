@@ -16,17 +16,16 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::layout;
+use crate::legacy::serial;
 
 const OEM: [u8; 6] = *b"HEARTH";
 const OEM_TABLE: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
-/// Bytes of an XSDT without entries, each of which takes 8.
-const XSDT_HEADER: u64 = 36;
+/// Bytes of the header that all tables but the RSDP begin with (5.2.6).
+const HEADER: u32 = 36;
 /// Fixed features: no VGA, no CMOS clock (table 5.11, IAPC_BOOT_ARCH). Nor a keyboard controller:
 /// what there is of one resets.
 const NO_VGA_NO_CLOCK: u16 = 1 << 2 | 1 << 5;
-/// First port of COM1.
-const COM1: u16 = 0x3f8;
 
 /// Writes the tables of a guest with `vcpus` processors (1 to 32), APIC ids 0 on, and devices on
 /// these interrupt lines. The first is at [`layout::ACPI`].
@@ -40,11 +39,11 @@ pub(super) fn write(
 
 /// RSDP, DSDT, FADT, MADT and XSDT, one after another, each at a multiple of 8.
 fn tables(vcpus: u8, lines: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let rsdp_bytes = (Rsdp::len() as u64).next_multiple_of(8);
+    // The RSDP, which names the last of the others, comes when that has its place.
+    let mut bytes = vec![0; Rsdp::len()];
     let mut put = |table: &dyn Aml| {
         bytes.resize(bytes.len().next_multiple_of(8), 0);
-        let address = layout::ACPI + rsdp_bytes + bytes.len() as u64;
+        let address = layout::ACPI + bytes.len() as u64;
         table.to_aml_bytes(&mut bytes);
         address
     };
@@ -58,11 +57,9 @@ fn tables(vcpus: u8, lines: &[u8]) -> Vec<u8> {
     for table in described {
         xsdt.add_entry(table);
     }
-    let rsdp = Rsdp::new(OEM, put(&xsdt));
-    let mut all = Vec::with_capacity(bytes.len() + Rsdp::len());
-    rsdp.to_aml_bytes(&mut all);
-    all.resize(all.len().next_multiple_of(8), 0);
-    all.extend(bytes);
+    let mut all = Vec::new();
+    Rsdp::new(OEM, put(&xsdt)).to_aml_bytes(&mut all);
+    all.extend(bytes.drain(all.len()..));
     all
 }
 
@@ -83,7 +80,7 @@ fn dsdt(lines: &[u8]) -> Sdt {
     let mut body = Body::default();
     for line in lines {
         match line {
-            layout::SERIAL_IRQ => serial(&mut body),
+            layout::SERIAL_IRQ => com1(&mut body),
             layout::FIRST_IRQ.. => virtio(line - layout::FIRST_IRQ, &mut body),
             _ => {}
         }
@@ -91,14 +88,7 @@ fn dsdt(lines: &[u8]) -> Sdt {
     let mut scope = Vec::new();
     Scope::new("_SB_".into(), vec![&body]).to_aml_bytes(&mut scope);
     // Revision 2: integers of 64 bits.
-    let mut dsdt = Sdt::new(
-        *b"DSDT",
-        XSDT_HEADER as u32,
-        2,
-        OEM,
-        OEM_TABLE,
-        OEM_REVISION,
-    );
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER, 2, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&scope);
     dsdt
 }
@@ -129,8 +119,8 @@ fn virtio(index: u32, body: &mut Body) {
 }
 
 /// COM1.
-fn serial(body: &mut Body) {
-    let ports = IO::new(COM1, COM1, 0, 8);
+fn com1(body: &mut Body) {
+    let ports = IO::new(serial::BASE, serial::BASE, 0, 8);
     let interrupt = interrupt(layout::SERIAL_IRQ);
     device(
         "COM1",

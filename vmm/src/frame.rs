@@ -70,12 +70,12 @@ pub(crate) fn serial_interrupt() -> Result<EventFd, BootError> {
 impl Frame {
     /// Memory slots before the interrupt controllers (see [`kvm::set_memory`]).
     pub(crate) fn new(
-        host: &Host,
+        host: &'static Host,
         hardware: Hardware,
         ram: GuestRam,
         images: Vec<PlacedImage>,
     ) -> Result<Self, BootError> {
-        let vm = kvm::create_vm(host.kvm())?;
+        let vm = kvm::spare::vm(host)?;
         host.caps().confine(&vm, hardware.pmu)?;
         kvm::set_memory(&vm, &ram)?;
         kvm::set_images(&vm, &ram, &images)?;

@@ -1,5 +1,7 @@
 //! Making a KVM virtual machine: creation with retries, memory slots, interrupt controllers, vCPUs.
 
+pub(crate) mod spare;
+
 use std::time::Duration;
 
 use kvm_bindings::{

@@ -1,6 +1,6 @@
 //! The host's kernel, access to KVM, and the kind of KVM.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hearth_vmm::host::PROFILE_VARIABLE;
 use hearth_vmm::{CpuProfile, Host};
@@ -9,7 +9,7 @@ use super::Check;
 use crate::failure::chain;
 
 pub(super) fn checks() -> Vec<Check> {
-    vec![kernel(), kvm(), split_locks()]
+    vec![kernel(), kvm(), new_vms(), split_locks()]
 }
 
 fn kernel() -> Check {
@@ -54,6 +54,47 @@ fn kvm() -> Check {
             host.max_vcpus()
         ),
     )
+}
+
+/// Times that a VM is made to see how long that takes. The shortest counts: other programs take their time, too.
+const VMS: usize = 3;
+/// Pause before each: of two in a row the second does not wait.
+const APART: Duration = Duration::from_millis(100);
+/// What a host takes that does not wait is well below it.
+const WAIT: Duration = Duration::from_millis(2);
+
+/// Whether the host's kernel makes the maker of a VM wait. Before Linux 6.13 it attaches a thread of the VM's to the maker's
+/// control groups, which takes a grace period of RCU unless they are mounted with `favordynmods`
+/// (Documentation/admin-guide/cgroup-v2.rst).
+fn new_vms() -> Check {
+    let name = "new VMs";
+    let Ok(host) = Host::get() else {
+        return Check::ok(name, "not tried, see kvm");
+    };
+    let mut shortest = Duration::MAX;
+    for _ in 0..VMS {
+        std::thread::sleep(APART);
+        let start = Instant::now();
+        let vm = host.kvm().create_vm();
+        // Its end takes longer, and nobody waits for that.
+        shortest = shortest.min(start.elapsed());
+        if let Err(error) = vm {
+            return Check::warn(
+                name,
+                format!("KVM refused to make one: {error}"),
+                "see dmesg",
+            );
+        }
+    }
+    let found = format!("KVM makes one in {shortest:.1?}");
+    match shortest < WAIT {
+        true => Check::ok(name, found),
+        false => Check::warn(
+            name,
+            format!("{found}: a process keeps one in stock, and forks that come faster wait"),
+            "mount -o remount,favordynmods /sys/fs/cgroup (or kernel word cgroup_favordynmods), or use Linux 6.13 or later",
+        ),
+    }
 }
 
 /// With `split_lock_detect=fatal` (Documentation/admin-guide/kernel-parameters.txt) the host's kernel sends

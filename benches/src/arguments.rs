@@ -59,6 +59,19 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
+    /// Count the instructions of each step, on a machine whose clock counts them: what ran, and what was waited for.
+    Count {
+        /// Samples of each kind.
+        #[arg(short, default_value_t = 10)]
+        n: usize,
+        /// Code in Python's interpreter, too; its image is built when it is not there.
+        #[arg(long)]
+        python: bool,
+        #[command(flatten)]
+        peers: OtherMonitors,
+        #[command(flatten)]
+        image: Image,
+    },
     /// Make VMs, run them to their first instruction and destroy them; see whether anything stays.
     Churn {
         /// Batches of 20 VMs, each of VMs that are created and of VMs that are forked.
@@ -92,6 +105,16 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
+    /// Print a run's JSON as the table that it would have been.
+    Show {
+        /// What a run printed with --json.
+        results: PathBuf,
+    },
+    /// Print what a counting run counted, in thousands of instructions, a line each: benches/hardware-counts.txt is made so.
+    Counts {
+        /// What `count` printed with --json.
+        results: PathBuf,
+    },
     /// Make a page with charts of a run's JSON.
     Report {
         /// What a run printed with --json.
@@ -100,7 +123,7 @@ pub(crate) enum Scenario {
         #[arg(short, long, default_value = "report.html")]
         output: PathBuf,
     },
-    /// Write a run's figures into a document that has a place for them.
+    /// Write a run's figures, or its counts, into a document that has a place for them.
     Figures {
         /// What a run printed with --json.
         results: PathBuf,
@@ -246,9 +269,11 @@ impl Scenario {
         match self {
             Self::Floor(_) | Self::Fork(_) | Self::Churn { .. } => None,
             Self::Report { .. } | Self::Figures { .. } | Self::Compare { .. } => None,
+            Self::Show { .. } | Self::Counts { .. } => None,
             Self::All { image, .. }
             | Self::Balloon { image, .. }
             | Self::Boot { image, .. }
+            | Self::Count { image, .. }
             | Self::Density { image, .. }
             | Self::Exec { image, .. }
             | Self::Handoff { image, .. }
@@ -267,6 +292,7 @@ impl Scenario {
             // The floor has one size, and so has what stands beside it.
             Self::All { .. } | Self::Floor(_) | Self::Fork(_) => &[],
             Self::Report { .. } | Self::Figures { .. } | Self::Compare { .. } => &[],
+            Self::Show { .. } | Self::Counts { .. } => &[],
             Self::Density { .. } | Self::Idle { .. } => &[Key::Memory, Key::Vcpus, Key::Guests],
             _ => &[Key::Memory, Key::Vcpus],
         }

@@ -146,9 +146,15 @@ const ROWS: [[&str; 4]; 23] = [
 /// The document with its table replaced by that of the report; none if it has no place for one.
 #[must_use]
 pub fn replaced(document: &str, report: &Report) -> Option<String> {
-    let (before, rest) = document.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n{}\n{END}{after}", table(report)))
+    between(document, [BEGIN, END], &table(report))
+}
+
+/// The document with something else between these lines; none if it has no such lines.
+pub(crate) fn between(document: &str, lines: [&str; 2], text: &str) -> Option<String> {
+    let [begin, end] = lines;
+    let (before, rest) = document.split_once(begin)?;
+    let (_, after) = rest.split_once(end)?;
+    Some(format!("{before}{begin}\n{text}\n{end}{after}"))
 }
 
 /// The table as Markdown, with the machine and the day.

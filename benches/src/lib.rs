@@ -5,10 +5,12 @@
 //! its charts; [`compare`] tells two runs apart.
 
 pub mod compare;
+pub mod counts;
 pub mod cpu;
 pub mod environment;
 pub mod figures;
 pub mod fit;
+pub mod meter;
 pub mod page;
 pub mod peer;
 pub mod process;

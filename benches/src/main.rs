@@ -11,17 +11,18 @@ use arguments::{Cli, Count, Scenario};
 use clap::Parser;
 use hearth_bench::compare::Comparison;
 use hearth_bench::environment::Environment;
-use hearth_bench::figures::replaced;
 use hearth_bench::page::page;
 use hearth_bench::report::{Report, SCHEMA};
 use hearth_bench::scenario::boot::Files;
+use hearth_bench::scenario::count::Subjects;
 use hearth_bench::scenario::languages::{self, Rounds};
 use hearth_bench::scenario::{
-    ScenarioError, balloon, boot, churn, density, exec, fork, handoff, idle, peers, ping, refill,
-    replace, vsock,
+    ScenarioError, balloon, boot, churn, count, density, exec, fork, handoff, idle, peers, ping,
+    refill, replace, vsock,
 };
 use hearth_bench::suite::{self, Effort, chain};
 use hearth_bench::sweep::Point;
+use hearth_bench::{counts, figures};
 
 fn main() -> ExitCode {
     match run(&Cli::parse()) {
@@ -54,9 +55,21 @@ fn run(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
         }
         Scenario::Figures { results, document } => {
             let text = std::fs::read_to_string(document)?;
-            let text = replaced(&text, &read(results)?);
+            let report = read(results)?;
+            let text = match counts::is_of(&report) {
+                true => counts::replaced(&text, &report),
+                false => figures::replaced(&text, &report),
+            };
             let text = text.ok_or("the document has no place for figures")?;
             std::fs::write(document, text)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Scenario::Show { results } => {
+            print!("{}", read(results)?);
+            return Ok(ExitCode::SUCCESS);
+        }
+        Scenario::Counts { results } => {
+            print!("{}", counts::lines(&read(results)?));
             return Ok(ExitCode::SUCCESS);
         }
         Scenario::Compare { old, new } => {
@@ -115,6 +128,7 @@ async fn run_scenario(
 ) -> Result<(), ScenarioError> {
     match *scenario {
         Scenario::Report { .. } | Scenario::Figures { .. } | Scenario::Compare { .. } => Ok(()),
+        Scenario::Show { .. } | Scenario::Counts { .. } => Ok(()),
         Scenario::All {
             quick, ref peers, ..
         } => {
@@ -128,6 +142,15 @@ async fn run_scenario(
         Scenario::Floor(Count { n }) => fork::floor_only(report, n),
         Scenario::Fork(Count { n }) => fork::beside_floor(report, n).await,
         Scenario::Churn { n } => churn::run(report, files.shape, n).await,
+        Scenario::Count {
+            n,
+            python,
+            ref peers,
+            ..
+        } => {
+            let peers = peers.peers();
+            count::run(report, files, &Subjects { python, peers }, n).await
+        }
         Scenario::Boot { n, forks, .. } => boot::run(report, files, n, forks).await,
         Scenario::Peers { n, ref peers, .. } => peers::run(report, files, &peers.peers(), n).await,
         Scenario::Ping { n, .. } => ping::run(report, files, n).await,

@@ -32,6 +32,8 @@ const TABLE: u64 = 3;
 const LARGE: u64 = 0x83;
 /// `l: out 0x80, al; jmp l`.
 const CODE: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
+/// KVM on AMD writes a line to the kernel's log for each write of it (IA32_DEBUGCTL, Intel SDM volume 4).
+const DEBUG_CONTROL: u32 = 0x1d9;
 /// Devices that a Hearth guest has.
 const DEVICES: u32 = 2;
 
@@ -277,7 +279,7 @@ fn save(shell: &Shell, indices: &[u32]) -> Result<Saved, ScenarioError> {
             .map(|()| chip)
     };
     let mut msrs = Vec::new();
-    for index in indices {
+    for index in indices.iter().filter(|index| **index != DEBUG_CONTROL) {
         let entry = kvm_msr_entry {
             index: *index,
             ..Default::default()

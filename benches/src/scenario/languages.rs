@@ -1,6 +1,7 @@
 //! From asking for a guest whose interpreter is warm to the result of `print(6 * 7)` in it, by language; and the same
 //! without a pool, and without a template.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -60,10 +61,7 @@ async fn one(
     rounds: Rounds,
     peers: &Peers,
 ) -> Result<(), ScenarioError> {
-    let recipe = Recipe::built_in(language.as_str()).map_err(ScenarioError::at("recipe"))?;
-    let root = spawn_blocking(move || Images::open(None)?.root(&recipe, &Silent));
-    let root = root.await.map_err(ScenarioError::at("image"))?;
-    let root = root.map_err(ScenarioError::at("image"))?;
+    let root = root(language).await?;
     let image = KvmImage::new(files.kernel, files.initramfs).root(&root);
     let mut samples = Samples::default();
     warm(&mut samples, image.clone(), language, rounds.warm).await?;
@@ -72,8 +70,16 @@ async fn one(
     restored::run(report, files, (&root, language), peers, rounds.warm).await
 }
 
+/// The language's image, built when it is not there.
+pub(super) async fn root(language: Language) -> Result<PathBuf, ScenarioError> {
+    let recipe = Recipe::built_in(language.as_str()).map_err(ScenarioError::at("recipe"))?;
+    let root = spawn_blocking(move || Images::open(None)?.root(&recipe, &Silent));
+    let root = root.await.map_err(ScenarioError::at("image"))?;
+    root.map_err(ScenarioError::at("image"))
+}
+
 /// A pool of one guest that is filled by hand.
-async fn pool(
+pub(super) async fn pool(
     image: KvmImage,
     language: Language,
     source: Source,
@@ -95,7 +101,7 @@ async fn pool(
     Ok(pool)
 }
 
-async fn made(pool: &Guests, language: Language) -> Result<(), ScenarioError> {
+pub(super) async fn made(pool: &Guests, language: Language) -> Result<(), ScenarioError> {
     match pool.replenish(language.as_str()).await {
         Ok(Replenished::Failed(why)) => Err(ScenarioError::at("guest")(why)),
         Ok(_) => Ok(()),
@@ -103,7 +109,7 @@ async fn made(pool: &Guests, language: Language) -> Result<(), ScenarioError> {
     }
 }
 
-fn acquire(pool: &Guests, language: Language) -> Result<Guest, ScenarioError> {
+pub(super) fn acquire(pool: &Guests, language: Language) -> Result<Guest, ScenarioError> {
     pool.acquire(language).map_err(ScenarioError::at("acquire"))
 }
 
@@ -195,7 +201,7 @@ async fn cold(
 }
 
 /// The guest's warm interpreter after its first call; when it had taken the code.
-async fn first(
+pub(super) async fn first(
     guest: &Guest,
     language: Language,
 ) -> Result<(Instant, hearth_pool::kvm::Session), ScenarioError> {

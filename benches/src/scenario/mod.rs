@@ -4,6 +4,7 @@ mod agent;
 pub mod balloon;
 pub mod boot;
 pub mod churn;
+pub mod count;
 pub mod density;
 mod exchange;
 pub mod exec;

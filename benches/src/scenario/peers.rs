@@ -17,7 +17,7 @@ const SCENARIO: &str = "peers";
 /// What a cold boot may take of a peer's with the same files and words.
 const COLD: f64 = 0.9;
 /// How long a guest may take, if nothing else is said.
-const LIMIT: Duration = Duration::from_secs(120);
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
 /// Measures Hearth and each peer that is given, in turns, `n` times. A peer that fails is reported, not measured.
 ///
@@ -188,7 +188,7 @@ fn push(sides: &mut [Vec<f64>; 4], taken: [Option<Duration>; 4]) {
     }
 }
 
-async fn to_pong(config: &VmConfig, limit: Duration) -> Result<Duration, ScenarioError> {
+pub(super) async fn to_pong(config: &VmConfig, limit: Duration) -> Result<Duration, ScenarioError> {
     let begin = Instant::now();
     let vm = Vm::create(config).map_err(ScenarioError::at("create"))?;
     let listener = vm.vsock().listen(READY_PORT);
@@ -203,7 +203,7 @@ async fn to_pong(config: &VmConfig, limit: Duration) -> Result<Duration, Scenari
     Ok(took)
 }
 
-async fn fork_to_pong(template: &Template) -> Result<Duration, ScenarioError> {
+pub(super) async fn fork_to_pong(template: &Template) -> Result<Duration, ScenarioError> {
     let begin = Instant::now();
     let vm = template.fork().map_err(ScenarioError::at("fork"))?;
     let mut agent = dial(vm.vsock()).await?;

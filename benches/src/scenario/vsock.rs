@@ -166,7 +166,7 @@ impl Kind {
 }
 
 /// Starts the guest's side, and waits until it listens.
-async fn program(vm: &Vm) -> Result<Exec<VsockStream>, ScenarioError> {
+pub(super) async fn program(vm: &Vm) -> Result<Exec<VsockStream>, ScenarioError> {
     let command = Command::new("vsock-exchange").arg(PORT.to_string());
     let exec = dial(vm.vsock()).await?.exec(command).await;
     let mut exec = exec.map_err(ScenarioError::at("guest's program"))?;
@@ -180,7 +180,7 @@ async fn program(vm: &Vm) -> Result<Exec<VsockStream>, ScenarioError> {
     }
 }
 
-async fn connect(vm: &Vm) -> Result<VsockStream, ScenarioError> {
+pub(super) async fn connect(vm: &Vm) -> Result<VsockStream, ScenarioError> {
     let stream = vm.vsock().connect(PORT).await;
     stream.map_err(ScenarioError::at("connect"))
 }
@@ -195,7 +195,9 @@ fn unix_pair() -> io::Result<UnixStream> {
     UnixStream::from_std(here)
 }
 
-async fn within<T>(step: impl Future<Output = io::Result<T>>) -> Result<T, ScenarioError> {
+pub(super) async fn within<T>(
+    step: impl Future<Output = io::Result<T>>,
+) -> Result<T, ScenarioError> {
     let done = tokio::time::timeout(STUCK, step).await;
     let done = done.map_err(ScenarioError::at("exchange"))?;
     done.map_err(ScenarioError::at("exchange"))

@@ -1,0 +1,90 @@
+//! What KVM counts, of all VMs that live, where the kernel's debugging files can be read.
+
+use std::fs;
+use std::path::Path;
+
+use super::Counts;
+
+/// KVM's statistics (`Documentation/virt/kvm/api.rst`, `KVM_GET_STATS_FD`, has their names), all VMs added up.
+const FILES: &str = "/sys/kernel/debug/kvm";
+
+/// Statistics of what lives now.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Kvm {
+    /// Exits to KVM.
+    exits: f64,
+    /// Faults of guest memory that KVM resolved.
+    faults: f64,
+    /// Pages of 4 KiB that guests can reach without a fault.
+    small: f64,
+    /// Pages of 2 MiB.
+    large: f64,
+}
+
+impl Kvm {
+    /// `None` where they cannot be read.
+    pub(super) fn now() -> Option<Self> {
+        Self::at(Path::new(FILES))
+    }
+
+    fn at(dir: &Path) -> Option<Self> {
+        let read = |name| {
+            let text = fs::read_to_string(dir.join(name)).ok()?;
+            text.trim().parse().ok()
+        };
+        Some(Self {
+            exits: read("exits")?,
+            faults: read("pf_fixed")?,
+            small: read("pages_4k")?,
+            large: read("pages_2m")?,
+        })
+    }
+}
+
+/// What KVM did for one VM.
+pub(super) struct Names {
+    pub(super) exits: &'static str,
+    pub(super) faults: &'static str,
+    pub(super) small: &'static str,
+    pub(super) large: &'static str,
+}
+
+impl Counts {
+    /// Keeps what KVM counted since `before`, while nothing ended.
+    pub(super) fn kvm(&mut self, before: Option<Kvm>, names: &Names) {
+        let Some((before, now)) = before.zip(Kvm::now()) else {
+            return;
+        };
+        let counted = [
+            (names.exits, "exits", now.exits - before.exits),
+            (names.faults, "faults", now.faults - before.faults),
+            (names.small, "pages", now.small - before.small),
+            (names.large, "pages", now.large - before.large),
+        ];
+        for (metric, unit, value) in counted {
+            self.samples.push(metric, unit, value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_are_read_by_name_and_missed_as_a_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in [("exits", "7\n"), ("pf_fixed", "5\n"), ("pages_4k", "3\n")] {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        assert_eq!(Kvm::at(dir.path()), None);
+        fs::write(dir.path().join("pages_2m"), "1\n").unwrap();
+        let Kvm {
+            exits,
+            faults,
+            small,
+            large,
+        } = Kvm::at(dir.path()).unwrap();
+        assert_eq!((exits, faults, small, large), (7.0, 5.0, 3.0, 1.0));
+    }
+}

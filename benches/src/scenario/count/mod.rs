@@ -1,0 +1,113 @@
+//! What each step costs in instructions, of host kernel, KVM and guest together, on a machine whose clock counts them
+//! ([`Meter`]): what ran, and beside it what was only waited for. It is what can be compared where no processor is fast
+//! or quiet enough for times.
+
+mod guests;
+mod kvm;
+mod peers;
+mod pools;
+
+use std::io;
+use std::time::Duration;
+
+use super::ScenarioError;
+use super::boot::Files;
+use super::samples::Samples;
+use crate::meter::{Measurement, Meter};
+use crate::peer::Peers;
+use crate::report::Report;
+
+/// The name of the scenario in results.
+pub const SCENARIO: &str = "count";
+/// Unit of what ran.
+pub const BUSY: &str = "M busy";
+/// Unit of what was waited for.
+pub const IDLE: &str = "M idle";
+/// Rounds of each kind that are not counted: code and tables are touched for the first time.
+const WARM_UP: usize = 2;
+/// For how long nothing happens before a measurement. It costs nothing here: the clock jumps.
+const REST: Duration = Duration::from_millis(200);
+
+/// What is counted.
+#[derive(Clone, Debug)]
+pub struct Subjects {
+    /// Code in Python's warm interpreter, too; its image is built when it is not there.
+    pub python: bool,
+    /// Other monitors.
+    pub peers: Peers,
+}
+
+/// Counts each operation `n` times.
+///
+/// # Errors
+/// When nothing can be counted here, or a guest cannot be made or does not answer.
+pub async fn run(
+    report: &mut Report,
+    files: Files<'_>,
+    subjects: &Subjects,
+    n: usize,
+) -> Result<(), ScenarioError> {
+    let meter = Meter::new().map_err(ScenarioError::at("instructions"))?;
+    let mut counts = Counts {
+        meter,
+        rounds: n,
+        samples: Samples::default(),
+    };
+    guests::first_instruction(&mut counts, report).await?;
+    guests::boot(&mut counts, files).await?;
+    guests::clones(&mut counts, files).await?;
+    pools::hand_off(&mut counts, files).await?;
+    match subjects.python {
+        true => pools::python(&mut counts, files).await?,
+        false => {
+            let why = "count: hand-off to print(6 * 7): was not asked for, see --python";
+            report.not_measured.push(why.into());
+        }
+    }
+    counts.samples.report(report, SCENARIO, "hearth");
+    peers::run(meter, report, files, &subjects.peers, n).await
+}
+
+/// What is counted with, and what was.
+struct Counts {
+    meter: Meter,
+    rounds: usize,
+    samples: Samples,
+}
+
+impl Counts {
+    /// The numbers of the rounds, and whether each is counted.
+    fn rounds(&self) -> impl Iterator<Item = (usize, bool)> + use<> {
+        (0..WARM_UP + self.rounds).map(|round| (round, round >= WARM_UP))
+    }
+
+    /// Begins a measurement when everything has come to rest.
+    async fn start(&self) -> Result<Measurement, ScenarioError> {
+        tokio::time::sleep(REST).await;
+        self.meter.start().map_err(failed)
+    }
+
+    /// Ends one, of `times` repetitions of `what`; keeps it if it is counted.
+    fn stop(
+        &mut self,
+        measurement: Measurement,
+        what: &'static str,
+        times: usize,
+        counted: bool,
+    ) -> Result<(), ScenarioError> {
+        let (spent, phases) = measurement.stop().map_err(failed)?;
+        if counted {
+            let each = 1.0 / times as f64;
+            self.samples.push(what, BUSY, spent.busy * each);
+            self.samples.push(what, IDLE, spent.idle * each);
+            for (phase, ran) in phases {
+                self.samples.push(phase, "M", ran);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn failed(error: io::Error) -> ScenarioError {
+    ScenarioError::at("instructions")(error)
+}

@@ -149,7 +149,8 @@ async fn run_scenario(
             ..
         } => {
             let peers = peers.peers();
-            count::run(report, files, &Subjects { python, peers }, n).await
+            let subjects = Subjects { python, peers };
+            count::run(report, files, &subjects, n, |line| eprintln!("{line}")).await
         }
         Scenario::Boot { n, forks, .. } => boot::run(report, files, n, forks).await,
         Scenario::Peers { n, ref peers, .. } => peers::run(report, files, &peers.peers(), n).await,

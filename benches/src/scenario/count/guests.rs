@@ -120,8 +120,11 @@ const OF_FORK: Names = Names {
     large: "fork: mapped, of 2 MiB",
 };
 
-/// Clones of one template up to their first pong, and one of them at work.
-pub(super) async fn clones(counts: &mut Counts, files: Files<'_>) -> Result<(), ScenarioError> {
+/// Clones of one template, up to their first pong.
+pub(super) async fn clones(
+    counts: &mut Counts,
+    files: Files<'_>,
+) -> Result<Template, ScenarioError> {
     let template = template(files).await?;
     let first = template.fork().map_err(ScenarioError::at("fork"))?;
     renew(&mut resume(&first)?, 1).await?;
@@ -173,10 +176,11 @@ pub(super) async fn clones(counts: &mut Counts, files: Files<'_>) -> Result<(), 
             vm.destroy();
         }
     }
-    at_work(counts, &template).await
+    Ok(template)
 }
 
-async fn at_work(counts: &mut Counts, template: &Template) -> Result<(), ScenarioError> {
+/// A clone that is talked to, and runs programs.
+pub(super) async fn at_work(counts: &mut Counts, template: &Template) -> Result<(), ScenarioError> {
     let vm = template.fork().map_err(ScenarioError::at("fork"))?;
     let mut agent = resume(&vm)?;
     renew(&mut agent, 0).await?;

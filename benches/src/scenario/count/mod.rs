@@ -37,7 +37,7 @@ pub struct Subjects {
     pub peers: Peers,
 }
 
-/// Counts each operation `n` times.
+/// Counts each operation `n` times, and says what it is at.
 ///
 /// # Errors
 /// When nothing can be counted here, or a guest cannot be made or does not answer.
@@ -46,6 +46,7 @@ pub async fn run(
     files: Files<'_>,
     subjects: &Subjects,
     n: usize,
+    progress: impl Fn(&str),
 ) -> Result<(), ScenarioError> {
     let meter = Meter::new().map_err(ScenarioError::at("instructions"))?;
     let mut counts = Counts {
@@ -53,18 +54,28 @@ pub async fn run(
         rounds: n,
         samples: Samples::default(),
     };
+    progress("first instructions");
     guests::first_instruction(&mut counts, report).await?;
+    progress("boots");
     guests::boot(&mut counts, files).await?;
-    guests::clones(&mut counts, files).await?;
+    progress("clones");
+    let template = guests::clones(&mut counts, files).await?;
+    progress("a clone at work");
+    guests::at_work(&mut counts, &template).await?;
+    progress("a pool");
     pools::hand_off(&mut counts, files).await?;
     match subjects.python {
-        true => pools::python(&mut counts, files).await?,
+        true => {
+            progress("a pool with Python");
+            pools::python(&mut counts, files).await?;
+        }
         false => {
             let why = "count: hand-off to print(6 * 7): was not asked for, see --python";
             report.not_measured.push(why.into());
         }
     }
     counts.samples.report(report, SCENARIO, "hearth");
+    progress("other monitors");
     peers::run(meter, report, files, &subjects.peers, n).await
 }
 

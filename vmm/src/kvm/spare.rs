@@ -90,7 +90,7 @@ impl<T: Send + 'static> Spare<T> {
             return;
         }
         let serve = move || self.serve(after, make);
-        if threads::spawn("hearth-spare", SMALL_STACK, serve).is_ok() {
+        if threads::spawn("hearth-new-vm", SMALL_STACK, serve).is_ok() {
             state.is_kept = true;
             state.is_wanted = true;
         }

@@ -14,8 +14,8 @@ use std::time::Duration;
 use hearth_tests::flat::{Code, elf};
 use hearth_tests::{Footprint, alone, error_chain, kvm, not_measured};
 use hearth_vmm::{
-    BootError, BzImageError, ConfigError, EntryChoice, Exit, KernelError, KernelFormat, LoadError,
-    Vm, VmConfig, VmConfigBuilder,
+    BootError, BzImageError, ConfigError, CpuProfile, EntryChoice, Exit, Host, KernelError,
+    KernelFormat, LoadError, Vm, VmConfig, VmConfigBuilder,
 };
 use tempfile::TempDir;
 
@@ -409,7 +409,7 @@ fn assert_refused(answer: &str, variant: &str, hint: &str) {
     );
     assert!(answer.contains(hint), "{answer}");
     assert!(answer.contains("threads of a vm: 0\n"), "{answer}");
-    assert!(answer.contains("vm descriptors: 0\n"), "{answer}");
+    assert!(no_vm_is_left(answer), "{answer}");
 }
 
 #[test]
@@ -461,6 +461,13 @@ fn a_forced_profile_that_does_not_exist() {
     }
 }
 
+/// But for the spare that a process keeps on hosts where `KVM_CREATE_VM` waits.
+fn no_vm_is_left(answer: &str) -> bool {
+    let left = |count: u32| answer.contains(&format!("vm descriptors: {count}\n"));
+    let may_have_spare = Host::get().is_ok_and(|host| host.profile() == CpuProfile::Native);
+    left(0) || may_have_spare && left(1)
+}
+
 #[test]
 fn with_too_few_descriptors_a_boot_is_refused_not_half_done() {
     if !kvm() {
@@ -478,7 +485,7 @@ fn with_too_few_descriptors_a_boot_is_refused_not_half_done() {
             break;
         }
         refusals += 1;
-        assert!(answer.contains("vm descriptors: 0\n"), "{limit}: {answer}");
+        assert!(no_vm_is_left(&answer), "{limit}: {answer}");
         assert!(!answer.contains("hearth-vcpu"), "{limit}: {answer}");
         assert!(
             answer.contains("os error 24") || answer.contains("descriptor"),

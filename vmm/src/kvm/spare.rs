@@ -128,7 +128,7 @@ mod tests {
         spare
     }
 
-    fn taken(spare: &Spare<u32>) -> u32 {
+    fn taken<T: Send + 'static>(spare: &Spare<T>) -> T {
         let begin = Instant::now();
         loop {
             if let Some(taken) = spare.take() {
@@ -172,13 +172,7 @@ mod tests {
         };
         static KEPT: LazyLock<Spare<VmFd>> = LazyLock::new(Spare::default);
         KEPT.keep(Duration::ZERO, || create_vm(host.kvm()).ok());
-        let begin = Instant::now();
-        let vm = loop {
-            if let Some(vm) = KEPT.take() {
-                break vm;
-            }
-            assert!(begin.elapsed() < STUCK, "none is made");
-        };
+        let vm = taken(&KEPT);
         crate::kvm::create_irqchip(&vm, false).unwrap();
         crate::kvm::create_vcpu(&vm, 0, host.cpuid()).unwrap();
     }

@@ -61,6 +61,8 @@ pub(super) async fn first_instruction(
 
 const BOOT: &str = "cold boot to pong";
 const OF_BOOT: Names = Names {
+    monitor: "cold boot: exits to the monitor",
+    memory: "cold boot: memory touched",
     exits: "cold boot: exits to KVM",
     faults: "cold boot: faults of guest memory",
     small: "cold boot: mapped, of 4 KiB",
@@ -86,11 +88,7 @@ pub(super) async fn boot(counts: &mut Counts, files: Files<'_>) -> Result<(), Sc
         run.phase("cold boot: greeting and pong");
         counts.stop(run, BOOT, 1, counted)?;
         if counted {
-            counts.kvm(before, &OF_BOOT);
-            let exits = vm.exits().total() as f64;
-            let samples = &mut counts.samples;
-            samples.push("cold boot: exits to the monitor", "exits", exits);
-            push_kib(counts, "cold boot: memory touched", vm.private_bytes())?;
+            counts.vm(&vm, before, &OF_BOOT)?;
             let hello = agent.hello().unwrap_or_default();
             let entered = hello.started_us as f64 / 1e3;
             let metric = "cold boot: kernel entry to init (guest clock)";
@@ -102,18 +100,10 @@ pub(super) async fn boot(counts: &mut Counts, files: Files<'_>) -> Result<(), Sc
     Ok(())
 }
 
-fn push_kib(
-    counts: &mut Counts,
-    metric: &'static str,
-    bytes: std::io::Result<u64>,
-) -> Result<(), ScenarioError> {
-    let bytes = bytes.map_err(ScenarioError::at("guest memory"))?;
-    counts.samples.push(metric, "KiB", bytes as f64 / 1024.0);
-    Ok(())
-}
-
 const PONG: &str = "fork to pong";
 const OF_FORK: Names = Names {
+    monitor: "fork: exits to the monitor",
+    memory: "fork: memory written",
     exits: "fork: exits to KVM",
     faults: "fork: faults of guest memory",
     small: "fork: mapped, of 4 KiB",
@@ -141,11 +131,7 @@ pub(super) async fn clones(
         run.phase("fork: reseed and pong");
         counts.stop(run, PONG, 1, counted)?;
         if counted {
-            counts.kvm(before, &OF_FORK);
-            let exits = vm.exits().total() as f64;
-            let samples = &mut counts.samples;
-            samples.push("fork: exits to the monitor", "exits", exits);
-            push_kib(counts, "fork: memory written", vm.private_bytes())?;
+            counts.vm(&vm, before, &OF_FORK)?;
         }
         vm.destroy();
 

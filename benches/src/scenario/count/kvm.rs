@@ -3,7 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use hearth_vmm::Vm;
+
 use super::Counts;
+use crate::scenario::ScenarioError;
 
 /// KVM's statistics (`Documentation/virt/kvm/api.rst`, `KVM_GET_STATS_FD`, has their names), all VMs added up.
 const FILES: &str = "/sys/kernel/debug/kvm";
@@ -41,8 +44,13 @@ impl Kvm {
     }
 }
 
-/// What KVM did for one VM.
+/// What is kept of one VM.
 pub(super) struct Names {
+    /// Its exits to the monitor.
+    pub(super) monitor: &'static str,
+    /// Pages that the host has for it alone.
+    pub(super) memory: &'static str,
+    // What KVM did for it.
     pub(super) exits: &'static str,
     pub(super) faults: &'static str,
     pub(super) small: &'static str,
@@ -50,10 +58,21 @@ pub(super) struct Names {
 }
 
 impl Counts {
-    /// Keeps what KVM counted since `before`, while nothing ended.
-    pub(super) fn kvm(&mut self, before: Option<Kvm>, names: &Names) {
-        let Some((before, now)) = before.zip(Kvm::now()) else {
-            return;
+    /// Keeps what `vm` needed of the monitor and of memory, and what KVM counted since `before`, while nothing ended.
+    pub(super) fn vm(
+        &mut self,
+        vm: &Vm,
+        before: Option<Kvm>,
+        names: &Names,
+    ) -> Result<(), ScenarioError> {
+        let now = Kvm::now();
+        let bytes = vm.private_bytes();
+        let bytes = bytes.map_err(ScenarioError::at("guest memory"))? as f64;
+        let exits = vm.exits().total() as f64;
+        self.samples.push(names.monitor, "exits", exits);
+        self.samples.push(names.memory, "KiB", bytes / 1024.0);
+        let Some((before, now)) = before.zip(now) else {
+            return Ok(());
         };
         let counted = [
             (names.exits, "exits", now.exits - before.exits),
@@ -64,6 +83,7 @@ impl Counts {
         for (metric, unit, value) in counted {
             self.samples.push(metric, unit, value);
         }
+        Ok(())
     }
 }
 

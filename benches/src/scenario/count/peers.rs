@@ -2,7 +2,7 @@
 
 use super::{BUSY, IDLE, REST, SCENARIO, failed};
 use crate::meter::{Meter, Spent};
-use crate::peer::{Firecracker, PeerError, Peers};
+use crate::peer::{Firecracker, Peers};
 use crate::report::Report;
 use crate::scenario::ScenarioError;
 use crate::scenario::agent::template;
@@ -60,17 +60,18 @@ async fn in_turns(
     let mut ours = Vec::new();
     let mut theirs = Vec::new();
     for _ in 0..n {
-        let spent = theirs_of(meter, firecracker.boot_to_pong(guest)).await?;
-        theirs.push(spent);
-        ours.push(ours_of(meter, to_pong(&config, limit)).await?);
+        let booted = firecracker.boot_to_pong(guest);
+        theirs.push(spent(meter, booted, Side::Theirs).await?);
+        ours.push(spent(meter, to_pong(&config, limit), Side::Ours).await?);
     }
     add(report, BOOT, &ours, &theirs);
     firecracker.snapshot(guest).await.map_err(Side::Theirs)?;
     let template = template(files).await.map_err(Side::Ours)?;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..n {
-        theirs.push(theirs_of(meter, firecracker.restore_to_pong(limit)).await?);
-        ours.push(ours_of(meter, fork_to_pong(&template)).await?);
+        let restored = firecracker.restore_to_pong(limit);
+        theirs.push(spent(meter, restored, Side::Theirs).await?);
+        ours.push(spent(meter, fork_to_pong(&template), Side::Ours).await?);
     }
     add(report, RESTORE, &ours, &theirs);
     report.notes.push(format!(
@@ -80,33 +81,17 @@ async fn in_turns(
     Ok(())
 }
 
-/// What a step takes.
+/// What a step takes; its failure is that side's.
 async fn spent<T, E>(
     meter: Meter,
     step: impl Future<Output = Result<T, E>>,
-) -> Result<Result<Spent, E>, ScenarioError> {
+    side: fn(E) -> Side,
+) -> Result<Spent, Side> {
+    let ours = |error| Side::Ours(failed(error));
     tokio::time::sleep(REST).await;
-    let run = meter.start().map_err(failed)?;
-    if let Err(error) = step.await {
-        return Ok(Err(error));
-    }
-    Ok(Ok(run.stop().map_err(failed)?.0))
-}
-
-async fn ours_of<T>(
-    meter: Meter,
-    step: impl Future<Output = Result<T, ScenarioError>>,
-) -> Result<Spent, Side> {
-    let spent = spent(meter, step).await.map_err(Side::Ours)?;
-    spent.map_err(Side::Ours)
-}
-
-async fn theirs_of<T>(
-    meter: Meter,
-    step: impl Future<Output = Result<T, PeerError>>,
-) -> Result<Spent, Side> {
-    let spent = spent(meter, step).await.map_err(Side::Ours)?;
-    spent.map_err(Side::Theirs)
+    let run = meter.start().map_err(ours)?;
+    step.await.map_err(side)?;
+    Ok(run.stop().map_err(ours)?.0)
 }
 
 /// The last: the ratio is of what ran.

@@ -1,6 +1,6 @@
-//! Puts the agent's sources into this crate: a workspace that has the agent alone, so that an installed program builds
-//! the agent that it was made for without a checkout. Nobody keeps a list of the files: whatever lies in the agent's
-//! directory of sources is taken.
+//! Puts the agent's sources into this crate: a workspace that has the agent alone, so that an
+//! installed program builds the agent that it was made for without a checkout. Nobody keeps a list
+//! of the files: whatever lies in the agent's directory of sources is taken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -12,7 +12,8 @@ use toml::{Table, Value};
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const AGENT: &str = "hearth-agent";
-/// What the agent is made of besides the workspace's manifest and lock, of which it has its own part.
+/// What the agent is made of besides the workspace's manifest and lock, of which it has its own
+/// part.
 const SOURCES: [&str; 3] = ["agent/Cargo.toml", "agent/build.rs", "agent/src"];
 /// The profile that the agent is built with, and the one that it starts from.
 const PROFILES: [&str; 2] = ["guest", "release"];
@@ -96,7 +97,8 @@ fn manifest(workspace: &Path) -> Result<Table> {
     ]))
 }
 
-/// The part of the workspace's lock that the agent needs, and what features that others ask for add to it.
+/// The part of the workspace's lock that the agent needs, and what features that others ask for add
+/// to it.
 fn lock(workspace: &Path) -> Result<Table> {
     let mut lock = read(&workspace.join("Cargo.lock"))?;
     let Some(Value::Array(mut packages)) = lock.remove("package") else {

@@ -1,5 +1,5 @@
-//! The guest side of Hearth: the wire protocol ([`proto`]), the host's client ([`client`]), and PID 1 (the binary
-//! `hearth-init`).
+//! The guest side of Hearth: the wire protocol ([`proto`]), the host's client ([`client`]), and PID
+//! 1 (the binary `hearth-init`).
 //!
 //! ```no_run
 //! # #[cfg(feature = "client")]
@@ -9,14 +9,15 @@
 //!
 //! let mut agent = AgentClient::handshake(stream).await?;
 //! println!("up for {:?}", agent.ping(1).await?.uptime);
-//! let output = agent.exec(Command::new("uname").arg("-r")).await?.output(OutputLimits::default()).await?;
+//! let exec = agent.exec(Command::new("uname").arg("-r")).await?;
+//! let output = exec.output(OutputLimits::default()).await?;
 //! println!("{}: {}", output.status, String::from_utf8_lossy(&output.stdout));
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! Deliberately absent: no host file, socket or VM is opened here (the caller brings the stream), no task is spawned,
-//! and neither side trusts a size that the other sent.
+//! Deliberately absent: no host file, socket or VM is opened here (the caller brings the stream),
+//! no task is spawned, and neither side trusts a size that the other sent.
 
 #![cfg_attr(not(feature = "client"), no_std)]
 

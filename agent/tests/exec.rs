@@ -287,7 +287,8 @@ async fn environment_directory_and_standing() {
         "{text}"
     );
     assert!(!text.contains("AGENT_SECRET"));
-    // A session of its own, no signal blocked or ignored, no descriptor but the three (and ls's own).
+    // A session of its own, no signal blocked or ignored, no descriptor but the three (and ls's
+    // own).
     let script = "grep -E '^Sig(Blk|Ign)' /proc/self/status; ls /proc/self/fd | wc -l; cut -d' ' -f1,5,6 /proc/$$/stat";
     let text = String::from_utf8(agent.output(sh(script)).await.stdout).unwrap();
     let lines: Vec<_> = text.lines().collect();
@@ -720,7 +721,8 @@ async fn out_of_descriptors_is_a_typed_failure() {
         matches!(failure, ExecError::Failed(SpawnFailure::Exhausted(_))),
         "{failure:?}"
     );
-    // Connections beyond what it can take wait, without spinning, and are served when there is room again.
+    // Connections beyond what it can take wait, without spinning, and are served when there is room
+    // again.
     let mut waiting = Vec::new();
     for _ in 0..8 {
         waiting.push(agent.stream().await.unwrap());

@@ -176,8 +176,8 @@ async fn a_guest_that_lies_about_a_tree() {
     let done = || reply(FileReply::Done);
     let limits = TreeLimits::default;
 
-    // A link and then a directory, a file, a link of the same name: whoever unpacks it writes where the link leads. Beside each
-    // other or not, in one answer or in two.
+    // A link and then a directory, a file, a link of the same name: whoever unpacks it writes where
+    // the link leads. Beside each other or not, in one answer or in two.
     let _attack = "a name twice in a directory";
     for kind in [FileKind::Dir, FileKind::File, FileKind::Link] {
         let twice = [
@@ -207,7 +207,8 @@ async fn a_guest_that_lies_about_a_tree() {
     );
     assert!(protocol, "{listed:?}");
 
-    // Each directory has as many as are allowed, of the longest names, and one more directory in it.
+    // Each directory has as many as are allowed, of the longest names, and one more directory in
+    // it.
     let _attack = "more names than a host should hold";
     let names = |level: usize| {
         (0..MAX_ENTRIES / 200).map(move |page| {

@@ -64,7 +64,8 @@ async fn a_user_that_stops_all_its_processes_does_not_stop_the_agent() {
     assert_eq!(said.read_u8().await.unwrap(), b'g');
     let fds = agent.open_fds();
     for round in 0..20 {
-        // Its own programs are stopped, before they have begun or after: the time limit ends them all the same.
+        // Its own programs are stopped, before they have begun or after: the time limit ends them
+        // all the same.
         let limited = Command::new("true").user(user(54_321));
         let limited = limited.timeout(Duration::from_millis(50));
         let limited = limited.grace(Duration::from_millis(10));
@@ -252,7 +253,8 @@ async fn files_for_a_user_are_put_with_that_users_rights() {
     assert_eq!(owner(&roots.join("given")), (UID, UID));
     client.remove(at("some"), true).await.unwrap();
 
-    // After all of that, and after what was given up half-way, the agent has its own rights, and no others.
+    // After all of that, and after what was given up half-way, the agent has its own rights, and no
+    // others.
     let mut half = agent.client().await;
     let (mut writer, mut reader) = tokio::io::duplex(1 << 10);
     let unfinished = half.put_from(put("unfinished"), &mut reader);

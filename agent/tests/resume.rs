@@ -17,7 +17,8 @@ use tokio::net::UnixStream;
 #[tokio::test]
 async fn a_client_goes_on_with_the_connection_of_another() {
     let agent = Agent::start().await;
-    // The first client's end does not close it, as the end of a template's client does not close a clone's.
+    // The first client's end does not close it, as the end of a template's client does not close a
+    // clone's.
     let stream = agent.stream().await.unwrap().into_std().unwrap();
     let share = || UnixStream::from_std(stream.try_clone().unwrap()).unwrap();
     let mut first = AgentClient::handshake(share()).await.unwrap();

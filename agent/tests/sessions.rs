@@ -234,7 +234,8 @@ async fn code_of_any_size_goes_in_and_none_that_was_given_up_half_way_runs() {
     assert!(matches!(session.run("1\0").await, Err(SessionError::Nul)));
     let dir = tempfile::tempdir().unwrap();
     let ran = dir.path().join("ran");
-    // Given up when no more than the window went out, which is as much as the first look at it sends.
+    // Given up when no more than the window went out, which is as much as the first look at it
+    // sends.
     let code = format!("open({:?}, 'w')\n#{}", ran, "x".repeat(1 << 20));
     let mut call = Box::pin(session.run(code));
     let ended = poll_fn(|cx| Poll::Ready(call.as_mut().poll(cx).is_ready())).await;
@@ -416,7 +417,8 @@ async fn a_shell_keeps_its_state_and_gives_exit_codes() {
         (CallEnd::Value("130".into()), "")
     );
     assert_eq!(text(&run(session, "echo $x").await.stdout), "5\n");
-    // One that the first interrupt does not reach, as none reaches a program that is being started, gets another.
+    // One that the first interrupt does not reach, as none reaches a program that is being started,
+    // gets another.
     let deaf = r#"bash -c 'trap "((heard++)) && exit" INT; while :; do sleep 0.1; done'"#;
     let outcome = session.run(Call::new(deaf).timeout(SOON)).await.unwrap();
     assert_eq!(outcome.end, CallEnd::Value("130".into()));

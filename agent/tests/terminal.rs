@@ -144,7 +144,8 @@ async fn all_that_was_written_arrives() {
     let numbers = text.lines().map(|line| line.parse::<u32>().unwrap());
     assert!(numbers.eq(1..=20000));
 
-    // A process that lives on and has the terminal open does not hold the result back, nor does it cost output.
+    // A process that lives on and has the terminal open does not hold the result back, nor does it
+    // cost output.
     let script = "trap '' HUP; sleep 1000 & seq 1 1000; echo $!";
     let command = on_terminal(script).linger(Duration::from_millis(50));
     let output = agent.output(command).await;

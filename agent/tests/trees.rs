@@ -1,4 +1,5 @@
-//! Trees of files into a guest and out of it, as tar archives that the system's tar makes and reads.
+//! Trees of files into a guest and out of it, as tar archives that the system's tar makes and
+//! reads.
 #![allow(
     missing_docs,
     clippy::unwrap_used,

@@ -24,7 +24,8 @@ pub(crate) struct Cli {
     /// End with exit code 1 if a figure misses its target, or was not measured.
     #[arg(long, global = true)]
     pub(crate) check: bool,
-    /// Run the scenario at several sizes, and fit how its cost grows: memory=MIB,... vcpus=N,... or guests=N,...
+    /// Run the scenario at several sizes, and fit how its cost grows: memory=MIB,... vcpus=N,...
+    /// or guests=N,...
     #[arg(long, global = true, value_name = "KEY=VALUES")]
     pub(crate) sweep: Option<Sweep>,
 }
@@ -46,7 +47,8 @@ pub(crate) enum Scenario {
     },
     /// Fork a guest by raw ioctls, without any code of Hearth's.
     Floor(Count),
-    /// Fork a template up to its first instruction, with and without a ready shell, in turns with the floor.
+    /// Fork a template up to its first instruction, with and without a ready shell, in turns with
+    /// the floor.
     Fork(Count),
     /// Boot the base image to the agent's pong, then fork it to pong.
     Boot {
@@ -59,7 +61,8 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
-    /// Count the instructions of each step, on a machine whose clock counts them: what ran, and what was waited for.
+    /// Count the instructions of each step, on a machine whose clock counts them: what ran, and
+    /// what was waited for.
     Count {
         /// Samples of each kind.
         #[arg(short, default_value_t = 10)]
@@ -78,7 +81,8 @@ pub(crate) enum Scenario {
         #[arg(short, default_value_t = 20)]
         n: usize,
     },
-    /// Run a plain program in guests of a warm pool, and code in their warm interpreters, from the hand-off to the result.
+    /// Run a plain program in guests of a warm pool, and code in their warm interpreters, from the
+    /// hand-off to the result.
     Exec {
         /// Guests of each kind.
         #[arg(short, default_value_t = 20)]
@@ -94,7 +98,8 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
-    /// Take memory from a guest and give it back, by its balloon and by the pages that it reports free.
+    /// Take memory from a guest and give it back, by its balloon and by the pages that it reports
+    /// free.
     Balloon {
         /// Times that the balloon takes and gives.
         #[arg(short, default_value_t = 10)]
@@ -110,7 +115,8 @@ pub(crate) enum Scenario {
         /// What a run printed with --json.
         results: PathBuf,
     },
-    /// Print what a counting run counted, in thousands of instructions, a line each: benches/hardware-counts.txt is made so.
+    /// Print what a counting run counted, in thousands of instructions, a line each:
+    /// benches/hardware-counts.txt is made so.
     Counts {
         /// What `count` printed with --json.
         results: PathBuf,
@@ -144,7 +150,8 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
-    /// Boot and restore guests by other monitors, in turns with Hearth: same kernel, initramfs, words and sizes.
+    /// Boot and restore guests by other monitors, in turns with Hearth: same kernel, initramfs,
+    /// words and sizes.
     Peers {
         /// Samples of each side (a ratio needs 10).
         #[arg(short, default_value_t = 10)]
@@ -162,7 +169,8 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
-    /// Exchange bytes with a program in a guest, in turns with one at the other end of a Unix socket pair.
+    /// Exchange bytes with a program in a guest, in turns with one at the other end of a Unix
+    /// socket pair.
     Vsock {
         /// Exchanges of each kind, on each side.
         #[arg(short, default_value_t = 15)]

@@ -58,7 +58,8 @@ impl Environment {
     }
 }
 
-/// The day of a moment in UTC, by the Gregorian calendar (H. Hinnant, "chrono-compatible low-level date algorithms").
+/// The day of a moment in UTC, by the Gregorian calendar (H. Hinnant, "chrono-compatible low-level
+/// date algorithms").
 fn day(moment: SystemTime) -> String {
     let seconds = moment
         .duration_since(UNIX_EPOCH)

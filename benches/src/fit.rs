@@ -1,4 +1,5 @@
-//! How a metric grows with what was swept: a line through medians, with a bootstrap confidence interval.
+//! How a metric grows with what was swept: a line through medians, with a bootstrap confidence
+//! interval.
 
 use std::fmt;
 

@@ -1,9 +1,10 @@
-//! What a whole machine does meanwhile, host kernel, KVM and guests together: in instructions, on a machine whose clock
-//! counts them.
+//! What a whole machine does meanwhile, host kernel, KVM and guests together: in instructions, on a
+//! machine whose clock counts them.
 //!
-//! Such a machine is QEMU's with one processor and `-icount shift=0,sleep=off`: its clock advances by 1 ns per instruction,
-//! and jumps to the next timer while the processor idles. So what was run and what was waited for are apart, and what is
-//! run repeats to a few thousandths, whatever else the machine below does.
+//! Such a machine is QEMU's with one processor and `-icount shift=0,sleep=off`: its clock advances
+//! by 1 ns per instruction, and jumps to the next timer while the processor idles. So what was run
+//! and what was waited for are apart, and what is run repeats to a few thousandths, whatever else
+//! the machine below does.
 
 use std::fs;
 use std::io;
@@ -136,8 +137,8 @@ pub(crate) fn millions(duration: Duration) -> f64 {
     duration.as_nanos() as f64 / 1e6
 }
 
-/// For how long the processor ran anything but its idle loop. The scheduler adds it up where a thread makes room: so this one
-/// does, for a moment.
+/// For how long the processor ran anything but its idle loop. The scheduler adds it up where a
+/// thread makes room: so this one does, for a moment.
 fn ran() -> io::Result<Duration> {
     std::thread::sleep(Duration::from_micros(1));
     ran_by(&fs::read_to_string(SCHEDULER)?)
@@ -153,7 +154,8 @@ fn ran_by(text: &str) -> Option<Duration> {
 
 fn timed_loop() -> Duration {
     let begin = Instant::now();
-    // SAFETY: the loop counts a register of its own down to zero; it touches no memory and no stack.
+    // SAFETY: the loop counts a register of its own down to zero; it touches no memory and no
+    // stack.
     #[cfg(target_arch = "x86_64")]
     unsafe {
         std::arch::asm!(

@@ -143,7 +143,8 @@ impl Report {
 
     /// Compares two sides of a metric that were added before.
     pub fn compare(&mut self, metric: &str, a: &str, b: &str) {
-        // The last: what an earlier scenario of the same run called so was not measured in turns with this.
+        // The last: what an earlier scenario of the same run called so was not measured in turns
+        // with this.
         let samples = |side: &str| {
             self.results
                 .iter()

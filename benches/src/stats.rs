@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 /// Fewest samples a side that a ratio is made of.
 pub const MIN_SAMPLES: usize = 10;
-/// A confidence interval whose ends lie further apart than this says nothing: the machine was too noisy.
+/// A confidence interval whose ends lie further apart than this says nothing: the machine was too
+/// noisy.
 pub const MOST_SPREAD: f64 = 2.0;
 /// Resamples of the bootstrap.
 const RESAMPLES: usize = 2000;
@@ -57,7 +58,8 @@ impl Ratio {
     /// The ratio of the medians of `a` and `b`; the reason if it would mean nothing.
     ///
     /// # Errors
-    /// Fewer than [`MIN_SAMPLES`] on a side, a median of zero, or an interval wider than [`MOST_SPREAD`].
+    /// Fewer than [`MIN_SAMPLES`] on a side, a median of zero, or an interval wider than
+    /// [`MOST_SPREAD`].
     pub fn of(a: &[f64], b: &[f64]) -> Result<Self, String> {
         let n = a.len().min(b.len());
         if n < MIN_SAMPLES {
@@ -89,8 +91,8 @@ impl Ratio {
     }
 }
 
-/// How often chance alone sets the medians of two samples as far apart as they are: a permutation test,
-/// two-sided, over 2,000 ways to deal all samples to the two sides. Between 1/2,001 and 1.
+/// How often chance alone sets the medians of two samples as far apart as they are: a permutation
+/// test, two-sided, over 2,000 ways to deal all samples to the two sides. Between 1/2,001 and 1.
 #[must_use]
 pub fn chance(a: &[f64], b: &[f64]) -> f64 {
     let apart = |a: &[f64], b: &[f64]| (median(a) - median(b)).abs();

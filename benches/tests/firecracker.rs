@@ -5,8 +5,9 @@
     clippy::indexing_slicing,
     reason = "a test fails by panicking"
 )]
-//! Firecracker's side of the conversation, played as its documentation has it: the API, the Unix socket of its vsock
-//! device, and the agent in its guest. The process itself is a script that only lives.
+//! Firecracker's side of the conversation, played as its documentation has it: the API, the Unix
+//! socket of its vsock device, and the agent in its guest. The process itself is a script that only
+//! lives.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;

@@ -1,5 +1,6 @@
-//! The agent, built as one static program for the guest: of the sources that are part of this crate (see `build.rs`), in
-//! scratch of the build's own. No checkout, no directory of the caller's and no settings that lie there have a say.
+//! The agent, built as one static program for the guest: of the sources that are part of this crate
+//! (see `build.rs`), in scratch of the build's own. No checkout, no directory of the caller's and
+//! no settings that lie there have a say.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -19,7 +20,8 @@ const SOURCES: Sources = include!(concat!(env!("OUT_DIR"), "/agent-sources.rs"))
 const RUSTFLAGS: &str = "-Ctarget-feature=+crt-static\u{1f}-Crelocation-model=static";
 /// Raised when the way of building changes.
 const BUILDER: &str = "3";
-/// What cargo may know of the caller's environment: where it and its compilers are, and how it reaches its registry.
+/// What cargo may know of the caller's environment: where it and its compilers are, and how it
+/// reaches its registry.
 const CARGO: [&str; 7] = [
     "HOME",
     "CARGO_HOME",
@@ -105,8 +107,9 @@ fn ready(path: PathBuf) -> Result<Agent, AgentError> {
     }
 }
 
-/// Whether another program must load this one: that of a dynamic linker, named by a program header. `None` if it is no
-/// program for this processor. Offsets are those of `Elf64_Ehdr` and `Elf64_Phdr` (elf.h).
+/// Whether another program must load this one: that of a dynamic linker, named by a program header.
+/// `None` if it is no program for this processor. Offsets are those of `Elf64_Ehdr` and
+/// `Elf64_Phdr` (elf.h).
 fn needs_interpreter(program: &[u8]) -> Option<bool> {
     const PT_INTERP: u32 = 3;
     const EM_X86_64: u16 = 62;
@@ -159,8 +162,9 @@ fn build_with(
     write(sources, &workspace)?;
     let mut cargo = command::fetcher(cargo);
     command::keep(&mut cargo, &CARGO);
-    // Settings are searched from the directory upwards that cargo starts in, which is `/` and not this one. Not `--locked`:
-    // the lock has all that the agent needs, so that nothing else is taken, and more, which cargo drops from its copy.
+    // Settings are searched from the directory upwards that cargo starts in, which is `/` and not
+    // this one. Not `--locked`: the lock has all that the agent needs, so that nothing else is
+    // taken, and more, which cargo drops from its copy.
     cargo
         .args(["build", "--profile", "guest", "--manifest-path"])
         .arg(workspace.join("Cargo.toml"))

@@ -131,7 +131,8 @@ impl Cache {
         &self.root
     }
 
-    /// A directory directly under the root, created if it is not there, for nobody else to look into.
+    /// A directory directly under the root, created if it is not there, for nobody else to look
+    /// into.
     pub(crate) fn dir(&self, name: &str) -> Result<PathBuf, CacheError> {
         let dir = self.root.join(name);
         let mut builder = DirBuilder::new();
@@ -185,8 +186,8 @@ impl Cache {
         })
     }
 
-    /// An empty directory for the build that holds the lock, gone when dropped. What builds that were killed left is
-    /// swept first.
+    /// An empty directory for the build that holds the lock, gone when dropped. What builds that
+    /// were killed left is swept first.
     pub(crate) fn scratch(&self, lock: &BuildLock) -> Result<TempDir, CacheError> {
         let dir = self.dir("work")?.join(&lock.kind);
         fs::create_dir_all(&dir).map_err(io_error("create", &dir))?;
@@ -226,7 +227,8 @@ impl Cache {
     }
 }
 
-/// A rename must not become durable before the files that it publishes, and nobody else may change them.
+/// A rename must not become durable before the files that it publishes, and nobody else may change
+/// them.
 fn settle(dir: &Path) -> Result<(), CacheError> {
     let entries = fs::read_dir(dir).map_err(io_error("read", dir))?;
     for path in entries
@@ -254,7 +256,8 @@ fn private(root: &Path) -> Result<(), CacheError> {
         .try_for_each(|kind| below(&root.join(kind), 2))
 }
 
-/// Goes to what the path names as the kernel does, link by link: it and all on the way is looked at.
+/// Goes to what the path names as the kernel does, link by link: it and all on the way is looked
+/// at.
 fn reached(path: &Path) -> Result<(), CacheError> {
     let mut here = PathBuf::new();
     let mut ahead = path.to_owned();
@@ -309,8 +312,8 @@ fn below(path: &Path, depth: u32) -> Result<(), CacheError> {
     }
 }
 
-/// Whether the file or directory, if it is there, is for this user and root alone to change. One that has a bit of
-/// `excused` in its mode may be written by others.
+/// Whether the file or directory, if it is there, is for this user and root alone to change. One
+/// that has a bit of `excused` in its mode may be written by others.
 fn owned(path: &Path, excused: u32) -> Result<(), CacheError> {
     let data = match path.symlink_metadata() {
         Ok(data) => data,

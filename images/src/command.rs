@@ -1,5 +1,6 @@
-//! The programs of a build. All are started here: found in absolute directories alone, in an environment that names what
-//! they may know, away from the caller's directory, without a terminal, their output kept for the error.
+//! The programs of a build. All are started here: found in absolute directories alone, in an
+//! environment that names what they may know, away from the caller's directory, without a terminal,
+//! their output kept for the error.
 
 mod tied;
 
@@ -11,7 +12,8 @@ use std::process::{ChildStdout, Command, ExitStatus, Stdio};
 
 /// Where programs are looked for if `PATH` names no absolute directory.
 const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// What a program that fetches may know besides: how this machine reaches the network, and whom it trusts there.
+/// What a program that fetches may know besides: how this machine reaches the network, and whom it
+/// trusts there.
 const NETWORK: [&str; 13] = [
     "http_proxy",
     "https_proxy",
@@ -56,9 +58,10 @@ pub enum CommandError {
     },
 }
 
-/// A program of a build. Of the caller's environment it knows where programs and temporary files are, and nothing else:
-/// what comes out must not depend on variables that nobody thought of. It starts in `/`, where only root can have put
-/// anything, so that neither the caller's directory nor one above it is searched for settings or code.
+/// A program of a build. Of the caller's environment it knows where programs and temporary files
+/// are, and nothing else: what comes out must not depend on variables that nobody thought of. It
+/// starts in `/`, where only root can have put anything, so that neither the caller's directory nor
+/// one above it is searched for settings or code.
 pub(crate) fn tool(program: impl AsRef<OsStr>) -> Command {
     #[allow(clippy::disallowed_methods)]
     let mut command = Command::new(program);
@@ -90,7 +93,8 @@ pub(crate) fn keep(command: &mut Command, names: &[&str]) {
     command.envs(set);
 }
 
-/// The absolute directories of `PATH`: an empty or relative one means something else in each directory.
+/// The absolute directories of `PATH`: an empty or relative one means something else in each
+/// directory.
 pub(crate) fn search_path() -> OsString {
     absolute_part(&std::env::var_os("PATH").unwrap_or_default())
 }
@@ -106,8 +110,8 @@ fn absolute_part(path: &OsStr) -> OsString {
     }
 }
 
-/// Hands its output to `consume`, which need not read all of it: the program runs to its end, but is killed if `consume`
-/// fails before that.
+/// Hands its output to `consume`, which need not read all of it: the program runs to its end, but
+/// is killed if `consume` fails before that.
 pub(crate) fn read<T, E>(
     command: &mut Command,
     consume: impl FnOnce(&mut ChildStdout) -> Result<T, E>,
@@ -249,7 +253,8 @@ pub(crate) mod tests {
         std::env::var_os(CHILD).is_some()
     }
 
-    /// This program again for one of its tests, in a process of its own: the environment is one for all threads.
+    /// This program again for one of its tests, in a process of its own: the environment is one for
+    /// all threads.
     pub(crate) fn again(test: &str) -> Command {
         let mut again = tool(std::env::current_exe().unwrap());
         again.args(["--exact", test, "--nocapture"]);

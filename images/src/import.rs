@@ -27,8 +27,9 @@ pub enum ImportError {
     File(#[from] CacheError),
 }
 
-/// Makes the image `output` of a directory or of a tar archive (compressed or not), such as `docker export` writes. All
-/// files belong to root; an archive's devices are left out, for the guest's kernel makes them. Needs no root. Blocks.
+/// Makes the image `output` of a directory or of a tar archive (compressed or not), such as `docker
+/// export` writes. All files belong to root; an archive's devices are left out, for the guest's
+/// kernel makes them. Needs no root. Blocks.
 ///
 /// # Errors
 /// [`ImportError`].

@@ -48,7 +48,8 @@ pub(crate) fn cached(cache: &Cache, agent: &Agent) -> Option<PathBuf> {
     file.is_file().then_some(file)
 }
 
-/// The archive for `agent`, from the cache or of the program that `build` builds in the scratch that it is given.
+/// The archive for `agent`, from the cache or of the program that `build` builds in the scratch
+/// that it is given.
 pub(crate) fn get<E: From<InitramfsError>>(
     cache: &Cache,
     agent: &Agent,

@@ -157,8 +157,8 @@ impl Images {
         tools::missing()
     }
 
-    /// Why no recipe that has `commands` can be built here, or `None` if one can: they run in namespaces of their own, which
-    /// some machines permit to nobody but root, or to nobody.
+    /// Why no recipe that has `commands` can be built here, or `None` if one can: they run in
+    /// namespaces of their own, which some machines permit to nobody but root, or to nobody.
     #[must_use]
     pub fn commands_refused(&self) -> Option<CommandError> {
         root::commands_refused()
@@ -212,7 +212,8 @@ impl Images {
         })
     }
 
-    /// The root file system of a recipe, built if it is not cached: an EROFS image that guests read in place.
+    /// The root file system of a recipe, built if it is not cached: an EROFS image that guests read
+    /// in place.
     ///
     /// # Errors
     /// [`ImagesError::Root`]; nothing half-built is left in the cache.
@@ -226,9 +227,9 @@ impl Images {
         root::cached(&self.cache, recipe)
     }
 
-    /// Pins the packages of a recipe to what Debian (and, for Python packages, pip's index) has now: writes the lock beside
-    /// the recipe, and returns its path. For a recipe of this crate, by name, recipe and lock are first copied into the
-    /// working directory.
+    /// Pins the packages of a recipe to what Debian (and, for Python packages, pip's index) has
+    /// now: writes the lock beside the recipe, and returns its path. For a recipe of this
+    /// crate, by name, recipe and lock are first copied into the working directory.
     ///
     /// # Errors
     /// [`ImagesError::Lock`]; the lock is then as it was.

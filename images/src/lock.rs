@@ -66,7 +66,8 @@ impl Lock {
         }
     }
 
-    /// Replaces the file at once. No name that others can foresee is written to: the directory may be full of links.
+    /// Replaces the file at once. No name that others can foresee is written to: the directory may
+    /// be full of links.
     pub(crate) fn write(&self, path: &Path) -> Result<(), CacheError> {
         let dir = path.parent().filter(|dir| *dir != Path::new(""));
         let write = || {

@@ -1,7 +1,7 @@
 //! Python packages as wheels: chosen and fetched by this machine's pip, for the image's Python.
 //!
-//! What a set of requirements was resolved to is an entry of the cache, so that the same words mean the same packages
-//! until it is removed.
+//! What a set of requirements was resolved to is an entry of the cache, so that the same words mean
+//! the same packages until it is removed.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -17,8 +17,8 @@ impl Progress for Stages {
     }
 }
 
-/// The image in this user's cache (built for it if it is not there) and one that is built from nothing
-/// in another place: the same files, and no second build of what is there.
+/// The image in this user's cache (built for it if it is not there) and one that is built from
+/// nothing in another place: the same files, and no second build of what is there.
 #[test]
 #[ignore = "builds the kernel: 5 minutes"]
 fn a_build_from_nothing_gives_the_cached_files_and_is_not_repeated() {

@@ -40,8 +40,9 @@ fn built_or_not_measured(images: &Images) -> Option<Vec<PathBuf>> {
     }
 }
 
-/// In this user's cache if they are not there, and in another place from the same packages: by another process, with other
-/// permissions for new files, and by an ordinary user if this one is root.
+/// In this user's cache if they are not there, and in another place from the same packages: by
+/// another process, with other permissions for new files, and by an ordinary user if this one is
+/// root.
 #[test]
 #[ignore = "long: builds each recipe twice, of packages that it fetches"]
 fn every_recipe_gives_the_same_bytes_again_without_root() {
@@ -131,7 +132,8 @@ fn every_recipe_gives_the_same_bytes_where_namespaces_are_refused() {
     }
 }
 
-/// Resolved by apt with a state and a source of its own, fetched, built; and what is said when the archive moved on.
+/// Resolved by apt with a state and a source of its own, fetched, built; and what is said when the
+/// archive moved on.
 #[test]
 #[ignore = "long: fetches Debian's index"]
 fn a_recipe_of_one_s_own_is_pinned_and_built() {

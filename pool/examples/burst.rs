@@ -1,5 +1,5 @@
-//! More requests at once than there are warm guests: the first are served at once, the others in the
-//! order in which they came, as the pool refills. `burst [REQUESTS] [WARM]`
+//! More requests at once than there are warm guests: the first are served at once, the others in
+//! the order in which they came, as the pool refills. `burst [REQUESTS] [WARM]`
 
 use std::error::Error;
 use std::time::{Duration, Instant};
@@ -33,7 +33,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Gets a guest, ready or about to be, and hears from it; both times count from the burst's beginning.
+/// Gets a guest, ready or about to be, and hears from it; both times count from the burst's
+/// beginning.
 async fn request(
     pool: Pool<KvmBackend>,
     burst: Instant,

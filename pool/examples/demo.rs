@@ -1,4 +1,5 @@
-//! What `make demo` runs: one program in a guest that a warm pool hands out, and where the time went.
+//! What `make demo` runs: one program in a guest that a warm pool hands out, and where the time
+//! went.
 //!
 //! The guest's kernel and initramfs are built before if they are not cached, which takes minutes.
 

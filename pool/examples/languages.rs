@@ -1,8 +1,9 @@
-//! Code in guests whose interpreters are warm, and the time from asking for a guest to the value of `6 * 7`.
+//! Code in guests whose interpreters are warm, and the time from asking for a guest to the value of
+//! `6 * 7`.
 //!
-//! `cargo run --release --example languages [python] [javascript] [shell]`; all three when none is named. The first time, the
-//! images are built (seconds) and an interpreter of each is started for the template (where ring 0 is emulated, a minute for
-//! Node.js); both are cached.
+//! `cargo run --release --example languages [python] [javascript] [shell]`; all three when none is
+//! named. The first time, the images are built (seconds) and an interpreter of each is started for
+//! the template (where ring 0 is emulated, a minute for Node.js); both are cached.
 
 use std::error::Error;
 use std::time::{Duration, Instant};

@@ -76,8 +76,8 @@ impl<B: Backend> Pool<B> {
         Ok(leases)
     }
 
-    /// A ready VM, or the first that becomes ready within `patience`. Callers are served in the order
-    /// in which they came, before stock is refilled.
+    /// A ready VM, or the first that becomes ready within `patience`. Callers are served in the
+    /// order in which they came, before stock is refilled.
     ///
     /// # Errors
     /// [`AcquireError::Timeout`] with the reason; others as for [`acquire`](Self::acquire).
@@ -142,7 +142,8 @@ impl<B: Backend> Shared<B> {
         let mut known = false;
         let mut among: Option<Among> = None;
         for (index, kept) in self.profiles.iter().enumerate() {
-            // Not the name in `spec`: each page that a hand-off touches for the first time after a rest costs it a fifth of a us.
+            // Not the name in `spec`: each page that a hand-off touches for the first time after a
+            // rest costs it a fifth of a us.
             if request.named().is_some_and(|name| name != &*kept.name) {
                 continue;
             }

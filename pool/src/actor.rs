@@ -39,7 +39,8 @@ pub(crate) enum Message<B: Backend> {
     Ended(VmId),
     Retired(VmId),
     Killed(VmId),
-    /// A lease comes home that is on no book any more; or a VM that was offered, and whose owner has gone.
+    /// A lease comes home that is on no book any more; or a VM that was offered, and whose owner
+    /// has gone.
     Stray(Option<VmId>, B::Vm, Released),
     Prepare(ProfileId, PreparedReply),
     Prepared(ProfileId, Result<(), BootFailure>, PreparedReply),

@@ -1,7 +1,7 @@
 //! What a pool needs from whatever makes its VMs.
 //!
-//! The pool decides *when*; a backend knows *how*. [`crate::fake::FakeBackend`] scripts every answer
-//! for tests, the KVM backend boots or forks real guests.
+//! The pool decides *when*; a backend knows *how*. [`crate::fake::FakeBackend`] scripts every
+//! answer for tests, the KVM backend boots or forks real guests.
 
 use std::error::Error;
 use std::future::Future;
@@ -18,8 +18,9 @@ use crate::slot::VmId;
 ///
 /// # Rules for implementors
 /// - Methods that return no future ([`alive`](Self::alive), [`pause`](Self::pause),
-///   [`resume`](Self::resume), [`fits`](Self::fits), [`remote`](Self::remote), [`making`](Self::making),
-///   [`no_template`](Self::no_template), [`private_bytes`](Self::private_bytes), [`Remote::activity`]) and the part of
+///   [`resume`](Self::resume), [`fits`](Self::fits), [`remote`](Self::remote),
+///   [`making`](Self::making), [`no_template`](Self::no_template),
+///   [`private_bytes`](Self::private_bytes), [`Remote::activity`]) and the part of
 ///   [`probe`](Self::probe) and [`ended`](Self::ended) that makes the future run under the pool's
 ///   lock: they must not block, and must not call back into the pool, nor run code that may (a log
 ///   goes to the program's subscriber). The same holds for [`hand_off`](Self::hand_off), which runs
@@ -46,8 +47,9 @@ pub trait Backend: Send + Sync + 'static {
         id: VmId,
     ) -> impl Future<Output = Result<Self::Vm, Self::Error>> + Send;
 
-    /// Resolves when nothing is left of VMs whose [`create`](Self::create) failed or was dropped. A boot
-    /// that came to nothing keeps its place in the limits until then, and a pool that stops waits for it.
+    /// Resolves when nothing is left of VMs whose [`create`](Self::create) failed or was dropped. A
+    /// boot that came to nothing keeps its place in the limits until then, and a pool that
+    /// stops waits for it.
     fn settled(&self) -> impl Future<Output = ()> + Send {
         async {}
     }
@@ -59,7 +61,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Destroys the VM and resolves when nothing of it remains. Runs off every caller's path.
     fn retire(&self, vm: Self::Vm) -> impl Future<Output = ()> + Send;
 
-    /// Whether a VM that is offered to a pool is what `profile` describes, and nobody has had it yet.
+    /// Whether a VM that is offered to a pool is what `profile` describes, and nobody has had it
+    /// yet.
     fn fits(&self, _vm: &Self::Vm, _profile: &Profile) -> bool {
         true
     }
@@ -85,8 +88,8 @@ pub trait Backend: Send + Sync + 'static {
         self.resume(vm);
     }
 
-    /// What of a pool's configuration contradicts the one that this backend was made with. Nothing, unless
-    /// a backend says otherwise.
+    /// What of a pool's configuration contradicts the one that this backend was made with. Nothing,
+    /// unless a backend says otherwise.
     fn conflicts(&self, _config: &PoolConfig) -> Vec<Problem> {
         Vec::new()
     }
@@ -112,9 +115,9 @@ pub trait Backend: Send + Sync + 'static {
         Making::Boot
     }
 
-    /// Why VMs of `profile` boot from cold although they should be copies of a template: none could be
-    /// made. The backend tries again from time to time; each failure is another value. Asked after each
-    /// preparation and each boot, under the pool's lock: it must not block.
+    /// Why VMs of `profile` boot from cold although they should be copies of a template: none could
+    /// be made. The backend tries again from time to time; each failure is another value. Asked
+    /// after each preparation and each boot, under the pool's lock: it must not block.
     fn no_template(&self, _profile: &Profile) -> Option<Arc<dyn Error + Send + Sync>> {
         None
     }
@@ -226,16 +229,17 @@ pub enum Making {
     Fork,
 }
 
-/// A weak handle to one VM, wherever it is. A VM that it ends, or has ended already, gives up what it
-/// holds of the host (threads, descriptors, memory): its owner is left with a value that knows how it
-/// ended.
+/// A weak handle to one VM, wherever it is. A VM that it ends, or has ended already, gives up what
+/// it holds of the host (threads, descriptors, memory): its owner is left with a value that knows
+/// how it ended.
 pub trait Remote: Send + Sync + 'static {
-    /// Ends the VM, whoever owns it; resolves when nothing of it runs any more. Ending an ended VM is fine.
+    /// Ends the VM, whoever owns it; resolves when nothing of it runs any more. Ending an ended VM
+    /// is fine.
     fn kill(&self) -> impl Future<Output = ()> + Send;
 
-    /// A number that changes whenever the VM does something for its owner, and at each reading while a
-    /// request of the owner's is open: silence is not idleness then. The idle limit of leases compares two
-    /// readings. A constant means "cannot tell" and makes every lease idle.
+    /// A number that changes whenever the VM does something for its owner, and at each reading
+    /// while a request of the owner's is open: silence is not idleness then. The idle limit of
+    /// leases compares two readings. A constant means "cannot tell" and makes every lease idle.
     fn activity(&self) -> u64;
 }
 

@@ -11,7 +11,8 @@ thread_local! {
     static LATER: RefCell<Vec<Box<dyn FnOnce()>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What `call` returns; none if the backend panicked in it, which is logged once the pool's lock is free.
+/// What `call` returns; none if the backend panicked in it, which is logged once the pool's lock is
+/// free.
 pub(crate) fn guarded<T>(what: &'static str, call: impl FnOnce() -> T) -> Option<T> {
     let returned = catch_unwind(AssertUnwindSafe(call));
     if returned.is_err() {

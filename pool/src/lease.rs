@@ -18,10 +18,11 @@ use crate::slot::VmId;
 
 /// A VM on lease: used once, then destroyed.
 ///
-/// Dereferences to the backend's VM. Dropping it, anywhere and at any moment, gives the VM back: the
-/// drop only puts the VM where it came from, under the lock that acquire takes; the lease is free for
-/// others at once, and destruction happens in the pool's own tasks. Use [`release`](Self::release) to wait for that, and
-/// [`into_inner`](Self::into_inner) to keep the VM.
+/// Dereferences to the backend's VM. Dropping it, anywhere and at any moment, gives the VM back:
+/// the drop only puts the VM where it came from, under the lock that acquire takes; the lease is
+/// free for others at once, and destruction happens in the pool's own tasks. Use
+/// [`release`](Self::release) to wait for that, and [`into_inner`](Self::into_inner) to keep the
+/// VM.
 #[must_use = "dropping a lease destroys its VM"]
 pub struct Lease<B: Backend> {
     shared: Arc<Shared<B>>,
@@ -103,9 +104,9 @@ impl<B: Backend> Lease<B> {
             .map(|_| ())
     }
 
-    /// Takes the VM out of the pool for good. The pool refills; the reservation keeps the VM counted
-    /// in the pool's limits and must live as long as the VM. There is none if the pool has ended the
-    /// VM already.
+    /// Takes the VM out of the pool for good. The pool refills; the reservation keeps the VM
+    /// counted in the pool's limits and must live as long as the VM. There is none if the pool
+    /// has ended the VM already.
     pub fn into_inner(mut self) -> (B::Vm, Option<Reservation>) {
         let Some(vm) = self.vm.take() else {
             // Every method that empties a lease also consumes it.
@@ -114,8 +115,8 @@ impl<B: Backend> Lease<B> {
         (vm, self.shared.withdraw(self.id))
     }
 
-    /// Gives the VM back and resolves when it is destroyed. Cancelling the future is fine: the VM is
-    /// destroyed all the same.
+    /// Gives the VM back and resolves when it is destroyed. Cancelling the future is fine: the VM
+    /// is destroyed all the same.
     pub async fn release(mut self) {
         let (done, destroyed) = oneshot::channel();
         self.give_back(Some(done));
@@ -135,7 +136,8 @@ impl<B: Backend> Lease<B> {
         match self.shared.take_back(at, vm, !self.touched, done) {
             Ok(()) => {}
             Err(Stray::Late(vm, done)) => {
-                // If nobody listens, the pool has stopped: the VM comes back in the error and is dropped.
+                // If nobody listens, the pool has stopped: the VM comes back in the error and is
+                // dropped.
                 let _ = self.home.send(Message::Stray(Some(self.id), vm, done));
             }
             Err(Stray::Adrift(vm, adrift)) => {

@@ -12,24 +12,24 @@
 //! | `hearth_pool_retiring` | gauge | VMs being destroyed |
 //! | `hearth_pool_waiting` | gauge | callers that wait |
 //! | `hearth_pool_breaker_open` | gauge | 1 while the breaker is open |
-//! | `hearth_pool_without_template` | gauge | 1 while VMs boot from cold because no template could be made |
+//! | `hearth_pool_without_template` | gauge | 1 while VMs boot from cold, for want of a template |
 //! | `hearth_pool_template_failures_total` | counter | times that the template could not be made |
 //! | `hearth_pool_hits_total` | counter | callers served |
 //! | `hearth_pool_misses_total` | counter | times a caller found nothing ready |
 //! | `hearth_pool_boots_total` | counter | boots that succeeded |
-//! | `hearth_pool_boot_failures_total` | counter | boots that failed or that the limits refused; label `reason` |
+//! | `hearth_pool_boot_failures_total` | counter | boots that failed or were refused, by `reason` |
 //! | `hearth_pool_unhealthy_total` | counter | VMs that failed a check; label `reason` |
 //! | `hearth_pool_died_total` | counter | VMs that ended by themselves before anybody had them |
 //! | `hearth_pool_overdue_total` | counter | leases ended by the pool; label `reason` |
 //! | `hearth_pool_abandoned_total` | counter | destructions that took too long to wait for |
 //! | `hearth_pool_acquire_seconds` | histogram | of `acquire`, to the usable lease |
 //! | `hearth_pool_wait_seconds` | histogram | of the waiting form, to the usable lease |
-//! | `hearth_pool_boot_seconds` | histogram | from the reservation to the proven VM, booted from cold |
+//! | `hearth_pool_boot_seconds` | histogram | from reservation to proven VM, booted from cold |
 //! | `hearth_pool_fork_seconds` | histogram | the same of a VM that is a fork |
 //! | `hearth_pool_ping_seconds` | histogram | of one answered probe |
 //! | `hearth_pool_destroy_seconds` | histogram | of destroying one VM |
 //! | `hearth_pool_lease_seconds` | histogram | from hand-off to return |
-//! | `hearth_pool_vm_private_bytes` | histogram | memory that a VM shares with nobody, when parked |
+//! | `hearth_pool_vm_private_bytes` | histogram | private memory of a parked VM |
 
 use std::time::Duration;
 

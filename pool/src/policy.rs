@@ -42,8 +42,8 @@ pub const MEMORY_OVERCOMMIT_PERCENT: u32 = 100;
 pub const PRESSURE_STALL_PERCENT: u32 = 10;
 /// How often a stopped refill looks at the pressure again; also how long one reading counts.
 pub const PRESSURE_RECHECK: Duration = Duration::from_secs(1);
-/// How long a loop that nothing was heard of, and then a nudge of it, may go unanswered before `stop`
-/// takes it for one that nobody drives.
+/// How long a loop that nothing was heard of, and then a nudge of it, may go unanswered before
+/// `stop` takes it for one that nobody drives.
 pub const LOOP_SILENCE: Duration = Duration::from_secs(5);
 /// How long `stop` waits for leases unless told otherwise.
 pub const STOP_DEADLINE: Duration = Duration::from_secs(30);

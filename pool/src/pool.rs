@@ -61,8 +61,8 @@ impl<B: Backend> Pool<B> {
     /// A pool that is not started yet, on this host.
     ///
     /// # Errors
-    /// Every problem of the configuration, pools that cannot fit into the limits and what the backend was made
-    /// for otherwise included.
+    /// Every problem of the configuration, pools that cannot fit into the limits and what the
+    /// backend was made for otherwise included.
     pub fn new(backend: B, config: PoolConfig) -> Result<Self, ConfigError> {
         Self::with_host(backend, config, ThisHost)
     }
@@ -96,8 +96,8 @@ impl<B: Backend> Pool<B> {
 
     /// Makes at most one VM, if the profile has room: the step that the refill loop makes too.
     /// Resolves when that is done, or when others have filled the pool meanwhile. It does not wait
-    /// for the backoff after a failure, but while the breaker is open nothing is tried, and while the
-    /// host is short of memory nothing but for callers who wait
+    /// for the backoff after a failure, but while the breaker is open nothing is tried, and while
+    /// the host is short of memory nothing but for callers who wait
     /// ([`BootFailure::MemoryPressure`](crate::BootFailure::MemoryPressure)).
     ///
     /// # Errors
@@ -251,9 +251,9 @@ impl<B: Backend> Pool<B> {
         Ok(())
     }
 
-    /// Empties a profile for maintenance: no new leases, no boots, parked VMs destroyed. Waits up to
-    /// `patience` for leases to come back and returns how many are still out. The profile stays
-    /// empty until [`undrain`](Self::undrain).
+    /// Empties a profile for maintenance: no new leases, no boots, parked VMs destroyed. Waits up
+    /// to `patience` for leases to come back and returns how many are still out. The profile
+    /// stays empty until [`undrain`](Self::undrain).
     ///
     /// # Errors
     /// If there is no such profile.

@@ -116,12 +116,13 @@ pub struct Profile {
     pub env: BTreeMap<String, String>,
     /// Run in the guest before it counts as ready; empty: nothing.
     pub warm_up: Vec<String>,
-    /// The language of an interpreter that is kept warm in the guest: it is there, and has run code, before the guest counts
-    /// as ready. Not given: none.
+    /// The language of an interpreter that is kept warm in the guest: it is there, and has run
+    /// code, before the guest counts as ready. Not given: none.
     pub session: Option<Language>,
-    /// Code that the interpreter has run by then (`import numpy`, say); needs a [`session`](Self::session). Empty: none. Where
-    /// guests are forks, it runs once, in their template; the guest's clock is a day behind meanwhile, by which
-    /// OpenSSL in a clone knows that its random state is old.
+    /// Code that the interpreter has run by then (`import numpy`, say); needs a
+    /// [`session`](Self::session). Empty: none. Where guests are forks, it runs once, in their
+    /// template; the guest's clock is a day behind meanwhile, by which OpenSSL in a clone
+    /// knows that its random state is old.
     pub prelude: String,
     /// Balloon policy while parked.
     pub balloon: Balloon,
@@ -167,7 +168,8 @@ impl Profile {
         }
     }
 
-    /// The built-in profile of `language`: name and image are the language's name, and an interpreter is kept warm.
+    /// The built-in profile of `language`: name and image are the language's name, and an
+    /// interpreter is kept warm.
     #[must_use]
     pub fn of(language: Language) -> Self {
         let memory_mib = match language {
@@ -288,8 +290,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// Any profile that serves the rest: the first of the configuration's that has a VM ready; who waits is served by
-    /// whichever has one first.
+    /// Any profile that serves the rest: the first of the configuration's that has a VM ready; who
+    /// waits is served by whichever has one first.
     #[must_use]
     pub fn any() -> Self {
         Self::default()

@@ -173,8 +173,8 @@ impl<B: Backend> State<B> {
         self.pending.extend(actions);
     }
 
-    /// Has something told (logs, metrics, events, answers) as soon as the lock is free: that is code of the
-    /// embedder's.
+    /// Has something told (logs, metrics, events, answers) as soon as the lock is free: that is
+    /// code of the embedder's.
     pub(crate) fn later(&mut self, tell: impl FnOnce() + Send + 'static) {
         self.outbox.push(tell);
     }
@@ -350,8 +350,8 @@ impl<B: Backend> Shared<B> {
         });
     }
 
-    /// A VM has ended by itself. Whoever has a lease is told by the VM itself. It is replaced when the
-    /// actor looks next.
+    /// A VM has ended by itself. Whoever has a lease is told by the VM itself. It is replaced when
+    /// the actor looks next.
     pub(crate) fn ended(self: &Arc<Self>, state: &mut State<B>, now: Instant, id: VmId) {
         let parked = state.slots.get(&id).filter(|slot| slot.vm.is_some());
         if let Some(profile) = parked.map(|slot| slot.profile)
@@ -372,8 +372,8 @@ impl<B: Backend> Shared<B> {
         self.emit_in(state, Some(profile), Some(id), EventKind::Ended);
     }
 
-    /// The VM of a lease comes home. If it is no longer on the books (its pool was stopped since, maybe
-    /// started again), it is handed back: it is to be destroyed all the same.
+    /// The VM of a lease comes home. If it is no longer on the books (its pool was stopped since,
+    /// maybe started again), it is handed back: it is to be destroyed all the same.
     pub(crate) fn take_back(
         self: &Arc<Self>,
         (home, id): (&Home<B>, VmId),
@@ -436,8 +436,8 @@ impl<B: Backend> Shared<B> {
         Some(self.backend.probe(vm))
     }
 
-    /// Asks the pool to stop by `by`, if the life at `home` is the present one; from here on nothing
-    /// is handed out.
+    /// Asks the pool to stop by `by`, if the life at `home` is the present one; from here on
+    /// nothing is handed out.
     pub(crate) fn begin_stop(&self, home: &Home<B>, by: Instant) {
         let mut state = self.state();
         if !state.lives_at(home) || state.ledger.phase() == Phase::Stopped {
@@ -451,8 +451,8 @@ impl<B: Backend> Shared<B> {
         self.nudge.wake();
     }
 
-    /// Resolves when nothing is left of the life at `home`. A loop that nobody drives, or ever will, is
-    /// told by its silence, and its life is ended from here.
+    /// Resolves when nothing is left of the life at `home`. A loop that nobody drives, or ever
+    /// will, is told by its silence, and its life is ended from here.
     pub(crate) async fn life_over(&self, home: &Home<B>) {
         let over = self.wait_for(|state| (!state.lives_at(home)).then_some(()));
         if Handle::try_current().is_err() {
@@ -489,7 +489,8 @@ impl<B: Backend> Shared<B> {
         self.step.send_modify(|step| *step = step.wrapping_add(1));
     }
 
-    /// Ends the life at `home`, if it is the present one: all VMs are dropped but those with callers.
+    /// Ends the life at `home`, if it is the present one: all VMs are dropped but those with
+    /// callers.
     pub(crate) fn end_life(&self, home: &Home<B>) {
         let mut state = self.state();
         if !state.lives_at(home) {

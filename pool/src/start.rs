@@ -23,8 +23,8 @@ impl<B: Backend> Pool<B> {
     /// automatic refill, made up for. A stopped pool can be started again.
     ///
     /// # Errors
-    /// If a profile has not a single VM; everything made is then destroyed. A host that is short of memory
-    /// is a reason ([`BootFailure::MemoryPressure`]): start again when it has some.
+    /// If a profile has not a single VM; everything made is then destroyed. A host that is short of
+    /// memory is a reason ([`BootFailure::MemoryPressure`]): start again when it has some.
     ///
     /// # Cancel safety
     /// Dropping the future stops the pool in the background and destroys everything made.
@@ -119,13 +119,14 @@ impl<B: Backend> Pool<B> {
     }
 
     /// Ends preparations, boots, checks and waiting callers, destroys every parked VM, waits up to
-    /// `patience` for leases, ends the VMs of those that are still out, and resolves when nothing is
-    /// left. Calling it again, or cancelling it, changes nothing but the deadline: the earliest one
-    /// counts.
+    /// `patience` for leases, ends the VMs of those that are still out, and resolves when nothing
+    /// is left. Calling it again, or cancelling it, changes nothing but the deadline: the
+    /// earliest one counts.
     ///
-    /// It may be called on another runtime than [`start`](Self::start). If that one is not driven any more
-    /// (within [`LOOP_SILENCE`](crate::policy::LOOP_SILENCE), twice), VMs are dropped from here instead. Outside of every runtime there
-    /// is no clock: the pool's own must then be driven.
+    /// It may be called on another runtime than [`start`](Self::start). If that one is not driven
+    /// any more (within [`LOOP_SILENCE`](crate::policy::LOOP_SILENCE), twice), VMs are dropped
+    /// from here instead. Outside of every runtime there is no clock: the pool's own must then
+    /// be driven.
     pub async fn stop_within(&self, patience: Duration) {
         let shared = self.shared();
         let by = deadline::after(Instant::now(), patience);

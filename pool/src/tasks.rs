@@ -91,8 +91,8 @@ impl<B: Backend> Actor<B> {
         );
     }
 
-    /// Spawns a task in a span, which is the embedder's to see: it is made by the task, without the lock. Boxed first,
-    /// the task is not copied again on its way.
+    /// Spawns a task in a span, which is the embedder's to see: it is made by the task, without the
+    /// lock. Boxed first, the task is not copied again on its way.
     fn spawn_in(
         &mut self,
         span: impl FnOnce() -> Span + Send + 'static,

@@ -1,5 +1,5 @@
-//! Code that `hearth run` runs: its language, its streams, and what is said where the language is missing. Each case that needs
-//! a guest boots one, so they are few.
+//! Code that `hearth run` runs: its language, its streams, and what is said where the language is
+//! missing. Each case that needs a guest boots one, so they are few.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::io::Write;

@@ -1,4 +1,5 @@
-//! The `hearth` command as a user meets it. Each case that needs a guest boots one, so they are few.
+//! The `hearth` command as a user meets it. Each case that needs a guest boots one, so they are
+//! few.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::io::Write;
@@ -217,7 +218,8 @@ fn files_go_in_before_the_program_and_come_out_after() {
     );
     let mode = std::fs::metadata(at("out")).unwrap().permissions().mode();
     assert_eq!(mode & 0o7777, 0o640);
-    // The second could not be copied: nothing of it is there, and the exit code says that not all went well.
+    // The second could not be copied: nothing of it is there, and the exit code says that not all
+    // went well.
     assert_eq!(code, Some(125), "{stderr}");
     assert!(stderr.contains("/nothing/here"), "{stderr}");
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();

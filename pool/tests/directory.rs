@@ -1,5 +1,6 @@
-//! The `hearth` command in a directory that is not trusted, which is what people have a sandbox for: nothing that lies there
-//! is run or read unless it is named. The program is a copy far from the sources that it was built of.
+//! The `hearth` command in a directory that is not trusted, which is what people have a sandbox
+//! for: nothing that lies there is run or read unless it is named. The program is a copy far from
+//! the sources that it was built of.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
@@ -48,7 +49,8 @@ fn usual() -> Images {
     Images::open(None).unwrap()
 }
 
-/// A place of its own: the command, a directory full of traps, where those leave marks, and a cache.
+/// A place of its own: the command, a directory full of traps, where those leave marks, and a
+/// cache.
 struct Place {
     dir: tempfile::TempDir,
     /// Whether programs are looked for in the working directory, too.
@@ -56,7 +58,8 @@ struct Place {
 }
 
 impl Place {
-    /// The cache has a kernel, for that takes minutes to build, and needs none of the programs that the rest does not.
+    /// The cache has a kernel, for that takes minutes to build, and needs none of the programs that
+    /// the rest does not.
     fn new(dot: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let place = Self { dir, dot };

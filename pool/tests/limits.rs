@@ -1,5 +1,5 @@
-//! The `hearth` command under limits of its host: each is an error that says what to raise, the doctor
-//! knows it beforehand, and what the doctor calls enough is enough.
+//! The `hearth` command under limits of its host: each is an error that says what to raise, the
+//! doctor knows it beforehand, and what the doctor calls enough is enough.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::ffi::OsStr;
@@ -17,8 +17,8 @@ const HEARTH: &str = env!("CARGO_BIN_EXE_hearth");
 /// Wrong usage and what goes wrong in the command itself.
 const FAILED: i32 = 125;
 
-/// The command under the limits that `prlimit` knows by these words, with no descriptors but the usual
-/// three. One that hangs is killed.
+/// The command under the limits that `prlimit` knows by these words, with no descriptors but the
+/// usual three. One that hangs is killed.
 fn limited(limits: &[&str]) -> Command {
     keep_to_itself_what_was_inherited();
     let mut command = Command::new("timeout");
@@ -45,7 +45,8 @@ fn inheriting(more: &str, limits: &[&str]) -> Command {
     command
 }
 
-/// Whether a guest runs without a limit, tried once. What it boots from is made by that, so that no build meets the limits.
+/// Whether a guest runs without a limit, tried once. What it boots from is made by that, so that no
+/// build meets the limits.
 fn runs_without_a_limit() -> bool {
     static TRIED: Once = Once::new();
     let can_run = kvm();
@@ -64,7 +65,8 @@ fn keep_to_itself_what_was_inherited() {
         let number = entry.unwrap().file_name().into_string().unwrap();
         let number = number.parse::<i32>().unwrap();
         if number > 2 {
-            // SAFETY: the number alone is used, for a flag that all other descriptors of a test have anyway.
+            // SAFETY: the number alone is used, for a flag that all other descriptors of a test
+            // have anyway.
             let fd = unsafe { BorrowedFd::borrow_raw(number) };
             // One that another thread has just closed needs none.
             let _ = fcntl_setfd(fd, FdFlags::CLOEXEC);
@@ -111,7 +113,8 @@ fn a_limit_that_leaves_no_guest_is_an_error_and_foretold_by_the_doctor() {
     }
 }
 
-/// As many as are too few, and one more, in a process that was left some open by whoever started it.
+/// As many as are too few, and one more, in a process that was left some open by whoever started
+/// it.
 #[test]
 fn what_is_inherited_open_counts() {
     if !runs_without_a_limit() {
@@ -268,8 +271,8 @@ fn a_limit_on_threads_is_an_error_at_every_number_of_them() {
     assert!(enough.is_some(), "what the doctor calls enough is not");
 }
 
-/// A limit that is smaller than the guest is seen beforehand. What fits in it may still meet it: then
-/// the kernel ends the command with SIGKILL, which only the cgroup's `memory.events` or
+/// A limit that is smaller than the guest is seen beforehand. What fits in it may still meet it:
+/// then the kernel ends the command with SIGKILL, which only the cgroup's `memory.events` or
 /// `memory.oom_control` tells.
 #[test]
 fn a_guest_that_the_memory_of_a_cgroup_cannot_hold_is_an_error_and_foretold_by_the_doctor() {

@@ -26,7 +26,8 @@ struct Seat {
 }
 
 impl Seat {
-    /// Runs the command as a shell does: it leads a session that the terminal controls. None where that cannot be.
+    /// Runs the command as a shell does: it leads a session that the terminal controls. None where
+    /// that cannot be.
     fn take(args: &[&str], size: (u16, u16)) -> Option<Self> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let ours = openpt(flags).unwrap();

@@ -1,6 +1,6 @@
 //! Random torture on the fake backend, in real time and on several threads: sixteen tasks acquire,
-//! use, drop and cancel, a saboteur kills, freezes and wedges VMs, an operator resizes, drains, stops
-//! and starts, demand moves the sizes, leases have limits, and a fifth of all boots fails. At
+//! use, drop and cancel, a saboteur kills, freezes and wedges VMs, an operator resizes, drains,
+//! stops and starts, demand moves the sizes, leases have limits, and a fifth of all boots fails. At
 //! the end nothing is lost, nothing was handed out wrong, and the pool fills up.
 
 #![allow(
@@ -270,7 +270,8 @@ async fn nothing_is_lost_in_five_minutes() {
 }
 
 async fn torture(time: Duration) {
-    // Offered VMs would come back under numbers of their own; the fake's are unique while they live.
+    // Offered VMs would come back under numbers of their own; the fake's are unique while they
+    // live.
     let fake = FakeBackend::new();
     let pool = Pool::with_host(fake.clone(), config(), FakeHost::new(None)).unwrap();
     pool.start().await.unwrap();

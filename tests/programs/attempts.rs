@@ -1,6 +1,6 @@
-//! What a program of an ordinary user tries in a guest to become more than it is. Built alone and static, so that it runs in a
-//! guest that has no libraries. `attempts WHAT [ARGUMENT...]` prints a line `TRY NUMBER` for each try: the system's error, 0 if it
-//! was let.
+//! What a program of an ordinary user tries in a guest to become more than it is. Built alone and
+//! static, so that it runs in a guest that has no libraries. `attempts WHAT [ARGUMENT...]` prints a
+//! line `TRY NUMBER` for each try: the system's error, 0 if it was let.
 
 use std::ffi::{CString, c_int, c_long};
 use std::fs::OpenOptions;
@@ -248,7 +248,10 @@ fn files() {
     }
     // On the same file system, so that this is not what stops it.
     for place in ["/init", "/etc", "/etc/machine-id", "/tmp/attempts"] {
-        told("rename", code(std::fs::rename(place, format!("{place}.mine"))));
+        told(
+            "rename",
+            code(std::fs::rename(place, format!("{place}.mine"))),
+        );
         told("mode", code(set_mode(place)));
     }
     for place in ["/init", "/etc/machine-id", "/tmp/attempts"] {
@@ -262,7 +265,8 @@ fn set_mode(place: &str) -> std::io::Result<()> {
     std::fs::set_permissions(place, std::fs::Permissions::from_mode(0o777))
 }
 
-/// All files that the kernel would let this user write to, but for links and for what processes have in `/proc`.
+/// All files that the kernel would let this user write to, but for links and for what processes
+/// have in `/proc`.
 fn writable() {
     let mut places = vec![PathBuf::from("/")];
     while let Some(place) = places.pop() {
@@ -278,7 +282,9 @@ fn writable() {
             let path = entry.path();
             let of_process = place == Path::new("/proc")
                 && (entry.file_name().as_bytes()[0].is_ascii_digit()
-                    || ["self", "thread-self"].iter().any(|own| entry.file_name() == *own));
+                    || ["self", "thread-self"]
+                        .iter()
+                        .any(|own| entry.file_name() == *own));
             let link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
             (!link && !of_process).then_some(path)
         }));

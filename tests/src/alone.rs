@@ -7,10 +7,11 @@ use crate::skip::{UNMEASURED, print_past_capture};
 /// Set for the process that runs one test.
 const MARK: &str = "HEARTH_TEST_ALONE";
 
-/// Runs the calling test again in a process of its own and gives `false`, or `true` in that process.
+/// Runs the calling test again in a process of its own and gives `false`, or `true` in that
+/// process.
 ///
-/// What a process holds can only be counted where nothing else runs: a test runner starts threads, and
-/// other tests open descriptors, at any moment.
+/// What a process holds can only be counted where nothing else runs: a test runner starts threads,
+/// and other tests open descriptors, at any moment.
 ///
 /// # Panics
 /// If the test fails in its own process, with all that it printed.

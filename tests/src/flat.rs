@@ -1,7 +1,7 @@
 //! Guests of a few instructions: machine code that runs at 1 MiB in 64-bit ring 0.
 //!
-//! [`Code`] is just enough of an assembler for a hostile driver: it reaches the virtio-mmio windows,
-//! writes memory, waits for register bits and prints registers on the serial console.
+//! [`Code`] is just enough of an assembler for a hostile driver: it reaches the virtio-mmio
+//! windows, writes memory, waits for register bits and prints registers on the serial console.
 
 use hearth_vmm::cache::TemplateKey;
 use hearth_vmm::{SnapshotError, Template, Vm, VmConfig};
@@ -245,7 +245,8 @@ pub fn elf(segments: &[(u64, &[u8])]) -> Vec<u8> {
     file
 }
 
-/// A static program for a guest's Linux: the machine code between two labels, which may change itself.
+/// A static program for a guest's Linux: the machine code between two labels, which may change
+/// itself.
 ///
 /// # Safety
 /// From `start` to `end` lie initialized bytes that nothing changes.
@@ -263,7 +264,8 @@ pub fn flat_key(number: u64) -> TemplateKey {
     TemplateKey::new().part("flat", number.to_le_bytes())
 }
 
-/// A template of a guest that prints its number and powers off, with 4 MiB of memory that is not zero.
+/// A template of a guest that prints its number and powers off, with 4 MiB of memory that is not
+/// zero.
 ///
 /// # Errors
 /// If the host refuses it.

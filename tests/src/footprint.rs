@@ -32,9 +32,9 @@ impl Footprint {
         }
     }
 
-    /// Waits until the process holds no more descriptors, threads and mappings of files than this, and at
-    /// most `slack` mappings of plain memory more (allocators keep some); what dropped VMs held is
-    /// released by a thread of its own.
+    /// Waits until the process holds no more descriptors, threads and mappings of files than this,
+    /// and at most `slack` mappings of plain memory more (allocators keep some); what dropped
+    /// VMs held is released by a thread of its own.
     ///
     /// # Panics
     /// With the difference, when `limit` passes first.
@@ -80,8 +80,8 @@ impl Footprint {
     }
 }
 
-/// Mappings of files apart from those of plain memory, which the allocator and the C library make as
-/// they please. A guest's memory and a vCPU's page are files.
+/// Mappings of files apart from those of plain memory, which the allocator and the C library make
+/// as they please. A guest's memory and a vCPU's page are files.
 fn by_name(mappings: &BTreeMap<String, usize>) -> [BTreeMap<String, usize>; 2] {
     let split = mappings.clone().into_iter();
     let (unnamed, files) = split.partition(|(name, _)| name.starts_with('['));
@@ -134,8 +134,8 @@ fn rss_kib() -> u64 {
         .expect("VmRSS in /proc/self/status")
 }
 
-/// Memory in KiB that this process shares with no other and that is not its guests' (proc(5), smaps): heap,
-/// stacks, what threads and handles cost. Pages of the host's kernel are not in it.
+/// Memory in KiB that this process shares with no other and that is not its guests' (proc(5),
+/// smaps): heap, stacks, what threads and handles cost. Pages of the host's kernel are not in it.
 ///
 /// # Panics
 /// Without a readable `/proc/self`.
@@ -158,7 +158,8 @@ pub fn private_kib() -> u64 {
     sum
 }
 
-/// Memory in KiB that the host could still give to programs (`MemAvailable`), whoever uses the rest.
+/// Memory in KiB that the host could still give to programs (`MemAvailable`), whoever uses the
+/// rest.
 ///
 /// # Panics
 /// Without a readable `/proc/meminfo`.
@@ -185,8 +186,8 @@ mod tests {
         let heap = std::hint::black_box(vec![1_u8; 8 << 20]);
         assert!((8 << 10..9 << 10).contains(&(private_kib() - before)));
         let boot = || crate::flat::Code::new().sleep().raw(&heap).boot();
-        // What the first VM of a process makes for all, and what the C library keeps of copies, from the second
-        // on.
+        // What the first VM of a process makes for all, and what the C library keeps of copies,
+        // from the second on.
         for _ in 0..3 {
             boot().destroy();
         }

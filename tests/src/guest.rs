@@ -18,8 +18,8 @@ const KERNEL_VARIABLE: &str = "HEARTH_KERNEL";
 /// Environment variable that names an initramfs to use instead of ours.
 const INITRAMFS_VARIABLE: &str = "HEARTH_INITRAMFS";
 
-/// Seconds on hardware after which a boot counts as stuck, and for each GiB of memory: the kernel describes
-/// its pages one by one.
+/// Seconds on hardware after which a boot counts as stuck, and for each GiB of memory: the kernel
+/// describes its pages one by one.
 const BOOT_SECONDS: u64 = 18;
 const BOOT_SECONDS_PER_GIB: u64 = 8;
 
@@ -164,7 +164,8 @@ impl Guest {
         Self::of(Self::template().await).await
     }
 
-    /// The guest that [`Guest::fork`] clones: booted once per test binary, with everything prepared.
+    /// The guest that [`Guest::fork`] clones: booted once per test binary, with everything
+    /// prepared.
     ///
     /// # Panics
     /// If it cannot be had.
@@ -310,8 +311,8 @@ pub async fn dial_agent(vm: &Vm) -> AgentClient<VsockStream> {
     greet(stream.unwrap_or_else(|error| panic!("{error}; {:?}", vm.exits()))).await
 }
 
-/// The guest that the cases of one test binary share; it runs until the process ends. Cases must leave
-/// it as they found it.
+/// The guest that the cases of one test binary share; it runs until the process ends. Cases must
+/// leave it as they found it.
 ///
 /// # Panics
 /// If it does not come up, for each caller.

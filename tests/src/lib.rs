@@ -1,8 +1,9 @@
 //! Integration tests of Hearth on real guests.
 //!
-//! The library is the harness: [`Guest`] boots our kernel with our agent, [`flat`] makes guests of a
-//! few instructions, [`Footprint`] says what the process holds ([`alone`] gives a test a process),
-//! [`Cgroup`] limits one, and [`kvm`] counts a test as skipped where there is nothing to run it on.
+//! The library is the harness: [`Guest`] boots our kernel with our agent, [`flat`] makes guests of
+//! a few instructions, [`Footprint`] says what the process holds ([`alone`] gives a test a
+//! process), [`Cgroup`] limits one, and [`kvm`] counts a test as skipped where there is nothing to
+//! run it on.
 //!
 //! Rules for tests here: a cold boot costs seconds, so a binary boots one guest and forks it
 //! ([`Guest::fork`]) for each case, or has the cases that leave a guest as it was share one

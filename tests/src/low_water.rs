@@ -1,4 +1,5 @@
-//! A program that reads from a socket of the host's with a low-water mark, which the agent's programs have no use for.
+//! A program that reads from a socket of the host's with a low-water mark, which the agent's
+//! programs have no use for.
 
 use std::arch::global_asm;
 
@@ -13,8 +14,9 @@ pub const MARK: usize = 65_537;
 /// What it reads first, without a mark.
 pub const FIRST: usize = 65_536;
 
-/// The program, a static ELF file: listens, says so, takes one connection, waits until its [`BUFFER`] is full, and until
-/// the peer was told that it is; reads [`FIRST`] bytes, waits for [`MARK`] of them, reads those, and says `whole`.
+/// The program, a static ELF file: listens, says so, takes one connection, waits until its
+/// [`BUFFER`] is full, and until the peer was told that it is; reads [`FIRST`] bytes, waits for
+/// [`MARK`] of them, reads those, and says `whole`.
 #[must_use]
 pub fn reader() -> Vec<u8> {
     // SAFETY: two labels around bytes that nothing writes to in this process.

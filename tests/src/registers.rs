@@ -1,5 +1,5 @@
-//! A program that holds all vector registers and sees whether they are still its own: machine code of ours, for no
-//! compiler keeps values in all of them.
+//! A program that holds all vector registers and sees whether they are still its own: machine code
+//! of ours, for no compiler keeps values in all of them.
 
 use std::arch::global_asm;
 
@@ -9,10 +9,11 @@ use hearth_agent::proto::{ExitStatus, Put};
 use crate::flat::program;
 use crate::{Guest, within};
 
-/// The program, a static ELF file: `registers KIND SEED ROUNDS`. `KIND` is [`AVX`] or [`AVX_512`]. In each round it loads
-/// all registers with numbers of its own, then yields, moves to another CPU, takes a signal whose handler loads others
-/// and yields, forks a child that checks what it inherited and loads others, has such a child execute a program which
-/// checks that all are zero, or computes; and checks them. It prints `wrong=N`, of all checks, and ends with 0 if N is 0.
+/// The program, a static ELF file: `registers KIND SEED ROUNDS`. `KIND` is [`AVX`] or [`AVX_512`].
+/// In each round it loads all registers with numbers of its own, then yields, moves to another CPU,
+/// takes a signal whose handler loads others and yields, forks a child that checks what it
+/// inherited and loads others, has such a child execute a program which checks that all are zero,
+/// or computes; and checks them. It prints `wrong=N`, of all checks, and ends with 0 if N is 0.
 #[must_use]
 pub fn keeper() -> Vec<u8> {
     // SAFETY: two labels around bytes that nothing writes to in this process.
@@ -24,7 +25,8 @@ pub const AVX: &str = "a";
 /// 32 registers of 64 bytes and seven masks.
 pub const AVX_512: &str = "z";
 
-/// Whether programs have AVX-512: they see the processor that they run on, so that theirs is the host's.
+/// Whether programs have AVX-512: they see the processor that they run on, so that theirs is the
+/// host's.
 #[must_use]
 pub fn has_avx_512() -> bool {
     std::arch::is_x86_feature_detected!("avx512f")
@@ -74,7 +76,8 @@ unsafe extern "C" {
     static hearth_registers_end: u8;
 }
 
-// Callee-saved registers: ebx kind (99 is c, 122 z), r12 the last number, r13 rounds left, r14 what was wrong.
+// Callee-saved registers: ebx kind (99 is c, 122 z), r12 the last number, r13 rounds left, r14 what
+// was wrong.
 global_asm!(
     r#"
 .pushsection .rodata.hearth_registers, "a", @progbits

@@ -13,8 +13,9 @@ use crate::skip::{kvm, not_measured};
 /// Memory of guests with a shell: little, so that it is soon taken.
 const MEMORY_MIB: u64 = 40;
 
-/// Makes an image in `dir` with this machine's `/bin/sh`, the other `programs` (absolute paths) and the libraries that they are
-/// linked to, and these `files`. Where that is not possible it says so, and there is none.
+/// Makes an image in `dir` with this machine's `/bin/sh`, the other `programs` (absolute paths) and
+/// the libraries that they are linked to, and these `files`. Where that is not possible it says so,
+/// and there is none.
 #[must_use]
 #[track_caller]
 pub fn shell_root(dir: &Path, programs: &[&str], files: &[(&str, &str)]) -> Option<PathBuf> {
@@ -37,8 +38,8 @@ pub fn shell_root(dir: &Path, programs: &[&str], files: &[(&str, &str)]) -> Opti
     }
 }
 
-/// A guest of its own for a case, with a shell, `cat` and `mkfifo`: a clone of one that was booted once per test binary. Where that cannot
-/// be had it says so, and there is none.
+/// A guest of its own for a case, with a shell, `cat` and `mkfifo`: a clone of one that was booted
+/// once per test binary. Where that cannot be had it says so, and there is none.
 ///
 /// # Panics
 /// As [`Guest::prepared`].

@@ -8,7 +8,8 @@ use std::time::Duration;
 use hearth_vmm::Host;
 
 /// Says that a test was skipped, and why. The line goes to the real stderr, past the test runner's
-/// capture, because a runner counts these lines: a test that printed one did not pass, it was skipped.
+/// capture, because a runner counts these lines: a test that printed one did not pass, it was
+/// skipped.
 #[track_caller]
 pub fn not_measured(reason: &str) {
     let place = Location::caller();

@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! The balloon of a real guest. Where ring 0 is emulated a MiB takes a tenth of a second, and a program
-//! that writes to it a second: amounts are small, and cases share a guest where they can.
+//! The balloon of a real guest. Where ring 0 is emulated a MiB takes a tenth of a second, and a
+//! program that writes to it a second: amounts are small, and cases share a guest where they can.
 
 use std::time::Duration;
 
@@ -126,8 +126,8 @@ async fn host_memory_falls_by_what_was_given() {
     }
     let _alone = ONE_AT_A_TIME.lock().await;
     let guest = Guest::fork().await;
-    // Pages that the guest never touched cost nothing and give nothing: touch some first. What is freed is soon
-    // reported as free, so that only what a program holds is sure to be resident.
+    // Pages that the guest never touched cost nothing and give nothing: touch some first. What is
+    // freed is soon reported as free, so that only what a program holds is sure to be resident.
     let holder = guest.connect().await;
     let hold = Command::new("alloc").args(["64", "5"]);
     let mut holder = holder.exec(hold).await.unwrap();
@@ -214,7 +214,8 @@ async fn inflate_while_a_program_holds(mib: u64) {
     let mut said = holder.stdout().unwrap();
     within(30, "memory written", said.read_u8()).await.unwrap();
     let held = free_mib(&guest).await;
-    // Processors had up to a 64th of all memory, free but not counted so, and the program has that first.
+    // Processors had up to a 64th of all memory, free but not counted so, and the program has that
+    // first.
     assert!(
         held + mib <= before + 2,
         "{before} MiB free, {held} beside it"

@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Counts that repeat on any machine, however busy, held against `baseline.txt`: exits, ioctls, pages,
-//! emulated instructions. What costs a twentieth more than is written there fails.
+//! Counts that repeat on any machine, however busy, held against `baseline.txt`: exits, ioctls,
+//! pages, emulated instructions. What costs a twentieth more than is written there fails.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,14 +26,15 @@ const CLONES: usize = 8;
 const PAGE: u64 = 4096;
 /// Set for the process whose calls are counted: what it makes, and how many of it.
 const MADE: &str = "HEARTH_BASELINE_MADE";
-/// What such a process makes: VMs of their own, each of which is made a template and forked; clones of one template;
-/// shells that nobody uses.
+/// What such a process makes: VMs of their own, each of which is made a template and forked; clones
+/// of one template; shells that nobody uses.
 const KINDS: [&str; 3] = ["create-and-fork", "fork", "shell"];
 
 /// Measurements, by name.
 type Counts = BTreeMap<&'static str, u64>;
 
-/// Holds them against the committed ones of such hosts. Says what to write there if one is missing or too high.
+/// Holds them against the committed ones of such hosts. Says what to write there if one is missing
+/// or too high.
 fn compare(counts: &Counts) {
     let committed = include_str!("../baseline.txt");
     let lines = committed.lines().filter(|line| !line.starts_with('#'));
@@ -107,8 +108,8 @@ async fn what_a_guest_costs_is_within_its_baseline() {
     compare(&counts);
 }
 
-/// Exits of a guest. How often registers are saved is a matter of how often its kernel switches between programs: more
-/// often where more ticks pass.
+/// Exits of a guest. How often registers are saved is a matter of how often its kernel switches
+/// between programs: more often where more ticks pass.
 #[derive(Clone, Copy)]
 struct Exits {
     of_devices: u64,
@@ -147,8 +148,8 @@ impl Exits {
     }
 }
 
-/// Waits until a guest sleeps: of an answer that is there, the guest may still have to take the interrupt
-/// that says so, sooner or later by how busy the machine is.
+/// Waits until a guest sleeps: of an answer that is there, the guest may still have to take the
+/// interrupt that says so, sooner or later by how busy the machine is.
 async fn settled(vm: &Vm) {
     let mut exits = vm.exits().total();
     for _ in 0..100 {
@@ -201,8 +202,8 @@ fn make(kind: &str, count: usize) {
     }
 }
 
-/// Ioctls of a process that makes so many, but for those that depend on time: that let a vCPU run, and that tell a guest
-/// which came to run before it was stopped that it is.
+/// Ioctls of a process that makes so many, but for those that depend on time: that let a vCPU run,
+/// and that tell a guest which came to run before it was stopped that it is.
 fn ioctls(kind: &str, made: usize) -> usize {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("calls");

@@ -10,8 +10,8 @@ use std::io::Write;
 use hearth_tests::{Guest, kernel_path, kvm, within};
 use hearth_vmm::VmConfig;
 
-/// A bzImage (Documentation/arch/x86/boot.rst) around `kernel`: a setup sector after the boot sector,
-/// then the kernel, packed with gzip.
+/// A bzImage (Documentation/arch/x86/boot.rst) around `kernel`: a setup sector after the boot
+/// sector, then the kernel, packed with gzip.
 fn bzimage(kernel: &[u8]) -> Vec<u8> {
     let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     packer.write_all(kernel).unwrap();

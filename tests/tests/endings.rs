@@ -64,8 +64,8 @@ async fn programs_power_off_reboot_halt_and_panic() {
     }
 }
 
-/// `reboot=t` makes the kernel load an empty interrupt table and trap: a triple fault. Where ring 0 is
-/// emulated, the trap is an instruction that KVM does not know, and its bytes are told.
+/// `reboot=t` makes the kernel load an empty interrupt table and trap: a triple fault. Where ring 0
+/// is emulated, the trap is an instruction that KVM does not know, and its bytes are told.
 #[tokio::test]
 async fn a_triple_fault_or_an_unknown_instruction_made_by_the_kernel() {
     if !kvm() {
@@ -196,8 +196,8 @@ async fn a_guest_that_still_boots_is_given_up_without_a_trace() {
     if !kvm() {
         return;
     }
-    // Another test may hold VMs meanwhile, so what is compared is what this guest adds: nothing named
-    // like a second vCPU may stay.
+    // Another test may hold VMs meanwhile, so what is compared is what this guest adds: nothing
+    // named like a second vCPU may stay.
     let vm = Vm::boot(&image().vcpus(3).build().unwrap()).unwrap();
     let mut ready = vm.vsock().listen(READY_PORT).unwrap();
     let limit = Duration::from_millis(5);

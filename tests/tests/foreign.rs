@@ -4,8 +4,9 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! A program that is not ours, given to the guest as a file: C with glibc, which uses what the agent's own programs do not (floating
-//! point, the C library's choice of vector code, threads, fork). It must do in a guest what it does here.
+//! A program that is not ours, given to the guest as a file: C with glibc, which uses what the
+//! agent's own programs do not (floating point, the C library's choice of vector code, threads,
+//! fork). It must do in a guest what it does here.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

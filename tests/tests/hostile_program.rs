@@ -16,8 +16,8 @@ use tokio::io::AsyncReadExt;
 
 const NOBODY: u32 = 65534;
 
-/// Where the kernel takes system calls, read from its code in two ways that must agree: the value that
-/// it loads for the LSTAR register, and what an entry begins with.
+/// Where the kernel takes system calls, read from its code in two ways that must agree: the value
+/// that it loads for the LSTAR register, and what an entry begins with.
 fn syscall_entry(kernel: &[u8]) -> Option<u64> {
     /// `mov ecx, MSR_LSTAR`, after `mov rax, entry`.
     const LOAD: [u8; 8] = [0x48, 0xc7, 0xc0, 0, 0, 0, 0, 0xb9];
@@ -54,8 +54,8 @@ fn code_at(elf: &[u8], address: u64) -> Option<&[u8]> {
     })
 }
 
-/// Runs `jump-to` as an ordinary user: it sets up a system call (getpid) with flags that no program may
-/// set, and jumps to the address in ring 3.
+/// Runs `jump-to` as an ordinary user: it sets up a system call (getpid) with flags that no program
+/// may set, and jumps to the address in ring 3.
 async fn jump(guest: &Guest, address: &str) -> (ExitStatus, String) {
     let user = User {
         uid: NOBODY,
@@ -84,8 +84,8 @@ async fn a_program_that_jumps_to_the_system_call_entry_gains_nothing() {
     let (status, said) = jump(&guest, "self").await;
     assert_eq!(status, ExitStatus::Code(0), "{said}");
     assert!(said.starts_with("returned=false flags=0x"), "{said}");
-    // The entry itself, into it, and the kernel's other doors nearby: each is a fault of the program
-    // and of nobody else.
+    // The entry itself, into it, and the kernel's other doors nearby: each is a fault of the
+    // program and of nobody else.
     for address in [entry, entry + 3, entry - 16, entry & !0xfff] {
         let (status, said) = jump(&guest, &format!("{address:#x}")).await;
         assert_eq!(status, ExitStatus::Signal(11), "{address:#x}: {said}");
@@ -95,8 +95,8 @@ async fn a_program_that_jumps_to_the_system_call_entry_gains_nothing() {
     let output = guest.run(Command::new("id")).await;
     assert!(output.stdout.starts_with(b"uid=0"), "{output:?}");
     assert_eq!(guest.vm.status(), VmStatus::Running);
-    // Where ring 0 is emulated, this very fault is how system calls come in, so the guarded branch was
-    // reached; on hardware the kernel has no such branch.
+    // Where ring 0 is emulated, this very fault is how system calls come in, so the guarded branch
+    // was reached; on hardware the kernel has no such branch.
     let words = guest
         .run(Command::new("cat").arg("/proc/cmdline"))
         .await
@@ -273,8 +273,8 @@ async fn what_everybody_may_write_to_is_neither_executed_by_root_nor_heeded_by_t
     let said = String::from_utf8(output.stdout).unwrap();
     let mut found: Vec<&str> = said.lines().collect();
     found.sort_unstable();
-    // Places for files of everybody's, from which nothing is deleted or replaced but by its owner, and devices
-    // that only give or take.
+    // Places for files of everybody's, from which nothing is deleted or replaced but by its owner,
+    // and devices that only give or take.
     let expected = [
         "/dev/full",
         "/dev/null",
@@ -288,7 +288,8 @@ async fn what_everybody_may_write_to_is_neither_executed_by_root_nor_heeded_by_t
         "/tmp",
     ];
     assert_eq!(found, expected, "every file written to");
-    // So that what root starts by name (`id`, below) is not what a user has laid where names are looked for.
+    // So that what root starts by name (`id`, below) is not what a user has laid where names are
+    // looked for.
     let mut planted = tries(&guest.run(attempt("plant")).await);
     assert_eq!(planted.len(), 12, "{planted:?}");
     planted.retain(|(_, error)| ![EACCES, ENOENT].contains(error));
@@ -386,7 +387,8 @@ async fn a_user_that_stops_all_its_processes_does_not_stop_the_guest() {
     let mut said = stopper.stdout().unwrap();
     assert_eq!(said.read_u8().await.unwrap(), b's');
     for round in 0..8 {
-        // Programs of the same user are stopped, before they have begun or after. Their time limit ends them.
+        // Programs of the same user are stopped, before they have begun or after. Their time limit
+        // ends them.
         let limited = Command::new("true").user(ordinary_user());
         let limited = limited.timeout(Duration::from_millis(100));
         let output = guest.run(limited.grace(Duration::from_millis(50))).await;

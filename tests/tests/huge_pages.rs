@@ -13,7 +13,8 @@ use hearth_tests::{Footprint, Guest, alone, error_chain, flat::Code, image, kvm,
 use hearth_vmm::memory::MemoryError;
 use hearth_vmm::{BootError, HugePages, Vm, VmConfig};
 
-/// Pages of 2 MiB that the host has set aside and that nobody uses, and those that it would add by itself.
+/// Pages of 2 MiB that the host has set aside and that nobody uses, and those that it would add by
+/// itself.
 fn spare_pages() -> (u64, u64) {
     let read = |name| {
         let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}_hugepages");

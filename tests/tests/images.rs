@@ -149,8 +149,8 @@ async fn bash_and_its_tools_run_as_the_user_of_their_image() {
 const SIZE: u16 = 24;
 const LENGTH: u16 = 64;
 
-/// Prints a product of two matrices of whole numbers, and the spectrum of a signal, after many rounds that must all give
-/// the same.
+/// Prints a product of two matrices of whole numbers, and the spectrum of a signal, after many
+/// rounds that must all give the same.
 const NUMPY: &str = "
 import numpy as np
 i, j = np.indices((24, 24))
@@ -190,8 +190,8 @@ fn numbers(line: &str) -> Vec<f64> {
     line.split(' ').map(|word| word.parse().unwrap()).collect()
 }
 
-/// Programs compute at once, so that each loses the processor, and with it its registers, in the middle; beside them
-/// others that hold all the registers there are.
+/// Programs compute at once, so that each loses the processor, and with it its registers, in the
+/// middle; beside them others that hold all the registers there are.
 #[tokio::test]
 #[ignore = "long: importing numpy takes half a minute where ring 0 is emulated; fetches it"]
 async fn numpy_computes_in_a_guest_what_the_host_does() {
@@ -219,6 +219,7 @@ async fn numpy_computes_in_a_guest_what_the_host_does() {
     let packed = "import msgpack; from msgpack import _cmsgpack; \
                   print(_cmsgpack.Packer().pack([1, 'a', {'b': 2.5}]).hex())";
     let output = guest.run(command("python3", &["-c", packed])).await;
-    // An array of three; 1; a string of one; a map of one, to a double: the MessagePack specification.
+    // An array of three; 1; a string of one; a map of one, to a double: the MessagePack
+    // specification.
     assert_eq!(printed(&output), "9301a16181a162cb4004000000000000\n");
 }

@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! User code that takes all that a guest has, or strikes at all that it can reach: the agent survives it, and says what became of
-//! the program.
+//! User code that takes all that a guest has, or strikes at all that it can reach: the agent
+//! survives it, and says what became of the program.
 
 use std::time::Duration;
 
@@ -249,7 +249,8 @@ async fn a_program_inherits_nothing_of_the_agents() {
     let Some(guest) = shell_guest().await else {
         return;
     };
-    // With other programs under way, and connections open: the three, and the one that `ls` looks with.
+    // With other programs under way, and connections open: the three, and the one that `ls` looks
+    // with.
     let other = Command::new("cat").stdin(Input::Pipe);
     let other = guest.connect().await.exec(other).await.unwrap();
     for command in [

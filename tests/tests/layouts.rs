@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Guests of every memory layout: the least that is allowed, all that fits below the gap that devices
-//! live in, and a second region above 4 GiB.
+//! Guests of every memory layout: the least that is allowed, all that fits below the gap that
+//! devices live in, and a second region above 4 GiB.
 
 use std::ops::Range;
 
@@ -32,7 +32,8 @@ async fn system_ram(guest: &Guest) -> Vec<Range<u64>> {
     stretches.filter(|stretch| stretch.start >= MIB).collect()
 }
 
-/// The guest can use all of its `mib` MiB but for `kernel` MiB and what describes each page (64 bytes of 4096).
+/// The guest can use all of its `mib` MiB but for `kernel` MiB and what describes each page (64
+/// bytes of 4096).
 async fn has_its_memory(guest: &mut Guest, mib: u64, kernel: u64) {
     let pong = within(5, "pong", guest.agent.ping(2)).await.unwrap();
     let (total, all) = (pong.memory.total_bytes, mib * MIB);

@@ -16,8 +16,8 @@ use hearth_vmm::{BalloonError, Exit, InternalError, Vm, VmConfig, VmStatus, leak
 /// A time after which a guest that answers nothing has had its chance.
 const SHORT: Duration = Duration::from_millis(100);
 
-/// Makes the lasting parts exist (event threads, the thread that takes dropped VMs apart, `/dev/kvm`), so
-/// that what is compared is a VM's.
+/// Makes the lasting parts exist (event threads, the thread that takes dropped VMs apart,
+/// `/dev/kvm`), so that what is compared is a VM's.
 fn warm_up() {
     Code::new().spin().boot().destroy();
     let idle = Footprint::now();
@@ -310,8 +310,8 @@ async fn vms_dropped_at_every_stage_leave_nothing() {
     let before = Footprint::now();
     for _ in 0..15 {
         round().await;
-        // VMs are dropped faster than they are taken apart, and the C library keeps the stacks of as
-        // many threads as once lived at the same time.
+        // VMs are dropped faster than they are taken apart, and the C library keeps the stacks of
+        // as many threads as once lived at the same time.
         before.assert_restored(1000, Duration::from_secs(10));
     }
     // 60 VMs that each left one mapping would be far more.

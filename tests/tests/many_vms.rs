@@ -37,7 +37,8 @@ async fn runs(vm: &Vm) {
     within(5, "first instruction", first).await;
 }
 
-/// Makes `count` VMs one after the other, lets each run, ends it, and lets go of it in one of both ways.
+/// Makes `count` VMs one after the other, lets each run, ends it, and lets go of it in one of both
+/// ways.
 async fn create_start_kill_and_drop(config: &VmConfig, count: usize) {
     for round in 0..count {
         let vm = Vm::boot(config).unwrap();
@@ -50,8 +51,8 @@ async fn create_start_kill_and_drop(config: &VmConfig, count: usize) {
     }
 }
 
-/// What the process holds once nothing is left of the VMs that it dropped: they are taken apart in turn, and
-/// what a VM carries goes last.
+/// What the process holds once nothing is left of the VMs that it dropped: they are taken apart in
+/// turn, and what a VM carries goes last.
 fn settled() -> Footprint {
     let (said, gone) = mpsc::channel::<()>();
     let last = Vm::boot(&sleeper()).unwrap();
@@ -65,9 +66,9 @@ fn settled() -> Footprint {
     Footprint::now()
 }
 
-/// So many cycles in `stretches`, after each of which the process holds what it held at first. RSS may
-/// grow by 1 MiB, however many there are: allocators move a little, and 10,000 VMs that each left 128
-/// bytes would be more.
+/// So many cycles in `stretches`, after each of which the process holds what it held at first. RSS
+/// may grow by 1 MiB, however many there are: allocators move a little, and 10,000 VMs that each
+/// left 128 bytes would be more.
 async fn cycles_leave_nothing(stretches: usize, each: usize) {
     let config = sleeper();
     // The first ones make what lasts: event threads, the thread that takes VMs apart, arenas.
@@ -168,8 +169,9 @@ fn as_many_descriptors_as_are_allowed() {
 #[tokio::test]
 async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() {
     const VMS: usize = 200;
-    /// Event threads (`vmm::reactor` starts two at most), two that take VMs apart, the one that wakes the program, the one
-    /// that makes them all, and, where KVM waits for it, the one that makes spare VMs.
+    /// Event threads (`vmm::reactor` starts two at most), two that take VMs apart, the one that
+    /// wakes the program, the one that makes them all, and, where KVM waits for it, the one
+    /// that makes spare VMs.
     const LASTING: usize = 7;
     /// Threads that are ready for a vCPU (`vmm::vcpu::runner` keeps two at most).
     const SPARES: usize = 2;
@@ -188,7 +190,8 @@ async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() 
     let vms = crowd(&config, &template, VMS).await;
     let mut threads = Footprint::now().threads;
     assert_eq!(threads.remove("hearth-vcpu0"), Some(VMS));
-    // KVM's own, on hosts whose processors can be stopped by large pages (iTLB multihit): one for each VM.
+    // KVM's own, on hosts whose processors can be stopped by large pages (iTLB multihit): one for
+    // each VM.
     let of_kvm = threads.remove(KVM_WORKER).unwrap_or(0);
     assert!(of_kvm <= VMS, "{of_kvm}");
     let mut lasting = before.threads.clone();
@@ -206,8 +209,9 @@ async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() 
     assert_eq!(leaked_vms(), 0);
 }
 
-/// Makes `count` VMs in a process that has had one, and fails if each costs a MiB or more of the process's own
-/// memory. Says so, and by how much what the host has available fell: both without guest memory.
+/// Makes `count` VMs in a process that has had one, and fails if each costs a MiB or more of the
+/// process's own memory. Says so, and by how much what the host has available fell: both without
+/// guest memory.
 async fn cost_less_than_a_mib(count: u64, make: impl AsyncFn() -> Vm) {
     /// Others use the host's memory meanwhile: the middle one of so many.
     const ROUNDS: usize = 5;

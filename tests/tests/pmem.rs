@@ -28,8 +28,8 @@ fn image(content: &[u8]) -> NamedTempFile {
 
 /// Begins a guest that reaches the first 2 MiB of its first image; `rbx` is the address.
 fn reaching_the_image() -> Code {
-    // The boot page tables lie at 0x9000: the fifth GiB gets a page directory at 2 MiB with one page of
-    // 2 MiB that is present, writable and large.
+    // The boot page tables lie at 0x9000: the fifth GiB gets a page directory at 2 MiB with one
+    // page of 2 MiB that is present, writable and large.
     Code::new()
         .store64(0x20_0000, FIRST | 0x83)
         .store64(0xa020, 0x20_0003)
@@ -82,8 +82,8 @@ async fn an_image_that_is_cut_short_ends_the_guest_that_touches_it_and_nothing_e
     let vm = Vm::create(&config.pmem(image.path()).build().unwrap()).unwrap();
     image.as_file().set_len(0).unwrap();
     vm.resume().unwrap();
-    // Where KVM runs the guest's instructions itself it answers with zeroes, as for memory that is not
-    // there; elsewhere it gives up on the vCPU.
+    // Where KVM runs the guest's instructions itself it answers with zeroes, as for memory that is
+    // not there; elsewhere it gives up on the vCPU.
     match within(5, "end", vm.exited()).await {
         Exit::BusError => assert_eq!(vm.console().text(), ""),
         Exit::PowerOff => assert_eq!(vm.console().text(), "\0"),

@@ -97,7 +97,8 @@ async fn fifty_programs_at_once() {
     at_once(50).await;
 }
 
-/// Output whose reader is slow: all of it comes, and it waits in neither the guest's memory nor ours.
+/// Output whose reader is slow: all of it comes, and it waits in neither the guest's memory nor
+/// ours.
 async fn slowly_read(len: usize) {
     if !kvm() {
         return;

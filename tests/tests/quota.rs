@@ -85,7 +85,8 @@ async fn a_guest_that_rests_by_quota_can_be_paused_resumed_forked_and_ended() {
     drop(clone);
 }
 
-/// How long pings of `guest` take, each after a rest, so that they fall on all parts of a quota's period.
+/// How long pings of `guest` take, each after a rest, so that they fall on all parts of a quota's
+/// period.
 async fn pings(guest: &mut Guest, count: u64) -> Vec<Duration> {
     let mut times = Vec::new();
     for nonce in 1..=count {

@@ -39,7 +39,8 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
     assert_eq!(text(&output.stderr), "");
     assert_eq!(text(&output.stdout), "from the image 42\n");
     assert_eq!(output.status, ExitStatus::Code(0));
-    // What was written is there for the next program, in its template's clones, and not in the image.
+    // What was written is there for the next program, in its template's clones, and not in the
+    // image.
     let output = guest.run(Command::new("cat").arg("/etc/motto")).await;
     assert_eq!(text(&output.stdout), "mine\n");
     // In place: a page of the image takes none of the guest's memory.
@@ -111,7 +112,8 @@ async fn a_file_of_the_root_that_is_read_takes_none_of_the_guests_memory() {
     let guest = Guest::prepared(|config| config.pmem(&image).append(ROOT_WORD)).await;
     // The first reader brings what every program brings.
     cached(&guest).await;
-    // A copy of it shows that such memory is seen here. The kernel counts per processor, and is some pages off.
+    // A copy of it shows that such memory is seen here. The kernel counts per processor, and is
+    // some pages off.
     for (to, least, most) in [("/dev/null", 0, 256), ("/tmp/copy", 7680, 9216)] {
         let before = cached(&guest).await;
         let output = guest.run(sh(&format!("cat /big > {to}"))).await;

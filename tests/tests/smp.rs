@@ -14,7 +14,8 @@ use hearth_tests::{Guest, alone, kvm, vcpu_times, within};
 use hearth_vmm::EntryChoice;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
-/// Rounds of work on each vCPU. A round is a multiplication that needs the one before it: 3 cycles at least.
+/// Rounds of work on each vCPU. A round is a multiplication that needs the one before it: 3 cycles
+/// at least.
 const ROUNDS: u64 = 300_000_000;
 /// Processor time that every processor needs for them.
 const WORK: Duration = Duration::from_millis(150);
@@ -31,8 +32,9 @@ async fn text_of(guest: &Guest, path: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Has a program work on each vCPU of the only guest of this process, all at once, and fails unless each
-/// ran on the vCPU that it asked for, came to the right sum, and kept a thread of the host's busy.
+/// Has a program work on each vCPU of the only guest of this process, all at once, and fails unless
+/// each ran on the vCPU that it asked for, came to the right sum, and kept a thread of the host's
+/// busy.
 async fn every_vcpu_works(guest: &Guest, vcpus: usize) {
     let cpuinfo = text_of(guest, "/proc/cpuinfo").await;
     let processors = cpuinfo.lines().filter(|l| l.starts_with("processor"));

@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! The cache of templates, with guests of a few instructions: what is made once, what is made again, what
-//! is thrown away, and what a process that is killed leaves behind.
+//! The cache of templates, with guests of a few instructions: what is made once, what is made
+//! again, what is thrown away, and what a process that is killed leaves behind.
 
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader};
@@ -248,8 +248,8 @@ async fn processes_that_want_the_same_entry_make_it_once() {
     assert_eq!(said, ["Built", "There", "There", "There"]);
 }
 
-/// Kills processes at random moments while they make, load and evict entries; after each, the cache gives
-/// every template, and nothing is left of the process.
+/// Kills processes at random moments while they make, load and evict entries; after each, the cache
+/// gives every template, and nothing is left of the process.
 async fn killed_at_random(rounds: usize) {
     const KEYS: u64 = 4;
     let root = tempfile::tempdir().unwrap();

@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Clones of a real guest: strangers to each other, isolated, and healthy wherever their template was
-//! captured.
+//! Clones of a real guest: strangers to each other, isolated, and healthy wherever their template
+//! was captured.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,7 +20,8 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 const MIB: u64 = 1 << 20;
-/// Clones that run at once: where ring 0 is emulated, more than there are processors starve each other.
+/// Clones that run at once: where ring 0 is emulated, more than there are processors starve each
+/// other.
 const AT_ONCE: usize = 2;
 /// How far a clone's wall clock may be from the host's.
 const CLOCK_SLACK_NS: i128 = 50_000_000;
@@ -73,8 +74,8 @@ struct Identity {
     machine_id: String,
 }
 
-/// Makes the clone a stranger and takes its identity; fails if it is not the one it was given, or if its
-/// clock is not the host's.
+/// Makes the clone a stranger and takes its identity; fails if it is not the one it was given, or
+/// if its clock is not the host's.
 async fn identity(vm: Vm) -> Identity {
     let mut guest = Guest::refreshed(vm).await;
     let text = text_of(
@@ -95,8 +96,8 @@ async fn identity(vm: Vm) -> Identity {
     };
     assert_ne!(one, other);
     assert_eq!(*machine_id, guest.instance.to_string());
-    // The offset of CLOCK_REALTIME, the second clock, to the monotonic clock. No guest here sleeps, so
-    // that a pong's uptime is the monotonic clock.
+    // The offset of CLOCK_REALTIME, the second clock, to the monotonic clock. No guest here sleeps,
+    // so that a pong's uptime is the monotonic clock.
     let mut offsets = timers.iter().filter_map(|line| {
         let rest = line.trim_start().strip_prefix(".offset:")?;
         rest.trim().strip_suffix(" nsecs")?.parse::<i128>().ok()
@@ -145,8 +146,8 @@ async fn given(vm: Vm) -> InstanceId {
     pong.instance
 }
 
-/// What passes at the host between capture and fork does not pass in the clone: else all its timers would
-/// be due at once, and after a restart of the host its time would stand still.
+/// What passes at the host between capture and fork does not pass in the clone: else all its timers
+/// would be due at once, and after a restart of the host its time would stand still.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clones_monotonic_clock_goes_on_from_the_capture() {
     if !kvm() {
@@ -230,8 +231,8 @@ struct Busy {
     balloon: bool,
 }
 
-/// Captures a guest in the middle of things: it goes on as if nothing had been, and `forks` clones of the
-/// template are healthy.
+/// Captures a guest in the middle of things: it goes on as if nothing had been, and `forks` clones
+/// of the template are healthy.
 async fn captured_while(busy: Busy, forks: usize) {
     let guest = Guest::fork().await;
     let mut stream = None;
@@ -409,8 +410,8 @@ async fn clones_of_clones_of_clones_inherit_and_do_not_mix() {
     }
 }
 
-/// Saved here, loaded by another process, with and without a copy; what clones did meanwhile is not in
-/// it.
+/// Saved here, loaded by another process, with and without a copy; what clones did meanwhile is not
+/// in it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_saved_template_is_forked_by_another_process() {
     if !kvm() {

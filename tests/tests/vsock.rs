@@ -279,8 +279,8 @@ impl Wake for DropsGuest {
     }
 }
 
-/// Was: the waker ran on the event thread, under the device's lock, which it then waited for: that thread served
-/// nobody any more, and later VMs did not answer.
+/// Was: the waker ran on the event thread, under the device's lock, which it then waited for: that
+/// thread served nobody any more, and later VMs did not answer.
 #[tokio::test]
 async fn a_waker_of_a_streams_reader_may_listen_and_drop_the_vm() {
     if !kvm() {
@@ -310,7 +310,8 @@ async fn a_waker_of_a_streams_reader_may_listen_and_drop_the_vm() {
     assert_eq!(hearth_vmm::leaked_vms(), 0);
 }
 
-/// What was read of a packet whose rest is still queued is neither there to be read nor room for the peer.
+/// What was read of a packet whose rest is still queued is neither there to be read nor room for
+/// the peer.
 #[tokio::test]
 async fn a_reader_that_waits_for_more_than_is_queued_gets_it() {
     if !kvm() {

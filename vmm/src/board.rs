@@ -21,8 +21,8 @@ pub(crate) struct SharedTransport(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// The registers of the interrupt line are served without the lock: a driver reads and writes them
-    /// in its interrupt handler, which shall not wait for a turn of its device.
+    /// The registers of the interrupt line are served without the lock: a driver reads and writes
+    /// them in its interrupt handler, which shall not wait for a turn of its device.
     interrupt: Interrupt,
     transport: Mutex<MmioTransport>,
 }
@@ -40,9 +40,9 @@ impl SharedTransport {
         self.0.transport.lock()
     }
 
-    /// A turn of the device, for its event thread, and when it next wants one without a ring. Whoever
-    /// waits for the transport meanwhile has it next: however many turns a guest makes its device take,
-    /// a vCPU at a register, or a host's call, waits for one.
+    /// A turn of the device, for its event thread, and when it next wants one without a ring.
+    /// Whoever waits for the transport meanwhile has it next: however many turns a guest makes
+    /// its device take, a vCPU at a register, or a host's call, waits for one.
     pub(crate) fn turn(&self) -> (Progress, Option<std::time::Instant>) {
         let mut transport = self.lock();
         let outcome = (transport.run(), transport.deadline());

@@ -14,8 +14,8 @@ use crate::kvm::KvmError;
 /// What the host's KVM can keep guests from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Caps {
-    /// An exit for each lock that stops the bus (Linux 5.12, Intel; Documentation/virt/kvm/api.rst,
-    /// 7.22).
+    /// An exit for each lock that stops the bus (Linux 5.12, Intel;
+    /// Documentation/virt/kvm/api.rst, 7.22).
     bus_locks: bool,
     /// An exit where a guest lets no interrupt through (Linux 6.0, Intel; 7.34).
     notify: bool,

@@ -16,8 +16,8 @@ use crate::snapshot::cpu::VcpuState;
 use crate::snapshot::{SnapshotError, VmState};
 use crate::vcpu::gate::{Gate, Want};
 
-/// What a VM is captured from. It keeps that much of the VM: whoever takes the VM apart meanwhile need not wait.
-/// Fields are dropped in this order: KVM's VM is closed before memory is unmapped.
+/// What a VM is captured from. It keeps that much of the VM: whoever takes the VM apart meanwhile
+/// need not wait. Fields are dropped in this order: KVM's VM is closed before memory is unmapped.
 #[derive(Debug)]
 pub(crate) struct Capture {
     pub(crate) hardware: Hardware,

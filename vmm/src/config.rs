@@ -81,7 +81,8 @@ pub struct VmConfig {
     pub(crate) placement: Option<Placement>,
 }
 
-/// Collects a [`VmConfig`]. Every method takes and returns the builder; the last of equal calls wins.
+/// Collects a [`VmConfig`]. Every method takes and returns the builder; the last of equal calls
+/// wins.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct VmConfigBuilder(VmConfig);
@@ -182,8 +183,9 @@ impl VmConfig {
         Ok(())
     }
 
-    /// The words on the kernel's command line, the monitor's own first, on a host of kind `profile`; those that
-    /// tell where devices are come besides. What boots from the same files with the same words comes up alike.
+    /// The words on the kernel's command line, the monitor's own first, on a host of kind
+    /// `profile`; those that tell where devices are come besides. What boots from the same
+    /// files with the same words comes up alike.
     #[must_use]
     pub fn boot_words(&self, profile: CpuProfile) -> Vec<String> {
         self.cmdline(profile, &[])
@@ -193,9 +195,10 @@ impl VmConfig {
     pub(crate) fn cmdline(&self, profile: CpuProfile, devices: &[String]) -> Vec<String> {
         let mut words: Vec<String> = Vec::new();
         if !self.plain_cmdline {
-            // End at once and by ways that the monitor sees; say why on our port; our kernel's short
-            // boot. Report free memory by the MiB: the kernel's choice, 2 or 4 MiB, has it report nothing
-            // while less than 32 such blocks are free. Kernels that do not know a word ignore it.
+            // End at once and by ways that the monitor sees; say why on our port; our kernel's
+            // short boot. Report free memory by the MiB: the kernel's choice, 2 or 4
+            // MiB, has it report nothing while less than 32 such blocks are free.
+            // Kernels that do not know a word ignore it.
             words.extend(
                 [
                     "reboot=k",
@@ -212,8 +215,8 @@ impl VmConfig {
             } else {
                 words.extend(["quiet", "8250.nr_uarts=0"].map(String::from));
             }
-            // For devices that reach no further than 4 GiB the kernel keeps 64 MiB of bounce buffers, once it
-            // has memory there. Ours reach all.
+            // For devices that reach no further than 4 GiB the kernel keeps 64 MiB of bounce
+            // buffers, once it has memory there. Ours reach all.
             if self.memory_bytes > GAP_START {
                 words.push("swiotlb=noforce".into());
             }
@@ -271,15 +274,15 @@ impl VmConfigBuilder {
         self
     }
 
-    /// Gives the guest a serial console whose output [`Vm::console`](crate::Vm::console) keeps. Costs
-    /// an exit per byte printed.
+    /// Gives the guest a serial console whose output [`Vm::console`](crate::Vm::console) keeps.
+    /// Costs an exit per byte printed.
     pub fn console(mut self, on: bool) -> Self {
         self.0.console = on;
         self
     }
 
-    /// Lets [`Vm::emulated_instructions`](crate::Vm::emulated_instructions) count: for measurements. Costs
-    /// a descriptor per vCPU.
+    /// Lets [`Vm::emulated_instructions`](crate::Vm::emulated_instructions) count: for
+    /// measurements. Costs a descriptor per vCPU.
     pub fn count_instructions(mut self, on: bool) -> Self {
         self.0.count_instructions = on;
         self
@@ -291,8 +294,8 @@ impl VmConfigBuilder {
         self
     }
 
-    /// Gives the guest the processor's performance counters, where the host's KVM has any to give: for a guest that you
-    /// trust, as counters tell of its neighbours, too. None when not said.
+    /// Gives the guest the processor's performance counters, where the host's KVM has any to give:
+    /// for a guest that you trust, as counters tell of its neighbours, too. None when not said.
     pub fn pmu(mut self, on: bool) -> Self {
         self.0.pmu = on;
         self
@@ -300,33 +303,34 @@ impl VmConfigBuilder {
 
     /// Gives the guest a read-only image file (`/dev/pmem0`, the next `/dev/pmem1`, and so on; 8 at
     /// most). Its size is a multiple of 2 MiB. All VMs of this configuration and their clones read
-    /// the same pages; what the guest writes is ignored. The file is opened once, at the first boot,
-    /// and must not change while guests use it.
+    /// the same pages; what the guest writes is ignored. The file is opened once, at the first
+    /// boot, and must not change while guests use it.
     pub fn pmem(mut self, path: impl Into<PathBuf>) -> Self {
         self.0.images.push(PmemFile::new(path.into()));
         self
     }
 
-    /// Limits the processor time of the guest: `percent` of one processor, for all its vCPUs together,
-    /// over each 100 ms; 1 to 100 for each vCPU. No limit when not said. Work of devices on the event
-    /// threads is not counted; it is bounded on its own.
+    /// Limits the processor time of the guest: `percent` of one processor, for all its vCPUs
+    /// together, over each 100 ms; 1 to 100 for each vCPU. No limit when not said. Work of
+    /// devices on the event threads is not counted; it is bounded on its own.
     pub fn cpu_quota(mut self, percent: u32) -> Self {
         self.0.limits.cpu_percent = Some(percent);
         self
     }
 
-    /// Whether the threads that run this VM and its devices are confined by seccomp filters; they are
-    /// when not said. Calls that they do not need are answered with `EPERM`; the filters set
-    /// `no_new_privs` on these threads. A program whose `tracing` subscriber or allocator needs more
-    /// than writing to open descriptors on them switches it off.
+    /// Whether the threads that run this VM and its devices are confined by seccomp filters; they
+    /// are when not said. Calls that they do not need are answered with `EPERM`; the filters
+    /// set `no_new_privs` on these threads. A program whose `tracing` subscriber or allocator
+    /// needs more than writing to open descriptors on them switches it off.
     pub fn seccomp(mut self, on: bool) -> Self {
         self.0.limits.seccomp = on;
         self
     }
 
-    /// Has `place` decide where the threads run that run this VM's vCPUs: it is told of each before its vCPU runs, on the
-    /// thread that makes the VM, one after another. Where they run otherwise is where the program's first thread may. Such
-    /// threads are made for this VM and end with it, which costs a boot some 100 us.
+    /// Has `place` decide where the threads run that run this VM's vCPUs: it is told of each before
+    /// its vCPU runs, on the thread that makes the VM, one after another. Where they run
+    /// otherwise is where the program's first thread may. Such threads are made for this VM and
+    /// end with it, which costs a boot some 100 us.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -339,7 +343,8 @@ impl VmConfigBuilder {
     /// ```
     ///
     /// # Errors
-    /// An error of `place` is one of the boot ([`VcpuError::Placement`](crate::VcpuError::Placement)).
+    /// An error of `place` is one of the boot
+    /// ([`VcpuError::Placement`](crate::VcpuError::Placement)).
     pub fn place_vcpus(
         mut self,
         place: impl Fn(&VcpuThread) -> std::io::Result<()> + Send + Sync + 'static,

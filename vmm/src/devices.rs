@@ -107,8 +107,8 @@ impl Devices {
 /// A saved device that is not part of the saved hardware.
 const NO_WIRE: &str = "a device without a wire";
 
-/// Restores the devices of a template's state, as a clone does, in 2 MiB of memory of their own, and lets
-/// each run: for the fuzz target of what can be in a template's file.
+/// Restores the devices of a template's state, as a clone does, in 2 MiB of memory of their own,
+/// and lets each run: for the fuzz target of what can be in a template's file.
 #[cfg(feature = "testing")]
 pub(crate) fn restore_devices(state: &VmState) -> Result<(), BootError> {
     /// Runs of a device after which it shows nothing new.

@@ -1,5 +1,5 @@
-//! Whether this process is still the one that used the library first, or a child that it forked: asked at each
-//! hand-off, and so without a system call.
+//! Whether this process is still the one that used the library first, or a child that it forked:
+//! asked at each hand-off, and so without a system call.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -38,11 +38,13 @@ impl Mark {
     }
 }
 
-/// Memory that is full of zeroes, and of which a child of fork(2) has such anew (`MADV_WIPEONFORK`, since Linux 4.14).
+/// Memory that is full of zeroes, and of which a child of fork(2) has such anew (`MADV_WIPEONFORK`,
+/// since Linux 4.14).
 fn wiped_on_fork() -> Option<&'static AtomicBool> {
     let bytes = size_of::<AtomicBool>();
-    // SAFETY: a new private mapping of a page, which nothing else knows of; the kernel rounds its size up. It is never
-    // unmapped, so that the reference is good for ever, and all-zero bytes are a clear flag.
+    // SAFETY: a new private mapping of a page, which nothing else knows of; the kernel rounds its
+    // size up. It is never unmapped, so that the reference is good for ever, and all-zero bytes
+    // are a clear flag.
     unsafe {
         let page = libc::mmap(
             std::ptr::null_mut(),

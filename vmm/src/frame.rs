@@ -1,5 +1,5 @@
-//! The frame of a VM: all that does not depend on what its guest does or has done. KVM's VM with memory
-//! slots, interrupt controllers and vCPUs, and the wires between it and its devices.
+//! The frame of a VM: all that does not depend on what its guest does or has done. KVM's VM with
+//! memory slots, interrupt controllers and vCPUs, and the wires between it and its devices.
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -20,7 +20,8 @@ pub(crate) const BASE_DEVICES: usize = 2;
 /// An image and its guest address.
 pub(crate) type PlacedImage = (PmemImage, u64);
 
-/// See the module's text. Fields are dropped in this order: the VM is closed before its memory is unmapped.
+/// See the module's text. Fields are dropped in this order: the VM is closed before its memory is
+/// unmapped.
 #[derive(Debug)]
 pub(crate) struct Frame {
     pub(crate) vcpus: Vec<VcpuFd>,

@@ -39,7 +39,8 @@ impl KvmError {
     }
 }
 
-/// Calls KVM again while it answers with one of `passing` errors, `attempts` times at most, each pause longer than the last.
+/// Calls KVM again while it answers with one of `passing` errors, `attempts` times at most, each
+/// pause longer than the last.
 fn patiently<T>(
     passing: &[i32],
     attempts: u32,
@@ -56,8 +57,9 @@ fn patiently<T>(
     call()
 }
 
-/// `KVM_RUN`, again while it answers with what passes: ENOMEM (busy hosts do at the first run, for no reason) or EAGAIN
-/// (the start-up interrupt of a second vCPU came; or KVM got no thread for a VM that runs for the first time).
+/// `KVM_RUN`, again while it answers with what passes: ENOMEM (busy hosts do at the first run, for
+/// no reason) or EAGAIN (the start-up interrupt of a second vCPU came; or KVM got no thread for a
+/// VM that runs for the first time).
 pub(crate) fn run_patiently<T>(
     run: impl FnMut() -> Result<T, kvm_ioctls::Error>,
 ) -> Result<T, kvm_ioctls::Error> {
@@ -139,8 +141,8 @@ pub(crate) fn create_irqchip(vm: &VmFd, pit: bool) -> Result<(), KvmError> {
     Ok(())
 }
 
-/// The `index`th vCPU with its CPUID, which KVM wants to know before any register: kernels of 6.12 answer
-/// `KVM_SET_SREGS` with EINVAL as long as there is none, and MSRs depend on it everywhere.
+/// The `index`th vCPU with its CPUID, which KVM wants to know before any register: kernels of 6.12
+/// answer `KVM_SET_SREGS` with EINVAL as long as there is none, and MSRs depend on it everywhere.
 pub(crate) fn create_vcpu(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<VcpuFd, KvmError> {
     #[allow(clippy::disallowed_methods, reason = "the one place that may")]
     let vcpu = vm
@@ -162,7 +164,8 @@ mod tests {
     use super::*;
     use crate::vcpu::kick;
 
-    /// FC#5179: the first `KVM_RUN` said ENOMEM for no reason. FC#5046: so did `KVM_CREATE_VM` say EINTR.
+    /// FC#5179: the first `KVM_RUN` said ENOMEM for no reason. FC#5046: so did `KVM_CREATE_VM` say
+    /// EINTR.
     #[test]
     fn an_error_that_passes_is_waited_for_and_one_that_stays_is_told() {
         let failing = |times: u32, errno: i32| {

@@ -54,7 +54,8 @@ pub(crate) const FIRST_IRQ: u32 = 5;
 pub(crate) const IRQ_LINES: u32 = 24;
 /// Interrupt line of the serial port (COM1).
 pub(crate) const SERIAL_IRQ: u32 = 4;
-/// Interrupt line of the interval timer. Kernels want to know of it also where there is none, and give up otherwise.
+/// Interrupt line of the interval timer. Kernels want to know of it also where there is none, and
+/// give up otherwise.
 pub(crate) const TIMER_IRQ: u32 = 0;
 /// I/O APIC registers.
 pub(crate) const IOAPIC: u32 = 0xfec0_0000;

@@ -1,12 +1,13 @@
 //! A minimal microVM monitor that lives inside its caller's process, straight on KVM.
 //!
 //! A [`Vm`] is one guest: memory, vCPU threads, a serial console, and the virtio devices that
-//! Hearth needs (vsock, balloon, read-only images). Exactly one value owns it; dropping that value at any moment is
-//! safe and ends the guest. What the guest does can never be more to the host program than a typed
-//! error: a bad driver gets its device marked `DEVICE_NEEDS_RESET`, a bad vCPU ends its own VM.
+//! Hearth needs (vsock, balloon, read-only images). Exactly one value owns it; dropping that value
+//! at any moment is safe and ends the guest. What the guest does can never be more to the host
+//! program than a typed error: a bad driver gets its device marked `DEVICE_NEEDS_RESET`, a bad vCPU
+//! ends its own VM.
 //!
-//! Wakers of tasks that wait for a guest run on a thread of the library's own, which holds no lock: they may do anything,
-//! but one that blocks holds up those of all VMs of the process.
+//! Wakers of tasks that wait for a guest run on a thread of the library's own, which holds no lock:
+//! they may do anything, but one that blocks holds up those of all VMs of the process.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {

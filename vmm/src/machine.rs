@@ -1,9 +1,9 @@
 //! What a VM owns, how it is made, and how it is taken apart.
 //!
-//! A [`Machine`] is taken apart in this order: streams end, vCPU threads are stopped and leave it (in
-//! bounded time), the event thread lets go, KVM is closed, and only then memory is unmapped. A machine
-//! whose vCPU threads do not leave in time is kept whole: nothing is unmapped under them. It is leaked,
-//! which is counted and logged, until they do (see [`crate::undertaker`]).
+//! A [`Machine`] is taken apart in this order: streams end, vCPU threads are stopped and leave it
+//! (in bounded time), the event thread lets go, KVM is closed, and only then memory is unmapped. A
+//! machine whose vCPU threads do not leave in time is kept whole: nothing is unmapped under them.
+//! It is leaked, which is counted and logged, until they do (see [`crate::undertaker`]).
 
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -91,8 +91,8 @@ pub struct CreateTimes {
     pub devices: Duration,
 }
 
-/// A VM's parts. [`Machine::take_apart`] runs at drop and knows their order; only the last field's place
-/// counts.
+/// A VM's parts. [`Machine::take_apart`] runs at drop and knows their order; only the last field's
+/// place counts.
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) gate: Arc<Gate>,
@@ -211,8 +211,8 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Makes a VM that can go on from `state`, whose memory and images are those of `frame`. Its devices have
-    /// their state and sleep; all else is left to [`Machine::restore`].
+    /// Makes a VM that can go on from `state`, whose memory and images are those of `frame`. Its
+    /// devices have their state and sleep; all else is left to [`Machine::restore`].
     pub(crate) fn shell(state: &VmState, mut frame: Frame) -> Result<Machine, BootError> {
         let start = Instant::now();
         if state.vcpus.len() != frame.vcpus.len() {
@@ -231,7 +231,8 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Gives a shell of `state` what is left of it. Its vCPUs have no threads yet, or wait at the gate.
+    /// Gives a shell of `state` what is left of it. Its vCPUs have no threads yet, or wait at the
+    /// gate.
     pub(crate) fn restore(&mut self, state: &VmState) -> Result<(), BootError> {
         let start = Instant::now();
         let Some(vm) = &self.vm else {
@@ -316,15 +317,17 @@ impl Machine {
         self.stats = stats.filter_map(Result::ok).collect();
     }
 
-    /// Gives the vCPUs to their threads, which wait at the gate, or run at once: to wake a thread that has just come
-    /// to wait takes longer than all the rest of a fork on a busy host. Then has the devices served: what the
-    /// guest wants of them before is remembered. A failure takes the half-made machine apart by dropping it; a vCPU that
-    /// proves unable to run ends it later.
+    /// Gives the vCPUs to their threads, which wait at the gate, or run at once: to wake a thread
+    /// that has just come to wait takes longer than all the rest of a fork on a busy host. Then
+    /// has the devices served: what the guest wants of them before is remembered. A failure
+    /// takes the half-made machine apart by dropping it; a vCPU that proves unable to run ends
+    /// it later.
     pub(crate) fn start(&mut self, crew: Crew, want: Want) -> Result<(), BootError> {
         self.launch(crew, want, None)
     }
 
-    /// The same, and waits until it is known that the vCPUs can run: for as long as KVM takes to make a thread.
+    /// The same, and waits until it is known that the vCPUs can run: for as long as KVM takes to
+    /// make a thread.
     pub(crate) fn start_surely(&mut self, crew: Crew, want: Want) -> Result<(), BootError> {
         let (begun, vcpus_begun) = mpsc::channel();
         self.launch(crew, want, Some(begun))?;

@@ -3,11 +3,12 @@
 //! A cold VM maps its own memfd shared, so that it can become a template without a copy. A clone
 //! maps the template's memfd `MAP_PRIVATE`: what it writes is its own, what it reads is shared.
 //!
-//! Memory is promised, not set aside (`MAP_NORESERVE`): a page costs the host nothing until it is touched, so
-//! that guests may be given more in sum than the host has, and no setting of `vm.overcommit_memory` but 2
-//! limits them. A host that then runs out ends processes; what is promised is bounded by whoever makes the
-//! VMs (the pool's `limits.memory_mib`). [`HugePages::Reserved`] alone is set aside: a host that has none left
-//! at a guest's first touch could only end this process.
+//! Memory is promised, not set aside (`MAP_NORESERVE`): a page costs the host nothing until it is
+//! touched, so that guests may be given more in sum than the host has, and no setting of
+//! `vm.overcommit_memory` but 2 limits them. A host that then runs out ends processes; what is
+//! promised is bounded by whoever makes the VMs (the pool's `limits.memory_mib`).
+//! [`HugePages::Reserved`] alone is set aside: a host that has none left at a guest's first touch
+//! could only end this process.
 
 mod huge;
 
@@ -228,19 +229,21 @@ impl GuestRam {
         Ok(ram)
     }
 
-    /// A child that the host program forks, and that executes nothing else, does not get `[addr, addr + len)`: it
-    /// would hold the memory when the VM is gone, and make the guest copy each page that it writes. Nor is it in a core
-    /// dump of the host program, whose reader it does not concern, and which it would make gigabytes long.
+    /// A child that the host program forks, and that executes nothing else, does not get `[addr,
+    /// addr + len)`: it would hold the memory when the VM is gone, and make the guest copy each
+    /// page that it writes. Nor is it in a core dump of the host program, whose reader it does
+    /// not concern, and which it would make gigabytes long.
     fn keep_in_process(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
         self.advise(addr, len, libc::MADV_DONTFORK)?;
         self.advise(addr, len, libc::MADV_DONTDUMP)
     }
 
-    /// Advises the host about `[addr, addr + len)`. After `advice` (one of `MADV_DONTFORK`, `MADV_DONTDUMP`, `MADV_POPULATE_*`) the range
-    /// shows what it showed before.
+    /// Advises the host about `[addr, addr + len)`. After `advice` (one of `MADV_DONTFORK`,
+    /// `MADV_DONTDUMP`, `MADV_POPULATE_*`) the range shows what it showed before.
     ///
     /// # Errors
-    /// [`MemoryError::OutOfRange`] when the range is not inside one region; [`MemoryError::Create`] when the host refuses.
+    /// [`MemoryError::OutOfRange`] when the range is not inside one region; [`MemoryError::Create`]
+    /// when the host refuses.
     pub(crate) fn advise(
         &self,
         addr: u64,
@@ -251,8 +254,9 @@ impl GuestRam {
             return Err(MemoryError::OutOfRange { addr, len });
         }
         let host = self.host_address(addr, len)?;
-        // SAFETY: `[addr, addr + len)` was checked to lie inside one region's mapping, which `self.map` keeps alive;
-        // such advice changes what is mapped and inherited, no content.
+        // SAFETY: `[addr, addr + len)` was checked to lie inside one region's mapping, which
+        // `self.map` keeps alive; such advice changes what is mapped and inherited, no
+        // content.
         let done = unsafe {
             let len = usize::try_from(len).unwrap_or(0);
             libc::madvise(host.cast(), len, advice)
@@ -267,9 +271,9 @@ impl GuestRam {
     }
 
     /// Lets `[addr, addr + len)` show `file` from `offset` on, as a private copy that is made page
-    /// by page when the guest writes. Nothing is copied now, unless memory is of reserved huge pages, which
-    /// nothing smaller can lie over. `file` must never shrink or change (a sealed memfd). All three numbers
-    /// are whole pages.
+    /// by page when the guest writes. Nothing is copied now, unless memory is of reserved huge
+    /// pages, which nothing smaller can lie over. `file` must never shrink or change (a sealed
+    /// memfd). All three numbers are whole pages.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region or not whole pages;
@@ -376,12 +380,13 @@ impl GuestRam {
 
     /// Gives the pages of `[addr, addr + len)` back to the host. The guest reads zeroes there
     /// afterwards, or what the template or kernel image held there: never another VM's data. Only
-    /// whole pages inside the range are released, and none of huge pages that were set aside: the guest
-    /// could not be sure to get them again.
+    /// whole pages inside the range are released, and none of huge pages that were set aside: the
+    /// guest could not be sure to get them again.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region;
-    /// [`MemoryError::Discard`] when the host refuses: before Linux 5.18 it does in a process that has locked its memory.
+    /// [`MemoryError::Discard`] when the host refuses: before Linux 5.18 it does in a process that
+    /// has locked its memory.
     pub fn discard(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
         if !self.contains(addr, len) {
             return Err(MemoryError::OutOfRange { addr, len });
@@ -393,8 +398,8 @@ impl GuestRam {
         }
         let host = self.host_address(start, end - start)?;
         let give_back = |advice| {
-            // SAFETY: `[start, end)` was checked to lie inside one region's mapping, which `self.map`
-            // keeps alive; guest memory is only ever accessed volatilely.
+            // SAFETY: `[start, end)` was checked to lie inside one region's mapping, which
+            // `self.map` keeps alive; guest memory is only ever accessed volatilely.
             unsafe {
                 let len = usize::try_from(end - start).unwrap_or(0);
                 libc::madvise(host.cast(), len, advice)
@@ -425,7 +430,8 @@ impl GuestRam {
     }
 }
 
-/// Linux ends a program that makes a file longer than its limit by a signal, or writes beyond that: looks first.
+/// Linux ends a program that makes a file longer than its limit by a signal, or writes beyond that:
+/// looks first.
 ///
 /// # Errors
 /// When this process may not make a file of `bytes`, or write up to there.
@@ -441,11 +447,13 @@ pub(crate) fn memfd() -> std::io::Result<File> {
     memfd_with(0)
 }
 
-/// What a guest writes there is no program of the host's: nobody can execute it, or make it executable.
+/// What a guest writes there is no program of the host's: nobody can execute it, or make it
+/// executable.
 fn memfd_with(flags: libc::c_uint) -> std::io::Result<File> {
     let create = |flags| {
         let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags;
-        // SAFETY: the name is a NUL-terminated literal; the returned fd is checked before it is owned.
+        // SAFETY: the name is a NUL-terminated literal; the returned fd is checked before it is
+        // owned.
         unsafe { libc::memfd_create(c"hearth-guest".as_ptr(), flags) }
     };
     let mut fd = create(flags | libc::MFD_NOEXEC_SEAL);

@@ -40,7 +40,8 @@ impl VcpuThread {
     /// Lets it run on these processors of the host alone, by their numbers, from 0 to 1023.
     ///
     /// # Errors
-    /// The host's, which has none of them for this process; `InvalidInput` for a number that is too large.
+    /// The host's, which has none of them for this process; `InvalidInput` for a number that is too
+    /// large.
     pub fn pin(&self, processors: &[usize]) -> io::Result<()> {
         let mut set = CpuSet::new();
         for processor in processors {

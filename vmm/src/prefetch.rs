@@ -1,12 +1,14 @@
-//! The working set of a clone: pages that the next one is sure to need, too, and can have before it asks.
+//! The working set of a clone: pages that the next one is sure to need, too, and can have before it
+//! asks.
 
 use std::io;
 
 use crate::memory::{GuestRam, PAGE_SIZE};
 use crate::private::{Page, each_page};
 
-/// The pages that a clone has touched since its fork: recorded once ([`Vm::working_set`](crate::Vm::working_set)), when
-/// it has given its first answer, say, for all clones to come ([`Template::prefetch`](crate::Template::prefetch)).
+/// The pages that a clone has touched since its fork: recorded once
+/// ([`Vm::working_set`](crate::Vm::working_set)), when it has given its first answer, say, for all
+/// clones to come ([`Template::prefetch`](crate::Template::prefetch)).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
     written: Vec<Stretch>,
@@ -52,8 +54,8 @@ impl WorkingSet {
         self.read.iter().map(|stretch| stretch.len).sum()
     }
 
-    /// Gives `ram`, which nothing runs on yet, its pages. What lies outside, and what the host refuses (before Linux 5.14,
-    /// or out of memory), the guest gets when it asks.
+    /// Gives `ram`, which nothing runs on yet, its pages. What lies outside, and what the host
+    /// refuses (before Linux 5.14, or out of memory), the guest gets when it asks.
     pub(crate) fn fill(&self, ram: &GuestRam) {
         let kinds = [
             (&self.written, libc::MADV_POPULATE_WRITE),

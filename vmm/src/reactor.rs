@@ -1,10 +1,10 @@
 //! The event threads: a small fixed set that serves the devices of all VMs of the process.
 //!
-//! Each VM has a place on one thread; each of its devices is one bell. A turn of a device does a bounded
-//! amount of work and rings its own bell when there is more. Between two looks at the bells each VM has one turn
-//! at most, whichever and however many of its devices want one, so that a guest waits for one turn of
-//! each other guest of its thread. Nothing blocks here. A place is taken and given up without waking the
-//! thread.
+//! Each VM has a place on one thread; each of its devices is one bell. A turn of a device does a
+//! bounded amount of work and rings its own bell when there is more. Between two looks at the bells
+//! each VM has one turn at most, whichever and however many of its devices want one, so that a
+//! guest waits for one turn of each other guest of its thread. Nothing blocks here. A place is
+//! taken and given up without waking the thread.
 //!
 //! Lock order: a VM's place, then a transport's lock.
 
@@ -247,7 +247,8 @@ fn serve(thread: &EventThread) {
     }
 }
 
-/// A turn for each VM of which a bell rang. Its other bells ring on: they are seen at the next look.
+/// A turn for each VM of which a bell rang. Its other bells ring on: they are seen at the next
+/// look.
 fn take_turns(thread: &EventThread, rung: &[EpollEvent]) {
     let mut tokens = [0; EVENTS];
     let tokens = tokens.get_mut(..rung.len()).unwrap_or_default();
@@ -337,8 +338,8 @@ struct Devices {
 }
 
 impl Devices {
-    /// A turn for one of the devices whose bells `rung`, in ascending order: the next one after the last
-    /// that had a turn.
+    /// A turn for one of the devices whose bells `rung`, in ascending order: the next one after the
+    /// last that had a turn.
     fn take_turn(&mut self, rung: impl Iterator<Item = usize> + Clone) {
         let next = rung.clone().find(|index| *index > self.last);
         let Some(index) = next.or_else(|| rung.clone().next()) else {

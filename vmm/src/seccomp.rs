@@ -1,13 +1,14 @@
 //! Seccomp filters for the threads that a guest could take over.
 //!
 //! A vCPU thread needs few system calls, an event thread few others. All else is answered with
-//! `EPERM`: a library never ends its caller's process. No program can be started from these threads,
-//! no socket or file opened, no memory made executable. They share their memory with the threads of
-//! the embedding program, which have no filter: this is a hurdle, not a wall (`SECURITY.md`).
+//! `EPERM`: a library never ends its caller's process. No program can be started from these
+//! threads, no socket or file opened, no memory made executable. They share their memory with the
+//! threads of the embedding program, which have no filter: this is a hurdle, not a wall
+//! (`SECURITY.md`).
 //!
 //! What the embedding program runs on these threads is confined, too: its `tracing` subscriber, its
-//! panic hook, its allocator. Allocators and writers to descriptors that are open work. Its wakers run
-//! elsewhere (see [`crate::wake`]).
+//! panic hook, its allocator. Allocators and writers to descriptors that are open work. Its wakers
+//! run elsewhere (see [`crate::wake`]).
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -211,7 +212,8 @@ mod tests {
     #[test]
     fn a_vcpu_thread_reaches_kvm_and_nothing_else_by_ioctl() {
         let null = std::fs::File::open("/dev/null").unwrap();
-        // SAFETY: neither ioctl reads or writes memory: /dev/null knows none, the filter refuses one.
+        // SAFETY: neither ioctl reads or writes memory: /dev/null knows none, the filter refuses
+        // one.
         let ask =
             move |request| unsafe { called(libc::ioctl(null.as_raw_fd(), request, 0).into()) };
         let (kvm, tty) = confined(Role::Vcpu, move || (ask(0xae80), ask(libc::TIOCSTI)));

@@ -1,10 +1,11 @@
 //! SIGBUS on the library's own threads ends a VM, not the embedding program.
 //!
-//! The host's kernel sends it to a thread that touches memory that it cannot give: a page that the hardware has lost,
-//! a page of a template's file that cannot be read or was cut off, a guest that crosses cache lines with a locked
-//! instruction where `split_lock_detect=fatal`. A thread that serves a guest says so ([`Watch::guard`]); there the
-//! handler notes that this VM is over, and puts a page of zeroes where guest memory is lost, so that the access under
-//! way comes to its end. Everywhere else, and for any other address, whatever handled the signal before handles it.
+//! The host's kernel sends it to a thread that touches memory that it cannot give: a page that the
+//! hardware has lost, a page of a template's file that cannot be read or was cut off, a guest that
+//! crosses cache lines with a locked instruction where `split_lock_detect=fatal`. A thread that
+//! serves a guest says so ([`Watch::guard`]); there the handler notes that this VM is over, and
+//! puts a page of zeroes where guest memory is lost, so that the access under way comes to its end.
+//! Everywhere else, and for any other address, whatever handled the signal before handles it.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
@@ -19,16 +20,16 @@ static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
 static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
 
 thread_local! {
-    /// The VM that this thread serves; null elsewhere. Const-initialised and without a destructor, so that the handler may
-    /// read it at any time.
+    /// The VM that this thread serves; null elsewhere. Const-initialised and without a destructor,
+    /// so that the handler may read it at any time.
     static SERVED: Cell<*const Watch> = const { Cell::new(std::ptr::null()) };
     /// Whether the thread is in `KVM_RUN`: what comes there is the guest's doing.
     static IN_GUEST: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Leaves SIGBUS to the embedding program in this process: for one whose own handler must be the first. A host that loses
-/// memory of a guest's then ends the program, unless that handler knows better. Has an effect before the first VM only;
-/// returns whether it had.
+/// Leaves SIGBUS to the embedding program in this process: for one whose own handler must be the
+/// first. A host that loses memory of a guest's then ends the program, unless that handler knows
+/// better. Has an effect before the first VM only; returns whether it had.
 pub fn leave_sigbus_alone() -> bool {
     WANTED.store(false, Ordering::SeqCst);
     INSTALLED.get().is_none()
@@ -47,8 +48,8 @@ pub(crate) fn install() -> std::io::Result<()> {
         let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_sigbus;
         ours.sa_sigaction = handler as usize;
         ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-        // SAFETY: both are live structures. The one before is asked for first and kept, so that the handler finds it
-        // from its first call on.
+        // SAFETY: both are live structures. The one before is asked for first and kept, so that the
+        // handler finds it from its first call on.
         let done = unsafe {
             if libc::sigaction(libc::SIGBUS, std::ptr::null(), &raw mut previous) == 0 {
                 PREVIOUS.store(Box::into_raw(Box::new(previous)), Ordering::SeqCst);
@@ -69,7 +70,8 @@ pub(crate) fn install() -> std::io::Result<()> {
 /// What the handler must know of one VM.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    /// Guest memory in this process: host address and bytes. It is mapped as long as this value lives.
+    /// Guest memory in this process: host address and bytes. It is mapped as long as this value
+    /// lives.
     ranges: Vec<(u64, u64)>,
     lost: AtomicBool,
     _ram: GuestRam,
@@ -126,8 +128,8 @@ pub(crate) fn in_guest<T>(run: impl FnOnce() -> T) -> T {
 }
 
 extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel gives a valid structure to a handler with SA_SIGINFO, and a chained caller must; the errno of
-    // the interrupted code is this thread's own.
+    // SAFETY: the kernel gives a valid structure to a handler with SA_SIGINFO, and a chained caller
+    // must; the errno of the interrupted code is this thread's own.
     let (code, address, errno) = unsafe {
         let info = &*info;
         (
@@ -168,8 +170,8 @@ impl Watch {
 /// Puts zeroes where guest memory is lost: a page, or a huge one. Async-signal-safe.
 fn replace_page(address: u64) -> bool {
     [PAGE_SIZE, HUGE_PAGE_SIZE].into_iter().any(|bytes| {
-        // SAFETY: the page lies in guest memory that is mapped as long as its watch lives; nobody holds Rust references
-        // into it. mmap(2) is a plain system call.
+        // SAFETY: the page lies in guest memory that is mapped as long as its watch lives; nobody
+        // holds Rust references into it. mmap(2) is a plain system call.
         let mapped = unsafe {
             libc::mmap(
                 (address & !(bytes - 1)) as *mut c_void,
@@ -194,7 +196,8 @@ unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void)
     let Some(previous) = (unsafe { previous.as_ref() }) else {
         return;
     };
-    // SAFETY: what sigaction(2) gave is SIG_DFL, SIG_IGN, or a function of the type that its flags say.
+    // SAFETY: what sigaction(2) gave is SIG_DFL, SIG_IGN, or a function of the type that its flags
+    // say.
     unsafe {
         // A notice of memory that nobody has touched yet does not repeat itself either.
         let sent = (*info).si_code <= 0 || (*info).si_code == libc::BUS_MCEERR_AO;

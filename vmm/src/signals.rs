@@ -1,11 +1,12 @@
 //! The library's threads take no part in the embedding program's signals.
 //!
-//! A signal to a process goes to any thread that does not block it: a handler of the embedding program's would run on a
-//! thread of ours, on its small stack and under its seccomp filter. So threads are made by one that blocks all
-//! signals meanwhile, and begin with that. A vCPU thread lets in the one that kicks it (see `vcpu::kick`).
+//! A signal to a process goes to any thread that does not block it: a handler of the embedding
+//! program's would run on a thread of ours, on its small stack and under its seccomp filter. So
+//! threads are made by one that blocks all signals meanwhile, and begin with that. A vCPU thread
+//! lets in the one that kicks it (see `vcpu::kick`).
 
-/// What the thread does that gets one of them (signal(7)). Blocked, they would end the program all the same, past its
-/// handlers.
+/// What the thread does that gets one of them (signal(7)). Blocked, they would end the program all
+/// the same, past its handlers.
 const SYNCHRONOUS: [libc::c_int; 6] = [
     libc::SIGBUS,
     libc::SIGFPE,
@@ -15,7 +16,8 @@ const SYNCHRONOUS: [libc::c_int; 6] = [
     libc::SIGTRAP,
 ];
 
-/// Does `act`, which makes a thread, with all signals but [`SYNCHRONOUS`] ones blocked on the calling thread.
+/// Does `act`, which makes a thread, with all signals but [`SYNCHRONOUS`] ones blocked on the
+/// calling thread.
 pub(crate) fn blocked<T>(act: impl FnOnce() -> T) -> T {
     let _blocked = Blocked::new();
     act()
@@ -26,7 +28,8 @@ struct Blocked(libc::sigset_t);
 
 impl Blocked {
     fn new() -> Self {
-        // SAFETY: all-zero is a valid set; the calls read and write live sets, and change this thread's mask alone.
+        // SAFETY: all-zero is a valid set; the calls read and write live sets, and change this
+        // thread's mask alone.
         unsafe {
             let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
             libc::sigfillset(&raw mut all);

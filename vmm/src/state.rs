@@ -19,12 +19,13 @@ pub enum Exit {
     TripleFault,
     /// KVM could not go on, mostly because it cannot emulate an instruction.
     InternalError(InternalError),
-    /// The host could not give memory of the guest's: a page that its hardware has lost, a file of a template or an
-    /// image that was cut off or cannot be read. Or its kernel ended the thread's work for another reason that it tells
-    /// by SIGBUS (see [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
+    /// The host could not give memory of the guest's: a page that its hardware has lost, a file of
+    /// a template or an image that was cut off or cannot be read. Or its kernel ended the
+    /// thread's work for another reason that it tells by SIGBUS (see
+    /// [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
     BusError,
-    /// The host refused KVM the thread that it makes for a VM when that first runs (since Linux 6.13). A boot says so
-    /// by its error; a fork does not wait for it, and its VM ends so.
+    /// The host refused KVM the thread that it makes for a VM when that first runs (since Linux
+    /// 6.13). A boot says so by its error; a fork does not wait for it, and its VM ends so.
     NoThread,
     /// The host program killed it.
     Killed,

@@ -22,8 +22,8 @@ pub fn template_with(devices: &[u8]) -> Vec<u8> {
     blank::file_with(devices)
 }
 
-/// Reads a template's manifest file, and restores the devices that it describes. Whether all of that was
-/// possible.
+/// Reads a template's manifest file, and restores the devices that it describes. Whether all of
+/// that was possible.
 ///
 /// # Panics
 /// If what was read is not what is written again.

@@ -1,7 +1,8 @@
 //! How the library's threads are made: by one thread that makes nothing else.
 //!
-//! A thread begins with what the one that makes it has: processors, control group, credentials, priority. Those of
-//! whoever happens to need a thread say nothing about the VMs that it will serve later.
+//! A thread begins with what the one that makes it has: processors, control group, credentials,
+//! priority. Those of whoever happens to need a thread say nothing about the VMs that it will serve
+//! later.
 
 use std::io;
 use std::sync::mpsc::{self, Sender};
@@ -96,13 +97,14 @@ fn maker() -> io::Result<&'static Maker> {
     Ok(MAKER.get_or_init(|| Maker { process, orders }))
 }
 
-/// The calling thread may run where the process's first thread may: what an administrator or a shell (taskset(1)) has
-/// decided for the program. Where that is not known it stays where it is.
+/// The calling thread may run where the process's first thread may: what an administrator or a
+/// shell (taskset(1)) has decided for the program. Where that is not known it stays where it is.
 fn take_processors_of_the_process() {
     // SAFETY: all-zero is a valid set, of no processor.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     let bytes = std::mem::size_of_val(&set);
-    // SAFETY: the calls read and write a live set of that size; the id of a process is that of its first thread.
+    // SAFETY: the calls read and write a live set of that size; the id of a process is that of its
+    // first thread.
     unsafe {
         if libc::sched_getaffinity(libc::getpid(), bytes, &raw mut set) == 0 {
             libc::sched_setaffinity(0, bytes, &raw const set);

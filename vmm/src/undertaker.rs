@@ -1,8 +1,8 @@
 //! Takes VMs apart off their owners' threads.
 //!
-//! A few threads share one queue. A VM whose vCPU threads do not leave it at once is set aside and looked at
-//! again and again, so that it holds up no other one: after [`STOP_BOUND`] it counts as leaked, and when its
-//! threads have left after all it is released like any other.
+//! A few threads share one queue. A VM whose vCPU threads do not leave it at once is set aside and
+//! looked at again and again, so that it holds up no other one: after [`STOP_BOUND`] it counts as
+//! leaked, and when its threads have left after all it is released like any other.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,11 +16,13 @@ use crate::vcpu::gate::Patience;
 
 /// How long stopping vCPU threads may take before their VM counts as leaked.
 pub(crate) const STOP_BOUND: Duration = Duration::from_secs(5);
-/// Threads. One that is stuck in what an embedding program let a VM carry holds up its own VM alone.
+/// Threads. One that is stuck in what an embedding program let a VM carry holds up its own VM
+/// alone.
 const THREADS: usize = 2;
 /// Most VMs that wait for a thread; who drops another one takes it apart itself.
 const QUEUE: usize = 256;
-/// How long a thread waits for one VM before it turns to the next. They leave within a signal's delivery.
+/// How long a thread waits for one VM before it turns to the next. They leave within a signal's
+/// delivery.
 const AT_ONCE: Duration = Duration::from_millis(20);
 /// Pause between two looks at VMs that were set aside.
 const LOOK: Duration = Duration::from_millis(20);
@@ -65,8 +67,9 @@ pub(crate) fn undertaker() -> &'static Arc<Undertaker<Machine>> {
     &UNDERTAKER
 }
 
-/// VMs of this process whose vCPU threads could not be stopped in 5 s and still run: their memory is mapped as
-/// long as they do. Anything but zero is a fault of the host's kernel or of this library.
+/// VMs of this process whose vCPU threads could not be stopped in 5 s and still run: their memory
+/// is mapped as long as they do. Anything but zero is a fault of the host's kernel or of this
+/// library.
 #[must_use]
 pub fn leaked_vms() -> u64 {
     undertaker().leaked.load(Ordering::Relaxed)

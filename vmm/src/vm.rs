@@ -58,16 +58,16 @@ pub enum PauseError {
     Forked,
 }
 
-/// How long a pause waits for the vCPUs, of time in which this process could run. They leave the guest within a signal's
-/// delivery.
+/// How long a pause waits for the vCPUs, of time in which this process could run. They leave the
+/// guest within a signal's delivery.
 const PAUSE_BOUND: Duration = Duration::from_secs(5);
 /// How long [`Vm::pause_at_rest`] lets the guest work between two looks.
 const REST_INTERVAL: Duration = Duration::from_millis(10);
-/// Linux reports free pages 2 s after they were freed (mm/page_reporting.c), a clone's first quarter of a
-/// million instructions if its template had not.
+/// Linux reports free pages 2 s after they were freed (mm/page_reporting.c), a clone's first
+/// quarter of a million instructions if its template had not.
 const CALM: Duration = Duration::from_millis(2200);
-/// How long a guest at rest has nothing to do: several times what a clone needs to answer its first ping where
-/// ring 0 is emulated.
+/// How long a guest at rest has nothing to do: several times what a clone needs to answer its first
+/// ping where ring 0 is emulated.
 const QUIET: Duration = Duration::from_millis(300);
 
 impl Vm {
@@ -151,7 +151,8 @@ impl Vm {
         self.handles.ending.ended()
     }
 
-    /// Stops the vCPUs until [`Vm::resume`]. Returns once none runs. Blocks for a signal's delivery.
+    /// Stops the vCPUs until [`Vm::resume`]. Returns once none runs. Blocks for a signal's
+    /// delivery.
     ///
     /// # Errors
     /// [`PauseError`]; on `Deadline` the VM goes on running.
@@ -164,10 +165,11 @@ impl Vm {
         settled
     }
 
-    /// As [`Vm::pause`], but first waits until the guest is at rest: every vCPU idle, no timer due soon and,
-    /// where ring 0 is emulated, no device used for 2 s. A template then holds no work half done, or about to
-    /// begin, which each of its clones would have to do. After half of `limit` being idle is enough, after
-    /// `limit` the guest is stopped as it is. Returns whether it was idle. Blocks.
+    /// As [`Vm::pause`], but first waits until the guest is at rest: every vCPU idle, no timer due
+    /// soon and, where ring 0 is emulated, no device used for 2 s. A template then holds no
+    /// work half done, or about to begin, which each of its clones would have to do. After half
+    /// of `limit` being idle is enough, after `limit` the guest is stopped as it is. Returns
+    /// whether it was idle. Blocks.
     ///
     /// # Errors
     /// As [`Vm::pause`].
@@ -197,7 +199,8 @@ impl Vm {
         }
     }
 
-    /// As [`Vm::pause`], but returns at once: the vCPUs stop soon. A [`Vm::resume`] that follows wins.
+    /// As [`Vm::pause`], but returns at once: the vCPUs stop soon. A [`Vm::resume`] that follows
+    /// wins.
     ///
     /// # Errors
     /// [`PauseError::Ended`] when the VM has ended.
@@ -283,9 +286,9 @@ impl Vm {
         &self.handles.exits
     }
 
-    /// How the guest's drivers treated the virtio devices, in the order of their windows: vsock, balloon,
-    /// images. Empty once the VM has been taken apart. For logs: a guest can make these numbers what it
-    /// likes.
+    /// How the guest's drivers treated the virtio devices, in the order of their windows: vsock,
+    /// balloon, images. Empty once the VM has been taken apart. For logs: a guest can make
+    /// these numbers what it likes.
     #[must_use]
     pub fn device_faults(&self) -> Vec<DeviceFaults> {
         let machine = self.machine();
@@ -293,9 +296,10 @@ impl Vm {
         virtio.map(|transport| transport.lock().report()).collect()
     }
 
-    /// Guest instructions that KVM's emulator has run so far, over all vCPUs: nearly all of the guest's
-    /// kernel where ring 0 is emulated, a few device accesses elsewhere. Repeats within a few percent
-    /// where times do not. `None` unless [`VmConfig`] asked for it and the host counts (Linux 5.14).
+    /// Guest instructions that KVM's emulator has run so far, over all vCPUs: nearly all of the
+    /// guest's kernel where ring 0 is emulated, a few device accesses elsewhere. Repeats within
+    /// a few percent where times do not. `None` unless [`VmConfig`] asked for it and the host
+    /// counts (Linux 5.14).
     #[must_use]
     pub fn emulated_instructions(&self) -> Option<u64> {
         let machine = self.machine();
@@ -304,8 +308,9 @@ impl Vm {
         counts.sum::<Option<u64>>().filter(|_| !stats.is_empty())
     }
 
-    /// Bytes of host memory that hold guest memory which no other VM shares: what a clone has written to,
-    /// or all that a cold VM has touched. Reads the host's page table: about 3 us per MiB.
+    /// Bytes of host memory that hold guest memory which no other VM shares: what a clone has
+    /// written to, or all that a cold VM has touched. Reads the host's page table: about 3 us
+    /// per MiB.
     ///
     /// # Errors
     /// When `/proc` cannot be read, or the VM has been taken apart.
@@ -316,8 +321,8 @@ impl Vm {
         crate::private::private_bytes(ram)
     }
 
-    /// The pages that this VM, a clone, has touched so far: for [`Template::prefetch`]. Whether it runs or waits does not
-    /// matter.
+    /// The pages that this VM, a clone, has touched so far: for [`Template::prefetch`]. Whether it
+    /// runs or waits does not matter.
     ///
     /// # Errors
     /// When the host does not tell, or the VM was taken apart.
@@ -341,11 +346,12 @@ impl Vm {
 
     /// Captures the VM as a template and lets it go on as it was (running or paused, or as
     /// [`Vm::resume`] and [`Vm::pause`] said meanwhile). Blocks while the guest's touched memory is
-    /// copied (about 1 ms per MiB); other VMs are not held up, nor is who looks at this one. One that is ended or
-    /// taken apart meanwhile is not captured.
+    /// copied (about 1 ms per MiB); other VMs are not held up, nor is who looks at this one. One
+    /// that is ended or taken apart meanwhile is not captured.
     ///
-    /// Programs in the guest go on in a clone from where they are, before it can be told that it is a clone. An agent
-    /// that can hold them (`AgentClient::freeze` of hearth-agent) should do so before.
+    /// Programs in the guest go on in a clone from where they are, before it can be told that it is
+    /// a clone. An agent that can hold them (`AgentClient::freeze` of hearth-agent) should do
+    /// so before.
     ///
     /// # Errors
     /// [`SnapshotError`]; the VM goes on.
@@ -359,7 +365,8 @@ impl Vm {
         }
     }
 
-    /// What a copy is made of. The machine's lock is free meanwhile: whoever looks at the VM, or ends it, need not wait.
+    /// What a copy is made of. The machine's lock is free meanwhile: whoever looks at the VM, or
+    /// ends it, need not wait.
     pub(crate) fn capture(&self) -> Result<Capture, SnapshotError> {
         let capture = self.machine().as_ref().and_then(Machine::capture);
         capture.ok_or(SnapshotError::Running)
@@ -376,8 +383,9 @@ impl Vm {
         machine.ok_or(SnapshotError::Running).and_then(Template::of)
     }
 
-    /// Keeps `baggage` until nothing of the VM is left: it is dropped last, on whatever thread takes the
-    /// VM apart; at once if that has begun. Of a VM that is [leaked](crate::leaked_vms), when that is known.
+    /// Keeps `baggage` until nothing of the VM is left: it is dropped last, on whatever thread
+    /// takes the VM apart; at once if that has begun. Of a VM that is
+    /// [leaked](crate::leaked_vms), when that is known.
     ///
     /// Its drop may do anything but block for long: the threads that take VMs apart are few.
     pub fn carry(&self, baggage: impl Send + 'static) {
@@ -386,15 +394,15 @@ impl Vm {
         }
     }
 
-    /// Ends the guest and waits until everything that it held is released (bounded: a VM whose vCPU thread
-    /// does not stop in 5 s is [leaked](crate::leaked_vms), and released when it has stopped after all).
-    /// Blocks; from async code use `spawn_blocking` or simply drop.
+    /// Ends the guest and waits until everything that it held is released (bounded: a VM whose vCPU
+    /// thread does not stop in 5 s is [leaked](crate::leaked_vms), and released when it has
+    /// stopped after all). Blocks; from async code use `spawn_blocking` or simply drop.
     pub fn destroy(self) {
         self.take_apart();
     }
 
-    /// As [`Vm::destroy`], for a VM that somebody else owns: what is left is a value that knows how its
-    /// guest ended. Does not wait if another thread takes it apart already; what the VM
+    /// As [`Vm::destroy`], for a VM that somebody else owns: what is left is a value that knows how
+    /// its guest ended. Does not wait if another thread takes it apart already; what the VM
     /// [carries](Vm::carry) tells when that is done.
     pub fn take_apart(&self) {
         let machine = self.machine().take();

@@ -1,9 +1,9 @@
 //! The thread on which the embedding program is woken.
 //!
-//! A waker is its code, and may do anything: open a file, wait for a lock, drop the VM. So it runs neither
-//! on a thread that a guest could take over (and that is confined therefore) nor under a lock of ours.
-//! What somebody waits for is put into a queue, at most once each, and a thread of its own, which has no
-//! filter and holds no lock, wakes whoever waits for it.
+//! A waker is its code, and may do anything: open a file, wait for a lock, drop the VM. So it runs
+//! neither on a thread that a guest could take over (and that is confined therefore) nor under a
+//! lock of ours. What somebody waits for is put into a queue, at most once each, and a thread of
+//! its own, which has no filter and holds no lock, wakes whoever waits for it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
@@ -37,8 +37,8 @@ pub(crate) fn start() -> std::io::Result<&'static Queue> {
     let (queue, posted) = mpsc::channel::<Arc<dyn Awaited>>();
     threads::spawn("hearth-wakers", LARGE_STACK, move || {
         for awaited in posted {
-            // A waker that panics, or the drop of what it held, is its owner's fault alone; the panic hook
-            // has told of it.
+            // A waker that panics, or the drop of what it held, is its owner's fault alone; the
+            // panic hook has told of it.
             let _ = catch_unwind(AssertUnwindSafe(move || awaited.wake_waiters()));
         }
     })?;
@@ -92,7 +92,8 @@ impl Awaited for Board {
 impl Notice {
     /// What it is about has changed.
     pub(crate) fn post(&self) {
-        // After the change, as `until` looks after it has said that it waits: one of the two sees the other.
+        // After the change, as `until` looks after it has said that it waits: one of the two sees
+        // the other.
         fence(Ordering::SeqCst);
         let unread = self.0.readers.load(Ordering::SeqCst) > 0;
         if unread && !self.0.posted.swap(true, Ordering::SeqCst) {

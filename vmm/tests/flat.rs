@@ -74,7 +74,8 @@ fn a_guest_that_wakes_up_does_not_preempt_its_host() {
     }
     // jmp on the spot
     let vm = boot([0xeb, 0xfe]);
-    // proc_pid_stat(5): the scheduling policy is the 41st field, the third is the first behind the name.
+    // proc_pid_stat(5): the scheduling policy is the 41st field, the third is the first behind the
+    // name.
     let policies = || {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap();
         let stats =
@@ -99,7 +100,8 @@ fn a_guest_that_wakes_up_does_not_preempt_its_host() {
     vm.destroy();
 }
 
-/// LK#373, LK#561: the end of a VM ended the program that embedded it, or left it with other signal handlers.
+/// LK#373, LK#561: the end of a VM ended the program that embedded it, or left it with other signal
+/// handlers.
 #[tokio::test]
 async fn of_the_programs_signals_two_are_taken_and_no_other() {
     if !kvm() {
@@ -245,7 +247,8 @@ async fn an_access_in_two_parts_is_finished_before_a_pause() {
     // Eight bytes over the end of the first device's window: the end of its configuration (zeroes),
     // then the second device's magic number. A pause that dropped the second part would show.
     let mut code = vec![
-        // The fourth GiB gets a page directory at 2 MiB with one large page: see the boot page tables.
+        // The fourth GiB gets a page directory at 2 MiB with one large page: see the boot page
+        // tables.
         0xc7, 0x04, 0x25, 0x00, 0x04, 0x20, 0x00, 0x83, 0x00, 0x00, 0xd0,
         // mov dword [0xa018], 0x200003
         0xc7, 0x04, 0x25, 0x18, 0xa0, 0x00, 0x00, 0x03, 0x00, 0x20, 0x00,

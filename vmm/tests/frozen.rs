@@ -3,7 +3,8 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! A process that stood still (a debugger, a frozen control group) for longer than its waits may take.
+//! A process that stood still (a debugger, a frozen control group) for longer than its waits may
+//! take.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};

@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! What the host's limits leave of a VM: all of it, or a typed error that says which limit it was. Nothing panics,
-//! nothing hangs, nothing is left behind, and a limit that is raised is noticed.
+//! What the host's limits leave of a VM: all of it, or a typed error that says which limit it was.
+//! Nothing panics, nothing hangs, nothing is left behind, and a limit that is raised is noticed.
 //!
 //! Limits are a process's own: each case runs in a child, this binary once more.
 
@@ -24,7 +24,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Names the limit and the level of a child.
 const CASE: &str = "HEARTH_TEST_LIMIT";
-/// Most rounds until no more is left than after those before: the threads that a process keeps, and some.
+/// Most rounds until no more is left than after those before: the threads that a process keeps, and
+/// some.
 const ROUNDS: usize = 20;
 
 /// `in al, 0x64` for ever.
@@ -199,7 +200,8 @@ impl Held {
         entries(&self.fd) - 1
     }
 
-    /// The first number that is free but for `level` others: numbers of files that were closed are free, too.
+    /// The first number that is free but for `level` others: numbers of files that were closed are
+    /// free, too.
     fn free_number(&self, level: u64) -> u64 {
         let lowest: Vec<_> = (0..=level).map(|_| self.fd.try_clone().unwrap()).collect();
         lowest.iter().map(|fd| fd.as_raw_fd() as u64).max().unwrap()
@@ -291,7 +293,8 @@ impl Refusals {
         vm
     }
 
-    /// What can be done with a VM and its template. Whether there is a template in `dir` afterwards.
+    /// What can be done with a VM and its template. Whether there is a template in `dir`
+    /// afterwards.
     fn use_up(&mut self, vm: &Vm, template: &Template, dir: &Path) -> bool {
         if let Some(clone) = self.note("fork", template.fork()) {
             match ends(&clone) {
@@ -392,8 +395,8 @@ fn child() {
     println!("done");
 }
 
-/// A process keeps some threads for the next VM, and may start one of them in each round whose limit it is at; but there
-/// is an end to it: three rounds that add nothing.
+/// A process keeps some threads for the next VM, and may start one of them in each round whose
+/// limit it is at; but there is an end to it: three rounds that add nothing.
 fn nothing_is_left(mut held_after_each: impl Iterator<Item = [u64; 3]>) {
     let mut counts = Vec::new();
     let (mut most, mut calm) = ([0; 3], 0);

@@ -3,8 +3,8 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! The library's threads have nothing of the thread that happened to make a VM. One test: it looks at the
-//! first VM of its process.
+//! The library's threads have nothing of the thread that happened to make a VM. One test: it looks
+//! at the first VM of its process.
 
 use hearth_vmm::{Vm, VmConfig};
 
@@ -26,7 +26,8 @@ fn boot() -> Vm {
     Vm::boot(&VmConfig::flat([0xeb, 0xfe]).memory_mib(32).build().unwrap()).unwrap()
 }
 
-/// Was: a VM's vCPU ran on the one processor of whoever had made another VM, long after that was gone.
+/// Was: a VM's vCPU ran on the one processor of whoever had made another VM, long after that was
+/// gone.
 #[test]
 fn threads_run_where_the_process_may_whoever_made_the_first_vm() {
     let missing = match std::thread::available_parallelism() {

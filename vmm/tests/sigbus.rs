@@ -167,13 +167,14 @@ fn act(what: &str) {
             // SAFETY: ends this process.
             unsafe { libc::raise(libc::SIGBUS) };
         }
-        // A notice of memory that is lost and that nobody has touched: it comes once, where a fault repeats itself.
+        // A notice of memory that is lost and that nobody has touched: it comes once, where a fault
+        // repeats itself.
         "notice" => {
             // SAFETY: the default disposition; no process of a test has another use for it.
             unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
             let _vm = boot();
-            // SAFETY: all-zero bytes are a valid siginfo_t; a process may send itself any code of the kernel's
-            // (rt_sigqueueinfo(2)).
+            // SAFETY: all-zero bytes are a valid siginfo_t; a process may send itself any code of
+            // the kernel's (rt_sigqueueinfo(2)).
             unsafe {
                 let mut notice: libc::siginfo_t = std::mem::zeroed();
                 notice.si_signo = libc::SIGBUS;

@@ -3,8 +3,8 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! Signals and fork(2): what the library leaves alone in the program that embeds it. Each test runs in a process of
-//! its own, this binary once more.
+//! Signals and fork(2): what the library leaves alone in the program that embeds it. Each test runs
+//! in a process of its own, this binary once more.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -179,7 +179,8 @@ fn in_a_forked_child_nothing_is_made_and_nothing_of_the_parents_is_touched() {
     let template = vm.snapshot().unwrap();
     let shell = template.shell().unwrap();
     let listened = listened_to();
-    // SAFETY: the child calls what this test is about, and ends without unwinding or handlers of exits.
+    // SAFETY: the child calls what this test is about, and ends without unwinding or handlers of
+    // exits.
     let child = unsafe { libc::fork() };
     if child == 0 {
         let forked = |error: BootError| matches!(error, BootError::Host(HostError::Forked(_)));

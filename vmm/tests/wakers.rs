@@ -3,8 +3,8 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! Wakers of the embedding program, which may do anything. One test: it looks at the first VM that its
-//! process drops.
+//! Wakers of the embedding program, which may do anything. One test: it looks at the first VM that
+//! its process drops.
 
 use std::pin::pin;
 use std::sync::mpsc::{self, Sender};
@@ -58,8 +58,9 @@ impl Wake for Once {
     }
 }
 
-/// Was: the waker ran on the vCPU's thread, whose seccomp filter refused all that this one does; the VM that it
-/// dropped could not be handed over, waited 5 s for the very thread that it was on, and leaked.
+/// Was: the waker ran on the vCPU's thread, whose seccomp filter refused all that this one does;
+/// the VM that it dropped could not be handed over, waited 5 s for the very thread that it was on,
+/// and leaked.
 #[test]
 fn a_waker_that_drops_the_last_vm_of_the_process_is_on_a_thread_of_its_own() {
     if !kvm() {

@@ -14,8 +14,9 @@ use crate::proto::{
 
 /// A program to run in a guest, built as `std::process::Command` is.
 ///
-/// Defaults: environment PATH and HOME, working directory `/`, no stdin, separate outputs, no timeout, 2 s of grace, 500 ms
-/// of linger, the agent's user, no limits, no rights beyond those of its user.
+/// Defaults: environment PATH and HOME, working directory `/`, no stdin, separate outputs, no
+/// timeout, 2 s of grace, 500 ms of linger, the agent's user, no limits, no rights beyond those of
+/// its user.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Command {
@@ -90,9 +91,10 @@ impl Command {
         self
     }
 
-    /// Gives the program a terminal of this size, which is its stdin, stdout and stderr; what it writes comes as stdout. What is
-    /// written to its stdin is what somebody types: control characters act, and are echoed. The end of input is typed, too.
-    /// TERM is `xterm` unless [`env`](Self::env) sets it.
+    /// Gives the program a terminal of this size, which is its stdin, stdout and stderr; what it
+    /// writes comes as stdout. What is written to its stdin is what somebody types: control
+    /// characters act, and are echoed. The end of input is typed, too. TERM is `xterm` unless
+    /// [`env`](Self::env) sets it.
     pub fn terminal(mut self, size: WindowSize) -> Self {
         self.exec.terminal = Some(size);
         self.exec.stdin = Input::Pipe;
@@ -105,8 +107,8 @@ impl Command {
         self
     }
 
-    /// Ends the program after this time: SIGTERM, [`grace`](Self::grace), SIGKILL to all that it started.
-    /// Rounded up to whole milliseconds.
+    /// Ends the program after this time: SIGTERM, [`grace`](Self::grace), SIGKILL to all that it
+    /// started. Rounded up to whole milliseconds.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.exec.timeout_ms =
             Some(u64::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX));
@@ -119,7 +121,8 @@ impl Command {
         self
     }
 
-    /// Sets how long to wait for the end of output that processes hold open which outlive the program, up to one minute.
+    /// Sets how long to wait for the end of output that processes hold open which outlive the
+    /// program, up to one minute.
     pub fn linger(mut self, linger: Duration) -> Self {
         self.exec.linger_ms = u32::try_from(linger.as_millis())
             .unwrap_or(u32::MAX)
@@ -138,13 +141,14 @@ impl Command {
         self.account(Account::Ids(user))
     }
 
-    /// Runs the program as the user of this name in the guest's `/etc/passwd`, with HOME, USER and LOGNAME, and in the user's home.
-    /// `root` is there in any case.
+    /// Runs the program as the user of this name in the guest's `/etc/passwd`, with HOME, USER and
+    /// LOGNAME, and in the user's home. `root` is there in any case.
     pub fn user_name(self, name: impl AsRef<OsStr>) -> Self {
         self.account(Account::Name(bytes(name)))
     }
 
-    /// Runs the program as whom the guest's image is made for: `user`, if its `/etc/passwd` has one, and root otherwise.
+    /// Runs the program as whom the guest's image is made for: `user`, if its `/etc/passwd` has
+    /// one, and root otherwise.
     pub fn usual_user(self) -> Self {
         self.account(Account::Usual)
     }
@@ -155,8 +159,9 @@ impl Command {
         self
     }
 
-    /// Lets a program of another user than root gain rights by what it executes, as `sudo` does: without this, set-user-id
-    /// programs and such with capabilities of their own run with the rights of whoever starts them.
+    /// Lets a program of another user than root gain rights by what it executes, as `sudo` does:
+    /// without this, set-user-id programs and such with capabilities of their own run with the
+    /// rights of whoever starts them.
     pub fn allow_new_privileges(mut self) -> Self {
         self.exec.new_privileges = true;
         self
@@ -168,15 +173,16 @@ impl Command {
         self
     }
 
-    /// Tells the guest what time it is: a wall clock that is wrong, or ahead by more than 2 s, is set before
-    /// the program starts. Times before 1970 are taken as 1970.
+    /// Tells the guest what time it is: a wall clock that is wrong, or ahead by more than 2 s, is
+    /// set before the program starts. Times before 1970 are taken as 1970.
     pub fn wall_clock(mut self, now: SystemTime) -> Self {
         self.exec.wall_clock = Some(now.into());
         self
     }
 
-    /// Sets how late the guest may be with the end of a program that has a [`timeout`](Self::timeout) before the host
-    /// gives up with [`Overdue`](super::ExecError::Overdue). Default 30 s.
+    /// Sets how late the guest may be with the end of a program that has a
+    /// [`timeout`](Self::timeout) before the host gives up with
+    /// [`Overdue`](super::ExecError::Overdue). Default 30 s.
     pub fn host_margin(mut self, margin: Duration) -> Self {
         self.host_margin = margin;
         self

@@ -1,4 +1,5 @@
-//! A stream with the frames that are under way on it. Every method may be cancelled and called again.
+//! A stream with the frames that are under way on it. Every method may be cancelled and called
+//! again.
 
 use std::{
     future::poll_fn,
@@ -90,8 +91,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Waits until a whole frame is there, writing out what is queued meanwhile.
     pub(super) async fn frame(&mut self) -> Result<(), ConnectionError> {
         poll_fn(|cx| {
-            // Output that does not move must not keep input from being read: the peer may wait for the same. Nor must
-            // output that failed: what the agent said last explains the hang-up, and may be still on its way here.
+            // Output that does not move must not keep input from being read: the peer may wait for
+            // the same. Nor must output that failed: what the agent said last explains
+            // the hang-up, and may be still on its way here.
             let _ = self.poll_flush(cx);
             loop {
                 if self.input.peek()?.is_some() {

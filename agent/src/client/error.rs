@@ -86,8 +86,8 @@ pub enum PingError {
 }
 
 impl PingError {
-    /// Whether the agent answered something that no healthy agent answers (a nonce never sent, one answered twice,
-    /// garbage): do not retry.
+    /// Whether the agent answered something that no healthy agent answers (a nonce never sent, one
+    /// answered twice, garbage): do not retry.
     #[must_use]
     pub fn is_protocol(&self) -> bool {
         matches!(
@@ -129,7 +129,8 @@ pub enum ExecError {
         /// Their encoded size.
         bytes: u64,
     },
-    /// The guest did not report the end although the program's timeout, grace and linger time are over by this much.
+    /// The guest did not report the end although the program's timeout, grace and linger time are
+    /// over by this much.
     #[error("the guest is overdue by {0:?} with the end of a program")]
     Overdue(Duration),
     /// The connection failed, or the agent broke the protocol.

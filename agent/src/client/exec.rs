@@ -22,11 +22,11 @@ use super::{
 };
 use crate::proto::{Exited, MAX_CHUNK, Request, WindowSize};
 
-/// A program that runs in a guest. Dropping it, also in the middle of [`wait`](Self::wait), kills the program and all that it
-/// started.
+/// A program that runs in a guest. Dropping it, also in the middle of [`wait`](Self::wait), kills
+/// the program and all that it started.
 ///
-/// As with a process on the host, a program that writes more than somebody reads stands still: read both streams at once,
-/// or let [`output`](Self::output) do so.
+/// As with a process on the host, a program that writes more than somebody reads stands still: read
+/// both streams at once, or let [`output`](Self::output) do so.
 #[derive(Debug)]
 pub struct Exec<S> {
     /// None once [`finish`](Self::finish) took the connection back.
@@ -77,17 +77,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         self.stdin.take()
     }
 
-    /// Takes the reader of the program's stdout; none the second time. Dropping it discards what comes.
+    /// Takes the reader of the program's stdout; none the second time. Dropping it discards what
+    /// comes.
     pub fn stdout(&mut self) -> Option<ExecOutput<S>> {
         self.stdout.take()
     }
 
-    /// Takes the reader of the program's stderr; none the second time. Dropping it discards what comes.
+    /// Takes the reader of the program's stderr; none the second time. Dropping it discards what
+    /// comes.
     pub fn stderr(&mut self) -> Option<ExecOutput<S>> {
         self.stderr.take()
     }
 
-    /// Sends a signal (1 to 64) to the program's process group. A program that has ended ignores it.
+    /// Sends a signal (1 to 64) to the program's process group. A program that has ended ignores
+    /// it.
     ///
     /// # Errors
     /// [`ConnectionError`] if the connection is gone.
@@ -98,7 +101,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         self.tell(Request::Signal(signal)).await
     }
 
-    /// Sets the size of the program's terminal, of which it is told by SIGWINCH. One that has no terminal ignores it.
+    /// Sets the size of the program's terminal, of which it is told by SIGWINCH. One that has no
+    /// terminal ignores it.
     ///
     /// # Errors
     /// [`ConnectionError`] if the connection is gone.
@@ -129,10 +133,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         .await
     }
 
-    /// Waits for the program's end. Input ends, and output is discarded, unless its handle was taken and is alive.
+    /// Waits for the program's end. Input ends, and output is discarded, unless its handle was
+    /// taken and is alive.
     ///
     /// # Errors
-    /// [`ExecError::Overdue`] if the program has a timeout and the guest does not keep it; [`ExecError::Connection`].
+    /// [`ExecError::Overdue`] if the program has a timeout and the guest does not keep it;
+    /// [`ExecError::Connection`].
     ///
     /// # Cancel safety
     /// Dropping the future kills the program.
@@ -140,8 +146,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         self.ended().await
     }
 
-    /// As [`wait`](Self::wait), and gives the connection back for the next request. Streams that are still held read the
-    /// rest of the output.
+    /// As [`wait`](Self::wait), and gives the connection back for the next request. Streams that
+    /// are still held read the rest of the output.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -168,8 +174,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         self.output_with(&[], limits).await
     }
 
-    /// Writes `input` to the program's stdin and collects the output up to `limits`, then waits for the end. A program that
-    /// does not read all of its input is no error.
+    /// Writes `input` to the program's stdin and collects the output up to `limits`, then waits for
+    /// the end. A program that does not read all of its input is no error.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -228,16 +234,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
 impl<S> Drop for Exec<S> {
     fn drop(&mut self) {
         if let Some(shared) = &self.shared {
-            // Closing the connection is what kills the program, so streams that live on must not keep it open.
+            // Closing the connection is what kills the program, so streams that live on must not
+            // keep it open.
             drop(shared.change(|state| state.client.take()));
         }
     }
 }
 
-/// Writes a program's stdin. [`shutdown`](tokio::io::AsyncWriteExt::shutdown) or dropping it ends the input.
+/// Writes a program's stdin. [`shutdown`](tokio::io::AsyncWriteExt::shutdown) or dropping it ends
+/// the input.
 ///
-/// A write is accepted when it is on its way; the agent holds at most [`STDIN_WINDOW`](crate::proto::STDIN_WINDOW) bytes
-/// that the program has not read. A program that closed its stdin makes writes fail with `BrokenPipe`.
+/// A write is accepted when it is on its way; the agent holds at most
+/// [`STDIN_WINDOW`](crate::proto::STDIN_WINDOW) bytes that the program has not read. A program that
+/// closed its stdin makes writes fail with `BrokenPipe`.
 #[derive(Debug)]
 pub struct ExecStdin<S> {
     shared: Arc<Shared<S>>,
@@ -298,7 +307,8 @@ impl<S> Drop for ExecStdin<S> {
     }
 }
 
-/// Reads a program's stdout or stderr up to its end. If the connection fails before, so does the read.
+/// Reads a program's stdout or stderr up to its end. If the connection fails before, so does the
+/// read.
 #[derive(Debug)]
 pub struct ExecOutput<S> {
     shared: Arc<Shared<S>>,

@@ -22,7 +22,8 @@ use crate::proto::{
 /// Entries of one directory that a listing takes at most: the guest may make any number.
 pub const MAX_ENTRIES: usize = 100_000;
 
-/// Longest name that a directory of Linux can have (NAME_MAX), in bytes. So a listing holds at most 25.5 MB of names.
+/// Longest name that a directory of Linux can have (NAME_MAX), in bytes. So a listing holds at most
+/// 25.5 MB of names.
 const LONGEST_NAME: usize = 255;
 
 impl Place {
@@ -36,7 +37,8 @@ impl Place {
         }
     }
 
-    /// A relative path that may not lead out of the directory `beneath`, neither by `..` nor through a link.
+    /// A relative path that may not lead out of the directory `beneath`, neither by `..` nor
+    /// through a link.
     #[must_use]
     pub fn beneath(beneath: impl AsRef<Path>, path: impl AsRef<Path>) -> Self {
         Self {
@@ -46,9 +48,10 @@ impl Place {
         }
     }
 
-    /// Says with whose rights the path is followed and what is asked for is done: whatever programs of that user lay in the
-    /// way, links say, leads to nothing that these could not reach. What is made there belongs to that user. Otherwise all is
-    /// done with the agent's rights, which are root's: not for places that programs which are not trusted can write to.
+    /// Says with whose rights the path is followed and what is asked for is done: whatever programs
+    /// of that user lay in the way, links say, leads to nothing that these could not reach.
+    /// What is made there belongs to that user. Otherwise all is done with the agent's rights,
+    /// which are root's: not for places that programs which are not trusted can write to.
     #[must_use]
     pub fn by(mut self, account: Account) -> Self {
         self.by = Some(account);
@@ -96,15 +99,16 @@ impl Put {
         })))
     }
 
-    /// Sets who writes it: with whose rights, and to whom a file that is made belongs; none: root. As [`Place::by`].
+    /// Sets who writes it: with whose rights, and to whom a file that is made belongs; none: root.
+    /// As [`Place::by`].
     #[must_use]
     pub fn account(mut self, account: Option<Account>) -> Self {
         self.at.by = account;
         self
     }
 
-    /// Has a file that is made given to somebody who may not be able to write there. Not for places that programs which are
-    /// not trusted can write to: see [`Place::by`].
+    /// Has a file that is made given to somebody who may not be able to write there. Not for places
+    /// that programs which are not trusted can write to: see [`Place::by`].
     #[must_use]
     pub fn given_to(mut self, owner: Account) -> Self {
         self.owner = Some(owner);
@@ -132,8 +136,9 @@ pub(super) enum Reply {
     Done,
 }
 
-/// Files. Unless said otherwise, a future that is dropped half-way leaves answers on the connection that a later request would
-/// take for its own: drop the client, too. What was to be put is then not there, and nothing of it remains.
+/// Files. Unless said otherwise, a future that is dropped half-way leaves answers on the connection
+/// that a later request would take for its own: drop the client, too. What was to be put is then
+/// not there, and nothing of it remains.
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// What is at `at`; a symbolic link stands for what it points to if `follow`.
     ///
@@ -192,11 +197,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// Copies a part of a regular file, `0..u64::MAX` for all of it, to `writer`, and gives the number of bytes. The guest
-    /// is read no faster than `writer` takes it.
+    /// Copies a part of a regular file, `0..u64::MAX` for all of it, to `writer`, and gives the
+    /// number of bytes. The guest is read no faster than `writer` takes it.
     ///
     /// # Errors
-    /// [`FileError::Host`] if `writer` fails: drop the client then; otherwise as [`stat`](Self::stat).
+    /// [`FileError::Host`] if `writer` fails: drop the client then; otherwise as
+    /// [`stat`](Self::stat).
     pub async fn get_into(
         &mut self,
         at: impl Into<Place>,
@@ -238,8 +244,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// Writes a file with all that `reader` gives, and tells how many bytes these were.
     ///
     /// # Errors
-    /// [`FileError::Host`] if `reader` fails: drop the client then, and the file is not written; otherwise as
-    /// [`stat`](Self::stat).
+    /// [`FileError::Host`] if `reader` fails: drop the client then, and the file is not written;
+    /// otherwise as [`stat`](Self::stat).
     pub async fn put_from(
         &mut self,
         put: Put,
@@ -269,7 +275,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// Makes a directory; with `parents` also those on the way, and one that is there is good enough.
+    /// Makes a directory; with `parents` also those on the way, and one that is there is good
+    /// enough.
     ///
     /// # Errors
     /// As [`stat`](Self::stat).
@@ -338,7 +345,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         self.done(&path).await
     }
 
-    /// Gives a file or directory another place in the same file system; what is there goes only if `replace`.
+    /// Gives a file or directory another place in the same file system; what is there goes only if
+    /// `replace`.
     ///
     /// # Errors
     /// As [`stat`](Self::stat).
@@ -397,7 +405,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         Ok(matches!(next, Some(Response::File(_))))
     }
 
-    /// Whether an answer is there already, which before the end of the content can only be that it failed.
+    /// Whether an answer is there already, which before the end of the content can only be that it
+    /// failed.
     async fn has_failed(&mut self) -> Result<bool, ConnectionError> {
         if !self.has_reply().await? {
             return Ok(false);

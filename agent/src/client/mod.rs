@@ -1,10 +1,12 @@
 //! The host's side of a connection to an agent.
 //!
-//! An [`AgentClient`] asks one thing at a time; [`exec`](AgentClient::exec) turns it into an [`Exec`] for as long as a
-//! program runs. Several connections to one agent are independent of each other: ping on one while programs run on others.
+//! An [`AgentClient`] asks one thing at a time; [`exec`](AgentClient::exec) turns it into an
+//! [`Exec`] for as long as a program runs. Several connections to one agent are independent of each
+//! other: ping on one while programs run on others.
 //!
-//! No task is spawned: whoever awaits drives the connection. Deadlines are the caller's: wrap any future here in
-//! `tokio::time::timeout`. Everything that the guest sends is bounded: frames by the protocol, output by the readers' pace.
+//! No task is spawned: whoever awaits drives the connection. Deadlines are the caller's: wrap any
+//! future here in `tokio::time::timeout`. Everything that the guest sends is bounded: frames by the
+//! protocol, output by the readers' pace.
 
 mod command;
 mod connection;
@@ -67,11 +69,12 @@ pub struct Pong {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
-    /// Reads the agent's greeting from a fresh connection and checks its version. This side's greeting leaves with the first
-    /// request.
+    /// Reads the agent's greeting from a fresh connection and checks its version. This side's
+    /// greeting leaves with the first request.
     ///
     /// # Errors
-    /// [`HandshakeError::Hello`] if the agent has another version or is none; [`HandshakeError::Connection`].
+    /// [`HandshakeError::Hello`] if the agent has another version or is none;
+    /// [`HandshakeError::Connection`].
     ///
     /// # Cancel safety
     /// Dropping the future closes the stream.
@@ -91,8 +94,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         })
     }
 
-    /// Goes on with a connection on which both sides have greeted and nothing is under way: what a clone has of the
-    /// connection that its template's client left open, all answers taken.
+    /// Goes on with a connection on which both sides have greeted and nothing is under way: what a
+    /// clone has of the connection that its template's client left open, all answers taken.
     pub fn resume(stream: S) -> Self {
         Self {
             connection: Connection::new(stream),
@@ -101,7 +104,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// The agent's greeting: identity and boot times. None of a connection that was [resumed](Self::resume).
+    /// The agent's greeting: identity and boot times. None of a connection that was
+    /// [resumed](Self::resume).
     pub fn hello(&self) -> Option<Hello> {
         self.hello
     }
@@ -114,8 +118,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// Asks whether the agent is alive. Answers to earlier pings that were given up are discarded.
     ///
     /// # Errors
-    /// [`PingError::NonceInUse`] and [`PingError::Unanswered`] before anything is sent; [`PingError::Connection`] with
-    /// `Protocol` for an answer to a nonce that was never sent or was answered before.
+    /// [`PingError::NonceInUse`] and [`PingError::Unanswered`] before anything is sent;
+    /// [`PingError::Connection`] with `Protocol` for an answer to a nonce that was never sent
+    /// or was answered before.
     ///
     /// # Cancel safety
     /// Safe: the client stays usable, the late answer is discarded.
@@ -141,7 +146,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// The answer to a ping that [`refresh_and_ping`](Self::refresh_and_ping) has sent.
     ///
     /// # Errors
-    /// [`PingError::NotAsked`] if no such ping waits for its answer; otherwise as [`ping`](Self::ping).
+    /// [`PingError::NotAsked`] if no such ping waits for its answer; otherwise as
+    /// [`ping`](Self::ping).
     ///
     /// # Cancel safety
     /// As [`ping`](Self::ping).
@@ -167,11 +173,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// Starts a program and waits until it runs.
     ///
     /// # Errors
-    /// [`ExecError::Failed`] with the reason if the guest could not start it; [`ExecError::TooLarge`] before anything is
-    /// sent; [`ExecError::Connection`].
+    /// [`ExecError::Failed`] with the reason if the guest could not start it;
+    /// [`ExecError::TooLarge`] before anything is sent; [`ExecError::Connection`].
     ///
     /// # Cancel safety
-    /// Dropping the future closes the connection; a program that has started is killed with all that it started.
+    /// Dropping the future closes the connection; a program that has started is killed with all
+    /// that it started.
     pub async fn exec(mut self, command: Command) -> Result<Exec<S>, ExecError> {
         let bound = command.guest_bound();
         let Command { exec, host_margin } = command;
@@ -210,8 +217,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         self.refreshed().await
     }
 
-    /// As [`refresh`](Self::refresh), and sends a ping right behind, so that both cost one round trip: its answer, which
-    /// [`pong`](Self::pong) gives, comes from the refreshed guest.
+    /// As [`refresh`](Self::refresh), and sends a ping right behind, so that both cost one round
+    /// trip: its answer, which [`pong`](Self::pong) gives, comes from the refreshed guest.
     ///
     /// # Errors
     /// As [`refresh`](Self::refresh) and [`ping`](Self::ping).
@@ -242,12 +249,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         .await
     }
 
-    /// Has all programs in the guest, and what they started, stand still, and waits until they do: no instruction of theirs
-    /// runs in a clone of the guest before a [`refresh`](Self::refresh) of which every part was applied, or a
-    /// [`thaw`](Self::thaw). Programs that are started meanwhile run. A root user's process that left its cgroup is not held.
+    /// Has all programs in the guest, and what they started, stand still, and waits until they do:
+    /// no instruction of theirs runs in a clone of the guest before a
+    /// [`refresh`](Self::refresh) of which every part was applied, or a [`thaw`](Self::thaw).
+    /// Programs that are started meanwhile run. A root user's process that left its cgroup is not
+    /// held.
     ///
     /// # Errors
-    /// [`FreezeError::Refused`] if the guest's kernel cannot: some may then stand still; [`FreezeError::Connection`].
+    /// [`FreezeError::Refused`] if the guest's kernel cannot: some may then stand still;
+    /// [`FreezeError::Connection`].
     ///
     /// # Cancel safety
     /// As [`refresh`](Self::refresh).

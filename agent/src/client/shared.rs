@@ -1,7 +1,7 @@
 //! The state that the handles of one running program share, driven by whichever of them is polled.
 //!
-//! The stream knows one waker, which wakes every handle that waits: a handle that was dropped in the middle of a wait never
-//! takes the others' wake-up with it.
+//! The stream knows one waker, which wakes every handle that waits: a handle that was dropped in
+//! the middle of a wait never takes the others' wake-up with it.
 
 use std::{
     collections::VecDeque,
@@ -182,8 +182,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
             unanswered,
             ..
         } = client;
-        // A failed write is not the end yet: what the guest said before it hung up is still to be read, and the stream
-        // may not know yet that it is there.
+        // A failed write is not the end yet: what the guest said before it hung up is still to be
+        // read, and the stream may not know yet that it is there.
         let _ = connection.poll_flush(cx);
         let Some(response) = connection.peek()? else {
             return Ok(match connection.poll_fill(cx) {

@@ -1,8 +1,9 @@
 //! Files of the guest: what the host asks, and what the agent answers.
 //!
-//! A [`FileRequest`] has the connection to itself until its last answer: [`FileReply::Done`], [`FileReply::Failed`], or the
-//! one [`FileReply::Stat`] that was asked for. Content travels in frames of at most [`MAX_CHUNK`](super::MAX_CHUNK) bytes; the
-//! connection itself holds back who is too fast.
+//! A [`FileRequest`] has the connection to itself until its last answer: [`FileReply::Done`],
+//! [`FileReply::Failed`], or the one [`FileReply::Stat`] that was asked for. Content travels in
+//! frames of at most [`MAX_CHUNK`](super::MAX_CHUNK) bytes; the connection itself holds back who is
+//! too fast.
 
 use alloc::vec::Vec;
 
@@ -36,8 +37,9 @@ pub enum FileRequest {
         /// How many bytes are sent at most.
         most: u64,
     },
-    /// A regular file; its content follows in [`Request::FileData`](super::Request::FileData) and ends with
-    /// [`Request::FileEnd`](super::Request::FileEnd), also if a [`FileReply::Failed`] comes before that.
+    /// A regular file; its content follows in [`Request::FileData`](super::Request::FileData) and
+    /// ends with [`Request::FileEnd`](super::Request::FileEnd), also if a [`FileReply::Failed`]
+    /// comes before that.
     Put(Put),
     /// A new directory.
     MakeDir {
@@ -47,7 +49,8 @@ pub enum FileRequest {
         mode: u32,
         /// Make missing directories on the way, and be content with one that is there.
         parents: bool,
-        /// Whom it is given to, with those on the way that are made; none: it belongs to who made it.
+        /// Whom it is given to, with those on the way that are made; none: it belongs to who made
+        /// it.
         owner: Option<Account>,
     },
     /// Removes a file, a link, an empty directory.
@@ -105,11 +108,12 @@ impl FileRequest {
 pub struct Place {
     /// A relative one begins at `beneath`, or at `/`.
     pub path: ByteBuf,
-    /// The directory that the path, with all links on its way, may not lead out of. It is found once for all requests on a
-    /// connection that follow each other and name the same: they mean that directory, whatever is at its path meanwhile.
+    /// The directory that the path, with all links on its way, may not lead out of. It is found
+    /// once for all requests on a connection that follow each other and name the same: they
+    /// mean that directory, whatever is at its path meanwhile.
     pub beneath: Option<ByteBuf>,
-    /// With whose rights, and no others, the path is followed and the request carried out, and to whom what is made belongs;
-    /// none: the agent's own, which are all.
+    /// With whose rights, and no others, the path is followed and the request carried out, and to
+    /// whom what is made belongs; none: the agent's own, which are all.
     pub by: Option<Account>,
 }
 
@@ -120,7 +124,8 @@ pub struct Put {
     pub at: Place,
     /// What becomes of what is there.
     pub how: PutMode,
-    /// Permissions (07777); none: those of the file that is replaced, or 0644. A file that is appended to keeps its own.
+    /// Permissions (07777); none: those of the file that is replaced, or 0644. A file that is
+    /// appended to keeps its own.
     pub mode: Option<u32>,
     /// Whom a file that is made is given to; none: it belongs to who made it.
     pub owner: Option<Account>,
@@ -215,7 +220,8 @@ pub enum FileFailure {
     /// The path leads out of the directory that it was to stay beneath.
     #[error("the path leads out of the directory that it may not leave")]
     Escapes,
-    /// The path names no entry of a directory (it is empty, or ends in `.` or `..`), or has a NUL byte.
+    /// The path names no entry of a directory (it is empty, or ends in `.` or `..`), or has a NUL
+    /// byte.
     #[error("the path names no file or directory")]
     BadPath,
     /// The file system is full.

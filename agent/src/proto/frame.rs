@@ -7,7 +7,8 @@ use serde::{Serialize, de::Deserialize};
 use super::MAX_FRAME;
 
 const HEADER: usize = 4;
-/// Room for a read while no large frame is expected. One page: what is not touched costs the guest no fault.
+/// Room for a read while no large frame is expected. One page: what is not touched costs the guest
+/// no fault.
 const SMALL: usize = 4096;
 
 /// Why bytes are not a frame of this protocol. The connection cannot go on.
@@ -88,10 +89,11 @@ pub(super) fn decode<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Result<T, Fra
     }
 }
 
-/// Cuts frames out of a byte stream: read into [`spare`](Self::spare), report with [`filled`](Self::filled), take with
-/// [`next_frame`](Self::next_frame).
+/// Cuts frames out of a byte stream: read into [`spare`](Self::spare), report with
+/// [`filled`](Self::filled), take with [`next_frame`](Self::next_frame).
 ///
-/// Never holds more than one frame of [`MAX_FRAME`] and its header, and grows only after a frame's length was checked.
+/// Never holds more than one frame of [`MAX_FRAME`] and its header, and grows only after a frame's
+/// length was checked.
 #[derive(Debug, Default)]
 pub struct FrameBuffer {
     bytes: Vec<u8>,

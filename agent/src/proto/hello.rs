@@ -34,9 +34,11 @@ impl fmt::Debug for InstanceId {
 pub struct Hello {
     /// The guest's identity; zero in the host's hello.
     pub instance: InstanceId,
-    /// The guest's CLOCK_BOOTTIME when the agent's `main` began, in microseconds; zero in the host's hello.
+    /// The guest's CLOCK_BOOTTIME when the agent's `main` began, in microseconds; zero in the
+    /// host's hello.
     pub started_us: u64,
-    /// The guest's CLOCK_BOOTTIME when this hello was written, in microseconds; zero in the host's hello.
+    /// The guest's CLOCK_BOOTTIME when this hello was written, in microseconds; zero in the host's
+    /// hello.
     pub greeted_us: u64,
 }
 

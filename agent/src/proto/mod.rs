@@ -1,8 +1,8 @@
 //! The wire protocol between host and agent.
 //!
-//! A connection is a byte stream that carries *frames*: a length (`u32`, little endian, at most [`MAX_FRAME`]) and as
-//! many bytes of payload. The first frame in each direction is a [`Hello`]; after that the host sends [`Request`]s and
-//! the agent [`Response`]s, each one postcard value.
+//! A connection is a byte stream that carries *frames*: a length (`u32`, little endian, at most
+//! [`MAX_FRAME`]) and as many bytes of payload. The first frame in each direction is a [`Hello`];
+//! after that the host sends [`Request`]s and the agent [`Response`]s, each one postcard value.
 //!
 //! ```text
 //! agent                                   host
@@ -15,16 +15,17 @@
 //!   | <-- Stdin, StdinEof, Signal, Resize |   Stdin only within the window (see STDIN_WINDOW)
 //!   | -- Stdout, Stderr, Results, StdinTaken > |
 //!   | -- Exited ------------------------> |   the connection is free for the next exec
-//!   | <-- File, FileData, FileEnd ------- |   at most one at a time on a connection, and no exec (see FileRequest)
+//!   | <-- File, FileData, FileEnd ------- |   at most one at a time, and no exec (see FileRequest)
 //!   | -- File --------------------------> |
 //! ```
 //!
-//! - **Flow control.** Output is held back by the connection itself: the agent stops reading a program's pipes while the
-//!   host does not read. Input has a window of [`STDIN_WINDOW`] bytes, so that a program that does not read its stdin
-//!   never keeps the agent from seeing a signal or a ping.
+//! - **Flow control.** Output is held back by the connection itself: the agent stops reading a
+//!   program's pipes while the host does not read. Input has a window of [`STDIN_WINDOW`] bytes, so
+//!   that a program that does not read its stdin never keeps the agent from seeing a signal or a
+//!   ping.
 //! - **Cancelling** is closing the connection: its program is killed with all that it started.
-//! - **Versions.** The layout of [`Hello`] up to its version never changes. Any other change to a type here changes
-//!   [`VERSION`]; both sides refuse a peer of another version.
+//! - **Versions.** The layout of [`Hello`] up to its version never changes. Any other change to a
+//!   type here changes [`VERSION`]; both sides refuse a peer of another version.
 
 mod file;
 mod frame;
@@ -60,22 +61,24 @@ pub const READY_PORT: u32 = 1025;
 /// Most bytes of a program's input or output in one frame.
 pub const MAX_CHUNK: usize = 64 * 1024;
 
-/// Most bytes of payload in a frame: a chunk and room for its header. Argument lists and environments must fit, too.
+/// Most bytes of payload in a frame: a chunk and room for its header. Argument lists and
+/// environments must fit, too.
 pub const MAX_FRAME: usize = MAX_CHUNK + 1024;
 
-/// Most bytes of input that the host may have sent and the agent not yet reported as taken ([`Response::StdinTaken`]).
+/// Most bytes of input that the host may have sent and the agent not yet reported as taken
+/// ([`Response::StdinTaken`]).
 pub const STDIN_WINDOW: usize = 128 * 1024;
 
-/// Bytes of input that the agent has passed on and need not have reported, so that small writes cost no message each: fewer
-/// than these.
+/// Bytes of input that the agent has passed on and need not have reported, so that small writes
+/// cost no message each: fewer than these.
 pub const STDIN_UNREPORTED: usize = STDIN_WINDOW / 4;
 
-/// The word on a guest's command line that makes its first image the root file system: an EROFS file system, over which
-/// what programs write is kept in the guest's memory.
+/// The word on a guest's command line that makes its first image the root file system: an EROFS
+/// file system, over which what programs write is kept in the guest's memory.
 pub const ROOT_WORD: &str = "hearth_root=/dev/pmem0";
 
-/// The word beside [`ROOT_WORD`] that limits what programs write over the image to so many MiB of the guest's memory.
-/// Without it, the limit is 60 % of the memory. `/tmp` is a part of that.
+/// The word beside [`ROOT_WORD`] that limits what programs write over the image to so many MiB of
+/// the guest's memory. Without it, the limit is 60 % of the memory. `/tmp` is a part of that.
 #[must_use]
 pub fn layer_word(mib: u64) -> alloc::string::String {
     alloc::format!("hearth_layer={mib}m")

@@ -21,18 +21,20 @@ pub enum Request<'a> {
     Stdin(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
     /// The input is complete. On a terminal it is the end-of-file character that says so.
     StdinEof,
-    /// Sends this signal (1 to 64) to the running program's process group; ignored when it has ended.
+    /// Sends this signal (1 to 64) to the running program's process group; ignored when it has
+    /// ended.
     Signal(u8),
     /// Makes a clone a stranger to its siblings.
     Refresh(Box<Refresh>),
     /// Ends the guest. There is no answer; how the VM ends is the answer.
     Shutdown(ShutdownKind),
-    /// Has all programs, and what they started, stand still until a [`Refresh`] or a [`Thaw`](Self::Thaw). The answer
-    /// says whether they do already: ask again until they do.
+    /// Has all programs, and what they started, stand still until a [`Refresh`] or a
+    /// [`Thaw`](Self::Thaw). The answer says whether they do already: ask again until they do.
     Freeze,
     /// Lets what stands still go on.
     Thaw,
-    /// Does something with files. One at a time on a connection, and not while a program runs on it.
+    /// Does something with files. One at a time on a connection, and not while a program runs on
+    /// it.
     File(Box<FileRequest>),
     /// Content of the file that is being put.
     FileData(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
@@ -57,12 +59,13 @@ impl<'a> Request<'a> {
 pub struct Exec {
     /// Program and arguments. The program is searched in PATH unless it has a slash.
     pub argv: Vec<ByteBuf>,
-    /// Environment, on top of the agent's defaults (PATH, HOME; for a user who has a name USER and LOGNAME) unless
-    /// [`clear_env`](Self::clear_env).
+    /// Environment, on top of the agent's defaults (PATH, HOME; for a user who has a name USER and
+    /// LOGNAME) unless [`clear_env`](Self::clear_env).
     pub env: Vec<(ByteBuf, ByteBuf)>,
     /// Start from an empty environment.
     pub clear_env: bool,
-    /// Working directory. If none is given, the home of a user who has a name and one that is there; `/` otherwise.
+    /// Working directory. If none is given, the home of a user who has a name and one that is
+    /// there; `/` otherwise.
     pub cwd: Option<ByteBuf>,
     /// Where stdin comes from.
     pub stdin: Input,
@@ -72,8 +75,9 @@ pub struct Exec {
     pub timeout_ms: Option<u64>,
     /// Time from SIGTERM to SIGKILL, in milliseconds.
     pub grace_ms: u32,
-    /// Time to wait for the end of output after the main process has ended, in milliseconds, at most
-    /// [`MAX_LINGER_MS`](super::MAX_LINGER_MS). What the main process wrote is always delivered.
+    /// Time to wait for the end of output after the main process has ended, in milliseconds, at
+    /// most [`MAX_LINGER_MS`](super::MAX_LINGER_MS). What the main process wrote is always
+    /// delivered.
     pub linger_ms: u32,
     /// What happens to processes that outlive the main process.
     pub leftover: Leftover,
@@ -81,17 +85,21 @@ pub struct Exec {
     pub user: Option<Account>,
     /// Resource limits.
     pub limits: Limits,
-    /// The time at the host when it sent this: the guest's wall clock is set to it before the program
-    /// starts, unless it is ahead by no more than the 2 s that the message may have taken.
+    /// The time at the host when it sent this: the guest's wall clock is set to it before the
+    /// program starts, unless it is ahead by no more than the 2 s that the message may have
+    /// taken.
     pub wall_clock: Option<WallClock>,
-    /// Gives the program a terminal of this size: its controlling terminal, stdin, stdout and stderr, reported as stdout.
-    /// It needs [`Input::Pipe`] to be typed on, and has TERM set unless it is given. Closing the connection hangs it up.
+    /// Gives the program a terminal of this size: its controlling terminal, stdin, stdout and
+    /// stderr, reported as stdout. It needs [`Input::Pipe`] to be typed on, and has TERM set
+    /// unless it is given. Closing the connection hangs it up.
     pub terminal: Option<WindowSize>,
-    /// Gives the program a third output, on descriptor 3, reported as [`Response::Results`](super::Response::Results):
-    /// what it says beside what its users' code prints. What it wrote to the other two before is reported before.
+    /// Gives the program a third output, on descriptor 3, reported as
+    /// [`Response::Results`](super::Response::Results): what it says beside what its users'
+    /// code prints. What it wrote to the other two before is reported before.
     pub results: bool,
-    /// Lets a program of another user than root gain rights by what it executes: set-user-id and set-group-id programs,
-    /// and such with capabilities of their own, act as their files say. Otherwise they do not (`no_new_privs`).
+    /// Lets a program of another user than root gain rights by what it executes: set-user-id and
+    /// set-group-id programs, and such with capabilities of their own, act as their files say.
+    /// Otherwise they do not (`no_new_privs`).
     pub new_privileges: bool,
 }
 
@@ -124,8 +132,8 @@ pub enum OutputMode {
     Merged,
 }
 
-/// What happens to processes that a program leaves behind when its main process exits. A timeout or a dropped
-/// connection kills them in any case.
+/// What happens to processes that a program leaves behind when its main process exits. A timeout or
+/// a dropped connection kills them in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Leftover {
     /// They live on, without their output.
@@ -140,10 +148,11 @@ pub enum Leftover {
 pub enum Account {
     /// Who has these ids.
     Ids(User),
-    /// Whom the guest's `/etc/passwd` has under this name, with the groups of `/etc/group`. `root` is there in any case. A
-    /// home below `/home` is made, and made the user's own.
+    /// Whom the guest's `/etc/passwd` has under this name, with the groups of `/etc/group`. `root`
+    /// is there in any case. A home below `/home` is made, and made the user's own.
     Name(ByteBuf),
-    /// Whom the guest's image is made for: `user` as a [`Name`](Self::Name), and the agent's own user (root) if there is none.
+    /// Whom the guest's image is made for: `user` as a [`Name`](Self::Name), and the agent's own
+    /// user (root) if there is none.
     Usual,
 }
 
@@ -158,13 +167,14 @@ pub struct User {
     pub groups: Vec<u32>,
 }
 
-/// Resource limits of one program and all that it starts; none: unlimited, but for the number of processes.
+/// Resource limits of one program and all that it starts; none: unlimited, but for the number of
+/// processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Memory of all its processes, in bytes (cgroup `memory.max`).
     pub memory_bytes: Option<u64>,
-    /// Processes and threads (cgroup `pids.max`); none: half of what the guest's kernel makes at all, so that a program
-    /// that forks without end leaves some for others.
+    /// Processes and threads (cgroup `pids.max`); none: half of what the guest's kernel makes at
+    /// all, so that a program that forks without end leaves some for others.
     pub processes: Option<u32>,
     /// Open files per process (RLIMIT_NOFILE).
     pub open_files: Option<u32>,
@@ -187,18 +197,22 @@ pub struct WallClock {
     pub since_epoch_ns: u64,
 }
 
-/// What a clone is given before any user code runs in it. Each part is optional and reported on its own. Programs that
-/// were [frozen](Request::Freeze) go on once all parts that were asked for are done.
+/// What a clone is given before any user code runs in it. Each part is optional and reported on its
+/// own. Programs that were [frozen](Request::Freeze) go on once all parts that were asked for are
+/// done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refresh {
-    /// Fresh entropy, 32 to 512 bytes, for the kernel's generator, which is then reseeded. Of 80 bytes or more the last
-    /// 16 become the boot id instead. 80 are best: kernels of ours then need not hash. Empty: none.
+    /// Fresh entropy, 32 to 512 bytes, for the kernel's generator, which is then reseeded. Of 80
+    /// bytes or more the last 16 become the boot id instead. 80 are best: kernels of ours then
+    /// need not hash. Empty: none.
     #[serde(with = "serde_bytes")]
     pub entropy: Vec<u8>,
-    /// The time at the host when it sent this. Our kernel steps the wall clock to the hypervisor's, which
-    /// is not late by the delivery; others, and a time that is more than a minute from it, to this.
+    /// The time at the host when it sent this. Our kernel steps the wall clock to the
+    /// hypervisor's, which is not late by the delivery; others, and a time that is more than a
+    /// minute from it, to this.
     pub wall_clock: Option<WallClock>,
-    /// The new identity: instance id, `/etc/machine-id`; with it the kernel's boot id is drawn anew.
+    /// The new identity: instance id, `/etc/machine-id`; with it the kernel's boot id is drawn
+    /// anew.
     pub instance: Option<InstanceId>,
     /// The new host name, 1 to 64 bytes.
     pub hostname: Option<String>,

@@ -65,8 +65,8 @@ pub struct Pong {
     pub memory: Memory,
     /// Programs that run on all connections.
     pub execs: u32,
-    /// Whether file systems and cgroups are set up. The agent does that after its first pong, so that a template
-    /// should be captured only after a pong that says true.
+    /// Whether file systems and cgroups are set up. The agent does that after its first pong, so
+    /// that a template should be captured only after a pong that says true.
     pub prepared: bool,
 }
 
@@ -204,8 +204,8 @@ pub struct Exited {
 pub enum OutputEnd {
     /// Everybody who could write has closed it.
     Complete,
-    /// All that was written up to the end of the linger time was delivered; a process that outlived the main process
-    /// still held it open.
+    /// All that was written up to the end of the linger time was delivered; a process that outlived
+    /// the main process still held it open.
     StillOpen,
 }
 
@@ -249,7 +249,8 @@ pub struct Refreshed {
     pub boot_id: Applied,
     /// The host name.
     pub hostname: Applied,
-    /// Programs that stood still go on. Not asked if there are none, nor while another part failed.
+    /// Programs that stood still go on. Not asked if there are none, nor while another part
+    /// failed.
     pub programs: Applied,
 }
 

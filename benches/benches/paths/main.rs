@@ -1,5 +1,5 @@
-//! Hot paths that need no guest. `cargo bench --bench paths` times them; `.ci/counts` has valgrind count their
-//! instructions, which repeat where times do not.
+//! Hot paths that need no guest. `cargo bench --bench paths` times them; `.ci/counts` has valgrind
+//! count their instructions, which repeat where times do not.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

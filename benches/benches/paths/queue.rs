@@ -1,5 +1,5 @@
-//! A request through a virtqueue and back, at a device that does nothing with it: the balloon, which is told of
-//! pages that the guest took back.
+//! A request through a virtqueue and back, at a device that does nothing with it: the balloon,
+//! which is told of pages that the guest took back.
 
 use hearth_vmm::memory::GuestRam;
 use hearth_vmm::virtio::balloon::BalloonDevice;

@@ -1,4 +1,5 @@
-//! The agent in a peer's guest, which is Hearth's own: what it says is the proof that the guest is up.
+//! The agent in a peer's guest, which is Hearth's own: what it says is the proof that the guest is
+//! up.
 
 use std::time::{Duration, Instant};
 
@@ -9,8 +10,8 @@ use tokio::process::Child;
 
 use super::{PeerError, ended};
 
-/// By which part of the time a guest's clock may run fast: its kernel measures the frequency by a timer where no monitor tells
-/// it, and where ring 0 is emulated that goes wrong by some per cent.
+/// By which part of the time a guest's clock may run fast: its kernel measures the frequency by a
+/// timer where no monitor tells it, and where ring 0 is emulated that goes wrong by some per cent.
 const DRIFT: u32 = 10;
 /// How long a peer may take to end whose guest hung up.
 const ENDING: Duration = Duration::from_secs(1);

@@ -1,5 +1,5 @@
-//! Firecracker: a cold boot from a configuration file, and a fresh snapshot restored through its API, each up to the
-//! agent's pong over its Unix socket.
+//! Firecracker: a cold boot from a configuration file, and a fresh snapshot restored through its
+//! API, each up to the agent's pong over its Unix socket.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -120,7 +120,8 @@ impl Firecracker {
         done(&mut child, guest.limit, up).await
     }
 
-    /// Restores the snapshot to its agent's pong on a new connection: the time since Firecracker was started.
+    /// Restores the snapshot to its agent's pong on a new connection: the time since Firecracker
+    /// was started.
     ///
     /// # Errors
     /// As [`Self::snapshot`].
@@ -129,8 +130,8 @@ impl Firecracker {
         self.restore(limit, asked).await
     }
 
-    /// Restores the snapshot to the end of a program, which must print `word`, on a new connection: the time since Firecracker
-    /// was started.
+    /// Restores the snapshot to the end of a program, which must print `word`, on a new connection:
+    /// the time since Firecracker was started.
     ///
     /// # Errors
     /// As [`Self::snapshot`], and if the program says anything else.
@@ -193,7 +194,8 @@ impl Firecracker {
         json!({"guest_cid": CID, "uds_path": self.path("vsock")})
     }
 
-    /// Where the guest's agent dials: a connection to a port of the host's goes to a socket with its number.
+    /// Where the guest's agent dials: a connection to a port of the host's goes to a socket with
+    /// its number.
     fn listen(&self) -> Result<UnixListener, PeerError> {
         remove(&self.path("vsock"))?;
         let path = self.path(&format!("vsock_{READY_PORT}"));

@@ -1,7 +1,9 @@
-//! Other monitors, run as their users run them: each guest in a process of its own, whose start counts.
+//! Other monitors, run as their users run them: each guest in a process of its own, whose start
+//! counts.
 //!
-//! What a peer says is believed only as far as it can be checked. One that crashes, hangs or shows another guest than the
-//! one it was given is an error, and what was measured of it before is dropped.
+//! What a peer says is believed only as far as it can be checked. One that crashes, hangs or shows
+//! another guest than the one it was given is an error, and what was measured of it before is
+//! dropped.
 
 mod agent;
 mod firecracker;

@@ -1,5 +1,5 @@
-//! QEMU's machine for microVMs. The agent speaks over vsock where the host's kernel has a device for it, which is QEMU's only
-//! way to it, else over the serial line.
+//! QEMU's machine for microVMs. The agent speaks over vsock where the host's kernel has a device
+//! for it, which is QEMU's only way to it, else over the serial line.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -40,8 +40,8 @@ impl Channel {
     }
 }
 
-/// The host's processor. On one of AMD's without what KVM lists for all processors but no AMD processor has: QEMU before
-/// 10.1 ends when it cannot set that register (MSR 10AH).
+/// The host's processor. On one of AMD's without what KVM lists for all processors but no AMD
+/// processor has: QEMU before 10.1 ends when it cannot set that register (MSR 10AH).
 fn processor() -> &'static str {
     // Leaf 0: the maker's name, its middle in EDX ("AuthenticAMD": AMD APM volume 3, Fn0000_0000).
     match std::arch::x86_64::__cpuid(0).edx.to_le_bytes() {
@@ -73,8 +73,8 @@ impl Qemu {
         })
     }
 
-    /// Boots a guest to its agent's pong: the time since QEMU was started. Over the serial line the kernel must be quiet:
-    /// [`SERIAL_WORDS`] and a console.
+    /// Boots a guest to its agent's pong: the time since QEMU was started. Over the serial line the
+    /// kernel must be quiet: [`SERIAL_WORDS`] and a console.
     ///
     /// # Errors
     /// If it ends, or is not there in time.

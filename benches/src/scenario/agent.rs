@@ -45,8 +45,8 @@ async fn prepared(agent: &mut Agent) -> Result<(), ScenarioError> {
     Ok(())
 }
 
-/// Makes a guest a template as a pool does: prepared, rehearsed, at rest, and with its connection to the
-/// agent kept for the clones.
+/// Makes a guest a template as a pool does: prepared, rehearsed, at rest, and with its connection
+/// to the agent kept for the clones.
 pub(super) async fn freeze(vm: Vm, mut agent: Agent) -> Result<Template, ScenarioError> {
     prepared(&mut agent).await?;
     for nonce in 0..REHEARSALS {

@@ -1,5 +1,6 @@
-//! Memory that a guest gives back to its host: by its balloon when it is asked, and by reporting free pages when it
-//! is not. Private memory of the host's falls by what was touched before; untouched pages give nothing.
+//! Memory that a guest gives back to its host: by its balloon when it is asked, and by reporting
+//! free pages when it is not. Private memory of the host's falls by what was touched before;
+//! untouched pages give nothing.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -20,13 +21,15 @@ const STEP_MIB: u32 = 4;
 const TOUCHED_MIB: u32 = 16;
 /// A step that takes longer is given up.
 const STUCK: Duration = Duration::from_secs(120);
-/// The guest's kernel waits two seconds before it reports; after twice that without news it has reported all.
+/// The guest's kernel waits two seconds before it reports; after twice that without news it has
+/// reported all.
 const QUIET: Duration = Duration::from_secs(4);
 /// How often the host looks at what a guest holds.
 const LOOK: Duration = Duration::from_millis(20);
 const MIB: f64 = 1048576.0;
 
-/// Inflates and deflates `n` times, and has `touches` programs leave memory behind for each way to give it back.
+/// Inflates and deflates `n` times, and has `touches` programs leave memory behind for each way to
+/// give it back.
 ///
 /// # Errors
 /// When the guest cannot be made, or does not follow.
@@ -104,7 +107,8 @@ async fn reported(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
     Ok(())
 }
 
-/// Waits until the guest has nothing more to report; when it last reported more than it had, if it did.
+/// Waits until the guest has nothing more to report; when it last reported more than it had, if it
+/// did.
 async fn all_reported(vm: &Vm, had: u32) -> Option<Instant> {
     let (mut seen, mut since, mut last) = (had, Instant::now(), None);
     while since.elapsed() < QUIET {
@@ -124,7 +128,8 @@ struct Peak {
     at: Instant,
 }
 
-/// Has a program write to memory, and end. A guest may report what it frees before the host sees the end: hence the peak.
+/// Has a program write to memory, and end. A guest may report what it frees before the host sees
+/// the end: hence the peak.
 async fn touched(vm: &Vm) -> Result<Peak, ScenarioError> {
     let command = Command::new("alloc").arg(TOUCHED_MIB.to_string());
     let agent = dial(vm.vsock()).await?;

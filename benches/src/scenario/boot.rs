@@ -18,7 +18,8 @@ use crate::target::{Bound, Statistic};
 const CREATE: &str = "create (to the first KVM_RUN)";
 /// All of it.
 const PONG: &str = "cold boot to pong";
-/// From the spawn of Firecracker to the first answer over vsock of a guest that it restored, in ms, where ring 0 is emulated.
+/// From the spawn of Firecracker to the first answer over vsock of a guest that it restored, in ms,
+/// where ring 0 is emulated.
 const RECORDED_MS: [f64; 2] = [80.0, 126.0];
 /// How long a boot may take before the run is given up.
 const STUCK: Duration = Duration::from_secs(300);
@@ -188,7 +189,8 @@ fn beside_recorded(samples: &[f64]) -> Option<String> {
     })
 }
 
-/// One clone: how long its fork took, and all up to its pong, on the connection of its template or on a new one.
+/// One clone: how long its fork took, and all up to its pong, on the connection of its template or
+/// on a new one.
 async fn to_pong(
     template: &Template,
     has_kept: bool,

@@ -1,5 +1,5 @@
-//! VMs that are made, run to their first instruction and are destroyed, one after the other: how many in a
-//! second, and whether anything of them stays.
+//! VMs that are made, run to their first instruction and are destroyed, one after the other: how
+//! many in a second, and whether anything of them stays.
 
 use std::time::{Duration, Instant};
 

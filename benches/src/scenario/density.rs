@@ -75,7 +75,8 @@ impl Parked {
     }
 }
 
-/// Makes `n` clones, looks what they hold, has each answer with its own identity, and destroys them.
+/// Makes `n` clones, looks what they hold, has each answer with its own identity, and destroys
+/// them.
 ///
 /// # Errors
 /// When a clone cannot be made, answers for another, or leaves something behind.
@@ -147,7 +148,8 @@ fn private_kib(clones: &[Parked]) -> Result<Vec<f64>, ScenarioError> {
     all.map_err(ScenarioError::at("private memory"))
 }
 
-/// How what all clones hold grows with their number. Its interval is that of the stretches between the points.
+/// How what all clones hold grows with their number. Its interval is that of the stretches between
+/// the points.
 fn curve(metric: &str, points: &[(f64, f64)]) -> Option<Fit> {
     let samples: Vec<_> = points.iter().map(|(at, kib)| (*at, [*kib])).collect();
     let samples: Vec<(f64, &[f64])> = samples.iter().map(|(at, kib)| (*at, &kib[..])).collect();

@@ -1,4 +1,5 @@
-//! Questions and answers of any size over a byte stream, as the base image's `vsock-exchange` answers them.
+//! Questions and answers of any size over a byte stream, as the base image's `vsock-exchange`
+//! answers them.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,7 +17,8 @@ const CHUNK: usize = 64 * 1024;
 pub(super) struct Exchange {
     /// Of the question, at least [`HEAD`].
     pub(super) asked: u32,
-    /// Of the answer, at least one: without an answer to wait for, the next question would run into this one.
+    /// Of the answer, at least one: without an answer to wait for, the next question would run
+    /// into this one.
     pub(super) answered: u32,
 }
 
@@ -70,7 +72,8 @@ pub(super) fn serve(mut stream: UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads a question's beginning: how much of it is still to come, and the length of its answer. None at the end.
+/// Reads a question's beginning: how much of it is still to come, and the length of its answer.
+/// None at the end.
 fn head(stream: &mut UnixStream, chunk: &mut [u8]) -> io::Result<Option<[usize; 2]>> {
     let mut taken = 0;
     while taken < HEAD {

@@ -1,11 +1,12 @@
 //! The floor: forking a one-vCPU guest by raw ioctls, with no code of Hearth's.
 //!
 //! The list is fixed: a VM, one memory slot over a private mapping of a memory file, interrupt
-//! controllers, a vCPU with CPUID, the saved state, an irqfd and an ioeventfd for each of two devices,
-//! and `KVM_RUN` to the guest's first OUT. Whatever forks a guest pays at least this.
+//! controllers, a vCPU with CPUID, the saved state, an irqfd and an ioeventfd for each of two
+//! devices, and `KVM_RUN` to the guest's first OUT. Whatever forks a guest pays at least this.
 //!
-//! The guest is in 64-bit mode with page tables that the processor has not marked yet, as the one that is measured
-//! beside it: KVM copies these pages for it, and looks through them, before its first instruction.
+//! The guest is in 64-bit mode with page tables that the processor has not marked yet, as the one
+//! that is measured beside it: KVM copies these pages for it, and looks through them, before its
+//! first instruction.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -32,7 +33,8 @@ const TABLE: u64 = 3;
 const LARGE: u64 = 0x83;
 /// `l: out 0x80, al; jmp l`.
 const CODE: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
-/// KVM on AMD writes a line to the kernel's log for each write of it (IA32_DEBUGCTL, Intel SDM volume 4).
+/// KVM on AMD writes a line to the kernel's log for each write of it (IA32_DEBUGCTL, Intel SDM
+/// volume 4).
 const DEBUG_CONTROL: u32 = 0x1d9;
 /// Devices that a Hearth guest has.
 const DEVICES: u32 = 2;

@@ -1,4 +1,5 @@
-//! Forking a template, beside the floor, up to the clone's first instruction, with and without a ready shell.
+//! Forking a template, beside the floor, up to the clone's first instruction, with and without a
+//! ready shell.
 
 use std::time::{Duration, Instant};
 
@@ -35,10 +36,11 @@ pub fn floor_only(report: &mut Report, n: usize) -> Result<(), ScenarioError> {
     Ok(())
 }
 
-/// Measures forks of a flat guest and the floor in turns, `n` times each: from nothing, and from a ready shell.
+/// Measures forks of a flat guest and the floor in turns, `n` times each: from nothing, and from a
+/// ready shell.
 ///
-/// A side's time ends when its vCPU's thread sees the guest's first OUT. Whoever forked waits asleep meanwhile;
-/// the floor runs its vCPU itself, and has no one to wake.
+/// A side's time ends when its vCPU's thread sees the guest's first OUT. Whoever forked waits
+/// asleep meanwhile; the floor runs its vCPU itself, and has no one to wake.
 ///
 /// # Errors
 /// When a VM cannot be made or does not run.

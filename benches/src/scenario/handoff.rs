@@ -1,5 +1,5 @@
-//! How long a caller waits for a guest that is ready: the hand-off alone, after a rest, to the guest's first answer, a burst,
-//! and the hand-off while the pool refills.
+//! How long a caller waits for a guest that is ready: the hand-off alone, after a rest, to the
+//! guest's first answer, a burst, and the hand-off while the pool refills.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -125,8 +125,8 @@ async fn on_a_full_pool(
     Ok((acquired, answered))
 }
 
-/// Samples of the hand-off when nothing has happened for a while, in turns with those of a thread of nobody's that is woken
-/// after the same rest.
+/// Samples of the hand-off when nothing has happened for a while, in turns with those of a thread
+/// of nobody's that is woken after the same rest.
 async fn after_a_rest(
     backend: Arc<KvmBackend>,
     shape: Shape,
@@ -151,7 +151,8 @@ async fn after_a_rest(
     Ok((rested, woken))
 }
 
-/// Samples of the hand-off just after another guest has ended, while the host still clears up after it.
+/// Samples of the hand-off just after another guest has ended, while the host still clears up after
+/// it.
 async fn after_an_end(
     backend: Arc<KvmBackend>,
     shape: Shape,
@@ -197,8 +198,8 @@ fn grown<'a>(metric: &str, bursts: impl Iterator<Item = (usize, &'a [f64])>) -> 
     })
 }
 
-/// A full pool is emptied at once by as many tasks; each counts from the burst's beginning. None where the host has too
-/// little memory.
+/// A full pool is emptied at once by as many tasks; each counts from the burst's beginning. None
+/// where the host has too little memory.
 async fn burst(
     report: &mut Report,
     backend: &Arc<KvmBackend>,

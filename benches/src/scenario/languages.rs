@@ -1,5 +1,5 @@
-//! From asking for a guest whose interpreter is warm to the result of `print(6 * 7)` in it, by language; and the same
-//! without a pool, and without a template.
+//! From asking for a guest whose interpreter is warm to the result of `print(6 * 7)` in it, by
+//! language; and the same without a pool, and without a template.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,7 +30,8 @@ pub(super) const WORD: &[u8] = b"42\n";
 pub struct Rounds {
     /// Guests from a pool.
     pub warm: usize,
-    /// Guests that boot; each takes some ten seconds where ring 0 is emulated, Node.js more than a minute.
+    /// Guests that boot; each takes some ten seconds where ring 0 is emulated, Node.js more than a
+    /// minute.
     pub cold: usize,
 }
 
@@ -113,7 +114,8 @@ pub(super) fn acquire(pool: &Guests, language: Language) -> Result<Guest, Scenar
     pool.acquire(language).map_err(ScenarioError::at("acquire"))
 }
 
-/// What is done before the hand-off is measured where it is done, and what of that is hygiene once more in the guest.
+/// What is done before the hand-off is measured where it is done, and what of that is hygiene once
+/// more in the guest.
 async fn warm(
     samples: &mut Samples,
     image: KvmImage,

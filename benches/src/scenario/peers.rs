@@ -19,7 +19,8 @@ const COLD: f64 = 0.9;
 /// How long a guest may take, if nothing else is said.
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
-/// Measures Hearth and each peer that is given, in turns, `n` times. A peer that fails is reported, not measured.
+/// Measures Hearth and each peer that is given, in turns, `n` times. A peer that fails is reported,
+/// not measured.
 ///
 /// # Errors
 /// When Hearth's own guest does not come up.

@@ -1,5 +1,5 @@
-//! What talking to an agent costs: on the connection that a clone has from its template, on fresh ones, and
-//! to make the clone a stranger to its siblings.
+//! What talking to an agent costs: on the connection that a clone has from its template, on fresh
+//! ones, and to make the clone a stranger to its siblings.
 
 use std::time::{Duration, Instant};
 
@@ -10,13 +10,14 @@ use super::boot::Files;
 use super::{ScenarioError, us};
 use crate::report::Report;
 
-/// What both kinds of clones are measured by: those that get their pages one by one, and those that have them from the start.
+/// What both kinds of clones are measured by: those that get their pages one by one, and those that
+/// have them from the start.
 const TO_PONG: &str = "fork to pong, reseeded";
 /// After that a guest that was asked nothing is at rest.
 const REST: Duration = Duration::from_millis(100);
 
-/// Measures `n` exchanges of each kind, in turns, with one clone, and twice `n` clones up to their first pong: every second one
-/// has the pages from the start that another one touched.
+/// Measures `n` exchanges of each kind, in turns, with one clone, and twice `n` clones up to their
+/// first pong: every second one has the pages from the start that another one touched.
 ///
 /// # Errors
 /// When a guest cannot be made or does not answer.

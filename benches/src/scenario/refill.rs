@@ -1,5 +1,5 @@
-//! How fast an emptied pool fills from a template, what that costs, and where it goes. A guest counts
-//! when it is parked: reseeded, and proven by a ping.
+//! How fast an emptied pool fills from a template, what that costs, and where it goes. A guest
+//! counts when it is parked: reseeded, and proven by a ping.
 
 use std::time::{Duration, Instant};
 

@@ -28,8 +28,8 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     let victims = Victims::new(backend(files).await?);
     let mut config = config(files.shape, 1, Refill::Automatic).park(Parking::Running);
     (config.health.ping_timeout_ms, config.health.attempts) = (PING_TIMEOUT_MS, 1);
-    // A guest that ends soon after its boot makes the pool doubt its image, and some of them open the circuit
-    // breaker. Here they end because we make them.
+    // A guest that ends soon after its boot makes the pool doubt its image, and some of them open
+    // the circuit breaker. Here they end because we make them.
     config.boot.early_death_ms = 0;
     let pool = Pool::new(Arc::clone(&victims), config);
     let pool = pool.map_err(ScenarioError::at("configuration"))?;
@@ -100,7 +100,8 @@ async fn replacement(
     })
 }
 
-/// When the end of `victim` was noticed, when another VM was ready, and how long that one's boot took.
+/// When the end of `victim` was noticed, when another VM was ready, and how long that one's boot
+/// took.
 async fn told(
     events: &mut Receiver<PoolEvent>,
     victim: VmId,

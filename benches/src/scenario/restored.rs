@@ -1,5 +1,5 @@
-//! `print(6 * 7)` by a new interpreter in a guest that is made on demand from a capture, Hearth in turns with
-//! Firecracker: the same kernel, initramfs, image and agent.
+//! `print(6 * 7)` by a new interpreter in a guest that is made on demand from a capture, Hearth in
+//! turns with Firecracker: the same kernel, initramfs, image and agent.
 
 use std::path::Path;
 use std::time::{Duration, Instant};

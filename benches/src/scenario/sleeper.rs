@@ -1,4 +1,5 @@
-//! The least that a hand-off of a parked guest is: a thread that sleeps is woken. With nothing of Hearth's.
+//! The least that a hand-off of a parked guest is: a thread that sleeps is woken. With nothing of
+//! Hearth's.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;

@@ -84,7 +84,8 @@ impl Victims {
         let Some(hand) = lock(&self.hands).remove(&id) else {
             return Err(ScenarioError::at("victim")("it is not there"));
         };
-        // What brings it about takes longer than the guest: a kill waits until nothing of it is left.
+        // What brings it about takes longer than the guest: a kill waits until nothing of it is
+        // left.
         let ended = async {
             hand.exited.await;
             Ok(Instant::now())

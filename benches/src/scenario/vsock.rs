@@ -1,5 +1,5 @@
-//! Bytes between the host and a program in a guest, by size, in turns with the same bytes over a Unix socket pair to a
-//! thread of this process. Neither side does anything with them.
+//! Bytes between the host and a program in a guest, by size, in turns with the same bytes over a
+//! Unix socket pair to a thread of this process. Neither side does anything with them.
 
 use std::io;
 use std::os::unix::net::UnixStream as Socket;
@@ -22,7 +22,8 @@ const SCENARIO: &str = "vsock";
 const PORT: u32 = 3000;
 /// What it says then.
 const LISTENING: &[u8] = b"listening\n";
-/// Rounds that are not counted: both ends take memory, and the guest's kernel touches its code for the first time.
+/// Rounds that are not counted: both ends take memory, and the guest's kernel touches its code for
+/// the first time.
 const WARM_UP: usize = 2;
 /// An exchange that takes longer is given up.
 const STUCK: Duration = Duration::from_secs(120);

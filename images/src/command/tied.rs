@@ -6,8 +6,8 @@ use std::process::Command;
 
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 
-/// A program of a build that is killed is killed, too, instead of working on for nobody. What it has started itself finds
-/// nobody who reads its output.
+/// A program of a build that is killed is killed, too, instead of working on for nobody. What it
+/// has started itself finds nobody who reads its output.
 pub(super) fn end_with_us(command: &mut Command) {
     let us = getpid();
     let tie = move || {
@@ -19,7 +19,8 @@ pub(super) fn end_with_us(command: &mut Command) {
             false => Err(ErrorKind::BrokenPipe.into()),
         }
     };
-    // SAFETY: between fork and exec it makes two system calls, touches its own copy of a number, and allocates nothing.
+    // SAFETY: between fork and exec it makes two system calls, touches its own copy of a number,
+    // and allocates nothing.
     unsafe {
         command.pre_exec(tie);
     }

@@ -18,7 +18,8 @@ const HELPER: &str = "/usr/lib/apt/apt-helper";
 /// Where packages come from, and where their files are kept.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Download<'a> {
-    /// Debian's, which says in which archive they are: that of its releases or that of their security updates.
+    /// Debian's, which says in which archive they are: that of its releases or that of their
+    /// security updates.
     pub(crate) suite: &'a str,
     /// Keeps files under their hashes.
     pub(crate) dir: &'a Path,
@@ -29,7 +30,8 @@ pub(crate) struct Download<'a> {
 }
 
 impl Download<'_> {
-    /// The file of each package, in their order; those that are not there, or not whole, are fetched.
+    /// The file of each package, in their order; those that are not there, or not whole, are
+    /// fetched.
     pub(crate) fn fetch(
         self,
         packages: &[Package],

@@ -3,16 +3,17 @@
 use super::{DebianError, MIRROR_VARIABLE};
 use crate::command;
 
-/// What is asked of each source: release, component, the archive's label (once its lists were fetched), address.
+/// What is asked of each source: release, component, the archive's label (once its lists were
+/// fetched), address.
 const FORMAT: &str = "$(RELEASE)|$(COMPONENT)|$(LABEL)|$(REPO_URI)";
-/// The labels of Debian's archive and of that of its security updates, whose suites end so and whose address mostly
-/// does, too.
+/// The labels of Debian's archive and of that of its security updates, whose suites end so and
+/// whose address mostly does, too.
 const LABEL: &str = "Debian";
 const SECURITY_LABEL: &str = "Debian-Security";
 const SECURITY: &str = "-security";
 
-/// Addresses without a slash at the end, the likeliest first. What comes from them is checked by signature or hash, so that a
-/// wrong one costs time only.
+/// Addresses without a slash at the end, the likeliest first. What comes from them is checked by
+/// signature or hash, so that a wrong one costs time only.
 pub(super) fn mirrors(suite: &str) -> Result<Vec<String>, DebianError> {
     if let Some(mirror) = std::env::var(MIRROR_VARIABLE)
         .ok()

@@ -1,5 +1,5 @@
-//! Debian packages: from which mirror, which of them, and their files. Nothing is installed, and none of this machine's
-//! other sources takes part.
+//! Debian packages: from which mirror, which of them, and their files. Nothing is installed, and
+//! none of this machine's other sources takes part.
 
 mod fetch;
 mod mirror;

@@ -1,5 +1,5 @@
-//! Which packages a recipe needs: apt is asked, with a state and a source of its own, so that nothing of this machine's
-//! packages and sources counts.
+//! Which packages a recipe needs: apt is asked, with a state and a source of its own, so that
+//! nothing of this machine's packages and sources counts.
 
 use std::fs;
 use std::path::Path;
@@ -17,8 +17,9 @@ pub(super) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg
 const INSTALLERS: [&str; 3] = ["debconf", "dpkg", "usrmerge"];
 const ARCHITECTURE: &str = "amd64";
 
-/// `packages` and all that they depend on, but for `leave_out` and what only these depend on. Fetches the archive's index
-/// (10 MB), whose signature apt checks; `scratch` is an empty directory.
+/// `packages` and all that they depend on, but for `leave_out` and what only these depend on.
+/// Fetches the archive's index (10 MB), whose signature apt checks; `scratch` is an empty
+/// directory.
 pub(crate) fn resolve(
     packages: &[String],
     leave_out: &[String],
@@ -39,8 +40,8 @@ pub(crate) fn resolve(
     })
 }
 
-/// The newest version of one package that the suite's index has. Fetches the index, whose signature apt checks;
-/// `scratch` is an empty directory.
+/// The newest version of one package that the suite's index has. Fetches the index, whose signature
+/// apt checks; `scratch` is an empty directory.
 pub(crate) fn newest(
     package: &str,
     suite: &str,
@@ -88,7 +89,8 @@ impl<'a> Index<'a> {
     }
 }
 
-/// apt's configuration, source, and a machine on which nothing is installed but what is to be left out.
+/// apt's configuration, source, and a machine on which nothing is installed but what is to be left
+/// out.
 fn prepare(
     scratch: &Path,
     mirror: &str,
@@ -142,7 +144,8 @@ Acquire::ForceHash "SHA256";
     Ok(())
 }
 
-/// The packages in the output of `apt-get install --print-uris`, in the order of their installation.
+/// The packages in the output of `apt-get install --print-uris`, in the order of their
+/// installation.
 fn read_plan(plan: &str, mirror: &str) -> Result<Vec<Package>, DebianError> {
     let lines = plan.lines().filter(|line| line.starts_with('\''));
     let packages = lines

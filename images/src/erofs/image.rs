@@ -1,4 +1,5 @@
-//! The parts of a finished image that builds look at: inodes and directories, as `fs/erofs/erofs_fs.h` of the kernel has them.
+//! The parts of a finished image that builds look at: inodes and directories, as
+//! `fs/erofs/erofs_fs.h` of the kernel has them.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -83,9 +84,10 @@ impl<'a> Image<'a> {
         Ok(inode)
     }
 
-    /// Fails unless guests can map each regular file as it lies in the image. The kernel maps those whose blocks are whole; the
-    /// end of a file that is stored beside its inode makes it copy the whole file into the guest's memory
-    /// (`erofs_set_aops` and `erofs_inode_set_dax` want `FLAT_PLAIN` or `CHUNK_BASED`).
+    /// Fails unless guests can map each regular file as it lies in the image. The kernel maps those
+    /// whose blocks are whole; the end of a file that is stored beside its inode makes it copy
+    /// the whole file into the guest's memory (`erofs_set_aops` and `erofs_inode_set_dax` want
+    /// `FLAT_PLAIN` or `CHUNK_BASED`).
     pub(super) fn check_in_place(&self) -> Result<(), ErofsError> {
         self.check_below(self.root, 0)
     }

@@ -14,8 +14,9 @@ pub(crate) use owner::own;
 
 /// Guests plug images in by pieces of this size.
 const GRANULE: u64 = 2 << 20;
-/// The same tree gives the same bytes: no time, no chance, no attributes that this machine gave its files. No checksum of
-/// the first block: owners are written into it later. No end of a file beside its inode: guests could not map the file.
+/// The same tree gives the same bytes: no time, no chance, no attributes that this machine gave its
+/// files. No checksum of the first block: owners are written into it later. No end of a file beside
+/// its inode: guests could not map the file.
 const FIXED: [&str; 7] = [
     "-T0",
     "-U00000000-0000-0000-0000-000000000000",
@@ -43,7 +44,8 @@ pub enum ErofsError {
     File(#[from] CacheError),
 }
 
-/// Makes `image` of the files in `tree`. All belong to root, and guests can map each as it lies there.
+/// Makes `image` of the files in `tree`. All belong to root, and guests can map each as it lies
+/// there.
 pub(crate) fn make(tree: &Path, image: &Path) -> Result<(), ErofsError> {
     let mut mkfs = command::tool("mkfs.erofs");
     command::run(mkfs.args(FIXED).arg(image).arg(tree), |_| {}).map_err(ErofsError::Mkfs)?;

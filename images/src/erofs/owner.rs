@@ -1,7 +1,8 @@
 //! Gives files of a finished image to users.
 //!
-//! `mkfs.erofs` takes owners from the tree, where none but root can make other users' files. So all belong to root first, and
-//! the two numbers are changed in the image: `fs/erofs/erofs_fs.h` of the kernel has the layout.
+//! `mkfs.erofs` takes owners from the tree, where none but root can make other users' files. So all
+//! belong to root first, and the two numbers are changed in the image: `fs/erofs/erofs_fs.h` of the
+//! kernel has the layout.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,7 +12,8 @@ use super::ErofsError;
 use super::image::Image;
 use crate::cache::io_error;
 
-/// Makes the file or directory at `path`, absolute within the image, belong to the user and group of that number.
+/// Makes the file or directory at `path`, absolute within the image, belong to the user and group
+/// of that number.
 pub(crate) fn own(image: &Path, path: &str, id: u16) -> Result<(), ErofsError> {
     let file = File::options()
         .read(true)

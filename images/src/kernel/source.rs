@@ -16,7 +16,8 @@ use crate::progress::{Progress, Stage};
 const PACKAGE: &str = "linux-source-6.12";
 /// Where it is: among Debian's security updates.
 const SUITE: &str = "bookworm-security";
-/// The version that our patches were made on. Others are taken only if the archive no longer has this one.
+/// The version that our patches were made on. Others are taken only if the archive no longer has
+/// this one.
 pub(super) const PINNED: &str = "6.12.117-1~deb12u1";
 const PATH: &str = "pool/updates/main/l/linux-6.12/linux-source-6.12_6.12.117-1%7edeb12u1_all.deb";
 const SHA256: &str = "e849faf31ca3555757f3a8877cb01af92122f744f75d1f3102734651c4e14703";
@@ -28,8 +29,8 @@ pub(super) struct Source {
     pub(super) file: PathBuf,
 }
 
-/// The pinned version from `dir`, downloaded if it is not there or not whole. If the archive has dropped it, the newest
-/// that the suite's signed index vouches for.
+/// The pinned version from `dir`, downloaded if it is not there or not whole. If the archive has
+/// dropped it, the newest that the suite's signed index vouches for.
 pub(super) fn fetch(
     dir: &Path,
     scratch: &Path,

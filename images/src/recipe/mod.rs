@@ -1,4 +1,5 @@
-//! What a root file system is made of: a recipe, written by hand, and its lock, which pins each package by its hash.
+//! What a root file system is made of: a recipe, written by hand, and its lock, which pins each
+//! package by its hash.
 
 mod text;
 
@@ -88,11 +89,11 @@ pub enum RecipeError {
 /// name = "tool"
 /// suite = "bookworm"                   # of Debian; the component is main
 /// packages = ["jq", "libc6=2.36-9"]    # with all that they depend on
-/// leave_out = ["perl-base"]            # taken for installed: neither it nor what only it depends on
-/// applets = true                       # links to busybox (package busybox-static) for programs that no package has
+/// leave_out = ["perl-base"]            # taken for installed, as what only it depends on
+/// applets = true                       # links to busybox for programs that no package has
 /// remove = ["/usr/share/jq"]
 /// python = ["numpy==2.2.0"]            # wheels, into the packages of the image's Python
-/// commands = ["jq --version"]          # by the image's /bin/sh, as its root, without network; takes namespaces
+/// commands = ["jq --version"]          # by the image's /bin/sh, as its root, without network
 ///
 /// [[file]]
 /// path = "/etc/motd"                   # and one of:
@@ -106,7 +107,8 @@ pub enum RecipeError {
 /// uid = 1000                           # home /home/user, which is the user's
 /// ```
 ///
-/// The lock is a file beside the recipe with the suffix `.lock`, written by [`Images::lock`](crate::Images::lock).
+/// The lock is a file beside the recipe with the suffix `.lock`, written by
+/// [`Images::lock`](crate::Images::lock).
 #[derive(Debug, Clone)]
 pub struct Recipe {
     pub(crate) text: Text,
@@ -157,7 +159,8 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// By the name of a recipe of this crate, or by a path: whatever has a slash or the suffix `.toml`.
+    /// By the name of a recipe of this crate, or by a path: whatever has a slash or the suffix
+    /// `.toml`.
     ///
     /// # Errors
     /// As [`Recipe::built_in`] or [`Recipe::read`].
@@ -169,8 +172,9 @@ impl Recipe {
         }
     }
 
-    /// Adds a Python package, such as `numpy` or `numpy==2.2.0`, and what it depends on, as wheels. Which version a
-    /// bare name means is settled by the first build and kept by this machine's cache.
+    /// Adds a Python package, such as `numpy` or `numpy==2.2.0`, and what it depends on, as wheels.
+    /// Which version a bare name means is settled by the first build and kept by this machine's
+    /// cache.
     #[must_use]
     pub fn python_package(mut self, requirement: impl Into<String>) -> Self {
         self.extra.push(requirement.into());

@@ -1,6 +1,7 @@
 //! Links to busybox for each of its programs that no package has.
 //!
-//! Which there are is read in the program, which is not run: it has their names in a table, sorted, each ended by a zero byte.
+//! Which there are is read in the program, which is not run: it has their names in a table, sorted,
+//! each ended by a zero byte.
 
 use std::path::Path;
 

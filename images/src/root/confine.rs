@@ -1,7 +1,9 @@
-//! Programs of an image, run while it is built with the tree as their whole world: they are the packages', and not trusted.
+//! Programs of an image, run while it is built with the tree as their whole world: they are the
+//! packages', and not trusted.
 //!
-//! In namespaces of their own: there is no file but the tree's, four devices and the processes of the namespace; no network;
-//! nobody to signal. Who started this process is root there, without the rights that reach beyond files.
+//! In namespaces of their own: there is no file but the tree's, four devices and the processes of
+//! the namespace; no network; nobody to signal. Who started this process is root there, without the
+//! rights that reach beyond files.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -112,7 +114,8 @@ fn enter(tree: BorrowedFd<'_>, ids: &Ids) -> io::Result<()> {
 }
 
 fn isolate(ids: &Ids) -> io::Result<()> {
-    // SAFETY: this is a child of one thread, and shares no descriptors that somebody else counts on.
+    // SAFETY: this is a child of one thread, and shares no descriptors that somebody else counts
+    // on.
     let with_user = unsafe { unshare_unsafe(NAMESPACES | UnshareFlags::NEWUSER) };
     match with_user {
         Ok(()) => {
@@ -138,8 +141,8 @@ fn write(path: &str, text: &str) -> io::Result<()> {
     File::from(file).write_all(text.as_bytes())
 }
 
-/// Goes on in a child, the first process of the new namespace, with which all others there end. This one waits for it, ends
-/// as it did, and takes it along if it is itself killed.
+/// Goes on in a child, the first process of the new namespace, with which all others there end.
+/// This one waits for it, ends as it did, and takes it along if it is itself killed.
 fn become_init() -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // SAFETY: one thread, and both sides only make system calls.
@@ -147,10 +150,11 @@ fn become_init() -> io::Result<()> {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(set_parent_process_death_signal(Some(Signal::KILL))?),
         child => {
-            // SAFETY: what is closed is not used again; `status` is written before it is read; `_exit` runs no code of this
-            // process's.
+            // SAFETY: what is closed is not used again; `status` is written before it is read;
+            // `_exit` runs no code of this process's.
             unsafe {
-                // The caller waits until nobody has the end of a pipe that says whether the program could be started.
+                // The caller waits until nobody has the end of a pipe that says whether the program
+                // could be started.
                 libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0);
                 let mut status = 0;
                 while libc::waitpid(child, &raw mut status, 0) == -1 && Errno::INTR == last() {}
@@ -216,8 +220,8 @@ fn see_only_this_directory() -> io::Result<()> {
     Ok(())
 }
 
-/// A `/proc` of the namespace's processes that has nothing of the machine's. The kernel gives it to those alone who see
-/// another one, so it is made before the old root is gone.
+/// A `/proc` of the namespace's processes that has nothing of the machine's. The kernel gives it to
+/// those alone who see another one, so it is made before the old root is gone.
 fn processes() -> Result<OwnedFd, Errno> {
     let proc = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&proc, "subset", "pid")?;

@@ -1,4 +1,5 @@
-//! Packages, programs and commands that want more than their tree. A witness outside of it stays as it is.
+//! Packages, programs and commands that want more than their tree. A witness outside of it stays as
+//! it is.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
@@ -48,8 +49,8 @@ impl Witness {
     }
 }
 
-/// A package whose directories are links out of its tree, and another that has files in them; each program that a build
-/// might run is one that says in `outside` that it ran.
+/// A package whose directories are links out of its tree, and another that has files in them; each
+/// program that a build might run is one that says in `outside` that it ran.
 fn hostile_packages(dir: &Path, outside: &Path) -> Option<[PathBuf; 2]> {
     let at = |package: &str, path: &str| {
         let path = dir.join(package).join(path);
@@ -120,7 +121,8 @@ fn shell_tree(dir: &Path) -> Option<TreeRoot> {
     Some(tree)
 }
 
-/// Ways to a directory, by what a shell has built in: each writes a line to `$got` if it leads there.
+/// Ways to a directory, by what a shell has built in: each writes a line to `$got` if it leads
+/// there.
 fn ways(outside: &Path) -> [String; 8] {
     let (out, here) = (outside.display(), std::process::id());
     [
@@ -171,7 +173,8 @@ fn a_command_reaches_nothing_but_its_tree() {
         Err(_) => return not_measured("no /proc for commands"),
     }
     let status = fs::read_to_string(tree.path().join("status")).unwrap();
-    // CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID (capabilities(7)): bits 0, 1, 3, 4, 6, 7.
+    // CAP_CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID (capabilities(7)): bits 0, 1, 3, 4,
+    // 6, 7.
     let rights = "00000000000000db";
     let wanted = format!("NSpid: 1\nCapEff: {rights}\nCapBnd: {rights}\nNoNewPrivs: 1\n");
     assert_eq!(status, wanted);
@@ -225,8 +228,9 @@ fn a_program_confined_by_rules_reaches_nothing_but_its_tree() {
     assert_eq!(got, "write\nmake\nread\nroot\nabove\n");
 }
 
-/// What makes the kernel, or asks it to, send SIGKILL to a process when somebody reads what the program writes; in Perl, which
-/// needs no module for system calls. Numbers are those of fcntl.h, asm-generic/ioctls.h and unistd_64.h.
+/// What makes the kernel, or asks it to, send SIGKILL to a process when somebody reads what the
+/// program writes; in Perl, which needs no module for system calls. Numbers are those of fcntl.h,
+/// asm-generic/ioctls.h and unistd_64.h.
 fn signals(other: u32) -> [(&'static str, String); 9] {
     [
         ("F_SETSIG", "fcntl(STDOUT, 10, 9)".to_owned()),

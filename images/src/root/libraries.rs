@@ -1,7 +1,8 @@
-//! The list by which programs find their libraries (`/etc/ld.so.cache`), written once instead of searched for at each start.
+//! The list by which programs find their libraries (`/etc/ld.so.cache`), written once instead of
+//! searched for at each start.
 //!
-//! `ldconfig` would write it, but the image's own is a program of the image's, and this machine's is another version. The
-//! layout is that of glibc's `sysdeps/generic/dl-cache.h`, since 2.2.
+//! `ldconfig` would write it, but the image's own is a program of the image's, and this machine's
+//! is another version. The layout is that of glibc's `sysdeps/generic/dl-cache.h`, since 2.2.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -98,7 +99,8 @@ fn is_library(tree: &TreeRoot, path: &Path) -> bool {
     let Ok(head) = tree.read(path, ELF_BYTES) else {
         return false;
     };
-    // ELF, of 64 bits, little-endian; a shared object, for x86-64 (the ELF specification's e_ident, e_type, e_machine).
+    // ELF, of 64 bits, little-endian; a shared object, for x86-64 (the ELF specification's e_ident,
+    // e_type, e_machine).
     head.starts_with(b"\x7fELF\x02\x01") && head.ends_with(&[3, 0, 62, 0])
 }
 
@@ -162,7 +164,8 @@ fn number(text: &mut &[u8]) -> u64 {
     number.iter().fold(0, value)
 }
 
-/// The file: a header, entries from the greatest name to the least, and the strings that they point to.
+/// The file: a header, entries from the greatest name to the least, and the strings that they point
+/// to.
 fn layout(found: &BTreeMap<Name, Vec<u8>>) -> Vec<u8> {
     let mut strings = Vec::new();
     let mut entries = Vec::new();

@@ -1,5 +1,5 @@
-//! Root file systems of recipes: packages are fetched, unpacked without running any of their scripts, changed as the recipe
-//! says, and written as an image that guests read in place.
+//! Root file systems of recipes: packages are fetched, unpacked without running any of their
+//! scripts, changed as the recipe says, and written as an image that guests read in place.
 
 mod applets;
 mod commands;

@@ -8,7 +8,8 @@ use super::{RootError, confine, rules, unpack};
 use crate::cache::io_error;
 use crate::command::{self, CommandError};
 
-/// The file itself: the name that programs know is a link to it from the root, which is another here.
+/// The file itself: the name that programs know is a link to it from the root, which is another
+/// here.
 const LINKER: &str = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 
 /// Where Debian's Python looks for packages that are not Debian's.
@@ -31,7 +32,8 @@ pub(super) fn install(
         .try_for_each(|wheel| unpack::wheel(wheel, tree, &packages))
 }
 
-/// Compiles all modules, so that no guest has to. Their sources are not looked at again: they do not change.
+/// Compiles all modules, so that no guest has to. Their sources are not looked at again: they do
+/// not change.
 pub(super) fn compile(tree: &TreeRoot, version: Option<&str>) -> Result<(), RootError> {
     let Some(version) = version else {
         return Ok(());

@@ -1,5 +1,6 @@
-//! The image's Python where this machine's users may have no namespaces: by Landlock it sees the tree's files alone, and by
-//! seccomp it makes no system calls but those that reading, computing and writing take. That is too narrow for commands.
+//! The image's Python where this machine's users may have no namespaces: by Landlock it sees the
+//! tree's files alone, and by seccomp it makes no system calls but those that reading, computing
+//! and writing take. That is too narrow for commands.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -21,8 +22,8 @@ use super::confine;
 use super::tree_root::TreeRoot;
 use crate::command;
 
-/// None of them changes a file by its path but `mkdir`, `rename` and `unlink`, which Landlock judges; none reaches another
-/// process or a network.
+/// None of them changes a file by its path but `mkdir`, `rename` and `unlink`, which Landlock
+/// judges; none reaches another process or a network.
 const CALLS: [i64; 59] = [
     libc::SYS_access,
     libc::SYS_arch_prctl,
@@ -112,14 +113,16 @@ pub(super) enum RulesError {
     File(#[from] io::Error),
 }
 
-/// A command for a program of the tree, named by its path there; its own view is this machine's, and all but the tree is shut.
+/// A command for a program of the tree, named by its path there; its own view is this machine's,
+/// and all but the tree is shut.
 pub(super) fn command(tree: &TreeRoot, program: &str) -> Result<Command, RulesError> {
     let mut rules = Some(rules(tree)?);
     let filter = filter()?;
     // What is behind a link that leads out of the tree cannot be started either.
     let mut command = command::tool(tree.path().join(program));
     command.env_clear();
-    // SAFETY: the closure takes no lock: it makes system calls, and frees what was allocated before.
+    // SAFETY: the closure takes no lock: it makes system calls, and frees what was allocated
+    // before.
     unsafe {
         command.pre_exec(move || {
             libc::umask(0o022);

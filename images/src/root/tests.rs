@@ -37,7 +37,8 @@ pub(super) fn not_measured(reason: &str) {
     let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
-/// A package with a program in a directory that others have a link for, and with this machine's shell.
+/// A package with a program in a directory that others have a link for, and with this machine's
+/// shell.
 fn package(dir: &Path) -> Option<PathBuf> {
     let tree = dir.join("package");
     let write = |path: &str, mode: u32| {
@@ -217,7 +218,8 @@ fn it_is_built_once_and_is_the_same_wherever_it_is_built() {
     assert!(fs::read(path).unwrap() == fs::read(other).unwrap());
 }
 
-/// What programs of a build would heed: of tar, mkfs.erofs, dpkg, xz, Python, the C library and the shell.
+/// What programs of a build would heed: of tar, mkfs.erofs, dpkg, xz, Python, the C library and the
+/// shell.
 const HOSTILE: [(&str, &str); 12] = [
     ("TAR_OPTIONS", "--exclude=*tool"),
     ("TAPE", "/dev/null"),

@@ -1,4 +1,5 @@
-//! The files of a root file system, in a directory: what packages bring, and what their scripts would have made.
+//! The files of a root file system, in a directory: what packages bring, and what their scripts
+//! would have made.
 
 use std::path::{Path, PathBuf};
 

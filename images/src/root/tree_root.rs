@@ -1,8 +1,9 @@
 //! The directory that becomes an image's root, for a builder who trusts none of its files.
 //!
-//! Each path is the image's own: the kernel resolves it with the directory as its root (`RESOLVE_IN_ROOT` of openat2(2)), so
-//! that neither `..` nor an absolute link leads out of it, and what is done is done to a name within a descriptor. No path of
-//! this machine is ever joined with one of the image's.
+//! Each path is the image's own: the kernel resolves it with the directory as its root
+//! (`RESOLVE_IN_ROOT` of openat2(2)), so that neither `..` nor an absolute link leads out of it,
+//! and what is done is done to a name within a descriptor. No path of this machine is ever joined
+//! with one of the image's.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -32,8 +33,8 @@ pub(super) struct TreeRoot {
 }
 
 impl TreeRoot {
-    /// Makes `path`, which must not exist, a directory that nobody else may enter, and the tree's root in it: what it holds
-    /// may have set-id bits.
+    /// Makes `path`, which must not exist, a directory that nobody else may enter, and the tree's
+    /// root in it: what it holds may have set-id bits.
     pub(super) fn create(path: &Path) -> Result<Self, CacheError> {
         let root = path.join("root");
         let make = || {
@@ -280,7 +281,8 @@ mod tests {
 
     use super::*;
 
-    /// A tree in which every name leads out of it, and what it would lead to: a directory with a file.
+    /// A tree in which every name leads out of it, and what it would lead to: a directory with a
+    /// file.
     fn hostile() -> (tempfile::TempDir, TreeRoot, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let outside = dir.path().join("outside");

@@ -1,4 +1,5 @@
-//! What packages hold, put into a tree member by member: each path is the tree's, and devices, pipes and sockets are left out.
+//! What packages hold, put into a tree member by member: each path is the tree's, and devices,
+//! pipes and sockets are left out.
 
 use std::cell::Cell;
 use std::ffi::OsStr;
@@ -26,8 +27,8 @@ const UNWANTED: [&str; 9] = [
     "usr/share/menu",
     "usr/share/gdb",
 ];
-/// Most bytes that one package or wheel may put into a tree, or may be when it is unpacked: both may
-/// hold more than they weigh.
+/// Most bytes that one package or wheel may put into a tree, or may be when it is unpacked: both
+/// may hold more than they weigh.
 const MAX_BYTES: u64 = 8 << 30;
 /// The least that a member counts for beside its content: so a package has at most two million.
 const MEMBER_BYTES: u64 = 4096;
@@ -92,8 +93,8 @@ fn member<R: Read>(
     Ok(())
 }
 
-/// Unpacks a wheel into a directory of the tree. Parts for several places come in a directory `NAME.data`: those for this
-/// place are taken from there, others (programs, headers) are dropped.
+/// Unpacks a wheel into a directory of the tree. Parts for several places come in a directory
+/// `NAME.data`: those for this place are taken from there, others (programs, headers) are dropped.
 pub(super) fn wheel(wheel: &Path, tree: &TreeRoot, dir: &Path) -> Result<(), RootError> {
     let file = File::open(wheel).map_err(io_error("open", wheel))?;
     let invalid = |error: zip::result::ZipError| RootError::Archive(error.into());

@@ -1,4 +1,5 @@
-//! Namespaces are refused in many containers, and on systems that permit them to programs that they know.
+//! Namespaces are refused in many containers, and on systems that permit them to programs that they
+//! know.
 
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 

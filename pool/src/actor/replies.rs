@@ -90,7 +90,8 @@ impl<B: Backend> Actor<B> {
         };
         let answer = match outcome {
             Outcome::Booted(id) => Ok(id),
-            // An offer is no boot: neither the breaker nor the host's memory says anything about it.
+            // An offer is no boot: neither the breaker nor the host's memory says anything about
+            // it.
             Outcome::Full | Outcome::BreakerOpen(_) | Outcome::Pressed => Err(OfferRefusal::Full),
             Outcome::Stopping => Err(OfferRefusal::Stopping),
             Outcome::Failed(_) => Err(self.refusal.clone().unwrap_or(OfferRefusal::Full)),

@@ -1,4 +1,5 @@
-//! Reads a file's text so that every value of a wrong type and every unknown key is found, not only the first.
+//! Reads a file's text so that every value of a wrong type and every unknown key is found, not only
+//! the first.
 
 use std::ops::Range;
 

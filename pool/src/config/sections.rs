@@ -1,5 +1,5 @@
-//! The tables of the configuration. Name what is not as usual and take the rest from `Default`, so that a
-//! field that is new does not concern you:
+//! The tables of the configuration. Name what is not as usual and take the rest from `Default`, so
+//! that a field that is new does not concern you:
 //!
 //! ```
 //! use hearth_pool::config::HealthConfig;
@@ -147,8 +147,8 @@ impl Default for LimitsConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PressureConfig {
-    /// Memory stall of the host, in percent of the last ten seconds, above which refill stops, and starts
-    /// and calls of `replenish` are refused; 0: do not look.
+    /// Memory stall of the host, in percent of the last ten seconds, above which refill stops, and
+    /// starts and calls of `replenish` are refused; 0: do not look.
     pub stall_percent: u32,
     /// How often a stopped refill looks again, in milliseconds.
     pub recheck_ms: u64,
@@ -169,18 +169,18 @@ impl Default for PressureConfig {
 pub struct LeaseConfig {
     /// Longest lease in milliseconds, then its VM is ended; 0: none.
     pub deadline_ms: u64,
-    /// Longest time in milliseconds without activity of the VM; 0: none. On KVM, a program that was started and
-    /// whose handle is held, and whoever waits for an answer on a stream of the guest's, are
-    /// activity. Once in each such time those who wait are woken: one that does not read again
-    /// before the next has given up.
+    /// Longest time in milliseconds without activity of the VM; 0: none. On KVM, a program that
+    /// was started and whose handle is held, and whoever waits for an answer on a stream of
+    /// the guest's, are activity. Once in each such time those who wait are woken: one that
+    /// does not read again before the next has given up.
     pub idle_ms: u64,
 }
 
 /// Bounds between which demand moves the size of a pool, by the rule that the ledger's `autoscale`
 /// module states.
 ///
-/// At the end of each window: if callers missed `m` VMs that were not ready, grow by `m`, at most to
-/// twice the size; else if at least `l` VMs were ready all the time, shrink by half of `l`.
+/// At the end of each window: if callers missed `m` VMs that were not ready, grow by `m`, at most
+/// to twice the size; else if at least `l` VMs were ready all the time, shrink by half of `l`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Autoscale {

@@ -168,8 +168,8 @@ impl FakeBackend {
         self.world().settle = gate;
     }
 
-    /// Says that no template of `profile` can be made, and why; none: it can. Each call is a failure, or a
-    /// success, of its own.
+    /// Says that no template of `profile` can be made, and why; none: it can. Each call is a
+    /// failure, or a success, of its own.
     pub fn refuse_template(&self, profile: &str, why: Option<&'static str>) {
         let refused = &mut self.world().refused;
         match why {

@@ -1,6 +1,7 @@
 //! The cgroups that this process is in, of version 2 or 1, and what their limits leave.
 //!
-//! A limit holds for all that is below it, so each cgroup from the process's own up to the root counts.
+//! A limit holds for all that is below it, so each cgroup from the process's own up to the root
+//! counts.
 
 use std::fs;
 use std::path::{Path, PathBuf};

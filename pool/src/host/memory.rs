@@ -54,7 +54,8 @@ pub(super) fn available_mib() -> Option<u64> {
     Some(least.unwrap_or(u64::MAX).min(machine) >> 10)
 }
 
-/// Bytes that a cgroup leaves. Page cache that has not been used lately counts as used and is given up at need.
+/// Bytes that a cgroup leaves. Page cache that has not been used lately counts as used and is given
+/// up at need.
 fn left(limited: &Limited) -> u64 {
     let stat = fs::read_to_string(limited.dir.join("memory.stat")).unwrap_or_default();
     let cache = ["total_inactive_file ", "inactive_file "]

@@ -18,8 +18,8 @@ pub trait Host: Send + Sync + 'static {
     fn memory_stall_percent(&self) -> Option<f64>;
 }
 
-/// The machine that this runs on, by `/proc/meminfo`, the limits of the cgroups that this process is in, and
-/// `/proc/pressure/memory`.
+/// The machine that this runs on, by `/proc/meminfo`, the limits of the cgroups that this process
+/// is in, and `/proc/pressure/memory`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ThisHost;
 

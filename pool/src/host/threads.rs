@@ -27,7 +27,8 @@ pub struct ThreadLimit {
     pub left: u64,
 }
 
-/// The limit that leaves this process the fewest threads, as far as `/proc` tells; none if it tells of none.
+/// The limit that leaves this process the fewest threads, as far as `/proc` tells; none if it tells
+/// of none.
 ///
 /// Reads the status of every process of the machine where `ulimit -u` is set, so it is for checks
 /// beforehand and not for each start of a thread.
@@ -54,7 +55,8 @@ fn of_the_machine() -> Option<ThreadLimit> {
     })
 }
 
-/// `ulimit -u` counts the threads of all processes of a user (`getrlimit(2)`). Root is not held to it.
+/// `ulimit -u` counts the threads of all processes of a user (`getrlimit(2)`). Root is not held to
+/// it.
 fn of_the_user() -> Option<ThreadLimit> {
     let limits = fs::read_to_string("/proc/self/limits").ok()?;
     let max: u64 = word(&limits, "Max processes")?.parse().ok()?;

@@ -20,10 +20,12 @@ use super::templates::Unmade;
 use super::workers::{WorkError, blocking};
 use crate::profile::{Balloon, Profile};
 
-/// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's time. What is held is
-/// some 7 MiB more than it seems: a guest also counts as used what it has never touched.
+/// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's
+/// time. What is held is some 7 MiB more than it seems: a guest also counts as used what it has
+/// never touched.
 const WORTH_SQUEEZING: u64 = 4 << 20;
-/// Where ring 0 is emulated, a MiB takes the balloon 0.3 s both ways: it is worth a share of what goes through it.
+/// Where ring 0 is emulated, a MiB takes the balloon 0.3 s both ways: it is worth a share of what
+/// goes through it.
 const WORTH_A_SHARE: u64 = 32;
 /// How often a template's guest goes through a clone's first steps.
 const REHEARSALS: usize = 2;
@@ -35,7 +37,8 @@ const PREPARE_PAUSE: Duration = Duration::from_millis(20);
 /// Pause between two looks at a template that another process makes: it takes seconds.
 const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
-/// The connection to the agent of a guest that becomes a template, and the nonces not used on it yet.
+/// The connection to the agent of a guest that becomes a template, and the nonces not used on it
+/// yet.
 struct Line {
     agent: AgentClient<GuestStream>,
     nonces: RangeFrom<u64>,
@@ -46,8 +49,8 @@ fn panicked(error: WorkError) -> Unmade<CreateError> {
 }
 
 impl KvmBackend {
-    /// The stored template of the profile, or one that is made and stored. A store that fails costs time,
-    /// nothing else.
+    /// The stored template of the profile, or one that is made and stored. A store that fails costs
+    /// time, nothing else.
     pub(super) async fn find_or_make_template(
         &self,
         profile: &Profile,
@@ -105,8 +108,8 @@ impl KvmBackend {
         }
     }
 
-    /// The entry, or the right to make it; none if somebody else still makes it after the time that a boot may
-    /// take. Cancel-safe: nothing waits for the lock but this future.
+    /// The entry, or the right to make it; none if somebody else still makes it after the time that
+    /// a boot may take. Cancel-safe: nothing waits for the lock but this future.
     async fn enter(
         &self,
         store: Store,
@@ -203,8 +206,9 @@ impl KvmBackend {
         Ok(blocking(freeze).await??)
     }
 
-    /// Does to a template's guest what each clone will go through, so that what the first time takes (pages,
-    /// caches) is part of the template. Gives the connection that a clone keeps for its owner.
+    /// Does to a template's guest what each clone will go through, so that what the first time
+    /// takes (pages, caches) is part of the template. Gives the connection that a clone keeps
+    /// for its owner.
     async fn rehearse(
         &self,
         guest: &Guest,
@@ -226,7 +230,8 @@ impl KvmBackend {
         rehearsed.map_err(|_| CreateError::Late(limit))?
     }
 
-    /// Has what the warm-up left running stand still: a clone lets it go on once it is a stranger to its siblings.
+    /// Has what the warm-up left running stand still: a clone lets it go on once it is a stranger
+    /// to its siblings.
     async fn hold(
         &self,
         agent: &mut AgentClient<GuestStream>,
@@ -249,10 +254,11 @@ impl KvmBackend {
         }
     }
 
-    /// Takes from a template's guest what its start touched and let go of, so that the template does not
-    /// hold it for ever; best effort, bounded. The guest gets its memory back, untouched, before it is
-    /// frozen: a clone then has all of it and nothing to do at its hand-off, where deflating costs each
-    /// of them processor time, and memory of its own for the kernel's records.
+    /// Takes from a template's guest what its start touched and let go of, so that the template
+    /// does not hold it for ever; best effort, bounded. The guest gets its memory back,
+    /// untouched, before it is frozen: a clone then has all of it and nothing to do at its
+    /// hand-off, where deflating costs each of them processor time, and memory of its own for
+    /// the kernel's records.
     async fn squeeze(&self, guest: &mut Guest, memory: Memory, profile: &Profile) {
         let in_use = memory.total_bytes.saturating_sub(memory.free_bytes);
         guest.weigh().await;

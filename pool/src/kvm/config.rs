@@ -20,9 +20,10 @@ use crate::config::PoolConfig;
 /// How guests come to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Source {
-    /// One boot per profile becomes a template at the start; VMs are its forks. If the guest boots and cannot be
-    /// made a template (the host refuses, or is out of memory), VMs boot from cold, and the next boot after
-    /// `boot.breaker_cooldown_ms`, which doubles up to `boot.breaker_cooldown_max_ms`, tries it again.
+    /// One boot per profile becomes a template at the start; VMs are its forks. If the guest boots
+    /// and cannot be made a template (the host refuses, or is out of memory), VMs boot from
+    /// cold, and the next boot after `boot.breaker_cooldown_ms`, which doubles up to
+    /// `boot.breaker_cooldown_max_ms`, tries it again.
     #[default]
     Fork,
     /// Every VM boots from cold.
@@ -37,11 +38,12 @@ pub struct KvmImage {
     pub kernel: PathBuf,
     /// The initramfs; its `/init` is the agent.
     pub initramfs: PathBuf,
-    /// An EROFS file system that becomes the guest's root (see `hearth image import`); without one a guest has the
-    /// agent's few built-in programs alone. All guests read one copy in the host's memory; what they write is their own.
+    /// An EROFS file system that becomes the guest's root (see `hearth image import`); without one
+    /// a guest has the agent's few built-in programs alone. All guests read one copy in the
+    /// host's memory; what they write is their own.
     pub root: Option<PathBuf>,
-    /// How much of a guest's memory its programs may fill with what they write over the root file system, in MiB. Not given:
-    /// 60 % of it.
+    /// How much of a guest's memory its programs may fill with what they write over the root file
+    /// system, in MiB. Not given: 60 % of it.
     pub layer_mib: Option<u32>,
     /// Words for the kernel's command line.
     pub append: String,
@@ -74,8 +76,9 @@ impl KvmImage {
     }
 }
 
-/// How many clones are made at a time. Up to its first pong a clone needs a processor, most of all where its
-/// kernel is emulated: more of them at once would only be slowed down by each other's timer ticks.
+/// How many clones are made at a time. Up to its first pong a clone needs a processor, most of all
+/// where its kernel is emulated: more of them at once would only be slowed down by each other's
+/// timer ticks.
 fn forks_at_once(cpu: CpuProfile) -> usize {
     let processors = available_parallelism().map_or(1, NonZero::get);
     match cpu {
@@ -126,20 +129,22 @@ impl KvmBackendBuilder {
         self
     }
 
-    /// Keeps templates in `dir`, at most `limit` bytes of them, so that they outlast the process: 4 GiB in
-    /// `$XDG_CACHE_HOME/hearth/templates` unless said otherwise. An entry is the memory of a booted
-    /// guest, and so holds what the profile's warm-up command left there; only this user can read it.
+    /// Keeps templates in `dir`, at most `limit` bytes of them, so that they outlast the process: 4
+    /// GiB in `$XDG_CACHE_HOME/hearth/templates` unless said otherwise. An entry is the memory
+    /// of a booted guest, and so holds what the profile's warm-up command left there; only this
+    /// user can read it.
     ///
-    /// A cache that cannot be used is no error: what cannot be read is made again, what cannot be written
-    /// is logged.
+    /// A cache that cannot be used is no error: what cannot be read is made again, what cannot be
+    /// written is logged.
     pub fn template_cache(mut self, dir: impl Into<PathBuf>, limit: u64) -> Self {
         self.0.store = Some(Store::new(dir.into(), limit));
         self
     }
 
     /// Has `place` decide where the vCPU threads of all guests run (see
-    /// [`VmConfigBuilder::place_vcpus`](hearth_vmm::VmConfigBuilder::place_vcpus)): on which processors, in which control
-    /// group, beside whom. A guest whose threads it does not place is not made. It is called on threads of the backend's.
+    /// [`VmConfigBuilder::place_vcpus`](hearth_vmm::VmConfigBuilder::place_vcpus)): on which
+    /// processors, in which control group, beside whom. A guest whose threads it does not place
+    /// is not made. It is called on threads of the backend's.
     pub fn place_vcpus(
         mut self,
         place: impl Fn(&VcpuThread) -> io::Result<()> + Send + Sync + 'static,

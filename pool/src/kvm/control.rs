@@ -71,7 +71,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Control<S> {
             Err(PingError::Connection(_)) => {
                 Err(ProbeError::Wrong("it does not speak the protocol"))
             }
-            // So many unanswered (those who asked have gone) that this connection tells nothing any more.
+            // So many unanswered (those who asked have gone) that this connection tells nothing any
+            // more.
             Err(_) => {
                 *client = None;
                 Err(ProbeError::Lost)

@@ -210,14 +210,16 @@ impl Guest {
         Ok(agent)
     }
 
-    /// A command; refine it and give it to [`exec`](Self::exec). It runs as the user whom the guest's image is made for, unless
-    /// it is refined by [`user_name`](Command::user_name) (`root`, say).
+    /// A command; refine it and give it to [`exec`](Self::exec). It runs as the user whom the
+    /// guest's image is made for, unless it is refined by [`user_name`](Command::user_name)
+    /// (`root`, say).
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         Command::new(program).usual_user()
     }
 
-    /// Starts a program, at the present time and with the environment of the guest's profile, as far as the
-    /// command does not say otherwise. What goes to the agent by another way has neither.
+    /// Starts a program, at the present time and with the environment of the guest's profile, as
+    /// far as the command does not say otherwise. What goes to the agent by another way has
+    /// neither.
     ///
     /// # Errors
     /// Why it did not start.
@@ -228,9 +230,11 @@ impl Guest {
         Ok(agent.exec(command).await?)
     }
 
-    /// Writes a file in the guest, as the user whom the guest's image is made for unless `put` names another (root, say, where
-    /// that user may not write): with that user's rights. What is there is replaced once the new one is complete; `put` says otherwise where that is
-    /// not wanted. For more (streams, directories, paths that may not lead out) ask the [`agent`](Self::agent).
+    /// Writes a file in the guest, as the user whom the guest's image is made for unless `put`
+    /// names another (root, say, where that user may not write): with that user's rights. What
+    /// is there is replaced once the new one is complete; `put` says otherwise where that is
+    /// not wanted. For more (streams, directories, paths that may not lead out) ask the
+    /// [`agent`](Self::agent).
     ///
     /// # Errors
     /// [`GuestError::File`] with the guest's reason.
@@ -243,7 +247,8 @@ impl Guest {
             .await?)
     }
 
-    /// The content of a file of at most `most` bytes in the guest, if the user whom the guest's image is made for may read it.
+    /// The content of a file of at most `most` bytes in the guest, if the user whom the guest's
+    /// image is made for may read it.
     ///
     /// # Errors
     /// [`GuestError::File`] with the guest's reason, or if it is larger.
@@ -252,8 +257,8 @@ impl Guest {
         Ok(self.agent().await?.get(at, most).await?)
     }
 
-    /// Unpacks a tar archive into a directory of the guest, for the user whom the guest's image is made for, as
-    /// [`AgentClient::put_tree`] does.
+    /// Unpacks a tar archive into a directory of the guest, for the user whom the guest's image is
+    /// made for, as [`AgentClient::put_tree`] does.
     ///
     /// # Errors
     /// [`GuestError::Tree`].
@@ -266,8 +271,8 @@ impl Guest {
         Ok(self.agent().await?.put_tree(dir, owner, archive).await?)
     }
 
-    /// Packs a directory of the guest into a tar archive, as [`AgentClient::get_tree`] does, as far as the user whom the guest's
-    /// image is made for may read it.
+    /// Packs a directory of the guest into a tar archive, as [`AgentClient::get_tree`] does, as far
+    /// as the user whom the guest's image is made for may read it.
     ///
     /// # Errors
     /// [`GuestError::Tree`].
@@ -321,8 +326,8 @@ pub(super) struct End {
 }
 
 impl End {
-    /// Ends the guest and resolves when nothing of it is left, though a value that stands for it may
-    /// be. Cancel-safe: it ends all the same.
+    /// Ends the guest and resolves when nothing of it is left, though a value that stands for it
+    /// may be. Cancel-safe: it ends all the same.
     pub(super) async fn bring_about(&self) {
         if let Some(vm) = self.vm.upgrade() {
             vm.kill();

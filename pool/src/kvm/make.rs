@@ -276,7 +276,8 @@ impl KvmBackend {
     }
 }
 
-/// Makes a VM off the runtime. It shares the life of its birth, also when nobody waits for it any more.
+/// Makes a VM off the runtime. It shares the life of its birth, also when nobody waits for it any
+/// more.
 async fn alive(
     birth: &Birth,
     make: impl FnOnce() -> Result<Vm, BootError> + Send + 'static,

@@ -1,4 +1,5 @@
-//! The backend that runs real guests on KVM: forks of a template, or cold boots where there is none.
+//! The backend that runs real guests on KVM: forks of a template, or cold boots where there is
+//! none.
 
 mod activity;
 mod birth;
@@ -77,8 +78,9 @@ impl fmt::Debug for KvmBackend {
 }
 
 impl KvmBackend {
-    /// A backend for this host, and for pools of this configuration: [`Pool::new`](crate::Pool::new) refuses another one
-    /// whose times and balloons are not the same.
+    /// A backend for this host, and for pools of this configuration:
+    /// [`Pool::new`](crate::Pool::new) refuses another one whose times and balloons are not the
+    /// same.
     ///
     /// # Errors
     /// Why KVM cannot be used, and what to do about it.
@@ -242,7 +244,8 @@ impl Backend for KvmBackend {
         found.into_iter().flatten().collect()
     }
 
-    /// A guest whose kernel is emulated costs a percent or two of a core when idle: it waits paused.
+    /// A guest whose kernel is emulated costs a percent or two of a core when idle: it waits
+    /// paused.
     fn parking(&self, _profile: &Profile) -> Parking {
         match self.cpu {
             CpuProfile::Native => Parking::Running,

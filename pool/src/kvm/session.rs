@@ -15,8 +15,9 @@ use crate::profile::{Language, Profile};
 /// An interpreter in a guest.
 pub type Session = client::Session<GuestStream>;
 
-/// How far behind a template's clock is while its interpreter starts. OpenSSL takes new random state when its own is older
-/// than an hour, and has no other way to learn that it is in a clone; there it sees the right time.
+/// How far behind a template's clock is while its interpreter starts. OpenSSL takes new random
+/// state when its own is older than an hour, and has no other way to learn that it is in a clone;
+/// there it sees the right time.
 const IN_THE_PAST: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The language as the guest has it.
@@ -38,11 +39,12 @@ fn rehearsal(language: Language) -> &'static str {
 }
 
 impl Guest {
-    /// The interpreter of the guest's profile, with what its prelude left: warm the first time, a new one, without the prelude,
-    /// from then on.
+    /// The interpreter of the guest's profile, with what its prelude left: warm the first time, a
+    /// new one, without the prelude, from then on.
     ///
     /// # Errors
-    /// [`GuestError::NoSession`] if the profile has none; [`GuestError::Session`] if a new one does not start.
+    /// [`GuestError::NoSession`] if the profile has none; [`GuestError::Session`] if a new one does
+    /// not start.
     pub async fn session(&self) -> Result<Session, GuestError> {
         if let Some(session) = self.take_session() {
             session.with_stream(GuestStream::mark_owned);
@@ -67,7 +69,8 @@ impl Guest {
 }
 
 impl KvmBackend {
-    /// Starts the profile's interpreter in a guest that becomes a template, if `is_template`, or will be handed out itself.
+    /// Starts the profile's interpreter in a guest that becomes a template, if `is_template`, or
+    /// will be handed out itself.
     pub(super) async fn start_session(
         &self,
         guest: &Guest,
@@ -84,7 +87,8 @@ impl KvmBackend {
         }
         let started = async {
             let mut session = Session::start(guest.agent().await?, command).await?;
-            // What code does first takes twice as long as ever after. Before the prelude: it finds everything as it was.
+            // What code does first takes twice as long as ever after. Before the prelude: it finds
+            // everything as it was.
             session.run(rehearsal(language)).await?;
             let outcome = session.run(Call::new(&*profile.prelude)).await?;
             match outcome.end {

@@ -38,7 +38,8 @@ impl Store {
         Some(cache?.join("hearth").join("templates"))
     }
 
-    /// The entry, or the right to make it; none while somebody else makes it. Blocks for the disk only.
+    /// The entry, or the right to make it; none while somebody else makes it. Blocks for the disk
+    /// only.
     pub(super) fn try_enter(&self, made_of: &Named) -> Result<Option<Entry>, StoreError> {
         let images: Vec<&Path> = made_of.root.iter().map(PathBuf::as_path).collect();
         TemplateCache::open(&self.dir, self.limit)?.try_enter_with(&made_of.key, &images)

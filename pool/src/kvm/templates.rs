@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use crate::ledger::breaker::doubled;
 use crate::profile::{Balloon, Language, Profile};
 
-/// Everything of a profile that makes its template what it is. Its name does not: pools that share a
-/// backend may mean different guests by one name.
+/// Everything of a profile that makes its template what it is. Its name does not: pools that share
+/// a backend may mean different guests by one name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Ingredients {
     pub(super) image: String,
@@ -144,8 +144,9 @@ impl<T: Clone, E> Templates<T, E> {
         Self { retry, places }
     }
 
-    /// What is made of `ingredients`; made by `make` if nobody has yet. Who asks meanwhile waits for
-    /// it; if it fails or is cancelled, the next one tries. None: it was refused, and is tried again later.
+    /// What is made of `ingredients`; made by `make` if nobody has yet. Who asks meanwhile waits
+    /// for it; if it fails or is cancelled, the next one tries. None: it was refused, and is
+    /// tried again later.
     ///
     /// # Errors
     /// If there was no guest to make it of.

@@ -1,8 +1,9 @@
 //! Threads for what blocks: making and taking apart VMs, reading and writing templates.
 //!
-//! tokio's own panic where the host gives no thread (a limit on tasks, say), and a runtime waits for them
-//! when it is dropped. These are made when they are needed, go when they are not, and their absence is an
-//! error. They take no signals, and have nothing of the thread that happened to need them.
+//! tokio's own panic where the host gives no thread (a limit on tasks, say), and a runtime waits
+//! for them when it is dropped. These are made when they are needed, go when they are not, and
+//! their absence is an error. They take no signals, and have nothing of the thread that happened to
+//! need them.
 
 use std::collections::VecDeque;
 use std::io;

@@ -9,9 +9,10 @@
 //!                                                                   (one boot) ------+ as long
 //! ```
 //!
-//! A boot that succeeds has not proved much if its VM ends right away. Such an early death counts as a
-//! failure (without a wait: the VM is replaced at once), and from the first on a boot is a success only
-//! when its VM has outlived that time or was used. A half-open breaker waits for this after its boot.
+//! A boot that succeeds has not proved much if its VM ends right away. Such an early death counts
+//! as a failure (without a wait: the VM is replaced at once), and from the first on a boot is a
+//! success only when its VM has outlived that time or was used. A half-open breaker waits for this
+//! after its boot.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! When which lease is looked at. Setting and forgetting take O(log n) steps for n leases: both happen
-//! under the lock that callers need.
+//! When which lease is looked at. Setting and forgetting take O(log n) steps for n leases: both
+//! happen under the lock that callers need.
 
 use std::collections::{BTreeMap, BTreeSet};
 

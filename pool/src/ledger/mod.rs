@@ -1,7 +1,7 @@
 //! The policy of a pool, as a value: it is told what happened and says what to do.
 //!
-//! It never reads a clock, spawns, waits or logs, so every rule of the pool can be tested by calling
-//! it: at random against its invariants, and exhaustively for small cases.
+//! It never reads a clock, spawns, waits or logs, so every rule of the pool can be tested by
+//! calling it: at random against its invariants, and exhaustively for small cases.
 //!
 //! ```text
 //!             Booted                    take / Serve              Returned
@@ -15,7 +15,8 @@
 //!
 //! Invariants, at every moment and for each profile:
 //! - ready + checking + booting <= size (0 while draining);
-//! - boots that hold a permit <= the permits of the size, cancelled ones that have not ended included;
+//! - boots that hold a permit <= the permits of the size, cancelled ones that have not ended
+//!   included;
 //! - nobody waits while a VM is ready and a lease is free; waiters are served in order of arrival;
 //! - leases <= the limit;
 //! - a VM is in one state, and leaves `Leased` for nothing but `Retiring`, the caller's ownership,
@@ -205,9 +206,9 @@ impl Ledger {
         std::mem::take(&mut self.out)
     }
 
-    /// Takes in an event, serves those who wait and returns what is to be done; VMs that are missing then
-    /// are made up for by the next [`apply`](Self::apply). For those who must not decide on boots: whoever
-    /// does, looks at the host's memory first.
+    /// Takes in an event, serves those who wait and returns what is to be done; VMs that are
+    /// missing then are made up for by the next [`apply`](Self::apply). For those who must not
+    /// decide on boots: whoever does, looks at the host's memory first.
     #[must_use]
     pub fn note(&mut self, now: Instant, event: Event) -> Vec<Action> {
         self.take_in(now, event);
@@ -241,8 +242,8 @@ impl Ledger {
         self.takeable(now, profile)
     }
 
-    /// Takes the best VM of `profile` for a caller, without waiting. The next [`apply`](Self::apply)
-    /// refills.
+    /// Takes the best VM of `profile` for a caller, without waiting. The next
+    /// [`apply`](Self::apply) refills.
     ///
     /// # Errors
     /// Why there is none. Nothing changes but the count of misses.

@@ -53,7 +53,8 @@ impl Ledger {
             }
             Event::Killed(id) => {
                 if self.stage(id) == Some(Stage::Leased(Hold::Ending)) {
-                    // At the end of a stop the lease keeps a dead VM that the pool no longer waits for.
+                    // At the end of a stop the lease keeps a dead VM that the pool no longer waits
+                    // for.
                     let husk = Stage::Leased(Hold::Ended);
                     self.shift(id, (!self.past_stop).then_some(husk));
                 }
@@ -353,7 +354,8 @@ impl Ledger {
         }
     }
 
-    /// Cancels the youngest boot, one of our own if there is any. Its ticket is told `Full` in time.
+    /// Cancels the youngest boot, one of our own if there is any. Its ticket is told `Full` in
+    /// time.
     fn give_up_a_boot(&mut self, profile: ProfileId) -> bool {
         let Some(book) = self.books.get(profile.0) else {
             return false;

@@ -1,5 +1,5 @@
-//! The world around a ledger, as a model: what is under way outside, and what may happen next. Every
-//! step checks the invariants that the module states.
+//! The world around a ledger, as a model: what is under way outside, and what may happen next.
+//! Every step checks the invariants that the module states.
 
 mod invariants;
 mod options;
@@ -102,7 +102,8 @@ pub(super) struct World {
     passes: bool,
 }
 
-/// Whether it is told in the middle of a call, by whoever calls; all else comes to the actor's inbox.
+/// Whether it is told in the middle of a call, by whoever calls; all else comes to the actor's
+/// inbox.
 fn is_told_by_callers(event: Event) -> bool {
     is_noted(event) || matches!(event, Event::Leave(_) | Event::Stop(_))
 }

@@ -1,5 +1,6 @@
 //! The contract of the warm pool, row by row: each test is named after its row. Rows that need a
-//! real guest are elsewhere; here a fake backend and paused time make every interleaving repeatable.
+//! real guest are elsewhere; here a fake backend and paused time make every interleaving
+//! repeatable.
 
 #![allow(
     clippy::field_reassign_with_default,

@@ -92,8 +92,8 @@ pub(crate) async fn stop_clean(pool: Pool<FakeBackend>, fake: &FakeBackend) {
     }
 }
 
-/// Opens the gate before a boot's first answer, and wants no VM any more when the answer is there and the
-/// pool does not know yet.
+/// Opens the gate before a boot's first answer, and wants no VM any more when the answer is there
+/// and the pool does not know yet.
 pub(crate) async fn shrunk_behind_the_answer(pool: &Pool<FakeBackend>, gate: Gate) {
     gate.held(1).await;
     gate.open();

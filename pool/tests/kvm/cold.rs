@@ -14,8 +14,8 @@ use crate::rig::{BASE, Rig, alone_in_a_runtime, builder, config, full, run, stop
 /// Files smaller than this hold a kernel that is about to be sealed, and no guest's memory.
 const GUEST_BYTES: u64 = 64 << 20;
 
-/// Lets no more seals be put on the memory of any guest of this process, so that it cannot be frozen.
-/// Gives how many there were.
+/// Lets no more seals be put on the memory of any guest of this process, so that it cannot be
+/// frozen. Gives how many there were.
 fn lock_seals() -> usize {
     let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
     let memory = fds.filter(|fd| {

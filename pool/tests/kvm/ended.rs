@@ -9,7 +9,8 @@ use tokio::sync::broadcast::Receiver;
 
 use crate::rig::{BASE, Rig, config, counts, full, impatient, stop, verdict_on};
 
-/// Waits until the pool says that this VM has ended, and gives the time of the next one's readiness.
+/// Waits until the pool says that this VM has ended, and gives the time of the next one's
+/// readiness.
 async fn replaced(events: &mut Receiver<PoolEvent>, id: VmId) -> [Duration; 2] {
     let began = Instant::now();
     let mut noticed = None;

@@ -19,8 +19,8 @@ const RUNNING: f64 = 2.0;
 const WATCHED: Duration = Duration::from_secs(5);
 const TIMES: u32 = 6;
 
-/// Processor time of this process so far, of all its threads, in the kernel and out of it: what `getrusage`
-/// gives, to the nanosecond. The vCPUs are threads of this process.
+/// Processor time of this process so far, of all its threads, in the kernel and out of it: what
+/// `getrusage` gives, to the nanosecond. The vCPUs are threads of this process.
 fn spent() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
@@ -65,7 +65,8 @@ async fn idle() {
         let watched = begin.elapsed().as_secs_f64();
         let whole = 100.0 * (spent() - before).as_secs_f64() / watched;
         let woken = woken_since(&woken) as f64 / watched;
-        // Guests do what little they do in bursts: the mean is more than the median, which the contract bounds.
+        // Guests do what little they do in bursts: the mean is more than the median, which the
+        // contract bounds.
         let each = whole / SIZE as f64;
         eprintln!(
             "{parking:?}: {whole:.2} % of a core over {watched:.0} s for {SIZE} guests, {each:.3} % each, \

@@ -35,8 +35,8 @@ pub(crate) async fn builder(config: &PoolConfig) -> KvmBackendBuilder {
     builder.image(BASE, image)
 }
 
-/// What all pools of this binary make their VMs with; holds the one template, which is stored for the
-/// next run and for tests in processes of their own.
+/// What all pools of this binary make their VMs with; holds the one template, which is stored for
+/// the next run and for tests in processes of their own.
 async fn shared_backend() -> Arc<KvmBackend> {
     static BACKEND: OnceCell<Arc<KvmBackend>> = OnceCell::const_new();
     let make = || async {
@@ -222,7 +222,8 @@ impl Victim {
         })
     }
 
-    /// Lets the guest run a program behind the pool's back, if it still can; for as long as both go on.
+    /// Lets the guest run a program behind the pool's back, if it still can; for as long as both go
+    /// on.
     pub(crate) async fn run_if_it_can(&self, program: &str) {
         let Ok(stream) = self.vsock.connect(AGENT_PORT).await else {
             return;

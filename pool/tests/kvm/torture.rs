@@ -1,6 +1,6 @@
-//! Random torture on real guests: tasks acquire, use, drop and cancel, guests are killed, frozen, panic,
-//! switch themselves off, lose their agent or have it stopped or starved, and every fifth boot fails.
-//! Nothing is handed out wrong, and the pool heals.
+//! Random torture on real guests: tasks acquire, use, drop and cancel, guests are killed, frozen,
+//! panic, switch themselves off, lose their agent or have it stopped or starved, and every fifth
+//! boot fails. Nothing is handed out wrong, and the pool heals.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,21 +23,21 @@ const TASKS: u64 = 16;
 const SIZE: usize = 3;
 /// Most leases at a time.
 const LEASES: usize = 4;
-/// Mappings of plain memory that the C library may keep: 40 MiB of stacks of threads that have ended, 20 of 2 MiB
-/// with a guard page each, and an arena for each of as many threads as were there at once. What is leaked with
-/// each VM is far more: hundreds are made here.
+/// Mappings of plain memory that the C library may keep: 40 MiB of stacks of threads that have
+/// ended, 20 of 2 MiB with a guard page each, and an arena for each of as many threads as were
+/// there at once. What is leaked with each VM is far more: hundreds are made here.
 const SLACK: usize = 80;
 /// Leases without which it was no torture.
 const ENOUGH: usize = 10;
-/// How long the pool may take to fill once the last bad guest is found, where a fork takes no longer than
-/// [`FORK`].
+/// How long the pool may take to fill once the last bad guest is found, where a fork takes no
+/// longer than [`FORK`].
 const REFILL: Duration = Duration::from_secs(5);
-/// From the begin of a fork to its first pong: 26 ms on two idle processors where ring 0 is emulated, less
-/// on hardware.
+/// From the begin of a fork to its first pong: 26 ms on two idle processors where ring 0 is
+/// emulated, less on hardware.
 const FORK: Duration = Duration::from_millis(50);
 
-/// How long callers come as fast as they can, before they hold back for twice as long as it takes to find a
-/// silent guest.
+/// How long callers come as fast as they can, before they hold back for twice as long as it takes
+/// to find a silent guest.
 const RUSH: Duration = Duration::from_secs(3);
 
 /// What is done to a guest, wherever it is.
@@ -87,8 +87,8 @@ struct Seen {
     /// Parked guests whose end the pool noticed, and such that it found silent.
     ended: AtomicUsize,
     silent: AtomicUsize,
-    /// Whether callers hold back. While they do not, whatever is parked is handed out at once, and nothing
-    /// that happens to parked guests is ever seen.
+    /// Whether callers hold back. While they do not, whatever is parked is handed out at once, and
+    /// nothing that happens to parked guests is ever seen.
     calm: AtomicBool,
     forks: Mutex<Vec<Duration>>,
 }
@@ -169,7 +169,8 @@ async fn user(pool: Pool<Rig>, seen: Arc<Seen>, over: Arc<AtomicBool>, seed: u64
                 let _ = timeout(dice.millis(10), lease.ping()).await;
             }
             2 => {
-                // A guest that was frozen meanwhile never answers: how long to wait is the caller's to say.
+                // A guest that was frozen meanwhile never answers: how long to wait is the caller's
+                // to say.
                 let exec = lease.exec(lease.command("panic"));
                 let _ = timeout(patience(Duration::from_secs(1)), exec).await;
             }
@@ -268,8 +269,8 @@ async fn sabotage(rig: Rig, pool: Pool<Rig>, seen: Arc<Seen>, over: Arc<AtomicBo
     }
 }
 
-/// How long a parked guest that is dead or silent can go unnoticed: until the next pass, and through all of
-/// its check.
+/// How long a parked guest that is dead or silent can go unnoticed: until the next pass, and
+/// through all of its check.
 fn detection(config: &PoolConfig, scale: u32) -> Duration {
     let (health, ms) = (&config.health, Duration::from_millis);
     let pings = ms(health.ping_timeout_ms) * scale * health.attempts;
@@ -341,8 +342,9 @@ async fn torture(time: Duration, parking: Parking) {
     while let Some(ended) = tasks.join_next().await {
         ended.expect("a task of the torture");
     }
-    // The 5 s are for forks that take milliseconds. Where they take longer, because other programs need the
-    // processors, refilling takes longer in proportion, and says nothing about the pool.
+    // The 5 s are for forks that take milliseconds. Where they take longer, because other programs
+    // need the processors, refilling takes longer in proportion, and says nothing about the
+    // pool.
     let fork = seen.median_fork();
     let slower = (fork.as_secs_f64() / FORK.as_secs_f64()).max(1.0);
     let bound = detection + REFILL.mul_f64(slower);

@@ -46,8 +46,8 @@ thread_local! {
 pub(crate) struct Trace(());
 
 impl Trace {
-    /// The subscriber is the whole process's: one for a thread alone can miss what another thread has
-    /// come by before.
+    /// The subscriber is the whole process's: one for a thread alone can miss what another thread
+    /// has come by before.
     pub(crate) fn begin() -> Self {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {

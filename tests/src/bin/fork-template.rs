@@ -1,5 +1,5 @@
-//! Loads the template in the directory that is its argument, forks it, and says on stdout what a program
-//! in the clone says: what a process does that did not make the template.
+//! Loads the template in the directory that is its argument, forks it, and says on stdout what a
+//! program in the clone says: what a process does that did not make the template.
 #![allow(
     clippy::expect_used,
     clippy::panic,

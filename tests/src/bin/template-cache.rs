@@ -1,6 +1,6 @@
-//! Uses a cache of templates until it is killed, or a number of rounds: `template-cache ROOT LIMIT KEYS
-//! ROUNDS MILLISECONDS`. Each round takes the next of so many keys; a template that is not there takes so
-//! long to make. Says in one line each how it came by it.
+//! Uses a cache of templates until it is killed, or a number of rounds: `template-cache ROOT LIMIT
+//! KEYS ROUNDS MILLISECONDS`. Each round takes the next of so many keys; a template that is not
+//! there takes so long to make. Says in one line each how it came by it.
 #![allow(
     clippy::expect_used,
     clippy::panic,

@@ -1,4 +1,5 @@
-//! Attacks on descriptor chains, mostly of the balloon, whose requests are one buffer of page numbers.
+//! Attacks on descriptor chains, mostly of the balloon, whose requests are one buffer of page
+//! numbers.
 
 use std::time::{Duration, Instant};
 
@@ -87,7 +88,8 @@ async fn a_page_given_to_the_balloon_is_zeroed_here_and_nowhere_else() {
         return;
     }
     const PAGE: u32 = 0x50_0000;
-    // A neighbour keeps a mark in the page of the same number, and prints it without end (jmp back).
+    // A neighbour keeps a mark in the page of the same number, and prints it without end (jmp
+    // back).
     let neighbour = Code::new().store(PAGE, 0x4e).print_byte(PAGE);
     let neighbour = neighbour.raw(&[0xeb, 0xf2]).boot();
     let code = live(BALLOON).store(PAGE, 0x4d).store(BUFFER, PAGE >> 12);
@@ -102,8 +104,8 @@ async fn a_page_given_to_the_balloon_is_zeroed_here_and_nowhere_else() {
     assert!(later.bytes.iter().all(|byte| *byte == 0x4e));
 }
 
-/// Two guests, so that each event thread has one, report 2.5 GiB in each of eight chains, and offer each
-/// again as soon as they have it back.
+/// Two guests, so that each event thread has one, report 2.5 GiB in each of eight chains, and offer
+/// each again as soon as they have it back.
 #[tokio::test]
 async fn reports_of_gigabytes_hold_neither_a_neighbour_nor_the_host() {
     if !kvm() {
@@ -113,7 +115,8 @@ async fn reports_of_gigabytes_hold_neither_a_neighbour_nor_the_host() {
     let [_, driver, device] = rings(2);
     let mut code = live_with(BALLOON, REPORTING, 3);
     code = descriptor(code, 2, 0, (64 << 20, 0xa000_0000), WRITE, 0);
-    // l: mov ax, [device + 2]; add ax, 8; mov [driver + 2], ax; mov dword [rbx + QUEUE_NOTIFY], 2; jmp l
+    // l: mov ax, [device + 2]; add ax, 8; mov [driver + 2], ax; mov dword [rbx + QUEUE_NOTIFY], 2;
+    // jmp l
     let code = code
         .raw(&[0x66, 0x8b, 0x04, 0x25])
         .raw(&(device + 2).to_le_bytes())

@@ -174,8 +174,8 @@ pub(crate) async fn run(vm: &Vm) -> Vec<u8> {
     said
 }
 
-/// The guest's attack ends with a device that wants a reset, by the branch with these words; no other
-/// device is any the worse.
+/// The guest's attack ends with a device that wants a reset, by the branch with these words; no
+/// other device is any the worse.
 pub(crate) async fn assert_reset(attack: &str, device: u32, code: Code, why: &str) {
     let (said, vm) = printed(expect_reset(code)).await;
     let [state] = said[..] else {

@@ -1,4 +1,5 @@
-//! Attacks on ports: the serial console, the keyboard controller, the report of an end, and all the others.
+//! Attacks on ports: the serial console, the keyboard controller, the report of an end, and all the
+//! others.
 
 use std::sync::atomic::Ordering;
 
@@ -16,7 +17,8 @@ const DIVISOR: u8 = 0x80;
 const I8042_DATA: u16 = 0x60;
 const I8042_COMMAND: u16 = 0x64;
 
-/// Where a kernel that cannot save registers has them saved and loaded, by addresses in units of 64 bytes.
+/// Where a kernel that cannot save registers has them saved and loaded, by addresses in units of 64
+/// bytes.
 const SAVE: u16 = 0x5f4;
 const LOAD: u16 = 0x5f8;
 /// MXCSR and XSTATE_BV of a buffer (Intel SDM volume 1, 13.4).
@@ -74,8 +76,8 @@ async fn garbage_in_every_port_ends_nothing() {
     if !kvm() {
         return;
     }
-    // Every port up to 0x3ff but the keyboard controller's command, among them those of the interrupt
-    // controllers and the timer; then every seventh, which are not the report's:
+    // Every port up to 0x3ff but the keyboard controller's command, among them those of the
+    // interrupt controllers and the timer; then every seventh, which are not the report's:
     // mov eax, edx; out dx, al; in al, dx; add edx, step; cmp edx, end; jb
     let sweep = |code: Code, from: u32, step: u8, end: u32| {
         code.raw(&[0xba])
@@ -201,8 +203,8 @@ async fn wide_accesses_to_narrow_ports_are_answered() {
     if !kvm() {
         return;
     }
-    // Word and double word in and out of the serial port's data, the keyboard's and the last port there is:
-    // mov dx, port; in ax, dx; in eax, dx; then eax = "okay", written as both.
+    // Word and double word in and out of the serial port's data, the keyboard's and the last port
+    // there is: mov dx, port; in ax, dx; in eax, dx; then eax = "okay", written as both.
     let mut code = Code::new();
     for port in [SERIAL_PORT, I8042_DATA, u16::MAX] {
         let [low, high] = port.to_le_bytes();

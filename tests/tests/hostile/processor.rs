@@ -1,5 +1,5 @@
-//! Attacks by what a processor can do: registers of the model, hypercalls, code and tables where there is
-//! no memory. What KVM cannot go on with ends that VM, told apart; a neighbour goes on.
+//! Attacks by what a processor can do: registers of the model, hypercalls, code and tables where
+//! there is no memory. What KVM cannot go on with ends that VM, told apart; a neighbour goes on.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -137,8 +137,8 @@ async fn page_tables_in_a_devices_registers_end_their_guest() {
     assert_eq!(vm.console().text(), "");
 }
 
-/// Known and unknown hypercalls: answered on hardware; where ring 0 is emulated some never come back.
-/// Those guests can be ended like any other.
+/// Known and unknown hypercalls: answered on hardware; where ring 0 is emulated some never come
+/// back. Those guests can be ended like any other.
 #[tokio::test]
 async fn hypercalls_harm_nobody_else() {
     if !kvm() {

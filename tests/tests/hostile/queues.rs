@@ -84,8 +84,8 @@ async fn queues_that_cannot_be_are_refused_at_activation() {
     }
 }
 
-/// The device's switch for notifications is the driver's index. Held the event thread for ever once; then
-/// this guest, and every other of its thread, would get no answer.
+/// The device's switch for notifications is the driver's index. Held the event thread for ever
+/// once; then this guest, and every other of its thread, would get no answer.
 #[tokio::test]
 async fn a_notification_switch_laid_over_the_index_does_not_hold_the_event_thread() {
     if !kvm() {
@@ -102,8 +102,9 @@ async fn a_notification_switch_laid_over_the_index_does_not_hold_the_event_threa
         let code = code
             .store(rings(index)[1] + 4, 1)
             .write(register::QUEUE_NOTIFY, index);
-        // The device may come upon the ring before the guest has written all of it: which fault it finds then is a
-        // race (played alone, it is the overlap). That it finds one, and ends its run, is what counts.
+        // The device may come upon the ring before the guest has written all of it: which fault it
+        // finds then is a race (played alone, it is the overlap). That it finds one, and
+        // ends its run, is what counts.
         assert_reset("notification switch over the index", device, code, "").await;
     }
 }

@@ -1,4 +1,5 @@
-//! `tests/HOSTILE.md` is true: what it names is there, and what is there is named. So is `tests/FAULTS.md`, as far as it goes.
+//! `tests/HOSTILE.md` is true: what it names is there, and what is there is named. So is
+//! `tests/FAULTS.md`, as far as it goes.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -16,8 +17,8 @@ fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-/// The rows: attack, device, by, test, what catches it, what becomes of it. Under each heading the file of
-/// the tests below it.
+/// The rows: attack, device, by, test, what catches it, what becomes of it. Under each heading the
+/// file of the tests below it.
 fn attacks() -> Vec<Attack> {
     let table = std::fs::read_to_string(repository().join("tests/HOSTILE.md")).unwrap();
     let mut file = PathBuf::new();

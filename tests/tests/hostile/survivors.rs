@@ -56,7 +56,8 @@ async fn hostile_guests_leave_nothing_behind() {
     if !kvm() || !alone() {
         return;
     }
-    // What the library starts once per process, and the allocator for as many threads, is not theirs.
+    // What the library starts once per process, and the allocator for as many threads, is not
+    // theirs.
     round().await;
     let limit = patience(Duration::from_secs(2));
     // The dropped ones are taken apart by a thread of its own.

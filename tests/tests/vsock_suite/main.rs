@@ -4,8 +4,9 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Linux's own tests of stream sockets over vsock, between a guest and this host. The suite is in the package that the
-//! guests' kernel is built from; `programs/vsock_suite.c` is what its two programs are linked with.
+//! Linux's own tests of stream sockets over vsock, between a guest and this host. The suite is in
+//! the package that the guests' kernel is built from; `programs/vsock_suite.c` is what its two
+//! programs are linked with.
 
 mod relay;
 
@@ -39,14 +40,16 @@ const HOST_WRAPS: &[&str] = &["socket", "bind", "accept", "send", "recv", "epoll
 const STREAM: &str = "SOCK_STREAM ";
 /// How many of them there are.
 const STREAMS: usize = 17;
-/// The client's end of these is about its own socket, which is no vsock socket but a Unix socket where the host has it:
-/// that one knows no SO_RCVLOWAT in poll(), and neither SO_ZEROCOPY nor MSG_ERRQUEUE.
+/// The client's end of these is about its own socket, which is no vsock socket but a Unix socket
+/// where the host has it: that one knows no SO_RCVLOWAT in poll(), and neither SO_ZEROCOPY nor
+/// MSG_ERRQUEUE.
 const CLIENTS_OWN: &[&str] = &[
     "SOCK_STREAM poll() + SO_RCVLOWAT",
     "SOCK_STREAM MSG_ZEROCOPY",
     "SOCK_STREAM MSG_ZEROCOPY empty MSG_ERRQUEUE",
 ];
-/// The server's end of these is, in the same way: it sets the size of its vsock socket's buffer, and SO_RCVLOWAT.
+/// The server's end of these is, in the same way: it sets the size of its vsock socket's buffer,
+/// and SO_RCVLOWAT.
 const SERVERS_OWN: &[&str] = &[
     "SOCK_STREAM virtio credit update + SO_RCVLOWAT",
     "SOCK_STREAM virtio credit update + low rx_bytes",
@@ -199,7 +202,8 @@ enum Guests {
     Client,
 }
 
-/// Runs the suite between a guest and the Unix sockets at `path` of this host, but for the tests in `skipped`.
+/// Runs the suite between a guest and the Unix sockets at `path` of this host, but for the tests in
+/// `skipped`.
 async fn run(suite: &Suite, guest: &Guest, path: &Path, role: Guests, skipped: &[&str]) {
     let (host_mode, guest_mode) = match role {
         Guests::Server => ("client", "server"),

@@ -9,7 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
-/// Speaks as the bridge does at `path`, with what a host program has: streams that it reads, writes, shuts and drops.
+/// Speaks as the bridge does at `path`, with what a host program has: streams that it reads,
+/// writes, shuts and drops.
 pub(super) async fn serve(host: VsockHost, path: PathBuf) {
     let from_host = UnixListener::bind(&path).unwrap();
     let mut from_guest = host.listen_any().unwrap();
@@ -46,7 +47,8 @@ async fn to_guest(client: UnixStream, host: VsockHost) {
     relay(client, stream).await;
 }
 
-/// Moves bytes both ways. The end of one direction is told by a shutdown, that of the whole socket by a drop.
+/// Moves bytes both ways. The end of one direction is told by a shutdown, that of the whole socket
+/// by a drop.
 async fn relay(mut socket: UnixStream, stream: VsockStream) {
     let end = socket.as_fd().try_clone_to_owned().unwrap();
     let (mut from_socket, mut to_socket) = socket.split();

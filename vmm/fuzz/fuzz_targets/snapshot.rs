@@ -1,4 +1,5 @@
-//! A template's manifest file of any content: as it is, or with the right checksum around any devices.
+//! A template's manifest file of any content: as it is, or with the right checksum around any
+//! devices.
 #![no_main]
 
 use hearth_vmm::testing::{read_template, template_with};

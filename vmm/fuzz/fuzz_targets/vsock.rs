@@ -1,5 +1,5 @@
-//! Packets and a host program, in any order: headers of the fuzzer's choice, small numbers of ports so
-//! that they meet, and what a host does with its streams meanwhile.
+//! Packets and a host program, in any order: headers of the fuzzer's choice, small numbers of ports
+//! so that they meet, and what a host does with its streams meanwhile.
 #![no_main]
 
 use std::future::Future;
@@ -211,7 +211,8 @@ fuzz_target!(|ops: Vec<Op>| {
         }
         for (header, payload) in guest.inbox.drain(..) {
             assert!(payload.len() <= MAX_PAYLOAD as usize);
-            // A refusal names the type that was refused (as Linux's virtio_transport_reset_no_sock does).
+            // A refusal names the type that was refused (as Linux's virtio_transport_reset_no_sock
+            // does).
             assert!(header.kind == TYPE_STREAM || header.op == PacketOp::Reset.to_wire());
         }
     }

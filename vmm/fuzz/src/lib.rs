@@ -22,8 +22,8 @@ pub enum Kind {
     Image,
 }
 
-/// Where the driver puts a queue's driver ring and device ring, as bytes from the descriptors on: over each
-/// other, over the descriptors, or apart.
+/// Where the driver puts a queue's driver ring and device ring, as bytes from the descriptors on:
+/// over each other, over the descriptors, or apart.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub struct Layout {
     driver: u16,
@@ -175,8 +175,8 @@ impl Driver {
         self.set(register::STATUS, 15);
     }
 
-    /// Brings the device up with a queue laid out oddly, makes a chain available there as often as `chains`
-    /// says, and lets it run.
+    /// Brings the device up with a queue laid out oddly, makes a chain available there as often as
+    /// `chains` says, and lets it run.
     pub fn lay(&mut self, wanted: u64, odd: (u8, Layout), chains: u16) {
         self.begin(wanted);
         let queue = usize::from(odd.0) % self.sizes.len();

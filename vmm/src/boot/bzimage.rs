@@ -157,7 +157,8 @@ fn payload(head: &[u8], file_len: u64) -> Result<(u64, u64), BzImageError> {
     Ok((start, len))
 }
 
-/// Copies what comes out, but no more than one byte too many; reads to the end, where checksums are.
+/// Copies what comes out, but no more than one byte too many; reads to the end, where checksums
+/// are.
 fn copy(reader: impl Read, target: &mut File, said: u64) -> std::io::Result<u64> {
     std::io::copy(&mut reader.take(said + 1), target)
 }

@@ -1,7 +1,7 @@
 //! From a kernel file to a guest whose first instruction can run.
 //!
-//! [`load`] puts kernel, initramfs, command line, memory map, MP table, ACPI tables and boot parameters into
-//! guest memory and says where the first vCPU starts.
+//! [`load`] puts kernel, initramfs, command line, memory map, MP table, ACPI tables and boot
+//! parameters into guest memory and says where the first vCPU starts.
 
 mod acpi;
 mod bzimage;

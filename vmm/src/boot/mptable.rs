@@ -18,8 +18,9 @@ const INT: u8 = 0;
 const NMI: u8 = 1;
 const EXTINT: u8 = 3;
 
-/// Writes floating pointer and configuration table for `vcpus` processors (1 to 32), APIC ids 0 on, with the interrupt
-/// lines (below [`layout::IRQ_LINES`]) that something is connected to: a kernel sets up each that it is told of.
+/// Writes floating pointer and configuration table for `vcpus` processors (1 to 32), APIC ids 0 on,
+/// with the interrupt lines (below [`layout::IRQ_LINES`]) that something is connected to: a kernel
+/// sets up each that it is told of.
 pub(super) fn write(
     ram: &GuestMemoryMmap,
     vcpus: u8,

@@ -1,5 +1,6 @@
-//! CPUID of a guest: what it is shown of what KVM supports ([`features`]), with a topology of one package and one thread per core that
-//! agrees with the MP table, and without what the CPU profile cannot run.
+//! CPUID of a guest: what it is shown of what KVM supports ([`features`]), with a topology of one
+//! package and one thread per core that agrees with the MP table, and without what the CPU profile
+//! cannot run.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -10,12 +11,14 @@ use crate::host::CpuProfile;
 const KVM_FEATURES: u32 = 0x4000_0001;
 /// PV TLB flush, PV IPI and PV sched yield: VMCALLs that the emulator cannot pass with many vCPUs.
 const KVM_PV_CALLS: u32 = 1 << 9 | 1 << 7 | 1 << 11 | 1 << 13;
-/// Asynchronous page faults and steal time: work for the guest's kernel that gains an emulated one nothing.
-/// Each restored vCPU would begin with a search for all that might have waited for a page (4,000
-/// instructions), and then run other tasks for the microseconds in which the host copies a page.
+/// Asynchronous page faults and steal time: work for the guest's kernel that gains an emulated one
+/// nothing. Each restored vCPU would begin with a search for all that might have waited for a page
+/// (4,000 instructions), and then run other tasks for the microseconds in which the host copies a
+/// page.
 const KVM_ASYNC_PF_AND_STEAL: u32 = 1 << 4 | 1 << 5 | 1 << 10 | 1 << 14;
 
-/// CPUID for vCPU `index` of `count` (1 to 32; index below count), with performance counters or without. APIC id = index.
+/// CPUID for vCPU `index` of `count` (1 to 32; index below count), with performance counters or
+/// without. APIC id = index.
 ///
 /// # Errors
 /// When the host's table has no room for the topology leaves.
@@ -208,8 +211,8 @@ mod tests {
         assert_eq!(get(&table, 0x8000_0001, 0).ecx & SVM, 0);
     }
 
-    /// A saved guest has seen the CPUID of the library that saved it: if that changes, the templates of
-    /// before must not be loaded.
+    /// A saved guest has seen the CPUID of the library that saved it: if that changes, the
+    /// templates of before must not be loaded.
     #[test]
     fn what_guests_are_shown_changes_only_with_the_format_of_templates() {
         use sha2::Digest as _;

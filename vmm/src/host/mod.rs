@@ -1,5 +1,5 @@
-//! What this process knows about its host: access to KVM, the host's kind, supported CPUID and MSRs.
-//! Probed once; a failure is not remembered, so that a fixed permission is seen.
+//! What this process knows about its host: access to KVM, the host's kind, supported CPUID and
+//! MSRs. Probed once; a failure is not remembered, so that a fixed permission is seen.
 
 mod probe;
 
@@ -52,7 +52,8 @@ pub enum HostError {
         /// The host's error.
         source: std::io::Error,
     },
-    /// The process was forked from one that uses Hearth: the library's threads, and those of the VMs, are not here.
+    /// The process was forked from one that uses Hearth: the library's threads, and those of the
+    /// VMs, are not here.
     #[error(
         "process {0} has used Hearth and forked this one, which has none of its threads: execute a program after fork(2), or \
          fork before the first VM"
@@ -61,7 +62,8 @@ pub enum HostError {
     /// A VM to learn something of KVM could not be made.
     #[error("KVM refused to make a VM to look at")]
     Kvm(#[from] crate::kvm::KvmError),
-    /// KVM makes a thread of its own when a VM first runs (since Linux 6.13), and the host has none left.
+    /// KVM makes a thread of its own when a VM first runs (since Linux 6.13), and the host has none
+    /// left.
     #[error(
         "the host refused KVM a thread for the probe guest; check ulimit -u and pids.max (systemd: TasksMax)"
     )]
@@ -84,12 +86,14 @@ pub enum CpuProfile {
 impl CpuProfile {
     /// Kernel command-line words that this profile needs. The emulator lacks the instructions that
     /// the kernel patches in when it sees these features; `hearth.emulated` switches on our kernel
-    /// patches. `rodata=off` leaves the kernel's pages as they were mapped: write-protecting them walks
-    /// them one by one, a tenth of the boot's instructions there, and guards the kernel only from itself.
+    /// patches. `rodata=off` leaves the kernel's pages as they were mapped: write-protecting them
+    /// walks them one by one, a tenth of the boot's instructions there, and guards the kernel
+    /// only from itself.
     ///
-    /// Such hosts run ring 3 themselves, so that the time stamp counter is the host's and cannot be restored: a
-    /// clone that went by it would find that all the time since the capture has passed at once, or, after a
-    /// restart of the host, that time stands still. KVM's clock is restored.
+    /// Such hosts run ring 3 themselves, so that the time stamp counter is the host's and cannot be
+    /// restored: a clone that went by it would find that all the time since the capture has
+    /// passed at once, or, after a restart of the host, that time stands still. KVM's clock is
+    /// restored.
     #[must_use]
     pub fn kernel_words(self) -> &'static [&'static str] {
         match self {
@@ -102,8 +106,9 @@ impl CpuProfile {
                 "hearth.xsave=0x5f4",
                 "nofsgsbase",
                 "rodata=off",
-                // By number (arch/x86/include/asm/cpufeatures.h), in this order: smap, smep, umip, pcid, invpcid,
-                // erms, fsrm, popcnt, rdrand, rdseed, rdpid, clflushopt, clwb, la57, cx16, xsaves, xsavec, pku. Each name is searched
+                // By number (arch/x86/include/asm/cpufeatures.h), in this order: smap, smep, umip,
+                // pcid, invpcid, erms, fsrm, popcnt, rdrand, rdseed, rdpid,
+                // clflushopt, clwb, la57, cx16, xsaves, xsavec, pku. Each name is searched
                 // for among 700, which is a hundredth of the boot.
                 "clearcpuid=308,295,514,145,298,297,580,151,158,306,534,311,312,528,141,323,321,515",
             ],
@@ -127,8 +132,9 @@ pub struct Host {
 
 static HOST: OnceLock<Host> = OnceLock::new();
 
-/// Whether this process was forked from one that has used the library, and has executed no other program since. It may not
-/// touch what it seems to have: threads are not here, and event queues are its parent's.
+/// Whether this process was forked from one that has used the library, and has executed no other
+/// program since. It may not touch what it seems to have: threads are not here, and event queues
+/// are its parent's.
 pub(crate) fn is_forked() -> bool {
     HOST.get().is_some_and(|host| host.mark.is_forked())
 }
@@ -209,8 +215,8 @@ impl Host {
         self.probe.map(|p| p.best)
     }
 
-    /// What to multiply a time by that was chosen for a fast host: 1 to 10, by how long the probe guest took. 10 where ring 0
-    /// is emulated.
+    /// What to multiply a time by that was chosen for a fast host: 1 to 10, by how long the probe
+    /// guest took. 10 where ring 0 is emulated.
     #[must_use]
     pub fn timeout_factor(&self) -> u32 {
         match self.probe {

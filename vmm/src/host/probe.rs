@@ -28,7 +28,8 @@ const CODE: [u8; 12] = [
     0xeb, 0xf4, // jmp -12
 ];
 
-/// A round on a fast host, entry and exit of the guest included: several times what processors of today need.
+/// A round on a fast host, entry and exit of the guest included: several times what processors of
+/// today need.
 const FAST: Duration = Duration::from_micros(50);
 /// The most that a slow host is given to what a fast one needs.
 pub(super) const MOST_PATIENT: u32 = 10;
@@ -53,8 +54,8 @@ pub(crate) struct Probe {
 }
 
 impl Probe {
-    /// Runs the probe guest, whose CPUID is the host's, on the calling thread; at most three rounds, fewer when one is
-    /// fast.
+    /// Runs the probe guest, whose CPUID is the host's, on the calling thread; at most three
+    /// rounds, fewer when one is fast.
     pub(crate) fn run(kvm: &Kvm, cpuid: &CpuId) -> Result<Probe, HostError> {
         let failed = |what: &dyn std::fmt::Display| HostError::Probe(what.to_string());
         let ram = GuestRam::new(2 * MIB).map_err(|e| failed(&e))?;
@@ -94,8 +95,8 @@ impl Probe {
         })
     }
 
-    /// The best of a few rounds. A signal ends a part of one, and the guest goes on where it was: a round takes as long as
-    /// its parts together.
+    /// The best of a few rounds. A signal ends a part of one, and the guest goes on where it was: a
+    /// round takes as long as its parts together.
     fn measure(
         mut run: impl FnMut() -> Result<(Part, Duration), HostError>,
     ) -> Result<Probe, HostError> {

@@ -1,10 +1,11 @@
 //! A VM that is made before it is asked for, where KVM makes the one who asks wait.
 //!
-//! Before Linux 6.13, and in the first releases of the 6.12 series, `KVM_CREATE_VM` starts a thread for the VM's huge pages
-//! and attaches it to the caller's control groups (`kvm_mmu_post_init_vm`, `cgroup_attach_task_all`). Whoever attaches waits
-//! for a grace period of RCU, 10 ms and more, unless another did so just before, or the control groups are mounted with
-//! `favordynmods`. A fork takes a tenth of that otherwise. So the process keeps one VM in stock as soon as it has seen such
-//! a wait; the thread that makes the next one waits instead.
+//! Before Linux 6.13, and in the first releases of the 6.12 series, `KVM_CREATE_VM` starts a thread
+//! for the VM's huge pages and attaches it to the caller's control groups (`kvm_mmu_post_init_vm`,
+//! `cgroup_attach_task_all`). Whoever attaches waits for a grace period of RCU, 10 ms and more,
+//! unless another did so just before, or the control groups are mounted with `favordynmods`. A fork
+//! takes a tenth of that otherwise. So the process keeps one VM in stock as soon as it has seen
+//! such a wait; the thread that makes the next one waits instead.
 
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -83,7 +84,8 @@ impl<T: Send + 'static> Spare<T> {
         taken
     }
 
-    /// Keeps one in stock from now on. A host that gives no thread for it has none; the next wait asks again.
+    /// Keeps one in stock from now on. A host that gives no thread for it has none; the next wait
+    /// asks again.
     fn keep(&'static self, after: Duration, make: impl Fn() -> Option<T> + Send + 'static) {
         let mut state = self.lock();
         if state.is_kept {

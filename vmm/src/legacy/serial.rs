@@ -56,7 +56,8 @@ impl SerialPort {
         Ok(Self(Mutex::new(port)))
     }
 
-    /// Raises its interrupt: one raised shortly before the capture may not have reached the controllers.
+    /// Raises its interrupt: one raised shortly before the capture may not have reached the
+    /// controllers.
     pub(crate) fn begin(&self) {
         // The line takes every interrupt (see `Line`).
         let _ = self.lock().interrupt_evt().trigger();
@@ -71,7 +72,8 @@ impl SerialPort {
     }
 
     pub(crate) fn write(&self, offset: u16, value: u8) {
-        // The console takes every byte, so that the only error left is an interrupt that is pending.
+        // The console takes every byte, so that the only error left is an interrupt that is
+        // pending.
         let _ = self.lock().write(offset as u8, value);
     }
 }
@@ -93,7 +95,8 @@ mod tests {
         (irq.try_clone().unwrap(), irq)
     }
 
-    /// FC#5764: the driver waited for an interrupt that had not reached the controllers before the snapshot.
+    /// FC#5764: the driver waited for an interrupt that had not reached the controllers before the
+    /// snapshot.
     #[test]
     fn an_interrupt_that_was_under_way_is_raised_again_in_a_clone() {
         let (irq, seen) = line();

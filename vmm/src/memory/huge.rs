@@ -10,19 +10,21 @@ use super::{GuestRam, MIB, MemoryError, PAGE_SIZE, Sharing, memfd_with};
 /// Bytes of a huge page.
 pub const HUGE_PAGE_SIZE: u64 = 2 * MIB;
 
-/// Where a guest's memory gets pages of 2 MiB from. They make a guest that uses much memory faster, because the processor
-/// finds its way to them with fewer steps; a guest that uses little holds more memory than it needs.
+/// Where a guest's memory gets pages of 2 MiB from. They make a guest that uses much memory faster,
+/// because the processor finds its way to them with fewer steps; a guest that uses little holds
+/// more memory than it needs.
 ///
 /// Clones have ordinary pages for what they write, whatever their template had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HugePages {
     /// Asks the host to use them where it can (`MADV_HUGEPAGE`). It does if
-    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` is `advise`, `within_size` or `always`; else, and where memory is
-    /// in pieces, pages stay ordinary and nothing is refused.
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` is `advise`, `within_size` or `always`;
+    /// else, and where memory is in pieces, pages stay ordinary and nothing is refused.
     Transparent,
-    /// Takes them from those that the administrator has set aside (`sysctl vm.nr_hugepages`), all that the guest's memory
-    /// needs at once: a boot is refused if there are too few, and a guest that has started never lacks one. Memory is
-    /// whole multiples of 2 MiB. The guest's balloon gives nothing back to the host, the kernel's image is copied into each
+    /// Takes them from those that the administrator has set aside (`sysctl vm.nr_hugepages`), all
+    /// that the guest's memory needs at once: a boot is refused if there are too few, and a
+    /// guest that has started never lacks one. Memory is whole multiples of 2 MiB. The guest's
+    /// balloon gives nothing back to the host, the kernel's image is copied into each
     /// guest instead of shared, and a template is a full copy.
     Reserved,
 }
@@ -47,8 +49,8 @@ impl GuestRam {
     /// Tells the host that huge pages are welcome. One that knows none goes on without.
     pub(super) fn advise_huge_pages(&self) {
         for (_, len, host) in self.host_regions() {
-            // SAFETY: `[host, host + len)` is one mapping of ours that lives as long as this value; the call
-            // changes how its pages are made, not what is in them.
+            // SAFETY: `[host, host + len)` is one mapping of ours that lives as long as this value;
+            // the call changes how its pages are made, not what is in them.
             unsafe {
                 let len = usize::try_from(len).unwrap_or(0);
                 libc::madvise(host as *mut libc::c_void, len, libc::MADV_HUGEPAGE);
@@ -80,7 +82,8 @@ impl GuestRam {
         self.huge == Some(HugePages::Reserved)
     }
 
-    /// Whether clones can map its file: it holds, or can be given, all that the guest sees, in ordinary pages.
+    /// Whether clones can map its file: it holds, or can be given, all that the guest sees, in
+    /// ordinary pages.
     pub(crate) fn can_be_shared(&self) -> bool {
         self.sharing == Sharing::Shared && !self.is_reserved()
     }

@@ -205,7 +205,8 @@ fn a_file_shorter_than_the_vm_is_refused() {
     assert!(GuestRam::map_file(file, MIB, Sharing::Private).is_err());
 }
 
-/// Flags (`VmFlags` of proc_pid_smaps(5)) of each mapping of this process that begins in `[start, start + len)`.
+/// Flags (`VmFlags` of proc_pid_smaps(5)) of each mapping of this process that begins in `[start,
+/// start + len)`.
 fn flags_of(start: u64, len: u64) -> Vec<Vec<String>> {
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let mut found = Vec::new();
@@ -250,7 +251,8 @@ fn guest_memory_is_in_no_core_dump_and_in_no_child() {
 #[test]
 fn what_is_in_guest_memory_cannot_be_made_a_program() {
     use std::os::unix::fs::PermissionsExt;
-    // SAFETY: the name is a literal that ends with a NUL; what is opened is this test's, and stays open.
+    // SAFETY: the name is a literal that ends with a NUL; what is opened is this test's, and stays
+    // open.
     let knows = unsafe { libc::memfd_create(c"probe".as_ptr(), libc::MFD_NOEXEC_SEAL) } >= 0;
     if !knows {
         let text = b"\nNOT MEASURED: the host's kernel knows no memfd that cannot be executed\n";

@@ -1,5 +1,5 @@
-//! For tests and fuzz targets: the state of a VM that never ran, and the reader of a manifest with all that
-//! a clone makes of it short of KVM.
+//! For tests and fuzz targets: the state of a VM that never ran, and the reader of a manifest with
+//! all that a clone makes of it short of KVM.
 
 use super::chips::ChipState;
 use super::cpu::VcpuState;
@@ -69,8 +69,8 @@ pub(crate) fn file_with(devices: &[u8]) -> Vec<u8> {
     super::manifest::seal_body(&body)
 }
 
-/// Reads a manifest file, and restores its devices in memory of their own. Whether it was one, and its
-/// devices could be restored.
+/// Reads a manifest file, and restores its devices in memory of their own. Whether it was one, and
+/// its devices could be restored.
 ///
 /// # Panics
 /// If what was read is not what is written again.

@@ -6,8 +6,9 @@
 //! <root>/work/<key>    scratch of whoever holds that lock; whoever gets the lock next removes it
 //! ```
 //!
-//! Locks are the system's (`flock`) and go with the process that holds them, however it ends. Whoever
-//! uses an entry holds a shared lock on its manifest; only an entry that nobody holds is evicted.
+//! Locks are the system's (`flock`) and go with the process that holds them, however it ends.
+//! Whoever uses an entry holds a shared lock on its manifest; only an entry that nobody holds is
+//! evicted.
 
 use std::fs::{self, DirBuilder, File, FileTimes, TryLockError};
 use std::io::Read;
@@ -29,8 +30,8 @@ const OLD: &str = ".old";
 /// Hexadecimal digits of a key.
 const KEY_DIGITS: usize = 64;
 
-/// Names an entry: a SHA-256 over all that a template is made of. The version of the format is part of
-/// every key; the host is not, because an entry of another one is refused with the reason.
+/// Names an entry: a SHA-256 over all that a template is made of. The version of the format is part
+/// of every key; the host is not, because an entry of another one is refused with the reason.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct TemplateKey(Sha256);
@@ -47,8 +48,8 @@ impl TemplateKey {
         Self(Sha256::new()).part("format", FORMAT.to_le_bytes())
     }
 
-    /// Adds an ingredient: memory, vCPUs, CPU profile, command line... Its name and length count, so
-    /// that no two lists of ingredients have the same key.
+    /// Adds an ingredient: memory, vCPUs, CPU profile, command line... Its name and length count,
+    /// so that no two lists of ingredients have the same key.
     pub fn part(mut self, name: &str, content: impl AsRef<[u8]>) -> Self {
         for bytes in [name.as_bytes(), content.as_ref()] {
             self.0.update((bytes.len() as u64).to_le_bytes());
@@ -130,8 +131,8 @@ pub enum CacheError<E: std::error::Error + 'static> {
     Build(#[source] E),
 }
 
-/// The right to make one entry: no other process or thread makes it meanwhile. Dropping it gives the
-/// right to the next.
+/// The right to make one entry: no other process or thread makes it meanwhile. Dropping it gives
+/// the right to the next.
 #[derive(Debug)]
 pub struct Vacancy {
     cache: TemplateCache,
@@ -152,8 +153,8 @@ impl TemplateCache {
     /// the rest fits. The one just added stays even if it alone is larger.
     ///
     /// # Errors
-    /// [`StoreError::Io`]; [`StoreError::NotPrivate`] where other users can write to it: what they put
-    /// there would run.
+    /// [`StoreError::Io`]; [`StoreError::NotPrivate`] where other users can write to it: what they
+    /// put there would run.
     pub fn open(root: impl AsRef<Path>, limit: u64) -> Result<Self, StoreError> {
         let root = root.as_ref();
         let root = std::path::absolute(root).map_err(io_error("use", root))?;
@@ -171,8 +172,8 @@ impl TemplateCache {
         Ok(Self { root, limit })
     }
 
-    /// The entry of `key`, or the right to make it. Blocks while another process or thread makes it, so
-    /// that an entry is made once; from async code use `spawn_blocking`.
+    /// The entry of `key`, or the right to make it. Blocks while another process or thread makes
+    /// it, so that an entry is made once; from async code use `spawn_blocking`.
     ///
     /// # Errors
     /// [`StoreError::Host`] without KVM; [`StoreError::Io`] when locks cannot be had. An entry that
@@ -181,8 +182,9 @@ impl TemplateCache {
         self.enter_with(key, &[])
     }
 
-    /// As [`TemplateCache::enter`], for a guest that is given `images` (see [`Template::load_with`]): their content
-    /// should be part of the key, or an entry of others is made again.
+    /// As [`TemplateCache::enter`], for a guest that is given `images` (see
+    /// [`Template::load_with`]): their content should be part of the key, or an entry of others
+    /// is made again.
     ///
     /// # Errors
     /// As [`TemplateCache::enter`].
@@ -198,8 +200,9 @@ impl TemplateCache {
         Ok(self.enter_locked(key, lock, &here, images))
     }
 
-    /// As [`TemplateCache::enter_with`], but does not wait: None while another process or thread makes the entry. A
-    /// thread that waits for a lock cannot be called back, so async code tries again from time to time.
+    /// As [`TemplateCache::enter_with`], but does not wait: None while another process or thread
+    /// makes the entry. A thread that waits for a lock cannot be called back, so async code
+    /// tries again from time to time.
     ///
     /// # Errors
     /// As [`TemplateCache::enter`].
@@ -383,8 +386,8 @@ impl Vacancy {
         self.why.as_ref()
     }
 
-    /// Makes `template` the entry, in place of what was there. What is given back keeps the entry from
-    /// being evicted. Blocks for the disk.
+    /// Makes `template` the entry, in place of what was there. What is given back keeps the entry
+    /// from being evicted. Blocks for the disk.
     ///
     /// # Errors
     /// [`StoreError`]; the entry is then not there.

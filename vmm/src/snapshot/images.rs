@@ -1,5 +1,6 @@
-//! The images of a template on disk. They are no part of it: it names them by their content, and whoever loads it
-//! brings them. (A path in it would let its maker have this process read any file.)
+//! The images of a template on disk. They are no part of it: it names them by their content, and
+//! whoever loads it brings them. (A path in it would let its maker have this process read any
+//! file.)
 
 use std::path::Path;
 
@@ -11,7 +12,8 @@ use super::store::{StoreError, io_error};
 use crate::virtio::DeviceState;
 use crate::virtio::pmem::{PmemImage, PmemState, place};
 
-/// Most address bits that a processor has (Intel SDM volume 3, section 4.1.4). That this one's are enough, KVM says.
+/// Most address bits that a processor has (Intel SDM volume 3, section 4.1.4). That this one's are
+/// enough, KVM says.
 const ADDRESS_BITS: u32 = 52;
 
 /// What a manifest says of an image.
@@ -52,8 +54,8 @@ pub(super) fn fit(state: &VmState, named: &[Named]) -> bool {
     saved == sizes && place(memory, &sizes, ADDRESS_BITS).is_ok_and(|right| right == places)
 }
 
-/// Gives the state the images at `paths`, which must be those that it names. Their content is looked at unless
-/// it is `trusted`.
+/// Gives the state the images at `paths`, which must be those that it names. Their content is
+/// looked at unless it is `trusted`.
 pub(super) fn bring(
     dir: &Path,
     state: &mut VmState,

@@ -23,7 +23,8 @@ const PAGE_TABLES: std::ops::Range<usize> = 0x9000..0x1_0000;
 /// After that long a clone is stuck.
 const STUCK: Duration = Duration::from_secs(60);
 
-/// Waits for its seed, draws from it by xorshift, and writes what it draws to the page that it draws.
+/// Waits for its seed, draws from it by xorshift, and writes what it draws to the page that it
+/// draws.
 fn code() -> Vec<u8> {
     let mut code = vec![
         // l: mov rax, [SEED]; test rax, rax; jz l
@@ -86,7 +87,8 @@ fn clone_of(template: &Template) -> (Vm, GuestRam) {
     (shell.fork_paused().unwrap(), ram)
 }
 
-/// Whether there is a host to test on; says so if not, past the capture of the test runner, which counts these lines.
+/// Whether there is a host to test on; says so if not, past the capture of the test runner, which
+/// counts these lines.
 fn kvm() -> bool {
     let there = std::path::Path::new("/dev/kvm").exists();
     if !there {

@@ -15,8 +15,8 @@ use super::VmState;
 use super::images::Named;
 use super::origin::Origin;
 
-/// Version of the format; others are refused. Raised whenever any struct below [`Manifest`] changes, or
-/// what a vCPU is given that is not saved (its CPUID).
+/// Version of the format; others are refused. Raised whenever any struct below [`Manifest`]
+/// changes, or what a vCPU is given that is not saved (its CPUID).
 pub(crate) const FORMAT: u32 = 5;
 /// Most bytes of a manifest: far more than 32 vCPUs and all connections of a device need.
 pub(super) const MAX_BYTES: u64 = 4 << 20;

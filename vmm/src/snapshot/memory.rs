@@ -30,7 +30,8 @@ pub(super) fn complete(ram: &GuestRam) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A new memory file with a copy of all of `ram`; holes stay holes. An error as soon as its VM does not go on.
+/// A new memory file with a copy of all of `ram`; holes stay holes. An error as soon as its VM does
+/// not go on.
 pub(super) fn copy_out(ram: &GuestRam, goes_on: impl Fn() -> bool) -> std::io::Result<File> {
     check_file_size(ram.bytes())?;
     let target = memfd()?;
@@ -70,7 +71,8 @@ fn copy(
     Ok(())
 }
 
-/// As [`Vec::resize`]; memory that the host refuses (`ulimit -v`) is an error, where it would end the program.
+/// As [`Vec::resize`]; memory that the host refuses (`ulimit -v`) is an error, where it would end
+/// the program.
 fn resize(buffer: &mut Vec<u8>, len: u64) -> std::io::Result<()> {
     let len = usize::try_from(len).unwrap_or(0);
     let refused = |_| std::io::Error::from_raw_os_error(libc::ENOMEM);
@@ -88,9 +90,9 @@ fn guest_address(offset: u64) -> u64 {
     }
 }
 
-/// Copies the pages of `from` that hold anything but zeroes into `to`, which is all holes, and gives
-/// the SHA-256 of the length and of each such page with its offset: the same whatever is a hole and
-/// what is written out as zeroes. `bytes` is the length of both, in whole pages.
+/// Copies the pages of `from` that hold anything but zeroes into `to`, which is all holes, and
+/// gives the SHA-256 of the length and of each such page with its offset: the same whatever is a
+/// hole and what is written out as zeroes. `bytes` is the length of both, in whole pages.
 pub(super) fn copy_pages(from: &File, to: &File, bytes: u64) -> std::io::Result<Digest> {
     const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
     let mut hash = Sha256::new();

@@ -1,8 +1,9 @@
 //! Templates: a guest that was booted once, frozen, and is forked copy-on-write.
 //!
 //! Capture order: vCPUs wait at the gate, devices, KVM state, memory. Restore order: memory slots,
-//! interrupt controllers, CPUID, devices (up to here it is a [`Shell`]), clock, vCPUs, pending interrupts. A [`Template`]'s memory is a sealed memfd:
-//! no clone, and nothing else, can change it.
+//! interrupt controllers, CPUID, devices (up to here it is a [`Shell`]), clock, vCPUs, pending
+//! interrupts. A [`Template`]'s memory is a sealed memfd: no clone, and nothing else, can change
+//! it.
 
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod blank;
@@ -107,9 +108,9 @@ impl Template {
     /// taken up with [`VsockHost::reattach`](crate::VsockHost::reattach).
     ///
     /// # Errors
-    /// [`BootError`] when the host refuses; nothing is left behind. Whether KVM gets the thread that it needs is not
-    /// waited for, which takes a quarter of a fork: a VM that cannot run for want of it ends by
-    /// [`Exit::NoThread`](crate::Exit::NoThread).
+    /// [`BootError`] when the host refuses; nothing is left behind. Whether KVM gets the thread
+    /// that it needs is not waited for, which takes a quarter of a fork: a VM that cannot run
+    /// for want of it ends by [`Exit::NoThread`](crate::Exit::NoThread).
     pub fn fork(&self) -> Result<Vm, BootError> {
         shell::fork(self, Want::Run)
     }
@@ -122,7 +123,8 @@ impl Template {
         shell::fork(self, Want::Pause)
     }
 
-    /// The part of a fork that can be made ahead of demand: [`Shell::fork`] does the rest, in a fraction of the time.
+    /// The part of a fork that can be made ahead of demand: [`Shell::fork`] does the rest, in a
+    /// fraction of the time.
     ///
     /// # Errors
     /// As [`Template::fork`].
@@ -130,8 +132,8 @@ impl Template {
         Shell::of(self)
     }
 
-    /// Lets [`Vm::emulated_instructions`] count in the clones of this value: for measurements. Costs each
-    /// a descriptor per vCPU.
+    /// Lets [`Vm::emulated_instructions`] count in the clones of this value: for measurements.
+    /// Costs each a descriptor per vCPU.
     #[must_use]
     pub fn count_instructions(mut self, on: bool) -> Self {
         self.count_instructions = on;
@@ -139,8 +141,9 @@ impl Template {
     }
 
     /// Has `place` decide where the vCPU threads of this value's clones run, as
-    /// [`VmConfigBuilder::place_vcpus`](crate::VmConfigBuilder::place_vcpus) does for a VM that boots; of a
-    /// [`Shell`], when it is made. A template does not keep what it was booted with.
+    /// [`VmConfigBuilder::place_vcpus`](crate::VmConfigBuilder::place_vcpus) does for a VM that
+    /// boots; of a [`Shell`], when it is made. A template does not keep what it was booted
+    /// with.
     #[must_use]
     pub fn place_vcpus(
         mut self,
@@ -150,18 +153,19 @@ impl Template {
         self
     }
 
-    /// Gives the clones of this value the pages of `set` before they run, so that they need not wait for each: what one clone
-    /// had touched ([`Vm::working_set`]). It costs each fork the time to copy what was written; the memory it would
-    /// have cost anyway. A set of another template makes clones slower, and wrong in nothing.
+    /// Gives the clones of this value the pages of `set` before they run, so that they need not
+    /// wait for each: what one clone had touched ([`Vm::working_set`]). It costs each fork the
+    /// time to copy what was written; the memory it would have cost anyway. A set of another
+    /// template makes clones slower, and wrong in nothing.
     #[must_use]
     pub fn prefetch(mut self, set: WorkingSet) -> Self {
         self.working_set = Some(Arc::new(set));
         self
     }
 
-    /// Bytes of host memory (of a file, if that was mapped) that the template itself holds, once for
-    /// all its clones. Grows as clones touch pages for the first time that the template has as a
-    /// hole: the host then keeps one page of zeroes for all of them.
+    /// Bytes of host memory (of a file, if that was mapped) that the template itself holds, once
+    /// for all its clones. Grows as clones touch pages for the first time that the template has
+    /// as a hole: the host then keeps one page of zeroes for all of them.
     #[must_use]
     pub fn footprint(&self) -> u64 {
         memory::allocated(&self.frozen.memory)
@@ -188,8 +192,8 @@ impl Template {
 
     /// Captures a paused machine and takes it apart: its memory becomes the template's.
     pub(crate) fn of(mut machine: Machine) -> Result<Self, SnapshotError> {
-        // Else a device could write between its capture and the unmapping: to the template's memory,
-        // past the positions that were saved.
+        // Else a device could write between its capture and the unmapping: to the template's
+        // memory, past the positions that were saved.
         machine.detach();
         if !machine.memory_can_be_shared() {
             let capture = machine.capture().ok_or(SnapshotError::Running)?;

@@ -1,5 +1,5 @@
-//! Where a template was made. A guest goes on only on a processor and a kernel like those that it was
-//! captured on: it has seen CPUID, and saved state means what that KVM says it means.
+//! Where a template was made. A guest goes on only on a processor and a kernel like those that it
+//! was captured on: it has seen CPUID, and saved state means what that KVM says it means.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -16,7 +16,8 @@ use crate::kvm::{KvmError, create_vcpu, create_vm};
 pub(crate) struct Origin {
     /// Release and build of the host's kernel.
     kernel: String,
-    /// Rate of the time stamp counter, to which the guest has set its clocks; 0 if KVM does not tell.
+    /// Rate of the time stamp counter, to which the guest has set its clocks; 0 if KVM does not
+    /// tell.
     tsc_khz: u32,
     /// What a guest is shown, without what differs from one processor of the host to the next.
     cpuid: Vec<kvm_cpuid_entry2>,
@@ -40,7 +41,8 @@ pub enum Difference {
         /// Its index.
         index: u32,
     },
-    /// The same processor, but its time stamp counter has another rate: the guest's clocks would be wrong.
+    /// The same processor, but its time stamp counter has another rate: the guest's clocks would be
+    /// wrong.
     Clock {
         /// Where the template was made, in kHz.
         there: u32,
@@ -91,7 +93,8 @@ impl Origin {
         })
     }
 
-    /// How a template that was made on this differs from what can run `here`; `None` if it does not.
+    /// How a template that was made on this differs from what can run `here`; `None` if it does
+    /// not.
     pub(crate) fn difference(&self, here: &Self) -> Option<Difference> {
         let same_clock = is_same_rate(self.tsc_khz, here.tsc_khz);
         if same_clock && (&self.kernel, &self.cpuid) == (&here.kernel, &here.cpuid) {
@@ -166,9 +169,9 @@ fn tsc_khz(host: &Host) -> Result<u32, KvmError> {
     Ok(*RATE.get_or_init(|| rate))
 }
 
-/// A leaf without what depends on which processor of the host answered (Intel SDM volume 2, CPUID; AMD
-/// APM volume 3, appendix E). None if that is all of it: caches, which hybrid processors have of two kinds, are a hint to
-/// the guest, which takes no harm from those of another.
+/// A leaf without what depends on which processor of the host answered (Intel SDM volume 2, CPUID;
+/// AMD APM volume 3, appendix E). None if that is all of it: caches, which hybrid processors have
+/// of two kinds, are a hint to the guest, which takes no harm from those of another.
 fn whole_host(mut leaf: kvm_cpuid_entry2) -> Option<kvm_cpuid_entry2> {
     match leaf.function {
         0x2 | 0x4 | 0x8000_0005 | 0x8000_0006 | 0x8000_0019 | 0x8000_001d => return None,

@@ -8,8 +8,8 @@ use kvm_ioctls::VcpuFd;
 use crate::cpu::msrs;
 use crate::vcpu::gate::Gate;
 
-/// For how long no vCPU has anything to do unless an interrupt comes. `None` if one is not idle, or does not wait at
-/// the closed gate.
+/// For how long no vCPU has anything to do unless an interrupt comes. `None` if one is not idle, or
+/// does not wait at the closed gate.
 pub(crate) fn quiet_for(gate: &Gate) -> Option<Duration> {
     (0..gate.vcpus()).try_fold(Duration::MAX, |least, index| {
         let quiet = gate.with_vcpu(index, |vcpu| until_timer(vcpu))??;
@@ -17,8 +17,8 @@ pub(crate) fn quiet_for(gate: &Gate) -> Option<Duration> {
     })
 }
 
-/// For how long the vCPU has nothing to do unless an interrupt comes: until its timer is due. `None` if it is not
-/// idle, or KVM does not tell.
+/// For how long the vCPU has nothing to do unless an interrupt comes: until its timer is due.
+/// `None` if it is not idle, or KVM does not tell.
 fn until_timer(vcpu: &VcpuFd) -> Option<Duration> {
     let state = vcpu.get_mp_state().ok()?;
     if state.mp_state == KVM_MP_STATE_RUNNABLE {

@@ -12,11 +12,11 @@ use crate::vcpu::gate::Want;
 use crate::vcpu::runner::Crew;
 use crate::vm::Vm;
 
-/// A clone of a template that has all but the state of its processors, interrupt controllers and clock: most of the
-/// work of a fork, made ahead of demand. See [`Template::shell`].
+/// A clone of a template that has all but the state of its processors, interrupt controllers and
+/// clock: most of the work of a fork, made ahead of demand. See [`Template::shell`].
 ///
-/// A shell costs the host what a parked clone does but for the clone's own pages (it has none), and does nothing.
-/// Dropping it releases all of that, off the caller's thread.
+/// A shell costs the host what a parked clone does but for the clone's own pages (it has none), and
+/// does nothing. Dropping it releases all of that, off the caller's thread.
 #[derive(Debug)]
 pub struct Shell {
     vm: Vm,
@@ -88,8 +88,8 @@ fn assemble(template: &Template) -> Result<Machine, BootError> {
     Ok(machine)
 }
 
-/// A clone without a shell of its own: its threads get their vCPUs when those have their state, and need not be woken
-/// a second time.
+/// A clone without a shell of its own: its threads get their vCPUs when those have their state, and
+/// need not be woken a second time.
 pub(super) fn fork(template: &Template, want: Want) -> Result<Vm, BootError> {
     let mut machine = assemble(template)?;
     let hardware = machine.hardware;

@@ -1,9 +1,9 @@
-//! A template as a directory: `manifest` (see [`manifest`](super::manifest)) and `memory`, the guest's
-//! memory from its first page on, with holes where it is zero.
+//! A template as a directory: `manifest` (see [`manifest`](super::manifest)) and `memory`, the
+//! guest's memory from its first page on, with holes where it is zero.
 //!
 //! What is read is data that anybody may have written: every part is checked against its checksum
-//! before anything of it is used. The checksums tell damage, not malice: who can write the directory
-//! can make a template of his own.
+//! before anything of it is used. The checksums tell damage, not malice: who can write the
+//! directory can make a template of his own.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{ErrorKind, Read};
@@ -29,7 +29,8 @@ use crate::virtio::pmem::{MAX_IMAGES, PmemError};
 pub(super) const MANIFEST: &str = "manifest";
 const MEMORY: &str = "memory";
 
-/// Why a template could not be saved or loaded. Nothing ran, and nothing half-written is in its place.
+/// Why a template could not be saved or loaded. Nothing ran, and nothing half-written is in its
+/// place.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreError {
@@ -68,8 +69,8 @@ pub enum StoreError {
         /// What is different.
         difference: Difference,
     },
-    /// The guest was given images (see [`VmConfigBuilder::pmem`](crate::VmConfigBuilder::pmem)), whose
-    /// files are no part of a template.
+    /// The guest was given images (see [`VmConfigBuilder::pmem`](crate::VmConfigBuilder::pmem)),
+    /// whose files are no part of a template.
     #[error(
         "the guest of {} was given {wanted} images, {given} are named; load it with those of its configuration, in their order",
         path.display()
@@ -114,10 +115,11 @@ pub(super) fn io_error(
 }
 
 impl Template {
-    /// Writes the template to `dir`, which must not exist (or be empty): all of it or nothing, also if
-    /// the host fails meanwhile. Images that its guest was given are no part of it. A process that is killed leaves a
-    /// directory `.NAME.PID.NUMBER.unfinished` beside it, with the guest's memory in it, which the next save
-    /// beside it removes. Pages of zeroes take no space. Blocks for the disk.
+    /// Writes the template to `dir`, which must not exist (or be empty): all of it or nothing, also
+    /// if the host fails meanwhile. Images that its guest was given are no part of it. A
+    /// process that is killed leaves a directory `.NAME.PID.NUMBER.unfinished` beside it, with
+    /// the guest's memory in it, which the next save beside it removes. Pages of zeroes take no
+    /// space. Blocks for the disk.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind.
@@ -139,10 +141,10 @@ impl Template {
         scratch.publish(&dir)
     }
 
-    /// Reads a template that [`Template::save`] wrote: a copy whose checksums are right, in memory that
-    /// nothing can change. What happens to the files later does not matter. Limits of the host's
-    /// (processor quota, seccomp) are not stored: clones have the defaults. Blocks for the disk and
-    /// about 1 ms per MiB.
+    /// Reads a template that [`Template::save`] wrote: a copy whose checksums are right, in memory
+    /// that nothing can change. What happens to the files later does not matter. Limits of the
+    /// host's (processor quota, seccomp) are not stored: clones have the defaults. Blocks for
+    /// the disk and about 1 ms per MiB.
     ///
     /// # Errors
     /// [`StoreError`]; [`StoreError::Images`] if the guest was given any.
@@ -150,9 +152,9 @@ impl Template {
         Self::load_with(dir, &[])
     }
 
-    /// As [`Template::load`], for a guest that was given `images`: those of its configuration, in their order. They are
-    /// mapped, not copied, as at a boot; their content must be what it was when the template was saved (some 1 ms per
-    /// MiB to look at).
+    /// As [`Template::load`], for a guest that was given `images`: those of its configuration, in
+    /// their order. They are mapped, not copied, as at a boot; their content must be what it
+    /// was when the template was saved (some 1 ms per MiB to look at).
     ///
     /// # Errors
     /// [`StoreError`]; [`StoreError::OtherImage`] for an image with another content.
@@ -207,13 +209,13 @@ impl Template {
         Ok(Self::with(stored.manifest.state, Arc::new(target)))
     }
 
-    /// As [`Template::load`], but maps the memory file instead of copying and checking it: no time, and
-    /// no memory but the page cache's. For files that only this user can write, in a directory of the
-    /// same kind.
+    /// As [`Template::load`], but maps the memory file instead of copying and checking it: no time,
+    /// and no memory but the page cache's. For files that only this user can write, in a
+    /// directory of the same kind.
     ///
-    /// While the template or a VM forked from it lives, nobody may write or shorten the file: what a
-    /// write would do to guests is undefined, and this process gets SIGBUS for pages that are gone.
-    /// Deleting or replacing the directory is harmless.
+    /// While the template or a VM forked from it lives, nobody may write or shorten the file: what
+    /// a write would do to guests is undefined, and this process gets SIGBUS for pages that are
+    /// gone. Deleting or replacing the directory is harmless.
     ///
     /// # Errors
     /// [`StoreError`]; [`StoreError::NotPrivate`] where others may write.
@@ -221,8 +223,8 @@ impl Template {
         Self::load_trusted_with(dir, &[])
     }
 
-    /// As [`Template::load_trusted`], for a guest that was given `images`; see [`Template::load_with`]. Of these only
-    /// the size is looked at.
+    /// As [`Template::load_trusted`], for a guest that was given `images`; see
+    /// [`Template::load_with`]. Of these only the size is looked at.
     ///
     /// # Errors
     /// As [`Template::load_trusted`]; [`StoreError::OtherImage`] for an image of another size.
@@ -265,8 +267,8 @@ struct Stored {
     manifest: Manifest,
     /// As long as the manifest says; nothing else of it is known.
     memory: File,
-    /// Whether nobody but this user can write the directory and what is in it. Asked of what is open, not
-    /// of names, which others may give to something else.
+    /// Whether nobody but this user can write the directory and what is in it. Asked of what is
+    /// open, not of names, which others may give to something else.
     private: bool,
 }
 
@@ -327,7 +329,8 @@ impl Stored {
 }
 
 impl Manifest {
-    /// Whether a template on disk can be of this state and have these images, as far as it can be told without KVM.
+    /// Whether a template on disk can be of this state and have these images, as far as it can be
+    /// told without KVM.
     pub(super) fn is_possible(&self) -> bool {
         let hardware = self.state.hardware;
         hardware.memory_bytes > 0
@@ -401,8 +404,8 @@ fn open_dir(dir: &Path) -> std::io::Result<File> {
 /// How names end of what [`Template::save`] has not finished; no template is called so by chance.
 const UNFINISHED: &str = ".unfinished";
 
-/// Removes what saves into `parent` left whose processes were killed: nobody holds its lock. What was made
-/// just now and is not locked yet is known by being empty.
+/// Removes what saves into `parent` left whose processes were killed: nobody holds its lock. What
+/// was made just now and is not locked yet is known by being empty.
 fn sweep(parent: &Path) {
     let Ok(listing) = fs::read_dir(parent) else {
         return;
@@ -431,9 +434,9 @@ fn sweep(parent: &Path) {
 /// A private directory for the parts of a template, which goes at drop unless it was published.
 pub(super) struct Scratch {
     pub(super) path: PathBuf,
-    /// Open, it is emptied and synced without another descriptor. Locked, it says that its maker lives, until it
-    /// is published or this process ends. A file system without such locks gives none to who sweeps either, who
-    /// then removes nothing.
+    /// Open, it is emptied and synced without another descriptor. Locked, it says that its maker
+    /// lives, until it is published or this process ends. A file system without such locks
+    /// gives none to who sweeps either, who then removes nothing.
     dir: File,
     is_published: bool,
 }
@@ -460,8 +463,8 @@ impl Scratch {
         }
     }
 
-    /// Gives the directory the name `to`, unless there is something of that name, and waits until the disk has it. After
-    /// an error it does not have it.
+    /// Gives the directory the name `to`, unless there is something of that name, and waits until
+    /// the disk has it. After an error it does not have it.
     pub(super) fn publish(mut self, to: &Path) -> Result<(), StoreError> {
         let parent = to.parent().unwrap_or(to);
         // Whatever may be short is asked for before the rename.
@@ -490,7 +493,8 @@ impl Drop for Scratch {
     }
 }
 
-/// Removes a template's directory, without another descriptor. With anything else in it the directory stays.
+/// Removes a template's directory, without another descriptor. With anything else in it the
+/// directory stays.
 fn remove_parts(dir: &File, path: &Path) {
     for part in [MANIFEST, MEMORY] {
         let _ = rustix::fs::unlinkat(dir, part, AtFlags::empty());

@@ -283,8 +283,8 @@ impl Harm {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
-    /// Whatever is flipped, cut, lengthened or taken from another template: a typed error, or nothing
-    /// was different.
+    /// Whatever is flipped, cut, lengthened or taken from another template: a typed error, or
+    /// nothing was different.
     #[test]
     fn every_harm_is_an_error(harm in harm(), content in proptest::collection::vec(1..255u8, 1..9000)) {
         let scratch = tempfile::tempdir().unwrap();
@@ -301,8 +301,8 @@ proptest! {
         }
     }
 
-    /// What a manifest decodes to may be anything: bytes that are no template's are refused or decode,
-    /// but never more.
+    /// What a manifest decodes to may be anything: bytes that are no template's are refused or
+    /// decode, but never more.
     #[test]
     fn manifests_of_any_bytes_are_decoded_or_refused(body in proptest::collection::vec(any::<u8>(), 0..3000)) {
         let _ = manifest::Manifest::decode(&body);

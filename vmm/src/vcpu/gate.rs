@@ -6,8 +6,8 @@
 //!    Stop
 //! ```
 //!
-//! Whoever captures the VM holds the gate closed besides ([`Gate::hold`]): then wishes are noted, and
-//! take effect when it lets go.
+//! Whoever captures the VM holds the gate closed besides ([`Gate::hold`]): then wishes are noted,
+//! and take effect when it lets go.
 //!
 //! A thread that finds the gate closed hands its vCPU over (into its [`Seat`]) and waits; whoever
 //! closed the gate may then look at the vCPU. Lock order: `Gate.state`, then a seat.
@@ -22,12 +22,13 @@ use super::kick::Kicker;
 
 /// How long to wait for acknowledgement before kicking again.
 const KICK_INTERVAL: Duration = Duration::from_millis(5);
-/// The most of a step's time that counts; on a busy host steps take several times what was asked for.
+/// The most of a step's time that counts; on a busy host steps take several times what was asked
+/// for.
 const STEP: Duration = Duration::from_millis(20);
 
-/// How long to wait for threads of this process. What counts is time in which they could have run: a step that took far
-/// longer than was asked for says that the whole process stood still (a debugger, a frozen control group), and counts as
-/// a short one.
+/// How long to wait for threads of this process. What counts is time in which they could have run:
+/// a step that took far longer than was asked for says that the whole process stood still (a
+/// debugger, a frozen control group), and counts as a short one.
 #[derive(Debug)]
 pub(crate) struct Patience(Duration);
 
@@ -172,8 +173,8 @@ impl Gate {
         true
     }
 
-    /// Keeps the gate closed, whatever is wished meanwhile, until the hold is dropped. A stop ends the
-    /// threads nevertheless. Does not wait for them; see [`Gate::settle`].
+    /// Keeps the gate closed, whatever is wished meanwhile, until the hold is dropped. A stop ends
+    /// the threads nevertheless. Does not wait for them; see [`Gate::settle`].
     pub(crate) fn hold(&self) -> Hold<'_> {
         {
             let mut state = self.lock();
@@ -185,8 +186,8 @@ impl Gate {
         Hold(self)
     }
 
-    /// The state has changed. Whoever says so to the threads that wait does it when the lock is free again: they
-    /// would wake only to wait for it.
+    /// The state has changed. Whoever says so to the threads that wait does it when the lock is
+    /// free again: they would wake only to wait for it.
     fn mark(&self, state: &State) {
         self.closed.store(!state.is_open(), Ordering::Release);
     }
@@ -215,8 +216,8 @@ impl Gate {
         }
     }
 
-    /// Kicks until every thread waits at the gate or has ended; false when it took longer than `bound`, of time in
-    /// which this process could run.
+    /// Kicks until every thread waits at the gate or has ended; false when it took longer than
+    /// `bound`, of time in which this process could run.
     pub(crate) fn settle(&self, bound: Duration) -> bool {
         let mut patience = Patience::new(bound);
         let mut seen = Instant::now();
@@ -276,8 +277,8 @@ impl Drop for Hold<'_> {
 mod tests {
     use super::*;
 
-    /// Was: a process that a debugger or a control group had held for longer than the bound found, when it went on, that its
-    /// vCPUs had not stopped in time.
+    /// Was: a process that a debugger or a control group had held for longer than the bound found,
+    /// when it went on, that its vCPUs had not stopped in time.
     #[test]
     fn time_in_which_the_process_stood_still_does_not_count() {
         let mut patience = Patience::new(Duration::from_secs(5));
@@ -288,7 +289,8 @@ mod tests {
         let mut patience = Patience::new(Duration::from_secs(5));
         let steps = (1..).find(|_| !patience.charge(KICK_INTERVAL));
         assert_eq!(steps, Some(1000));
-        // And a host on which each step takes many times as long waits no longer than for so many steps.
+        // And a host on which each step takes many times as long waits no longer than for so many
+        // steps.
         let mut patience = Patience::new(Duration::from_secs(5));
         let steps = (1..).find(|_| !patience.charge(20 * KICK_INTERVAL));
         assert_eq!(steps, Some(250));

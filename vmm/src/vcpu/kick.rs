@@ -2,12 +2,12 @@
 //!
 //! One signal ([`kick_signal`]) whose handler does nothing but set `immediate_exit` in the
 //! vCPU's shared page. A signal that comes between the thread's last check and `KVM_RUN` therefore
-//! makes that run return at once: no kick is lost. A thread that has not entered its loop yet has no
-//! page to set; the kicker repeats until the thread acknowledges.
+//! makes that run return at once: no kick is lost. A thread that has not entered its loop yet has
+//! no page to set; the kicker repeats until the thread acknowledges.
 //!
-//! It is one of the old signals, because those are sent whatever is queued: a real-time signal is refused once the
-//! user's processes have as many pending as `ulimit -i` allows (`__send_signal_locked` in kernel/signal.c), and a vCPU
-//! could not be stopped then.
+//! It is one of the old signals, because those are sent whatever is queued: a real-time signal is
+//! refused once the user's processes have as many pending as `ulimit -i` allows
+//! (`__send_signal_locked` in kernel/signal.c), and a vCPU could not be stopped then.
 
 use std::cell::Cell;
 use std::sync::{Mutex, Once, OnceLock, PoisonError};
@@ -18,17 +18,18 @@ use vmm_sys_util::signal::unblock_signal;
 use super::VcpuError;
 
 thread_local! {
-    /// `kvm_run.immediate_exit` of the vCPU that this thread runs; null elsewhere. Const-initialised
-    /// and without a destructor, so that the handler may read it at any time.
+    /// `kvm_run.immediate_exit` of the vCPU that this thread runs; null elsewhere.
+    /// Const-initialised and without a destructor, so that the handler may read it at any time.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
 /// The signal that this process uses, once it does.
 static CHOSEN: OnceLock<i32> = OnceLock::new();
 
-/// The signal that Hearth uses: `SIGSTKFLT`, which Linux never sends on x86. Where the embedding program has a handler for
-/// that when it makes its first VM, it is the first real-time signal from `SIGRTMIN + 6` on that has none. An embedder must
-/// leave its disposition alone from then on. The only other one that the library changes is that of SIGBUS (see
+/// The signal that Hearth uses: `SIGSTKFLT`, which Linux never sends on x86. Where the embedding
+/// program has a handler for that when it makes its first VM, it is the first real-time signal from
+/// `SIGRTMIN + 6` on that has none. An embedder must leave its disposition alone from then on. The
+/// only other one that the library changes is that of SIGBUS (see
 /// [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
 #[must_use]
 pub fn kick_signal() -> i32 {
@@ -49,7 +50,8 @@ pub(crate) fn leave_guest() {
     }
 }
 
-/// Installs the handler, once per process, for a signal that nobody else handles; later sees that it is still there.
+/// Installs the handler, once per process, for a signal that nobody else handles; later sees that
+/// it is still there.
 pub(crate) fn install() -> Result<(), VcpuError> {
     static INSTALLING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -87,7 +89,8 @@ fn disposition(
         action.sa_flags = libc::SA_SIGINFO;
         &raw const action
     });
-    // SAFETY: both pointers are null or to live structures; the handler may run on any thread at any time.
+    // SAFETY: both pointers are null or to live structures; the handler may run on any thread at
+    // any time.
     let done = unsafe { libc::sigaction(signal, action.unwrap_or(std::ptr::null()), &raw mut old) };
     match done {
         0 => Ok(old.sa_sigaction),
@@ -139,13 +142,15 @@ impl Kicker {
         let Some(tid) = *thread else {
             return;
         };
-        // SAFETY: the thread lives (`discharge` takes the lock, which is held here, before it ends), and the handler
-        // of the signal was installed before any vCPU thread started.
+        // SAFETY: the thread lives (`discharge` takes the lock, which is held here, before it
+        // ends), and the handler of the signal was installed before any vCPU thread
+        // started.
         let sent = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
         let error = std::io::Error::last_os_error();
         drop(thread);
         if sent != 0 {
-            // All that is known to be refused is a real-time signal for which the user's queue has no place.
+            // All that is known to be refused is a real-time signal for which the user's queue has
+            // no place.
             static TOLD: Once = Once::new();
             TOLD.call_once(|| {
                 tracing::error!(%error, "a vCPU thread could not be signalled; check ulimit -i");

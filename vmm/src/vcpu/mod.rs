@@ -30,11 +30,12 @@ use crate::state::{Exit, InternalError};
 /// Why a vCPU thread could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
-    /// The handler of the kick signal, or that of SIGBUS, could not be installed, or the signal not be unblocked.
+    /// The handler of the kick signal, or that of SIGBUS, could not be installed, or the signal not
+    /// be unblocked.
     #[error("the signals of a vCPU thread could not be handled")]
     Signal(#[source] std::io::Error),
-    /// The embedding program handles the signal that kicks vCPUs: it has replaced the library's handler, or left no
-    /// signal without one.
+    /// The embedding program handles the signal that kicks vCPUs: it has replaced the library's
+    /// handler, or left no signal without one.
     #[error(
         "signal {0} has a handler of the host program's; leave the one to Hearth that kick_signal() names"
     )]
@@ -53,7 +54,8 @@ pub enum VcpuError {
     /// The thread could not be confined.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
-    /// KVM makes a thread of its own when a VM first runs (since Linux 6.13), and the host has none left.
+    /// KVM makes a thread of its own when a VM first runs (since Linux 6.13), and the host has none
+    /// left.
     #[error(
         "the host refused KVM a thread for the VM; check ulimit -u and pids.max (systemd: TasksMax)"
     )]
@@ -82,10 +84,11 @@ pub struct ExitCounters {
     pub mmio: AtomicU64,
     /// Kicks and other signals.
     pub interrupted: AtomicU64,
-    /// Registers of programs that were saved or loaded for the guest's kernel, where ring 0 is emulated.
+    /// Registers of programs that were saved or loaded for the guest's kernel, where ring 0 is
+    /// emulated.
     pub registers: AtomicU64,
-    /// Locks that stopped the memory of all processors, where the host tells; after each the vCPU rests for a millisecond.
-    /// They are noted at exits of any kind, and so not in the sum.
+    /// Locks that stopped the memory of all processors, where the host tells; after each the vCPU
+    /// rests for a millisecond. They are noted at exits of any kind, and so not in the sum.
     pub bus_locks: AtomicU64,
     /// Anything else.
     pub other: AtomicU64,
@@ -99,8 +102,8 @@ impl ExitCounters {
         self.pio.load(Ordering::Relaxed) + self.mmio.load(Ordering::Relaxed)
     }
 
-    /// When the guest first needed its host (any exit but an interruption): its vCPU thread looked at the
-    /// clock before it answered. For measurements.
+    /// When the guest first needed its host (any exit but an interruption): its vCPU thread looked
+    /// at the clock before it answered. For measurements.
     #[must_use]
     pub fn first(&self) -> Option<Instant> {
         self.first.get().copied()
@@ -146,8 +149,8 @@ enum Step {
 }
 
 impl Vcpu {
-    /// Runs the vCPU until its VM is stopped; the calling thread comes to the gate first. Nothing of the VM is left on
-    /// this thread afterwards.
+    /// Runs the vCPU until its VM is stopped; the calling thread comes to the gate first. Nothing
+    /// of the VM is left on this thread afterwards.
     fn live(mut self, meter: Option<&mut Meter<'_>>) {
         let gate = Arc::clone(&self.gate);
         if let (Some(seat), Some(mut fd)) = (gate.seat(self.index), self.fd.take()) {
@@ -268,8 +271,8 @@ fn tell(
     }
 }
 
-/// Enters KVM, and leaves it before the guest: what a VM that runs needs of KVM (on some hosts a thread) is made
-/// before anybody waits for the guest, or goes on without.
+/// Enters KVM, and leaves it before the guest: what a VM that runs needs of KVM (on some hosts a
+/// thread) is made before anybody waits for the guest, or goes on without.
 fn warm_up(fd: &mut VcpuFd) -> Result<(), VcpuError> {
     fd.set_kvm_immediate_exit(1);
     let warm = is_warm(|| fd.run().map(drop));
@@ -292,9 +295,9 @@ fn is_warm(run: impl FnMut() -> Result<(), kvm_ioctls::Error>) -> Result<(), Vcp
     }
 }
 
-/// Brings the vCPU to a point at which its state is whole, without running the guest: completes an exit
-/// that KVM has not finished (port reads, MMIO). And tells the guest that it is about to be paused, so
-/// that its watchdogs take no offence (`KVM_KVMCLOCK_CTRL`).
+/// Brings the vCPU to a point at which its state is whole, without running the guest: completes an
+/// exit that KVM has not finished (port reads, MMIO). And tells the guest that it is about to be
+/// paused, so that its watchdogs take no offence (`KVM_KVMCLOCK_CTRL`).
 fn prepare_to_wait(fd: &mut VcpuFd, board: &Board, ending: &Ending, exits: &ExitCounters) {
     // An access over two pages, or of more than 8 bytes, exits once for each part.
     for _ in 0..PARTS_OF_AN_ACCESS {
@@ -305,7 +308,8 @@ fn prepare_to_wait(fd: &mut VcpuFd, board: &Board, ending: &Ending, exits: &Exit
                 ending.report(exit);
                 break;
             }
-            // EINTR is the expected answer: all is complete. What else is wrong the next run says too.
+            // EINTR is the expected answer: all is complete. What else is wrong the next run says
+            // too.
             Ok(Step::Kicked | Step::Interrupted) | Err(_) => break,
         }
     }

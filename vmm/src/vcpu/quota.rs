@@ -1,9 +1,9 @@
 //! A VM's share of processor time.
 //!
-//! Each vCPU thread has a timer on its own processor clock that kicks it out of the guest after every
-//! slice that it used: an idle guest costs nothing. The thread then charges what it used to the VM's
-//! [`Account`] and, if that is overdrawn, rests until the next period pays in. What was used too much
-//! is a debt, so that the share is exact in the long run.
+//! Each vCPU thread has a timer on its own processor clock that kicks it out of the guest after
+//! every slice that it used: an idle guest costs nothing. The thread then charges what it used to
+//! the VM's [`Account`] and, if that is overdrawn, rests until the next period pays in. What was
+//! used too much is a debt, so that the share is exact in the long run.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -115,8 +115,8 @@ impl Timer {
         // SAFETY: gettid has no preconditions.
         event.sigev_notify_thread_id = unsafe { libc::gettid() };
         let mut timer: libc::timer_t = std::ptr::null_mut();
-        // SAFETY: both pointers are to locals that outlive the call; the signal's handler is installed
-        // before any vCPU thread starts.
+        // SAFETY: both pointers are to locals that outlive the call; the signal's handler is
+        // installed before any vCPU thread starts.
         let made = unsafe {
             libc::timer_create(
                 libc::CLOCK_THREAD_CPUTIME_ID,

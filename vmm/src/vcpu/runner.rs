@@ -1,8 +1,9 @@
-//! The threads that run vCPUs, made ready before there is a vCPU: to start a thread and to confine it takes
-//! a fork longer than all that is left to do once a VM has its shell.
+//! The threads that run vCPUs, made ready before there is a vCPU: to start a thread and to confine
+//! it takes a fork longer than all that is left to do once a VM has its shell.
 //!
-//! A ready thread is a [`Runner`]. It comes from the spares of the process, if it is like them (confined and
-//! not metered), and goes back there when its VM is gone; more than [`SPARES`] are not kept.
+//! A ready thread is a [`Runner`]. It comes from the spares of the process, if it is like them
+//! (confined and not metered), and goes back there when its VM is gone; more than [`SPARES`] are
+//! not kept.
 
 use std::os::raw::c_char;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
@@ -20,8 +21,8 @@ use crate::threads::{self, SMALL_STACK};
 
 /// Most ready threads that wait for no VM in particular.
 const SPARES: usize = 2;
-/// How long a thread that was alerted keeps its processor for a vCPU that is about to come: as long as it takes to give a
-/// vCPU its state.
+/// How long a thread that was alerted keeps its processor for a vCPU that is about to come: as long
+/// as it takes to give a vCPU its state.
 const ALERT: Duration = Duration::from_micros(200);
 /// The name of a thread that runs no vCPU.
 const IDLE: &str = "hearth-spare";
@@ -97,7 +98,8 @@ impl Runner {
     }
 }
 
-/// Whether threads for such VMs are all alike. A meter belongs to one VM, and is made before its thread is confined.
+/// Whether threads for such VMs are all alike. A meter belongs to one VM, and is made before its
+/// thread is confined.
 fn is_usual(limits: Limits) -> bool {
     limits.seccomp && limits.cpu_percent.is_none()
 }
@@ -136,7 +138,8 @@ impl Crew {
         Ok(crew)
     }
 
-    /// A thread takes as long to wake up as a vCPU to get its state: wakes them now, for the vCPUs that come next.
+    /// A thread takes as long to wake up as a vCPU to get its state: wakes them now, for the vCPUs
+    /// that come next.
     pub(crate) fn alert(&self) {
         for runner in &self.0 {
             // Who does not hear it is missed when its vCPU comes.
@@ -157,8 +160,8 @@ impl Drop for Crew {
     }
 }
 
-/// Makes a spare if there is none: for the next VM, after the last was taken for this one. None where the host
-/// has no thread left; whoever needs one says so.
+/// Makes a spare if there is none: for the next VM, after the last was taken for this one. None
+/// where the host has no thread left; whoever needs one says so.
 pub(crate) fn replenish(limits: Limits) {
     if is_usual(limits) && stock().is_empty() {
         let spare = Runner::new(limits, None);
@@ -222,9 +225,10 @@ fn prepare(limits: Limits, account: Option<&Account>) -> Result<Option<Meter<'_>
     Ok(meter)
 }
 
-/// A guest that wakes up waits for its turn, instead of taking the processor from a thread of the host program:
-/// from the very one that has just resumed it, say. Threads of `SCHED_BATCH` preempt none of the usual kind when
-/// they wake (sched(7)); their share of the processor is the same. Without it they work, too.
+/// A guest that wakes up waits for its turn, instead of taking the processor from a thread of the
+/// host program: from the very one that has just resumed it, say. Threads of `SCHED_BATCH` preempt
+/// none of the usual kind when they wake (sched(7)); their share of the processor is the same.
+/// Without it they work, too.
 fn yield_to_host() {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: a live structure; the call changes this thread's policy and nothing else.

@@ -28,7 +28,8 @@ pub(crate) struct VcpuStats {
 
 impl VcpuStats {
     /// # Errors
-    /// The host's, or `Unsupported` from a kernel before 5.14 or one that does not count instructions.
+    /// The host's, or `Unsupported` from a kernel before 5.14 or one that does not count
+    /// instructions.
     pub(crate) fn open(vcpu: &VcpuFd) -> io::Result<Self> {
         // SAFETY: the ioctl takes no argument and touches no memory of this process.
         let fd = unsafe { ioctl(vcpu, KVM_GET_STATS_FD()) };

@@ -1,9 +1,10 @@
 //! `XSAVE` and `XRSTOR` of a guest's kernel that cannot execute them.
 //!
-//! Where ring 0 is emulated, programs run on the processor itself, AVX and all, but KVM's emulator knows neither
-//! instruction. KVM keeps those registers at each exit (`KVM_GET_XSAVE`), so that our kernel names the buffer to us
-//! instead: one port write saves them there, another loads them. The buffers are the guest's, in the standard format
-//! (Intel SDM volume 1, 13.4), and hold what the instructions would have left there.
+//! Where ring 0 is emulated, programs run on the processor itself, AVX and all, but KVM's emulator
+//! knows neither instruction. KVM keeps those registers at each exit (`KVM_GET_XSAVE`), so that our
+//! kernel names the buffer to us instead: one port write saves them there, another loads them. The
+//! buffers are the guest's, in the standard format (Intel SDM volume 1, 13.4), and hold what the
+//! instructions would have left there.
 
 use core::arch::x86_64::__cpuid_count;
 use std::ops::Range;
@@ -31,7 +32,8 @@ const COMPONENTS: usize = 8;
 const EXTENDED: usize = 2;
 const FP: u64 = 1 << 0;
 const SSE: u64 = 1 << 1;
-/// The legacy region, as far as `FXSAVE` writes it (10.5.1): x87 control, MXCSR, x87 registers, SSE registers.
+/// The legacy region, as far as `FXSAVE` writes it (10.5.1): x87 control, MXCSR, x87 registers, SSE
+/// registers.
 const FP_CONTROL: Range<usize> = 0..24;
 const FP_REGISTERS: Range<usize> = 32..160;
 const SSE_REGISTERS: Range<usize> = 160..416;
@@ -44,7 +46,8 @@ const HEADER: Range<usize> = 512..576;
 /// The control word of an x87 unit that was just initialized (8.1.5).
 const FCW: [u8; 2] = 0x37f_u16.to_le_bytes();
 
-/// Registers could not be saved or loaded. The guest cannot go on: its programs would compute with another's.
+/// Registers could not be saved or loaded. The guest cannot go on: its programs would compute with
+/// another's.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum XsaveError {
     #[error("the guest's kernel keeps registers at {0:#x}, outside of its memory")]
@@ -81,8 +84,8 @@ impl Request {
             }
             Self::Load(address) => {
                 let xsave = xsave_of(&load(ram, address)?);
-                // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes of a vCPU without dynamic features (AMX), which
-                // no guest is shown (`cpu::features`).
+                // SAFETY: KVM reads no more than `kvm_xsave`'s 4096 bytes of a vCPU without dynamic
+                // features (AMX), which no guest is shown (`cpu::features`).
                 unsafe { vcpu.set_xsave(&xsave) }.map_err(kvm("KVM_SET_XSAVE"))
             }
         }
@@ -145,7 +148,8 @@ fn components(mask: u64) -> impl Iterator<Item = Range<usize>> {
         .map(|(_, range)| range.clone())
 }
 
-/// The components' places, by the processor; asked once, for a host that is itself a guest asks its own.
+/// The components' places, by the processor; asked once, for a host that is itself a guest asks its
+/// own.
 fn layout() -> &'static [Range<usize>; COMPONENTS] {
     /// Extended state enumeration (Intel SDM volume 2, CPUID leaf 0xD).
     const LEAF: u32 = 0xd;

@@ -1,8 +1,8 @@
 //! The memory balloon (virtio 1.2 section 5.5): the guest hands pages back to the host.
 //!
 //! Queues: inflate, deflate, statistics, free page reporting. Pages that the guest gives up leave
-//! the host in bounded turns ([`GuestRam::discard`]). Free page hinting is not offered: it can free pages in
-//! use.
+//! the host in bounded turns ([`GuestRam::discard`]). Free page hinting is not offered: it can free
+//! pages in use.
 
 mod discards;
 
@@ -62,8 +62,8 @@ pub enum BalloonError {
     NoAnswer,
 }
 
-/// What the guest says about its memory, in bytes where not said otherwise; `None` where it does not
-/// say (virtio 1.2 section 5.5.6.4).
+/// What the guest says about its memory, in bytes where not said otherwise; `None` where it does
+/// not say (virtio 1.2 section 5.5.6.4).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BalloonStats {
     /// Memory swapped in.

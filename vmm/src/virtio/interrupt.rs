@@ -67,10 +67,11 @@ impl Interrupt {
         self.0.status.store(status, Ordering::SeqCst);
     }
 
-    /// Raises the line again if the driver has not acknowledged all: a host kernel thread passes interrupts on
-    /// from an irqfd to the controllers, so that one raised shortly before a capture may be missing in their
-    /// saved state. Without it a driver that waits for it, and for which no other is due, waits for ever. A
-    /// driver that did see it takes the second one for spurious.
+    /// Raises the line again if the driver has not acknowledged all: a host kernel thread passes
+    /// interrupts on from an irqfd to the controllers, so that one raised shortly before a
+    /// capture may be missing in their saved state. Without it a driver that waits for it, and
+    /// for which no other is due, waits for ever. A driver that did see it takes the second one
+    /// for spurious.
     pub(crate) fn repeat(&self) {
         match self.status() {
             0 => {}

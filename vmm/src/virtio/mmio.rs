@@ -159,8 +159,8 @@ impl MmioTransport {
         }
     }
 
-    /// Takes over `state`; the device was restored from its own part. An active device gets its queues back, but
-    /// sleeps until it begins.
+    /// Takes over `state`; the device was restored from its own part. An active device gets its
+    /// queues back, but sleeps until it begins.
     ///
     /// # Errors
     /// A [`Fault`] when the state is not one that a transport can have.
@@ -191,8 +191,9 @@ impl MmioTransport {
         self.device.activate(self.activation(queues))
     }
 
-    /// Goes on from the state that it took over. An active device is rung, so that a kick from before the snapshot is
-    /// not lost. The interrupt controllers must have their state: see [`Interrupt::repeat`].
+    /// Goes on from the state that it took over. An active device is rung, so that a kick from
+    /// before the snapshot is not lost. The interrupt controllers must have their state: see
+    /// [`Interrupt::repeat`].
     pub(crate) fn begin(&mut self) {
         self.interrupt.repeat();
         self.asleep = false;

@@ -1,8 +1,9 @@
-//! Persistent memory (virtio 1.2 section 5.19): a read-only image file in the guest's address space.
+//! Persistent memory (virtio 1.2 section 5.19): a read-only image file in the guest's address
+//! space.
 //!
 //! The guest reads the file's pages in place, through a KVM memory slot that it cannot write:
-//! a write leaves the guest as an access to a device that is not there and is ignored, as a write to
-//! ROM is. Nothing is ever dirty, so a flush request is answered at once.
+//! a write leaves the guest as an access to a device that is not there and is ignored, as a write
+//! to ROM is. Nothing is ever dirty, so a flush request is answered at once.
 //!
 //! Whoever may write to the file on the host can change what running guests see. A file that is cut
 //! short while a guest runs ends that guest when it touches what is gone, and nothing else.

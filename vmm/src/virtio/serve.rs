@@ -10,8 +10,8 @@ use crate::memory::GuestRam;
 /// A request of the driver's.
 pub(super) type Chain<'a> = DescriptorChain<&'a GuestMemoryMmap>;
 
-/// Most descriptors of one request that are looked at: as many as the longest queue here has. Indirect
-/// tables, which no device offers but a guest can make, are held to it as well.
+/// Most descriptors of one request that are looked at: as many as the longest queue here has.
+/// Indirect tables, which no device offers but a guest can make, are held to it as well.
 const MAX_DESCRIPTORS: usize = 128;
 
 /// Most chains that a device takes in one turn, over all its queues.
@@ -102,11 +102,11 @@ pub(super) fn descriptors(chain: Chain<'_>) -> impl Iterator<Item = Descriptor> 
     chain.take(MAX_DESCRIPTORS)
 }
 
-/// Serves chains of one queue until it is empty or the budget is gone. `handle` says how many bytes it
-/// wrote into the chain, or `None` if the budget was gone before the chain was done: the chain then stays
-/// the queue's next, and `handle` gets it again in the next turn.
-/// Notifications stay off while serving; the last look after switching them on again closes the race
-/// with the driver.
+/// Serves chains of one queue until it is empty or the budget is gone. `handle` says how many bytes
+/// it wrote into the chain, or `None` if the budget was gone before the chain was done: the chain
+/// then stays the queue's next, and `handle` gets it again in the next turn.
+/// Notifications stay off while serving; the last look after switching them on again closes the
+/// race with the driver.
 pub(super) fn serve(
     queue: &mut Queue,
     ram: &GuestRam,

@@ -130,8 +130,8 @@ fn content(path: &core::ffi::CStr) -> Vec<u8> {
 }
 
 impl Entry {
-    /// Sees to it that the home is there and the person's own: in an image all files are root's. What other homes system
-    /// users have (`/usr/sbin`, say) is not theirs to have.
+    /// Sees to it that the home is there and the person's own: in an image all files are root's.
+    /// What other homes system users have (`/usr/sbin`, say) is not theirs to have.
     pub(crate) fn settle_home(&self, ids: &User) -> Result<(), Errno> {
         let name = self.home.strip_prefix(HOMES).unwrap_or_default();
         if ids.uid == 0 || matches!(name, b"" | b"." | b"..") || name.contains(&b'/') {

@@ -1,6 +1,6 @@
-//! The base image's only programs until a root file system comes: small stand-ins for the usual ones, and a few that behave
-//! badly on purpose, for tests. A name that PATH does not have falls back to the applet of that name, so `echo hi` runs in a
-//! guest that holds nothing but the agent.
+//! The base image's only programs until a root file system comes: small stand-ins for the usual
+//! ones, and a few that behave badly on purpose, for tests. A name that PATH does not have falls
+//! back to the applet of that name, so `echo hi` runs in a guest that holds nothing but the agent.
 
 mod agent;
 mod cpu;
@@ -162,8 +162,8 @@ fn cat(args: &[Vec<u8>]) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `checksum BYTES FILE...`: FNV-1a, 64 bits, of the first bytes of each file. To read a file through this
-/// costs the kernel one copy.
+/// `checksum BYTES FILE...`: FNV-1a, 64 bits, of the first bytes of each file. To read a file
+/// through this costs the kernel one copy.
 fn checksum(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let limit: usize = number(args, 0)?;
     for path in args.get(1..).unwrap_or_default() {
@@ -286,7 +286,8 @@ fn ignore_term(args: &[Vec<u8>]) -> Result<u8, Failure> {
     sleep(args)
 }
 
-/// `background COMMAND...`: starts an applet in a session of its own, says its process id and does not wait.
+/// `background COMMAND...`: starts an applet in a session of its own, says its process id and does
+/// not wait.
 fn background(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let pid = start(args, true, stdout())?;
     say(pid.as_raw_pid().to_string())?;
@@ -383,8 +384,9 @@ unsafe extern "C" {
     fn hearth_jump_back();
 }
 
-/// `jump-to ADDRESS`: jumps there as if it were a system call, with flags that no program may set, and says what came of
-/// it if it came back. `jump-to self` jumps to an address of its own that comes back, to see that it would.
+/// `jump-to ADDRESS`: jumps there as if it were a system call, with flags that no program may set,
+/// and says what came of it if it came back. `jump-to self` jumps to an address of its own that
+/// comes back, to see that it would.
 fn jump_to(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let address = match word(args, 0)? {
         "self" => hearth_jump_back as *const () as u64,
@@ -396,8 +398,9 @@ fn jump_to(args: &[Vec<u8>]) -> Result<u8, Failure> {
     // Reserved bit, IOPL 3, nested task; interrupts off.
     const WANTED: u64 = 0x7002;
     let (result, flags): (u64, u64);
-    // SAFETY: not safe at all, that is the point: this process may die of it. If the kernel treats it as the system call
-    // that it imitates, execution continues at the label with only the registers named here changed.
+    // SAFETY: not safe at all, that is the point: this process may die of it. If the kernel treats
+    // it as the system call that it imitates, execution continues at the label with only the
+    // registers named here changed.
     unsafe {
         asm!(
             "lea rcx, [rip + 2f]",

@@ -1,8 +1,10 @@
-//! One cgroup per program, so that killing reaches all that it started, whatever session that moved to.
+//! One cgroup per program, so that killing reaches all that it started, whatever session that moved
+//! to.
 //!
-//! Making a cgroup costs the kernel some forty files. So the first is made ahead of need, and an empty one is used again
-//! unless it had limits or was killed: there are kernels (6.18 is one) that kill whatever is born into a cgroup that was ever
-//! killed, because they compare its count of kills with that of the parent's cgroup.
+//! Making a cgroup costs the kernel some forty files. So the first is made ahead of need, and an
+//! empty one is used again unless it had limits or was killed: there are kernels (6.18 is one) that
+//! kill whatever is born into a cgroup that was ever killed, because they compare its count of
+//! kills with that of the parent's cgroup.
 
 use alloc::{
     borrow::ToOwned,
@@ -36,7 +38,8 @@ pub(crate) struct Cgroups {
     /// Numbers of those that were told to stand still.
     frozen: Vec<u32>,
     controllers: bool,
-    /// Processes that one program may have if it was given no number of its own; none: the kernel cannot count them.
+    /// Processes that one program may have if it was given no number of its own; none: the kernel
+    /// cannot count them.
     share: Option<u32>,
 }
 
@@ -74,7 +77,8 @@ impl Cgroups {
         Self::at(b"")
     }
 
-    /// Opens the root, and makes the first cgroup ahead of need. Without cgroups in the kernel there are none.
+    /// Opens the root, and makes the first cgroup ahead of need. Without cgroups in the kernel
+    /// there are none.
     pub(crate) fn prepare(&mut self) {
         if self.path.is_empty() || self.root.is_some() {
             return;
@@ -99,7 +103,8 @@ impl Cgroups {
         }
     }
 
-    /// A cgroup with these limits for one program; none if the kernel has none and no limit needs one.
+    /// A cgroup with these limits for one program; none if the kernel has none and no limit needs
+    /// one.
     ///
     /// # Errors
     /// [`SpawnFailure::Limit`] if a limit cannot be set.
@@ -148,7 +153,8 @@ impl Cgroups {
                 });
             }
         }
-        // Without this one a program whose memory is limited would swap instead; there is no swap, so it may be missing.
+        // Without this one a program whose memory is limited would swap instead; there is no swap,
+        // so it may be missing.
         let _ = group.put("memory.swap.max", "0");
         Ok(Some(group))
     }
@@ -158,8 +164,8 @@ impl Cgroups {
         self.used.extend(group);
     }
 
-    /// Has all processes in them stand still, and says whether they do: what is in the kernel takes until it leaves it.
-    /// Empty ones stay as they are, for the programs to come.
+    /// Has all processes in them stand still, and says whether they do: what is in the kernel takes
+    /// until it leaves it. Empty ones stay as they are, for the programs to come.
     ///
     /// # Errors
     /// EOPNOTSUPP without cgroups; otherwise why one was not told.
@@ -254,7 +260,8 @@ impl Cgroups {
             && let Some(root) = &self.root
         {
             self.controllers = true;
-            // One by one: a kernel may have only one of them. What is missing shows when the limit is set.
+            // One by one: a kernel may have only one of them. What is missing shows when the limit
+            // is set.
             for controller in ["+memory", "+pids"] {
                 let _ = put(root.as_fd(), CONTROL, controller);
             }

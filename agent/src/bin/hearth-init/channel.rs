@@ -12,7 +12,8 @@ use rustix::{
 /// Unsent output above which nothing more is made: the peer does not read.
 const HIGH_WATER: usize = 64 * 1024;
 
-/// A socket and its buffers. Bounded: input by the longest frame, output by [`HIGH_WATER`] and one frame.
+/// A socket and its buffers. Bounded: input by the longest frame, output by [`HIGH_WATER`] and one
+/// frame.
 #[derive(Debug)]
 pub(crate) struct Channel {
     socket: OwnedFd,

@@ -230,7 +230,8 @@ impl Conn {
         self.started(guest);
         if let Some(program) = &mut self.program {
             program.reaped(dead, now);
-            // The end of the output has mostly come by now; seeing it here saves a turn of the loop.
+            // The end of the output has mostly come by now; seeing it here saves a turn of the
+            // loop.
             for which in Which::ALL {
                 let hung_up = true;
                 self.pump(Pipe::Output { which, hung_up }, scratch);

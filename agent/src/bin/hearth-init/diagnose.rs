@@ -1,4 +1,5 @@
-//! Why a program did not start, found out after the fact: the system's error alone does not say what is missing.
+//! Why a program did not start, found out after the fact: the system's error alone does not say
+//! what is missing.
 
 use alloc::{string::String, vec::Vec};
 use core::ffi::CStr;
@@ -54,8 +55,8 @@ pub(crate) fn failure((plan, refusal): &(Plan, Refusal)) -> SpawnFailure {
     }
 }
 
-/// No file, or a file whose interpreter is none: the kernel says ENOENT to both. Looked at with the rights that it was to be
-/// executed with.
+/// No file, or a file whose interpreter is none: the kernel says ENOENT to both. Looked at with the
+/// rights that it was to be executed with.
 fn missing(plan: &Plan) -> SpawnFailure {
     let program = plan.program();
     let rights = Rights::of(plan.user.clone());

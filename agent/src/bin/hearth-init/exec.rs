@@ -1,13 +1,15 @@
 //! A program that runs: its pipes, its time, its end.
 //!
 //! ```text
-//! starting --- child executed it ---> running --- main process reaped ---> draining --- both outputs closed ---> ended
-//!                                        |                                    |  linger time over: read what is in the
-//!                                        | timeout: TERM, grace, KILL         |  pipes, then close
+//! starting --- child executed it ---> running --- main process reaped ---> draining ---> ended
 //! ```
 //!
-//! The time limit runs from the beginning, and ends the request whatever the program does: what is killed and cannot be
-//! reaped, as another program traces it, counts as dead after [`REAPING`].
+//! - **running.** When its time is over: TERM, a grace period, KILL.
+//! - **draining.** Ends when both outputs are closed, or the linger time is over: then what is in
+//!   the pipes is read, and they are closed.
+//!
+//! The time limit runs from the beginning, and ends the request whatever the program does: what is
+//! killed and cannot be reaped, as another program traces it, counts as dead after [`REAPING`].
 
 mod stdin;
 mod stream;
@@ -164,7 +166,8 @@ impl Program {
         Some(start.end())
     }
 
-    /// The descriptors to wait for once it runs: input only while some waits, output only while the connection has room.
+    /// The descriptors to wait for once it runs: input only while some waits, output only while the
+    /// connection has room.
     pub(crate) fn waits_for(
         &self,
         room: bool,
@@ -206,8 +209,9 @@ impl Program {
         }
     }
 
-    /// Reads output that is there; `scratch` grows with what programs write. When all writers have hung up, or may have,
-    /// the end is worth a read more. Results wait until what was printed before them was read.
+    /// Reads output that is there; `scratch` grows with what programs write. When all writers have
+    /// hung up, or may have, the end is worth a read more. Results wait until what was printed
+    /// before them was read.
     pub(crate) fn pump_output(
         &mut self,
         which: Which,
@@ -426,14 +430,16 @@ impl Program {
         }
         match self.exit {
             None => kill_tree(self.pid),
-            // The number may belong to another process by now; the group's is not given out while the group lives.
+            // The number may belong to another process by now; the group's is not given out while
+            // the group lives.
             Some(_) => {
                 sys::kill_group(self.pid, KILL);
             }
         }
     }
 
-    /// What must live longer than the interest in the program: the child until it is dead, if it never ran, and the cgroup.
+    /// What must live longer than the interest in the program: the child until it is dead, if it
+    /// never ran, and the cgroup.
     pub(crate) fn into_parts(self) -> (Option<Start>, Option<Cgroup>) {
         (self.start, self.cgroup)
     }

@@ -1,7 +1,8 @@
 //! Files of the guest for the host: read, written, listed, made and removed.
 //!
-//! What may take long is a [`Task`] that does a bounded step at each turn of the loop, so that pings are answered meanwhile.
-//! What looks for a path is done with the [`Rights`] that the request names; what is open already needs none.
+//! What may take long is a [`Task`] that does a bounded step at each turn of the loop, so that
+//! pings are answered meanwhile. What looks for a path is done with the [`Rights`] that the request
+//! names; what is open already needs none.
 
 mod place;
 mod put;
@@ -114,7 +115,8 @@ fn start(request: FileRequest, base: Option<&Rc<OwnedFd>>) -> Result<Started, Fi
             Kind::Listing(Spot::find(&at, base)?.open(OFlags::RDONLY | OFlags::DIRECTORY)?)
         }
         FileRequest::Get { at, offset, most } => {
-            // Without NONBLOCK a pipe would keep the agent waiting for a writer, and a file for who has a lease on it.
+            // Without NONBLOCK a pipe would keep the agent waiting for a writer, and a file for who
+            // has a lease on it.
             let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
             let file = Spot::find(&at, base)?.open(flags)?;
             is_regular(&file)?;

@@ -1,5 +1,6 @@
-//! What a C library and the standard library would do for a program, for the agent in a guest: the way in, the heap, the
-//! panic, and the few functions that compiled code calls by name. One thread only.
+//! What a C library and the standard library would do for a program, for the agent in a guest: the
+//! way in, the heap, the panic, and the few functions that compiled code calls by name. One thread
+//! only.
 
 use alloc::vec::Vec;
 use core::{
@@ -151,8 +152,8 @@ unsafe impl dlmalloc::Allocator for Pages {
     }
 }
 
-// The functions that compiled code calls by name. Each is one string instruction, so that the compiler cannot recognise the
-// loop in it and make it call itself.
+// The functions that compiled code calls by name. Each is one string instruction, so that the
+// compiler cannot recognise the loop in it and make it call itself.
 
 /// C's memcpy.
 // SAFETY: C's contract is the caller's.

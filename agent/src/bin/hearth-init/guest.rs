@@ -303,7 +303,8 @@ fn on_pipes(exec: &Exec, plan: &Plan) -> Result<(Theirs, Pipes), Refusal> {
         results,
     };
     if let Some((uid, gid, _)) = plan.user.as_ref().filter(|(uid, ..)| !uid.is_root()) {
-        // So that the user can open them by name, as /dev/stderr. What that fails of, the program sees when it tries.
+        // So that the user can open them by name, as /dev/stderr. What that fails of, the program
+        // sees when it tries.
         let [stdin, outputs @ ..] = theirs.stdio();
         let stdin = (exec.stdin == Input::Pipe).then_some(stdin);
         let results = theirs.results.as_ref().map(AsFd::as_fd);

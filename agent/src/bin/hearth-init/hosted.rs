@@ -1,10 +1,12 @@
-//! The agent on the standard library, for tests: arguments, environment and the way in. The standard library's own set-up
-//! is left out as in a guest: it would hand ignored signals down to programs.
+//! The agent on the standard library, for tests: arguments, environment and the way in. The
+//! standard library's own set-up is left out as in a guest: it would hand ignored signals down to
+//! programs.
 
 use alloc::vec::Vec;
 use std::os::unix::ffi::OsStringExt;
 
-// SAFETY: the only definition of `main`, with C's signature; the arguments are read through std::env.
+// SAFETY: the only definition of `main`, with C's signature; the arguments are read through
+// std::env.
 #[cfg(not(test))]
 #[unsafe(no_mangle)]
 extern "C" fn main() -> i32 {

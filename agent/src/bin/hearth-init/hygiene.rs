@@ -45,8 +45,8 @@ pub(crate) struct Hygiene {
     boot_id_cover: Kept,
 }
 
-/// Random bytes for a name. Never waits for entropy: a guest that has none yet must come up all the same, and its host
-/// gives it another name before it matters.
+/// Random bytes for a name. Never waits for entropy: a guest that has none yet must come up all the
+/// same, and its host gives it another name before it matters.
 fn draw() -> [u8; 16] {
     let mut bytes = [0; 16];
     if getrandom(&mut bytes, GetRandomFlags::INSECURE).is_err() {
@@ -79,7 +79,8 @@ impl Hygiene {
         }
     }
 
-    /// Does what was asked for, each part on its own. An ordinary process does not touch the machine that it runs on.
+    /// Does what was asked for, each part on its own. An ordinary process does not touch the
+    /// machine that it runs on.
     pub(crate) fn refresh(&mut self, refresh: &Refresh, init: bool) -> Refreshed {
         let part = |asked: bool, run: &mut dyn FnMut() -> Result<(), Errno>| match (asked, init) {
             (false, _) => Applied::NotAsked,
@@ -93,7 +94,8 @@ impl Hygiene {
                 },
             },
         };
-        // Drawing the boot id here would cost more than to have it sent, with what the generator needs.
+        // Drawing the boot id here would cost more than to have it sent, with what the generator
+        // needs.
         let entropy = refresh.entropy.as_slice();
         let (seed, id) = match entropy.split_last_chunk::<UUID_BYTES>() {
             Some((seed, id)) if seed.len() >= REKEY_BYTES => (seed, Some(*id)),
@@ -133,8 +135,8 @@ impl Hygiene {
         sys::reseed(seed)
     }
 
-    /// The wall clock of a clone. What the host sent is late by the delivery of the message; kernels of ours
-    /// take the time from the hypervisor at the moment of the step.
+    /// The wall clock of a clone. What the host sent is late by the delivery of the message;
+    /// kernels of ours take the time from the hypervisor at the moment of the step.
     fn step_clock(&mut self, sent: WallClock) -> Result<(), Errno> {
         if self.step_clock.put(b"1\n").is_ok() && is_plausible(lead(sent), FROM_THE_HOST) {
             return Ok(());
@@ -153,8 +155,8 @@ impl Hygiene {
     }
 }
 
-/// Sets the wall clock, unless it leads what was sent by no more than a delivery may take: to set it then
-/// would make a right clock wrong, and turn it back under the programs that run.
+/// Sets the wall clock, unless it leads what was sent by no more than a delivery may take: to set
+/// it then would make a right clock wrong, and turn it back under the programs that run.
 pub(crate) fn correct_clock(sent: WallClock) -> Result<(), Errno> {
     if is_plausible(lead(sent), A_DELIVERY) {
         return Ok(());
@@ -168,7 +170,8 @@ fn lead(sent: WallClock) -> i128 {
     i128::try_from(now).unwrap_or_default() - i128::from(sent.since_epoch_ns)
 }
 
-/// Whether a clock that leads a message by that much is right if the message took at most `delivery`.
+/// Whether a clock that leads a message by that much is right if the message took at most
+/// `delivery`.
 fn is_plausible(lead: i128, delivery: Duration) -> bool {
     let most = i128::try_from(delivery.as_nanos()).unwrap_or(i128::MAX);
     (-SLACK_NS..=most).contains(&lead)

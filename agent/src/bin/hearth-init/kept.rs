@@ -1,5 +1,5 @@
-//! Files that every clone writes anew. They are opened once, in the template: where ring 0 is emulated, finding and
-//! opening a file costs more than all else that is done with it.
+//! Files that every clone writes anew. They are opened once, in the template: where ring 0 is
+//! emulated, finding and opening a file costs more than all else that is done with it.
 
 use rustix::{
     fd::OwnedFd,
@@ -56,7 +56,8 @@ impl Kept {
     }
 }
 
-/// Whether it is still the file at its path, as far as one can tell, and `content` covers all that it holds.
+/// Whether it is still the file at its path, as far as one can tell, and `content` covers all that
+/// it holds.
 fn fits(fd: &OwnedFd, content: &[u8]) -> bool {
     fstat(fd).is_ok_and(|stat| {
         stat.st_nlink > 0 && u64::try_from(stat.st_size) == Ok(content.len() as u64)

@@ -1,4 +1,5 @@
-//! Killing all that a program started, where no cgroup knows: its process group, its session, and its descendants.
+//! Killing all that a program started, where no cgroup knows: its process group, its session, and
+//! its descendants.
 
 use alloc::{collections::BTreeSet, format, vec, vec::Vec};
 
@@ -21,8 +22,8 @@ pub(crate) const KILL: u8 = 9;
 /// SIGTERM.
 pub(crate) const TERM: u8 = 15;
 
-/// Kills a program, its process group and session, and whatever still descends from it. What left the session and lost its
-/// parent is out of reach; that is what cgroups are for.
+/// Kills a program, its process group and session, and whatever still descends from it. What left
+/// the session and lost its parent is out of reach; that is what cgroups are for.
 ///
 /// All are stopped before any is killed: a dead parent's children are nobody's descendants.
 pub(crate) fn kill_tree(main: Pid) {

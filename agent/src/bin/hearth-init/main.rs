@@ -1,11 +1,12 @@
 //! The guest's PID 1, in boot order.
 //!
-//! On hosts that emulate ring 0 each system call, page fault and context switch costs up to milliseconds, and each KiB of
-//! this program a thousand instructions before it runs. So the way to the first pong has as few of them as possible: one
-//! thread, no runtime, no library that the program does not need, nothing mounted before the host has its answer.
+//! On hosts that emulate ring 0 each system call, page fault and context switch costs up to
+//! milliseconds, and each KiB of this program a thousand instructions before it runs. So the way to
+//! the first pong has as few of them as possible: one thread, no runtime, no library that the
+//! program does not need, nothing mounted before the host has its answer.
 //!
-//! Started by anybody else than the kernel it is one of the [`applets`], or with `--serve-unix PATH` the same server as an
-//! ordinary process, for tests without a VM.
+//! Started by anybody else than the kernel it is one of the [`applets`], or with `--serve-unix
+//! PATH` the same server as an ordinary process, for tests without a VM.
 #![no_std]
 #![cfg_attr(not(test), no_main)]
 #![cfg_attr(test, allow(dead_code, reason = "tests have a main of their own"))]

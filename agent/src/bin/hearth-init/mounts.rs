@@ -1,4 +1,5 @@
-//! The guest's file systems. `/tmp` is a part of the root, so that one bound holds for both. None is needed to answer a ping, so they come after the first pong.
+//! The guest's file systems. `/tmp` is a part of the root, so that one bound holds for both. None
+//! is needed to answer a ping, so they come after the first pong.
 
 use alloc::vec::Vec;
 
@@ -24,8 +25,8 @@ const SAFE: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NOEXEC);
 const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
-/// How much of the memory files may take: all of them together leave some, or else the kernel would find nobody to kill but
-/// programs, one after the other, for memory that only files have.
+/// How much of the memory files may take: all of them together leave some, or else the kernel would
+/// find nobody to kill but programs, one after the other, for memory that only files have.
 pub(crate) const ROOT_SHARE: &core::ffi::CStr = c"mode=0755,size=60%";
 const SHARED_MEMORY: &core::ffi::CStr = c"mode=1777,size=10%";
 const DEVICES: &core::ffi::CStr = c"mode=0755,size=1m";
@@ -62,8 +63,8 @@ const LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
-/// Mounts everything; gives what failed. A kernel without one of them, or a root that is read-only, is no reason to stop:
-/// what needs the missing part says so itself.
+/// Mounts everything; gives what failed. A kernel without one of them, or a root that is read-only,
+/// is no reason to stop: what needs the missing part says so itself.
 pub(crate) fn prepare() -> Vec<(&'static str, Errno)> {
     let mut failed = Vec::new();
     for (kind, place, flags, options) in TABLE {
@@ -80,8 +81,8 @@ pub(crate) fn prepare() -> Vec<(&'static str, Errno)> {
     for (target, place) in LINKS {
         let _ = symlink(target, place);
     }
-    // Whatever the mask, the kernel or an image says: the kernel makes its root for everybody to write to, and what
-    // anybody then calls `/usr/bin/id` would be what root starts as `id`.
+    // Whatever the mask, the kernel or an image says: the kernel makes its root for everybody to
+    // write to, and what anybody then calls `/usr/bin/id` would be what root starts as `id`.
     for (place, mode) in [("/", 0o755), ("/tmp", 0o1777)] {
         let _ = chmod(place, Mode::from_raw_mode(mode));
     }

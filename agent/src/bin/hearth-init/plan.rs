@@ -116,7 +116,8 @@ impl Plan {
     }
 }
 
-/// The paths to try for `program`, as `execvp` does; after them, the agent itself if the name is an applet's.
+/// The paths to try for `program`, as `execvp` does; after them, the agent itself if the name is an
+/// applet's.
 fn candidates(program: &CStr, path: &[u8]) -> Result<Vec<CString>, SpawnFailure> {
     let name = program.to_bytes();
     if name.is_empty() {

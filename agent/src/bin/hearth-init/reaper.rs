@@ -14,7 +14,8 @@ use crate::{kill::KILL, sys};
 /// Children reaped before other events have their turn.
 const BATCH: usize = 256;
 
-/// Whether this process may have children. It has none until it makes one, and orphans are children of children.
+/// Whether this process may have children. It has none until it makes one, and orphans are children
+/// of children.
 static EXPECTED: AtomicBool = AtomicBool::new(true);
 
 /// A child is about to be made.
@@ -51,8 +52,9 @@ impl Reaper {
         Ok(reaper)
     }
 
-    /// Readable when a child has died; `None` while there is no child that could. The kernel looks at each signal to
-    /// answer, twice for each wait, which is a tenth of what a ping costs where ring 0 is emulated.
+    /// Readable when a child has died; `None` while there is no child that could. The kernel looks
+    /// at each signal to answer, twice for each wait, which is a tenth of what a ping costs
+    /// where ring 0 is emulated.
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         EXPECTED
             .load(Ordering::Relaxed)
@@ -66,7 +68,8 @@ impl Reaper {
 
     /// Reaps what is dead.
     pub(crate) fn reap(&mut self) -> Vec<Reaped> {
-        // One pending SIGCHLD stands for any number of deaths; taking it before the waits loses none.
+        // One pending SIGCHLD stands for any number of deaths; taking it before the waits loses
+        // none.
         let _ = rustix::io::read(&self.signals, &mut [0; size_of::<libc::signalfd_siginfo>()]);
         let mut dead = Vec::new();
         while dead.len() < BATCH {

@@ -1,5 +1,6 @@
-//! With whose rights files are worked on. What a user's programs lay in the way of the agent (a link, a directory that is
-//! another one the next moment) then leads to nothing that they could not reach themselves.
+//! With whose rights files are worked on. What a user's programs lay in the way of the agent (a
+//! link, a directory that is another one the next moment) then leads to nothing that they could not
+//! reach themselves.
 
 use alloc::vec::Vec;
 
@@ -20,8 +21,9 @@ impl Rights {
         Self(ids)
     }
 
-    /// Does some work with these rights: the user and group that file systems see, and the groups; without the
-    /// capabilities that go past permissions, which the kernel takes and gives back with that user (setfsuid(2)).
+    /// Does some work with these rights: the user and group that file systems see, and the groups;
+    /// without the capabilities that go past permissions, which the kernel takes and gives back
+    /// with that user (setfsuid(2)).
     ///
     /// # Errors
     /// EPERM, before anything is done, if the agent may not take them on.
@@ -49,7 +51,8 @@ impl Back {
         if differ {
             set_thread_groups(groups)?;
         }
-        // From here on all is given back on every way out. The group first: it takes a right of the agent's to change it.
+        // From here on all is given back on every way out. The group first: it takes a right of the
+        // agent's to change it.
         let back = Self {
             gid: sys::set_fs_gid(gid.as_raw()),
             uid: sys::set_fs_uid(uid.as_raw()),

@@ -1,5 +1,5 @@
-//! A root file system of the user's: an EROFS image in persistent memory, read in place, and over it a layer in the guest's
-//! memory that takes what is written.
+//! A root file system of the user's: an EROFS image in persistent memory, read in place, and over
+//! it a layer in the guest's memory that takes what is written.
 
 use alloc::{ffi::CString, vec::Vec};
 use core::time::Duration;
@@ -13,10 +13,12 @@ use rustix::{
 
 use crate::{clock, mounts::ROOT_SHARE};
 
-/// The boot words, as the kernel hands them on in the environment: the image's device, and the size of the layer.
+/// The boot words, as the kernel hands them on in the environment: the image's device, and the size
+/// of the layer.
 const ROOT_WORD: &[u8] = b"hearth_root=";
 const LAYER_WORD: &[u8] = b"hearth_layer=";
-/// How long the image's device may take to come up, large as it is and slow as the host may be; and between two looks.
+/// How long the image's device may take to come up, large as it is and slow as the host may be; and
+/// between two looks.
 const PATIENCE: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(5);
 const IMAGE: &str = "/.image";
@@ -43,8 +45,8 @@ impl<'a> Root<'a> {
     }
 }
 
-/// Makes the image's files the root of this process and all that it starts. What was the root, with this program, stays
-/// in memory and has no name any more.
+/// Makes the image's files the root of this process and all that it starts. What was the root, with
+/// this program, stays in memory and has no name any more.
 pub(crate) fn switch_to(root: &Root) -> Result<(), Errno> {
     for place in ["/dev", IMAGE, LAYER, ROOT] {
         make_dir(place)?;
@@ -89,8 +91,8 @@ fn mount_image(device: &[u8]) -> Result<(), Errno> {
     let flags = MountFlags::RDONLY | MountFlags::NODEV;
     let mut waited = Duration::ZERO;
     loop {
-        // In place if the kernel can: then no page of the image takes guest memory. A device that is not there yet
-        // says nothing of that, and may be there a moment later.
+        // In place if the kernel can: then no page of the image takes guest memory. A device that
+        // is not there yet says nothing of that, and may be there a moment later.
         match mount(device, IMAGE, c"erofs", flags, c"dax=always") {
             Err(Errno::NXIO | Errno::NOENT | Errno::NODEV) if waited < PATIENCE => {
                 clock::sleep(PAUSE);

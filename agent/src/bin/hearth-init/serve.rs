@@ -1,6 +1,7 @@
 //! The event loop: one thread, one poll, everything else is called from here.
 //!
-//! What to wait for is computed afresh each time, so that nothing is armed which cannot make progress, and no event is lost.
+//! What to wait for is computed afresh each time, so that nothing is armed which cannot make
+//! progress, and no event is lost.
 
 use alloc::{vec, vec::Vec};
 use core::time::Duration;
@@ -175,7 +176,8 @@ impl Server {
         match poll(&mut fds, self.time_to_wait(now).as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Vec::new(),
-            // Out of memory, or more descriptors than allowed: try again when something has ended, do not spin.
+            // Out of memory, or more descriptors than allowed: try again when something has ended,
+            // do not spin.
             Err(_) => {
                 clock::sleep(ACCEPT_PAUSE);
                 return vec![(Source::Children, PollFlags::IN)];
@@ -255,7 +257,8 @@ impl Server {
         let dead = self.reaper.reap();
         let now = Instant::now();
         for dead in &dead {
-            // Nobody's: an orphan, a child that could not execute its program, a program of a connection that is gone.
+            // Nobody's: an orphan, a child that could not execute its program, a program of a
+            // connection that is gone.
             let known = self
                 .conns
                 .iter_mut()
@@ -282,7 +285,8 @@ impl Server {
                 }
                 Ok(None) | Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(Errno::AGAIN) => break,
-                // Out of descriptors or memory: the connection stays in the queue, looking at it again at once would spin.
+                // Out of descriptors or memory: the connection stays in the queue, looking at it
+                // again at once would spin.
                 Err(_) => {
                     self.accept_at = Instant::now().checked_add(ACCEPT_PAUSE);
                     break;

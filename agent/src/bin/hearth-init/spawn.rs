@@ -1,11 +1,14 @@
-//! Starting a program without copying the agent: a child that shares its memory until it has executed the program.
+//! Starting a program without copying the agent: a child that shares its memory until it has
+//! executed the program.
 //!
-//! The agent does not wait for it: a child that has taken on its user can be stopped by whatever else that user runs, and
-//! would stop the agent with it. What the child works with stays as it is until a pipe closes that only the child holds
-//! open, which it does when it has executed the program or is dead. What failed, it writes down before.
+//! The agent does not wait for it: a child that has taken on its user can be stopped by whatever
+//! else that user runs, and would stop the agent with it. What the child works with stays as it is
+//! until a pipe closes that only the child holds open, which it does when it has executed the
+//! program or is dead. What failed, it writes down before.
 //!
-//! Neither `posix_spawn` nor the standard library can put the child into a cgroup, a session, a user and limits before its
-//! first instruction without a copy of the address space, which costs tens of milliseconds where ring 0 is emulated.
+//! Neither `posix_spawn` nor the standard library can put the child into a cgroup, a session, a
+//! user and limits before its first instruction without a copy of the address space, which costs
+//! tens of milliseconds where ring 0 is emulated.
 
 use alloc::{boxed::Box, ffi::CString, vec::Vec};
 use core::{
@@ -73,7 +76,8 @@ pub(crate) struct Refusal {
 /// A program that was not started, and why.
 pub(crate) type NotStarted = Box<(Plan, Refusal)>;
 
-/// What the child works with, made before it exists. Nobody else touches it until the child is gone.
+/// What the child works with, made before it exists. Nobody else touches it until the child is
+/// gone.
 struct Child {
     plan: Plan,
     session: bool,
@@ -88,7 +92,8 @@ struct Child {
     refusal: Option<Refusal>,
 }
 
-/// A child that is to become a program. What it works with is freed by [`end`](Self::end), and else never.
+/// A child that is to become a program. What it works with is freed by [`end`](Self::end), and else
+/// never.
 pub(crate) struct Start {
     pid: Pid,
     /// Closed at its other end once the child is gone from our memory.
@@ -99,8 +104,8 @@ pub(crate) struct Start {
 }
 
 impl Start {
-    /// Starts a program. The caller's signal mask is not inherited: the program has none, and default dispositions as far
-    /// as this process has them.
+    /// Starts a program. The caller's signal mask is not inherited: the program has none, and
+    /// default dispositions as far as this process has them.
     pub(crate) fn begin(image: Image<'_>) -> Result<Self, NotStarted> {
         let Image { plan, cgroup, .. } = image;
         let failed = |plan, errno| {
@@ -141,7 +146,8 @@ impl Start {
         }
     }
 
-    /// As [`begin`](Self::begin), for who has nothing else to do but to wait until the program runs.
+    /// As [`begin`](Self::begin), for who has nothing else to do but to wait until the program
+    /// runs.
     pub(crate) fn run(image: Image<'_>) -> Result<Pid, Errno> {
         let mut start = Self::begin(image).map_err(|failed| failed.1.errno)?;
         while !start.gone {
@@ -171,8 +177,8 @@ impl Start {
         self.gone = true;
     }
 
-    /// Why there is no program, if so; asked of a child that is [`gone`](Self::gone). One that was killed before it became
-    /// the program counts as the program.
+    /// Why there is no program, if so; asked of a child that is [`gone`](Self::gone). One that was
+    /// killed before it became the program counts as the program.
     pub(crate) fn end(self) -> Result<(), NotStarted> {
         if !self.gone {
             return Ok(());
@@ -242,9 +248,10 @@ fn clone(child: NonNull<Child>, cgroup: Option<BorrowedFd<'_>>) -> Result<Pid, E
         ),
     };
     let result: i64;
-    // SAFETY: the child has a stack of its own, 16-byte aligned, and never returns from `enter`. It shares our memory, and
-    // runs beside us: it writes to nothing but its stack and its `Child`, which stay as they are until it is gone, and takes
-    // nothing from the heap. It shares no signal handlers: none are installed. Thread-local storage, which it would share,
+    // SAFETY: the child has a stack of its own, 16-byte aligned, and never returns from `enter`. It
+    // shares our memory, and runs beside us: it writes to nothing but its stack and its
+    // `Child`, which stay as they are until it is gone, and takes nothing from the heap. It
+    // shares no signal handlers: none are installed. Thread-local storage, which it would share,
     // is not used.
     unsafe {
         asm!(
@@ -295,7 +302,8 @@ fn become_program(child: &Child) -> Refusal {
         if child.session {
             setsid().map_err(refused(Step::Session))?;
         }
-        // SAFETY: they are open in this process, whose table is a copy of the parent's at the clone.
+        // SAFETY: they are open in this process, whose table is a copy of the parent's at the
+        // clone.
         let [stdin, stdout, stderr] = child.stdio.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
         if child.terminal {
             ioctl_tiocsctty(stdin).map_err(refused(Step::Terminal))?;
@@ -316,13 +324,13 @@ fn become_program(child: &Child) -> Refusal {
         if let Some((uid, gid, groups)) = &plan.user {
             set_thread_groups(groups).map_err(refused(Step::User))?;
             set_thread_res_gid(*gid, *gid, *gid).map_err(refused(Step::User))?;
-            // From here on other programs of that user may stop, kill and slow down this process, and, as our memory is
-            // not dumpable after this, not look into it.
+            // From here on other programs of that user may stop, kill and slow down this process,
+            // and, as our memory is not dumpable after this, not look into it.
             set_thread_res_uid(*uid, *uid, *uid).map_err(refused(Step::User))?;
         }
         if plan.no_new_privs {
-            // No program that it executes has more rights than it, whatever the file says. So there is nothing that the
-            // bounding set of capabilities could bound.
+            // No program that it executes has more rights than it, whatever the file says. So there
+            // is nothing that the bounding set of capabilities could bound.
             set_no_new_privs(true).map_err(refused(Step::User))?;
         }
         // As the user: who may not enter a directory is not helped into it.
@@ -357,7 +365,8 @@ fn execute(path: &CStr, argv: &[*const c_char], env: &[*const c_char]) -> Errno 
         env.as_ptr().addr(),
         0,
     ];
-    // SAFETY: both arrays are null-terminated arrays of pointers to strings that the parent keeps alive.
+    // SAFETY: both arrays are null-terminated arrays of pointers to strings that the parent keeps
+    // alive.
     match unsafe { sys::call(libc::SYS_execve, args) } {
         Ok(_) => Errno::INVAL,
         Err(errno) => errno,

@@ -1,4 +1,5 @@
-//! System calls that have no safe wrapper elsewhere: vsock addresses, signalfd, wait4, signals by number, entropy.
+//! System calls that have no safe wrapper elsewhere: vsock addresses, signalfd, wait4, signals by
+//! number, entropy.
 
 use alloc::vec::Vec;
 use core::{
@@ -25,11 +26,13 @@ const SIGSET_BYTES: usize = 8;
 /// A system call.
 ///
 /// # Safety
-/// The arguments must be what the kernel expects of this call, and pointers among them valid for it.
+/// The arguments must be what the kernel expects of this call, and pointers among them valid for
+/// it.
 pub(crate) unsafe fn call(number: i64, args: [usize; 4]) -> Result<usize, Errno> {
     let result: isize;
     let [first, second, third, fourth] = args;
-    // SAFETY: the instruction itself changes nothing but the registers named here; what the kernel does is the caller's.
+    // SAFETY: the instruction itself changes nothing but the registers named here; what the kernel
+    // does is the caller's.
     unsafe {
         asm!("syscall", inlateout("rax") number => result, in("rdi") first, in("rsi") second, in("rdx") third,
             in("r10") fourth, lateout("rcx") _, lateout("r11") _, options(nostack));
@@ -56,7 +59,8 @@ pub(crate) fn stderr() -> BorrowedFd<'static> {
 }
 
 fn standard(number: RawFd) -> BorrowedFd<'static> {
-    // SAFETY: nothing in this program closes 0 to 2. Started without them, calls on them fail, which is handled.
+    // SAFETY: nothing in this program closes 0 to 2. Started without them, calls on them fail,
+    // which is handled.
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
@@ -80,7 +84,8 @@ impl VsockAddr {
     pub(crate) const HOST_CID: u32 = libc::VMADDR_CID_HOST;
 }
 
-// SAFETY: the pointer and length given to `f` are those of a whole, initialised `sockaddr_vm` that lives across the call.
+// SAFETY: the pointer and length given to `f` are those of a whole, initialised `sockaddr_vm` that
+// lives across the call.
 unsafe impl SocketAddrArg for VsockAddr {
     unsafe fn with_sockaddr<R>(
         &self,
@@ -103,12 +108,13 @@ pub(crate) fn peer_cid(address: &SocketAddrAny) -> Option<u32> {
     if address.address_family() != AddressFamily::VSOCK || address.addr_len() < VM_ADDR_LEN {
         return None;
     }
-    // SAFETY: `addr_len` bytes behind the pointer are initialised, and that is at least a whole `sockaddr_vm`.
+    // SAFETY: `addr_len` bytes behind the pointer are initialised, and that is at least a whole
+    // `sockaddr_vm`.
     Some(unsafe { ptr::read_unaligned(address.as_ptr().cast::<libc::sockaddr_vm>()) }.svm_cid)
 }
 
-/// Makes descriptors 0 to 2 refer to something, so that none of ours lands there: the kernel starts PID 1 without them
-/// when there is no console.
+/// Makes descriptors 0 to 2 refer to something, so that none of ours lands there: the kernel starts
+/// PID 1 without them when there is no console.
 pub(crate) fn occupy_standard_fds() {
     let numbers = [stdin(), stdout(), stderr()];
     let mut fds = numbers
@@ -194,7 +200,8 @@ pub(crate) struct Dead {
 pub(crate) fn reap() -> Result<Option<Dead>, Errno> {
     let mut status = 0_i32;
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: both pointers are to live, writable memory of the right types; all zero is a valid rusage.
+    // SAFETY: both pointers are to live, writable memory of the right types; all zero is a valid
+    // rusage.
     let (pid, usage) = unsafe {
         let nohang = libc::WNOHANG.unsigned_abs() as usize;
         let args = [
@@ -320,7 +327,8 @@ pub(crate) fn reseed(entropy: &[u8]) -> Result<(), Errno> {
         Mode::empty(),
     )?;
     let fd = random.as_raw_fd().unsigned_abs() as usize;
-    // SAFETY: `info` is a rand_pool_info whose size field is that of its data; the second request takes no argument.
+    // SAFETY: `info` is a rand_pool_info whose size field is that of its data; the second request
+    // takes no argument.
     unsafe {
         call(
             libc::SYS_ioctl,

@@ -15,7 +15,8 @@ use rustix::{
 /// More than the kernel holds of what was written to a terminal and not read.
 pub(crate) const MOST_HELD: usize = 16 << 10;
 
-/// Makes a terminal: our end, which never blocks, and the program's, which belongs to the user whom it runs as.
+/// Makes a terminal: our end, which never blocks, and the program's, which belongs to the user whom
+/// it runs as.
 pub(crate) fn open(size: WindowSize, owner: Option<Uid>) -> Result<(OwnedFd, OwnedFd), Errno> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let ours = openpt(flags)?;
@@ -43,8 +44,9 @@ pub(crate) fn resize(terminal: impl rustix::fd::AsFd, size: WindowSize) -> Resul
     )
 }
 
-/// What is to be typed so that the program sees the end of its input. In a line that was begun, the first such character
-/// only hands over the line; a program that reads keys and not lines gets the character itself.
+/// What is to be typed so that the program sees the end of its input. In a line that was begun, the
+/// first such character only hands over the line; a program that reads keys and not lines gets the
+/// character itself.
 pub(crate) fn end_of_input(terminal: BorrowedFd<'_>, line_begun: bool) -> Vec<u8> {
     let Ok(modes) = tcgetattr(terminal) else {
         return Vec::new();

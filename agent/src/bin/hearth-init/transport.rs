@@ -1,7 +1,7 @@
 //! Where connections come from: vsock in a guest, a Unix socket in tests without one.
 //!
-//! A guest without vsock, which a monitor other than ours may give it, has one connection: the serial line that init was
-//! started on. The kernel must be quiet there.
+//! A guest without vsock, which a monitor other than ours may give it, has one connection: the
+//! serial line that init was started on. The kernel must be quiet there.
 
 use alloc::{borrow::ToOwned, vec::Vec};
 
@@ -63,7 +63,8 @@ impl Transport {
         Ok(socket)
     }
 
-    /// Starts a connection to the host; it is writable when established. None if there is no host to dial.
+    /// Starts a connection to the host; it is writable when established. None if there is no host
+    /// to dial.
     pub(crate) fn dial(&self) -> Result<Option<OwnedFd>, Errno> {
         let Self::Vsock = self else { return Ok(None) };
         let socket = socket_with(AddressFamily::VSOCK, SocketType::STREAM, FLAGS, None)?;
@@ -80,7 +81,8 @@ impl Transport {
         }
     }
 
-    /// Takes a connection that waits; none if its peer is not the host: programs in the guest have no business here.
+    /// Takes a connection that waits; none if its peer is not the host: programs in the guest have
+    /// no business here.
     pub(crate) fn accept(&self, listener: impl AsFd) -> Result<Option<OwnedFd>, Errno> {
         let (socket, peer) = acceptfrom_with(listener, FLAGS)?;
         let from_host = match self {

@@ -1,4 +1,5 @@
-//! What an interpreter's driver says about a call: a line of kind, length and number of bytes cut off, then text.
+//! What an interpreter's driver says about a call: a line of kind, length and number of bytes cut
+//! off, then text.
 
 /// Bytes of text in an answer; the drivers know the same number.
 pub(super) const MAX_TEXT: usize = 1 << 20;

@@ -65,7 +65,8 @@ pub enum OutputStream {
 pub enum CallEnd {
     /// It has no value: a statement, `None`, `undefined`.
     Nothing,
-    /// Its value, as the language shows it to people (`repr`, `util.inspect`); in a shell, its exit code.
+    /// Its value, as the language shows it to people (`repr`, `util.inspect`); in a shell, its exit
+    /// code.
     Value(String),
     /// What it failed of: the traceback, or the stack.
     Error(String),
@@ -93,9 +94,11 @@ pub struct Outcome {
     pub end_cut: u64,
     /// Whether its timeout ended it.
     pub timed_out: bool,
-    /// Whether it ran in a new interpreter, without the state of earlier calls, because the old one had ended.
+    /// Whether it ran in a new interpreter, without the state of earlier calls, because the old
+    /// one had ended.
     pub restarted: bool,
-    /// The first bytes that it printed, up to the limit. What threads of earlier calls print meanwhile is among them.
+    /// The first bytes that it printed, up to the limit. What threads of earlier calls print
+    /// meanwhile is among them.
     pub stdout: Vec<u8>,
     /// Bytes of that beyond the limit.
     pub stdout_cut: u64,

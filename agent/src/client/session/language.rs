@@ -15,7 +15,8 @@ pub enum Language {
     Shell,
 }
 
-/// Gives the driver a file name of its own, by which it finds its frames in tracebacks, and hides it from the arguments.
+/// Gives the driver a file name of its own, by which it finds its frames in tracebacks, and hides
+/// it from the arguments.
 const PYTHON_LOADER: &str =
     r#"import sys; exec(compile(sys.argv.pop(), "<hearth>", "exec"), {"__name__": "hearth"})"#;
 
@@ -33,8 +34,9 @@ impl Language {
         }
     }
 
-    /// Whether the interpreter that `command` starts can miss an interrupt. Bash does while it starts a program: it waits for
-    /// that first, which has not been told. The others are told once, so that code may clean up in peace.
+    /// Whether the interpreter that `command` starts can miss an interrupt. Bash does while it
+    /// starts a program: it waits for that first, which has not been told. The others are told
+    /// once, so that code may clean up in peace.
     pub(super) fn misses_interrupts(command: &Command) -> bool {
         command
             .exec
@@ -43,8 +45,8 @@ impl Language {
             .is_some_and(|name| *name == "bash")
     }
 
-    /// Starts an interpreter with that program, as the user whom the guest's image is made for. To be refined: by an
-    /// environment or limits, say.
+    /// Starts an interpreter with that program, as the user whom the guest's image is made for. To
+    /// be refined: by an environment or limits, say.
     pub fn command(self) -> Command {
         let command = match self {
             Self::Python => Command::new("python3").args(["-c", PYTHON_LOADER, self.driver()]),

@@ -1,8 +1,10 @@
-//! An interpreter in a guest that runs one piece of code after the other and keeps its state between them.
+//! An interpreter in a guest that runs one piece of code after the other and keeps its state
+//! between them.
 //!
-//! The interpreter is a program like any other; a driver in its own language, which it is started with, takes code on its stdin
-//! and answers on a third output, so that what the code prints cannot be taken for an answer. Code that is up to mischief can
-//! still write there: it deceives its own session, and nobody else.
+//! The interpreter is a program like any other; a driver in its own language, which it is started
+//! with, takes code on its stdin and answers on a third output, so that what the code prints cannot
+//! be taken for an answer. Code that is up to mischief can still write there: it deceives its own
+//! session, and nobody else.
 
 mod answer;
 mod call;
@@ -60,7 +62,8 @@ pub enum SessionError {
     /// Code with a NUL in it; no language has one.
     #[error("the code has a NUL in it: pass binary data as a file")]
     Nul,
-    /// Something in the guest wrote where answers come from. The interpreter was ended; the next call starts another.
+    /// Something in the guest wrote where answers come from. The interpreter was ended; the next
+    /// call starts another.
     #[error("the guest's answer makes no sense: the session starts anew")]
     Garbled,
     /// A hook of the code's failed in a clone.
@@ -77,7 +80,8 @@ impl From<ConnectionError> for SessionError {
     }
 }
 
-/// An interpreter that keeps its state from call to call. Dropping it ends the interpreter and all that its code started.
+/// An interpreter that keeps its state from call to call. Dropping it ends the interpreter and all
+/// that its code started.
 #[derive(Debug)]
 pub struct Session<S> {
     command: Command,
@@ -102,8 +106,8 @@ enum Reply {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
-    /// Starts an interpreter and waits until it has run a first, empty piece of code. `command` is the language's
-    /// [`command`](Language::command), refined.
+    /// Starts an interpreter and waits until it has run a first, empty piece of code. `command` is
+    /// the language's [`command`](Language::command), refined.
     ///
     /// # Errors
     /// [`SessionError::Exec`] if the guest has none, or refuses; [`SessionError::NotReady`].
@@ -125,8 +129,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         Ok(session)
     }
 
-    /// Goes on with a session on a connection that survived a fork: what a clone has of its template's, in which no call was
-    /// under way. [`reseed`](Self::reseed) it before code runs in it.
+    /// Goes on with a session on a connection that survived a fork: what a clone has of its
+    /// template's, in which no call was under way. [`reseed`](Self::reseed) it before code runs
+    /// in it.
     pub fn resume(stream: S, command: Command) -> Self {
         let client = AgentClient::resume(stream);
         let shared = Shared::new(client, true, true);
@@ -150,7 +155,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         shared.change(|state| state.client.as_ref().map(|client| look(client.stream())))
     }
 
-    /// Makes the interpreter's random generators strangers to those of other clones, and runs its hooks for that.
+    /// Makes the interpreter's random generators strangers to those of other clones, and runs its
+    /// hooks for that.
     ///
     /// # Errors
     /// [`SessionError::Hook`]; others as for [`run`](Self::run).
@@ -175,14 +181,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         }
     }
 
-    /// Runs code and collects what it prints. An interpreter that ended in an earlier call is started anew first.
+    /// Runs code and collects what it prints. An interpreter that ended in an earlier call is
+    /// started anew first.
     ///
     /// # Errors
-    /// [`SessionError`]. That the code fails, or ends its interpreter, is an [`Outcome`], not an error.
+    /// [`SessionError`]. That the code fails, or ends its interpreter, is an [`Outcome`], not an
+    /// error.
     ///
     /// # Cancel safety
-    /// Dropping the future interrupts the code. The session stays usable: the next call waits until it has ended, and starts a
-    /// new interpreter if it does not.
+    /// Dropping the future interrupts the code. The session stays usable: the next call waits until
+    /// it has ended, and starts a new interpreter if it does not.
     pub async fn run(&mut self, call: impl Into<Call>) -> Result<Outcome, SessionError> {
         self.run_with(call, |_, _| {}).await
     }
@@ -288,7 +296,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
     /// Brings an earlier call to its end, and sees to it that there is an interpreter.
     async fn settle(&mut self) -> Result<(), SessionError> {
         if self.owed {
-            // It was interrupted when it was given up. Code of which only a part was sent is not to run at all.
+            // It was interrupted when it was given up. Code of which only a part was sent is not to
+            // run at all.
             let whole = self.sent == self.message.len();
             let ended = whole
                 && self
@@ -338,7 +347,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         self.sent = 0;
     }
 
-    /// Sends the rest of the message, and waits for what comes of it. May be dropped and called again.
+    /// Sends the rest of the message, and waits for what comes of it. May be dropped and called
+    /// again.
     async fn reply(
         &mut self,
         mut print: impl FnMut(OutputStream, &[u8]),

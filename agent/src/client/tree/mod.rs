@@ -1,8 +1,9 @@
 //! Trees of files: as a tar stream, or entry by entry.
 //!
-//! The agent knows single files only, so that it stays small. Trees are put together here. What is put into the guest goes there
-//! without waiting for each answer, and no path leads out of the tree in the guest ([`Place::beneath`]). What comes out of the guest is
-//! what a stranger says: its names are checked, its links are not followed, and its size is bounded by [`TreeLimits`].
+//! The agent knows single files only, so that it stays small. Trees are put together here. What is
+//! put into the guest goes there without waiting for each answer, and no path leads out of the tree
+//! in the guest ([`Place::beneath`]). What comes out of the guest is what a stranger says: its
+//! names are checked, its links are not followed, and its size is bounded by [`TreeLimits`].
 
 mod reader;
 mod tar;
@@ -19,7 +20,8 @@ use crate::proto::{Account, Place};
 /// An entry of a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TreeEntry {
-    /// The way from the top of the tree: names with slashes between them, none of them `.` or `..`.
+    /// The way from the top of the tree: names with slashes between them, none of them `.` or
+    /// `..`.
     pub path: PathBuf,
     /// Permissions (07777).
     pub mode: u32,
@@ -99,7 +101,8 @@ pub enum TreeError {
         /// What was allowed.
         most: usize,
     },
-    /// Something that is neither a file nor a directory nor a symbolic link (in a tar archive: a hard link, too).
+    /// Something that is neither a file nor a directory nor a symbolic link (in a tar archive: a
+    /// hard link, too).
     #[error("{}: neither a file nor a directory nor a symbolic link: leave it out", .0.display())]
     NotPlain(PathBuf),
     /// A file became shorter while it was copied.
@@ -128,12 +131,15 @@ impl TreeError {
     }
 }
 
-/// Trees. After an error drop the client: answers may still be on their way. The same goes for a future that is dropped.
+/// Trees. After an error drop the client: answers may still be on their way. The same goes for a
+/// future that is dropped.
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
-    /// Unpacks a tar archive (ustar, pax or GNU, not compressed) into a directory of the guest, which is made if it is not there. Files and
-    /// links that are there are replaced. Everything is made with the rights of `account`, or else root's, and belongs to it. Of the archive's metadata the
-    /// permissions count. Nothing is written outside of the directory, whatever names and links the archive or the
-    /// directory has; archives with devices and hard links are refused.
+    /// Unpacks a tar archive (ustar, pax or GNU, not compressed) into a directory of the guest,
+    /// which is made if it is not there. Files and links that are there are replaced.
+    /// Everything is made with the rights of `account`, or else root's, and belongs to it. Of the
+    /// archive's metadata the permissions count. Nothing is written outside of the directory,
+    /// whatever names and links the archive or the directory has; archives with devices and
+    /// hard links are refused.
     ///
     /// # Errors
     /// [`TreeError`]; a part may be there then.
@@ -152,8 +158,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         writer.finish().await
     }
 
-    /// Packs a directory of the guest into a tar archive (ustar, with pax headers where that does not do): files, directories
-    /// and symbolic links, all root's; with the rights that the place names ([`Place::by`](crate::proto::Place::by)). Links are packed as links, and point where they point: unpack it with care.
+    /// Packs a directory of the guest into a tar archive (ustar, with pax headers where that does
+    /// not do): files, directories and symbolic links, all root's; with the rights that the
+    /// place names ([`Place::by`](crate::proto::Place::by)). Links are packed as links, and point
+    /// where they point: unpack it with care.
     ///
     /// # Errors
     /// [`TreeError`]; what was written is then a part of an archive.

@@ -19,8 +19,9 @@ const LONGEST: usize = 4095;
 /// Bytes of names that are still to come, of all directories that are open.
 const MOST_HELD: usize = 32 << 20;
 
-/// Reads a tree in the guest, entry by entry, directories before what is in them, each in the order of names. Links are not followed.
-/// The guest may change the tree meanwhile, and may say what it likes: names are checked to be names.
+/// Reads a tree in the guest, entry by entry, directories before what is in them, each in the order
+/// of names. Links are not followed. The guest may change the tree meanwhile, and may say what it
+/// likes: names are checked to be names.
 #[derive(Debug)]
 pub struct TreeReader<'a, S> {
     client: &'a mut AgentClient<S>,
@@ -43,11 +44,12 @@ struct Level {
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
-    /// Begins with a directory of the guest, which is no entry itself. It is read with the rights that the place names
-    /// ([`Place::by`]).
+    /// Begins with a directory of the guest, which is no entry itself. It is read with the rights
+    /// that the place names ([`Place::by`]).
     ///
     /// # Errors
-    /// [`TreeError`], if there is no such directory, for example; [`TreeError::BadPath`] of a place that is beneath another one.
+    /// [`TreeError`], if there is no such directory, for example; [`TreeError::BadPath`] of a place
+    /// that is beneath another one.
     pub async fn begin(
         client: &'a mut AgentClient<S>,
         dir: impl Into<Place>,
@@ -110,10 +112,12 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
         }))
     }
 
-    /// Writes the content of a regular file that [`next`](Self::next) gave, as many bytes as it had then.
+    /// Writes the content of a regular file that [`next`](Self::next) gave, as many bytes as it had
+    /// then.
     ///
     /// # Errors
-    /// [`TreeError::TooLarge`] before anything is written; [`TreeError::Changed`] if it became shorter; otherwise [`TreeError`].
+    /// [`TreeError::TooLarge`] before anything is written; [`TreeError::Changed`] if it became
+    /// shorter; otherwise [`TreeError`].
     pub async fn content(
         &mut self,
         entry: &TreeEntry,
@@ -143,7 +147,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
         self.count
     }
 
-    /// Always beneath the same directory, also the top itself: then it stays the one that was found first.
+    /// Always beneath the same directory, also the top itself: then it stays the one that was found
+    /// first.
     fn place(&self, path: &Path) -> Place {
         let path = match path.as_os_str() {
             top if top.is_empty() => Path::new("."),
@@ -180,7 +185,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
             return Err(TreeError::TooMany(self.limits.entries));
         }
         names.sort_unstable_by(|one, other| other.cmp(one));
-        // Who unpacks the tree takes the second for another file, and a link for the directory of that name.
+        // Who unpacks the tree takes the second for another file, and a link for the directory of
+        // that name.
         if names
             .windows(2)
             .any(|pair| matches!(pair, [one, other] if one == other))

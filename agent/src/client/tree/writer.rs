@@ -20,11 +20,13 @@ use crate::{
     proto::{Account, FileRequest, MAX_CHUNK, Place, Put, Request},
 };
 
-/// Requests that may wait for their answers: enough to keep the guest busy, few enough for their answers to fit in its buffer.
+/// Requests that may wait for their answers: enough to keep the guest busy, few enough for their
+/// answers to fit in its buffer.
 const WINDOW: usize = 32;
 
-/// Writes a tree into a directory of the guest, entry by entry. Does not wait for each answer: what went wrong is said by a later call, and
-/// by [`finish`](Self::finish) at the latest. Drop the client after an error, and if this is dropped before.
+/// Writes a tree into a directory of the guest, entry by entry. Does not wait for each answer: what
+/// went wrong is said by a later call, and by [`finish`](Self::finish) at the latest. Drop the
+/// client after an error, and if this is dropped before.
 #[derive(Debug)]
 pub struct TreeWriter<'a, S> {
     client: &'a mut AgentClient<S>,
@@ -39,8 +41,8 @@ pub struct TreeWriter<'a, S> {
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
-    /// Begins with the directory, which is made if it is not there. All is made with the rights of that account, root's if
-    /// there is none, and belongs to it.
+    /// Begins with the directory, which is made if it is not there. All is made with the rights of
+    /// that account, root's if there is none, and belongs to it.
     ///
     /// # Errors
     /// [`FileError::PathTooLong`], as a [`TreeError`].
@@ -52,8 +54,9 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
         Self::begin_with(client, dir, account, None)
     }
 
-    /// As [`begin`](Self::begin), with root's rights wherever that is, and given to `owner` when it is made. Not for places that
-    /// programs which are not trusted can write to: see [`Place::by`].
+    /// As [`begin`](Self::begin), with root's rights wherever that is, and given to `owner` when it
+    /// is made. Not for places that programs which are not trusted can write to: see
+    /// [`Place::by`].
     ///
     /// # Errors
     /// As [`begin`](Self::begin).
@@ -88,7 +91,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
         Ok(writer)
     }
 
-    /// Adds an entry; directories on the way are made. `content` is read for a regular file, and must have its size.
+    /// Adds an entry; directories on the way are made. `content` is read for a regular file, and
+    /// must have its size.
     ///
     /// # Errors
     /// [`TreeError`], perhaps of an earlier entry.

@@ -1,4 +1,5 @@
-//! Guests without a pool: to the first instruction beside the floor, a cold boot, and a clone that is talked to.
+//! Guests without a pool: to the first instruction beside the floor, a cold boot, and a clone that
+//! is talked to.
 
 use hearth_agent::proto::READY_PORT;
 use hearth_agent::{Command, client::OutputLimits};
@@ -17,7 +18,8 @@ use crate::scenario::{exchange::Exchange, vsock};
 
 const FIRST: &str = "fork to first instruction";
 const SHELL: &str = "shell to first instruction";
-/// Repetitions of one measurement of what takes little: beside it, a tick of the host's clock would be much.
+/// Repetitions of one measurement of what takes little: beside it, a tick of the host's clock would
+/// be much.
 const MANY: usize = 40;
 const MIB: u32 = 1 << 20;
 /// The least that can be asked or answered.

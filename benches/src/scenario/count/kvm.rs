@@ -8,7 +8,8 @@ use hearth_vmm::Vm;
 use super::Counts;
 use crate::scenario::ScenarioError;
 
-/// KVM's statistics (`Documentation/virt/kvm/api.rst`, `KVM_GET_STATS_FD`, has their names), all VMs added up.
+/// KVM's statistics (`Documentation/virt/kvm/api.rst`, `KVM_GET_STATS_FD`, has their names), all
+/// VMs added up.
 const FILES: &str = "/sys/kernel/debug/kvm";
 
 /// Statistics of what lives now.
@@ -58,7 +59,8 @@ pub(super) struct Names {
 }
 
 impl Counts {
-    /// Keeps what `vm` needed of the monitor and of memory, and what KVM counted since `before`, while nothing ended.
+    /// Keeps what `vm` needed of the monitor and of memory, and what KVM counted since `before`,
+    /// while nothing ended.
     pub(super) fn vm(
         &mut self,
         vm: &Vm,

@@ -1,6 +1,6 @@
-//! What each step costs in instructions, of host kernel, KVM and guest together, on a machine whose clock counts them
-//! ([`Meter`]): what ran, and beside it what was only waited for. It is what can be compared where no processor is fast
-//! or quiet enough for times.
+//! What each step costs in instructions, of host kernel, KVM and guest together, on a machine whose
+//! clock counts them ([`Meter`]): what ran, and beside it what was only waited for. It is what can
+//! be compared where no processor is fast or quiet enough for times.
 
 mod guests;
 mod kvm;

@@ -1,4 +1,5 @@
-//! The hand-off of a parked guest, to its first answer and to the result of code, and the making of the next one.
+//! The hand-off of a parked guest, to its first answer and to the result of code, and the making of
+//! the next one.
 
 use hearth_pool::kvm::KvmImage;
 use hearth_pool::{Language, Parking, Refill};

@@ -49,9 +49,9 @@ pub(crate) enum Command {
 /// Which image is meant.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Image {
-    /// kernel: the guest kernel alone; base: the kernel, and an initramfs with the agent and its small
-    /// built-in programs; javascript, python, shell: root file systems; else one by the path of its
-    /// recipe (with a slash or the suffix .toml)
+    /// kernel: the guest kernel alone; base: the kernel, and an initramfs with the agent and its
+    /// small built-in programs; javascript, python, shell: root file systems; else one by the
+    /// path of its recipe (with a slash or the suffix .toml)
     #[arg(value_name = "NAME", value_parser = name)]
     name: Name,
     /// Adds a Python package to a root file system; may be repeated

@@ -7,7 +7,8 @@ use hearth_vmm::{DEFAULT_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, VmConfigBuilder}
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Machine {
-    /// Memory of the guest in MiB, a whole number from 32 up [default: 128, or what the image needs]
+    /// Memory of the guest in MiB, a whole number from 32 up [default: 128, or what the image
+    /// needs]
     #[arg(long, value_name = "MIB", value_parser = memory)]
     memory: Option<u64>,
     /// Number of virtual CPUs, 1 to 32

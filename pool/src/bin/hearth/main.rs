@@ -1,7 +1,7 @@
 //! The `hearth` command: a thin layer over the libraries, one file for each subcommand.
 //!
-//! Exit codes: `run` and `shell` give those of the guest's program, `boot` and `doctor` have codes of their own,
-//! and whatever goes wrong in the command itself is [`FAILED`].
+//! Exit codes: `run` and `shell` give those of the guest's program, `boot` and `doctor` have codes
+//! of their own, and whatever goes wrong in the command itself is [`FAILED`].
 
 mod boot;
 mod console;

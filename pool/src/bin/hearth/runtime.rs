@@ -1,5 +1,5 @@
-//! The command's event loop. All its threads are started before anything else, or none is: tokio panics
-//! where it cannot start one later.
+//! The command's event loop. All its threads are started before anything else, or none is: tokio
+//! panics where it cannot start one later.
 
 use std::fs::File;
 use std::io;
@@ -62,8 +62,8 @@ pub(crate) fn on_all_processors() -> Result<Runtime, RuntimeError> {
     start(builder, workers)
 }
 
-/// Lets a write beyond `ulimit -f` be an error. The default is a signal that ends the process; programs
-/// that this one starts have it again.
+/// Lets a write beyond `ulimit -f` be an error. The default is a signal that ends the process;
+/// programs that this one starts have it again.
 pub(crate) fn outlive_the_file_limit() -> Result<(), RuntimeError> {
     if getrlimit(Resource::Fsize).current.is_none() {
         return Ok(());
@@ -139,8 +139,8 @@ fn can_open(descriptors: usize) -> io::Result<()> {
         .map(drop)
 }
 
-/// Starts so many threads at once and ends them. Addresses for their stacks are looked for before: a
-/// thread that has none left for the first thing that it does ends the process.
+/// Starts so many threads at once and ends them. Addresses for their stacks are looked for before:
+/// a thread that has none left for the first thing that it does ends the process.
 fn can_start(threads: usize) -> io::Result<()> {
     let mut addresses = Vec::<u8>::new();
     addresses.try_reserve_exact(threads * STACK + SPARE)?;

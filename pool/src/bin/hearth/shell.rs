@@ -12,9 +12,10 @@ use crate::guest::{self, Job, Report, RunError, terminal};
 
 /// Opens a shell in a fresh guest, on this terminal
 ///
-/// The guest lives as long as the shell, whose exit code becomes this command's. All keys go to the shell, Ctrl-C included; the
-/// terminal's size follows the window. The base image has no shell: choose another (--image shell), or a root file system that has
-/// /bin/sh (--root), or name a program to run instead.
+/// The guest lives as long as the shell, whose exit code becomes this command's. All keys go to the
+/// shell, Ctrl-C included; the terminal's size follows the window. The base image has no shell:
+/// choose another (--image shell), or a root file system that has /bin/sh (--root), or name a
+/// program to run instead.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct Args {

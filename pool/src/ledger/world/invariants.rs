@@ -54,8 +54,8 @@ impl World {
         assert!(leased <= self.lease_limit);
     }
 
-    /// From here on everything goes well: every deficit heals, every ticket is settled, every caller
-    /// served, and a pool that stops comes to its end.
+    /// From here on everything goes well: every deficit heals, every ticket is settled, every
+    /// caller served, and a pool that stops comes to its end.
     pub(in super::super) fn heals(mut self) {
         self.step(Step::Tell(Event::CapacityFreed));
         self.step(Step::Tell(Event::Pressure(false)));

@@ -1,5 +1,5 @@
-//! Queues on which the guest gives pages back: a chain may name gigabytes, so that its pages leave the
-//! host in bounded steps.
+//! Queues on which the guest gives pages back: a chain may name gigabytes, so that its pages leave
+//! the host in bounded steps.
 
 use std::collections::VecDeque;
 
@@ -18,14 +18,14 @@ pub(super) const LEAST_BYTES: u64 = 64 << 10;
 /// Page numbers that one chain may carry: a page full, as Windows sends; Linux sends 256.
 pub(super) const MAX_PFNS: usize = 1024;
 
-/// Stretches of guest memory (address, bytes) that a chain gives up, as they were when it was taken:
-/// whole pages inside memory. At most [`MAX_PFNS`].
+/// Stretches of guest memory (address, bytes) that a chain gives up, as they were when it was
+/// taken: whole pages inside memory. At most [`MAX_PFNS`].
 #[derive(Debug, Default)]
 pub(super) struct Stretches(VecDeque<(u64, u64)>);
 
 impl Stretches {
-    /// The inflate queue: arrays of 32-bit page numbers. Runs of neighbours are one stretch; numbers
-    /// outside memory are ignored, as the page is not ours to give.
+    /// The inflate queue: arrays of 32-bit page numbers. Runs of neighbours are one stretch;
+    /// numbers outside memory are ignored, as the page is not ours to give.
     pub(super) fn of_pages(ram: &GuestRam, chain: Chain<'_>) -> Result<Self, Fault> {
         let mut stretches = VecDeque::new();
         let mut left = MAX_PFNS;
@@ -92,9 +92,9 @@ impl Stretches {
 #[derive(Debug)]
 pub(super) struct Discards {
     queue: Queue,
-    /// What is left of the queue's next chain, if a turn ended within it. No part of a snapshot: the
-    /// chain still is the queue's next, and a clone does it again from its start. Until it gets the
-    /// chain back the guest uses none of its pages.
+    /// What is left of the queue's next chain, if a turn ended within it. No part of a snapshot:
+    /// the chain still is the queue's next, and a clone does it again from its start. Until it
+    /// gets the chain back the guest uses none of its pages.
     in_hand: Option<Stretches>,
 }
 
@@ -108,8 +108,8 @@ impl Discards {
         QueuePosition::of(&self.queue)
     }
 
-    /// Serves the queue within the budget; `read` says what a chain gives up. Returns how many bytes
-    /// left the host.
+    /// Serves the queue within the budget; `read` says what a chain gives up. Returns how many
+    /// bytes left the host.
     pub(super) fn serve(
         &mut self,
         ram: &GuestRam,

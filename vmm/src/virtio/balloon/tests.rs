@@ -352,7 +352,8 @@ async fn a_restored_balloon_goes_on_where_it_was() {
     asked.abort();
 }
 
-/// A snapshot between two turns of one chain: the clone does what is left, and gives the chain back once.
+/// A snapshot between two turns of one chain: the clone does what is left, and gives the chain back
+/// once.
 #[test]
 fn a_chain_that_is_half_done_at_a_snapshot_is_done_once_in_each_of_the_two() {
     const PAGES: u64 = 40 * MIB / PAGE_SIZE;

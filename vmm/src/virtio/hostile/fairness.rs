@@ -63,8 +63,8 @@ fn board(transport: &SharedTransport) -> Board {
     }
 }
 
-/// A driver reads and acknowledges in its interrupt handler: with interrupts off, on a vCPU that others
-/// of the guest may wait for.
+/// A driver reads and acknowledges in its interrupt handler: with interrupts off, on a vCPU that
+/// others of the guest may wait for.
 #[test]
 fn the_registers_of_an_interrupt_do_not_wait_for_a_turn() {
     ends("interrupt registers", || {
@@ -91,14 +91,15 @@ fn waits(thread: i32) -> bool {
     stat.rsplit_once(") ").unwrap().1.starts_with('S')
 }
 
-/// Whoever waits for a lock that an event thread takes again and again may else wait for ever: a guest
-/// whose vCPU does could be neither paused nor taken apart in time.
+/// Whoever waits for a lock that an event thread takes again and again may else wait for ever: a
+/// guest whose vCPU does could be neither paused nor taken apart in time.
 #[test]
 fn whoever_waits_for_a_device_has_it_after_the_turn_that_it_takes() {
     ends("a device without rest", || {
         for _ in 0..20 {
             let begun = Arc::new(AtomicBool::new(false));
-            // The thread of the vCPU, once it is there; turns so far; how many there were when it read.
+            // The thread of the vCPU, once it is there; turns so far; how many there were when it
+            // read.
             let vcpu = Arc::new(AtomicI32::new(0));
             let turns = Arc::new(AtomicUsize::new(0));
             let seen = Arc::new(AtomicUsize::new(0));
@@ -201,7 +202,8 @@ impl Flood {
     }
 }
 
-/// Every request as large as the protocol allows, in every queue of every device that a guest can have.
+/// Every request as large as the protocol allows, in every queue of every device that a guest can
+/// have.
 fn flood(kind: Kind, turns: &Arc<Mutex<Vec<&'static str>>>) -> Flood {
     let bell = Bell::new().unwrap();
     let device = Counted {
@@ -247,8 +249,8 @@ fn flood(kind: Kind, turns: &Arc<Mutex<Vec<&'static str>>>) -> Flood {
     }
 }
 
-/// Two guests on one event thread, one with all its devices at once: between the other's kick and its
-/// answer are a turn that was under way, one turn of the hostile guest, and its own.
+/// Two guests on one event thread, one with all its devices at once: between the other's kick and
+/// its answer are a turn that was under way, one turn of the hostile guest, and its own.
 #[test]
 fn a_guest_that_floods_all_its_devices_has_one_turn_between_two_of_its_neighbours() {
     ends("a flood of all devices", || {

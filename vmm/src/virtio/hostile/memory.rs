@@ -107,8 +107,8 @@ fn page_numbers_that_are_not_the_guests_are_ignored() {
     attacker.assert_unaffected("page numbers outside memory");
 }
 
-/// Each page by itself is two calls of the host's: a turn takes no more than 256 of them, however few
-/// bytes they are, and no more than 16 MiB.
+/// Each page by itself is two calls of the host's: a turn takes no more than 256 of them, however
+/// few bytes they are, and no more than 16 MiB.
 #[test]
 fn scattered_pages_cost_their_driver_its_turn() {
     for (stride, each, stretches) in [(1, 512, 1), (2, 384, 384)] {

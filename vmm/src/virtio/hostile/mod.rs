@@ -1,9 +1,10 @@
-//! The hostile suite, played: a driver without manners in front of every virtio device, on real guest
-//! memory and through the transport's registers, as a guest would reach them. `tests/HOSTILE.md` lists
-//! its attacks beside those that real guests make.
+//! The hostile suite, played: a driver without manners in front of every virtio device, on real
+//! guest memory and through the transport's registers, as a guest would reach them.
+//! `tests/HOSTILE.md` lists its attacks beside those that real guests make.
 //!
 //! Each attack says which branch must catch it (the words of the [`Fault`]) and what becomes of the
-//! device, and ends with an honest exchange after a reset: nothing that a driver did may outlive it.
+//! device, and ends with an honest exchange after a reset: nothing that a driver did may outlive
+//! it.
 
 mod fairness;
 mod log;
@@ -46,8 +47,8 @@ fn parts(index: u32) -> [u64; 3] {
     [base, base + 0x4000, base + 0x8000]
 }
 
-/// A device with its registers, and guest memory. Nothing that it does writes a line to the log at a level
-/// that programs show.
+/// A device with its registers, and guest memory. Nothing that it does writes a line to the log at
+/// a level that programs show.
 struct Attacker {
     transport: MmioTransport,
     ram: GuestRam,
@@ -249,8 +250,8 @@ impl Attacker {
         panic!("the device always wants to go on");
     }
 
-    /// The branch with these words caught it, and the driver is told that only a reset helps. After one,
-    /// the device is as good as new.
+    /// The branch with these words caught it, and the driver is told that only a reset helps. After
+    /// one, the device is as good as new.
     #[track_caller]
     fn assert_refused(mut self, attack: &str, why: &str) {
         let fault = self.transport.last_fault().map(ToString::to_string);
@@ -320,7 +321,8 @@ fn descriptor((address, len): (u64, u32), flags: u16, next: u16) -> [u8; 16] {
     bytes
 }
 
-/// Runs what would hang for ever if the device did; a hung thread is left behind by the failing test.
+/// Runs what would hang for ever if the device did; a hung thread is left behind by the failing
+/// test.
 fn ends<T: Send + 'static>(attack: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, is_done) = mpsc::channel();
     std::thread::spawn(move || done.send(run()));

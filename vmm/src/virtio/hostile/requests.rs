@@ -1,4 +1,5 @@
-//! Attacks on what is in a request: the balloon's statistics, an image's flushes, configuration space.
+//! Attacks on what is in a request: the balloon's statistics, an image's flushes, configuration
+//! space.
 
 use super::*;
 

@@ -24,8 +24,9 @@ fn honest(attacker: &Attacker, queue: u32) {
     }
 }
 
-/// The device's switch for notifications is the driver's index: each look at the ring changes what the
-/// next one sees. Held up the event thread for ever before [`Fault::Gone`](crate::virtio::Fault::Gone).
+/// The device's switch for notifications is the driver's index: each look at the ring changes what
+/// the next one sees. Held up the event thread for ever before
+/// [`Fault::Gone`](crate::virtio::Fault::Gone).
 #[test]
 fn a_notification_switch_laid_over_the_index_does_not_make_the_device_spin() {
     for kind in [Kind::Vsock, Kind::Balloon, Kind::Pmem] {
@@ -228,8 +229,8 @@ fn chains_that_lead_nowhere_need_a_reset() {
     }
 }
 
-/// The queue's own code writes a line at error level for each head outside its table: a guest could fill
-/// the log of the program that it runs in. Every attacker of this suite is held to [`log`].
+/// The queue's own code writes a line at error level for each head outside its table: a guest could
+/// fill the log of the program that it runs in. Every attacker of this suite is held to [`log`].
 #[test]
 fn a_flood_of_heads_outside_the_table_leaves_the_log_alone() {
     for (_, mut attacker) in Attacker::each() {
@@ -248,8 +249,8 @@ fn a_flood_of_heads_outside_the_table_leaves_the_log_alone() {
     assert_eq!(log::take(), 2);
 }
 
-/// Tables of 65535 descriptors, which no device offers to take, cost no more than a direct chain: what
-/// matters in one is seen where a direct chain could have it, and not behind.
+/// Tables of 65535 descriptors, which no device offers to take, cost no more than a direct chain:
+/// what matters in one is seen where a direct chain could have it, and not behind.
 #[test]
 fn a_huge_indirect_table_is_not_walked() {
     let table = MIB;

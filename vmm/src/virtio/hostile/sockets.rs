@@ -26,8 +26,8 @@ async fn accepted(guest: &mut Guest, port: u32) -> (VsockStream, Socket) {
     (listener.accept().await.unwrap(), socket)
 }
 
-/// A header that another vCPU changes while the device reads it: the device copies it once, so that it
-/// is one or the other, never a length that was checked and then grew.
+/// A header that another vCPU changes while the device reads it: the device copies it once, so that
+/// it is one or the other, never a length that was checked and then grew.
 #[tokio::test]
 async fn a_header_changed_while_it_is_read_is_one_or_the_other() {
     let mut guest = Guest::new(Setup::default());
@@ -51,7 +51,8 @@ async fn a_header_changed_while_it_is_read_is_one_or_the_other() {
             .write_slice(&bytes, GuestAddress(PACKET))
             .unwrap();
         guest.rings[TX].write_desc(&guest.ram, 127, PACKET, 54, 0, 0);
-        // Until the other one is seen at work, else the first look is always at what was just written.
+        // Until the other one is seen at work, else the first look is always at what was just
+        // written.
         let seen = || {
             guest
                 .ram
@@ -88,8 +89,8 @@ async fn a_header_changed_while_it_is_read_is_one_or_the_other() {
     assert_eq!(guest.connections(), 0);
 }
 
-/// More consumed than was sent, and a buffer that is none: the guest stalls its own connection, which asks
-/// for credit once, not at every lie.
+/// More consumed than was sent, and a buffer that is none: the guest stalls its own connection,
+/// which asks for credit once, not at every lie.
 #[tokio::test]
 async fn credit_that_cannot_be_stalls_its_own_connection() {
     for (attack, window, ahead) in [

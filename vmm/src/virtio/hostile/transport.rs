@@ -138,8 +138,8 @@ fn queues_that_cannot_be_are_refused_at_the_start() {
     }
 }
 
-/// Features beyond those that exist are not stored: else FEATURES_OK would be refused below, as it is for
-/// ones within.
+/// Features beyond those that exist are not stored: else FEATURES_OK would be refused below, as it
+/// is for ones within.
 #[test]
 fn a_feature_selector_out_of_range_selects_nothing() {
     for (name, mut attacker) in Attacker::each() {

@@ -11,8 +11,8 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 
 use crate::memory::{GAP_END, MIB, ranges};
 
-/// Image sizes are multiples of this: the smallest piece of persistent memory that Linux can plug in
-/// (`SUBSECTION_SIZE`, include/linux/mmzone.h).
+/// Image sizes are multiples of this: the smallest piece of persistent memory that Linux can plug
+/// in (`SUBSECTION_SIZE`, include/linux/mmzone.h).
 pub const GRANULE: u64 = 2 * MIB;
 /// Images begin at multiples of this: a memory section of Linux on x86-64 (`SECTION_SIZE_BITS`,
 /// arch/x86/include/asm/sparsemem.h), so that no two images, and no image and RAM, share one.
@@ -112,8 +112,8 @@ impl PmemImage {
         self.0.bytes
     }
 
-    /// SHA-256 of the file's content. Reads it through its descriptor: a file that was cut short is an error there,
-    /// not the end of this process.
+    /// SHA-256 of the file's content. Reads it through its descriptor: a file that was cut short is
+    /// an error there, not the end of this process.
     pub(crate) fn digest(&self) -> std::io::Result<[u8; 32]> {
         let file = self.0.region.file_offset();
         let file = file.ok_or(std::io::ErrorKind::NotFound)?.file();
@@ -170,7 +170,8 @@ impl PmemFile {
     }
 }
 
-/// Guest addresses of images of these sizes: above 4 GiB and all of `memory` bytes of RAM, in order.
+/// Guest addresses of images of these sizes: above 4 GiB and all of `memory` bytes of RAM, in
+/// order.
 pub(crate) fn place(memory: u64, sizes: &[u64], bits: u32) -> Result<Vec<u64>, PmemError> {
     let ram_end = ranges(memory)
         .iter()

@@ -1,6 +1,6 @@
-//! One connection as a state machine. It knows neither queues nor locks' neighbours: the muxer feeds
-//! it the guest's packets and asks it for the next one to send, a [`super::VsockStream`] reads,
-//! writes and closes.
+//! One connection as a state machine. It knows neither queues nor locks' neighbours: the muxer
+//! feeds it the guest's packets and asks it for the next one to send, a [`super::VsockStream`]
+//! reads, writes and closes.
 //!
 //! ```text
 //!  connect() ──► Connecting ──RESPONSE──► Open ──dropped and flushed──► Closing
@@ -11,8 +11,8 @@
 //!                  Ended ◄───────────────────┴─────────────────────────────┘
 //! ```
 //!
-//! `Open` covers both half-closes: what each side has closed only accumulates. `Ended` keeps what the
-//! reader has not read yet and whether the guest is still owed a reset; the muxer forgets the
+//! `Open` covers both half-closes: what each side has closed only accumulates. `Ended` keeps what
+//! the reader has not read yet and whether the guest is still owed a reset; the muxer forgets the
 //! connection once it is not.
 
 use std::io::{self, Read, Write};
@@ -277,8 +277,8 @@ impl Machine {
         self.owed(MAX_PAYLOAD).is_some()
     }
 
-    /// Writes the next packet that the guest is owed: `header` has the addresses, `room` is how much
-    /// payload fits. Returns the payload's length, or `None` if nothing is owed.
+    /// Writes the next packet that the guest is owed: `header` has the addresses, `room` is how
+    /// much payload fits. Returns the payload's length, or `None` if nothing is owed.
     ///
     /// # Errors
     /// When `out` is too short or fails; the device is faulty then.
@@ -429,8 +429,8 @@ impl Machine {
         }
     }
 
-    /// The host side is gone; what it wrote before is still delivered, if the guest takes it. Returns
-    /// whether the muxer has to know: not when the connection was over before.
+    /// The host side is gone; what it wrote before is still delivered, if the guest takes it.
+    /// Returns whether the muxer has to know: not when the connection was over before.
     pub(super) fn hang_up(&mut self, now: Instant) -> bool {
         self.host_gone = true;
         self.shut_receive();
@@ -560,8 +560,8 @@ impl Conn {
         at(&lock(&self.machine))
     }
 
-    /// Changes the machine; whom the change concerns is woken soon, on another thread: the caller may hold locks. True
-    /// if the connection needs a turn and the caller must queue it.
+    /// Changes the machine; whom the change concerns is woken soon, on another thread: the caller
+    /// may hold locks. True if the connection needs a turn and the caller must queue it.
     pub(super) fn change<R>(self: &Arc<Self>, by: impl FnOnce(&mut Machine) -> R) -> (R, bool) {
         let mut machine = lock(&self.machine);
         let result = by(&mut machine);
@@ -576,8 +576,8 @@ impl Conn {
         (result, needs_turn)
     }
 
-    /// A change from the host's side, by a thread of the embedding program that holds no lock of ours: whom it concerns
-    /// is woken here. The device is told when it has to act.
+    /// A change from the host's side, by a thread of the embedding program that holds no lock of
+    /// ours: whom it concerns is woken here. The device is told when it has to act.
     pub(super) fn change_from_host<R>(self: &Arc<Self>, by: impl FnOnce(&mut Machine) -> R) -> R {
         let mut machine = lock(&self.machine);
         let result = by(&mut machine);
@@ -592,8 +592,9 @@ impl Conn {
         result
     }
 
-    /// As [`Conn::change_from_host`]; where the host's side has to wait, its task is woken when it is worth another try.
-    /// A waker is cloned and dropped without the lock: both may be the embedding program's code.
+    /// As [`Conn::change_from_host`]; where the host's side has to wait, its task is woken when it
+    /// is worth another try. A waker is cloned and dropped without the lock: both may be the
+    /// embedding program's code.
     pub(super) fn poll<R>(
         self: &Arc<Self>,
         cx: &Context<'_>,

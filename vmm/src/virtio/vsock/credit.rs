@@ -1,5 +1,5 @@
-//! Flow control of one connection (virtio 1.2 section 5.10.6.3): each side says how large its buffer
-//! is and how much it has consumed, in counters that wrap at 2^32.
+//! Flow control of one connection (virtio 1.2 section 5.10.6.3): each side says how large its
+//! buffer is and how much it has consumed, in counters that wrap at 2^32.
 
 use super::packet::{Header, MAX_PAYLOAD};
 
@@ -100,8 +100,8 @@ impl Outbound {
         self.forwarded = header.fwd_cnt;
     }
 
-    /// Bytes that fit the guest's buffer now. A guest that shrank its buffer below what is in flight
-    /// gets nothing until it caught up.
+    /// Bytes that fit the guest's buffer now. A guest that shrank its buffer below what is in
+    /// flight gets nothing until it caught up.
     pub(super) fn room(&self) -> u32 {
         self.allocated
             .saturating_sub(self.sent.wrapping_sub(self.forwarded))

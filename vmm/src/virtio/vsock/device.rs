@@ -51,9 +51,9 @@ enum TransportReset {
     /// To be sent.
     Owed,
     /// Sent. A driver gives the buffer back once it has acted on the event: then it has made more
-    /// than `available` buffers available. There is no time after which it must have: a clone may be
-    /// parked for hours before it runs. To whoever connects, a driver that never does is one that
-    /// does not answer.
+    /// than `available` buffers available. There is no time after which it must have: a clone may
+    /// be parked for hours before it runs. To whoever connects, a driver that never does is one
+    /// that does not answer.
     Sent { available: u16 },
 }
 
@@ -67,8 +67,8 @@ struct Active {
 }
 
 impl VsockDevice {
-    /// A device for a guest with context id `guest_cid` (3 to 2^32 - 2) that is woken by `bell`, and
-    /// the host's handle on it.
+    /// A device for a guest with context id `guest_cid` (3 to 2^32 - 2) that is woken by `bell`,
+    /// and the host's handle on it.
     #[must_use]
     pub fn new(guest_cid: u64, bell: Bell) -> (Self, VsockHost) {
         Self::with(
@@ -297,8 +297,8 @@ impl Active {
         Ok(progress)
     }
 
-    /// Fills the guest's RX buffers, as long as there are buffers and packets for them. The guest is
-    /// asked to kick only when there is a packet without a buffer.
+    /// Fills the guest's RX buffers, as long as there are buffers and packets for them. The guest
+    /// is asked to kick only when there is a packet without a buffer.
     fn send(&mut self, muxer: &mut Muxer, budget: &mut Budget) -> Result<Progress, Fault> {
         let ram = self.ram.map();
         let mut used = false;

@@ -20,8 +20,9 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::f
 /// Why a connection to the guest was not established.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
-    /// The guest answered with a reset (virtio 1.2, 5.10.6.2): nothing listens on this port, or so many connections wait
-    /// there that its kernel takes no more. The protocol does not tell which.
+    /// The guest answered with a reset (virtio 1.2, 5.10.6.2): nothing listens on this port, or so
+    /// many connections wait there that its kernel takes no more. The protocol does not tell
+    /// which.
     #[error(
         "the guest refused a connection to vsock port {0}: nothing listens there yet (connect_retry waits until it does), \
          or its listener has too many connections waiting (close some)"
@@ -81,9 +82,9 @@ impl VsockHost {
         self.connect_timeout(guest_port, CONNECT_TIMEOUT).await
     }
 
-    /// Connects to a program in the guest. Resolves when the guest has answered, not before. A guest
-    /// whose driver is not up yet gets the request when it is, if that is in time. Needs a tokio
-    /// runtime with its timer.
+    /// Connects to a program in the guest. Resolves when the guest has answered, not before. A
+    /// guest whose driver is not up yet gets the request when it is, if that is in time. Needs
+    /// a tokio runtime with its timer.
     ///
     /// Cancel-safe: dropping the future gives the connection up.
     ///
@@ -116,8 +117,8 @@ impl VsockHost {
     /// grow to 100 ms, until `deadline`. Cancel-safe.
     ///
     /// # Errors
-    /// The last [`ConnectError::Refused`], or [`ConnectError::TimedOut`] if the guest did not answer
-    /// at all; [`ConnectError::VmEnded`] and [`ConnectError::TooMany`] at once.
+    /// The last [`ConnectError::Refused`], or [`ConnectError::TimedOut`] if the guest did not
+    /// answer at all; [`ConnectError::VmEnded`] and [`ConnectError::TooMany`] at once.
     pub async fn connect_retry(
         &self,
         guest_port: u32,

@@ -1,19 +1,20 @@
 //! virtio-vsock (virtio 1.2 section 5.10): stream sockets between the guest and its host program.
 //!
 //! ```text
-//!  VsockHost ──► VsockStream ──► conn (buffers, credit) ──► muxer (turns) ──► device ──► virtqueues
+//! VsockHost ─► VsockStream ─► conn (buffers, credit) ─► muxer (turns) ─► device ─► virtqueues
 //! ```
 //!
 //! A [`VsockStream`] is two bounded buffers in memory, not a socket pair: a slow reader on either
 //! side throttles its peer by credit, and a thousand connections cost no file descriptors. Host
 //! tasks touch only their connection's buffers and ring the device's bell when it has to act; all
-//! queue work is done by [`VsockDevice::run`](super::VirtioDevice::run), a bounded amount at a time.
+//! queue work is done by [`VsockDevice::run`](super::VirtioDevice::run), a bounded amount at a
+//! time.
 //!
-//! Bounds: at most [`MAX_CONNECTIONS`] connections, those that the guest has reset and whose host's end
-//! is still held included. The first [`WIDE_CONNECTIONS`] of them
-//! may buffer [`WIDE_WINDOW`] bytes in each direction, the others [`NARROW_WINDOW`]: a hostile guest
-//! can make its host hold 184 MiB, if the host program accepts that many connections and reads none.
-//! Buffers take memory only while they hold bytes.
+//! Bounds: at most [`MAX_CONNECTIONS`] connections, those that the guest has reset and whose host's
+//! end is still held included. The first [`WIDE_CONNECTIONS`] of them
+//! may buffer [`WIDE_WINDOW`] bytes in each direction, the others [`NARROW_WINDOW`]: a hostile
+//! guest can make its host hold 184 MiB, if the host program accepts that many connections and
+//! reads none. Buffers take memory only while they hold bytes.
 //!
 //! What is deliberately absent: datagrams, seqpacket, traffic between guests, and any socket of the
 //! host's kernel (the opt-in Unix-socket bridge is a client of [`VsockHost`] like any other).

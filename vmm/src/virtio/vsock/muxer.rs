@@ -1,5 +1,5 @@
-//! The table of connections, whose turn it is to send to the guest, and what happens to packets that
-//! belong to no connection.
+//! The table of connections, whose turn it is to send to the guest, and what happens to packets
+//! that belong to no connection.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{self, Read, Write};

@@ -162,8 +162,8 @@ impl Header {
         wire
     }
 
-    /// The reset that answers this packet (section 5.10.6.4), or `None` where the packet is itself a
-    /// reset: two sides that answer resets would never stop.
+    /// The reset that answers this packet (section 5.10.6.4), or `None` where the packet is itself
+    /// a reset: two sides that answer resets would never stop.
     #[must_use]
     pub fn refusal(&self) -> Option<Self> {
         (self.op != Op::Reset.to_wire()).then(|| Self {

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::muxer::{MAX_CONNECTIONS, NARROW_WINDOW, WIDE_CONNECTIONS, WIDE_WINDOW};
 
-/// The places that a device has for connections. One that the guest has reset keeps its own until the
-/// host's end is dropped, too: it may hold a window full of bytes, in a backlog or in the hands of
-/// a task that does not read, and the guest could else open the next one.
+/// The places that a device has for connections. One that the guest has reset keeps its own until
+/// the host's end is dropped, too: it may hold a window full of bytes, in a backlog or in the hands
+/// of a task that does not read, and the guest could else open the next one.
 #[derive(Debug, Default)]
 pub(super) struct Places(Arc<Taken>);
 

@@ -1,6 +1,6 @@
-//! What a snapshot keeps of the device. The guest's end of every connection lives in guest memory and
-//! comes back with it; this is what the host needs to end those connections, or to go on with the
-//! durable ones.
+//! What a snapshot keeps of the device. The guest's end of every connection lives in guest memory
+//! and comes back with it; this is what the host needs to end those connections, or to go on with
+//! the durable ones.
 
 use std::collections::HashSet;
 

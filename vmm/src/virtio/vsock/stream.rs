@@ -19,8 +19,8 @@ use super::conn::{Conn, End, Machine, Side};
 ///   takes none of it for [`CLOSE_TIMEOUT`](super::CLOSE_TIMEOUT).
 /// - Errors: [`BrokenPipe`](io::ErrorKind::BrokenPipe) on a write when the guest takes no more,
 ///   [`ConnectionReset`](io::ErrorKind::ConnectionReset) when the guest reset the connection (after
-///   what it sent before was read), [`ConnectionAborted`](io::ErrorKind::ConnectionAborted) when the
-///   VM has ended.
+///   what it sent before was read), [`ConnectionAborted`](io::ErrorKind::ConnectionAborted) when
+///   the VM has ended.
 ///
 /// A write returns when the bytes are in this side's buffer, not when the guest has read them.
 #[derive(Debug)]
@@ -47,9 +47,9 @@ impl VsockStream {
 
     /// Asks that this connection survive a snapshot: in a VM restored from it, the guest's end goes
     /// on as if nothing had happened, and [`VsockHost::reattach`](super::VsockHost::reattach) gives
-    /// the host's end. That holds only where nothing is in flight on the host's side at the moment of
-    /// the snapshot (both buffers empty, neither direction closed); else the restored guest sees a
-    /// reset like for every other connection.
+    /// the host's end. That holds only where nothing is in flight on the host's side at the moment
+    /// of the snapshot (both buffers empty, neither direction closed); else the restored guest
+    /// sees a reset like for every other connection.
     pub fn mark_durable(&self) {
         self.conn.change_from_host(|machine| machine.durable = true);
     }
@@ -59,8 +59,8 @@ impl VsockStream {
         self.conn.change_from_host(Machine::accept);
     }
 
-    /// Takes no more from the guest: what it sent and nobody has read is thrown away, and its next write
-    /// fails.
+    /// Takes no more from the guest: what it sent and nobody has read is thrown away, and its next
+    /// write fails.
     pub(super) fn shut_receive(&self) {
         self.conn.change_from_host(Machine::shut_receive);
     }
@@ -108,8 +108,8 @@ impl AsyncWrite for VsockStream {
     }
 }
 
-/// For one task that reads and one that writes. Of two that read, or two that write, the later one is
-/// woken.
+/// For one task that reads and one that writes. Of two that read, or two that write, the later one
+/// is woken.
 impl AsyncRead for &VsockStream {
     fn poll_read(
         self: Pin<&mut Self>,

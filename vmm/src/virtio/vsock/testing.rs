@@ -191,7 +191,8 @@ pub struct Guest {
     pub runs: usize,
     /// How often the guest kicked.
     pub kicks: usize,
-    /// Whether packets may come from other addresses than the host's: refusals of what went there do.
+    /// Whether packets may come from other addresses than the host's: refusals of what went there
+    /// do.
     pub foreign_ok: bool,
     setup: Setup,
     tx_free: Vec<u64>,
@@ -292,8 +293,8 @@ impl Guest {
         self.pump();
     }
 
-    /// The same guest in a device restored from a snapshot taken now. Packets in flight in the rings
-    /// stay in flight.
+    /// The same guest in a device restored from a snapshot taken now. Packets in flight in the
+    /// rings stay in flight.
     pub fn restored(mut self) -> Self {
         self.restore();
         self
@@ -354,7 +355,8 @@ impl Guest {
     /// The device's fault.
     pub fn try_pump(&mut self) -> Result<(), Fault> {
         let outcome = self.run();
-        // Whoever waited for what the device has done finds it. What is measured is the device alone.
+        // Whoever waited for what the device has done finds it. What is measured is the device
+        // alone.
         #[cfg(test)]
         crate::wake::flush();
         outcome

@@ -1,14 +1,14 @@
-//! A bridge between a guest's vsock ports and Unix sockets of the host, in Firecracker's convention,
-//! so that clients written for it work unchanged:
+//! A bridge between a guest's vsock ports and Unix sockets of the host, in Firecracker's
+//! convention, so that clients written for it work unchanged:
 //!
-//! - A client connects to the socket at `PATH`, writes `CONNECT <port>\n`, and reads
-//!   `OK <host port>\n` once the guest has accepted; where it has not, the bridge hangs up.
+//! - A client connects to the socket at `PATH`, writes `CONNECT <port>\n`, and reads `OK <host
+//!   port>\n` once the guest has accepted; where it has not, the bridge hangs up.
 //! - A guest that connects to the host's port `N` is connected to whoever listens on the socket at
 //!   `PATH_N`, or refused.
 //!
-//! Each direction ends by itself: one that is closed, or whose receiver takes no more, leaves the other as
-//! it is. A socket that is closed as a whole is so on the other side: the next write there fails. A
-//! connection costs two descriptors.
+//! Each direction ends by itself: one that is closed, or whose receiver takes no more, leaves the
+//! other as it is. A socket that is closed as a whole is so on the other side: the next write there
+//! fails. A connection costs two descriptors.
 //!
 //! Whoever may open the socket may talk to the guest: put it into a private directory.
 
@@ -31,8 +31,9 @@ use super::unix_end::UnixEnd;
 /// Longest path of the bridge's socket in bytes. The operating system takes 107; `PATH_N` with the
 /// longest port must fit as well.
 pub const MAX_PATH: usize = 107 - "_4294967295".len();
-/// Most connections of one bridge at a time that clients of the host opened, and as many again that the guest did: neither
-/// takes the other's places. A client more waits, a connection of the guest's is refused.
+/// Most connections of one bridge at a time that clients of the host opened, and as many again that
+/// the guest did: neither takes the other's places. A client more waits, a connection of the
+/// guest's is refused.
 pub const MAX_BRIDGED: usize = 1024;
 /// Longest first line of a client: `CONNECT 4294967295\n`.
 const MAX_LINE: usize = 19;
@@ -223,8 +224,8 @@ async fn join(mut socket: UnixStream, end: &UnixEnd, stream: &VsockStream) {
     );
 }
 
-/// Moves bytes one way until no more come, or `refused`. Whoever receives is then told that there are no
-/// more.
+/// Moves bytes one way until no more come, or `refused`. Whoever receives is then told that there
+/// are no more.
 async fn pass(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,

@@ -1,5 +1,5 @@
-//! Programs that make the agent itself fail, as a fault of its own would, or try to. Only root can: they use ptrace and
-//! real-time priorities.
+//! Programs that make the agent itself fail, as a fault of its own would, or try to. Only root can:
+//! they use ptrace and real-time priorities.
 
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -40,7 +40,8 @@ pub(super) fn crash(_: &[Vec<u8>]) -> Result<u8, Failure> {
     }
 }
 
-/// Never gives up the processor to whoever has no real-time priority, the agent say; says `starving` before.
+/// Never gives up the processor to whoever has no real-time priority, the agent say; says
+/// `starving` before.
 pub(super) fn starve(_: &[Vec<u8>]) -> Result<u8, Failure> {
     say("starving")?;
     let parameters = libc::sched_param { sched_priority: 1 };

@@ -23,7 +23,8 @@ const CHUNK: usize = 64 * 1024;
 /// The head of a question.
 const HEAD: usize = 8;
 
-/// `vsock-echo PORT`: listens and sends back what each connection brings, until it ends its direction.
+/// `vsock-echo PORT`: listens and sends back what each connection brings, until it ends its
+/// direction.
 pub(super) fn echo(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let listener = listening(number(args, 0)?)?;
     let mut conns: Vec<(OwnedFd, Flow)> = Vec::new();
@@ -88,8 +89,9 @@ pub(super) fn dial(args: &[Vec<u8>]) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `vsock-exchange PORT`: listens, and answers what is asked on one connection after the other. A question has as many bytes
-/// as its first number says, its answer as many as its second: 32 bits each, little-endian.
+/// `vsock-exchange PORT`: listens, and answers what is asked on one connection after the other. A
+/// question has as many bytes as its first number says, its answer as many as its second: 32 bits
+/// each, little-endian.
 pub(super) fn exchange(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let listener = listening(number(args, 0)?)?;
     let mut chunk = vec![0; CHUNK];

@@ -13,8 +13,9 @@ const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CL
 /// Links that belong to a process lead anywhere.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
 
-/// The directory that requests on a connection name one after the other as the one not to be led out of. Found once: by the
-/// next request, a program of the guest may have laid something else at its path.
+/// The directory that requests on a connection name one after the other as the one not to be led
+/// out of. Found once: by the next request, a program of the guest may have laid something else at
+/// its path.
 #[derive(Debug, Default)]
 pub(crate) struct Base(Option<(Vec<u8>, Option<Account>, Rc<OwnedFd>)>);
 
@@ -49,8 +50,8 @@ impl Base {
     }
 }
 
-/// What paths may not lead through. What is done for a user does not lead through links that belong to a process: these
-/// would be the agent's.
+/// What paths may not lead through. What is done for a user does not lead through links that belong
+/// to a process: these would be the agent's.
 fn links(place: &Place, flags: ResolveFlags) -> ResolveFlags {
     match place.by {
         Some(_) => flags | ResolveFlags::NO_MAGICLINKS,
@@ -70,7 +71,8 @@ pub(super) struct Spot {
 }
 
 impl Spot {
-    /// Where a path leads, from `base` if it is to stay beneath that; `/`, `.` and `..` are places, too.
+    /// Where a path leads, from `base` if it is to stay beneath that; `/`, `.` and `..` are places,
+    /// too.
     pub(super) fn find(place: &Place, base: Option<&Rc<OwnedFd>>) -> Result<Self, FileFailure> {
         let path = place.path.as_slice();
         if path.is_empty() || path.contains(&0) {

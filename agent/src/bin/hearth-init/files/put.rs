@@ -104,7 +104,8 @@ impl Putting {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if !self.done {
-            // With the agent's rights: the directory is at hand, and nothing else is found by that name.
+            // With the agent's rights: the directory is at hand, and nothing else is found by that
+            // name.
             let _ = unlinkat(&self.spot.dir, self.name.as_str(), AtFlags::empty());
         }
     }
@@ -132,8 +133,8 @@ pub(super) fn link(
     Ok(named?)
 }
 
-/// A file to be written to its end. One that is there stays whose it is, and keeps its permissions: it may be another one than
-/// was meant.
+/// A file to be written to its end. One that is there stays whose it is, and keeps its permissions:
+/// it may be another one than was meant.
 fn extend(
     spot: &Spot,
     mode: Option<u32>,

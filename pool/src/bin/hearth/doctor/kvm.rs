@@ -56,16 +56,17 @@ fn kvm() -> Check {
     )
 }
 
-/// Times that a VM is made to see how long that takes. The shortest counts: other programs take their time, too.
+/// Times that a VM is made to see how long that takes. The shortest counts: other programs take
+/// their time, too.
 const VMS: usize = 3;
 /// Pause before each: of two in a row the second does not wait.
 const APART: Duration = Duration::from_millis(100);
 /// What a host takes that does not wait is well below it.
 const WAIT: Duration = Duration::from_millis(2);
 
-/// Whether the host's kernel makes the maker of a VM wait. Before Linux 6.13 it attaches a thread of the VM's to the maker's
-/// control groups, which takes a grace period of RCU unless they are mounted with `favordynmods`
-/// (Documentation/admin-guide/cgroup-v2.rst).
+/// Whether the host's kernel makes the maker of a VM wait. Before Linux 6.13 it attaches a thread
+/// of the VM's to the maker's control groups, which takes a grace period of RCU unless they are
+/// mounted with `favordynmods` (Documentation/admin-guide/cgroup-v2.rst).
 fn new_vms() -> Check {
     let name = "new VMs";
     let Ok(host) = Host::get() else {
@@ -97,8 +98,9 @@ fn new_vms() -> Check {
     }
 }
 
-/// With `split_lock_detect=fatal` (Documentation/admin-guide/kernel-parameters.txt) the host's kernel sends
-/// SIGBUS to a program that locks memory across two cache lines, to a vCPU's thread for its guest, too.
+/// With `split_lock_detect=fatal` (Documentation/admin-guide/kernel-parameters.txt) the host's
+/// kernel sends SIGBUS to a program that locks memory across two cache lines, to a vCPU's thread
+/// for its guest, too.
 fn split_locks() -> Check {
     let words = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
     if words

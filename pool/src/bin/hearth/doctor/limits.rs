@@ -17,13 +17,14 @@ const DESCRIPTORS: Need = Need {
     first: 20,
     further: 16,
 };
-/// `hearth run` works with twelve threads beside its first; a further guest has one for each vCPU and
-/// a helper of KVM's.
+/// `hearth run` works with twelve threads beside its first; a further guest has one for each vCPU
+/// and a helper of KVM's.
 const THREADS: Need = Need {
     first: 14,
     further: 2,
 };
-/// Address space in MiB: a guest's memory, and 64 MiB that glibc sets aside for each thread that allocates.
+/// Address space in MiB: a guest's memory, and 64 MiB that glibc sets aside for each thread that
+/// allocates.
 const ADDRESS_SPACE: Need = Need {
     first: MIN_MEMORY_MIB + 14 * 64,
     further: DEFAULT_MEMORY_MIB + 8,
@@ -31,7 +32,8 @@ const ADDRESS_SPACE: Need = Need {
 /// Guests in a file smaller than this many MiB are small ones, and images need more.
 const MODEST_FILE_MIB: u64 = 4096;
 
-/// What a process needs of something that is limited, with its first guest and with each further one.
+/// What a process needs of something that is limited, with its first guest and with each further
+/// one.
 #[derive(Debug, Clone, Copy)]
 struct Need {
     first: u64,
@@ -112,8 +114,8 @@ fn descriptors() -> Check {
     DESCRIPTORS.check("files", found, soft.saturating_sub(inherited), &advice)
 }
 
-/// Descriptors below `limit`, beside the three usual ones, that whoever started this process left open in it:
-/// those that the next program would have, too.
+/// Descriptors below `limit`, beside the three usual ones, that whoever started this process left
+/// open in it: those that the next program would have, too.
 fn inherited(limit: u64) -> u64 {
     let is_inherited = |number: &u64| {
         let flags = field(&format!("/proc/self/fdinfo/{number}"), "flags:");

@@ -87,7 +87,8 @@ pub(super) fn outward(text: &str) -> Result<Copy, String> {
     split(OsStr::new(text), false)
 }
 
-/// Puts the host's files and directories into the guest, with their permissions, and makes the directories that they need.
+/// Puts the host's files and directories into the guest, with their permissions, and makes the
+/// directories that they need.
 pub(super) async fn put(
     agent: &mut AgentClient<VsockStream>,
     copies: &[Copy],
@@ -116,8 +117,8 @@ pub(super) async fn put(
     Ok(())
 }
 
-/// Takes files and directories of the guest, with their permissions. Each is there when it is complete: a file replaces the
-/// host's, a directory does not.
+/// Takes files and directories of the guest, with their permissions. Each is there when it is
+/// complete: a file replaces the host's, a directory does not.
 pub(super) async fn get(
     agent: &mut AgentClient<VsockStream>,
     copies: &[Copy],

@@ -1,4 +1,5 @@
-//! One program in one guest, for the commands that run some: what the guest is made of, and how its end becomes an exit code.
+//! One program in one guest, for the commands that run some: what the guest is made of, and how its
+//! end becomes an exit code.
 
 mod copies;
 mod error;
@@ -28,28 +29,33 @@ use crate::{FAILED, TIMED_OUT};
 /// The guest.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Image of the guest: base, which holds nothing but the agent and its built-in programs; or a root file system on top,
-    /// by the name of its recipe (python, javascript, shell) or the recipe's path [default: base, or what the language needs]
+    /// Image of the guest: base, which holds nothing but the agent and its built-in programs; or a
+    /// root file system on top, by the name of its recipe (python, javascript, shell) or the
+    /// recipe's path [default: base, or what the language needs]
     #[arg(long, value_name = "NAME", value_parser = image::image)]
     image: Option<Image>,
     /// Adds a Python package to the image; may be repeated
     #[arg(long, value_name = "NAME[==VERSION]")]
     package: Vec<String>,
-    /// Kernel to boot instead of the image's: an ELF file (vmlinux) or a bzImage with virtio-mmio and vsock
+    /// Kernel to boot instead of the image's: an ELF file (vmlinux) or a bzImage with virtio-mmio
+    /// and vsock
     #[arg(long, value_name = "PATH", env = "HEARTH_KERNEL")]
     kernel: Option<PathBuf>,
     /// Initramfs to boot instead of the image's; its /init must be the agent
     #[arg(long, value_name = "PATH", env = "HEARTH_INITRAMFS")]
     initramfs: Option<PathBuf>,
-    /// Root file system of the guest: an EROFS image, as `hearth image build python` or `import` makes it
+    /// Root file system of the guest: an EROFS image, as `hearth image build python` or `import`
+    /// makes it
     #[arg(long, value_name = "PATH", conflicts_with_all = ["image", "package"])]
     root: Option<PathBuf>,
-    /// Lets programs write so many MiB over the files of the root file system [default: 60 % of the memory]
+    /// Lets programs write so many MiB over the files of the root file system [default: 60 % of
+    /// the memory]
     #[arg(long, value_name = "MIB")]
     layer: Option<u64>,
     #[command(flatten)]
     machine: Machine,
-    /// User of the guest to run the program as [default: `user` if the root file system has one, else root]
+    /// User of the guest to run the program as [default: `user` if the root file system has one,
+    /// else root]
     #[arg(long, value_name = "NAME")]
     user: Option<String>,
     /// Shows the guest's serial console on stderr; slows the boot
@@ -58,10 +64,12 @@ pub(crate) struct Options {
     /// Gives the guest so many seconds to boot [default: 10, or 100 where ring 0 is emulated]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     boot_timeout: Option<Duration>,
-    /// Copies a file or directory into the guest before the program runs, for the program's user; may be repeated
+    /// Copies a file or directory into the guest before the program runs, for the program's user;
+    /// may be repeated
     #[arg(long, value_name = "HOST:GUEST", value_parser = copies::inward)]
     copy_in: Vec<copies::Copy>,
-    /// Copies a file or directory out of the guest when the program has ended, however; may be repeated
+    /// Copies a file or directory out of the guest when the program has ended, however; may be
+    /// repeated
     #[arg(long, value_name = "GUEST:HOST", value_parser = copies::outward)]
     copy_out: Vec<copies::Copy>,
 }

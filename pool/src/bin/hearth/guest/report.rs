@@ -17,8 +17,9 @@ pub(crate) struct Report {
     pub(super) phases_us: Phases,
     /// What `create` consists of.
     pub(super) create_us: Option<Create>,
-    /// Guest instructions that KVM's emulator ran until the agent greeted; null where the host does not
-    /// count. Where ring 0 is emulated it is what a boot costs, and repeats where times do not.
+    /// Guest instructions that KVM's emulator ran until the agent greeted; null where the host
+    /// does not count. Where ring 0 is emulated it is what a boot costs, and repeats where
+    /// times do not.
     pub(super) boot_instructions: Option<u64>,
     /// The program's times, by the guest's clock.
     pub(super) program_us: Option<Program>,

@@ -273,7 +273,8 @@ impl Session {
         }
     }
 
-    /// What a failed exec means: a connection that broke because the guest ended is the guest's end.
+    /// What a failed exec means: a connection that broke because the guest ended is the guest's
+    /// end.
     async fn why(&self, error: ExecError) -> RunError {
         match error {
             ExecError::Connection(ConnectionError::Closed | ConnectionError::Io(_)) => {

@@ -36,9 +36,9 @@ const LINE: Duration = Duration::from_secs(1);
 
 /// Starts a pool with a load on it, and shows both
 ///
-/// So many tasks at a time acquire a guest, run a program in it and release it. The pool lives in this
-/// process and ends with it. Ctrl-C ends the load; the summary goes to stdout. Without a terminal on
-/// stderr there is a line each second.
+/// So many tasks at a time acquire a guest, run a program in it and release it. The pool lives in
+/// this process and ends with it. Ctrl-C ends the load; the summary goes to stdout. Without a
+/// terminal on stderr there is a line each second.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct Args {

@@ -1,4 +1,5 @@
-//! The pool and its load while they run: redrawn in place on a terminal, a line each second elsewhere.
+//! The pool and its load while they run: redrawn in place on a terminal, a line each second
+//! elsewhere.
 
 use std::io::IsTerminal;
 use std::time::Duration;

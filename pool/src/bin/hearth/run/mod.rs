@@ -20,10 +20,11 @@ use crate::machine::seconds;
 /// hearth run --lang python 'print(6 * 7)'      code; without it, stdin is the code
 /// hearth run script.js -- argument             a file with code, by its name: .py, .js, .sh
 ///
-/// The guest's program gets this command's stdin, stdout, stderr, and gives its exit code. Ctrl-C and
-/// SIGTERM are passed on to the program; the second one ends the guest. The base image holds small
-/// built-in programs only: cat echo env exit false id ls pwd sleep true uname. For others choose an image (--image),
-/// give the guest a root file system of yours (--root), or a program (--copy-in).
+/// The guest's program gets this command's stdin, stdout, stderr, and gives its exit code. Ctrl-C
+/// and SIGTERM are passed on to the program; the second one ends the guest. The base image holds
+/// small built-in programs only: cat echo env exit false id ls pwd sleep true uname. For others
+/// choose an image (--image), give the guest a root file system of yours (--root), or a program
+/// (--copy-in).
 ///
 /// The first run builds the guest's kernel, which takes minutes.
 #[derive(Debug, clap::Args)]
@@ -34,7 +35,8 @@ pub(crate) struct Args {
     /// Ends the program after so many seconds (SIGTERM, 2 s later SIGKILL); exit code 124
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     timeout: Option<Duration>,
-    /// Prints one line of JSON to stderr, after all else, with the time of each phase in microseconds
+    /// Prints one line of JSON to stderr, after all else, with the time of each phase in
+    /// microseconds
     #[arg(long)]
     json: bool,
     /// Language of the code

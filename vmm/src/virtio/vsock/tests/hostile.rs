@@ -237,8 +237,8 @@ async fn the_table_has_an_end_and_windows_shrink_before_it() {
     assert_eq!(response.buf_alloc, WIDE_WINDOW);
 }
 
-/// A connection that its guest has reset is counted as long as the host holds its end, with what it has
-/// not read: else each reset would make room for as many bytes again.
+/// A connection that its guest has reset is counted as long as the host holds its end, with what it
+/// has not read: else each reset would make room for as many bytes again.
 #[tokio::test]
 async fn connections_that_the_guest_resets_are_counted_while_the_host_holds_them() {
     const EACH: usize = NARROW_WINDOW as usize;

@@ -31,7 +31,8 @@ async fn a_guest_that_shut_down_receiving_gets_no_data() {
     assert_eq!(&text, b"ok");
 }
 
-/// The refusals fill their place and TX stops; one kick frees all of it at once, and no other follows.
+/// The refusals fill their place and TX stops; one kick frees all of it at once, and no other
+/// follows.
 #[tokio::test]
 async fn tx_goes_on_when_one_kick_frees_all_refusals() {
     const EXTRA: usize = 5;

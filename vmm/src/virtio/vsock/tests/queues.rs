@@ -181,8 +181,8 @@ async fn rx_buffers_that_hold_no_packet_are_faults() {
     }
 }
 
-/// However many chains there are, a turn takes 32 of them from the guest, and gives it as many of its own
-/// as are left of 64.
+/// However many chains there are, a turn takes 32 of them from the guest, and gives it as many of
+/// its own as are left of 64.
 #[tokio::test]
 async fn a_turn_takes_64_chains_in_both_directions_together() {
     let mut guest = Guest::new(Setup {

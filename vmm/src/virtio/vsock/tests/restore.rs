@@ -40,8 +40,8 @@ async fn the_restored_guest_sees_its_connections_end() {
     assert_eq!(restored.connections(), 0);
 }
 
-/// Linux ends every connection that it knows when it handles the reset, new ones too, and says nothing
-/// to the host: a connect that overtakes the reset hung for ever.
+/// Linux ends every connection that it knows when it handles the reset, new ones too, and says
+/// nothing to the host: a connect that overtakes the reset hung for ever.
 #[tokio::test]
 async fn a_connect_right_after_a_restore_waits_until_the_guest_handled_the_reset() {
     for event_idx in [true, false] {

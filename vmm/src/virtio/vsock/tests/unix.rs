@@ -126,8 +126,8 @@ async fn client_of(guest: &mut Guest, bridge: &UnixBridge, window: u32) -> (Unix
     (client, socket)
 }
 
-/// Pumps until the host's kernel says that the client's peer takes no more; returns how the client's
-/// first write after that fails.
+/// Pumps until the host's kernel says that the client's peer takes no more; returns how the
+/// client's first write after that fails.
 async fn broken(guest: &mut Guest, client: &mut UnixStream) -> io::ErrorKind {
     use rustix::net::{SendFlags, send};
     for _ in 0..5000 {
@@ -180,7 +180,8 @@ async fn the_guests_answer_arrives_although_it_takes_no_more() {
     assert_eq!(answer.len(), ANSWER);
 }
 
-/// The guest hears that a client takes no more before it writes in vain, and gets all that the client writes.
+/// The guest hears that a client takes no more before it writes in vain, and gets all that the
+/// client writes.
 #[tokio::test]
 async fn a_clients_data_arrives_although_it_takes_no_more() {
     let dir = tempfile::tempdir().unwrap();
@@ -236,7 +237,8 @@ async fn a_socket_closed_as_a_whole_is_so_on_the_other_side() {
         }
         guest.inbox.clear();
     }
-    // The guest closes, at once or after it said that it sends no more: the client's next write fails.
+    // The guest closes, at once or after it said that it sends no more: the client's next write
+    // fails.
     for first in [Shut::BOTH, SEND] {
         let (mut client, mut socket) = client_of(&mut guest, &bridge, 65536).await;
         let data = socket.data(4);

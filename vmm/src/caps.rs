@@ -58,7 +58,12 @@ impl Caps {
         }
     }
 
-    /// Confines a VM that has no vCPU yet. With `pmu` it keeps the counters, if the host gives any.
+    /// Confines a VM that was just created: before its memory slots and its interrupt controllers.
+    /// With `pmu` it keeps the counters, if the host gives any.
+    ///
+    /// Setting the filter waits for a grace period of the VM's SRCU
+    /// (`kvm_vm_ioctl_set_msr_filter`): 70 us for its first, half of which its memory slots are
+    /// spared; 15 ms after `KVM_CREATE_IRQCHIP`, which begins one that is not expedited.
     pub(crate) fn confine(self, vm: &VmFd, pmu: bool) -> Result<(), KvmError> {
         for cap in self.enabled(pmu) {
             vm.enable_cap(&cap)

@@ -196,7 +196,7 @@ fn make(kind: &str, count: usize) {
         match kind {
             "create-and-fork" => template().fork().unwrap().destroy(),
             "fork" => first.fork().unwrap().destroy(),
-            "shell" => drop(first.shell().unwrap()),
+            "shell" => drop(first.prepare().unwrap()),
             _ => panic!("{kind}"),
         }
     }

@@ -346,20 +346,20 @@ async fn a_vm_that_others_own_can_be_taken_apart_and_what_it_carries_goes_last()
     let (said, remained) = std::sync::mpsc::channel();
     let vm = std::sync::Arc::new(Code::new().spin().boot());
     assert!(remains());
-    vm.carry(Last(said.clone()));
+    vm.on_drop(Last(said.clone()));
     assert!(remained.try_recv().is_err());
     let owner = std::sync::Arc::clone(&vm);
-    vm.take_apart();
+    vm.teardown();
     assert_eq!(remained.try_recv(), Ok(false));
     assert_eq!(owner.status(), VmStatus::Ended(Exit::Killed));
     assert!(owner.snapshot().is_err());
     // Again is fine; what comes too late is not kept.
-    owner.take_apart();
-    owner.carry(Last(said.clone()));
+    owner.teardown();
+    owner.on_drop(Last(said.clone()));
     assert_eq!(remained.try_recv(), Ok(false));
     // Also when it is only dropped.
     let vm = Code::new().spin().boot();
-    vm.carry(Last(said));
+    vm.on_drop(Last(said));
     drop(vm);
     let limit = hearth_tests::patience(Duration::from_secs(5));
     assert_eq!(remained.recv_timeout(limit), Ok(false));

@@ -56,7 +56,7 @@ async fn create_start_kill_and_drop(config: &VmConfig, count: usize) {
 fn settled() -> Footprint {
     let (said, gone) = mpsc::channel::<()>();
     let last = Vm::boot(&sleeper()).unwrap();
-    last.carry(said);
+    last.on_drop(said);
     drop(last);
     let limit = patience(Duration::from_secs(10));
     assert_eq!(
@@ -105,7 +105,7 @@ async fn ten_thousand_vms_leave_nothing() {
 
 /// Half of them become clones that run, a quarter clones that never run, and a quarter nothing.
 async fn use_shells(template: &Template, count: usize) {
-    let shells = (0..count).map(|_| template.shell().unwrap());
+    let shells = (0..count).map(|_| template.prepare().unwrap());
     for (number, shell) in shells.collect::<Vec<_>>().into_iter().enumerate() {
         match number % 4 {
             0 => drop(shell),
@@ -267,7 +267,7 @@ async fn a_clone_of_linux_costs_less_than_a_mib_beside_its_memory() {
         let Guest { vm, mut agent, .. } = Guest::of(template).await;
         within(5, "pong", agent.ping(1)).await.unwrap();
         vm.request_pause().unwrap();
-        vm.carry(agent);
+        vm.on_drop(agent);
         vm
     };
     cost_less_than_a_mib(25, make).await;

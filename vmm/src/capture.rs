@@ -4,28 +4,28 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
-use crate::board::{Board, SharedTransport};
+use crate::bus::{DeviceBus, SharedTransport};
 use crate::cpu::msrs;
-use crate::frame;
 use crate::host::Host;
 use crate::legacy::serial::SerialPort;
-use crate::machine::{Baggage, Hardware};
 use crate::memory::GuestRam;
-use crate::snapshot::chips::ChipState;
 use crate::snapshot::cpu::VcpuState;
+use crate::snapshot::irqchip::ChipState;
 use crate::snapshot::{SnapshotError, VmState};
-use crate::vcpu::gate::{Gate, Want};
+use crate::vcpu::control::{RunState, VcpuControl};
+use crate::vm_fds;
+use crate::vm_inner::{DropGuards, Hardware};
 
 /// What a VM is captured from. It keeps that much of the VM: whoever takes the VM apart meanwhile
 /// need not wait. Fields are dropped in this order: KVM's VM is closed before memory is unmapped.
 #[derive(Debug)]
 pub(crate) struct Capture {
     pub(crate) hardware: Hardware,
-    pub(crate) gate: Arc<Gate>,
+    pub(crate) control: Arc<VcpuControl>,
     pub(crate) vm: Arc<VmFd>,
-    pub(crate) board: Arc<Board>,
+    pub(crate) bus: Arc<DeviceBus>,
     pub(crate) ram: GuestRam,
-    pub(crate) _baggage: Baggage,
+    pub(crate) _baggage: DropGuards,
 }
 
 impl Capture {
@@ -37,17 +37,17 @@ impl Capture {
         with_memory: impl FnOnce(&GuestRam) -> std::io::Result<T>,
     ) -> Result<(VmState, T), SnapshotError> {
         // Not locked meanwhile: their event thread serves other VMs.
-        let _asleep = Asleep::all(&self.board.virtio);
-        let devices = self.board.virtio.iter();
+        let _asleep = Asleep::all(&self.bus.virtio);
+        let devices = self.bus.virtio.iter();
         let saved = devices.map(|transport| transport.lock().save()).collect();
-        let serial = self.board.serial.as_ref().map(SerialPort::save);
+        let serial = self.bus.serial.as_ref().map(SerialPort::save);
         let host = Host::get()?;
-        let fresh = frame::fresh_vcpus(host, self.hardware)?;
+        let fresh = vm_fds::fresh_vcpus(host, self.hardware)?;
         let mut vcpus = Vec::with_capacity(usize::from(self.hardware.vcpus));
         for (index, fresh) in fresh.iter().enumerate() {
             let fresh = msrs::read(fresh, host.msr_indices().iter().copied())?;
             let vcpu = self
-                .gate
+                .control
                 .with_vcpu(index, |vcpu| {
                     VcpuState::save(vcpu, host.msr_indices(), &fresh)
                 })
@@ -68,7 +68,7 @@ impl Capture {
 
     /// Whether the guest has ended: nobody needs what is captured then.
     pub(crate) fn is_over(&self) -> bool {
-        self.gate.want() == Want::Stop
+        self.control.run_state() == RunState::Stop
     }
 }
 

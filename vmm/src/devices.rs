@@ -2,12 +2,8 @@
 
 use vmm_sys_util::eventfd::EventFd;
 
-#[cfg(feature = "testing")]
-use crate::frame::serial_interrupt;
-use crate::frame::{PlacedImage, Wire};
 use crate::legacy::console::Console;
 use crate::legacy::serial::SerialPort;
-use crate::machine::{BootError, GUEST_CID, Hardware};
 #[cfg(feature = "testing")]
 use crate::memory::GuestRam;
 use crate::snapshot::VmState;
@@ -17,6 +13,10 @@ use crate::virtio::mmio::MmioTransport;
 use crate::virtio::pmem::PmemDevice;
 use crate::virtio::vsock::{VsockDevice, VsockHost};
 use crate::virtio::{DeviceState, VirtioDevice};
+#[cfg(feature = "testing")]
+use crate::vm_fds::serial_interrupt;
+use crate::vm_fds::{DeviceEvents, PlacedImage};
+use crate::vm_inner::{BootError, GUEST_CID, Hardware};
 
 /// The devices of one VM.
 pub(crate) struct Devices {
@@ -32,14 +32,14 @@ impl Devices {
     pub(crate) fn new(
         hardware: Hardware,
         images: &[PlacedImage],
-        wires: &[Wire],
+        device_events: &[DeviceEvents],
         irq: Option<EventFd>,
     ) -> Result<Self, BootError> {
-        let [vsock, balloon, ..] = wires else {
-            return Err(BootError::State(NO_WIRE.into()));
+        let [vsock, balloon, ..] = device_events else {
+            return Err(BootError::State(NO_EVENTS.into()));
         };
-        let vsock = VsockDevice::new(GUEST_CID, vsock.bell.clone());
-        let balloon = BalloonDevice::new(memory_mib(hardware), balloon.bell.clone());
+        let vsock = VsockDevice::new(GUEST_CID, vsock.doorbell.clone());
+        let balloon = BalloonDevice::new(memory_mib(hardware), balloon.doorbell.clone());
         let console = Console::default();
         let serial = irq.map(|irq| SerialPort::new(console.clone(), irq));
         Ok(Self::with(vsock, balloon, images, serial, console))
@@ -48,7 +48,7 @@ impl Devices {
     pub(crate) fn restore(
         state: &VmState,
         images: &[PlacedImage],
-        wires: &[Wire],
+        device_events: &[DeviceEvents],
         irq: Option<EventFd>,
     ) -> Result<Self, BootError> {
         let parts: Vec<_> = state.transports.iter().map(|t| &t.device).collect();
@@ -64,19 +64,19 @@ impl Devices {
         if rest.len() != images.len() {
             return Err(BootError::State("devices that the VM does not have".into()));
         }
-        let [vsock_wire, balloon_wire, ..] = wires else {
-            return Err(BootError::State(NO_WIRE.into()));
+        let [vsock_events, balloon_events, ..] = device_events else {
+            return Err(BootError::State(NO_EVENTS.into()));
         };
-        let vsock = VsockDevice::restore(vsock, vsock_wire.bell.clone());
+        let vsock = VsockDevice::restore(vsock, vsock_events.doorbell.clone());
         let mib = memory_mib(state.hardware);
-        let balloon = BalloonDevice::restore(balloon, mib, balloon_wire.bell.clone());
+        let balloon = BalloonDevice::restore(balloon, mib, balloon_events.doorbell.clone());
         let console = Console::default();
         let serial = match (&state.serial, irq) {
             (Some(saved), Some(irq)) => {
                 let port = SerialPort::restore(saved, console.clone(), irq);
                 Some(port.map_err(BootError::Descriptors)?)
             }
-            (Some(_), None) => return Err(BootError::State(NO_WIRE.into())),
+            (Some(_), None) => return Err(BootError::State(NO_EVENTS.into())),
             (None, _) => None,
         };
         Ok(Self::with(vsock, balloon, images, serial, console))
@@ -105,7 +105,7 @@ impl Devices {
 }
 
 /// A saved device that is not part of the saved hardware.
-const NO_WIRE: &str = "a device without a wire";
+const NO_EVENTS: &str = "a device without a wire";
 
 /// Restores the devices of a template's state, as a clone does, in 2 MiB of memory of their own,
 /// and lets each run: for the fuzz target of what can be in a template's file.
@@ -114,10 +114,16 @@ pub(crate) fn restore_devices(state: &VmState) -> Result<(), BootError> {
     /// Runs of a device after which it shows nothing new.
     const RUNS: usize = 64;
     let ram = GuestRam::new(2 << 20)?;
-    let wires = [Wire::new()?, Wire::new()?];
-    let devices = Devices::restore(state, &[], &wires, Some(serial_interrupt()?))?;
-    for ((device, wire), saved) in devices.virtio.into_iter().zip(wires).zip(&state.transports) {
-        let mut transport = MmioTransport::new(device, ram.clone(), wire.bell, wire.interrupt);
+    let device_events = [DeviceEvents::new()?, DeviceEvents::new()?];
+    let devices = Devices::restore(state, &[], &device_events, Some(serial_interrupt()?))?;
+    for ((device, events), saved) in devices
+        .virtio
+        .into_iter()
+        .zip(device_events)
+        .zip(&state.transports)
+    {
+        let mut transport =
+            MmioTransport::new(device, ram.clone(), events.doorbell, events.interrupt);
         transport
             .restore(saved)
             .map_err(|e| BootError::State(e.to_string()))?;

@@ -22,40 +22,40 @@
 //! ```
 
 mod advice;
-mod board;
 mod boot;
+mod bus;
 mod caps;
 mod capture;
 mod config;
 mod cpu;
 mod devices;
-mod ending;
+mod exit_event;
 mod forked;
-mod frame;
 pub mod host;
 mod kvm;
 mod layout;
 mod legacy;
 mod limits;
-mod machine;
 pub mod memory;
+mod pagemap;
 mod placement;
 mod prefetch;
-mod private;
 mod reactor;
 mod seccomp;
 mod sigbus;
 mod signals;
 mod snapshot;
 mod state;
+mod teardown;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
 pub mod testing;
 mod threads;
-mod undertaker;
 mod vcpu;
 pub mod virtio;
 mod vm;
+mod vm_fds;
+mod vm_inner;
 mod wake;
 
 pub use boot::{BzImageError, CmdlineError, EntryChoice, KernelError, KernelFormat, LoadError};
@@ -66,18 +66,17 @@ pub use config::{
 pub use host::{CpuProfile, Host, HostError};
 pub use kvm::KvmError;
 pub use legacy::console::{Chunk, Console};
-pub use machine::{BootError, CreateTimes, GUEST_CID};
 pub use memory::HugePages;
 pub use placement::VcpuThread;
 pub use prefetch::WorkingSet;
 pub use reactor::ReactorError;
 pub use seccomp::SeccompError;
 pub use sigbus::leave_sigbus_alone;
-pub use snapshot::{Difference, Shell, SnapshotError, StoreError, Template, cache};
+pub use snapshot::{Difference, PreparedVm, SnapshotError, StoreError, Template, cache};
 pub use state::{Exit, InternalError, VmStatus};
+pub use teardown::leaked_vms;
 #[doc(hidden)]
 pub use threads::spawn_neutral;
-pub use undertaker::leaked_vms;
 pub use vcpu::kick::kick_signal;
 pub use vcpu::{ExitCounters, VcpuError};
 pub use virtio::DeviceFaults;
@@ -85,3 +84,4 @@ pub use virtio::balloon::{Balloon, BalloonError, BalloonStats};
 pub use virtio::pmem::PmemError;
 pub use virtio::vsock::VsockHost;
 pub use vm::{PauseError, Vm};
+pub use vm_inner::{BootError, CreateTimes, GUEST_CID};

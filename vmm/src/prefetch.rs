@@ -4,20 +4,20 @@
 use std::io;
 
 use crate::memory::{GuestRam, PAGE_SIZE};
-use crate::private::{Page, each_page};
+use crate::pagemap::{Page, each_page};
 
 /// The pages that a clone has touched since its fork: recorded once
 /// ([`Vm::working_set`](crate::Vm::working_set)), when it has given its first answer, say, for all
 /// clones to come ([`Template::prefetch`](crate::Template::prefetch)).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
-    written: Vec<Stretch>,
-    read: Vec<Stretch>,
+    written: Vec<PageRange>,
+    read: Vec<PageRange>,
 }
 
 /// Whole pages, one behind the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stretch {
+struct PageRange {
     addr: u64,
     len: u64,
 }
@@ -33,7 +33,7 @@ impl WorkingSet {
             };
             match stretches.last_mut() {
                 Some(last) if last.addr + last.len == addr => last.len += PAGE_SIZE,
-                _ => stretches.push(Stretch {
+                _ => stretches.push(PageRange {
                     addr,
                     len: PAGE_SIZE,
                 }),
@@ -45,13 +45,13 @@ impl WorkingSet {
     /// Bytes that were written: each clone gets a copy of these, as it would at its first write.
     #[must_use]
     pub fn written_bytes(&self) -> u64 {
-        self.written.iter().map(|stretch| stretch.len).sum()
+        self.written.iter().map(|range| range.len).sum()
     }
 
     /// Bytes that were only read, or lie beside such: all clones share these.
     #[must_use]
     pub fn read_bytes(&self) -> u64 {
-        self.read.iter().map(|stretch| stretch.len).sum()
+        self.read.iter().map(|range| range.len).sum()
     }
 
     /// Gives `ram`, which nothing runs on yet, its pages. What lies outside, and what the host
@@ -62,7 +62,7 @@ impl WorkingSet {
             (&self.read, libc::MADV_POPULATE_READ),
         ];
         for (stretches, advice) in kinds {
-            for Stretch { addr, len } in stretches {
+            for PageRange { addr, len } in stretches {
                 let _ = ram.advise(*addr, *len, advice);
             }
         }
@@ -77,7 +77,7 @@ mod tests {
 
     use super::*;
     use crate::memory::{MIB, Sharing};
-    use crate::private::private_bytes;
+    use crate::pagemap::private_bytes;
 
     #[test]
     fn the_next_clone_has_what_the_last_one_touched_and_its_own_copy_of_what_that_wrote() {
@@ -108,7 +108,7 @@ mod tests {
         // otherwise in each mapping.
         let again = WorkingSet::of(&next).unwrap();
         assert_eq!(again.written, set.written);
-        let within = |part: &Stretch, whole: &Stretch| {
+        let within = |part: &PageRange, whole: &PageRange| {
             whole.addr <= part.addr && part.addr + part.len <= whole.addr + whole.len
         };
         for part in &set.read {
@@ -125,13 +125,13 @@ mod tests {
     #[test]
     fn what_lies_outside_memory_is_left_out() {
         let ram = GuestRam::new(4 * MIB).unwrap();
-        let stretch = |addr, len| Stretch { addr, len };
+        let range = |addr, len| PageRange { addr, len };
         let set = WorkingSet {
             written: vec![
-                stretch(4 * MIB, PAGE_SIZE),
-                stretch(u64::MAX - 4095, PAGE_SIZE),
-                stretch(0, u64::MAX),
-                stretch(4 * MIB - PAGE_SIZE, 2 * PAGE_SIZE),
+                range(4 * MIB, PAGE_SIZE),
+                range(u64::MAX - 4095, PAGE_SIZE),
+                range(0, u64::MAX),
+                range(4 * MIB - PAGE_SIZE, 2 * PAGE_SIZE),
             ],
             read: vec![],
         };

@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::board::SharedTransport;
-use crate::ending::Ending;
+use crate::bus::SharedTransport;
+use crate::exit_event::ExitEvent;
 use crate::seccomp::{self, Role};
 use crate::sigbus::Watch;
 use crate::state::Exit;
 use crate::threads::{self, LARGE_STACK};
-use crate::virtio::{Bell, Progress};
+use crate::virtio::{Doorbell, Progress};
 use crate::wake;
 
 /// Most event threads of a process; fewer on hosts with fewer processors.
@@ -44,7 +44,7 @@ type Timers = Arc<Mutex<BinaryHeap<Reverse<Timer>>>>;
 /// Rings a bell at a time. Weak: a VM that is gone leaves nothing behind but this.
 struct Timer {
     at: Instant,
-    bell: Weak<EventFd>,
+    doorbell: Weak<EventFd>,
 }
 
 impl PartialEq for Timer {
@@ -140,7 +140,7 @@ impl Reactor {
     pub(crate) fn attach(
         &'static self,
         transports: Vec<SharedTransport>,
-        ending: Arc<Ending>,
+        exit_event: Arc<ExitEvent>,
         watch: Arc<Watch>,
     ) -> Result<Attachment, ReactorError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -148,7 +148,7 @@ impl Reactor {
         let Some(thread) = self.threads.get(turn) else {
             return Err(ReactorError("no event thread".into()));
         };
-        Attachment::new(Arc::clone(thread), id, transports, ending, watch)
+        Attachment::new(Arc::clone(thread), id, transports, exit_event, watch)
     }
 }
 
@@ -158,26 +158,29 @@ impl Attachment {
         thread: Arc<EventThread>,
         id: u64,
         transports: Vec<SharedTransport>,
-        ending: Arc<Ending>,
+        exit_event: Arc<ExitEvent>,
         watch: Arc<Watch>,
     ) -> Result<Self, ReactorError> {
         let devices: Vec<Device> = transports
             .into_iter()
             .map(|transport| {
-                let bell = transport.lock().bell().clone();
+                let doorbell = transport.lock().doorbell().clone();
                 Device {
                     transport,
-                    bell,
+                    doorbell,
                     scheduled: None,
                 }
             })
             .collect();
-        let bells: Vec<Bell> = devices.iter().map(|device| device.bell.clone()).collect();
+        let doorbells: Vec<Doorbell> = devices
+            .iter()
+            .map(|device| device.doorbell.clone())
+            .collect();
         let place = Place::new(Mutex::new(Some(Devices {
             devices,
             last: 0,
             timers: Arc::clone(&thread.timers),
-            ending,
+            exit_event,
             watch,
         })));
         thread.places().insert(id, Arc::clone(&place));
@@ -186,16 +189,16 @@ impl Attachment {
             thread,
             id,
             place,
-            bells: Vec::with_capacity(bells.len()),
+            doorbells: Vec::with_capacity(doorbells.len()),
         };
-        for (index, bell) in bells.into_iter().enumerate() {
+        for (index, doorbell) in doorbells.into_iter().enumerate() {
             let event = EpollEvent::new(EventSet::IN, token(id, index));
             attachment
                 .thread
                 .epoll
-                .ctl(ControlOperation::Add, bell.fd().as_raw_fd(), event)
+                .ctl(ControlOperation::Add, doorbell.fd().as_raw_fd(), event)
                 .map_err(|e| ReactorError(Box::new(e)))?;
-            attachment.bells.push(bell);
+            attachment.doorbells.push(doorbell);
         }
         Ok(attachment)
     }
@@ -276,13 +279,13 @@ fn ring_due(timers: &Timers) -> i32 {
     let mut timers = timers.lock().unwrap_or_else(|e| e.into_inner());
     while let Some(Reverse(timer)) = timers.peek() {
         let left = timer.at.saturating_duration_since(now);
-        if !left.is_zero() && timer.bell.strong_count() > 0 {
+        if !left.is_zero() && timer.doorbell.strong_count() > 0 {
             return i32::try_from(left.as_millis()).map_or(i32::MAX, |ms| ms.saturating_add(1));
         }
         if let Some(Reverse(timer)) = timers.pop()
-            && let Some(bell) = timer.bell.upgrade()
+            && let Some(doorbell) = timer.doorbell.upgrade()
         {
-            let _ = bell.write(1);
+            let _ = doorbell.write(1);
         }
     }
     -1
@@ -295,7 +298,7 @@ pub(crate) struct Attachment {
     id: u64,
     place: Place,
     /// Those that the thread listens to.
-    bells: Vec<Bell>,
+    doorbells: Vec<Doorbell>,
 }
 
 impl std::fmt::Debug for Attachment {
@@ -306,9 +309,9 @@ impl std::fmt::Debug for Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        for bell in &self.bells {
+        for doorbell in &self.doorbells {
             let none = EpollEvent::default();
-            let fd = bell.fd().as_raw_fd();
+            let fd = doorbell.fd().as_raw_fd();
             if let Err(error) = self.thread.epoll.ctl(ControlOperation::Delete, fd, none) {
                 tracing::error!(%error, "a device could not be taken off its event thread");
             }
@@ -322,7 +325,7 @@ impl Drop for Attachment {
 
 struct Device {
     transport: SharedTransport,
-    bell: Bell,
+    doorbell: Doorbell,
     /// The earliest timer that is set for it.
     scheduled: Option<Instant>,
 }
@@ -333,7 +336,7 @@ struct Devices {
     /// Which one had the last turn.
     last: usize,
     timers: Timers,
-    ending: Arc<Ending>,
+    exit_event: Arc<ExitEvent>,
     watch: Arc<Watch>,
 }
 
@@ -349,22 +352,22 @@ impl Devices {
         let Some(device) = self.devices.get_mut(index) else {
             return;
         };
-        let _ = device.bell.answer();
+        let _ = device.doorbell.answer();
         let serves = self.watch.guard();
         let ran = catch_unwind(AssertUnwindSafe(|| device.transport.turn()));
         drop(serves);
         if self.watch.is_lost() {
-            return self.ending.report(Exit::BusError);
+            return self.exit_event.report(Exit::BusError);
         }
         match ran {
             Ok((progress, deadline)) => {
                 if progress == Progress::More {
-                    device.bell.ring();
+                    device.doorbell.ring();
                 }
                 device.schedule(deadline, &self.timers);
             }
             Err(_) => self
-                .ending
+                .exit_event
                 .report(Exit::Failed(format!("device {index} panicked"))),
         }
     }
@@ -380,7 +383,7 @@ impl Device {
             self.scheduled = Some(at);
             let timer = Timer {
                 at,
-                bell: self.bell.downgrade(),
+                doorbell: self.doorbell.downgrade(),
             };
             timers
                 .lock()
@@ -407,11 +410,11 @@ impl Played {
     /// Gives a VM the place `id`.
     pub(crate) fn attach(&self, id: u64, transports: Vec<SharedTransport>) -> Attachment {
         use crate::memory::{GuestRam, MIB};
-        use crate::vcpu::gate::{Gate, Want};
-        let gate = Arc::new(Gate::new(0, Want::Pause));
-        let ending = Arc::new(Ending::new(gate, Default::default()));
+        use crate::vcpu::control::{RunState, VcpuControl};
+        let control = Arc::new(VcpuControl::new(0, RunState::Pause));
+        let exit_event = Arc::new(ExitEvent::new(control, Default::default()));
         let watch = Watch::new(GuestRam::new(MIB).unwrap());
-        Attachment::new(Arc::clone(&self.0), id, transports, ending, watch).unwrap()
+        Attachment::new(Arc::clone(&self.0), id, transports, exit_event, watch).unwrap()
     }
 
     /// Looks at the bells once.

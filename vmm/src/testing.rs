@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use crate::boot::{self, KernelError};
-use crate::snapshot::blank;
+use crate::snapshot::fixtures;
 use crate::virtio::VirtioDevice;
 use crate::virtio::pmem::{PmemDevice, PmemError, PmemImage};
 
@@ -19,7 +19,7 @@ pub fn check_kernel(path: &Path) -> Result<(), KernelError> {
 /// A template's manifest file whose devices are these bytes.
 #[must_use]
 pub fn template_with(devices: &[u8]) -> Vec<u8> {
-    blank::file_with(devices)
+    fixtures::file_with(devices)
 }
 
 /// Reads a template's manifest file, and restores the devices that it describes. Whether all of
@@ -29,7 +29,7 @@ pub fn template_with(devices: &[u8]) -> Vec<u8> {
 /// If what was read is not what is written again.
 #[must_use]
 pub fn read_template(file: &[u8]) -> bool {
-    blank::read(file)
+    fixtures::read(file)
 }
 
 /// The device of a read-only image, which lies at guest address `address`.

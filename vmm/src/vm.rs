@@ -8,16 +8,16 @@ use crate::capture::Capture;
 use crate::config::VmConfig;
 use crate::host::{CpuProfile, Host, is_forked};
 use crate::legacy::console::Console;
-use crate::machine::{BootError, CreateTimes, Machine};
 use crate::prefetch::WorkingSet;
-use crate::snapshot::{SnapshotError, Template, VmState, rest};
+use crate::snapshot::{SnapshotError, Template, VmState, idle};
 use crate::state::{Exit, VmStatus};
-use crate::undertaker::undertaker;
+use crate::teardown::teardown_queue;
 use crate::vcpu::ExitCounters;
-use crate::vcpu::gate::{Hold, Want};
+use crate::vcpu::control::{PauseGuard, RunState};
 use crate::virtio::DeviceFaults;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::VsockHost;
+use crate::vm_inner::{BootError, CreateTimes, VmInner};
 
 /// A running guest. Exactly one value owns it; dropping that ends the guest.
 ///
@@ -27,7 +27,7 @@ use crate::virtio::vsock::VsockHost;
 #[derive(Debug)]
 pub struct Vm {
     /// Empty once it is taken apart, or made a template.
-    machine: Mutex<Option<Machine>>,
+    inner: Mutex<Option<VmInner>>,
     /// What outlives the machine: cheap handles.
     handles: Handles,
 }
@@ -38,8 +38,8 @@ struct Handles {
     balloon: Balloon,
     console: Console,
     exits: Arc<ExitCounters>,
-    ending: Arc<crate::ending::Ending>,
-    gate: Arc<crate::vcpu::gate::Gate>,
+    exit_event: Arc<crate::exit_event::ExitEvent>,
+    control: Arc<crate::vcpu::control::VcpuControl>,
     times: CreateTimes,
     profile: CpuProfile,
 }
@@ -77,7 +77,7 @@ impl Vm {
     /// [`BootError`] says what is missing or impossible; nothing is left behind.
     pub fn boot(config: &VmConfig) -> Result<Vm, BootError> {
         let vm = Self::create(config)?;
-        vm.handles.gate.set(Want::Run);
+        vm.handles.control.set(RunState::Run);
         Ok(vm)
     }
 
@@ -86,41 +86,45 @@ impl Vm {
     /// # Errors
     /// As [`Vm::boot`].
     pub fn create(config: &VmConfig) -> Result<Vm, BootError> {
-        Machine::create(config).map(Self::of)
+        VmInner::create(config).map(Self::of)
     }
 
-    pub(crate) fn of(machine: Machine) -> Vm {
+    pub(crate) fn of(inner: VmInner) -> Vm {
         let handles = Handles {
-            vsock: machine.vsock.clone(),
-            balloon: machine.balloon.clone(),
-            console: machine.console.clone(),
-            exits: Arc::clone(&machine.exits),
-            ending: Arc::clone(&machine.ending),
-            gate: Arc::clone(&machine.gate),
-            times: machine.times,
-            profile: machine.hardware.profile,
+            vsock: inner.vsock.clone(),
+            balloon: inner.balloon.clone(),
+            console: inner.console.clone(),
+            exits: Arc::clone(&inner.exits),
+            exit_event: Arc::clone(&inner.exit_event),
+            control: Arc::clone(&inner.control),
+            times: inner.times,
+            profile: inner.hardware.profile,
         };
         Vm {
-            machine: Mutex::new(Some(machine)),
+            inner: Mutex::new(Some(inner)),
             handles,
         }
     }
 
-    /// Gives a shell the rest of its template's state, and lets it go on.
-    pub(crate) fn restore(&mut self, state: &VmState, want: Want) -> Result<(), BootError> {
+    /// Gives a prepared VM the rest of its template's state, and lets it go on.
+    pub(crate) fn restore(
+        &mut self,
+        state: &VmState,
+        run_state: RunState,
+    ) -> Result<(), BootError> {
         Host::get()?;
-        let machine = self.machine.get_mut();
-        let machine = machine.unwrap_or_else(PoisonError::into_inner);
+        let inner = self.inner.get_mut();
+        let inner = inner.unwrap_or_else(PoisonError::into_inner);
         let gone = || BootError::State("the VM was taken apart".into());
-        let machine = machine.as_mut().ok_or_else(gone)?;
+        let inner = inner.as_mut().ok_or_else(gone)?;
         // A thread that could not be made ready has ended it.
-        if let Some(exit) = machine.ending.known() {
+        if let Some(exit) = inner.exit_event.known() {
             return Err(BootError::State(exit.to_string()));
         }
-        machine.restore(state)?;
-        self.handles.times = machine.times;
-        if want == Want::Run {
-            self.handles.gate.set(want);
+        inner.restore(state)?;
+        self.handles.times = inner.times;
+        if run_state == RunState::Run {
+            self.handles.control.set(run_state);
         }
         Ok(())
     }
@@ -128,19 +132,19 @@ impl Vm {
     /// Its memory, for tests that look at it.
     #[cfg(test)]
     pub(crate) fn ram(&self) -> Option<crate::memory::GuestRam> {
-        self.machine().as_ref().and_then(Machine::ram).cloned()
+        self.inner().as_ref().and_then(VmInner::ram).cloned()
     }
 
-    fn machine(&self) -> MutexGuard<'_, Option<Machine>> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    fn inner(&self) -> MutexGuard<'_, Option<VmInner>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the VM is doing.
     #[must_use]
     pub fn status(&self) -> VmStatus {
-        match self.handles.ending.known() {
+        match self.handles.exit_event.known() {
             Some(exit) => VmStatus::Ended(exit),
-            None if self.handles.gate.want() == Want::Run => VmStatus::Running,
+            None if self.handles.control.run_state() == RunState::Run => VmStatus::Running,
             None => VmStatus::Paused,
         }
     }
@@ -148,7 +152,7 @@ impl Vm {
     /// Resolves when the guest has ended. Any number of tasks may wait; the future does not keep
     /// the VM alive. Cancel-safe.
     pub fn exited(&self) -> impl Future<Output = Exit> + Send + 'static {
-        self.handles.ending.ended()
+        self.handles.exit_event.ended()
     }
 
     /// Stops the vCPUs until [`Vm::resume`]. Returns once none runs. Blocks for a signal's
@@ -157,10 +161,10 @@ impl Vm {
     /// # Errors
     /// [`PauseError`]; on `Deadline` the VM goes on running.
     pub fn pause(&self) -> Result<(), PauseError> {
-        self.want(Want::Pause)?;
+        self.run_state(RunState::Pause)?;
         let settled = self.settled();
         if let Err(PauseError::Deadline) = settled {
-            self.handles.gate.set(Want::Run);
+            self.handles.control.set(RunState::Run);
         }
         settled
     }
@@ -188,7 +192,7 @@ impl Vm {
             let hurry = begin.elapsed() >= limit / 2;
             if hurry || seen.1.elapsed() >= calm {
                 self.pause()?;
-                let quiet = rest::quiet_for(&self.handles.gate);
+                let quiet = idle::quiet_for(&self.handles.control);
                 let enough = if hurry { Duration::ZERO } else { QUIET };
                 if quiet.is_some_and(|quiet| quiet >= enough) || begin.elapsed() >= limit {
                     return Ok(quiet.is_some());
@@ -205,7 +209,7 @@ impl Vm {
     /// # Errors
     /// [`PauseError::Ended`] when the VM has ended.
     pub fn request_pause(&self) -> Result<(), PauseError> {
-        self.want(Want::Pause)
+        self.run_state(RunState::Pause)
     }
 
     /// Lets the vCPUs go on.
@@ -213,19 +217,19 @@ impl Vm {
     /// # Errors
     /// [`PauseError::Ended`] when the VM has ended.
     pub fn resume(&self) -> Result<(), PauseError> {
-        self.want(Want::Run)
+        self.run_state(RunState::Run)
     }
 
     /// Keeps the vCPUs at the gate, whoever resumes the VM meanwhile.
-    fn hold(&self) -> Result<Hold<'_>, PauseError> {
+    fn hold(&self) -> Result<PauseGuard<'_>, PauseError> {
         Self::is_here()?;
-        let hold = self.handles.gate.hold();
+        let hold = self.handles.control.hold();
         self.settled().map(|()| hold)
     }
 
     /// Waits until no vCPU runs behind the closed gate.
     fn settled(&self) -> Result<(), PauseError> {
-        if !self.handles.gate.settle(PAUSE_BOUND) {
+        if !self.handles.control.settle(PAUSE_BOUND) {
             return Err(PauseError::Deadline);
         }
         match self.status() {
@@ -242,23 +246,23 @@ impl Vm {
         }
     }
 
-    fn want(&self, want: Want) -> Result<(), PauseError> {
+    fn run_state(&self, run_state: RunState) -> Result<(), PauseError> {
         Self::is_here()?;
         // The end is known before the gate is shut for good.
-        if let Some(exit) = self.handles.ending.known() {
+        if let Some(exit) = self.handles.exit_event.known() {
             return Err(PauseError::Ended(exit));
         }
-        if self.handles.gate.set(want) {
+        if self.handles.control.set(run_state) {
             return Ok(());
         }
-        let exit = self.handles.ending.known().unwrap_or(Exit::Killed);
+        let exit = self.handles.exit_event.known().unwrap_or(Exit::Killed);
         Err(PauseError::Ended(exit))
     }
 
     /// Ends the guest at once. Does not wait; [`Vm::exited`] resolves right away.
     pub fn kill(&self) {
         if !is_forked() {
-            self.handles.ending.report(Exit::Killed);
+            self.handles.exit_event.report(Exit::Killed);
         }
     }
 
@@ -291,8 +295,8 @@ impl Vm {
     /// these numbers what it likes.
     #[must_use]
     pub fn device_faults(&self) -> Vec<DeviceFaults> {
-        let machine = self.machine();
-        let virtio = machine.iter().flat_map(|machine| &machine.board.virtio);
+        let inner = self.inner();
+        let virtio = inner.iter().flat_map(|inner| &inner.bus.virtio);
         virtio.map(|transport| transport.lock().report()).collect()
     }
 
@@ -302,8 +306,8 @@ impl Vm {
     /// counts (Linux 5.14).
     #[must_use]
     pub fn emulated_instructions(&self) -> Option<u64> {
-        let machine = self.machine();
-        let stats = &machine.as_ref()?.stats;
+        let inner = self.inner();
+        let stats = &inner.as_ref()?.stats;
         let counts = stats.iter().map(|vcpu| vcpu.emulated_instructions().ok());
         counts.sum::<Option<u64>>().filter(|_| !stats.is_empty())
     }
@@ -315,10 +319,10 @@ impl Vm {
     /// # Errors
     /// When `/proc` cannot be read, or the VM has been taken apart.
     pub fn private_bytes(&self) -> std::io::Result<u64> {
-        let machine = self.machine();
-        let ram = machine.as_ref().and_then(Machine::ram);
+        let inner = self.inner();
+        let ram = inner.as_ref().and_then(VmInner::ram);
         let ram = ram.ok_or(std::io::ErrorKind::NotFound)?;
-        crate::private::private_bytes(ram)
+        crate::pagemap::private_bytes(ram)
     }
 
     /// The pages that this VM, a clone, has touched so far: for [`Template::prefetch`]. Whether it
@@ -327,8 +331,8 @@ impl Vm {
     /// # Errors
     /// When the host does not tell, or the VM was taken apart.
     pub fn working_set(&self) -> std::io::Result<WorkingSet> {
-        let machine = self.machine();
-        let ram = machine.as_ref().and_then(Machine::ram);
+        let inner = self.inner();
+        let ram = inner.as_ref().and_then(VmInner::ram);
         WorkingSet::of(ram.ok_or(std::io::ErrorKind::NotFound)?)
     }
 
@@ -358,7 +362,7 @@ impl Vm {
     pub fn snapshot(&self) -> Result<Template, SnapshotError> {
         let _held = self.hold()?;
         let template = self.capture().and_then(|it| Template::copy_of(&it));
-        match self.handles.ending.known() {
+        match self.handles.exit_event.known() {
             // Ended meanwhile.
             Some(exit) if template.is_err() => Err(PauseError::Ended(exit).into()),
             _ => template,
@@ -368,7 +372,7 @@ impl Vm {
     /// What a copy is made of. The machine's lock is free meanwhile: whoever looks at the VM, or
     /// ends it, need not wait.
     pub(crate) fn capture(&self) -> Result<Capture, SnapshotError> {
-        let capture = self.machine().as_ref().and_then(Machine::capture);
+        let capture = self.inner().as_ref().and_then(VmInner::capture);
         capture.ok_or(SnapshotError::Running)
     }
 
@@ -379,8 +383,8 @@ impl Vm {
     /// [`SnapshotError`]; the VM is gone.
     pub fn into_template(self) -> Result<Template, SnapshotError> {
         self.pause()?;
-        let machine = self.machine().take();
-        machine.ok_or(SnapshotError::Running).and_then(Template::of)
+        let inner = self.inner().take();
+        inner.ok_or(SnapshotError::Running).and_then(Template::of)
     }
 
     /// Keeps `baggage` until nothing of the VM is left: it is dropped last, on whatever thread
@@ -388,9 +392,9 @@ impl Vm {
     /// [leaked](crate::leaked_vms), when that is known.
     ///
     /// Its drop may do anything but block for long: the threads that take VMs apart are few.
-    pub fn carry(&self, baggage: impl Send + 'static) {
-        if let Some(machine) = &*self.machine() {
-            machine.baggage.add(Box::new(baggage));
+    pub fn on_drop(&self, drop_guards: impl Send + 'static) {
+        if let Some(inner) = &*self.inner() {
+            inner.drop_guards.add(Box::new(drop_guards));
         }
     }
 
@@ -398,27 +402,27 @@ impl Vm {
     /// thread does not stop in 5 s is [leaked](crate::leaked_vms), and released when it has
     /// stopped after all). Blocks; from async code use `spawn_blocking` or simply drop.
     pub fn destroy(self) {
-        self.take_apart();
+        self.teardown();
     }
 
     /// As [`Vm::destroy`], for a VM that somebody else owns: what is left is a value that knows how
     /// its guest ended. Does not wait if another thread takes it apart already; what the VM
     /// [carries](Vm::carry) tells when that is done.
-    pub fn take_apart(&self) {
-        let machine = self.machine().take();
-        drop(machine);
+    pub fn teardown(&self) {
+        let inner = self.inner().take();
+        drop(inner);
     }
 }
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        let machine = self.machine().take();
-        if let Some(machine) = machine {
+        let inner = self.inner().take();
+        if let Some(inner) = inner {
             if is_forked() {
-                return drop(machine);
+                return drop(inner);
             }
-            machine.ending.report(Exit::Killed);
-            undertaker().bury(machine);
+            inner.exit_event.report(Exit::Killed);
+            teardown_queue().push(inner);
         }
     }
 }

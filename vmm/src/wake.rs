@@ -71,10 +71,10 @@ pub(crate) fn flush() {
 
 /// Tells any number of tasks that something has changed.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Notice(Arc<Board>);
+pub(crate) struct Notice(Arc<DeviceBus>);
 
 #[derive(Debug, Default)]
-struct Board {
+struct DeviceBus {
     notify: Notify,
     /// Tasks that wait.
     readers: AtomicUsize,
@@ -82,7 +82,7 @@ struct Board {
     posted: AtomicBool,
 }
 
-impl Awaited for Board {
+impl Awaited for DeviceBus {
     fn wake_waiters(&self) {
         self.posted.store(false, Ordering::SeqCst);
         self.notify.notify_waiters();

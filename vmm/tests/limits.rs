@@ -305,8 +305,8 @@ impl Refusals {
             }
             clone.destroy();
         }
-        let shell = self.note("shell", template.shell());
-        if let Some(clone) = shell.and_then(|shell| self.note("fork of a shell", shell.fork())) {
+        let prepared = self.note("prepared VM", template.prepare());
+        if let Some(clone) = prepared.and_then(|vm| self.note("fork of a prepared VM", vm.fork())) {
             runs(&clone);
             clone.destroy();
         }

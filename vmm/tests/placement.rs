@@ -82,12 +82,12 @@ fn threads_of_a_boot_a_fork_and_a_shell_run_where_the_hook_says_and_no_others_do
     let template = template.place_vcpus(placed.hook());
     let fork = template.fork().unwrap();
     assert_placed(&placed.take());
-    let shell = template.shell().unwrap();
+    let prepared = template.prepare().unwrap();
     assert_placed(&placed.take());
-    let of_shell = shell.fork().unwrap();
+    let of_prepared = prepared.fork().unwrap();
     assert!(placed.take().is_empty(), "it is told of each thread once");
 
-    for vm in [booted, unplaced, fork, of_shell] {
+    for vm in [booted, unplaced, fork, of_prepared] {
         vm.destroy();
     }
     // Threads that were placed for one VM are not used for another.

@@ -151,7 +151,7 @@ fn threads_of_the_library_take_none_of_the_programs_signals() {
             };
             *blocked == !(open | own)
         };
-        let kinds = ["events", "spare", "undertak"];
+        let kinds = ["events", "spare", "teardown"];
         let all = kinds.map(|kind| masks.iter().any(|(name, _)| name.contains(kind)));
         if all == [true; 3] && masks.iter().all(is_closed) {
             return;
@@ -177,7 +177,7 @@ fn in_a_forked_child_nothing_is_made_and_nothing_of_the_parents_is_touched() {
     let vm = boot().unwrap();
     let other = boot().unwrap();
     let template = vm.snapshot().unwrap();
-    let shell = template.shell().unwrap();
+    let prepared = template.prepare().unwrap();
     let listened = listened_to();
     // SAFETY: the child calls what this test is about, and ends without unwinding or handlers of
     // exits.
@@ -187,8 +187,8 @@ fn in_a_forked_child_nothing_is_made_and_nothing_of_the_parents_is_touched() {
         let refused = [
             boot().err().is_some_and(forked),
             template.fork().err().is_some_and(forked),
-            template.shell().err().is_some_and(forked),
-            shell.fork().err().is_some_and(forked),
+            template.prepare().err().is_some_and(forked),
+            prepared.fork().err().is_some_and(forked),
             matches!(
                 other.snapshot(),
                 Err(SnapshotError::Pause(PauseError::Forked))
@@ -216,7 +216,7 @@ fn in_a_forked_child_nothing_is_made_and_nothing_of_the_parents_is_touched() {
     assert!(libc::WIFEXITED(status), "{status:x}");
     assert_eq!(libc::WEXITSTATUS(status), 0, "which was not refused");
     assert_eq!(listened_to(), listened);
-    for vm in [vm, other, shell.fork().unwrap(), boot().unwrap()] {
+    for vm in [vm, other, prepared.fork().unwrap(), boot().unwrap()] {
         runs(&vm);
         vm.pause().unwrap();
         vm.destroy();

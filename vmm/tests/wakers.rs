@@ -68,7 +68,7 @@ fn a_waker_that_drops_the_last_vm_of_the_process_is_on_a_thread_of_its_own() {
     }
     let (said, told) = mpsc::channel();
     let vm = create(POWER_OFF);
-    vm.carry(Told(said.clone()));
+    vm.on_drop(Told(said.clone()));
     let mut exited = pin!(vm.exited());
     let vm = Arc::new(Mutex::new(Some(vm)));
     let owned = Arc::clone(&vm);

@@ -4,7 +4,7 @@
 use hearth_vmm::memory::GuestRam;
 use hearth_vmm::virtio::balloon::BalloonDevice;
 use hearth_vmm::virtio::vsock::testing::Ring;
-use hearth_vmm::virtio::{Activation, Bell, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
+use hearth_vmm::virtio::{Activation, Doorbell, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
 
 use super::Walk;
 
@@ -14,7 +14,7 @@ const DEFLATE: usize = 1;
 const REQUEST: u64 = 0x20_0000;
 
 pub(super) fn request() -> Walk {
-    let (mut device, _balloon) = BalloonDevice::new(MEMORY_MIB, Bell::new().unwrap());
+    let (mut device, _balloon) = BalloonDevice::new(MEMORY_MIB, Doorbell::new().unwrap());
     let ram = GuestRam::new(u64::from(MEMORY_MIB) << 20).unwrap();
     let sizes = device.queue_sizes().to_vec();
     let mut rings: Vec<Ring> = (0..)

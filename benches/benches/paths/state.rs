@@ -7,7 +7,7 @@ use hearth_vmm::virtio::mmio::MmioTransport;
 use hearth_vmm::virtio::vsock::VsockDevice;
 use hearth_vmm::virtio::vsock::packet::Op;
 use hearth_vmm::virtio::vsock::testing::{GUEST_CID, Guest, Setup};
-use hearth_vmm::virtio::{Bell, DeviceState, Interrupt, VirtioDevice};
+use hearth_vmm::virtio::{DeviceState, Doorbell, Interrupt, VirtioDevice};
 
 use super::Walk;
 
@@ -18,12 +18,18 @@ const CONNECTIONS: u32 = 32;
 /// Read, written twice and read again, with its devices restored.
 pub(super) fn manifest() -> Walk {
     let ram = GuestRam::new(u64::from(MEMORY_MIB) << 20).unwrap();
-    let saved = |device: Box<dyn VirtioDevice>, bell| {
-        MmioTransport::new(device, ram.clone(), bell, Interrupt::new().unwrap()).save()
+    let saved = |device: Box<dyn VirtioDevice>, doorbell| {
+        MmioTransport::new(device, ram.clone(), doorbell, Interrupt::new().unwrap()).save()
     };
-    let bell = || Bell::new().unwrap();
-    let vsock = saved(Box::new(VsockDevice::new(GUEST_CID, bell()).0), bell());
-    let balloon = saved(Box::new(BalloonDevice::new(MEMORY_MIB, bell()).0), bell());
+    let doorbell = || Doorbell::new().unwrap();
+    let vsock = saved(
+        Box::new(VsockDevice::new(GUEST_CID, doorbell()).0),
+        doorbell(),
+    );
+    let balloon = saved(
+        Box::new(BalloonDevice::new(MEMORY_MIB, doorbell()).0),
+        doorbell(),
+    );
     let no_serial_port = None::<()>;
     let devices = postcard::to_stdvec(&(vec![vsock, balloon], no_serial_port)).unwrap();
     let file = template_with(&devices);
@@ -54,7 +60,7 @@ pub(super) fn sockets() -> Walk {
         let Ok(DeviceState::Vsock(state)) = postcard::from_bytes(&bytes) else {
             panic!("what was written is read");
         };
-        let (_, host) = VsockDevice::restore(&state, Bell::new().unwrap());
+        let (_, host) = VsockDevice::restore(&state, Doorbell::new().unwrap());
         drop(host);
     })
 }

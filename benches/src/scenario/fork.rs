@@ -92,7 +92,7 @@ async fn fork_once(template: &Template) -> Result<(Duration, CreateTimes), Scena
 }
 
 async fn shell_once(template: &Template) -> Result<Duration, ScenarioError> {
-    let shell = template.shell().map_err(ScenarioError::at("shell"))?;
+    let shell = template.prepare().map_err(ScenarioError::at("shell"))?;
     let start = Instant::now();
     let vm = shell.fork().map_err(ScenarioError::at("fork"))?;
     let first = first_exit(&vm).await?;

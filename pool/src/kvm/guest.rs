@@ -331,8 +331,9 @@ impl End {
     pub(super) async fn bring_about(&self) {
         if let Some(vm) = self.vm.upgrade() {
             vm.kill();
-            // Without a thread, or if it panics, the VM is dropped: the undertaker takes it apart.
-            let _ = blocking(move || vm.take_apart()).await;
+            // Without a thread, or if it panics, the VM is dropped: a teardown thread takes it
+            // apart.
+            let _ = blocking(move || vm.teardown()).await;
         }
         self.gone.clone().wait().await;
     }

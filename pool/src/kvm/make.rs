@@ -283,7 +283,7 @@ async fn alive(
     make: impl FnOnce() -> Result<Vm, BootError> + Send + 'static,
 ) -> Result<Vm, CreateError> {
     let life = birth.life();
-    let make = move || make().inspect(|vm| vm.carry(life));
+    let make = move || make().inspect(|vm| vm.on_drop(life));
     Ok(blocking(make).await??)
 }
 

@@ -7,7 +7,7 @@ use hearth_vmm::virtio::balloon::BalloonDevice;
 use hearth_vmm::virtio::mmio::{MmioTransport, register, status};
 use hearth_vmm::virtio::vsock::VsockDevice;
 use hearth_vmm::virtio::vsock::testing::Ring;
-use hearth_vmm::virtio::{Bell, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
+use hearth_vmm::virtio::{Doorbell, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
 use vm_memory::{Bytes, GuestAddress};
 
 const RAM: u64 = 2 * MIB;
@@ -132,10 +132,10 @@ pub struct Driver {
 impl Driver {
     pub fn new(kind: Kind) -> Self {
         let ram = GuestRam::new(RAM).expect("memory");
-        let bell = Bell::new().expect("a descriptor");
+        let doorbell = Doorbell::new().expect("a descriptor");
         let device: Box<dyn VirtioDevice> = match kind {
-            Kind::Vsock => Box::new(VsockDevice::new(3, bell.clone()).0),
-            Kind::Balloon => Box::new(BalloonDevice::new(64, bell.clone()).0),
+            Kind::Vsock => Box::new(VsockDevice::new(3, doorbell.clone()).0),
+            Kind::Balloon => Box::new(BalloonDevice::new(64, doorbell.clone()).0),
             Kind::Image => {
                 let file = tempfile::NamedTempFile::new().expect("a file");
                 file.as_file().set_len(2 * MIB).expect("room");
@@ -144,7 +144,7 @@ impl Driver {
         };
         let sizes = device.queue_sizes().to_vec();
         let interrupt = Interrupt::new().expect("a descriptor");
-        let transport = MmioTransport::new(device, ram.clone(), bell, interrupt);
+        let transport = MmioTransport::new(device, ram.clone(), doorbell, interrupt);
         let mut driver = Self {
             transport,
             ram,
@@ -282,7 +282,7 @@ impl Driver {
             Op::Push { queue: q, head } => {
                 let q = queue(q);
                 if self.rings[q].push(&self.ram, head) {
-                    self.transport.bell().ring();
+                    self.transport.doorbell().ring();
                 }
             }
             Op::Memory { addr, bytes } => {
@@ -299,7 +299,7 @@ impl Driver {
                     .write_obj(index, GuestAddress(at))
                     .expect("inside memory");
             }
-            Op::Kick => self.transport.bell().ring(),
+            Op::Kick => self.transport.doorbell().ring(),
             Op::Run => {
                 let faults = self.transport.faults();
                 self.transport.run();

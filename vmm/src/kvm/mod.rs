@@ -90,7 +90,7 @@ pub(crate) fn set_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
             userspace_addr: host as u64,
         };
         // SAFETY: the region is mapped for as long as `ram` lives, and the owner of this VM keeps
-        // `ram` until the VM's last fd is closed (see `Machine`'s field order).
+        // `ram` until the VM's last fd is closed (see `VmInner`'s field order).
         unsafe { vm.set_user_memory_region(slot) }
             .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))?;
     }
@@ -113,7 +113,7 @@ pub(crate) fn set_images(
             userspace_addr: image.host_address(),
         };
         // SAFETY: the image is mapped for as long as a clone of it lives, and the owner of this VM
-        // keeps one until the VM's last fd is closed (see `Machine::take_apart`).
+        // keeps one until the VM's last fd is closed (see `VmInner::teardown`).
         unsafe { vm.set_user_memory_region(slot) }
             .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION (read-only)"))?;
     }

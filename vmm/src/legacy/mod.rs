@@ -2,5 +2,5 @@
 //! line, and a port of our own on which our kernel says how it ends.
 
 pub(crate) mod console;
-pub(crate) mod report;
+pub(crate) mod debug_exit;
 pub(crate) mod serial;

@@ -19,8 +19,8 @@ use std::time::SystemTime;
 use sha2::{Digest as _, Sha256};
 
 use super::Template;
+use super::compat::Origin;
 use super::manifest::FORMAT;
-use super::origin::Origin;
 use super::store::{MANIFEST, Scratch, StoreError, io_error, is_private};
 
 const LOCKS: &str = "lock";

@@ -99,12 +99,12 @@ mod tests {
 
     use super::*;
     use crate::memory::{GAP_END, GuestRam, MIB};
-    use crate::snapshot::origin::Origin;
+    use crate::snapshot::compat::Origin;
     use crate::snapshot::store::write_parts;
-    use crate::snapshot::{Frozen, Template, blank, manifest};
+    use crate::snapshot::{Frozen, Template, fixtures, manifest};
     use crate::virtio::mmio::MmioTransport;
     use crate::virtio::pmem::{GRANULE, PmemDevice, PmemError};
-    use crate::virtio::{Bell, Interrupt};
+    use crate::virtio::{Doorbell, Interrupt};
 
     const BYTES: u64 = 2 * MIB;
     const SECTION: u64 = 128 * MIB;
@@ -127,11 +127,11 @@ mod tests {
 
     fn with(paths: &[PathBuf; 2], places: [u64; 2]) -> Template {
         let ram = GuestRam::new(BYTES).unwrap();
-        let mut state = blank::state(BYTES);
+        let mut state = fixtures::state(BYTES);
         for (path, address) in paths.iter().zip(places) {
             let device = PmemDevice::new(PmemImage::open(path).unwrap(), address);
-            let (bell, interrupt) = (Bell::new().unwrap(), Interrupt::new().unwrap());
-            let transport = MmioTransport::new(Box::new(device), ram.clone(), bell, interrupt);
+            let (doorbell, interrupt) = (Doorbell::new().unwrap(), Interrupt::new().unwrap());
+            let transport = MmioTransport::new(Box::new(device), ram.clone(), doorbell, interrupt);
             state.transports.push(transport.save());
         }
         let memory = crate::memory::memfd().unwrap();

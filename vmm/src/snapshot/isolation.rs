@@ -82,9 +82,9 @@ fn digest_of(template: &Template) -> manifest::Digest {
 
 /// A clone whose memory the test can see.
 fn clone_of(template: &Template) -> (Vm, GuestRam) {
-    let shell = template.shell().unwrap();
-    let ram = shell.ram();
-    (shell.fork_paused().unwrap(), ram)
+    let prepared = template.prepare().unwrap();
+    let ram = prepared.ram();
+    (prepared.fork_paused().unwrap(), ram)
 }
 
 /// Whether there is a host to test on; says so if not, past the capture of the test runner, which
@@ -102,8 +102,8 @@ async fn clones_do_not_mix(count: u64) {
         return;
     }
     let config = VmConfig::flat(code()).memory_mib(MEMORY / MIB);
-    let machine = Machine::create(&config.build().unwrap()).unwrap();
-    assert!(machine.gate.settle(STUCK));
+    let inner = VmInner::create(&config.build().unwrap()).unwrap();
+    assert!(inner.control.settle(STUCK));
     // Every other page of the area is the template's own, the rest are its holes.
     let fill = |ram: &GuestRam| {
         for page in (0..=AREA_MASK / PAGE_SIZE).step_by(2) {
@@ -114,8 +114,8 @@ async fn clones_do_not_mix(count: u64) {
         }
         Ok(())
     };
-    machine.capture().unwrap().save(fill).unwrap();
-    let template = Template::of(machine).unwrap();
+    inner.capture().unwrap().save(fill).unwrap();
+    let template = Template::of(inner).unwrap();
     let before = digest_of(&template);
     let (untouched, quiet) = clone_of(&template);
     let original = all_of(&quiet);
@@ -172,7 +172,7 @@ fn a_vm_that_is_resumed_while_it_is_captured_does_not_run_before_the_end() {
         return;
     }
     let config = VmConfig::flat(TWO_COUNTS).memory_mib(MEMORY / MIB);
-    let machine = Machine::create(&config.build().unwrap()).unwrap();
+    let inner = VmInner::create(&config.build().unwrap()).unwrap();
     // What lies between the two counts takes time to copy.
     let fill = |ram: &GuestRam| {
         for page in 0x401..0x1f00 {
@@ -183,9 +183,9 @@ fn a_vm_that_is_resumed_while_it_is_captured_does_not_run_before_the_end() {
         }
         Ok(())
     };
-    assert!(machine.gate.settle(STUCK));
-    machine.capture().unwrap().save(fill).unwrap();
-    let vm = Vm::of(machine);
+    assert!(inner.control.settle(STUCK));
+    inner.capture().unwrap().save(fill).unwrap();
+    let vm = Vm::of(inner);
     vm.resume().unwrap();
     let done = std::sync::atomic::AtomicBool::new(false);
     let counts = std::thread::scope(|scope| {
@@ -232,14 +232,14 @@ fn a_vm_that_is_copied_can_be_looked_at_and_ended() {
     let vm = Vm::create(&config.build().unwrap()).unwrap();
     vm.pause().unwrap();
     let (said, told) = std::sync::mpsc::channel();
-    vm.carry(Told(said));
+    vm.on_drop(Told(said));
     let capture = vm.capture().unwrap();
     let whole = capture.save(|ram| {
         assert!(!capture.is_over());
         assert_eq!(vm.device_faults().len(), 2);
         vm.private_bytes().unwrap();
         vm.kill();
-        vm.take_apart();
+        vm.teardown();
         assert!(capture.is_over());
         // What the copy reads is still there, and what the VM carried goes after it.
         assert!(told.try_recv().is_err());

@@ -12,8 +12,8 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use super::VmState;
+use super::compat::Origin;
 use super::images::Named;
-use super::origin::Origin;
 
 /// Version of the format; others are refused. Raised whenever any struct below [`Manifest`]
 /// changes, or what a vCPU is given that is not saved (its CPUID).

@@ -15,7 +15,7 @@ use super::manifest::Digest;
 use crate::memory::{
     GAP_END, GAP_START, GuestRam, PAGE_SIZE, Sharing, check_file_size, file_offset, memfd,
 };
-use crate::private::each_own_page;
+use crate::pagemap::each_own_page;
 
 /// Bytes copied at once.
 const CHUNK: u64 = 1 << 20;
@@ -41,8 +41,8 @@ pub(super) fn copy_out(ram: &GuestRam, goes_on: impl Fn() -> bool) -> std::io::R
     if ram.sharing() == Sharing::Private {
         stretches.extend(written_stretches(ram)?);
     }
-    for stretch in stretches {
-        copy(ram, &stretch, &target, &goes_on)?;
+    for range in stretches {
+        copy(ram, &range, &target, &goes_on)?;
     }
     Ok(target)
 }
@@ -50,17 +50,17 @@ pub(super) fn copy_out(ram: &GuestRam, goes_on: impl Fn() -> bool) -> std::io::R
 /// Copies a stretch of guest addresses, as the guest sees it, into `target` at its file offset.
 fn copy(
     ram: &GuestRam,
-    stretch: &Range<u64>,
+    range: &Range<u64>,
     target: &File,
     goes_on: &impl Fn() -> bool,
 ) -> std::io::Result<()> {
     let mut buffer = Vec::new();
-    let mut addr = stretch.start;
-    while addr < stretch.end {
+    let mut addr = range.start;
+    while addr < range.end {
         if !goes_on() {
             return Err(std::io::ErrorKind::Interrupted.into());
         }
-        let len = CHUNK.min(stretch.end - addr);
+        let len = CHUNK.min(range.end - addr);
         resize(&mut buffer, len)?;
         ram.map()
             .read_slice(&mut buffer, GuestAddress(addr))
@@ -98,10 +98,10 @@ pub(super) fn copy_pages(from: &File, to: &File, bytes: u64) -> std::io::Result<
     let mut hash = Sha256::new();
     hash.update(bytes.to_le_bytes());
     let mut buffer = Vec::new();
-    for stretch in whole_pages(data_offsets(from, bytes)?) {
-        let mut offset = stretch.start;
-        while offset < stretch.end {
-            let len = CHUNK.min(stretch.end - offset);
+    for range in whole_pages(data_offsets(from, bytes)?) {
+        let mut offset = range.start;
+        while offset < range.end {
+            let len = CHUNK.min(range.end - offset);
             resize(&mut buffer, len)?;
             from.read_exact_at(&mut buffer, offset)?;
             for run in buffer
@@ -126,9 +126,9 @@ pub(super) fn copy_pages(from: &File, to: &File, bytes: u64) -> std::io::Result<
 /// Stretches widened to whole pages, none of them twice.
 fn whole_pages(stretches: Vec<Range<u64>>) -> Vec<Range<u64>> {
     let mut wide: Vec<Range<u64>> = Vec::with_capacity(stretches.len());
-    for stretch in stretches {
-        let start = stretch.start & !(PAGE_SIZE - 1);
-        let end = stretch.end.next_multiple_of(PAGE_SIZE);
+    for range in stretches {
+        let start = range.start & !(PAGE_SIZE - 1);
+        let end = range.end.next_multiple_of(PAGE_SIZE);
         match wide.last_mut() {
             Some(last) if start <= last.end => last.end = last.end.max(end),
             _ => wide.push(start..end),

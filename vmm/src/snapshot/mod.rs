@@ -1,24 +1,24 @@
 //! Templates: a guest that was booted once, frozen, and is forked copy-on-write.
 //!
 //! Capture order: vCPUs wait at the gate, devices, KVM state, memory. Restore order: memory slots,
-//! interrupt controllers, CPUID, devices (up to here it is a [`Shell`]), clock, vCPUs, pending
+//! interrupt controllers, CPUID, devices (up to here it is a [`PreparedVm`]), clock, vCPUs, pending
 //! interrupts. A [`Template`]'s memory is a sealed memfd: no clone, and nothing else, can change
 //! it.
 
-#[cfg(any(test, feature = "testing"))]
-pub(crate) mod blank;
 pub mod cache;
-pub(crate) mod chips;
+mod compat;
 pub(crate) mod cpu;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod fixtures;
+pub(crate) mod idle;
 mod images;
+pub(crate) mod irqchip;
 #[cfg(test)]
 mod isolation;
 mod manifest;
 mod memory;
-mod origin;
-pub(crate) mod rest;
+mod prepared;
 mod serial;
-mod shell;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -29,25 +29,25 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialState;
 
-use self::chips::ChipState;
+pub use self::compat::Difference;
 use self::cpu::VcpuState;
+use self::irqchip::ChipState;
 #[cfg(test)]
 pub(crate) use self::manifest::FORMAT;
 pub(crate) use self::memory::allocated;
-pub use self::origin::Difference;
-pub use self::shell::Shell;
+pub use self::prepared::PreparedVm;
 pub use self::store::StoreError;
 use crate::advice::advice;
 use crate::capture::Capture;
 use crate::host::HostError;
 use crate::kvm::KvmError;
-use crate::machine::{BootError, Hardware, Machine};
 use crate::memory::seal;
 use crate::placement::{Placement, VcpuThread};
 use crate::prefetch::WorkingSet;
-use crate::vcpu::gate::Want;
+use crate::vcpu::control::RunState;
 use crate::virtio::mmio::TransportState;
 use crate::vm::{PauseError, Vm};
+use crate::vm_inner::{BootError, Hardware, VmInner};
 
 /// Why a VM could not be captured. The VM goes on as it was.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +112,7 @@ impl Template {
     /// that it needs is not waited for, which takes a quarter of a fork: a VM that cannot run
     /// for want of it ends by [`Exit::NoThread`](crate::Exit::NoThread).
     pub fn fork(&self) -> Result<Vm, BootError> {
-        shell::fork(self, Want::Run)
+        prepared::fork(self, RunState::Run)
     }
 
     /// As [`Template::fork`], but the VM does not run before [`Vm::resume`].
@@ -120,16 +120,16 @@ impl Template {
     /// # Errors
     /// As [`Template::fork`].
     pub fn fork_paused(&self) -> Result<Vm, BootError> {
-        shell::fork(self, Want::Pause)
+        prepared::fork(self, RunState::Pause)
     }
 
-    /// The part of a fork that can be made ahead of demand: [`Shell::fork`] does the rest, in a
-    /// fraction of the time.
+    /// The part of a fork that can be made ahead of demand: [`PreparedVm::fork`] does the rest, in
+    /// a fraction of the time.
     ///
     /// # Errors
     /// As [`Template::fork`].
-    pub fn shell(&self) -> Result<Shell, BootError> {
-        Shell::of(self)
+    pub fn prepare(&self) -> Result<PreparedVm, BootError> {
+        PreparedVm::of(self)
     }
 
     /// Lets [`Vm::emulated_instructions`] count in the clones of this value: for measurements.
@@ -142,7 +142,7 @@ impl Template {
 
     /// Has `place` decide where the vCPU threads of this value's clones run, as
     /// [`VmConfigBuilder::place_vcpus`](crate::VmConfigBuilder::place_vcpus) does for a VM that
-    /// boots; of a [`Shell`], when it is made. A template does not keep what it was booted
+    /// boots; of a [`PreparedVm`], when it is made. A template does not keep what it was booted
     /// with.
     #[must_use]
     pub fn place_vcpus(
@@ -191,22 +191,22 @@ impl Template {
     }
 
     /// Captures a paused machine and takes it apart: its memory becomes the template's.
-    pub(crate) fn of(mut machine: Machine) -> Result<Self, SnapshotError> {
+    pub(crate) fn of(mut inner: VmInner) -> Result<Self, SnapshotError> {
         // Else a device could write between its capture and the unmapping: to the template's
         // memory, past the positions that were saved.
-        machine.detach();
-        if !machine.memory_can_be_shared() {
-            let capture = machine.capture().ok_or(SnapshotError::Running)?;
+        inner.detach();
+        if !inner.memory_can_be_shared() {
+            let capture = inner.capture().ok_or(SnapshotError::Running)?;
             return Self::copy_of(&capture);
         }
-        let capture = machine.capture().ok_or(SnapshotError::Running)?;
+        let capture = inner.capture().ok_or(SnapshotError::Running)?;
         let (state, memory) = capture.save(|ram| {
             memory::complete(ram)?;
             Ok(Arc::clone(ram.file()))
         })?;
         // Sealing needs the last writable mapping gone.
         drop(capture);
-        drop(machine);
+        drop(inner);
         Self::freeze(state, memory)
     }
 

@@ -15,10 +15,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat};
 
+use super::compat::{Difference, Origin};
 use super::images;
 use super::manifest::{self, Defect, Manifest};
 use super::memory::copy_pages;
-use super::origin::{Difference, Origin};
 use super::{Template, VmState};
 use crate::advice::advice;
 use crate::config::{MAX_MEMORY_MIB, MAX_VCPUS};

@@ -8,8 +8,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::memory::{MIB, PAGE_SIZE, memfd};
-use crate::snapshot::origin::Origin;
-use crate::snapshot::origin::tests::host;
+use crate::snapshot::compat::Origin;
+use crate::snapshot::compat::tests::host;
 use crate::snapshot::store::write_parts;
 
 const BYTES: u64 = 2 * MIB;
@@ -20,7 +20,7 @@ fn template(content: &[u8]) -> Template {
     memory.set_len(BYTES).unwrap();
     memory.write_all_at(&[0; 3 * 4096], MIB).unwrap();
     memory.write_all_at(content, 2 * PAGE_SIZE).unwrap();
-    Template::freeze(blank::state(BYTES), Arc::new(memory)).unwrap()
+    Template::freeze(fixtures::state(BYTES), Arc::new(memory)).unwrap()
 }
 
 /// Writes a template's directory.
@@ -164,7 +164,7 @@ fn sizes_that_no_vm_has_are_refused_before_memory_is_taken() {
     {
         let dir = scratch.path().join(number.to_string());
         fs::create_dir(&dir).unwrap();
-        let mut state = blank::state(BYTES);
+        let mut state = fixtures::state(BYTES);
         change(&mut state);
         let bytes = manifest::encode(&host(), "", [0; 32], &[], &state).unwrap();
         fs::write(dir.join("manifest"), bytes).unwrap();
@@ -312,7 +312,7 @@ proptest! {
 
 #[test]
 fn every_byte_of_a_manifest_counts() {
-    let good = manifest::encode(&host(), "", [7; 32], &[], &blank::state(BYTES)).unwrap();
+    let good = manifest::encode(&host(), "", [7; 32], &[], &fixtures::state(BYTES)).unwrap();
     manifest::Manifest::decode(&good).unwrap();
     // Each byte of the header and of the first of the body, then every 97th.
     for at in (0..200).chain((200..good.len()).step_by(97)) {
@@ -331,7 +331,7 @@ fn every_byte_of_a_manifest_counts() {
 #[test]
 fn the_format_is_what_its_version_says() {
     use sha2::Digest as _;
-    let bytes = postcard::to_stdvec(&blank::state(BYTES)).unwrap();
+    let bytes = postcard::to_stdvec(&fixtures::state(BYTES)).unwrap();
     let digest: String = sha2::Sha256::digest(&bytes)
         .iter()
         .take(8)

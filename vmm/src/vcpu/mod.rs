@@ -1,11 +1,11 @@
 //! A vCPU's thread: it runs the guest, answers its exits, and comes to the [`gate`] when told.
 
-pub(crate) mod gate;
+pub(crate) mod control;
 pub(crate) mod kick;
 mod notable;
 pub(crate) mod quota;
-pub(crate) mod runner;
 pub(crate) mod stats;
+pub(crate) mod thread_pool;
 pub(crate) mod xsave;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,12 +16,12 @@ use std::time::Instant;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use self::gate::Gate;
+use self::control::VcpuControl;
 use self::kick::Running;
 use self::quota::Meter;
 use self::xsave::Request;
-use crate::board::Board;
-use crate::ending::Ending;
+use crate::bus::DeviceBus;
+use crate::exit_event::ExitEvent;
 use crate::kvm::{KvmError, run_patiently};
 use crate::seccomp::SeccompError;
 use crate::sigbus::{self, Watch};
@@ -131,9 +131,9 @@ pub(crate) struct Vcpu {
     pub(crate) index: usize,
     /// Until it runs.
     pub(crate) fd: Option<VcpuFd>,
-    pub(crate) board: Arc<Board>,
-    pub(crate) gate: Arc<Gate>,
-    pub(crate) ending: Arc<Ending>,
+    pub(crate) bus: Arc<DeviceBus>,
+    pub(crate) control: Arc<VcpuControl>,
+    pub(crate) exit_event: Arc<ExitEvent>,
     pub(crate) exits: Arc<ExitCounters>,
     /// Who waits to know whether it can run. Nobody does: a vCPU that cannot ends its VM.
     pub(crate) begun: Option<Sender<Result<(), VcpuError>>>,
@@ -152,56 +152,56 @@ impl Vcpu {
     /// Runs the vCPU until its VM is stopped; the calling thread comes to the gate first. Nothing
     /// of the VM is left on this thread afterwards.
     fn live(mut self, meter: Option<&mut Meter<'_>>) {
-        let gate = Arc::clone(&self.gate);
-        if let (Some(seat), Some(mut fd)) = (gate.seat(self.index), self.fd.take()) {
+        let control = Arc::clone(&self.control);
+        if let (Some(slot), Some(mut fd)) = (control.slot(self.index), self.fd.take()) {
             let begun = self.begun.take();
             let run = AssertUnwindSafe(|| {
                 let _serves = self.watch.guard();
-                seat.kicker.enlist();
+                slot.kicker.enlist();
                 let warm = warm_up(&mut fd);
                 let can_run = warm.is_ok();
-                tell(begun, &self.ending, warm);
+                tell(begun, &self.exit_event, warm);
                 if can_run {
                     self.run_until_stopped(fd, meter);
                 }
             });
             if catch_unwind(run).is_err() {
                 let panicked = Exit::Failed("a vCPU thread panicked".into());
-                self.ending.report(panicked);
+                self.exit_event.report(panicked);
             }
-            seat.kicker.discharge();
+            slot.kicker.discharge();
         }
         // The board holds guest memory; whoever waits for this thread must find it released.
         drop(self);
-        runner::becomes_idle();
-        gate.leave();
+        thread_pool::becomes_idle();
+        control.leave();
     }
 
     /// Its thread could not be made ready.
     fn refuse(mut self, error: VcpuError) {
-        let gate = Arc::clone(&self.gate);
-        tell(self.begun.take(), &self.ending, Err(error));
+        let control = Arc::clone(&self.control);
+        tell(self.begun.take(), &self.exit_event, Err(error));
         drop(self);
-        gate.leave();
+        control.leave();
     }
 
     fn run_until_stopped(&self, mut fd: VcpuFd, mut meter: Option<&mut Meter<'_>>) {
         let Self {
             index,
-            board,
-            gate,
-            ending,
+            bus,
+            control,
+            exit_event,
             exits,
             watch,
             ..
         } = self;
         let mut has_run = false;
         loop {
-            if gate.is_closed() {
+            if control.is_closed() {
                 if has_run {
-                    prepare_to_wait(&mut fd, board, ending, exits);
+                    prepare_to_wait(&mut fd, bus, exit_event, exits);
                 }
-                match gate.pass(*index, fd) {
+                match control.pass(*index, fd) {
                     Some(back) => fd = back,
                     None => return,
                 }
@@ -210,14 +210,14 @@ impl Vcpu {
             let running = Running::new(&mut fd);
             let step = loop {
                 // After `running`: an earlier kick leaves nothing but the closed gate.
-                if gate.is_closed() {
+                if control.is_closed() {
                     break Step::Interrupted;
                 }
                 // As above: what came earlier is noted, what comes now makes the run return.
                 if watch.is_lost() {
                     break Step::End(Exit::BusError);
                 }
-                let ran = run_patiently(|| run_once(&mut fd, board, exits));
+                let ran = run_patiently(|| run_once(&mut fd, bus, exits));
                 if watch.is_lost() {
                     // Whatever the guest made of it.
                     break Step::End(Exit::BusError);
@@ -226,14 +226,14 @@ impl Vcpu {
                     Ok(Step::Continue) => {
                         if notable::locked_the_bus(fd.get_kvm_run()) {
                             exits.bus_locks.fetch_add(1, Ordering::Relaxed);
-                            gate.rest(Instant::now() + notable::REST);
+                            control.rest(Instant::now() + notable::REST);
                         }
                     }
                     Ok(Step::Kicked) => {
                         // A debt may take several periods.
                         while let Some(until) = meter.as_mut().and_then(|meter| meter.charge()) {
-                            gate.rest(until);
-                            if gate.is_closed() {
+                            control.rest(until);
+                            if control.is_closed() {
                                 break;
                             }
                         }
@@ -249,7 +249,7 @@ impl Vcpu {
             drop(running);
             if let Step::End(exit) = step {
                 // Closes the gate with a stop; the next round ends this thread.
-                ending.report(exit);
+                exit_event.report(exit);
             }
         }
     }
@@ -258,7 +258,7 @@ impl Vcpu {
 /// Says whether a vCPU can run: to who waits for that, else by the VM's end.
 fn tell(
     begun: Option<Sender<Result<(), VcpuError>>>,
-    ending: &Ending,
+    exit_event: &ExitEvent,
     can_run: Result<(), VcpuError>,
 ) {
     match (begun, can_run) {
@@ -266,7 +266,7 @@ fn tell(
             // Who does not hear it takes the VM apart.
             let _ = begun.send(can_run);
         }
-        (None, Err(error)) => ending.report(error.into()),
+        (None, Err(error)) => exit_event.report(error.into()),
         (None, Ok(())) => {}
     }
 }
@@ -298,14 +298,14 @@ fn is_warm(run: impl FnMut() -> Result<(), kvm_ioctls::Error>) -> Result<(), Vcp
 /// Brings the vCPU to a point at which its state is whole, without running the guest: completes an
 /// exit that KVM has not finished (port reads, MMIO). And tells the guest that it is about to be
 /// paused, so that its watchdogs take no offence (`KVM_KVMCLOCK_CTRL`).
-fn prepare_to_wait(fd: &mut VcpuFd, board: &Board, ending: &Ending, exits: &ExitCounters) {
+fn prepare_to_wait(fd: &mut VcpuFd, bus: &DeviceBus, exit_event: &ExitEvent, exits: &ExitCounters) {
     // An access over two pages, or of more than 8 bytes, exits once for each part.
     for _ in 0..PARTS_OF_AN_ACCESS {
         fd.set_kvm_immediate_exit(1);
-        match run_once(fd, board, exits) {
+        match run_once(fd, bus, exits) {
             Ok(Step::Continue) => {}
             Ok(Step::End(exit)) => {
-                ending.report(exit);
+                exit_event.report(exit);
                 break;
             }
             // EINTR is the expected answer: all is complete. What else is wrong the next run says
@@ -320,7 +320,7 @@ fn prepare_to_wait(fd: &mut VcpuFd, board: &Board, ending: &Ending, exits: &Exit
 
 fn run_once(
     fd: &mut VcpuFd,
-    board: &Board,
+    bus: &DeviceBus,
     exits: &ExitCounters,
 ) -> Result<Step, kvm_ioctls::Error> {
     let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
@@ -336,7 +336,7 @@ fn run_once(
     exits.first.get_or_init(Instant::now);
     match exit {
         VcpuExit::IoOut(port, data) => {
-            if let Some(ram) = &board.registers
+            if let Some(ram) = &bus.registers
                 && let Some(request) = Request::of(port, data)
             {
                 count(&exits.registers);
@@ -346,21 +346,21 @@ fn run_once(
                 );
             }
             count(&exits.pio);
-            if let Some(end) = board.pio_write(port, data) {
+            if let Some(end) = bus.pio_write(port, data) {
                 return Ok(Step::End(end));
             }
         }
         VcpuExit::IoIn(port, data) => {
             count(&exits.pio);
-            board.pio_read(port, data);
+            bus.pio_read(port, data);
         }
         VcpuExit::MmioRead(address, data) => {
             count(&exits.mmio);
-            board.mmio_read(address, data);
+            bus.mmio_read(address, data);
         }
         VcpuExit::MmioWrite(address, data) => {
             count(&exits.mmio);
-            board.mmio_write(address, data);
+            bus.mmio_write(address, data);
         }
         VcpuExit::Shutdown => return Ok(Step::End(Exit::TripleFault)),
         VcpuExit::InternalError => return Ok(Step::End(Exit::InternalError(internal_error(fd)))),

@@ -7,7 +7,7 @@
 use virtio_queue::{Queue, QueueT};
 
 use super::{
-    Activation, Bell, DeviceFaults, DeviceState, Fault, Interrupt, Progress, QueuePosition,
+    Activation, DeviceFaults, DeviceState, Doorbell, Fault, Interrupt, Progress, QueuePosition,
     VirtioDevice,
 };
 use crate::memory::GuestRam;
@@ -93,7 +93,7 @@ pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
     ram: GuestRam,
     interrupt: Interrupt,
-    bell: Bell,
+    doorbell: Doorbell,
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -122,7 +122,7 @@ impl MmioTransport {
     pub fn new(
         device: Box<dyn VirtioDevice>,
         ram: GuestRam,
-        bell: Bell,
+        doorbell: Doorbell,
         interrupt: Interrupt,
     ) -> Self {
         let queues = fresh_queues(device.as_ref());
@@ -130,7 +130,7 @@ impl MmioTransport {
             device,
             ram,
             interrupt,
-            bell,
+            doorbell,
             status: 0,
             device_features_sel: 0,
             driver_features_sel: 0,
@@ -198,7 +198,7 @@ impl MmioTransport {
         self.interrupt.repeat();
         self.asleep = false;
         if self.is_active() {
-            self.bell.ring();
+            self.doorbell.ring();
         }
     }
 
@@ -213,8 +213,8 @@ impl MmioTransport {
 
     /// The device's bell.
     #[must_use]
-    pub fn bell(&self) -> &Bell {
-        &self.bell
+    pub fn doorbell(&self) -> &Doorbell {
+        &self.doorbell
     }
 
     /// The device's interrupt line.
@@ -277,7 +277,7 @@ impl MmioTransport {
     /// The device goes on, with what it missed first.
     pub(crate) fn wake(&mut self) {
         self.asleep = false;
-        self.bell.ring();
+        self.doorbell.ring();
     }
 
     /// When the device wants to run without its bell; see [`VirtioDevice::deadline`].
@@ -361,7 +361,7 @@ impl MmioTransport {
             register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
             register::DRIVER_FEATURES => self.set_driver_features(value),
             register::QUEUE_SEL => self.queue_sel = value,
-            register::QUEUE_NOTIFY => self.bell.ring(),
+            register::QUEUE_NOTIFY => self.doorbell.ring(),
             register::STATUS => self.set_status(value),
             register::QUEUE_NUM
             | register::QUEUE_READY
@@ -479,7 +479,7 @@ impl MmioTransport {
             .and_then(|queues| self.device.activate(self.activation(queues)));
         match activated {
             // Buffers may have been made available before DRIVER_OK.
-            Ok(()) => self.bell.ring(),
+            Ok(()) => self.doorbell.ring(),
             Err(fault) => self.needs_reset(fault),
         }
     }
@@ -624,7 +624,7 @@ mod tests {
             Vec::new()
         }
         fn save(&self) -> DeviceState {
-            crate::virtio::balloon::BalloonDevice::new(128, Bell::new().unwrap())
+            crate::virtio::balloon::BalloonDevice::new(128, Doorbell::new().unwrap())
                 .0
                 .save()
         }
@@ -635,7 +635,7 @@ mod tests {
         let transport = MmioTransport::new(
             Box::new(Probe(Arc::clone(&seen))),
             GuestRam::new(MIB).unwrap(),
-            Bell::new().unwrap(),
+            Doorbell::new().unwrap(),
             Interrupt::new().unwrap(),
         );
         (transport, seen)
@@ -687,7 +687,7 @@ mod tests {
         let (mut t, seen) = started();
         assert_eq!(get(&mut t, register::STATUS), 15);
         assert_eq!(seen.activations.load(Ordering::Relaxed), 1);
-        assert!(t.active() && t.bell().answer());
+        assert!(t.active() && t.doorbell().answer());
         assert_eq!(get(&mut t, register::MAGIC), 0x7472_6976);
         assert_eq!(get(&mut t, register::DEVICE_ID), 42);
         set(&mut t, register::QUEUE_SEL, 1);
@@ -777,14 +777,14 @@ mod tests {
     #[test]
     fn a_device_that_sleeps_does_nothing_and_makes_up_for_it() {
         let (mut t, seen) = started();
-        let _ = t.bell().answer();
+        let _ = t.doorbell().answer();
         t.fall_asleep();
         let runs = seen.runs.load(Ordering::Relaxed);
         assert_eq!(t.run(), Progress::Idle);
         assert_eq!(seen.runs.load(Ordering::Relaxed), runs);
         assert_eq!(t.deadline(), None);
         t.wake();
-        assert!(t.bell().answer(), "it rings for itself");
+        assert!(t.doorbell().answer(), "it rings for itself");
         t.run();
         assert_eq!(seen.runs.load(Ordering::Relaxed), runs + 1);
     }

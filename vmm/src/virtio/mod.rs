@@ -1,9 +1,10 @@
 //! Virtio devices over MMIO (virtio 1.2 section 4.2) and what they share.
 //!
 //! A device is plain state behind its transport's lock. Guest kicks and host wake-ups both ring the
-//! device's one [`Bell`]; an event thread answers by calling [`VirtioDevice::run`], which does a
-//! bounded amount of work over all the device's queues. Queues move into the device when the driver
-//! says `DRIVER_OK` and are dropped at reset, so that nothing can reconfigure them in between.
+//! device's one [`Doorbell`]; an event thread answers by calling [`VirtioDevice::run`], which does
+//! a bounded amount of work over all the device's queues. Queues move into the device when the
+//! driver says `DRIVER_OK` and are dropped at reset, so that nothing can reconfigure them in
+//! between.
 
 pub mod balloon;
 #[cfg(test)]
@@ -166,9 +167,9 @@ pub trait VirtioDevice: Send {
 /// The one wake-up of a device: an eventfd that the guest's `QueueNotify` (through an ioeventfd)
 /// and the host's handles ring, and that an event thread answers.
 #[derive(Clone, Debug)]
-pub struct Bell(Arc<EventFd>);
+pub struct Doorbell(Arc<EventFd>);
 
-impl Bell {
+impl Doorbell {
     /// A bell that nobody listens to yet; rings are remembered.
     ///
     /// # Errors

@@ -42,7 +42,7 @@ pub(super) async fn first_instruction(
         first_exit(&vm).await?;
         counts.stop(run, FIRST, 1, counted)?;
         vm.destroy();
-        let shell = template.shell().map_err(ScenarioError::at("shell"))?;
+        let shell = template.prepare().map_err(ScenarioError::at("shell"))?;
         let run = counts.start().await?;
         let vm = shell.fork().map_err(ScenarioError::at("fork"))?;
         first_exit(&vm).await?;
@@ -156,7 +156,7 @@ pub(super) async fn clones(
             (&prefetched, "shell to pong, prefetched"),
         ];
         for (template, what) in ways {
-            let shell = template.shell().map_err(ScenarioError::at("shell"))?;
+            let shell = template.prepare().map_err(ScenarioError::at("shell"))?;
             let run = counts.start().await?;
             let vm = shell.fork().map_err(ScenarioError::at("fork"))?;
             renew(&mut resume(&vm)?, 1).await?;

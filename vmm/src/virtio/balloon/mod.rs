@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestMemoryMmap};
 use self::discards::{Discards, Stretches, TURN_BYTES};
 use super::serve::{Budget, Chain, descriptors, serve, take};
 use super::{
-    Activation, Bell, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
+    Activation, DeviceState, Doorbell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
     QueuePosition, VirtioDevice,
 };
 use crate::memory::{GuestRam, MIB, PAGE_SIZE};
@@ -103,7 +103,7 @@ struct Shared {
 #[derive(Clone, Debug)]
 pub struct Balloon {
     shared: Arc<Shared>,
-    bell: Bell,
+    doorbell: Doorbell,
     memory_mib: u32,
 }
 
@@ -122,7 +122,7 @@ impl Balloon {
         self.shared
             .target
             .store(mib * PAGES_PER_MIB, Ordering::SeqCst);
-        self.bell.ring();
+        self.doorbell.ring();
         Ok(())
     }
 
@@ -153,7 +153,7 @@ impl Balloon {
         }
         let actual = self.shared.actual.load(Ordering::SeqCst);
         self.shared.target.store(actual, Ordering::SeqCst);
-        self.bell.ring();
+        self.doorbell.ring();
         Err(BalloonError::Deadline {
             asked: mib,
             actual: actual / PAGES_PER_MIB,
@@ -167,7 +167,7 @@ impl Balloon {
     pub async fn stats(&self, within: Duration) -> Result<BalloonStats, BalloonError> {
         *self.shared.stats() = None;
         self.shared.stats_wanted.store(true, Ordering::SeqCst);
-        self.bell.ring();
+        self.doorbell.ring();
         let answered = self.shared.changed.until(|| *self.shared.stats());
         tokio::time::timeout(within, answered)
             .await
@@ -230,8 +230,8 @@ impl BalloonDevice {
     /// A balloon that continues from `state` once it is activated with the queues that were saved
     /// with it. Nothing in a state can hurt the host: sizes only say what the guest is told.
     #[must_use]
-    pub fn restore(state: &BalloonState, memory_mib: u32, bell: Bell) -> (Self, Balloon) {
-        let (mut device, balloon) = Self::new(memory_mib, bell);
+    pub fn restore(state: &BalloonState, memory_mib: u32, doorbell: Doorbell) -> (Self, Balloon) {
+        let (mut device, balloon) = Self::new(memory_mib, doorbell);
         device.shared.target.store(state.target, Ordering::SeqCst);
         device.shared.actual.store(state.actual, Ordering::SeqCst);
         device.shown_target = state.shown_target;
@@ -241,7 +241,7 @@ impl BalloonDevice {
 
     /// A balloon for a guest of `memory_mib` MiB that starts with `target_mib` (0 for most).
     #[must_use]
-    pub fn new(memory_mib: u32, bell: Bell) -> (Self, Balloon) {
+    pub fn new(memory_mib: u32, doorbell: Doorbell) -> (Self, Balloon) {
         let shared = Arc::new(Shared::default());
         let device = Self {
             shared: Arc::clone(&shared),
@@ -253,7 +253,7 @@ impl BalloonDevice {
             device,
             Balloon {
                 shared,
-                bell,
+                doorbell,
                 memory_mib,
             },
         )

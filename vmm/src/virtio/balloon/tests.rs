@@ -34,7 +34,7 @@ impl Driver {
     fn with(features: u64) -> Self {
         let ram = GuestRam::new(RAM).unwrap();
         let interrupt = Interrupt::new().unwrap();
-        let (mut device, balloon) = BalloonDevice::new(64, Bell::new().unwrap());
+        let (mut device, balloon) = BalloonDevice::new(64, Doorbell::new().unwrap());
         let rings: Vec<Ring> = (0..4)
             .map(|i| Ring::new(i, QUEUE_SIZE, EVENT_IDX))
             .collect();
@@ -329,7 +329,7 @@ async fn a_restored_balloon_goes_on_where_it_was() {
     };
     let positions = driver.device.positions();
     assert_eq!(positions.len(), 4);
-    let (mut device, balloon) = BalloonDevice::restore(&state, 64, Bell::new().unwrap());
+    let (mut device, balloon) = BalloonDevice::restore(&state, 64, Doorbell::new().unwrap());
     let queue = |(ring, position): (&Ring, &Option<QueuePosition>)| {
         position.map(|p| ring.queue((p.next_avail, p.next_used)))
     };
@@ -388,7 +388,7 @@ fn a_chain_that_is_half_done_at_a_snapshot_is_done_once_in_each_of_the_two() {
     driver.ram.map().read_slice(&mut memory, start).unwrap();
     clone.ram.map().write_slice(&memory, start).unwrap();
     clone.rings = driver.rings.clone();
-    let (device, balloon) = BalloonDevice::restore(&state, 64, Bell::new().unwrap());
+    let (device, balloon) = BalloonDevice::restore(&state, 64, Doorbell::new().unwrap());
     (clone.device, clone.balloon) = (device, balloon);
     let queues = clone.rings.iter().zip(&positions);
     let queues = queues.map(|(ring, at)| at.map(|p| ring.queue((p.next_avail, p.next_used))));

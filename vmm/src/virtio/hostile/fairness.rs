@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
 use super::*;
-use crate::board::{Board, SharedTransport};
+use crate::bus::{DeviceBus, SharedTransport};
 use crate::layout::MMIO_BASE;
 use crate::reactor::Played;
 use crate::virtio::{Activation, DeviceState, Fault, QueuePosition};
@@ -41,7 +41,7 @@ impl VirtioDevice for Restless {
         Vec::new()
     }
     fn save(&self) -> DeviceState {
-        BalloonDevice::new(64, Bell::new().unwrap()).0.save()
+        BalloonDevice::new(64, Doorbell::new().unwrap()).0.save()
     }
 }
 
@@ -50,13 +50,13 @@ fn restless(run: impl Fn() + Send + 'static, read: impl Fn() + Send + 'static) -
     SharedTransport::new(MmioTransport::new(
         Box::new(Restless { run, read }),
         GuestRam::new(MIB).unwrap(),
-        Bell::new().unwrap(),
+        Doorbell::new().unwrap(),
         Interrupt::new().unwrap(),
     ))
 }
 
-fn board(transport: &SharedTransport) -> Board {
-    Board {
+fn bus(transport: &SharedTransport) -> DeviceBus {
+    DeviceBus {
         serial: None,
         virtio: vec![transport.clone()],
         registers: None,
@@ -69,18 +69,18 @@ fn board(transport: &SharedTransport) -> Board {
 fn the_registers_of_an_interrupt_do_not_wait_for_a_turn() {
     ends("interrupt registers", || {
         let transport = restless(|| (), || ());
-        let board = board(&transport);
+        let bus = bus(&transport);
         let in_a_turn = transport.lock();
         in_a_turn.interrupt().used();
         in_a_turn.interrupt().config_changed();
         let get = |offset| {
             let mut data = [0xff; 4];
-            board.mmio_read(MMIO_BASE + offset, &mut data);
+            bus.mmio_read(MMIO_BASE + offset, &mut data);
             u32::from_le_bytes(data)
         };
         assert_eq!(get(register::INTERRUPT_STATUS), 3);
         assert_eq!(get(register::CONFIG_GENERATION), 1);
-        board.mmio_write(MMIO_BASE + register::INTERRUPT_ACK, &1u32.to_le_bytes());
+        bus.mmio_write(MMIO_BASE + register::INTERRUPT_ACK, &1u32.to_le_bytes());
         assert_eq!(get(register::INTERRUPT_STATUS), 2);
     });
 }
@@ -123,14 +123,14 @@ fn whoever_waits_for_a_device_has_it_after_the_turn_that_it_takes() {
                     move || seen.store(turns.load(Ordering::SeqCst), Ordering::SeqCst)
                 },
             );
-            let board = board(&transport);
+            let bus = bus(&transport);
             let reader = std::thread::spawn(move || {
                 while !begun.load(Ordering::SeqCst) {
                     std::thread::yield_now();
                 }
                 let own = rustix::thread::gettid().as_raw_nonzero().get();
                 vcpu.store(own, Ordering::SeqCst);
-                board.mmio_read(MMIO_BASE + register::CONFIG, &mut [0; 4]);
+                bus.mmio_read(MMIO_BASE + register::CONFIG, &mut [0; 4]);
             });
             for _ in 0..1000 {
                 transport.turn();
@@ -198,20 +198,20 @@ impl Flood {
             let at = GuestAddress(driver + 2);
             self.ram.map().write_obj(available, at).unwrap();
         }
-        self.transport.lock().bell().ring();
+        self.transport.lock().doorbell().ring();
     }
 }
 
 /// Every request as large as the protocol allows, in every queue of every device that a guest can
 /// have.
 fn flood(kind: Kind, turns: &Arc<Mutex<Vec<&'static str>>>) -> Flood {
-    let bell = Bell::new().unwrap();
+    let doorbell = Doorbell::new().unwrap();
     let device = Counted {
-        device: kind.device(&bell),
+        device: kind.device(&doorbell),
         name: "hostile",
         turns: Arc::clone(turns),
     };
-    let mut attacker = Attacker::in_memory(kind, Box::new(device), bell, 3 << 30);
+    let mut attacker = Attacker::in_memory(kind, Box::new(device), doorbell, 3 << 30);
     let (features, queues, flooded): (u64, u32, &[u32]) = match kind {
         Kind::Vsock => (0, 3, &[1]),
         Kind::Balloon => (F_REPORTING, 3, &[0, 1, 2]),
@@ -260,13 +260,13 @@ fn a_guest_that_floods_all_its_devices_has_one_turn_between_two_of_its_neighbour
             let images = std::iter::repeat_n(Kind::Pmem, crate::virtio::pmem::MAX_IMAGES);
             let kinds = [Kind::Vsock, Kind::Balloon].into_iter().chain(images);
             let floods: Vec<Flood> = kinds.map(|kind| flood(kind, &turns)).collect();
-            let bell = Bell::new().unwrap();
+            let doorbell = Doorbell::new().unwrap();
             let device = Counted {
-                device: Kind::Pmem.device(&bell),
+                device: Kind::Pmem.device(&doorbell),
                 name: "honest",
                 turns: Arc::clone(&turns),
             };
-            let mut honest = Attacker::with(Kind::Pmem, Box::new(device), bell);
+            let mut honest = Attacker::with(Kind::Pmem, Box::new(device), doorbell);
             honest.up(F_VERSION_1, 1);
             honest.descriptor(0, 0, (BUFFER, 4), NEXT, 1);
             honest.descriptor(0, 1, (BUFFER + 4, 4), WRITE, 0);
@@ -281,7 +281,7 @@ fn a_guest_that_floods_all_its_devices_has_one_turn_between_two_of_its_neighbour
                 }
                 let index = GuestAddress(parts(0)[1] + 2);
                 ram.map().write_obj(request, index).unwrap();
-                transport.lock().bell().ring();
+                transport.lock().doorbell().ring();
                 turns.lock().unwrap().clear();
                 let used = || -> u16 {
                     let index = GuestAddress(parts(0)[2] + 2);

@@ -138,9 +138,9 @@ fn scattered_pages_cost_their_driver_its_turn() {
 fn a_report_of_gigabytes_leaves_the_host_in_turns_of_16_mib() {
     const START: u64 = 64 * MIB;
     const REPORT: u64 = 2 << 30;
-    let bell = Bell::new().unwrap();
-    let device = Kind::Balloon.device(&bell);
-    let mut attacker = Attacker::in_memory(Kind::Balloon, device, bell, 3 << 30);
+    let doorbell = Doorbell::new().unwrap();
+    let device = Kind::Balloon.device(&doorbell);
+    let mut attacker = Attacker::in_memory(Kind::Balloon, device, doorbell, 3 << 30);
     attacker.up(F_VERSION_1 | F_REPORTING, 3);
     // One page in each MiB, and one on either side.
     let marks: Vec<u64> = (START..START + REPORT).step_by(MIB as usize).collect();

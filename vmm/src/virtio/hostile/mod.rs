@@ -23,8 +23,8 @@ use super::balloon::{Balloon, BalloonDevice};
 use super::mmio::{MmioTransport, register, status};
 use super::pmem::{GRANULE, PmemDevice, PmemImage};
 use super::vsock::VsockDevice;
-use super::{Bell, F_EVENT_IDX, F_VERSION_1, Interrupt, Progress, VirtioDevice};
-use crate::board::SharedTransport;
+use super::{Doorbell, F_EVENT_IDX, F_VERSION_1, Interrupt, Progress, VirtioDevice};
+use crate::bus::SharedTransport;
 use crate::memory::{GAP_END, GuestRam, MIB};
 
 const RAM: u64 = 4 * MIB;
@@ -66,10 +66,10 @@ enum Kind {
 }
 
 impl Kind {
-    fn device(self, bell: &Bell) -> Box<dyn VirtioDevice> {
+    fn device(self, doorbell: &Doorbell) -> Box<dyn VirtioDevice> {
         match self {
-            Self::Vsock => Box::new(VsockDevice::new(3, bell.clone()).0),
-            Self::Balloon => Box::new(BalloonDevice::new(64, bell.clone()).0),
+            Self::Vsock => Box::new(VsockDevice::new(3, doorbell.clone()).0),
+            Self::Balloon => Box::new(BalloonDevice::new(64, doorbell.clone()).0),
             Self::Pmem => {
                 let file = tempfile::NamedTempFile::new().unwrap();
                 file.as_file().set_len(GRANULE).unwrap();
@@ -82,19 +82,24 @@ impl Kind {
 
 impl Attacker {
     fn new(kind: Kind) -> Self {
-        let bell = Bell::new().unwrap();
-        Self::with(kind, kind.device(&bell), bell)
+        let doorbell = Doorbell::new().unwrap();
+        Self::with(kind, kind.device(&doorbell), doorbell)
     }
 
-    fn with(kind: Kind, device: Box<dyn VirtioDevice>, bell: Bell) -> Self {
-        Self::in_memory(kind, device, bell, RAM)
+    fn with(kind: Kind, device: Box<dyn VirtioDevice>, doorbell: Doorbell) -> Self {
+        Self::in_memory(kind, device, doorbell, RAM)
     }
 
-    fn in_memory(kind: Kind, device: Box<dyn VirtioDevice>, bell: Bell, bytes: u64) -> Self {
+    fn in_memory(
+        kind: Kind,
+        device: Box<dyn VirtioDevice>,
+        doorbell: Doorbell,
+        bytes: u64,
+    ) -> Self {
         let ram = GuestRam::new(bytes).unwrap();
         let interrupt = Interrupt::new().unwrap();
         Self {
-            transport: MmioTransport::new(device, ram.clone(), bell, interrupt),
+            transport: MmioTransport::new(device, ram.clone(), doorbell, interrupt),
             ram,
             kind,
             queues: match kind {
@@ -108,9 +113,12 @@ impl Attacker {
 
     /// A balloon, and the host's hand on it.
     fn balloon() -> (Self, Balloon) {
-        let bell = Bell::new().unwrap();
-        let (device, balloon) = BalloonDevice::new(64, bell.clone());
-        (Self::with(Kind::Balloon, Box::new(device), bell), balloon)
+        let doorbell = Doorbell::new().unwrap();
+        let (device, balloon) = BalloonDevice::new(64, doorbell.clone());
+        (
+            Self::with(Kind::Balloon, Box::new(device), doorbell),
+            balloon,
+        )
     }
 
     /// One of each, by name.
@@ -124,11 +132,11 @@ impl Attacker {
 
     /// A device of the same kind that was never started, in zeroed memory of `bytes`.
     fn replace_memory(&mut self, bytes: u64) {
-        let bell = Bell::new().unwrap();
-        let device = self.kind.device(&bell);
+        let doorbell = Doorbell::new().unwrap();
+        let device = self.kind.device(&doorbell);
         self.ram = GuestRam::new(bytes).unwrap();
         let interrupt = Interrupt::new().unwrap();
-        self.transport = MmioTransport::new(device, self.ram.clone(), bell, interrupt);
+        self.transport = MmioTransport::new(device, self.ram.clone(), doorbell, interrupt);
     }
 
     /// The device as its VM has it, and the guest's memory.

@@ -211,7 +211,7 @@ fn notifications_in_every_state_do_nothing_before_the_start() {
             for queue in [0, 1, 7, u32::MAX] {
                 attacker.offer(queue % 4, 0);
                 attacker.set(register::QUEUE_NOTIFY, queue);
-                assert!(attacker.transport.bell().answer(), "{name}: it rang");
+                assert!(attacker.transport.doorbell().answer(), "{name}: it rang");
                 assert_eq!(attacker.run(), 1);
                 assert_eq!(attacker.used(queue % 4), 0, "{name}: {state:#x}");
             }
@@ -229,7 +229,10 @@ fn a_reset_with_chains_under_way_leaves_their_memory_alone() {
         attacker.descriptor(last, 0, (BUFFER, 4), 0, 0);
         attacker.offer(last, 0);
         attacker.set(register::STATUS, 0);
-        assert!(attacker.transport.bell().answer(), "{name}: it rang before");
+        assert!(
+            attacker.transport.doorbell().answer(),
+            "{name}: it rang before"
+        );
         assert_eq!(attacker.run(), 1);
         assert_eq!(attacker.used(last), 0, "{name}");
         assert_eq!(attacker.transport.faults(), 0, "{name}");

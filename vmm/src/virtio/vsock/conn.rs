@@ -11,9 +11,9 @@
 //!                  Ended ◄───────────────────┴─────────────────────────────┘
 //! ```
 //!
-//! `Open` covers both half-closes: what each side has closed only accumulates. `Ended` keeps what
-//! the reader has not read yet and whether the guest is still owed a reset; the muxer forgets the
-//! connection once it is not.
+//! `Established` covers both half-closes: what each side has closed only accumulates. `Ended` keeps
+//! what the reader has not read yet and whether the guest is still owed a reset; the muxer forgets
+//! the connection once it is not.
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, Weak};
@@ -24,12 +24,12 @@ use tokio::io::ReadBuf;
 
 use super::buffer::Buffer;
 use super::credit::Inbound;
-use super::hub::Hub;
+use super::established::{Answer, Established, PendingTx, Verdict};
 use super::lock;
-use super::open::{Answer, Open, Owed, Verdict};
-use super::packet::{Header, MAX_PAYLOAD, Op, Shut};
+use super::packet::{Header, MAX_PAYLOAD, Op, ShutdownFlags};
 use super::places::Place;
-use super::state::{CreditState, Fate};
+use super::shared::Hub;
+use super::state::{CreditState, RestoreOutcome};
 use crate::wake::{self, Awaited};
 
 /// How long a connection that its host side dropped may make no progress before the guest gets a
@@ -45,7 +45,7 @@ pub(super) struct Key {
 
 /// Why a connection is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(super) enum CloseReason {
     /// The guest closed both directions, in good order.
     Finished,
     /// The guest reset it or broke the protocol.
@@ -58,7 +58,7 @@ pub(super) enum End {
     VmEnded,
 }
 
-impl End {
+impl CloseReason {
     fn error(self) -> io::Error {
         match self {
             Self::Finished | Self::Dropped => io::Error::new(
@@ -79,21 +79,21 @@ enum State {
     Connecting {
         sent: bool,
     },
-    Open(Open),
+    Established(Established),
     Closing {
         /// What the guest closed.
-        guest: Shut,
+        guest: ShutdownFlags,
     },
     Ended {
-        why: End,
+        why: CloseReason,
         unread: Buffer,
-        reset_owed: bool,
+        reset_pending: bool,
     },
 }
 
 /// The machine: a state and who waits for it to change.
 #[derive(Debug)]
-pub(super) struct Machine {
+pub(super) struct ConnectionState {
     state: State,
     window: u32,
     reader: Option<Waker>,
@@ -114,7 +114,7 @@ pub(super) struct Machine {
     host_gone: bool,
 }
 
-impl Machine {
+impl ConnectionState {
     fn new(state: State, window: u32) -> Self {
         Self {
             state,
@@ -138,22 +138,26 @@ impl Machine {
 
     /// A connection that the guest asked for with `request`.
     pub(super) fn asked(window: u32, request: &Header, answer: Answer) -> Self {
-        Self::new(State::Open(Open::new(window, request, answer)), window)
+        Self::new(
+            State::Established(Established::new(window, request, answer)),
+            window,
+        )
     }
 
     /// A durable connection, restored.
     pub(super) fn resumed(saved: &CreditState) -> Self {
-        let mut machine = Self::new(State::Open(Open::resume(saved)), saved.window);
-        machine.durable = true;
-        machine
+        let mut connection =
+            Self::new(State::Established(Established::resume(saved)), saved.window);
+        connection.durable = true;
+        connection
     }
 
     /// A connection that did not survive a restore: the guest is owed a reset.
     pub(super) fn lost() -> Self {
-        let mut machine = Self::connecting(0);
-        machine.host_gone = true;
-        machine.end(End::Dropped, true);
-        machine
+        let mut connection = Self::connecting(0);
+        connection.host_gone = true;
+        connection.end(CloseReason::Dropped, true);
+        connection
     }
 
     /// Bytes that this connection may buffer in each direction.
@@ -166,7 +170,7 @@ impl Machine {
         matches!(
             self.state,
             State::Ended {
-                reset_owed: false,
+                reset_pending: false,
                 ..
             }
         )
@@ -178,26 +182,32 @@ impl Machine {
     }
 
     /// What becomes of the guest's end in a VM restored from now.
-    pub(super) fn fate(&self) -> Fate {
+    pub(super) fn outcome(&self) -> RestoreOutcome {
         match &self.state {
-            State::Open(open) if open.answer != Answer::Given => Fate::Refused,
-            State::Open(open) => match open.quiescent().filter(|_| self.durable) {
-                Some(credit) => Fate::Durable(credit),
-                None => Fate::Lost,
-            },
-            State::Connecting { .. } | State::Closing { .. } => Fate::Lost,
-            State::Ended { .. } => Fate::Refused,
+            State::Established(established) if established.answer != Answer::Given => {
+                RestoreOutcome::Refused
+            }
+            State::Established(established) => {
+                match established.quiescent().filter(|_| self.durable) {
+                    Some(credit) => RestoreOutcome::Durable(credit),
+                    None => RestoreOutcome::Lost,
+                }
+            }
+            State::Connecting { .. } | State::Closing { .. } => RestoreOutcome::Lost,
+            State::Ended { .. } => RestoreOutcome::Refused,
         }
     }
 
     /// Ends the connection; what the guest sent before stays readable. No change if it is over. One
     /// that was never established is refused, not reset.
-    pub(super) fn end(&mut self, mut why: End, reset_owed: bool) {
-        if why == End::Reset && matches!(self.state, State::Connecting { .. }) {
-            why = End::Refused;
+    pub(super) fn end(&mut self, mut why: CloseReason, reset_pending: bool) {
+        if why == CloseReason::Reset && matches!(self.state, State::Connecting { .. }) {
+            why = CloseReason::Refused;
         }
         let unread = match &mut self.state {
-            State::Open(open) if !open.host.receive => std::mem::take(&mut open.rx),
+            State::Established(established) if !established.host.receive => {
+                std::mem::take(&mut established.rx)
+            }
             State::Ended { .. } => return,
             _ => Buffer::default(),
         };
@@ -205,21 +215,21 @@ impl Machine {
         self.state = State::Ended {
             why,
             unread,
-            reset_owed,
+            reset_pending,
         };
     }
 
     /// The guest must not hear of this connection again (its driver was reset).
     pub(super) fn forgive(&mut self) {
-        if let State::Ended { reset_owed, .. } = &mut self.state {
-            *reset_owed = false;
+        if let State::Ended { reset_pending, .. } = &mut self.state {
+            *reset_pending = false;
         }
     }
 
     /// Ends a dropped connection whose time is up.
     pub(super) fn expire(&mut self, now: Instant) {
         if self.deadline.is_some_and(|at| at <= now) {
-            self.end(End::Dropped, true);
+            self.end(CloseReason::Dropped, true);
         }
     }
 
@@ -237,44 +247,48 @@ impl Machine {
         payload: &mut impl Read,
     ) -> io::Result<()> {
         match (&mut self.state, op) {
-            (State::Ended { reset_owed, .. }, Some(Op::Reset)) => *reset_owed = false,
+            (State::Ended { reset_pending, .. }, Some(Op::Reset)) => *reset_pending = false,
             (State::Ended { .. }, _) => {}
-            (_, Some(Op::Reset)) => self.end(End::Reset, false),
+            (_, Some(Op::Reset)) => self.end(CloseReason::Reset, false),
             (State::Connecting { sent: true }, Some(Op::Response)) => {
-                self.state = State::Open(Open::new(self.window, header, Answer::Given));
+                self.state =
+                    State::Established(Established::new(self.window, header, Answer::Given));
             }
             (State::Closing { guest }, Some(Op::Shutdown)) => {
-                *guest = guest.with(Shut::from_flags(header.flags));
-                if *guest == Shut::BOTH {
-                    self.end(End::Dropped, true);
+                *guest = guest.with(ShutdownFlags::from_flags(header.flags));
+                if *guest == ShutdownFlags::BOTH {
+                    self.end(CloseReason::Dropped, true);
                 }
             }
             (State::Closing { .. }, Some(Op::Data | Op::CreditUpdate | Op::CreditRequest)) => {}
-            (State::Open(open), Some(op)) => match open.receive(op, header, payload)? {
-                Verdict::Continues => {}
-                // The guest waits for this reset before it lets go of the port.
-                Verdict::Finished => self.end(End::Finished, true),
-                Verdict::Violated => self.end(End::Reset, true),
-            },
-            _ => self.end(End::Reset, true),
+            (State::Established(established), Some(op)) => {
+                match established.receive(op, header, payload)? {
+                    Verdict::Continues => {}
+                    // The guest waits for this reset before it lets go of the port.
+                    Verdict::Finished => self.end(CloseReason::Finished, true),
+                    Verdict::Violated => self.end(CloseReason::Reset, true),
+                }
+            }
+            _ => self.end(CloseReason::Reset, true),
         }
         Ok(())
     }
 
-    fn owed(&self, room: u32) -> Option<Owed> {
+    fn pending_tx(&self, room: u32) -> Option<PendingTx> {
         match &self.state {
-            State::Connecting { sent: false } => Some(Owed::Request),
-            State::Open(open) => open.owed(room),
+            State::Connecting { sent: false } => Some(PendingTx::Request),
+            State::Established(established) => established.pending_tx(room),
             State::Ended {
-                reset_owed: true, ..
-            } => Some(Owed::Reset),
+                reset_pending: true,
+                ..
+            } => Some(PendingTx::Reset),
             State::Connecting { .. } | State::Closing { .. } | State::Ended { .. } => None,
         }
     }
 
     /// Whether the guest is owed a packet now.
     pub(super) fn owes(&self) -> bool {
-        self.owed(MAX_PAYLOAD).is_some()
+        self.pending_tx(MAX_PAYLOAD).is_some()
     }
 
     /// Writes the next packet that the guest is owed: `header` has the addresses, `room` is how
@@ -288,35 +302,37 @@ impl Machine {
         room: u32,
         out: &mut impl Write,
     ) -> io::Result<Option<u32>> {
-        let Some(owed) = self.owed(room) else {
+        let Some(pending_tx) = self.pending_tx(room) else {
             return Ok(None);
         };
-        match (&mut self.state, owed) {
+        match (&mut self.state, pending_tx) {
             (State::Connecting { sent }, _) => {
                 *sent = true;
                 header.op = Op::Request.to_wire();
                 Inbound::new(self.window).announce(&mut header);
                 out.write_all(&header.encode())?;
             }
-            (State::Open(open), owed) => {
-                open.emit(owed, header, out)?;
-                if matches!(owed, Owed::Data(_)) && self.deadline.is_some() {
+            (State::Established(established), pending_tx) => {
+                established.emit(pending_tx, header, out)?;
+                if matches!(pending_tx, PendingTx::Data(_)) && self.deadline.is_some() {
                     self.deadline = Some(Instant::now() + CLOSE_TIMEOUT);
                 }
-                if open.told == Shut::BOTH {
+                if established.sent_shutdown == ShutdownFlags::BOTH {
                     self.deadline = Some(Instant::now() + CLOSE_TIMEOUT);
-                    self.state = State::Closing { guest: open.guest };
+                    self.state = State::Closing {
+                        guest: established.guest,
+                    };
                 }
             }
-            (State::Ended { reset_owed, .. }, _) => {
-                *reset_owed = false;
+            (State::Ended { reset_pending, .. }, _) => {
+                *reset_pending = false;
                 header.op = Op::Reset.to_wire();
                 out.write_all(&header.encode())?;
             }
             (State::Closing { .. }, _) => {}
         }
-        Ok(Some(match owed {
-            Owed::Data(len) => len,
+        Ok(Some(match pending_tx {
+            PendingTx::Data(len) => len,
             _ => 0,
         }))
     }
@@ -324,13 +340,13 @@ impl Machine {
     // The host's side.
 
     /// Resolves when the guest answered the request.
-    pub(super) fn poll_connected(&self) -> Poll<Result<(), End>> {
+    pub(super) fn poll_connected(&self) -> Poll<Result<(), CloseReason>> {
         match &self.state {
             State::Connecting { .. } => Poll::Pending,
-            State::Open(_) | State::Closing { .. } => Poll::Ready(Ok(())),
+            State::Established(_) | State::Closing { .. } => Poll::Ready(Ok(())),
             // Established and over before anyone looked.
             State::Ended {
-                why: End::Finished | End::Reset,
+                why: CloseReason::Finished | CloseReason::Reset,
                 ..
             } => Poll::Ready(Ok(())),
             State::Ended { why, .. } => Poll::Ready(Err(*why)),
@@ -342,40 +358,42 @@ impl Machine {
             return Poll::Ready(Ok(()));
         }
         match &mut self.state {
-            State::Open(open) if !open.rx.is_empty() => {
-                let n = drain(&mut open.rx, into);
-                open.inbound.consume(n);
+            State::Established(established) if !established.rx.is_empty() => {
+                let n = drain(&mut established.rx, into);
+                established.inbound.consume(n);
             }
-            State::Open(open) if open.guest.send => {}
+            State::Established(established) if established.guest.send => {}
             State::Ended { unread, .. } if !unread.is_empty() => {
                 drain(unread, into);
             }
             State::Ended {
-                why: End::Finished | End::Dropped,
+                why: CloseReason::Finished | CloseReason::Dropped,
                 ..
             }
             | State::Closing { .. } => {}
             State::Ended { why, .. } => return Poll::Ready(Err(why.error())),
-            State::Open(_) | State::Connecting { .. } => return Poll::Pending,
+            State::Established(_) | State::Connecting { .. } => return Poll::Pending,
         }
         Poll::Ready(Ok(()))
     }
 
     pub(super) fn poll_write(&mut self, mut from: &[u8]) -> Poll<io::Result<usize>> {
         match &mut self.state {
-            State::Open(open) if open.host.send || open.guest.receive => {
-                Poll::Ready(Err(End::Finished.error()))
+            State::Established(established)
+                if established.host.send || established.guest.receive =>
+            {
+                Poll::Ready(Err(CloseReason::Finished.error()))
             }
-            State::Open(open) => {
+            State::Established(established) => {
                 let window = usize::try_from(self.window).unwrap_or(usize::MAX);
-                let n = from.len().min(window.saturating_sub(open.tx.len()));
+                let n = from.len().min(window.saturating_sub(established.tx.len()));
                 if n == 0 && !from.is_empty() {
                     return Poll::Pending;
                 }
-                Poll::Ready(open.tx.fill(&mut from, n).map(|()| n))
+                Poll::Ready(established.tx.fill(&mut from, n).map(|()| n))
             }
             State::Connecting { .. } => Poll::Pending,
-            State::Closing { .. } => Poll::Ready(Err(End::Dropped.error())),
+            State::Closing { .. } => Poll::Ready(Err(CloseReason::Dropped.error())),
             State::Ended { why, .. } => Poll::Ready(Err(why.error())),
         }
     }
@@ -384,7 +402,7 @@ impl Machine {
     fn is_refused(&self) -> bool {
         match &self.state {
             State::Connecting { .. } => false,
-            State::Open(open) => open.guest.receive,
+            State::Established(established) => established.guest.receive,
             State::Closing { .. } | State::Ended { .. } => true,
         }
     }
@@ -399,28 +417,28 @@ impl Machine {
 
     /// The host side takes the connection that the guest asked for.
     pub(super) fn accept(&mut self) {
-        if let State::Open(open) = &mut self.state
-            && open.answer == Answer::Undecided
+        if let State::Established(established) = &mut self.state
+            && established.answer == Answer::Undecided
         {
-            open.answer = Answer::Owed;
+            established.answer = Answer::Pending;
         }
     }
 
     /// The host side sends no more; what it wrote before is still delivered.
     pub(super) fn shut_send(&mut self) {
-        if let State::Open(open) = &mut self.state {
-            open.host.send = true;
+        if let State::Established(established) = &mut self.state {
+            established.host.send = true;
         }
     }
 
     /// The host side takes no more.
     pub(super) fn shut_receive(&mut self) {
         match &mut self.state {
-            State::Open(open) => {
+            State::Established(established) => {
                 // A guest that sends no more has nothing to learn from it.
-                open.host.receive |= !open.guest.send;
-                let unread = open.rx.clear();
-                open.inbound.consume(unread);
+                established.host.receive |= !established.guest.send;
+                let unread = established.rx.clear();
+                established.inbound.consume(unread);
             }
             State::Ended { unread, .. } => {
                 unread.clear();
@@ -436,12 +454,14 @@ impl Machine {
         self.shut_receive();
         match &mut self.state {
             State::Connecting { sent } => {
-                let reset_owed = *sent;
-                self.end(End::Dropped, reset_owed);
+                let reset_pending = *sent;
+                self.end(CloseReason::Dropped, reset_pending);
             }
-            State::Open(open) if open.answer == Answer::Undecided => self.end(End::Dropped, true),
-            State::Open(open) => {
-                open.host = Shut::BOTH;
+            State::Established(established) if established.answer == Answer::Undecided => {
+                self.end(CloseReason::Dropped, true)
+            }
+            State::Established(established) => {
+                established.host = ShutdownFlags::BOTH;
                 self.deadline = Some(now + CLOSE_TIMEOUT);
             }
             State::Closing { .. } => {}
@@ -459,7 +479,9 @@ impl Machine {
 
     fn readable(&self) -> bool {
         match &self.state {
-            State::Open(open) => !open.rx.is_empty() || open.guest.send || open.host.receive,
+            State::Established(established) => {
+                !established.rx.is_empty() || established.guest.send || established.host.receive
+            }
             State::Connecting { .. } => false,
             State::Closing { .. } | State::Ended { .. } => true,
         }
@@ -468,9 +490,11 @@ impl Machine {
     /// A writer that waits is woken when a good part of the buffer is free, not for every packet.
     fn writable(&self) -> bool {
         match &self.state {
-            State::Open(open) => {
+            State::Established(established) => {
                 let window = usize::try_from(self.window).unwrap_or(usize::MAX);
-                open.tx.len() <= window - window / 4 || open.host.send || open.guest.receive
+                established.tx.len() <= window - window / 4
+                    || established.host.send
+                    || established.guest.receive
             }
             State::Connecting { .. } => false,
             State::Closing { .. } | State::Ended { .. } => true,
@@ -539,15 +563,15 @@ fn drain(buffer: &mut Buffer, into: &mut ReadBuf<'_>) -> usize {
 pub(super) struct Conn {
     pub(super) key: Key,
     hub: Weak<Hub>,
-    machine: Mutex<Machine>,
+    connection: Mutex<ConnectionState>,
 }
 
 impl Conn {
-    pub(super) fn new(key: Key, hub: Weak<Hub>, machine: Machine) -> Arc<Self> {
+    pub(super) fn new(key: Key, hub: Weak<Hub>, connection: ConnectionState) -> Arc<Self> {
         Arc::new(Self {
             key,
             hub,
-            machine: Mutex::new(machine),
+            connection: Mutex::new(connection),
         })
     }
 
@@ -556,20 +580,23 @@ impl Conn {
     }
 
     /// Looks at the machine without changing it.
-    pub(super) fn look<R>(&self, at: impl FnOnce(&Machine) -> R) -> R {
-        at(&lock(&self.machine))
+    pub(super) fn look<R>(&self, at: impl FnOnce(&ConnectionState) -> R) -> R {
+        at(&lock(&self.connection))
     }
 
     /// Changes the machine; whom the change concerns is woken soon, on another thread: the caller
     /// may hold locks. True if the connection needs a turn and the caller must queue it.
-    pub(super) fn change<R>(self: &Arc<Self>, by: impl FnOnce(&mut Machine) -> R) -> (R, bool) {
-        let mut machine = lock(&self.machine);
-        let result = by(&mut machine);
-        machine.leave_place();
-        let wakes = machine.wakes() && !machine.posted;
-        machine.posted |= wakes;
-        let needs_turn = machine.needs_turn();
-        drop(machine);
+    pub(super) fn change<R>(
+        self: &Arc<Self>,
+        by: impl FnOnce(&mut ConnectionState) -> R,
+    ) -> (R, bool) {
+        let mut connection = lock(&self.connection);
+        let result = by(&mut connection);
+        connection.leave_place();
+        let wakes = connection.wakes() && !connection.posted;
+        connection.posted |= wakes;
+        let needs_turn = connection.needs_turn();
+        drop(connection);
         if wakes {
             wake::post(Arc::clone(self) as Arc<dyn Awaited>);
         }
@@ -578,13 +605,16 @@ impl Conn {
 
     /// A change from the host's side, by a thread of the embedding program that holds no lock of
     /// ours: whom it concerns is woken here. The device is told when it has to act.
-    pub(super) fn change_from_host<R>(self: &Arc<Self>, by: impl FnOnce(&mut Machine) -> R) -> R {
-        let mut machine = lock(&self.machine);
-        let result = by(&mut machine);
-        machine.leave_place();
-        let woken = machine.woken();
-        let needs_turn = machine.needs_turn();
-        drop(machine);
+    pub(super) fn change_from_host<R>(
+        self: &Arc<Self>,
+        by: impl FnOnce(&mut ConnectionState) -> R,
+    ) -> R {
+        let mut connection = lock(&self.connection);
+        let result = by(&mut connection);
+        connection.leave_place();
+        let woken = connection.woken();
+        let needs_turn = connection.needs_turn();
+        drop(connection);
         if needs_turn && let Some(hub) = self.hub() {
             hub.request_turn(Arc::clone(self));
         }
@@ -599,16 +629,16 @@ impl Conn {
         self: &Arc<Self>,
         cx: &Context<'_>,
         side: Side,
-        mut by: impl FnMut(&mut Machine) -> Poll<R>,
+        mut by: impl FnMut(&mut ConnectionState) -> Poll<R>,
     ) -> Poll<R> {
         let mut waker = None;
         loop {
-            let outcome = self.change_from_host(|machine| {
-                let polled = by(machine);
+            let outcome = self.change_from_host(|connection| {
+                let polled = by(connection);
                 let slot = match side {
-                    Side::Reader => &mut machine.reader,
-                    Side::Writer => &mut machine.writer,
-                    Side::Refused => &mut machine.refused,
+                    Side::Reader => &mut connection.reader,
+                    Side::Writer => &mut connection.writer,
+                    Side::Refused => &mut connection.refused,
                 };
                 let known = |slot: &Option<Waker>| {
                     slot.as_ref()
@@ -632,9 +662,9 @@ impl Conn {
 impl Awaited for Conn {
     fn wake_waiters(&self) {
         let woken = {
-            let mut machine = lock(&self.machine);
-            machine.posted = false;
-            machine.woken()
+            let mut connection = lock(&self.connection);
+            connection.posted = false;
+            connection.woken()
         };
         woken.into_iter().flatten().for_each(Waker::wake);
     }

@@ -10,14 +10,14 @@ use virtio_queue::{Queue, QueueT};
 
 use super::chain::Chain;
 use super::host::VsockHost;
-use super::hub::Hub;
 use super::muxer::Muxer;
 use super::packet::{HEADER_BYTES, Header, MAX_PAYLOAD};
+use super::shared::Hub;
 use super::state::VsockState;
 use crate::memory::GuestRam;
 use crate::virtio::serve::{Budget, take};
 use crate::virtio::{
-    Activation, Bell, DeviceState, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
+    Activation, DeviceState, Doorbell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
     QueuePosition, VirtioDevice,
 };
 
@@ -49,7 +49,7 @@ enum TransportReset {
     /// Heard, or never needed.
     Done,
     /// To be sent.
-    Owed,
+    Pending,
     /// Sent. A driver gives the buffer back once it has acted on the event: then it has made more
     /// than `available` buffers available. There is no time after which it must have: a clone may
     /// be parked for hours before it runs. To whoever connects, a driver that never does is one
@@ -70,10 +70,10 @@ impl VsockDevice {
     /// A device for a guest with context id `guest_cid` (3 to 2^32 - 2) that is woken by `bell`,
     /// and the host's handle on it.
     #[must_use]
-    pub fn new(guest_cid: u64, bell: Bell) -> (Self, VsockHost) {
+    pub fn new(guest_cid: u64, doorbell: Doorbell) -> (Self, VsockHost) {
         Self::with(
             guest_cid,
-            bell,
+            doorbell,
             |hub| Muxer::new(guest_cid, hub),
             TransportReset::Done,
         )
@@ -82,23 +82,23 @@ impl VsockDevice {
     /// The state from which [`VsockDevice::restore`] continues. The device must not run meanwhile.
     #[must_use]
     pub fn save(&self) -> VsockState {
-        let owed = self.transport_reset != TransportReset::Done;
-        self.hub.muxer.lock().save(owed)
+        let pending_tx = self.transport_reset != TransportReset::Done;
+        self.hub.muxer.lock().save(pending_tx)
     }
 
     /// A device that continues from `state` once it is activated with the queues that were saved
     /// with it. Durable connections go on (see [`VsockHost::reattach`]); the guest sees every other
     /// one end: by the reset of the whole transport if none is durable, else one by one.
     #[must_use]
-    pub fn restore(state: &VsockState, bell: Bell) -> (Self, VsockHost) {
+    pub fn restore(state: &VsockState, doorbell: Doorbell) -> (Self, VsockHost) {
         let transport_reset = if state.resets_transport() {
-            TransportReset::Owed
+            TransportReset::Pending
         } else {
             TransportReset::Done
         };
         Self::with(
             state.guest_cid(),
-            bell,
+            doorbell,
             |hub| Muxer::restore(state, hub),
             transport_reset,
         )
@@ -112,11 +112,11 @@ impl VsockDevice {
 
     fn with(
         guest_cid: u64,
-        bell: Bell,
+        doorbell: Doorbell,
         muxer: impl FnOnce(Weak<Hub>) -> Muxer,
         transport_reset: TransportReset,
     ) -> (Self, VsockHost) {
-        let hub = Arc::new_cyclic(|hub| Hub::new(bell, muxer(Weak::clone(hub))));
+        let hub = Arc::new_cyclic(|hub| Hub::new(doorbell, muxer(Weak::clone(hub))));
         let host = VsockHost::new(&hub);
         let device = Self {
             hub,
@@ -266,11 +266,11 @@ impl Active {
                 budget.spend_chain();
                 let head = chain.head_index();
                 let mut packet = Chain::readable(ram, chain)?;
-                let mut wire = [0; HEADER_BYTES];
+                let mut events = [0; HEADER_BYTES];
                 packet
-                    .read_exact(&mut wire)
+                    .read_exact(&mut events)
                     .map_err(|_| Fault::Request("TX packet shorter than its header"))?;
-                let header = Header::decode(&wire);
+                let header = Header::decode(&events);
                 let available = packet.left();
                 muxer
                     .receive(&header, available, &mut packet)
@@ -356,7 +356,7 @@ impl Active {
         mut at: TransportReset,
         budget: &mut Budget,
     ) -> Result<TransportReset, Fault> {
-        if at == TransportReset::Owed {
+        if at == TransportReset::Pending {
             // Before the guest can have acted on it.
             let available = self.events.avail_idx(self.ram.map(), Ordering::Acquire)?.0;
             budget.spend_chain();

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::conn::{End, Key};
-use super::hub::Hub;
+use super::conn::{CloseReason, Key};
 use super::listener::{VsockAnyListener, VsockListener};
 use super::muxer::{BACKLOG, MAX_CONNECTIONS, MAX_LISTENERS};
+use super::shared::Hub;
 use super::stream::VsockStream;
 
 /// How long [`VsockHost::connect`] waits for the guest's answer.
@@ -104,7 +104,7 @@ impl VsockHost {
         let answer = tokio::time::timeout(limit, poll_fn(|cx| stream.poll_connected(cx))).await;
         match answer {
             Ok(Ok(())) => Ok(stream),
-            Ok(Err(End::VmEnded)) => Err(ConnectError::VmEnded),
+            Ok(Err(CloseReason::VmEnded)) => Err(ConnectError::VmEnded),
             Ok(Err(_)) => Err(ConnectError::Refused(guest_port)),
             Err(_) => Err(ConnectError::TimedOut {
                 port: guest_port,

@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, Weak};
 
 use super::host::ListenError;
-use super::hub::Hub;
 use super::lock;
 use super::muxer::BACKLOG;
+use super::shared::Hub;
 use super::stream::VsockStream;
 use crate::wake::Notice;
 

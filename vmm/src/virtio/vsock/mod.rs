@@ -24,13 +24,13 @@ mod chain;
 mod conn;
 mod credit;
 mod device;
+mod established;
 mod host;
-mod hub;
 mod listener;
 mod muxer;
-mod open;
 pub mod packet;
 mod places;
+mod shared;
 mod state;
 mod stream;
 #[cfg(any(test, feature = "testing"))]
@@ -50,7 +50,9 @@ pub use self::listener::{VsockAnyListener, VsockIncoming, VsockListener};
 pub use self::muxer::{
     BACKLOG, MAX_CONNECTIONS, MAX_LISTENERS, NARROW_WINDOW, WIDE_CONNECTIONS, WIDE_WINDOW,
 };
-pub use self::state::{ConnState, CreditState, Fate, RawVsockState, StateError, VsockState};
+pub use self::state::{
+    ConnState, CreditState, RawVsockState, RestoreOutcome, StateError, VsockState,
+};
 pub use self::stream::VsockStream;
 
 /// Locks, also after a panic elsewhere: nothing here is left half-changed by one.

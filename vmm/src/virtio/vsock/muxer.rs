@@ -6,14 +6,14 @@ use std::io::{self, Read, Write};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use super::conn::{Conn, End, Key, Machine};
+use super::conn::{CloseReason, Conn, ConnectionState, Key};
+use super::established::Answer;
 use super::host::{ConnectError, ListenError};
-use super::hub::{Hub, Inbox};
 use super::listener::Backlog;
-use super::open::Answer;
 use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
 use super::places::Places;
-use super::state::{ConnState, Fate, RawVsockState, VsockState};
+use super::shared::{Hub, Inbox};
+use super::state::{ConnState, RawVsockState, RestoreOutcome, VsockState};
 use super::stream::VsockStream;
 
 /// Most connections of one device, in every state together, until both ends have let go of them.
@@ -80,7 +80,7 @@ impl Muxer {
     }
 
     /// What a snapshot keeps.
-    pub(super) fn save(&self, reset_owed: bool) -> VsockState {
+    pub(super) fn save(&self, reset_pending: bool) -> VsockState {
         let refused = self
             .refusals
             .iter()
@@ -89,20 +89,20 @@ impl Muxer {
                 host: refusal.src_port,
                 guest: refusal.dst_port,
             })
-            .map(|key| (key, Fate::Refused));
+            .map(|key| (key, RestoreOutcome::Refused));
         let known = self.conns.iter().filter_map(|(key, conn)| {
-            conn.look(|machine| (!machine.is_unsent()).then(|| (*key, machine.fate())))
+            conn.look(|connection| (!connection.is_unsent()).then(|| (*key, connection.outcome())))
         });
         let fates: BTreeMap<_, _> = refused.chain(known).collect();
-        let conns = fates.into_iter().map(|(key, fate)| ConnState {
+        let conns = fates.into_iter().map(|(key, outcome)| ConnState {
             host_port: key.host,
             guest_port: key.guest,
-            fate,
+            outcome,
         });
         VsockState::of_live(RawVsockState {
             guest_cid: self.guest_cid,
             next_port: self.next_port,
-            reset_owed,
+            reset_pending,
             conns: conns.collect(),
         })
     }
@@ -117,14 +117,14 @@ impl Muxer {
                 host: saved.host_port,
                 guest: saved.guest_port,
             };
-            match saved.fate {
-                Fate::Durable(credit) => {
-                    let conn = muxer.insert(key, Machine::resumed(&credit));
+            match saved.outcome {
+                RestoreOutcome::Durable(credit) => {
+                    let conn = muxer.insert(key, ConnectionState::resumed(&credit));
                     muxer.detached.insert(key, VsockStream::new(conn));
                 }
-                Fate::Lost if state.resets_transport() => {}
-                Fate::Lost | Fate::Refused => {
-                    muxer.insert(key, Machine::lost());
+                RestoreOutcome::Lost if state.resets_transport() => {}
+                RestoreOutcome::Lost | RestoreOutcome::Refused => {
+                    muxer.insert(key, ConnectionState::lost());
                 }
             }
         }
@@ -146,8 +146,8 @@ impl Muxer {
             host,
             guest: guest_port,
         };
-        let machine = Machine::connecting(self.places.next_window());
-        let conn = self.insert(key, machine);
+        let connection = ConnectionState::connecting(self.places.next_window());
+        let conn = self.insert(key, connection);
         self.changed(&conn, |_| ());
         Ok(VsockStream::new(conn))
     }
@@ -216,15 +216,15 @@ impl Muxer {
         self.conns.len()
     }
 
-    fn insert(&mut self, key: Key, mut machine: Machine) -> Arc<Conn> {
-        machine.place = Some(self.places.take(machine.window()));
-        let conn = Conn::new(key, Weak::clone(&self.hub), machine);
+    fn insert(&mut self, key: Key, mut connection: ConnectionState) -> Arc<Conn> {
+        connection.place = Some(self.places.take(connection.window()));
+        let conn = Conn::new(key, Weak::clone(&self.hub), connection);
         self.conns.insert(key, Arc::clone(&conn));
         conn
     }
 
     /// Changes a connection; gives it a turn or forgets it if the change asks for that.
-    fn changed<R>(&mut self, conn: &Arc<Conn>, by: impl FnOnce(&mut Machine) -> R) -> R {
+    fn changed<R>(&mut self, conn: &Arc<Conn>, by: impl FnOnce(&mut ConnectionState) -> R) -> R {
         let (result, needs_turn) = conn.change(by);
         if needs_turn && self.active {
             self.turns.push_back(Arc::clone(conn));
@@ -234,7 +234,7 @@ impl Muxer {
     }
 
     fn forget_if_over(&mut self, conn: &Arc<Conn>) {
-        let over = conn.look(Machine::is_over);
+        let over = conn.look(ConnectionState::is_over);
         let known = self.conns.get(&conn.key);
         if over && known.is_some_and(|known| Arc::ptr_eq(known, conn)) {
             self.conns.remove(&conn.key);
@@ -248,7 +248,7 @@ impl Muxer {
         self.active = true;
         self.turns.clear();
         for conn in self.conns.values() {
-            let ((), needs_turn) = conn.change(|machine| machine.scheduled = false);
+            let ((), needs_turn) = conn.change(|connection| connection.scheduled = false);
             if needs_turn {
                 self.turns.push_back(Arc::clone(conn));
             }
@@ -263,10 +263,10 @@ impl Muxer {
         self.refusals.clear();
         let conns: Vec<_> = self.conns.values().cloned().collect();
         for conn in conns {
-            self.changed(&conn, |machine| {
-                if !machine.is_unsent() {
-                    machine.end(End::Reset, false);
-                    machine.forgive();
+            self.changed(&conn, |connection| {
+                if !connection.is_unsent() {
+                    connection.end(CloseReason::Reset, false);
+                    connection.forgive();
                 }
             });
         }
@@ -281,7 +281,7 @@ impl Muxer {
         self.refusals.clear();
         self.closing.clear();
         for conn in std::mem::take(&mut self.conns).into_values() {
-            conn.change(|machine| machine.end(End::VmEnded, false));
+            conn.change(|connection| connection.end(CloseReason::VmEnded, false));
         }
         self.detached.clear();
         for (_, backlog) in self.listeners.drain() {
@@ -298,7 +298,7 @@ impl Muxer {
             self.turns.extend(inbox.ready);
         }
         for conn in inbox.dropped {
-            if let Some(at) = conn.look(|machine| machine.deadline) {
+            if let Some(at) = conn.look(|connection| connection.deadline) {
                 self.closing.push_back((at, Arc::clone(&conn)));
             }
             self.forget_if_over(&conn);
@@ -306,7 +306,7 @@ impl Muxer {
         if self.closing.len() > 2 * MAX_CONNECTIONS {
             // Most of these closed in good order long before their time.
             self.closing
-                .retain(|(_, conn)| conn.look(|machine| machine.deadline.is_some()));
+                .retain(|(_, conn)| conn.look(|connection| connection.deadline.is_some()));
         }
     }
 
@@ -319,9 +319,9 @@ impl Muxer {
     /// queue is in order; one that made progress since goes to its end.
     pub(super) fn expire(&mut self, now: Instant) {
         while let Some((_, conn)) = self.closing.pop_front_if(|(at, _)| *at <= now) {
-            match conn.look(|machine| machine.deadline) {
+            match conn.look(|connection| connection.deadline) {
                 Some(later) if later > now => self.closing.push_back((later, conn)),
-                Some(_) => self.changed(&conn, |machine| machine.expire(now)),
+                Some(_) => self.changed(&conn, |connection| connection.expire(now)),
                 None => {}
             }
         }
@@ -360,7 +360,7 @@ impl Muxer {
             && usize::try_from(header.len).is_ok_and(|len| len <= available);
         let op = Op::from_wire(header.op).filter(|_| whole);
         if let Some(conn) = self.conns.get(&key).cloned() {
-            self.changed(&conn, |machine| machine.receive(op, header, payload))
+            self.changed(&conn, |connection| connection.receive(op, header, payload))
         } else {
             if op != Some(Op::Request) || !self.accept(key, header) {
                 self.refuse(header);
@@ -375,7 +375,7 @@ impl Muxer {
             return false;
         }
         let (backlog, answer) = match (self.listeners.get(&key.host), &self.any) {
-            (Some(backlog), _) => (backlog, Answer::Owed),
+            (Some(backlog), _) => (backlog, Answer::Pending),
             (None, Some(backlog)) => (backlog, Answer::Undecided),
             (None, None) => return false,
         };
@@ -383,8 +383,8 @@ impl Muxer {
             return false;
         }
         let backlog = Arc::clone(backlog);
-        let machine = Machine::asked(self.places.next_window(), request, answer);
-        let conn = self.insert(key, machine);
+        let connection = ConnectionState::asked(self.places.next_window(), request, answer);
+        let conn = self.insert(key, connection);
         self.changed(&conn, |_| ());
         backlog.push(VsockStream::new(conn));
         true
@@ -401,7 +401,7 @@ impl Muxer {
         while self.refusals.is_empty()
             && let Some(conn) = self.turns.front()
         {
-            if conn.look(Machine::owes) {
+            if conn.look(ConnectionState::owes) {
                 return true;
             }
             let conn = Arc::clone(conn);
@@ -431,13 +431,13 @@ impl Muxer {
             kind: TYPE_STREAM,
             ..Header::default()
         };
-        let (sent, _) = conn.change(|machine| machine.emit(header, room, out));
+        let (sent, _) = conn.change(|connection| connection.emit(header, room, out));
         self.end_turn(&conn);
         Ok(sent?.unwrap_or(0))
     }
 
     /// The connection is no longer queued; queues it again, behind the others, if it owes more.
     fn end_turn(&mut self, conn: &Arc<Conn>) {
-        self.changed(conn, |machine| machine.scheduled = false);
+        self.changed(conn, |connection| connection.scheduled = false);
     }
 }

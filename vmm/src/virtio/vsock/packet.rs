@@ -19,7 +19,7 @@ pub enum Op {
     Response = 2,
     /// Refuses or resets one.
     Reset = 3,
-    /// Closes one or both directions; see [`Shut`].
+    /// Closes one or both directions; see [`ShutdownFlags`].
     Shutdown = 4,
     /// Carries payload.
     Data = 5,
@@ -56,14 +56,14 @@ impl Op {
 
 /// Which directions the sender of a shutdown has closed, for ever: it only accumulates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Shut {
+pub struct ShutdownFlags {
     /// It takes no more data (flag bit 0).
     pub receive: bool,
     /// It sends no more data (flag bit 1).
     pub send: bool,
 }
 
-impl Shut {
+impl ShutdownFlags {
     /// Both directions.
     pub const BOTH: Self = Self {
         receive: true,
@@ -123,8 +123,8 @@ pub struct Header {
 impl Header {
     /// Decodes the wire format.
     #[must_use]
-    pub fn decode(wire: &[u8; HEADER_BYTES]) -> Self {
-        let mut rest = wire.as_slice();
+    pub fn decode(events: &[u8; HEADER_BYTES]) -> Self {
+        let mut rest = events.as_slice();
         Self {
             src_cid: u64::from_le_bytes(take(&mut rest)),
             dst_cid: u64::from_le_bytes(take(&mut rest)),
@@ -142,7 +142,7 @@ impl Header {
     /// Encodes the wire format.
     #[must_use]
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
-        let mut wire = [0; HEADER_BYTES];
+        let mut events = [0; HEADER_BYTES];
         let fields = self
             .src_cid
             .to_le_bytes()
@@ -156,10 +156,10 @@ impl Header {
             .chain(self.flags.to_le_bytes())
             .chain(self.buf_alloc.to_le_bytes())
             .chain(self.fwd_cnt.to_le_bytes());
-        for (slot, byte) in wire.iter_mut().zip(fields) {
+        for (slot, byte) in events.iter_mut().zip(fields) {
             *slot = byte;
         }
-        wire
+        events
     }
 
     /// The reset that answers this packet (section 5.10.6.4), or `None` where the packet is itself
@@ -208,8 +208,8 @@ mod tests {
             buf_alloc: 0x2827_2625,
             fwd_cnt: 0x2C2B_2A29,
         };
-        let wire: Vec<u8> = (1..=44).collect();
-        assert_eq!(header.encode().as_slice(), wire);
+        let events: Vec<u8> = (1..=44).collect();
+        assert_eq!(header.encode().as_slice(), events);
     }
 
     #[test]
@@ -241,10 +241,10 @@ mod tests {
     proptest! {
         #[test]
         fn decode_and_encode_are_inverse(halves in any::<([u8; 32], [u8; 12])>()) {
-            let mut wire = [0; HEADER_BYTES];
-            wire[..32].copy_from_slice(&halves.0);
-            wire[32..].copy_from_slice(&halves.1);
-            prop_assert_eq!(Header::decode(&wire).encode(), wire);
+            let mut events = [0; HEADER_BYTES];
+            events[..32].copy_from_slice(&halves.0);
+            events[32..].copy_from_slice(&halves.1);
+            prop_assert_eq!(Header::decode(&events).encode(), events);
         }
 
         #[test]

@@ -65,7 +65,7 @@ pub struct CreditState {
 
 /// What becomes of the guest's end of a connection after a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Fate {
+pub enum RestoreOutcome {
     /// It goes on from these counters.
     Durable(CreditState),
     /// It is reset, by a packet or together with all others by the transport's reset.
@@ -83,7 +83,7 @@ pub struct ConnState {
     /// Port on the guest's side.
     pub guest_port: u32,
     /// What becomes of it.
-    pub fate: Fate,
+    pub outcome: RestoreOutcome,
 }
 
 /// The fields of a [`VsockState`], as a snapshot holds them: anything can be in there.
@@ -94,7 +94,7 @@ pub struct RawVsockState {
     /// The host port of the next connection: never one that the guest may still know.
     pub next_port: u32,
     /// The guest has not yet acted on the transport reset of an earlier restore.
-    pub reset_owed: bool,
+    pub reset_pending: bool,
     /// Connections, in any order.
     pub conns: Vec<ConnState>,
 }
@@ -124,7 +124,7 @@ impl TryFrom<RawVsockState> for VsockState {
             if !seen.insert((host, guest)) {
                 return Err(StateError::Twice { host, guest });
             }
-            let Fate::Durable(credit) = conn.fate else {
+            let RestoreOutcome::Durable(credit) = conn.outcome else {
                 continue;
             };
             match credit.window {
@@ -171,8 +171,9 @@ impl VsockState {
     /// Whether one event tells the guest of all that it lost: if there is something to tell and
     /// nothing that survives, which the event would end too.
     pub(super) fn resets_transport(&self) -> bool {
-        let any = |test: fn(&Fate) -> bool| self.0.conns.iter().any(|conn| test(&conn.fate));
-        let lost = self.0.reset_owed || any(|fate| *fate == Fate::Lost);
-        lost && !any(|fate| matches!(fate, Fate::Durable(_)))
+        let any =
+            |test: fn(&RestoreOutcome) -> bool| self.0.conns.iter().any(|conn| test(&conn.outcome));
+        let lost = self.0.reset_pending || any(|outcome| *outcome == RestoreOutcome::Lost);
+        lost && !any(|outcome| matches!(outcome, RestoreOutcome::Durable(_)))
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::coop;
 
-use super::conn::{Conn, End, Machine, Side};
+use super::conn::{CloseReason, Conn, ConnectionState, Side};
 
 /// A connection with a program in the guest: reads and writes like a TCP or Unix stream.
 ///
@@ -51,32 +51,33 @@ impl VsockStream {
     /// of the snapshot (both buffers empty, neither direction closed); else the restored guest
     /// sees a reset like for every other connection.
     pub fn mark_durable(&self) {
-        self.conn.change_from_host(|machine| machine.durable = true);
+        self.conn
+            .change_from_host(|connection| connection.durable = true);
     }
 
     /// Takes the connection that the guest asked for.
     pub(super) fn accept(&self) {
-        self.conn.change_from_host(Machine::accept);
+        self.conn.change_from_host(ConnectionState::accept);
     }
 
     /// Takes no more from the guest: what it sent and nobody has read is thrown away, and its next
     /// write fails.
     pub(super) fn shut_receive(&self) {
-        self.conn.change_from_host(Machine::shut_receive);
+        self.conn.change_from_host(ConnectionState::shut_receive);
     }
 
     /// Resolves once the guest takes no more from this side.
     pub(super) async fn refused(&self) {
         std::future::poll_fn(|cx| {
             self.conn
-                .poll(cx, Side::Refused, |machine| machine.poll_refused())
+                .poll(cx, Side::Refused, |connection| connection.poll_refused())
         })
         .await;
     }
 
-    pub(super) fn poll_connected(&self, cx: &Context<'_>) -> Poll<Result<(), End>> {
+    pub(super) fn poll_connected(&self, cx: &Context<'_>) -> Poll<Result<(), CloseReason>> {
         self.conn
-            .poll(cx, Side::Writer, |machine| machine.poll_connected())
+            .poll(cx, Side::Writer, |connection| connection.poll_connected())
     }
 }
 
@@ -120,7 +121,7 @@ impl AsyncRead for &VsockStream {
         let turn = ready!(coop::poll_proceed(cx));
         let done = self
             .conn
-            .poll(cx, Side::Reader, |machine| machine.poll_read(buf));
+            .poll(cx, Side::Reader, |connection| connection.poll_read(buf));
         if done.is_ready() {
             turn.made_progress();
         }
@@ -138,7 +139,7 @@ impl AsyncWrite for &VsockStream {
         let turn = ready!(coop::poll_proceed(cx));
         let done = self
             .conn
-            .poll(cx, Side::Writer, |machine| machine.poll_write(buf));
+            .poll(cx, Side::Writer, |connection| connection.poll_write(buf));
         if done.is_ready() {
             turn.made_progress();
         }
@@ -150,7 +151,7 @@ impl AsyncWrite for &VsockStream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.conn.change_from_host(Machine::shut_send);
+        self.conn.change_from_host(ConnectionState::shut_send);
         Poll::Ready(Ok(()))
     }
 }
@@ -158,7 +159,9 @@ impl AsyncWrite for &VsockStream {
 impl Drop for VsockStream {
     fn drop(&mut self) {
         let now = Instant::now();
-        let news = self.conn.change_from_host(|machine| machine.hang_up(now));
+        let news = self
+            .conn
+            .change_from_host(|connection| connection.hang_up(now));
         if news && let Some(hub) = self.conn.hub() {
             hub.report_drop(Arc::clone(&self.conn));
         }

@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::packet::{HEADER_BYTES, HOST_CID, Header, Op, Shut, TYPE_STREAM};
+use super::packet::{HEADER_BYTES, HOST_CID, Header, Op, ShutdownFlags, TYPE_STREAM};
 use super::{VsockDevice, VsockHost};
 use crate::memory::{GuestRam, MIB};
 use crate::virtio::{
-    Activation, Bell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress, VirtioDevice,
+    Activation, Doorbell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress, VirtioDevice,
 };
 
 pub const GUEST_CID: u64 = 3;
@@ -171,7 +171,7 @@ impl Default for Setup {
 pub struct Guest {
     pub device: VsockDevice,
     pub host: VsockHost,
-    pub bell: Bell,
+    pub doorbell: Doorbell,
     pub interrupt: Interrupt,
     pub ram: GuestRam,
     pub rings: [Ring; 3],
@@ -209,19 +209,31 @@ impl Guest {
 
     /// A guest whose driver is not up yet.
     pub fn inactive(setup: Setup) -> Self {
-        let bell = Bell::new().unwrap();
-        let (device, host) = VsockDevice::new(GUEST_CID, bell.clone());
-        Self::with(setup, device, host, bell, GuestRam::new(RAM_BYTES).unwrap())
+        let doorbell = Doorbell::new().unwrap();
+        let (device, host) = VsockDevice::new(GUEST_CID, doorbell.clone());
+        Self::with(
+            setup,
+            device,
+            host,
+            doorbell,
+            GuestRam::new(RAM_BYTES).unwrap(),
+        )
     }
 
-    fn with(setup: Setup, device: VsockDevice, host: VsockHost, bell: Bell, ram: GuestRam) -> Self {
+    fn with(
+        setup: Setup,
+        device: VsockDevice,
+        host: VsockHost,
+        doorbell: Doorbell,
+        ram: GuestRam,
+    ) -> Self {
         let sizes = device.queue_sizes().to_vec();
         let ring = |at: usize| Ring::new(at as u64, sizes[at], setup.event_idx);
         Self {
             rings: [ring(RX), ring(TX), ring(EVENT)],
             device,
             host,
-            bell,
+            doorbell,
             interrupt: Interrupt::new().unwrap(),
             ram,
             inbox: VecDeque::new(),
@@ -312,11 +324,11 @@ impl Guest {
                 .unwrap();
             (used, used)
         });
-        let bell = Bell::new().unwrap();
-        let (device, host) = VsockDevice::restore(&state, bell.clone());
+        let doorbell = Doorbell::new().unwrap();
+        let (device, host) = VsockDevice::restore(&state, doorbell.clone());
         self.device = device;
         self.host = host;
-        self.bell = bell;
+        self.doorbell = doorbell;
         let activation = self.activation(next);
         self.device.activate(activation).unwrap();
     }
@@ -325,7 +337,7 @@ impl Guest {
     pub fn push(&mut self, queue: usize, head: u16) {
         if self.rings[queue].push(&self.ram, head) {
             self.kicks += 1;
-            self.bell.ring();
+            self.doorbell.ring();
         }
     }
 
@@ -346,7 +358,7 @@ impl Guest {
 
     /// Kicks whatever the device said: a guest may.
     pub fn kick(&self) {
-        self.bell.ring();
+        self.doorbell.ring();
     }
 
     /// Runs the device as its event thread would, until nothing is left to do.
@@ -364,7 +376,7 @@ impl Guest {
 
     fn run(&mut self) -> Result<(), Fault> {
         loop {
-            let rung = self.bell.answer();
+            let rung = self.doorbell.answer();
             if rung {
                 // A device that always asks for more would never end here; none may.
                 for turn in 0.. {
@@ -557,7 +569,7 @@ impl Socket {
         }
     }
 
-    pub fn shutdown(&self, shut: Shut) -> Header {
+    pub fn shutdown(&self, shut: ShutdownFlags) -> Header {
         Header {
             flags: shut.flags(),
             ..self.header(Op::Shutdown)

@@ -154,7 +154,7 @@ async fn two_thousand_connections_at_once_and_in_sequence() {
     }
     for (stream, socket) in open {
         drop(stream);
-        assert_eq!(shut(&guest.expect(Op::Shutdown).0), Shut::BOTH);
+        assert_eq!(shut(&guest.expect(Op::Shutdown).0), ShutdownFlags::BOTH);
         guest.send(socket.header(Op::Reset), &[]);
         guest.pump();
     }
@@ -165,7 +165,7 @@ async fn two_thousand_connections_at_once_and_in_sequence() {
         guest.send(socket.header(Op::Request), &[]);
         guest.expect(Op::Response);
         let stream = listener.accept().await.unwrap();
-        guest.send(socket.shutdown(Shut::BOTH), &[]);
+        guest.send(socket.shutdown(ShutdownFlags::BOTH), &[]);
         guest.expect(Op::Reset);
         drop(stream);
     }

@@ -18,22 +18,22 @@ mod queues;
 mod restore;
 mod unix;
 
-use super::packet::{Header, Op, Shut};
+use super::packet::{Header, Op, ShutdownFlags};
 use super::testing::{Guest, Setup, Socket};
 use super::*;
 use crate::virtio::VirtioDevice;
 
-const SEND: Shut = Shut {
+const SEND: ShutdownFlags = ShutdownFlags {
     send: true,
     receive: false,
 };
-const RECEIVE: Shut = Shut {
+const RECEIVE: ShutdownFlags = ShutdownFlags {
     send: false,
     receive: true,
 };
 
-fn shut(header: &Header) -> Shut {
-    Shut::from_flags(header.flags)
+fn shut(header: &Header) -> ShutdownFlags {
+    ShutdownFlags::from_flags(header.flags)
 }
 
 /// Polls once.
@@ -87,7 +87,7 @@ async fn the_host_connects_writes_reads_and_closes() {
     assert_eq!(&buf[..4], b"pong");
     drop(stream);
     let (header, _) = guest.expect(Op::Shutdown);
-    assert_eq!(Shut::from_flags(header.flags), Shut::BOTH);
+    assert_eq!(ShutdownFlags::from_flags(header.flags), ShutdownFlags::BOTH);
     assert_eq!(header.fwd_cnt, 4);
     guest.send(socket.header(Op::Reset), &[]);
     guest.expect_nothing();
@@ -116,8 +116,8 @@ async fn the_guest_connects_to_a_listener() {
     let (_, payload) = guest.expect(Op::Data);
     assert_eq!(payload, b"bye");
     let (header, _) = guest.expect(Op::Shutdown);
-    assert_eq!(Shut::from_flags(header.flags), SEND);
-    guest.send(socket.shutdown(Shut::BOTH), &[]);
+    assert_eq!(ShutdownFlags::from_flags(header.flags), SEND);
+    guest.send(socket.shutdown(ShutdownFlags::BOTH), &[]);
     guest.expect(Op::Reset);
     assert_eq!(stream.read(&mut [0; 8]).await.unwrap(), 0);
     let error = stream.write(b"x").await.unwrap_err();
@@ -156,7 +156,7 @@ async fn both_sides_close_their_sending_direction_and_then_all() {
     stream.read_to_string(&mut text).await.unwrap();
     assert_eq!(text, "ok");
     drop(stream);
-    assert_eq!(shut(&guest.expect(Op::Shutdown).0), Shut::BOTH);
+    assert_eq!(shut(&guest.expect(Op::Shutdown).0), ShutdownFlags::BOTH);
     guest.send(socket.header(Op::Reset), &[]);
     guest.expect_nothing();
     assert_eq!(guest.connections(), 0);
@@ -211,7 +211,7 @@ async fn what_was_written_before_the_drop_arrives() {
             guest.expect(Op::CreditRequest);
         }
     }
-    assert_eq!(shut(&guest.expect(Op::Shutdown).0), Shut::BOTH);
+    assert_eq!(shut(&guest.expect(Op::Shutdown).0), ShutdownFlags::BOTH);
     // Data that was under way is nobody's, but no reason for a reset either.
     let data = socket.data(3);
     guest.send(data, b"abc");
@@ -299,7 +299,7 @@ async fn a_listener_that_goes_closes_what_it_did_not_accept() {
     guest.send(socket.header(Op::Request), &[]);
     guest.expect(Op::Response);
     drop(listener);
-    assert_eq!(shut(&guest.expect(Op::Shutdown).0), Shut::BOTH);
+    assert_eq!(shut(&guest.expect(Op::Shutdown).0), ShutdownFlags::BOTH);
     guest.send(socket.header(Op::Reset), &[]);
     let other = guest.socket(101, 5, 1000);
     guest.send(other.header(Op::Request), &[]);

@@ -152,8 +152,8 @@ struct Pair {
     salt: u32,
     socket: Socket,
     guest: GuestState,
-    guest_shut: Shut,
-    host_told: Shut,
+    guest_shut: ShutdownFlags,
+    host_told: ShutdownFlags,
     /// In the guest's receive buffer.
     guest_unread: usize,
     guest_got: usize,
@@ -210,8 +210,8 @@ impl World {
             salt,
             socket,
             guest,
-            guest_shut: Shut::default(),
-            host_told: Shut::default(),
+            guest_shut: ShutdownFlags::default(),
+            host_told: ShutdownFlags::default(),
             guest_unread: 0,
             guest_got: 0,
             guest_heard: 0,
@@ -622,7 +622,7 @@ impl Pair {
         Some((self.socket.header(Op::CreditUpdate), Vec::new()))
     }
 
-    fn guest_shutdown(&mut self, shut: Shut) -> Option<(Header, Vec<u8>)> {
+    fn guest_shutdown(&mut self, shut: ShutdownFlags) -> Option<(Header, Vec<u8>)> {
         if self.guest != GuestState::Open {
             return None;
         }
@@ -632,15 +632,16 @@ impl Pair {
 
     fn guest_close(&mut self) -> Option<(Header, Vec<u8>)> {
         match self.guest {
-            GuestState::Open if self.host_told == Shut::BOTH => {
+            GuestState::Open if self.host_told == ShutdownFlags::BOTH => {
                 self.guest = GuestState::Gone;
-                self.guest_shut = Shut::BOTH;
+                self.guest_shut = ShutdownFlags::BOTH;
                 Some((self.socket.header(Op::Reset), Vec::new()))
             }
             GuestState::Open => {
                 self.guest = GuestState::Closing;
-                let told = std::mem::replace(&mut self.guest_shut, Shut::BOTH);
-                (told != Shut::BOTH).then(|| (self.socket.shutdown(Shut::BOTH), Vec::new()))
+                let told = std::mem::replace(&mut self.guest_shut, ShutdownFlags::BOTH);
+                (told != ShutdownFlags::BOTH)
+                    .then(|| (self.socket.shutdown(ShutdownFlags::BOTH), Vec::new()))
             }
             GuestState::Asking => {
                 self.guest = GuestState::Gone;
@@ -664,7 +665,8 @@ impl Pair {
                 self.guest = GuestState::Open;
             }
             Op::Reset => {
-                let in_order = self.host_told == Shut::BOTH || self.guest_shut == Shut::BOTH;
+                let in_order =
+                    self.host_told == ShutdownFlags::BOTH || self.guest_shut == ShutdownFlags::BOTH;
                 let refused =
                     self.guest == GuestState::Asking && self.socket.host_port != HOST_PORT;
                 assert!(
@@ -675,9 +677,9 @@ impl Pair {
             }
             Op::Shutdown => {
                 self.host_told = self.host_told.with(shut(header));
-                if self.host_told == Shut::BOTH && self.guest_unread == 0 {
+                if self.host_told == ShutdownFlags::BOTH && self.guest_unread == 0 {
                     self.guest = GuestState::Gone;
-                    self.guest_shut = Shut::BOTH;
+                    self.guest_shut = ShutdownFlags::BOTH;
                     return Some((self.socket.header(Op::Reset), Vec::new()));
                 }
             }
@@ -708,7 +710,7 @@ impl Pair {
         if self.broken {
             return;
         }
-        let guest_reads = self.guest_shut != Shut::BOTH && !self.guest_shut.receive;
+        let guest_reads = self.guest_shut != ShutdownFlags::BOTH && !self.guest_shut.receive;
         if guest_reads && !matches!(self.guest, GuestState::Absent | GuestState::Asking) {
             assert_eq!(self.guest_got, self.host_wrote, "to the guest: {self:?}");
         }

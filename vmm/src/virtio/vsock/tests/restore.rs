@@ -31,7 +31,7 @@ async fn the_restored_guest_sees_its_connections_end() {
         twin.pump();
         twin.device.save()
     };
-    assert_eq!(state.conns()[0].fate, Fate::Refused);
+    assert_eq!(state.conns()[0].outcome, RestoreOutcome::Refused);
     guest.refill = true;
     let mut restored = guest.restored();
     restored.pump();
@@ -230,7 +230,7 @@ async fn a_durable_connection_with_something_in_flight_is_reset() {
     stream.mark_durable();
     stream.write_all(b"x").await.unwrap();
     guest.pump();
-    assert_eq!(guest.device.save().conns()[0].fate, Fate::Lost);
+    assert_eq!(guest.device.save().conns()[0].outcome, RestoreOutcome::Lost);
 }
 
 #[tokio::test]
@@ -267,16 +267,19 @@ fn a_bad_state_is_refused_field_by_field() {
         allocated: 0,
         forwarded: 0,
     };
-    let conn = |host_port, fate| ConnState {
+    let conn = |host_port, outcome| ConnState {
         host_port,
         guest_port: 1,
-        fate,
+        outcome,
     };
     let good = RawVsockState {
         guest_cid: 3,
         next_port: 1 << 30,
-        reset_owed: false,
-        conns: vec![conn(9, Fate::Durable(credit)), conn(10, Fate::Lost)],
+        reset_pending: false,
+        conns: vec![
+            conn(9, RestoreOutcome::Durable(credit)),
+            conn(10, RestoreOutcome::Lost),
+        ],
     };
     let state = VsockState::try_from(good.clone()).unwrap();
     assert_eq!(through_serde(&state), state);
@@ -292,32 +295,34 @@ fn a_bad_state_is_refused_field_by_field() {
         assert_eq!(bad(&|raw| raw.next_port = port), StateError::Port(port));
     }
     assert_eq!(
-        bad(&|raw| raw.conns.push(conn(10, Fate::Refused))),
+        bad(&|raw| raw.conns.push(conn(10, RestoreOutcome::Refused))),
         StateError::Twice { host: 10, guest: 1 }
     );
     assert!(matches!(
-        bad(&|raw| raw.conns = (0..5000).map(|port| conn(port, Fate::Lost)).collect()),
+        bad(&|raw| raw.conns = (0..5000)
+            .map(|port| conn(port, RestoreOutcome::Lost))
+            .collect()),
         StateError::TooMany(5000)
     ));
     for window in [0, 1, WIDE_WINDOW + 1, u32::MAX] {
-        let fate = Fate::Durable(CreditState { window, ..credit });
+        let outcome = RestoreOutcome::Durable(CreditState { window, ..credit });
         assert_eq!(
-            bad(&|raw| raw.conns[0].fate = fate),
+            bad(&|raw| raw.conns[0].outcome = outcome),
             StateError::Window(window)
         );
     }
     let wide = |raw: &mut RawVsockState| {
         raw.conns = (0..300)
-            .map(|port| conn(port, Fate::Durable(credit)))
+            .map(|port| conn(port, RestoreOutcome::Durable(credit)))
             .collect();
     };
     assert_eq!(bad(&wide), StateError::Window(WIDE_WINDOW));
-    let fate = Fate::Durable(CreditState {
+    let outcome = RestoreOutcome::Durable(CreditState {
         announced: 1,
         ..credit
     });
     assert_eq!(
-        bad(&|raw| raw.conns[0].fate = fate),
+        bad(&|raw| raw.conns[0].outcome = outcome),
         StateError::Credit { host: 9, guest: 1 }
     );
 }

@@ -200,7 +200,10 @@ async fn a_clients_data_arrives_although_it_takes_no_more() {
         assert_eq!(packet(&mut guest).await.1, b"more");
         drop(client);
         let (end, _) = packet(&mut guest).await;
-        assert_eq!((end.op, shut(&end)), (Op::Shutdown.to_wire(), Shut::BOTH));
+        assert_eq!(
+            (end.op, shut(&end)),
+            (Op::Shutdown.to_wire(), ShutdownFlags::BOTH)
+        );
         guest.inbox.clear();
     }
 }
@@ -229,8 +232,8 @@ async fn a_socket_closed_as_a_whole_is_so_on_the_other_side() {
             }
         }
         drop(client);
-        let mut told = Shut::default();
-        while told != Shut::BOTH {
+        let mut told = ShutdownFlags::default();
+        while told != ShutdownFlags::BOTH {
             let (end, _) = packet(&mut guest).await;
             assert_eq!(end.op, Op::Shutdown.to_wire());
             told = told.with(shut(&end));
@@ -239,7 +242,7 @@ async fn a_socket_closed_as_a_whole_is_so_on_the_other_side() {
     }
     // The guest closes, at once or after it said that it sends no more: the client's next write
     // fails.
-    for first in [Shut::BOTH, SEND] {
+    for first in [ShutdownFlags::BOTH, SEND] {
         let (mut client, mut socket) = client_of(&mut guest, &bridge, 65536).await;
         let data = socket.data(4);
         guest.send(data, b"last");
@@ -251,7 +254,7 @@ async fn a_socket_closed_as_a_whole_is_so_on_the_other_side() {
         if first == SEND {
             client.write_all(b"still").await.unwrap();
             assert_eq!(packet(&mut guest).await.1, b"still");
-            guest.send(socket.shutdown(Shut::BOTH), &[]);
+            guest.send(socket.shutdown(ShutdownFlags::BOTH), &[]);
         }
         assert_eq!(
             broken(&mut guest, &mut client).await,

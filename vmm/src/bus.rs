@@ -8,7 +8,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::layout;
-use crate::legacy::report;
+use crate::legacy::debug_exit;
 use crate::legacy::serial::{self, SerialPort};
 use crate::memory::GuestRam;
 use crate::state::Exit;
@@ -74,20 +74,20 @@ impl SharedTransport {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(crate) struct Board {
+pub(crate) struct DeviceBus {
     pub(crate) serial: Option<SerialPort>,
     pub(crate) virtio: Vec<SharedTransport>,
     /// Guest memory, where the guest's kernel cannot save registers itself.
     pub(crate) registers: Option<GuestRam>,
 }
 
-impl Board {
+impl DeviceBus {
     /// A guest wrote to a port. Says how the guest ended if that was the meaning.
     pub(crate) fn pio_write(&self, port: u16, data: &[u8]) -> Option<Exit> {
         let value = *data.first()?;
         match port {
-            report::PORT => return report::reported(value),
-            report::I8042_COMMAND => return report::i8042(value),
+            debug_exit::PORT => return debug_exit::reported(value),
+            debug_exit::I8042_COMMAND => return debug_exit::i8042(value),
             _ => {}
         }
         if let (Some(offset), Some(serial)) = (serial_offset(port), &self.serial) {
@@ -104,7 +104,7 @@ impl Board {
         data.fill(0xff);
         match (port, serial_offset(port), &self.serial) {
             // Keyboard controller: nothing to read, ready for commands.
-            (report::I8042_COMMAND | report::I8042_DATA, ..) => data.fill(0),
+            (debug_exit::I8042_COMMAND | debug_exit::I8042_DATA, ..) => data.fill(0),
             (_, Some(offset), Some(serial)) => {
                 for value in data {
                     *value = serial.read(offset);
@@ -148,10 +148,10 @@ mod tests {
     use super::*;
     use crate::legacy::console::Console;
 
-    fn board(console: &Console) -> Board {
+    fn bus(console: &Console) -> DeviceBus {
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let serial = SerialPort::new(console.clone(), irq);
-        Board {
+        DeviceBus {
             serial: Some(serial),
             virtio: Vec::new(),
             registers: None,
@@ -160,12 +160,12 @@ mod tests {
 
     #[test]
     fn every_port_at_every_width_is_answered() {
-        let board = board(&Console::default());
+        let bus = bus(&Console::default());
         for port in 0..=u16::MAX {
             for width in [0, 1, 2, 4, 64] {
                 let mut data = vec![0x55; width];
-                board.pio_read(port, &mut data);
-                let _ = board.pio_write(port, &data);
+                bus.pio_read(port, &mut data);
+                let _ = bus.pio_write(port, &data);
             }
         }
     }
@@ -173,32 +173,32 @@ mod tests {
     #[test]
     fn serial_output_reaches_the_console() {
         let console = Console::default();
-        let board = board(&console);
-        board.pio_write(0x3f8, b"hi");
-        board.pio_write(0x3f8, b"!");
+        let bus = bus(&console);
+        bus.pio_write(0x3f8, b"hi");
+        bus.pio_write(0x3f8, b"!");
         assert_eq!(console.text(), "hi!");
         let mut status = [0];
-        board.pio_read(0x3fd, &mut status);
+        bus.pio_read(0x3fd, &mut status);
         assert_eq!(status[0] & 0x20, 0x20, "transmitter empty");
     }
 
     #[test]
     fn a_reset_and_a_report_end_the_guest() {
-        let board = board(&Console::default());
-        assert_eq!(board.pio_write(0x64, &[0xfe]), Some(Exit::Reboot));
-        assert_eq!(board.pio_write(0x5f0, &[1]), Some(Exit::PowerOff));
-        assert_eq!(board.pio_write(0x5f0, &[]), None);
-        assert_eq!(board.pio_write(0x5f0, &[0]), None);
+        let bus = bus(&Console::default());
+        assert_eq!(bus.pio_write(0x64, &[0xfe]), Some(Exit::Reboot));
+        assert_eq!(bus.pio_write(0x5f0, &[1]), Some(Exit::PowerOff));
+        assert_eq!(bus.pio_write(0x5f0, &[]), None);
+        assert_eq!(bus.pio_write(0x5f0, &[0]), None);
     }
 
     #[test]
     fn memory_without_a_device_reads_as_zero() {
-        let board = board(&Console::default());
+        let bus = bus(&Console::default());
         for address in [0, layout::MMIO_BASE, u64::MAX] {
             let mut data = [1; 8];
-            board.mmio_read(address, &mut data);
+            bus.mmio_read(address, &mut data);
             assert_eq!(data, [0; 8]);
-            board.mmio_write(address, &data);
+            bus.mmio_write(address, &data);
         }
     }
 }

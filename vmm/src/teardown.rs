@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::machine::Machine;
 use crate::threads::{self, LARGE_STACK};
-use crate::vcpu::gate::Patience;
+use crate::vcpu::control::WaitBudget;
+use crate::vm_inner::VmInner;
 
 /// How long stopping vCPU threads may take before their VM counts as leaked.
 pub(crate) const STOP_BOUND: Duration = Duration::from_secs(5);
@@ -28,7 +28,7 @@ const AT_ONCE: Duration = Duration::from_millis(20);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// What is taken apart here.
-pub(crate) trait Mortal: Send + 'static {
+pub(crate) trait Teardown: Send + 'static {
     /// Ends it and waits so long for its threads; whether they have left.
     fn has_stopped(&self, within: Duration) -> bool;
     /// It did not stop in time: whoever waits for its end does so no longer.
@@ -39,7 +39,7 @@ pub(crate) trait Mortal: Send + 'static {
 #[derive(Debug)]
 struct Late<M> {
     body: M,
-    patience: Patience,
+    budget: WaitBudget,
     seen: Instant,
     is_leaked: bool,
 }
@@ -53,7 +53,7 @@ struct State<M> {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(crate) struct Undertaker<M> {
+pub(crate) struct TeardownQueue<M> {
     state: Mutex<State<M>>,
     arrived: Condvar,
     /// Those that are leaked now.
@@ -61,8 +61,8 @@ pub(crate) struct Undertaker<M> {
 }
 
 /// That of the process.
-pub(crate) fn undertaker() -> &'static Arc<Undertaker<Machine>> {
-    static UNDERTAKER: std::sync::LazyLock<Arc<Undertaker<Machine>>> =
+pub(crate) fn teardown_queue() -> &'static Arc<TeardownQueue<VmInner>> {
+    static UNDERTAKER: std::sync::LazyLock<Arc<TeardownQueue<VmInner>>> =
         std::sync::LazyLock::new(Arc::default);
     &UNDERTAKER
 }
@@ -72,10 +72,10 @@ pub(crate) fn undertaker() -> &'static Arc<Undertaker<Machine>> {
 /// library.
 #[must_use]
 pub fn leaked_vms() -> u64 {
-    undertaker().leaked.load(Ordering::Relaxed)
+    teardown_queue().leaked.load(Ordering::Relaxed)
 }
 
-impl<M> Default for Undertaker<M> {
+impl<M> Default for TeardownQueue<M> {
     fn default() -> Self {
         let state = State {
             waiting: VecDeque::new(),
@@ -90,7 +90,7 @@ impl<M> Default for Undertaker<M> {
     }
 }
 
-impl<M: Mortal> Undertaker<M> {
+impl<M: Teardown> TeardownQueue<M> {
     fn lock(&self) -> MutexGuard<'_, State<M>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -100,14 +100,14 @@ impl<M: Mortal> Undertaker<M> {
         let mut state = self.lock();
         while state.threads < THREADS {
             let own = Arc::clone(self);
-            threads::spawn("hearth-undertaker", LARGE_STACK, move || own.serve())?;
+            threads::spawn("hearth-teardown", LARGE_STACK, move || own.serve())?;
             state.threads += 1;
         }
         Ok(())
     }
 
     /// Takes it apart soon, on a thread of its own.
-    pub(crate) fn bury(&self, body: M) {
+    pub(crate) fn push(&self, body: M) {
         let mut state = self.lock();
         if state.waiting.len() < QUEUE && state.threads > 0 {
             state.waiting.push_back(body);
@@ -185,7 +185,7 @@ impl<M: Mortal> Undertaker<M> {
         }
         let step = late.seen.elapsed();
         late.seen = Instant::now();
-        if !late.patience.charge(step) && !late.is_leaked {
+        if !late.budget.charge(step) && !late.is_leaked {
             self.leaks(&mut late);
         }
         Some(late)
@@ -206,7 +206,7 @@ impl<M> Late<M> {
     fn new(body: M) -> Self {
         Self {
             body,
-            patience: Patience::new(STOP_BOUND),
+            budget: WaitBudget::new(STOP_BOUND),
             seen: Instant::now(),
             is_leaked: false,
         }
@@ -230,7 +230,7 @@ mod tests {
         name: &'static str,
     }
 
-    impl Mortal for Body {
+    impl Teardown for Body {
         fn has_stopped(&self, _: Duration) -> bool {
             self.stops.load(Ordering::SeqCst)
         }
@@ -261,29 +261,29 @@ mod tests {
         }
     }
 
-    fn started() -> Arc<Undertaker<Body>> {
-        let undertaker = Arc::<Undertaker<Body>>::default();
-        undertaker.start().unwrap();
-        undertaker.start().unwrap();
-        assert_eq!(undertaker.lock().threads, THREADS);
-        undertaker
+    fn started() -> Arc<TeardownQueue<Body>> {
+        let teardown_queue = Arc::<TeardownQueue<Body>>::default();
+        teardown_queue.start().unwrap();
+        teardown_queue.start().unwrap();
+        assert_eq!(teardown_queue.lock().threads, THREADS);
+        teardown_queue
     }
 
     #[test]
     fn one_that_stops_late_is_leaked_until_then_and_released_after_all() {
-        let undertaker = started();
+        let teardown_queue = started();
         let (gone, is_gone) = mpsc::channel();
         let late = body("late", false, &gone);
         let stops = Arc::clone(&late.stops);
-        undertaker.watch(late);
+        teardown_queue.watch(late);
         assert_eq!(is_gone.recv_timeout(STUCK), Ok("leaked"));
-        assert_eq!(undertaker.leaked.load(Ordering::Relaxed), 1);
+        assert_eq!(teardown_queue.leaked.load(Ordering::Relaxed), 1);
         // Others are not held up by it, nor by one that was set aside.
         let aside = body("aside", false, &gone);
         let aside_stops = Arc::clone(&aside.stops);
-        undertaker.bury(aside);
+        teardown_queue.push(aside);
         for _ in 0..10 {
-            undertaker.bury(body("next", true, &gone));
+            teardown_queue.push(body("next", true, &gone));
             assert_eq!(is_gone.recv_timeout(STUCK), Ok("next"));
         }
         aside_stops.store(true, Ordering::SeqCst);
@@ -291,7 +291,7 @@ mod tests {
         stops.store(true, Ordering::SeqCst);
         assert_eq!(is_gone.recv_timeout(STUCK), Ok("late"));
         let end = Instant::now() + STUCK;
-        while undertaker.leaked.load(Ordering::Relaxed) > 0 {
+        while teardown_queue.leaked.load(Ordering::Relaxed) > 0 {
             assert!(Instant::now() < end, "still counted");
             std::thread::yield_now();
         }
@@ -299,12 +299,12 @@ mod tests {
 
     #[test]
     fn what_one_carries_may_panic_or_block_and_others_are_released() {
-        let undertaker = started();
+        let teardown_queue = started();
         let (gone, is_gone) = mpsc::channel();
-        undertaker.bury(body("stuck for ever", true, &gone));
+        teardown_queue.push(body("stuck for ever", true, &gone));
         for _ in 0..2 * THREADS {
-            undertaker.bury(body("panics", true, &gone));
-            undertaker.bury(body("next", true, &gone));
+            teardown_queue.push(body("panics", true, &gone));
+            teardown_queue.push(body("next", true, &gone));
             assert_eq!(is_gone.recv_timeout(STUCK), Ok("panics"));
             assert_eq!(is_gone.recv_timeout(STUCK), Ok("next"));
         }
@@ -312,16 +312,16 @@ mod tests {
 
     #[test]
     fn a_full_queue_is_no_reason_to_hold_more() {
-        let undertaker = Undertaker::<Body>::default();
+        let teardown_queue = TeardownQueue::<Body>::default();
         // No thread takes any of them.
-        undertaker.lock().threads = THREADS;
+        teardown_queue.lock().threads = THREADS;
         let (gone, is_gone) = mpsc::channel();
         for _ in 0..QUEUE {
-            undertaker.bury(body("waits", true, &gone));
+            teardown_queue.push(body("waits", true, &gone));
         }
         assert!(is_gone.try_recv().is_err());
-        undertaker.bury(body("here", true, &gone));
+        teardown_queue.push(body("here", true, &gone));
         assert_eq!(is_gone.try_recv(), Ok("here"));
-        assert_eq!(undertaker.lock().waiting.len(), QUEUE);
+        assert_eq!(teardown_queue.lock().waiting.len(), QUEUE);
     }
 }

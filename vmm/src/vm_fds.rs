@@ -8,11 +8,11 @@ use crate::cpu::cpuid;
 use crate::host::Host;
 use crate::kvm::{self, KvmError};
 use crate::layout;
-use crate::machine::{BootError, Hardware};
 use crate::memory::GuestRam;
 use crate::virtio::mmio::register;
 use crate::virtio::pmem::PmemImage;
-use crate::virtio::{Bell, Interrupt};
+use crate::virtio::{Doorbell, Interrupt};
+use crate::vm_inner::{BootError, Hardware};
 
 /// Virtio devices of every VM, in the order of their windows: vsock, balloon. Images follow.
 pub(crate) const BASE_DEVICES: usize = 2;
@@ -23,11 +23,11 @@ pub(crate) type PlacedImage = (PmemImage, u64);
 /// See the module's text. Fields are dropped in this order: the VM is closed before its memory is
 /// unmapped.
 #[derive(Debug)]
-pub(crate) struct Frame {
+pub(crate) struct VmFds {
     pub(crate) vcpus: Vec<VcpuFd>,
     pub(crate) vm: VmFd,
     /// Of each virtio device.
-    pub(crate) wires: Vec<Wire>,
+    pub(crate) device_events: Vec<DeviceEvents>,
     pub(crate) serial: Option<EventFd>,
     pub(crate) images: Vec<PlacedImage>,
     pub(crate) ram: GuestRam,
@@ -35,31 +35,31 @@ pub(crate) struct Frame {
 
 /// What connects a virtio device with the guest: its kicks, and the device's interrupts.
 #[derive(Clone, Debug)]
-pub(crate) struct Wire {
-    pub(crate) bell: Bell,
+pub(crate) struct DeviceEvents {
+    pub(crate) doorbell: Doorbell,
     pub(crate) interrupt: Interrupt,
 }
 
-impl Wire {
+impl DeviceEvents {
     /// A wire without a guest.
     pub(crate) fn new() -> Result<Self, BootError> {
         Ok(Self {
-            bell: Bell::new().map_err(BootError::Descriptors)?,
+            doorbell: Doorbell::new().map_err(BootError::Descriptors)?,
             interrupt: Interrupt::new().map_err(BootError::Descriptors)?,
         })
     }
 
     /// The wire of the device in this window.
     fn to(vm: &VmFd, index: u32) -> Result<Self, BootError> {
-        let wire = Self::new()?;
+        let events = Self::new()?;
         let base = layout::MMIO_BASE + u64::from(index) * layout::MMIO_SIZE;
-        vm.register_irqfd(wire.interrupt.fd(), layout::FIRST_IRQ + index)
+        vm.register_irqfd(events.interrupt.fd(), layout::FIRST_IRQ + index)
             .map_err(KvmError::of("KVM_IRQFD"))?;
         // One bell for all queues of a device: any value written to QueueNotify rings it.
         let notify = IoEventAddress::Mmio(base + register::QUEUE_NOTIFY);
-        vm.register_ioevent(wire.bell.fd(), &notify, NoDatamatch)
+        vm.register_ioevent(events.doorbell.fd(), &notify, NoDatamatch)
             .map_err(KvmError::of("KVM_IOEVENTFD"))?;
-        Ok(wire)
+        Ok(events)
     }
 }
 
@@ -68,7 +68,7 @@ pub(crate) fn serial_interrupt() -> Result<EventFd, BootError> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BootError::Descriptors)
 }
 
-impl Frame {
+impl VmFds {
     /// Memory slots before the interrupt controllers (see [`kvm::set_memory`]).
     pub(crate) fn new(
         host: &'static Host,
@@ -82,9 +82,9 @@ impl Frame {
         kvm::set_images(&vm, &ram, &images)?;
         kvm::create_irqchip(&vm, hardware.pit)?;
         let vcpus = create_vcpus(host, hardware, &vm)?;
-        let wires = (0u32..)
+        let device_events = (0u32..)
             .take(BASE_DEVICES + images.len())
-            .map(|index| Wire::to(&vm, index))
+            .map(|index| DeviceEvents::to(&vm, index))
             .collect::<Result<_, _>>()?;
         let serial = match hardware.console {
             true => {
@@ -98,7 +98,7 @@ impl Frame {
         Ok(Self {
             vcpus,
             vm,
-            wires,
+            device_events,
             serial,
             images,
             ram,

@@ -1,12 +1,12 @@
 //! For tests and fuzz targets: the state of a VM that never ran, and the reader of a manifest with
 //! all that a clone makes of it short of KVM.
 
-use super::chips::ChipState;
 use super::cpu::VcpuState;
+use super::irqchip::ChipState;
 use super::{SerialState, VmState};
 use crate::host::CpuProfile;
 use crate::limits::Limits;
-use crate::machine::Hardware;
+use crate::vm_inner::Hardware;
 
 /// The state of a VM with `bytes` of memory, but for its devices.
 fn without_devices(bytes: u64) -> VmState {
@@ -35,17 +35,17 @@ pub(super) fn state(bytes: u64) -> VmState {
     use crate::virtio::balloon::BalloonDevice;
     use crate::virtio::mmio::MmioTransport;
     use crate::virtio::vsock::VsockDevice;
-    use crate::virtio::{Bell, Interrupt, VirtioDevice};
+    use crate::virtio::{Doorbell, Interrupt, VirtioDevice};
 
     let ram = GuestRam::new(bytes).unwrap();
-    let transport = |device: Box<dyn VirtioDevice>, bell| {
-        MmioTransport::new(device, ram.clone(), bell, Interrupt::new().unwrap()).save()
+    let transport = |device: Box<dyn VirtioDevice>, doorbell| {
+        MmioTransport::new(device, ram.clone(), doorbell, Interrupt::new().unwrap()).save()
     };
-    let bell = || Bell::new().unwrap();
+    let doorbell = || Doorbell::new().unwrap();
     VmState {
         transports: vec![
-            transport(Box::new(VsockDevice::new(3, bell()).0), bell()),
-            transport(Box::new(BalloonDevice::new(2, bell()).0), bell()),
+            transport(Box::new(VsockDevice::new(3, doorbell()).0), doorbell()),
+            transport(Box::new(BalloonDevice::new(2, doorbell()).0), doorbell()),
         ],
         ..without_devices(bytes)
     }
@@ -60,7 +60,7 @@ pub(crate) fn file_with(devices: &[u8]) -> Vec<u8> {
         chips,
         ..
     } = without_devices(2 << 20);
-    let origin = super::origin::Origin::default();
+    let origin = super::compat::Origin::default();
     let no_images = Vec::<()>::new();
     // A tuple is encoded as the structs of its members.
     let body = postcard::to_stdvec(&(origin, "", [0u8; 32], no_images, hardware, vcpus, chips));

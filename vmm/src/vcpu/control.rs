@@ -6,11 +6,11 @@
 //!    Stop
 //! ```
 //!
-//! Whoever captures the VM holds the gate closed besides ([`Gate::hold`]): then wishes are noted,
-//! and take effect when it lets go.
+//! Whoever captures the VM holds the gate closed besides ([`VcpuControl::hold`]): then wishes are
+//! noted, and take effect when it lets go.
 //!
-//! A thread that finds the gate closed hands its vCPU over (into its [`Seat`]) and waits; whoever
-//! closed the gate may then look at the vCPU. Lock order: `Gate.state`, then a seat.
+//! A thread that finds the gate closed hands its vCPU over (into its [`VcpuSlot`]) and waits;
+//! whoever closed the gate may then look at the vCPU. Lock order: `VcpuControl.state`, then a seat.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -30,9 +30,9 @@ const STEP: Duration = Duration::from_millis(20);
 /// a step that took far longer than was asked for says that the whole process stood still (a
 /// debugger, a frozen control group), and counts as a short one.
 #[derive(Debug)]
-pub(crate) struct Patience(Duration);
+pub(crate) struct WaitBudget(Duration);
 
-impl Patience {
+impl WaitBudget {
     pub(crate) fn new(bound: Duration) -> Self {
         Self(bound)
     }
@@ -45,7 +45,7 @@ impl Patience {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Want {
+pub(crate) enum RunState {
     Run,
     Pause,
     Stop,
@@ -53,7 +53,7 @@ pub(crate) enum Want {
 
 #[derive(Debug)]
 struct State {
-    want: Want,
+    run_state: RunState,
     /// How many hold the gate closed.
     holds: usize,
     /// Threads that wait at the closed gate.
@@ -64,18 +64,18 @@ struct State {
 
 impl State {
     fn is_open(&self) -> bool {
-        self.want == Want::Run && self.holds == 0
+        self.run_state == RunState::Run && self.holds == 0
     }
 }
 
 /// One vCPU's place: its kicker and, while the gate is closed, the vCPU itself.
 #[derive(Debug, Default)]
-pub(crate) struct Seat {
+pub(crate) struct VcpuSlot {
     pub(super) kicker: Kicker,
     vcpu: Mutex<Option<VcpuFd>>,
 }
 
-impl Seat {
+impl VcpuSlot {
     fn lock(&self) -> MutexGuard<'_, Option<VcpuFd>> {
         self.vcpu.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -83,27 +83,27 @@ impl Seat {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(crate) struct Gate {
+pub(crate) struct VcpuControl {
     state: Mutex<State>,
     changed: Condvar,
     /// Set while the gate is not open; lets running threads check without the lock.
     closed: AtomicBool,
-    seats: Vec<Seat>,
+    slots: Vec<VcpuSlot>,
 }
 
-impl Gate {
+impl VcpuControl {
     /// A gate for `vcpus` threads.
-    pub(crate) fn new(vcpus: usize, want: Want) -> Self {
+    pub(crate) fn new(vcpus: usize, run_state: RunState) -> Self {
         Self {
             state: Mutex::new(State {
-                want,
+                run_state,
                 holds: 0,
                 waiting: 0,
                 alive: 0,
             }),
             changed: Condvar::new(),
-            closed: AtomicBool::new(want != Want::Run),
-            seats: (0..vcpus).map(|_| Seat::default()).collect(),
+            closed: AtomicBool::new(run_state != RunState::Run),
+            slots: (0..vcpus).map(|_| VcpuSlot::default()).collect(),
         }
     }
 
@@ -111,8 +111,8 @@ impl Gate {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    pub(super) fn seat(&self, index: usize) -> Option<&Seat> {
-        self.seats.get(index)
+    pub(super) fn slot(&self, index: usize) -> Option<&VcpuSlot> {
+        self.slots.get(index)
     }
 
     /// A vCPU thread begins; counted before it is spawned, so that a stop waits for it.
@@ -134,48 +134,52 @@ impl Gate {
     /// Waits while the gate is closed. Gives the vCPU back when it may run, `None` at a stop (the
     /// vCPU is then closed here).
     pub(super) fn pass(&self, index: usize, vcpu: VcpuFd) -> Option<VcpuFd> {
-        let seat = self.seats.get(index)?;
-        *seat.lock() = Some(vcpu);
+        let slot = self.slots.get(index)?;
+        *slot.lock() = Some(vcpu);
         let mut state = self.lock();
         state.waiting += 1;
         self.changed.notify_all();
-        while state.want != Want::Stop && !state.is_open() {
+        while state.run_state != RunState::Stop && !state.is_open() {
             state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
         state.waiting -= 1;
-        let want = state.want;
+        let run_state = state.run_state;
         drop(state);
-        let vcpu = seat.lock().take();
-        if want == Want::Stop { None } else { vcpu }
+        let vcpu = slot.lock().take();
+        if run_state == RunState::Stop {
+            None
+        } else {
+            vcpu
+        }
     }
 
     /// Sets what the threads shall do and kicks those that run. Does not wait. A stop is final.
     /// Returns whether the wish was accepted.
-    pub(crate) fn set(&self, want: Want) -> bool {
+    pub(crate) fn set(&self, run_state: RunState) -> bool {
         {
             let mut state = self.lock();
-            if state.want == Want::Stop && want != Want::Stop {
+            if state.run_state == RunState::Stop && run_state != RunState::Stop {
                 return false;
             }
-            if state.want == want && want == Want::Run {
+            if state.run_state == run_state && run_state == RunState::Run {
                 return true;
             }
-            state.want = want;
+            state.run_state = run_state;
             self.mark(&state);
             if state.alive == 0 {
                 return true;
             }
         }
         self.changed.notify_all();
-        if want != Want::Run {
+        if run_state != RunState::Run {
             self.kick();
         }
         true
     }
 
     /// Keeps the gate closed, whatever is wished meanwhile, until the hold is dropped. A stop ends
-    /// the threads nevertheless. Does not wait for them; see [`Gate::settle`].
-    pub(crate) fn hold(&self) -> Hold<'_> {
+    /// the threads nevertheless. Does not wait for them; see [`VcpuControl::settle`].
+    pub(crate) fn hold(&self) -> PauseGuard<'_> {
         {
             let mut state = self.lock();
             state.holds += 1;
@@ -183,7 +187,7 @@ impl Gate {
         }
         self.changed.notify_all();
         self.kick();
-        Hold(self)
+        PauseGuard(self)
     }
 
     /// The state has changed. Whoever says so to the threads that wait does it when the lock is
@@ -206,34 +210,34 @@ impl Gate {
     }
 
     /// What the threads shall do.
-    pub(crate) fn want(&self) -> Want {
-        self.lock().want
+    pub(crate) fn run_state(&self) -> RunState {
+        self.lock().run_state
     }
 
     fn kick(&self) {
-        for seat in &self.seats {
-            seat.kicker.kick();
+        for slot in &self.slots {
+            slot.kicker.kick();
         }
     }
 
     /// Kicks until every thread waits at the gate or has ended; false when it took longer than
     /// `bound`, of time in which this process could run.
     pub(crate) fn settle(&self, bound: Duration) -> bool {
-        let mut patience = Patience::new(bound);
+        let mut budget = WaitBudget::new(bound);
         let mut seen = Instant::now();
         loop {
             let state = self.lock();
-            let settled = match state.want {
-                Want::Stop => state.alive == 0,
-                Want::Run if state.is_open() => true,
-                Want::Run | Want::Pause => state.waiting >= state.alive,
+            let settled = match state.run_state {
+                RunState::Stop => state.alive == 0,
+                RunState::Run if state.is_open() => true,
+                RunState::Run | RunState::Pause => state.waiting >= state.alive,
             };
             if settled {
                 return true;
             }
             let step = seen.elapsed();
             seen += step;
-            if !patience.charge(step) {
+            if !budget.charge(step) {
                 drop(state);
                 self.kick();
                 return false;
@@ -245,7 +249,7 @@ impl Gate {
 
     /// vCPUs that have a place.
     pub(crate) fn vcpus(&self) -> usize {
-        self.seats.len()
+        self.slots.len()
     }
 
     /// Looks at vCPU `index` while it waits at the closed gate; `None` when it does not.
@@ -254,15 +258,15 @@ impl Gate {
         index: usize,
         look: impl FnOnce(&mut VcpuFd) -> R,
     ) -> Option<R> {
-        self.seats.get(index)?.lock().as_mut().map(look)
+        self.slots.get(index)?.lock().as_mut().map(look)
     }
 }
 
 /// While it lives, no vCPU passes the gate.
 #[derive(Debug)]
-pub(crate) struct Hold<'a>(&'a Gate);
+pub(crate) struct PauseGuard<'a>(&'a VcpuControl);
 
-impl Drop for Hold<'_> {
+impl Drop for PauseGuard<'_> {
     fn drop(&mut self) {
         {
             let mut state = self.0.lock();
@@ -281,29 +285,29 @@ mod tests {
     /// when it went on, that its vCPUs had not stopped in time.
     #[test]
     fn time_in_which_the_process_stood_still_does_not_count() {
-        let mut patience = Patience::new(Duration::from_secs(5));
+        let mut budget = WaitBudget::new(Duration::from_secs(5));
         for _ in 0..100 {
-            assert!(patience.charge(Duration::from_secs(3600)));
+            assert!(budget.charge(Duration::from_secs(3600)));
         }
         // In steps as they were asked for it ends after as long as was said.
-        let mut patience = Patience::new(Duration::from_secs(5));
-        let steps = (1..).find(|_| !patience.charge(KICK_INTERVAL));
+        let mut budget = WaitBudget::new(Duration::from_secs(5));
+        let steps = (1..).find(|_| !budget.charge(KICK_INTERVAL));
         assert_eq!(steps, Some(1000));
         // And a host on which each step takes many times as long waits no longer than for so many
         // steps.
-        let mut patience = Patience::new(Duration::from_secs(5));
-        let steps = (1..).find(|_| !patience.charge(20 * KICK_INTERVAL));
+        let mut budget = WaitBudget::new(Duration::from_secs(5));
+        let steps = (1..).find(|_| !budget.charge(20 * KICK_INTERVAL));
         assert_eq!(steps, Some(250));
     }
 
     #[test]
     fn a_thread_that_does_not_come_is_waited_for_in_bounded_time_and_seen_when_it_does() {
-        let gate = Gate::new(1, Want::Run);
-        gate.enter();
-        gate.set(Want::Stop);
-        assert!(!gate.settle(Duration::ZERO));
-        assert!(!gate.settle(Duration::from_millis(50)));
-        gate.leave();
-        assert!(gate.settle(Duration::ZERO));
+        let control = VcpuControl::new(1, RunState::Run);
+        control.enter();
+        control.set(RunState::Stop);
+        assert!(!control.settle(Duration::ZERO));
+        assert!(!control.settle(Duration::from_millis(50)));
+        control.leave();
+        assert!(control.settle(Duration::ZERO));
     }
 }

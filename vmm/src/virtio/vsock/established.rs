@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 
 use super::buffer::Buffer;
 use super::credit::{Inbound, Outbound};
-use super::packet::{Header, MAX_PAYLOAD, Op, Shut};
+use super::packet::{Header, MAX_PAYLOAD, Op, ShutdownFlags};
 use super::state::CreditState;
 
 /// Where the host's answer to the guest's request is.
@@ -13,14 +13,14 @@ pub(super) enum Answer {
     /// A host task has still to say whether it takes the connection.
     Undecided,
     /// The guest is owed a RESPONSE.
-    Owed,
+    Pending,
     /// The guest knows, or was itself the one that was asked.
     Given,
 }
 
 /// A packet that the guest is owed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Owed {
+pub(super) enum PendingTx {
     Request,
     Response,
     Reset,
@@ -42,7 +42,7 @@ pub(super) enum Verdict {
 }
 
 #[derive(Debug)]
-pub(super) struct Open {
+pub(super) struct Established {
     /// From the guest to the host's reader.
     pub(super) rx: Buffer,
     /// From the host's writer to the guest.
@@ -55,14 +55,14 @@ pub(super) struct Open {
     /// We asked for the guest's credit since it last had none.
     asked: bool,
     /// What the host side closed.
-    pub(super) host: Shut,
+    pub(super) host: ShutdownFlags,
     /// What of it the guest has heard.
-    pub(super) told: Shut,
+    pub(super) sent_shutdown: ShutdownFlags,
     /// What the guest closed.
-    pub(super) guest: Shut,
+    pub(super) guest: ShutdownFlags,
 }
 
-impl Open {
+impl Established {
     pub(super) fn new(window: u32, header: &Header, answer: Answer) -> Self {
         Self {
             rx: Buffer::default(),
@@ -72,9 +72,9 @@ impl Open {
             answer,
             update_owed: false,
             asked: false,
-            host: Shut::default(),
-            told: Shut::default(),
-            guest: Shut::default(),
+            host: ShutdownFlags::default(),
+            sent_shutdown: ShutdownFlags::default(),
+            guest: ShutdownFlags::default(),
         }
     }
 
@@ -95,7 +95,7 @@ impl Open {
         let quiet = self.tx.is_empty()
             && self.answer == Answer::Given
             && !self.update_owed
-            && (self.host, self.guest) == (Shut::default(), Shut::default());
+            && (self.host, self.guest) == (ShutdownFlags::default(), ShutdownFlags::default());
         let (consumed, announced) = self.inbound.settled().filter(|_| quiet)?;
         Some(CreditState {
             window: self.inbound.window(),
@@ -130,11 +130,11 @@ impl Open {
                 self.rx.fill(payload, len)?;
             }
             Op::Shutdown => {
-                self.guest = self.guest.with(Shut::from_flags(header.flags));
+                self.guest = self.guest.with(ShutdownFlags::from_flags(header.flags));
                 if self.guest.receive {
                     self.tx.clear();
                 }
-                if self.guest == Shut::BOTH {
+                if self.guest == ShutdownFlags::BOTH {
                     return Ok(Verdict::Finished);
                 }
             }
@@ -144,8 +144,8 @@ impl Open {
     }
 
     /// What can be told to the guest by now: no end of data before the data.
-    fn tellable(&self) -> Shut {
-        Shut {
+    fn tellable(&self) -> ShutdownFlags {
+        ShutdownFlags {
             receive: self.host.receive,
             send: self.host.send && self.tx.is_empty(),
         }
@@ -153,22 +153,22 @@ impl Open {
 
     /// The next packet that the guest is owed, with the payload that fits `room`. Data comes before
     /// a shutdown so that a writer that drops its stream costs one packet, not two.
-    pub(super) fn owed(&self, room: u32) -> Option<Owed> {
+    pub(super) fn pending_tx(&self, room: u32) -> Option<PendingTx> {
         let credit = self.outbound.room();
         match self.answer {
             Answer::Undecided => return None,
-            Answer::Owed => return Some(Owed::Response),
+            Answer::Pending => return Some(PendingTx::Response),
             Answer::Given => {}
         }
         if !self.tx.is_empty() && credit > 0 {
             let held = u32::try_from(self.tx.len()).unwrap_or(u32::MAX);
-            Some(Owed::Data(held.min(credit).min(room).min(MAX_PAYLOAD)))
-        } else if self.tellable() != self.told {
-            Some(Owed::Shutdown)
+            Some(PendingTx::Data(held.min(credit).min(room).min(MAX_PAYLOAD)))
+        } else if self.tellable() != self.sent_shutdown {
+            Some(PendingTx::Shutdown)
         } else if self.update_owed || (!self.host.receive && self.inbound.update_due()) {
-            Some(Owed::CreditUpdate)
+            Some(PendingTx::CreditUpdate)
         } else if !self.tx.is_empty() && !self.asked {
-            Some(Owed::CreditRequest)
+            Some(PendingTx::CreditRequest)
         } else {
             None
         }
@@ -180,29 +180,29 @@ impl Open {
     /// When `out` is too short.
     pub(super) fn emit(
         &mut self,
-        owed: Owed,
+        pending_tx: PendingTx,
         mut header: Header,
         out: &mut impl Write,
     ) -> io::Result<()> {
-        let op = match owed {
-            Owed::Data(len) => {
+        let op = match pending_tx {
+            PendingTx::Data(len) => {
                 header.len = len;
                 Op::Data
             }
-            Owed::Shutdown => {
-                self.told = self.tellable();
-                header.flags = self.told.flags();
+            PendingTx::Shutdown => {
+                self.sent_shutdown = self.tellable();
+                header.flags = self.sent_shutdown.flags();
                 Op::Shutdown
             }
-            Owed::CreditRequest => {
+            PendingTx::CreditRequest => {
                 self.asked = true;
                 Op::CreditRequest
             }
-            Owed::Response => {
+            PendingTx::Response => {
                 self.answer = Answer::Given;
                 Op::Response
             }
-            Owed::CreditUpdate | Owed::Request | Owed::Reset => Op::CreditUpdate,
+            PendingTx::CreditUpdate | PendingTx::Request | PendingTx::Reset => Op::CreditUpdate,
         };
         // Every packet carries our credit.
         self.update_owed = false;

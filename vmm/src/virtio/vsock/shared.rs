@@ -8,13 +8,13 @@ use parking_lot::Mutex as FairMutex;
 use super::conn::Conn;
 use super::lock;
 use super::muxer::Muxer;
-use crate::virtio::Bell;
+use crate::virtio::Doorbell;
 
 /// The meeting point. Lock order: `muxer`, then a connection's machine or `inbox`, never both of
 /// these. Streams take only the last two, so that bulk I/O never waits for a device's run.
 #[derive(Debug)]
 pub(super) struct Hub {
-    bell: Bell,
+    doorbell: Doorbell,
     /// Handed to whoever waits after each turn of the device (see [`FairMutex`]).
     pub(super) muxer: FairMutex<Muxer>,
     inbox: Mutex<Inbox>,
@@ -30,16 +30,16 @@ pub(super) struct Inbox {
 }
 
 impl Hub {
-    pub(super) fn new(bell: Bell, muxer: Muxer) -> Self {
+    pub(super) fn new(doorbell: Doorbell, muxer: Muxer) -> Self {
         Self {
-            bell,
+            doorbell,
             muxer: FairMutex::new(muxer),
             inbox: Mutex::default(),
         }
     }
 
     pub(super) fn ring(&self) {
-        self.bell.ring();
+        self.doorbell.ring();
     }
 
     /// `conn`, just marked as scheduled, wants a turn.

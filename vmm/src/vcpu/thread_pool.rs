@@ -1,7 +1,7 @@
 //! The threads that run vCPUs, made ready before there is a vCPU: to start a thread and to confine
 //! it takes a fork longer than all that is left to do once a VM has its shell.
 //!
-//! A ready thread is a [`Runner`]. It comes from the spares of the process, if it is like them
+//! A ready thread is a [`PoolThread`]. It comes from the spares of the process, if it is like them
 //! (confined and not metered), and goes back there when its VM is gone; more than [`SPARES`] are
 //! not kept.
 
@@ -23,15 +23,15 @@ use crate::threads::{self, SMALL_STACK};
 const SPARES: usize = 2;
 /// How long a thread that was alerted keeps its processor for a vCPU that is about to come: as long
 /// as it takes to give a vCPU its state.
-const ALERT: Duration = Duration::from_micros(200);
+const WAKE_WINDOW: Duration = Duration::from_micros(200);
 /// The name of a thread that runs no vCPU.
 const IDLE: &str = "hearth-spare";
 
-static STOCK: Mutex<Vec<Runner>> = Mutex::new(Vec::new());
+static STOCK: Mutex<Vec<PoolThread>> = Mutex::new(Vec::new());
 
 /// A thread that is ready to run a vCPU. Dropping it ends the thread.
 #[derive(Debug)]
-pub(crate) struct Runner {
+pub(crate) struct PoolThread {
     orders: Sender<Order>,
     id: Receiver<Pid>,
     is_spare: bool,
@@ -39,17 +39,17 @@ pub(crate) struct Runner {
 
 enum Order {
     /// A vCPU comes soon.
-    Alert,
+    Wake,
     Run(Job),
 }
 
 /// A vCPU to run, and the way back.
 struct Job {
     vcpu: Vcpu,
-    runner: Runner,
+    thread: PoolThread,
 }
 
-impl Runner {
+impl PoolThread {
     fn new(limits: Limits, account: Option<Arc<Account>>) -> Result<Self, VcpuError> {
         kick::install()?;
         let (orders, todo) = mpsc::channel();
@@ -78,12 +78,12 @@ impl Runner {
 
     /// Lets it run `vcpu`, which comes to its gate first.
     pub(crate) fn run(self, vcpu: Vcpu) -> Result<(), VcpuError> {
-        let gate = Arc::clone(&vcpu.gate);
-        gate.enter();
+        let control = Arc::clone(&vcpu.control);
+        control.enter();
         let orders = self.orders.clone();
-        let job = Job { vcpu, runner: self };
+        let job = Job { vcpu, thread: self };
         orders.send(Order::Run(job)).map_err(|_| {
-            gate.leave();
+            control.leave();
             // It waits for a job for as long as there is a runner.
             VcpuError::Thread(std::io::ErrorKind::BrokenPipe.into())
         })
@@ -104,59 +104,59 @@ fn is_usual(limits: Limits) -> bool {
     limits.seccomp && limits.cpu_percent.is_none()
 }
 
-fn stock() -> MutexGuard<'static, Vec<Runner>> {
+fn stock() -> MutexGuard<'static, Vec<PoolThread>> {
     STOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Threads for the vCPUs of one VM. What is not used goes back to the spares.
 #[derive(Debug)]
-pub(crate) struct Crew(Vec<Runner>);
+pub(crate) struct VcpuThreads(Vec<PoolThread>);
 
-impl Crew {
+impl VcpuThreads {
     /// So many threads, which `placement` is told of.
-    pub(crate) fn muster(
+    pub(crate) fn acquire(
         vcpus: u8,
         limits: Limits,
         placement: Option<&Placement>,
     ) -> Result<Self, VcpuError> {
-        let mut crew = Self(Vec::with_capacity(usize::from(vcpus)));
+        let mut vcpu_threads = Self(Vec::with_capacity(usize::from(vcpus)));
         let account = limits.cpu_percent.map(Account::new).map(Arc::new);
         for index in 0..usize::from(vcpus) {
             let usual = is_usual(limits) && placement.is_none();
             let spare = usual.then(|| stock().pop()).flatten();
-            let mut runner = match spare {
+            let mut thread = match spare {
                 Some(spare) => spare,
-                None => Runner::new(limits, account.clone())?,
+                None => PoolThread::new(limits, account.clone())?,
             };
             if let Some(placement) = placement {
-                runner.place(index, placement)?;
+                thread.place(index, placement)?;
             }
-            crew.0.push(runner);
+            vcpu_threads.0.push(thread);
         }
         // The first is taken from the end.
-        crew.0.reverse();
-        Ok(crew)
+        vcpu_threads.0.reverse();
+        Ok(vcpu_threads)
     }
 
     /// A thread takes as long to wake up as a vCPU to get its state: wakes them now, for the vCPUs
     /// that come next.
-    pub(crate) fn alert(&self) {
-        for runner in &self.0 {
+    pub(crate) fn wake(&self) {
+        for thread in &self.0 {
             // Who does not hear it is missed when its vCPU comes.
-            let _ = runner.orders.send(Order::Alert);
+            let _ = thread.orders.send(Order::Wake);
         }
     }
 
     /// The next thread.
-    pub(crate) fn next(&mut self) -> Result<Runner, VcpuError> {
+    pub(crate) fn next(&mut self) -> Result<PoolThread, VcpuError> {
         let none = || VcpuError::Thread(std::io::ErrorKind::NotFound.into());
         self.0.pop().ok_or_else(none)
     }
 }
 
-impl Drop for Crew {
+impl Drop for VcpuThreads {
     fn drop(&mut self) {
-        self.0.drain(..).for_each(Runner::give_back);
+        self.0.drain(..).for_each(PoolThread::give_back);
     }
 }
 
@@ -164,8 +164,8 @@ impl Drop for Crew {
 /// where the host has no thread left; whoever needs one says so.
 pub(crate) fn replenish(limits: Limits) {
     if is_usual(limits) && stock().is_empty() {
-        let spare = Runner::new(limits, None);
-        spare.into_iter().for_each(Runner::give_back);
+        let spare = PoolThread::new(limits, None);
+        spare.into_iter().for_each(PoolThread::give_back);
     }
 }
 
@@ -179,14 +179,14 @@ fn serve(todo: &Receiver<Order>, limits: Limits, account: Option<&Account>) {
     while let Ok(order) = todo.recv() {
         let job = match order {
             Order::Run(job) => Some(job),
-            Order::Alert => soon(todo),
+            Order::Wake => soon(todo),
         };
-        let Some(Job { vcpu, runner }) = job else {
+        let Some(Job { vcpu, thread }) = job else {
             continue;
         };
         rename(&format!("hearth-vcpu{}", vcpu.index));
         vcpu.live(meter.as_mut());
-        runner.give_back();
+        thread.give_back();
     }
 }
 
@@ -194,7 +194,7 @@ fn serve(todo: &Receiver<Order>, limits: Limits, account: Option<&Account>) {
 fn refuse(todo: &Receiver<Order>, error: VcpuError) {
     let job = todo.iter().find_map(|order| match order {
         Order::Run(job) => Some(job),
-        Order::Alert => None,
+        Order::Wake => None,
     });
     if let Some(job) = job {
         job.vcpu.refuse(error);
@@ -203,11 +203,11 @@ fn refuse(todo: &Receiver<Order>, error: VcpuError) {
 
 /// The job that was announced; `None` if it is late.
 fn soon(todo: &Receiver<Order>) -> Option<Job> {
-    let until = Instant::now() + ALERT;
+    let until = Instant::now() + WAKE_WINDOW;
     while Instant::now() < until {
         match todo.try_recv() {
             Ok(Order::Run(job)) => return Some(job),
-            Ok(Order::Alert) | Err(TryRecvError::Empty) => std::hint::spin_loop(),
+            Ok(Order::Wake) | Err(TryRecvError::Empty) => std::hint::spin_loop(),
             Err(TryRecvError::Disconnected) => return None,
         }
     }

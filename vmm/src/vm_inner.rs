@@ -1,9 +1,9 @@
 //! What a VM owns, how it is made, and how it is taken apart.
 //!
-//! A [`Machine`] is taken apart in this order: streams end, vCPU threads are stopped and leave it
+//! A [`VmInner`] is taken apart in this order: streams end, vCPU threads are stopped and leave it
 //! (in bounded time), the event thread lets go, KVM is closed, and only then memory is unmapped. A
 //! machine whose vCPU threads do not leave in time is kept whole: nothing is unmapped under them.
-//! It is leaked, which is counted and logged, until they do (see [`crate::undertaker`]).
+//! It is leaked, which is counted and logged, until they do (see [`crate::teardown`]).
 
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,14 +11,13 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::board::{Board, SharedTransport};
 use crate::boot::{self, LoadError};
+use crate::bus::{DeviceBus, SharedTransport};
 use crate::capture::Capture;
 use crate::config::{ConfigError, MAX_VCPUS, VmConfig};
 use crate::cpu::{cpuid, setup};
 use crate::devices::Devices;
-use crate::ending::Ending;
-use crate::frame::{BASE_DEVICES, Frame, PlacedImage, Wire};
+use crate::exit_event::ExitEvent;
 use crate::host::{self, CpuProfile, Host, HostError};
 use crate::kvm::KvmError;
 use crate::layout;
@@ -29,16 +28,17 @@ use crate::reactor::{Attachment, Reactor, ReactorError};
 use crate::sigbus::{self, Watch};
 use crate::snapshot::VmState;
 use crate::state::Exit;
-use crate::undertaker::{Mortal, STOP_BOUND, undertaker};
-use crate::vcpu::gate::{Gate, Want};
-use crate::vcpu::runner::{Crew, replenish};
+use crate::teardown::{STOP_BOUND, Teardown, teardown_queue};
+use crate::vcpu::control::{RunState, VcpuControl};
 use crate::vcpu::stats::VcpuStats;
+use crate::vcpu::thread_pool::{VcpuThreads, replenish};
 use crate::vcpu::{ExitCounters, Vcpu, VcpuError};
 use crate::virtio::DeviceState;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::pmem::{PmemError, PmemFile, PmemImage, place};
 use crate::virtio::vsock::VsockHost;
+use crate::vm_fds::{BASE_DEVICES, DeviceEvents, PlacedImage, VmFds};
 
 /// The guest's vsock address. Every VM has its own socket space, so that one number serves all.
 pub const GUEST_CID: u64 = 3;
@@ -91,17 +91,17 @@ pub struct CreateTimes {
     pub devices: Duration,
 }
 
-/// A VM's parts. [`Machine::take_apart`] runs at drop and knows their order; only the last field's
+/// A VM's parts. [`VmInner::teardown`] runs at drop and knows their order; only the last field's
 /// place counts.
 #[derive(Debug)]
-pub(crate) struct Machine {
-    pub(crate) gate: Arc<Gate>,
-    pub(crate) ending: Arc<Ending>,
+pub(crate) struct VmInner {
+    pub(crate) control: Arc<VcpuControl>,
+    pub(crate) exit_event: Arc<ExitEvent>,
     pub(crate) exits: Arc<ExitCounters>,
     pub(crate) console: Console,
     pub(crate) vsock: VsockHost,
     pub(crate) balloon: Balloon,
-    pub(crate) board: Arc<Board>,
+    pub(crate) bus: Arc<DeviceBus>,
     pub(crate) times: CreateTimes,
     /// Of the vCPUs, if instructions are counted. Each holds the VM in the kernel.
     pub(crate) stats: Vec<VcpuStats>,
@@ -116,21 +116,21 @@ pub(crate) struct Machine {
     ram: Option<GuestRam>,
     images: Vec<PlacedImage>,
     /// Dropped after everything else.
-    pub(crate) baggage: Baggage,
+    pub(crate) drop_guards: DropGuards,
 }
 
 /// What a VM keeps for others until nothing of itself is left: until the last clone of this goes.
 #[derive(Clone, Default)]
-pub(crate) struct Baggage(Arc<Mutex<Vec<Box<dyn Send>>>>);
+pub(crate) struct DropGuards(Arc<Mutex<Vec<Box<dyn Send>>>>);
 
-impl Baggage {
+impl DropGuards {
     pub(crate) fn add(&self, piece: Box<dyn Send>) {
         let mut pieces = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         pieces.push(piece);
     }
 }
 
-impl std::fmt::Debug for Baggage {
+impl std::fmt::Debug for DropGuards {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Baggage")
     }
@@ -150,9 +150,9 @@ pub(crate) struct Hardware {
     pub(crate) limits: Limits,
 }
 
-impl Machine {
+impl VmInner {
     /// Makes a VM that boots `config`; its vCPUs wait at the gate.
-    pub(crate) fn create(config: &VmConfig) -> Result<Machine, BootError> {
+    pub(crate) fn create(config: &VmConfig) -> Result<VmInner, BootError> {
         let host = Host::get()?;
         config.check_vcpus(
             u8::try_from(host.max_vcpus())
@@ -191,48 +191,49 @@ impl Machine {
         times.load = start.elapsed();
 
         let start = Instant::now();
-        let mut frame = Frame::new(host, hardware, ram, images)?;
-        for (index, vcpu) in (0u8..).zip(&frame.vcpus) {
-            setup::boot(vcpu, index, frame.ram.map(), &entry)?;
+        let mut fds = VmFds::new(host, hardware, ram, images)?;
+        for (index, vcpu) in (0u8..).zip(&fds.vcpus) {
+            setup::boot(vcpu, index, fds.ram.map(), &entry)?;
         }
         times.kvm = start.elapsed();
 
         let start = Instant::now();
-        let irq = frame.serial.take();
-        let devices = Devices::new(hardware, &frame.images, &frame.wires, irq)?;
-        let mut machine = Self::assemble(hardware, frame, devices);
+        let irq = fds.serial.take();
+        let devices = Devices::new(hardware, &fds.images, &fds.device_events, irq)?;
+        let mut inner = Self::assemble(hardware, fds, devices);
         if config.count_instructions {
-            machine.count_instructions();
+            inner.count_instructions();
         }
         times.devices = start.elapsed();
-        machine.times = times;
-        let crew = Crew::muster(hardware.vcpus, hardware.limits, config.placement.as_ref())?;
-        machine.start_surely(crew, Want::Pause)?;
-        Ok(machine)
+        inner.times = times;
+        let vcpu_threads =
+            VcpuThreads::acquire(hardware.vcpus, hardware.limits, config.placement.as_ref())?;
+        inner.start_surely(vcpu_threads, RunState::Pause)?;
+        Ok(inner)
     }
 
     /// Makes a VM that can go on from `state`, whose memory and images are those of `frame`. Its
-    /// devices have their state and sleep; all else is left to [`Machine::restore`].
-    pub(crate) fn shell(state: &VmState, mut frame: Frame) -> Result<Machine, BootError> {
+    /// devices have their state and sleep; all else is left to [`VmInner::restore`].
+    pub(crate) fn prepare(state: &VmState, mut fds: VmFds) -> Result<VmInner, BootError> {
         let start = Instant::now();
-        if state.vcpus.len() != frame.vcpus.len() {
+        if state.vcpus.len() != fds.vcpus.len() {
             return Err(BootError::State("not as many vCPUs as the VM has".into()));
         }
-        let irq = frame.serial.take();
-        let devices = Devices::restore(state, &frame.images, &frame.wires, irq)?;
-        let mut machine = Self::assemble(state.hardware, frame, devices);
-        for (transport, saved) in machine.board.virtio.iter().zip(&state.transports) {
+        let irq = fds.serial.take();
+        let devices = Devices::restore(state, &fds.images, &fds.device_events, irq)?;
+        let mut inner = Self::assemble(state.hardware, fds, devices);
+        for (transport, saved) in inner.bus.virtio.iter().zip(&state.transports) {
             transport
                 .lock()
                 .restore(saved)
                 .map_err(|e| BootError::State(e.to_string()))?;
         }
-        machine.times.devices = start.elapsed();
-        Ok(machine)
+        inner.times.devices = start.elapsed();
+        Ok(inner)
     }
 
-    /// Gives a shell of `state` what is left of it. Its vCPUs have no threads yet, or wait at the
-    /// gate.
+    /// Gives a VM prepared from `state` what is left of it. Its vCPUs have no threads yet, or wait
+    /// at the gate.
     pub(crate) fn restore(&mut self, state: &VmState) -> Result<(), BootError> {
         let start = Instant::now();
         let Some(vm) = &self.vm else {
@@ -244,7 +245,7 @@ impl Machine {
             match self.vcpus.get(index) {
                 Some(vcpu) => restore(vcpu)?,
                 None => self
-                    .gate
+                    .control
                     .with_vcpu(index, |vcpu| restore(vcpu))
                     .ok_or_else(|| BootError::State("a vCPU's thread is gone".into()))??,
             }
@@ -252,10 +253,10 @@ impl Machine {
         self.times.kvm += start.elapsed();
         let start = Instant::now();
         // Now that the controllers can take interrupts.
-        for transport in &self.board.virtio {
+        for transport in &self.bus.virtio {
             transport.lock().begin();
         }
-        if let Some(serial) = &self.board.serial {
+        if let Some(serial) = &self.bus.serial {
             serial.begin();
         }
         self.times.devices += start.elapsed();
@@ -264,41 +265,52 @@ impl Machine {
 
     /// Waits until the threads of the vCPUs, if they were started, are at the gate.
     pub(crate) fn settle(&self) -> bool {
-        self.gate.settle(STOP_BOUND)
+        self.control.settle(STOP_BOUND)
     }
 
     /// All but the vCPUs' threads and the service of the devices.
-    fn assemble(hardware: Hardware, frame: Frame, devices: Devices) -> Machine {
-        let Frame {
+    fn assemble(hardware: Hardware, fds: VmFds, devices: Devices) -> VmInner {
+        let VmFds {
             vcpus,
             vm,
-            wires,
+            device_events,
             images,
             ram,
             ..
-        } = frame;
-        let virtio = devices.virtio.into_iter().zip(wires);
-        let virtio = virtio.map(|(device, Wire { bell, interrupt })| {
-            SharedTransport::new(MmioTransport::new(device, ram.clone(), bell, interrupt))
-        });
-        let board = Arc::new(Board {
+        } = fds;
+        let virtio = devices.virtio.into_iter().zip(device_events);
+        let virtio = virtio.map(
+            |(
+                device,
+                DeviceEvents {
+                    doorbell,
+                    interrupt,
+                },
+            )| {
+                SharedTransport::new(MmioTransport::new(device, ram.clone(), doorbell, interrupt))
+            },
+        );
+        let bus = Arc::new(DeviceBus {
             serial: devices.serial,
             virtio: virtio.collect(),
             registers: (hardware.profile == CpuProfile::Emulated).then(|| ram.clone()),
         });
-        let gate = Arc::new(Gate::new(vcpus.len(), Want::Pause));
-        let ending = Arc::new(Ending::new(Arc::clone(&gate), devices.console.clone()));
-        ending.ends_streams(devices.vsock.clone());
-        Machine {
+        let control = Arc::new(VcpuControl::new(vcpus.len(), RunState::Pause));
+        let exit_event = Arc::new(ExitEvent::new(
+            Arc::clone(&control),
+            devices.console.clone(),
+        ));
+        exit_event.ends_streams(devices.vsock.clone());
+        VmInner {
             hardware,
             watch: Watch::new(ram.clone()),
-            gate,
-            ending,
+            control,
+            exit_event,
             exits: Arc::new(ExitCounters::default()),
             console: devices.console,
             vsock: devices.vsock,
             balloon: devices.balloon,
-            board,
+            bus,
             times: CreateTimes::default(),
             stats: Vec::new(),
             vcpus,
@@ -306,7 +318,7 @@ impl Machine {
             vm: Some(Arc::new(vm)),
             ram: Some(ram),
             images,
-            baggage: Baggage::default(),
+            drop_guards: DropGuards::default(),
         }
     }
 
@@ -322,15 +334,23 @@ impl Machine {
     /// has the devices served: what the guest wants of them before is remembered. A failure
     /// takes the half-made machine apart by dropping it; a vCPU that proves unable to run ends
     /// it later.
-    pub(crate) fn start(&mut self, crew: Crew, want: Want) -> Result<(), BootError> {
-        self.launch(crew, want, None)
+    pub(crate) fn start(
+        &mut self,
+        vcpu_threads: VcpuThreads,
+        run_state: RunState,
+    ) -> Result<(), BootError> {
+        self.launch(vcpu_threads, run_state, None)
     }
 
     /// The same, and waits until it is known that the vCPUs can run: for as long as KVM takes to
     /// make a thread.
-    pub(crate) fn start_surely(&mut self, crew: Crew, want: Want) -> Result<(), BootError> {
+    pub(crate) fn start_surely(
+        &mut self,
+        vcpu_threads: VcpuThreads,
+        run_state: RunState,
+    ) -> Result<(), BootError> {
         let (begun, vcpus_begun) = mpsc::channel();
-        self.launch(crew, want, Some(begun))?;
+        self.launch(vcpu_threads, run_state, Some(begun))?;
         let start = Instant::now();
         for vcpu in vcpus_begun {
             vcpu?;
@@ -341,34 +361,34 @@ impl Machine {
 
     fn launch(
         &mut self,
-        mut crew: Crew,
-        want: Want,
+        mut vcpu_threads: VcpuThreads,
+        run_state: RunState,
         begun: Option<Sender<Result<(), VcpuError>>>,
     ) -> Result<(), BootError> {
         let start = Instant::now();
         sigbus::install().map_err(VcpuError::Signal)?;
         // All that the end of a vCPU may need, before there is one.
         let limits = self.hardware.limits;
-        undertaker()
+        teardown_queue()
             .start()
             .map_err(|e| ReactorError(Box::new(e)))?;
         let reactor = Reactor::get(limits.seccomp)?;
-        self.gate.set(want);
+        self.control.set(run_state);
         for (index, fd) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
             let vcpu = Vcpu {
                 index,
                 fd: Some(fd),
-                board: Arc::clone(&self.board),
-                gate: Arc::clone(&self.gate),
-                ending: Arc::clone(&self.ending),
+                bus: Arc::clone(&self.bus),
+                control: Arc::clone(&self.control),
+                exit_event: Arc::clone(&self.exit_event),
                 exits: Arc::clone(&self.exits),
                 begun: begun.clone(),
                 watch: Arc::clone(&self.watch),
             };
-            crew.next()?.run(vcpu)?;
+            vcpu_threads.next()?.run(vcpu)?;
         }
-        let (virtio, ending) = (self.board.virtio.clone(), Arc::clone(&self.ending));
-        self.attachment = Some(reactor.attach(virtio, ending, Arc::clone(&self.watch))?);
+        let (virtio, exit_event) = (self.bus.virtio.clone(), Arc::clone(&self.exit_event));
+        self.attachment = Some(reactor.attach(virtio, exit_event, Arc::clone(&self.watch))?);
         self.times.devices += start.elapsed();
         replenish(limits);
         Ok(())
@@ -378,11 +398,11 @@ impl Machine {
     pub(crate) fn capture(&self) -> Option<Capture> {
         Some(Capture {
             hardware: self.hardware,
-            gate: Arc::clone(&self.gate),
+            control: Arc::clone(&self.control),
             vm: Arc::clone(self.vm.as_ref()?),
-            board: Arc::clone(&self.board),
+            bus: Arc::clone(&self.bus),
             ram: self.ram.clone()?,
-            _baggage: self.baggage.clone(),
+            _baggage: self.drop_guards.clone(),
         })
     }
 
@@ -400,12 +420,12 @@ impl Machine {
         drop(self.attachment.take());
     }
 
-    fn take_apart(&mut self) {
+    fn teardown(&mut self) {
         if host::is_forked() {
             // All of it is the parent's, which goes on with it.
             return std::mem::forget(self.take());
         }
-        self.ending.report(Exit::Killed);
+        self.exit_event.report(Exit::Killed);
         if self.settle() {
             self.detach();
             self.vcpus.clear();
@@ -415,20 +435,20 @@ impl Machine {
             self.images.clear();
         } else {
             self.detach();
-            undertaker().watch(self.take());
+            teardown_queue().watch(self.take());
         }
     }
 
     /// All that must stay as long as a vCPU thread may use it; nothing of that is left here.
-    fn take(&mut self) -> Machine {
-        Machine {
-            gate: Arc::clone(&self.gate),
-            ending: Arc::clone(&self.ending),
+    fn take(&mut self) -> VmInner {
+        VmInner {
+            control: Arc::clone(&self.control),
+            exit_event: Arc::clone(&self.exit_event),
             exits: Arc::clone(&self.exits),
             console: self.console.clone(),
             vsock: self.vsock.clone(),
             balloon: self.balloon.clone(),
-            board: Arc::clone(&self.board),
+            bus: Arc::clone(&self.bus),
             times: self.times,
             stats: std::mem::take(&mut self.stats),
             hardware: self.hardware,
@@ -438,28 +458,28 @@ impl Machine {
             vm: self.vm.take(),
             ram: self.ram.take(),
             images: std::mem::take(&mut self.images),
-            baggage: std::mem::take(&mut self.baggage),
+            drop_guards: std::mem::take(&mut self.drop_guards),
         }
     }
 }
 
-impl Drop for Machine {
+impl Drop for VmInner {
     fn drop(&mut self) {
         // Else another value has it all.
         if self.vm.is_some() {
-            self.take_apart();
+            self.teardown();
         }
     }
 }
 
-impl Mortal for Machine {
+impl Teardown for VmInner {
     fn has_stopped(&self, within: Duration) -> bool {
-        self.ending.report(Exit::Killed);
-        self.gate.settle(within)
+        self.exit_event.report(Exit::Killed);
+        self.control.settle(within)
     }
 
     fn leaks(&mut self) {
-        self.baggage = Baggage::default();
+        self.drop_guards = DropGuards::default();
     }
 }
 

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Frozen, Template};
-use crate::frame::Frame;
 use crate::host::Host;
-use crate::machine::{BootError, Machine, saved_images};
 use crate::memory::{GuestRam, Sharing};
-use crate::vcpu::gate::Want;
-use crate::vcpu::runner::Crew;
+use crate::vcpu::control::RunState;
+use crate::vcpu::thread_pool::VcpuThreads;
 use crate::vm::Vm;
+use crate::vm_fds::VmFds;
+use crate::vm_inner::{BootError, VmInner, saved_images};
 
 /// A clone of a template that has all but the state of its processors, interrupt controllers and
 /// clock: most of the work of a fork, made ahead of demand. See [`Template::shell`].
@@ -18,23 +18,23 @@ use crate::vm::Vm;
 /// A shell costs the host what a parked clone does but for the clone's own pages (it has none), and
 /// does nothing. Dropping it releases all of that, off the caller's thread.
 #[derive(Debug)]
-pub struct Shell {
+pub struct PreparedVm {
     vm: Vm,
     frozen: Arc<Frozen>,
 }
 
-impl Shell {
+impl PreparedVm {
     pub(super) fn of(template: &Template) -> Result<Self, BootError> {
-        let mut machine = assemble(template)?;
-        let hardware = machine.hardware;
+        let mut inner = assemble(template)?;
+        let hardware = inner.hardware;
         let placement = template.placement.as_ref();
-        let crew = Crew::muster(hardware.vcpus, hardware.limits, placement)?;
-        machine.start_surely(crew, Want::Pause)?;
-        if !machine.settle() {
+        let vcpu_threads = VcpuThreads::acquire(hardware.vcpus, hardware.limits, placement)?;
+        inner.start_surely(vcpu_threads, RunState::Pause)?;
+        if !inner.settle() {
             return Err(BootError::State("its threads do not come to wait".into()));
         }
         Ok(Self {
-            vm: Vm::of(machine),
+            vm: Vm::of(inner),
             frozen: Arc::clone(&template.frozen),
         })
     }
@@ -44,7 +44,7 @@ impl Shell {
     /// # Errors
     /// As [`Template::fork`].
     pub fn fork(self) -> Result<Vm, BootError> {
-        self.begin(Want::Run)
+        self.begin(RunState::Run)
     }
 
     /// As [`Template::fork_paused`], from here on.
@@ -52,12 +52,12 @@ impl Shell {
     /// # Errors
     /// As [`Template::fork_paused`].
     pub fn fork_paused(self) -> Result<Vm, BootError> {
-        self.begin(Want::Pause)
+        self.begin(RunState::Pause)
     }
 
-    fn begin(self, want: Want) -> Result<Vm, BootError> {
+    fn begin(self, run_state: RunState) -> Result<Vm, BootError> {
         let Self { mut vm, frozen } = self;
-        vm.restore(&frozen.state, want)?;
+        vm.restore(&frozen.state, run_state)?;
         Ok(vm)
     }
 
@@ -69,7 +69,7 @@ impl Shell {
 }
 
 /// All of a clone but its state and its threads.
-fn assemble(template: &Template) -> Result<Machine, BootError> {
+fn assemble(template: &Template) -> Result<VmInner, BootError> {
     let start = Instant::now();
     let host = Host::get()?;
     let state = &template.frozen.state;
@@ -78,25 +78,25 @@ fn assemble(template: &Template) -> Result<Machine, BootError> {
     if let Some(set) = &template.working_set {
         set.fill(&ram);
     }
-    let frame = Frame::new(host, state.hardware, ram, saved_images(state)?)?;
+    let fds = VmFds::new(host, state.hardware, ram, saved_images(state)?)?;
     let took = start.elapsed();
-    let mut machine = Machine::shell(state, frame)?;
-    machine.times.kvm = took;
+    let mut inner = VmInner::prepare(state, fds)?;
+    inner.times.kvm = took;
     if template.count_instructions {
-        machine.count_instructions();
+        inner.count_instructions();
     }
-    Ok(machine)
+    Ok(inner)
 }
 
 /// A clone without a shell of its own: its threads get their vCPUs when those have their state, and
 /// need not be woken a second time.
-pub(super) fn fork(template: &Template, want: Want) -> Result<Vm, BootError> {
-    let mut machine = assemble(template)?;
-    let hardware = machine.hardware;
+pub(super) fn fork(template: &Template, run_state: RunState) -> Result<Vm, BootError> {
+    let mut inner = assemble(template)?;
+    let hardware = inner.hardware;
     let placement = template.placement.as_ref();
-    let crew = Crew::muster(hardware.vcpus, hardware.limits, placement)?;
-    crew.alert();
-    machine.restore(&template.frozen.state)?;
-    machine.start(crew, want)?;
-    Ok(Vm::of(machine))
+    let vcpu_threads = VcpuThreads::acquire(hardware.vcpus, hardware.limits, placement)?;
+    vcpu_threads.wake();
+    inner.restore(&template.frozen.state)?;
+    inner.start(vcpu_threads, run_state)?;
+    Ok(Vm::of(inner))
 }

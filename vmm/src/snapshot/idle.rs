@@ -6,13 +6,13 @@ use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use kvm_ioctls::VcpuFd;
 
 use crate::cpu::msrs;
-use crate::vcpu::gate::Gate;
+use crate::vcpu::control::VcpuControl;
 
 /// For how long no vCPU has anything to do unless an interrupt comes. `None` if one is not idle, or
 /// does not wait at the closed gate.
-pub(crate) fn quiet_for(gate: &Gate) -> Option<Duration> {
-    (0..gate.vcpus()).try_fold(Duration::MAX, |least, index| {
-        let quiet = gate.with_vcpu(index, |vcpu| until_timer(vcpu))??;
+pub(crate) fn quiet_for(control: &VcpuControl) -> Option<Duration> {
+    (0..control.vcpus()).try_fold(Duration::MAX, |least, index| {
+        let quiet = control.with_vcpu(index, |vcpu| until_timer(vcpu))??;
         Some(least.min(quiet))
     })
 }

@@ -5,15 +5,15 @@ use std::sync::{Arc, OnceLock};
 
 use crate::legacy::console::Console;
 use crate::state::Exit;
-use crate::vcpu::gate::{Gate, Want};
+use crate::vcpu::control::{RunState, VcpuControl};
 use crate::virtio::vsock::VsockHost;
 use crate::wake::Notice;
 
 /// Shared by a VM's threads; the only place that decides how the VM ended.
 #[derive(Debug)]
-pub(crate) struct Ending {
+pub(crate) struct ExitEvent {
     cause: Arc<Cause>,
-    gate: Arc<Gate>,
+    control: Arc<VcpuControl>,
     console: Console,
     vsock: OnceLock<VsockHost>,
 }
@@ -25,11 +25,11 @@ struct Cause {
     known: Notice,
 }
 
-impl Ending {
-    pub(crate) fn new(gate: Arc<Gate>, console: Console) -> Self {
+impl ExitEvent {
+    pub(crate) fn new(control: Arc<VcpuControl>, console: Console) -> Self {
         Self {
             cause: Arc::default(),
-            gate,
+            control,
             console,
             vsock: OnceLock::new(),
         }
@@ -43,7 +43,7 @@ impl Ending {
     /// Records how the VM ended, unless that is known already, and stops its vCPUs. Does not wait.
     pub(crate) fn report(&self, exit: Exit) {
         let first = self.cause.exit.set(exit).is_ok();
-        self.gate.set(Want::Stop);
+        self.control.set(RunState::Stop);
         if first {
             self.cause.known.post();
             self.console.close();

@@ -25,6 +25,7 @@ pub mod low_water;
 pub mod registers;
 mod root;
 mod skip;
+pub mod structure;
 mod vcpus;
 
 pub use alone::alone;

@@ -1,8 +1,8 @@
-//! What to do about a limit of the host's, by the error that it makes.
+//! Advice on limits of the host, chosen by the error that the limit causes.
 
 use std::io;
 
-/// How a message about `error` ends.
+/// Returns the advice to append to a message about `error`.
 pub(crate) fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EMFILE) => "; raise ulimit -n",

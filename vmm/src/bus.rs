@@ -1,7 +1,7 @@
-//! All devices of one VM, as its vCPUs and the event threads reach them.
+//! The device bus of one VM: all its devices, for its vCPUs and the event threads.
 //!
-//! Lock order: a transport's lock is the outermost; serial port and console have their own and call
-//! nothing.
+//! Lock order: a transport's lock is the outermost. The serial port and the console have their own
+//! locks and call nothing while they hold them.
 
 use std::sync::Arc;
 
@@ -15,14 +15,14 @@ use crate::state::Exit;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::{Interrupt, Progress};
 
-/// A virtio device as the vCPUs, its event thread and the host's calls share it.
+/// A virtio device, shared by the vCPUs, its event thread and the embedding program's calls.
 #[derive(Clone, Debug)]
 pub(crate) struct SharedTransport(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// The registers of the interrupt line are served without the lock: a driver reads and writes
-    /// them in its interrupt handler, which shall not wait for a turn of its device.
+    /// The interrupt's registers are served without the lock: a driver accesses them in its
+    /// interrupt handler, which must not wait while the device runs.
     interrupt: Interrupt,
     transport: Mutex<MmioTransport>,
 }
@@ -35,14 +35,14 @@ impl SharedTransport {
         }))
     }
 
-    /// The transport, whoever panicked with it: that ended the VM and left the lock as it was.
+    /// Locks the transport. A panic under the lock does not poison it: the panic ended the VM.
     pub(crate) fn lock(&self) -> MutexGuard<'_, MmioTransport> {
         self.0.transport.lock()
     }
 
-    /// A turn of the device, for its event thread, and when it next wants one without a ring.
-    /// Whoever waits for the transport meanwhile has it next: however many turns a guest makes
-    /// its device take, a vCPU at a register, or a host's call, waits for one.
+    /// Runs the device once, for its event thread. Returns the progress and when the device next
+    /// wants to run without a notification. The unlock is fair: however often a guest makes its
+    /// device run, a vCPU at a register or a host call waits for one run only.
     pub(crate) fn turn(&self) -> (Progress, Option<std::time::Instant>) {
         let mut transport = self.lock();
         let outcome = (transport.run(), transport.deadline());
@@ -72,17 +72,17 @@ impl SharedTransport {
     }
 }
 
-/// See the module's text.
+/// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct DeviceBus {
     pub(crate) serial: Option<SerialPort>,
     pub(crate) virtio: Vec<SharedTransport>,
-    /// Guest memory, where the guest's kernel cannot save registers itself.
+    /// Guest memory, on emulated hosts only: there the guest's kernel cannot execute `XSAVE`.
     pub(crate) registers: Option<GuestRam>,
 }
 
 impl DeviceBus {
-    /// A guest wrote to a port. Says how the guest ended if that was the meaning.
+    /// Handles a guest's port write. Returns how the guest ended if the write reports its end.
     pub(crate) fn pio_write(&self, port: u16, data: &[u8]) -> Option<Exit> {
         let value = *data.first()?;
         match port {
@@ -91,7 +91,7 @@ impl DeviceBus {
             _ => {}
         }
         if let (Some(offset), Some(serial)) = (serial_offset(port), &self.serial) {
-            // A string instruction brings many bytes for the one port.
+            // A string instruction delivers several bytes to one port.
             for value in data {
                 serial.write(offset, *value);
             }
@@ -99,7 +99,7 @@ impl DeviceBus {
         None
     }
 
-    /// A guest reads a port; what nobody answers reads as all ones, as on a real bus.
+    /// Handles a guest's port read. A port without a device reads as all ones, as on a real bus.
     pub(crate) fn pio_read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         match (port, serial_offset(port), &self.serial) {
@@ -114,7 +114,7 @@ impl DeviceBus {
         }
     }
 
-    /// A guest reads memory that is not RAM.
+    /// Handles a guest's read from an address that is not RAM.
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some((transport, offset)) = self.transport(address) {
@@ -122,7 +122,7 @@ impl DeviceBus {
         }
     }
 
-    /// A guest writes memory that is not RAM.
+    /// Handles a guest's write to an address that is not RAM.
     pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
         if let Some((transport, offset)) = self.transport(address) {
             transport.write(offset, data);

@@ -1,6 +1,6 @@
-//! What KVM keeps a guest from besides, on hosts whose kernel can: the processor's performance
-//! counters, MSRs whose writes KVM notes in the host's log, locks that stop the memory of all
-//! processors, and loops in which no interrupt gets through.
+//! KVM capabilities that restrict guests further, where the host's kernel has them: performance
+//! counters, MSRs whose writes KVM logs on the host, bus locks (they stall the memory of all
+//! processors), and loops that let no interrupt through.
 
 use kvm_bindings::{
     KVM_BUS_LOCK_DETECTION_EXIT, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_BUS_LOCK_EXIT,
@@ -11,23 +11,22 @@ use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlag
 
 use crate::kvm::KvmError;
 
-/// What the host's KVM can keep guests from.
+/// The restrictions that the host's KVM supports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Caps {
-    /// An exit for each lock that stops the bus (Linux 5.12, Intel;
-    /// Documentation/virt/kvm/api.rst, 7.22).
+    /// KVM exits at each bus lock (Linux 5.12, Intel; Documentation/virt/kvm/api.rst, 7.22).
     bus_locks: bool,
-    /// An exit where a guest lets no interrupt through (Linux 6.0, Intel; 7.34).
+    /// KVM exits when a guest lets no interrupt through (Linux 6.0, Intel; 7.34).
     notify: bool,
-    /// VMs without performance counters (Linux 5.18; 8.35).
+    /// KVM can create VMs without performance counters (Linux 5.18; 8.35).
     no_pmu: bool,
-    /// MSRs that a guest cannot write (Linux 5.10; 4.137).
+    /// KVM can deny writes to chosen MSRs (Linux 5.10; 4.137).
     msr_filter: bool,
 }
 
-/// MSRs that KVM has not, but takes writes of, noting each in the host's log (`kvm_pr_unimpl_wrmsr`
-/// in arch/x86/kvm): the first and how many. A guest that writes them gets the fault that it gets
-/// for those that no processor has.
+/// MSRs that KVM does not implement but lets guests write, logging each write on the host
+/// (`kvm_pr_unimpl_wrmsr` in arch/x86/kvm): the first and how many. With the filter, a write raises
+/// the same fault as for an MSR that no processor has.
 const LOGGED: &[(u32, u32)] = &[
     // BBL_CR_CTL3
     (0x11e, 1),
@@ -36,10 +35,10 @@ const LOGGED: &[(u32, u32)] = &[
     (0xc001_0058, 1),
     (0xc001_0114, 2),
 ];
-/// The same, of the counters and of branch records: those of the P6 (counts, then their control),
+/// The same for performance counters and branch records: the counters of the P6 and their control,
 /// debug control, those of the K7.
 const LOGGED_OF_PMU: &[(u32, u32)] = &[(0xc1, 2), (0x186, 2), (0x1d9, 1), (0xc001_0000, 8)];
-/// A bit for each MSR of the longest range; none is set: none may be written.
+/// Bitmap for the longest range, a bit per MSR. No bit is set: no MSR may be written.
 const DENIED: [u8; 1] = [0];
 
 impl Caps {
@@ -47,7 +46,7 @@ impl Caps {
         Self::answered(|cap| kvm.check_extension_raw(cap.into()))
     }
 
-    /// As KVM answers `KVM_CHECK_EXTENSION`.
+    /// Builds the value from `ask`, which answers as `KVM_CHECK_EXTENSION`.
     fn answered(ask: impl Fn(u32) -> i32) -> Self {
         let has = |cap, bit: u32| ask(cap) > 0 && ask(cap).cast_unsigned() & bit != 0;
         Self {
@@ -58,12 +57,13 @@ impl Caps {
         }
     }
 
-    /// Confines a VM that was just created: before its memory slots and its interrupt controllers.
-    /// With `pmu` it keeps the counters, if the host gives any.
+    /// Restricts a VM that was just created, before it has memory slots and interrupt controllers.
+    /// With `pmu` the VM keeps the performance counters, if the host has any.
     ///
     /// Setting the filter waits for a grace period of the VM's SRCU
-    /// (`kvm_vm_ioctl_set_msr_filter`): 70 us for its first, half of which its memory slots are
-    /// spared; 15 ms after `KVM_CREATE_IRQCHIP`, which begins one that is not expedited.
+    /// (`kvm_vm_ioctl_set_msr_filter`): 70 us for the VM's first, which saves the memory slots half
+    /// of that; 15 ms after `KVM_CREATE_IRQCHIP`, which starts a grace period that is not
+    /// expedited.
     pub(crate) fn confine(self, vm: &VmFd, pmu: bool) -> Result<(), KvmError> {
         for cap in self.enabled(pmu) {
             vm.enable_cap(&cap)
@@ -88,7 +88,7 @@ impl Caps {
     }
 
     fn enabled(self, pmu: bool) -> Vec<kvm_enable_cap> {
-        // The window of NOTIFY is in the upper half: none on top of the processor's own.
+        // The upper half holds the notify window. Zero adds nothing to the processor's own window.
         let notify = KVM_X86_NOTIFY_VMEXIT_ENABLED | KVM_X86_NOTIFY_VMEXIT_USER;
         let caps = [
             (
@@ -118,7 +118,7 @@ impl Caps {
 mod tests {
     use super::*;
 
-    /// What is enabled on a host that answers so.
+    /// Returns the capabilities enabled on a host with these answers.
     fn enabled(answers: &[(u32, i32)], pmu: bool) -> Vec<(u32, u64)> {
         let answer = |cap| {
             answers
@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn a_host_is_asked_for_what_it_has_and_no_more() {
         assert_eq!(enabled(&[], false), []);
-        // KVM answers with the modes that it has: off is bit 0, an exit is bit 1.
+        // KVM answers with a bit mask of its modes: off is bit 0, an exit is bit 1.
         let bus_locks = KVM_CAP_X86_BUS_LOCK_EXIT;
         assert_eq!(enabled(&[(bus_locks, 3)], false), [(bus_locks, 2)]);
         assert_eq!(enabled(&[(bus_locks, 1)], false), []);
@@ -142,7 +142,7 @@ mod tests {
         let pmu = KVM_CAP_PMU_CAPABILITY;
         assert_eq!(enabled(&[(pmu, 1)], false), [(pmu, 1)]);
         assert_eq!(enabled(&[(pmu, 1)], true), []);
-        // Errors are answers, too.
+        // An error counts as not supported.
         assert_eq!(
             enabled(&[(bus_locks, -1), (notify, -22), (pmu, -1)], false),
             []

@@ -1,4 +1,4 @@
-//! The state of a VM that goes on: taken while its vCPUs wait at the gate and its devices sleep.
+//! Captures the state of a VM that keeps running, while its vCPUs and devices are paused.
 
 use std::sync::Arc;
 
@@ -16,8 +16,9 @@ use crate::vcpu::control::{RunState, VcpuControl};
 use crate::vm_fds;
 use crate::vm_inner::{DropGuards, Hardware};
 
-/// What a VM is captured from. It keeps that much of the VM: whoever takes the VM apart meanwhile
-/// need not wait. Fields are dropped in this order: KVM's VM is closed before memory is unmapped.
+/// The parts of a VM that a capture needs. It shares them with the VM, so that a teardown of the VM
+/// need not wait for it. Fields are dropped in this order: the KVM VM is closed before memory is
+/// unmapped.
 #[derive(Debug)]
 pub(crate) struct Capture {
     pub(crate) hardware: Hardware,
@@ -25,18 +26,19 @@ pub(crate) struct Capture {
     pub(crate) vm: Arc<VmFd>,
     pub(crate) bus: Arc<DeviceBus>,
     pub(crate) ram: GuestRam,
-    pub(crate) _baggage: DropGuards,
+    pub(crate) _drop_guards: DropGuards,
 }
 
 impl Capture {
-    /// The state of a VM whose vCPUs wait at the gate, and what `with_memory` makes of its memory
-    /// while no device can write to it. Devices are saved before KVM's state, so that an interrupt
-    /// that a device raised is in the controllers when they are saved.
+    /// Saves the state of a VM whose vCPUs are parked, and returns it with the result of
+    /// `with_memory`, which runs while no device can write to memory. Devices are saved before
+    /// KVM's state, so that an interrupt raised by a device is in the controllers when they are
+    /// saved.
     pub(crate) fn save<T>(
         &self,
         with_memory: impl FnOnce(&GuestRam) -> std::io::Result<T>,
     ) -> Result<(VmState, T), SnapshotError> {
-        // Not locked meanwhile: their event thread serves other VMs.
+        // Paused rather than locked: their event thread also serves other VMs.
         let _asleep = Asleep::all(&self.bus.virtio);
         let devices = self.bus.virtio.iter();
         let saved = devices.map(|transport| transport.lock().save()).collect();
@@ -66,13 +68,13 @@ impl Capture {
         Ok((state, memory))
     }
 
-    /// Whether the guest has ended: nobody needs what is captured then.
+    /// Returns whether the guest has ended. The capture is then not needed any more.
     pub(crate) fn is_over(&self) -> bool {
         self.control.run_state() == RunState::Stop
     }
 }
 
-/// While it lives, the devices write nothing to guest memory.
+/// While this value lives, the devices write nothing to guest memory.
 struct Asleep<'a>(&'a [SharedTransport]);
 
 impl<'a> Asleep<'a> {

@@ -1,4 +1,4 @@
-//! The devices of a VM, made new or with the state that they had in another.
+//! The devices of a VM, created new or restored from the state of another VM.
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,7 +20,7 @@ use crate::vm_inner::{BootError, GUEST_CID, Hardware};
 
 /// The devices of one VM.
 pub(crate) struct Devices {
-    /// In the order of their windows.
+    /// In the order of their MMIO regions.
     pub(crate) virtio: Vec<Box<dyn VirtioDevice>>,
     pub(crate) serial: Option<SerialPort>,
     pub(crate) console: Console,
@@ -60,7 +60,7 @@ impl Devices {
         else {
             return Err(BootError::State("devices in another order".into()));
         };
-        // All that follows is images, or there are other devices than the VM has.
+        // The remaining devices must all be pmem, one for each of `images`.
         if rest.len() != images.len() {
             return Err(BootError::State("devices that the VM does not have".into()));
         }
@@ -104,14 +104,14 @@ impl Devices {
     }
 }
 
-/// A saved device that is not part of the saved hardware.
-const NO_EVENTS: &str = "a device without a wire";
+/// Error for a saved device that is not part of the saved hardware.
+const NO_EVENTS: &str = "a device without its eventfds";
 
-/// Restores the devices of a template's state, as a clone does, in 2 MiB of memory of their own,
-/// and lets each run: for the fuzz target of what can be in a template's file.
+/// Restores the devices of a template's state in 2 MiB of memory of their own, as a clone does, and
+/// runs each. For the fuzz target of the contents of a template's file.
 #[cfg(feature = "testing")]
 pub(crate) fn restore_devices(state: &VmState) -> Result<(), BootError> {
-    /// Runs of a device after which it shows nothing new.
+    /// Most runs of one device; further runs show nothing new.
     const RUNS: usize = 64;
     let ram = GuestRam::new(2 << 20)?;
     let device_events = [DeviceEvents::new()?, DeviceEvents::new()?];

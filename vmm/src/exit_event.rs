@@ -1,4 +1,4 @@
-//! How a VM ends: the first reported cause wins, everyone who waits is told.
+//! How a VM ended: the first reported cause wins, and all waiting tasks are notified.
 
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
@@ -9,7 +9,7 @@ use crate::vcpu::control::{RunState, VcpuControl};
 use crate::virtio::vsock::VsockHost;
 use crate::wake::Notice;
 
-/// Shared by a VM's threads; the only place that decides how the VM ended.
+/// Records how the VM ended, and is the only place that decides it. Shared by the VM's threads.
 #[derive(Debug)]
 pub(crate) struct ExitEvent {
     cause: Arc<Cause>,
@@ -18,7 +18,7 @@ pub(crate) struct ExitEvent {
     vsock: OnceLock<VsockHost>,
 }
 
-/// How the VM ended, for those who wait for that and keep nothing else of it.
+/// How the VM ended. Waiting tasks keep this part only, nothing else of the VM.
 #[derive(Debug, Default)]
 struct Cause {
     exit: OnceLock<Exit>,
@@ -35,7 +35,7 @@ impl ExitEvent {
         }
     }
 
-    /// The streams to end with the VM. Called once, before any vCPU runs.
+    /// Sets the vsock host whose streams end with the VM. Called once, before any vCPU runs.
     pub(crate) fn ends_streams(&self, vsock: VsockHost) {
         let _ = self.vsock.set(vsock);
     }
@@ -56,12 +56,12 @@ impl ExitEvent {
         }
     }
 
-    /// How it ended, if it did.
+    /// Returns how the VM ended, if it has.
     pub(crate) fn known(&self) -> Option<Exit> {
         self.cause.exit.get().cloned()
     }
 
-    /// Waits until it has ended.
+    /// Waits until the VM has ended.
     pub(crate) fn ended(&self) -> impl Future<Output = Exit> + Send + 'static {
         let cause = Arc::clone(&self.cause);
         async move { cause.known.until(|| cause.exit.get().cloned()).await }

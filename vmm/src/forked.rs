@@ -1,18 +1,19 @@
-//! Whether this process is still the one that used the library first, or a child that it forked:
-//! asked at each hand-off, and so without a system call.
+//! Tells whether this process is the one that used the library first, or a forked child of it.
+//! Operations on VMs check this, so it takes no system call (where the kernel has
+//! `MADV_WIPEONFORK`).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Made by a process for itself.
+/// A mark that a process makes for itself.
 #[derive(Debug)]
 pub(crate) struct Mark {
-    /// Set, and clear in a child. None where the host gave no such page.
+    /// A flag that is set, and cleared in a child. `None` where the host provides no such page.
     page: Option<&'static AtomicBool>,
     process: u32,
 }
 
 impl Mark {
-    /// Of the calling process; takes a page of its memory for as long as that lives.
+    /// Marks the calling process. Keeps a page of memory for the lifetime of the process.
     pub(crate) fn of_this_process() -> Self {
         let page = wiped_on_fork();
         if let Some(page) = page {
@@ -24,7 +25,7 @@ impl Mark {
         }
     }
 
-    /// Whether a child asks.
+    /// Returns whether the caller is a forked child of the process that made the mark.
     pub(crate) fn is_forked(&self) -> bool {
         match self.page {
             Some(page) => !page.load(Ordering::Relaxed),
@@ -32,14 +33,14 @@ impl Mark {
         }
     }
 
-    /// The process that made it.
+    /// The id of the process that made the mark.
     pub(crate) fn process(&self) -> u32 {
         self.process
     }
 }
 
-/// Memory that is full of zeroes, and of which a child of fork(2) has such anew (`MADV_WIPEONFORK`,
-/// since Linux 4.14).
+/// Maps a zeroed page that a child of fork(2) finds zeroed again (`MADV_WIPEONFORK`, since Linux
+/// 4.14).
 fn wiped_on_fork() -> Option<&'static AtomicBool> {
     let bytes = size_of::<AtomicBool>();
     // SAFETY: a new private mapping of a page, which nothing else knows of; the kernel rounds its
@@ -69,7 +70,7 @@ fn wiped_on_fork() -> Option<&'static AtomicBool> {
 mod tests {
     use super::*;
 
-    /// What a child of fork(2) finds.
+    /// Returns what [`Mark::is_forked`] returns in a child of fork(2).
     fn child_says(mark: &Mark) -> bool {
         // SAFETY: the child reads a page, and ends without running anything else.
         unsafe {

@@ -1,4 +1,4 @@
-//! Where things lie in the guest's physical address space and on its interrupt lines.
+//! Layout of the guest's physical address space, and its interrupt lines.
 //!
 //! ```text
 //! 0x0000_0500  GDT                       0x0000_0520  IDT
@@ -32,7 +32,7 @@ pub(crate) const CMDLINE: u64 = 0x2_0000;
 /// Bytes of command line with the terminating zero (`COMMAND_LINE_SIZE`,
 /// arch/x86/include/asm/setup.h).
 pub(crate) const CMDLINE_MAX: usize = 2048;
-/// ACPI tables, the first of which the boot parameters name.
+/// ACPI tables. The boot parameters hold the address of the first.
 pub(crate) const ACPI: u64 = 0x9_f000;
 /// MP table, in the extended BIOS data area where kernels look for it.
 pub(crate) const MPTABLE: u64 = 0x9_fc00;
@@ -54,15 +54,15 @@ pub(crate) const FIRST_IRQ: u32 = 5;
 pub(crate) const IRQ_LINES: u32 = 24;
 /// Interrupt line of the serial port (COM1).
 pub(crate) const SERIAL_IRQ: u32 = 4;
-/// Interrupt line of the interval timer. Kernels want to know of it also where there is none, and
-/// give up otherwise.
+/// Interrupt line of the interval timer. Reported to the guest also where there is no timer:
+/// kernels give up without it.
 pub(crate) const TIMER_IRQ: u32 = 0;
 /// I/O APIC registers.
 pub(crate) const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC registers.
 pub(crate) const LAPIC: u32 = 0xfee0_0000;
 
-/// The interrupt lines of a guest with so many virtio-mmio devices.
+/// Returns the interrupt lines of a guest with `devices` virtio-mmio devices.
 pub(crate) fn interrupt_lines(devices: u32, console: bool) -> Vec<u8> {
     let serial = console.then_some(SERIAL_IRQ);
     let virtio = (FIRST_IRQ..IRQ_LINES).take(devices as usize);

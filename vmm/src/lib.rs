@@ -1,13 +1,13 @@
-//! A minimal microVM monitor that lives inside its caller's process, straight on KVM.
+//! A minimal microVM monitor on KVM that runs inside the embedding program's process.
 //!
 //! A [`Vm`] is one guest: memory, vCPU threads, a serial console, and the virtio devices that
-//! Hearth needs (vsock, balloon, read-only images). Exactly one value owns it; dropping that value
-//! at any moment is safe and ends the guest. What the guest does can never be more to the host
-//! program than a typed error: a bad driver gets its device marked `DEVICE_NEEDS_RESET`, a bad vCPU
-//! ends its own VM.
+//! Hearth needs (vsock, balloon, read-only pmem). Exactly one value owns it; dropping that value at
+//! any moment is safe and ends the guest. A misbehaving guest causes at most a typed error in the
+//! embedding program: a bad driver gets its device marked `DEVICE_NEEDS_RESET`, a bad vCPU ends its
+//! own VM.
 //!
-//! Wakers of tasks that wait for a guest run on a thread of the library's own, which holds no lock:
-//! they may do anything, but one that blocks holds up those of all VMs of the process.
+//! Wakers of tasks that wait for a guest run on a dedicated thread of the library, which holds no
+//! lock. They may do anything, but a waker that blocks delays those of all VMs of the process.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,7 +1,7 @@
-//! What a VM may use of its host, whatever its guest does. The host's policy: a clone inherits it
-//! from its template, but nothing that is stored ever decides it.
+//! Limits on a VM's use of its host, whatever its guest does. They are the host's policy: a clone
+//! inherits them from its template, but they are never read from a stored template.
 
-/// See the module's text.
+/// See the module's documentation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
     /// Whether the threads that run the guest and its devices are confined (see

@@ -1,4 +1,4 @@
-//! How much host memory a VM has to itself.
+//! Counts the host memory that is private to a VM, from `/proc/self/pagemap`.
 
 use std::fs::File;
 use std::io;
@@ -10,12 +10,12 @@ use crate::snapshot::allocated;
 /// Bits of an entry of `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst).
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
 const OF_A_FILE: u64 = 1 << 61;
-/// Bytes of an entry, and of what is read at once.
+/// Bytes of one entry, and of one read of the file.
 const ENTRY: u64 = 8;
 const CHUNK: u64 = 64 << 10;
 
-/// Bytes of host memory that hold guest memory which no other VM shares: the pages that a clone has
-/// written to, or all that a cold VM has touched.
+/// Returns the bytes of host memory that hold guest memory which no other VM shares: the pages that
+/// a clone has written, or all pages that a cold VM has touched.
 pub(crate) fn private_bytes(ram: &GuestRam) -> io::Result<u64> {
     let mut pages = 0;
     each_own_page(ram, |_| pages += 1)?;
@@ -26,16 +26,16 @@ pub(crate) fn private_bytes(ram: &GuestRam) -> io::Result<u64> {
     Ok(pages * PAGE_SIZE + file)
 }
 
-/// Whose a page of guest memory is.
+/// The backing of a touched page of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Page {
-    /// Not of the memory's file: written through a private mapping. Present or swapped out.
+    /// Not a page of the memory's file: written through a private mapping. Present or swapped out.
     Own,
-    /// Of the file, and mapped.
+    /// A page of the memory's file that is mapped.
     OfFile,
 }
 
-/// Shows `see` the guest address of each page that is its VM's own, in ascending order.
+/// Calls `see` with the guest address of each page that is private to the VM, in ascending order.
 pub(crate) fn each_own_page(ram: &GuestRam, mut see: impl FnMut(u64)) -> io::Result<()> {
     each_page(ram, |addr, page| {
         if page == Page::Own {
@@ -44,14 +44,15 @@ pub(crate) fn each_own_page(ram: &GuestRam, mut see: impl FnMut(u64)) -> io::Res
     })
 }
 
-/// Shows `see` the guest address of each page that its VM has touched, in ascending order.
+/// Calls `see` with the guest address and the backing of each page that the VM has touched, in
+/// ascending order.
 pub(crate) fn each_page(ram: &GuestRam, mut see: impl FnMut(u64, Page)) -> io::Result<()> {
     let pagemap = File::open("/proc/self/pagemap").map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => {
             let cause = "/proc/self/pagemap is not there: is /proc mounted?";
             io::Error::new(io::ErrorKind::NotFound, cause)
         }
-        // Its number tells what to do.
+        // Kept as it is: its errno shows the remedy.
         _ => error,
     })?;
     let mut buffer = vec![0; CHUNK as usize];
@@ -95,7 +96,7 @@ mod tests {
         let file = Arc::clone(origin.file());
         let clone = GuestRam::map_file(file, 4 * MIB, Sharing::Private).unwrap();
         for number in 0..8 {
-            // What is only read stays shared.
+            // Pages that are only read stay shared.
             assert_eq!(clone.map().read_obj::<u8>(page(number)).unwrap(), 1);
         }
         assert_eq!(private_bytes(&clone).unwrap(), 0);

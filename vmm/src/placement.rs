@@ -1,4 +1,4 @@
-//! Where the threads that run a guest's processors may run: the embedding program's decision.
+//! Placement of vCPU threads on the host's processors, by a hook of the embedding program.
 
 use std::fmt;
 use std::io;
@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use rustix::thread::{CpuSet, Pid, gettid, sched_setaffinity};
 
-/// A thread that is about to run a vCPU, for whoever decides where it runs: on which processors
-/// ([`pin`](Self::pin)), in which control group (its [`id`](Self::id) into a `cgroup.threads`),
-/// beside whom (`PR_SCHED_CORE` of prctl(2), so that no other tenant's thread shares its core).
+/// A thread that is about to run a vCPU, as the embedding program's placement hook gets it. The
+/// hook may choose its processors ([`pin`](Self::pin)), its control group (by writing its
+/// [`id`](Self::id) to a `cgroup.threads`) and its core scheduling group (`PR_SCHED_CORE` of
+/// prctl(2), so that no other tenant's thread shares its core).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VcpuThread {
     index: usize,
@@ -16,7 +17,7 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// The calling thread, which is to run that vCPU.
+    /// Returns the id of the calling thread.
     pub(crate) fn own_id() -> Pid {
         gettid()
     }
@@ -25,23 +26,24 @@ impl VcpuThread {
         Self { index, id }
     }
 
-    /// The vCPU's number, from 0.
+    /// Returns the vCPU's number, from 0.
     #[must_use]
     pub fn index(&self) -> usize {
         self.index
     }
 
-    /// The thread's id, as sched_setaffinity(2) and the files of control groups take it.
+    /// Returns the thread's id, as sched_setaffinity(2) and the files of control groups take it.
     #[must_use]
     pub fn id(&self) -> i32 {
         self.id.as_raw_nonzero().get()
     }
 
-    /// Lets it run on these processors of the host alone, by their numbers, from 0 to 1023.
+    /// Restricts the thread to these processors of the host, given by their numbers, from 0 to
+    /// 1023.
     ///
     /// # Errors
-    /// The host's, which has none of them for this process; `InvalidInput` for a number that is too
-    /// large.
+    /// The host's error when this process may use none of them; `InvalidInput` for a number that is
+    /// too large.
     pub fn pin(&self, processors: &[usize]) -> io::Result<()> {
         let mut set = CpuSet::new();
         for processor in processors {
@@ -56,7 +58,7 @@ impl VcpuThread {
 
 type Hook = dyn Fn(&VcpuThread) -> io::Result<()> + Send + Sync;
 
-/// Is told of each thread before its vCPU runs.
+/// The embedding program's hook, called for each thread before its vCPU runs.
 #[derive(Clone)]
 pub(crate) struct Placement(Arc<Hook>);
 

@@ -1,21 +1,20 @@
-//! The working set of a clone: pages that the next one is sure to need, too, and can have before it
-//! asks.
+//! The working set of a clone: pages that later clones need too, populated before they touch them.
 
 use std::io;
 
 use crate::memory::{GuestRam, PAGE_SIZE};
 use crate::pagemap::{Page, each_page};
 
-/// The pages that a clone has touched since its fork: recorded once
-/// ([`Vm::working_set`](crate::Vm::working_set)), when it has given its first answer, say, for all
-/// clones to come ([`Template::prefetch`](crate::Template::prefetch)).
+/// The pages that a clone has touched since its fork. Recorded once
+/// ([`Vm::working_set`](crate::Vm::working_set)), for example after the clone's first answer, and
+/// used for all later clones ([`Template::prefetch`](crate::Template::prefetch)).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
     written: Vec<PageRange>,
     read: Vec<PageRange>,
 }
 
-/// Whole pages, one behind the other.
+/// A range of consecutive whole pages, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct PageRange {
     addr: u64,
@@ -23,7 +22,8 @@ struct PageRange {
 }
 
 impl WorkingSet {
-    /// What `ram`, a clone's, has of its own and shows of its template.
+    /// Records the pages of `ram`, a clone's memory, that were written (private) or read (shared
+    /// with the template).
     pub(crate) fn of(ram: &GuestRam) -> io::Result<Self> {
         let mut set = Self::default();
         each_page(ram, |addr, page| {
@@ -42,20 +42,23 @@ impl WorkingSet {
         Ok(set)
     }
 
-    /// Bytes that were written: each clone gets a copy of these, as it would at its first write.
+    /// Returns the bytes that were written: each clone gets its own copy of these, as it would at
+    /// its first write.
     #[must_use]
     pub fn written_bytes(&self) -> u64 {
         self.written.iter().map(|range| range.len).sum()
     }
 
-    /// Bytes that were only read, or lie beside such: all clones share these.
+    /// Returns the bytes that were only read, or that the host mapped beside such: all clones share
+    /// these.
     #[must_use]
     pub fn read_bytes(&self) -> u64 {
         self.read.iter().map(|range| range.len).sum()
     }
 
-    /// Gives `ram`, which nothing runs on yet, its pages. What lies outside, and what the host
-    /// refuses (before Linux 5.14, or out of memory), the guest gets when it asks.
+    /// Populates these pages in `ram`, which no vCPU uses yet. A range that is not inside `ram` is
+    /// skipped. Pages that the host refuses to populate (before Linux 5.14, or out of memory) are
+    /// faulted in when the guest touches them.
     pub(crate) fn fill(&self, ram: &GuestRam) {
         let kinds = [
             (&self.written, libc::MADV_POPULATE_WRITE),
@@ -104,8 +107,8 @@ mod tests {
         let next = clone();
         set.fill(&next);
         assert_eq!(private_bytes(&next).unwrap(), 3 * PAGE_SIZE);
-        // With what is read the host maps neighbours, as many as its windows reach, which lie
-        // otherwise in each mapping.
+        // With a page that is read the host maps its neighbours (fault-around); which ones differs
+        // from mapping to mapping.
         let again = WorkingSet::of(&next).unwrap();
         assert_eq!(again.written, set.written);
         let within = |part: &PageRange, whole: &PageRange| {

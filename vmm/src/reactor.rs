@@ -1,10 +1,10 @@
 //! The event threads: a small fixed set that serves the devices of all VMs of the process.
 //!
-//! Each VM has a place on one thread; each of its devices is one bell. A turn of a device does a
-//! bounded amount of work and rings its own bell when there is more. Between two looks at the bells
-//! each VM has one turn at most, whichever and however many of its devices want one, so that a
-//! guest waits for one turn of each other guest of its thread. Nothing blocks here. A place is
-//! taken and given up without waking the thread.
+//! Each VM has a place on one thread; each of its devices has one doorbell. A turn of a device does
+//! a bounded amount of work, and rings the device's own doorbell when more is left. Between two
+//! polls of the doorbells each VM gets at most one turn, no matter how many of its devices are
+//! signalled, so that a guest waits for at most one turn of each other guest of its thread. Nothing
+//! blocks here. A VM is attached and detached without waking the thread.
 //!
 //! Lock order: a VM's place, then a transport's lock.
 
@@ -29,7 +29,7 @@ use crate::threads::{self, LARGE_STACK};
 use crate::virtio::{Doorbell, Progress};
 use crate::wake;
 
-/// Most event threads of a process; fewer on hosts with fewer processors.
+/// Maximum number of event threads of a [`Reactor`]; fewer on hosts with fewer processors.
 const MAX_THREADS: usize = 2;
 
 /// The event threads could not be used.
@@ -41,7 +41,8 @@ pub struct ReactorError(#[source] pub(crate) Box<dyn std::error::Error + Send + 
 
 type Timers = Arc<Mutex<BinaryHeap<Reverse<Timer>>>>;
 
-/// Rings a bell at a time. Weak: a VM that is gone leaves nothing behind but this.
+/// Rings a doorbell at the time `at`. The reference is weak: a VM that is gone leaves nothing
+/// behind but this entry.
 struct Timer {
     at: Instant,
     doorbell: Weak<EventFd>,
@@ -64,12 +65,12 @@ impl Ord for Timer {
     }
 }
 
-/// A VM's devices, until they are served no more.
+/// A VM's devices; `None` once they are no longer served.
 type Place = Arc<Mutex<Option<Devices>>>;
 
 struct EventThread {
     epoll: Epoll,
-    /// By what their bells' events carry (see [`token`]).
+    /// By the place's number, which the events of its doorbells carry (see [`token`]).
     places: Mutex<HashMap<u64, Place>>,
     timers: Timers,
 }
@@ -80,12 +81,12 @@ impl EventThread {
     }
 }
 
-/// Devices of a VM that can be told apart, in bits of an event's data.
+/// Bits of an event's data that hold the device's index within its VM.
 const DEVICE_BITS: u32 = 16;
-/// Events that are taken at once.
+/// Maximum number of events per poll.
 const EVENTS: usize = 64;
 
-/// What the event of a device's bell carries.
+/// Returns the event data of a device's doorbell.
 fn token(place: u64, device: usize) -> u64 {
     place << DEVICE_BITS | device as u64
 }
@@ -94,15 +95,16 @@ fn occupant(place: &Place) -> MutexGuard<'_, Option<Devices>> {
     place.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The event threads of this process; started with the first VM, kept for the next.
+/// Event threads of this process; started with the first VM, kept for later ones.
 pub(crate) struct Reactor {
     threads: Vec<Arc<EventThread>>,
-    /// Places given so far: no two are ever the same.
+    /// Number of the next place; numbers are never reused.
     next: AtomicU64,
 }
 
 impl Reactor {
-    /// The process's event threads: those that are confined, or those for VMs that shall not be.
+    /// Returns the process's event threads: the confined ones, or those for VMs without seccomp
+    /// filters. Starts them if needed.
     pub(crate) fn get(confined: bool) -> Result<&'static Reactor, ReactorError> {
         static CONFINED: OnceLock<Reactor> = OnceLock::new();
         static FREE: OnceLock<Reactor> = OnceLock::new();
@@ -115,17 +117,18 @@ impl Reactor {
         if let Some(reactor) = reactor.get() {
             return Ok(reactor);
         }
-        // Before a thread that needs it can be confined.
+        // The waker thread must be started before a thread that needs it is confined.
         wake::start().map_err(|e| ReactorError(Box::new(e)))?;
         let count = std::thread::available_parallelism()
             .map_or(1, usize::from)
             .min(MAX_THREADS);
-        // If one cannot be started, those before it end, for nobody lets them begin.
+        // If one cannot be started, the threads before it end, as their `begin` senders are
+        // dropped.
         let ready = (0..count)
             .map(|index| start(index, confined))
             .collect::<Result<Vec<_>, _>>()?;
         let begin = |(thread, begin): (Arc<EventThread>, Sender<()>)| {
-            // It waits for that.
+            // The thread waits for this message.
             let _ = begin.send(());
             thread
         };
@@ -153,7 +156,7 @@ impl Reactor {
 }
 
 impl Attachment {
-    /// Gives `transports` the place `id` on `thread`.
+    /// Attaches `transports` to `thread`, as place `id`.
     fn new(
         thread: Arc<EventThread>,
         id: u64,
@@ -184,7 +187,7 @@ impl Attachment {
             watch,
         })));
         thread.places().insert(id, Arc::clone(&place));
-        // Dropped on failure: bells that are not listened to do no harm there.
+        // Dropped on failure, which removes only the doorbells that were registered.
         let mut attachment = Attachment {
             thread,
             id,
@@ -204,7 +207,8 @@ impl Attachment {
     }
 }
 
-/// A thread that is ready, and the word on which it begins. Without that it ends.
+/// Starts a thread and returns it with the sender of the message on which it begins to serve. If
+/// the sender is dropped without a message, the thread ends.
 fn start(index: usize, confined: bool) -> Result<(Arc<EventThread>, Sender<()>), ReactorError> {
     let thread = Arc::new(EventThread {
         epoll: Epoll::new().map_err(|e| ReactorError(Box::new(e)))?,
@@ -232,7 +236,7 @@ fn start(index: usize, confined: bool) -> Result<(Arc<EventThread>, Sender<()>),
     Ok((thread, begin))
 }
 
-/// Serves the VMs of a thread, for ever.
+/// Serves the VMs of `thread`; never returns.
 fn serve(thread: &EventThread) {
     let mut events = [EpollEvent::default(); EVENTS];
     loop {
@@ -250,8 +254,8 @@ fn serve(thread: &EventThread) {
     }
 }
 
-/// A turn for each VM of which a bell rang. Its other bells ring on: they are seen at the next
-/// look.
+/// Gives one turn to each VM with a signalled doorbell. Its other doorbells stay signalled, and are
+/// seen at the next poll.
 fn take_turns(thread: &EventThread, rung: &[EpollEvent]) {
     let mut tokens = [0; EVENTS];
     let tokens = tokens.get_mut(..rung.len()).unwrap_or_default();
@@ -263,7 +267,7 @@ fn take_turns(thread: &EventThread, rung: &[EpollEvent]) {
         let Some(id) = of_vm.first().map(|token| token >> DEVICE_BITS) else {
             continue;
         };
-        // None if its VM has gone since.
+        // `None` if the VM was detached after the poll.
         let place = thread.places().get(&id).cloned();
         let Some(place) = place else { continue };
         if let Some(devices) = &mut *occupant(&place) {
@@ -273,7 +277,8 @@ fn take_turns(thread: &EventThread, rung: &[EpollEvent]) {
     }
 }
 
-/// Rings the bells that are due; milliseconds until the next one is, or -1.
+/// Rings the doorbells whose timers are due. Returns the milliseconds until the next timer, or -1
+/// if there is none.
 fn ring_due(timers: &Timers) -> i32 {
     let now = Instant::now();
     let mut timers = timers.lock().unwrap_or_else(|e| e.into_inner());
@@ -292,12 +297,12 @@ fn ring_due(timers: &Timers) -> i32 {
 }
 
 /// A VM's place on an event thread. Dropping it waits until the thread will never touch the VM
-/// again (at most for the work that it is doing).
+/// again (at most for the turn in progress).
 pub(crate) struct Attachment {
     thread: Arc<EventThread>,
     id: u64,
     place: Place,
-    /// Those that the thread listens to.
+    /// The doorbells that are registered with the thread's epoll.
     doorbells: Vec<Doorbell>,
 }
 
@@ -317,7 +322,7 @@ impl Drop for Attachment {
             }
         }
         self.thread.places().remove(&self.id);
-        // Else an event that the thread has taken already would find them.
+        // Otherwise an event that the thread has already read would find the devices.
         let devices = occupant(&self.place).take();
         drop(devices);
     }
@@ -326,14 +331,14 @@ impl Drop for Attachment {
 struct Device {
     transport: SharedTransport,
     doorbell: Doorbell,
-    /// The earliest timer that is set for it.
+    /// The earliest timer that is set for the device.
     scheduled: Option<Instant>,
 }
 
 /// The devices of one VM.
 struct Devices {
     devices: Vec<Device>,
-    /// Which one had the last turn.
+    /// Index of the device that had the last turn.
     last: usize,
     timers: Timers,
     exit_event: Arc<ExitEvent>,
@@ -341,8 +346,8 @@ struct Devices {
 }
 
 impl Devices {
-    /// A turn for one of the devices whose bells `rung`, in ascending order: the next one after the
-    /// last that had a turn.
+    /// Gives a turn to one of the devices whose doorbells are signalled (`rung`, in ascending
+    /// order): the next one after the device that had the last turn.
     fn take_turn(&mut self, rung: impl Iterator<Item = usize> + Clone) {
         let next = rung.clone().find(|index| *index > self.last);
         let Some(index) = next.or_else(|| rung.clone().next()) else {
@@ -393,7 +398,7 @@ impl Device {
     }
 }
 
-/// An event thread that a test plays.
+/// An event thread that a test drives.
 #[cfg(test)]
 pub(crate) struct Played(Arc<EventThread>);
 
@@ -407,7 +412,7 @@ impl Played {
         }))
     }
 
-    /// Gives a VM the place `id`.
+    /// Attaches a VM as place `id`.
     pub(crate) fn attach(&self, id: u64, transports: Vec<SharedTransport>) -> Attachment {
         use crate::memory::{GuestRam, MIB};
         use crate::vcpu::control::{RunState, VcpuControl};
@@ -417,7 +422,7 @@ impl Played {
         Attachment::new(Arc::clone(&self.0), id, transports, exit_event, watch).unwrap()
     }
 
-    /// Looks at the bells once.
+    /// Polls the doorbells once, and gives the turns.
     pub(crate) fn look(&self) {
         let mut events = [EpollEvent::default(); EVENTS];
         let count = self.0.epoll.wait(0, &mut events).unwrap();

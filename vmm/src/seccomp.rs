@@ -1,14 +1,14 @@
 //! Seccomp filters for the threads that a guest could take over.
 //!
-//! A vCPU thread needs few system calls, an event thread few others. All else is answered with
-//! `EPERM`: a library never ends its caller's process. No program can be started from these
-//! threads, no socket or file opened, no memory made executable. They share their memory with the
-//! threads of the embedding program, which have no filter: this is a hurdle, not a wall
+//! A vCPU thread needs few system calls, an event thread few others. All others fail with `EPERM`:
+//! a library must not end its caller's process. These threads can start no program, open no socket
+//! or file, and make no memory executable. They share their memory with the threads of the
+//! embedding program, which have no filter: the filters are a mitigation, not an isolation boundary
 //! (`SECURITY.md`).
 //!
-//! What the embedding program runs on these threads is confined, too: its `tracing` subscriber, its
-//! panic hook, its allocator. Allocators and writers to descriptors that are open work. Its wakers
-//! run elsewhere (see [`crate::wake`]).
+//! Code of the embedding program that runs on these threads is confined, too: its `tracing`
+//! subscriber, its panic hook, its allocator. Allocators, and writers to descriptors that are
+//! already open, work. Its wakers run on another thread (see [`crate::wake`]).
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -25,7 +25,7 @@ use seccompiler::{
 )]
 pub struct SeccompError(#[source] Box<dyn std::error::Error + Send + Sync>);
 
-/// Threads that have a filter.
+/// Kinds of threads that have a filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     /// Runs the guest.
@@ -34,7 +34,8 @@ pub(crate) enum Role {
     Events,
 }
 
-/// What any thread of ours needs: memory, locks, time, open descriptors, and its own end.
+/// System calls that all of these threads need: for memory, locks, time, open descriptors, and
+/// their own exit.
 const COMMON: [i64; 26] = [
     libc::SYS_brk,
     libc::SYS_clock_gettime,
@@ -64,18 +65,20 @@ const COMMON: [i64; 26] = [
     libc::SYS_write,
     libc::SYS_writev,
 ];
-/// Event threads wait, and give guest pages back.
+/// System calls that event threads need besides: to wait (epoll), and to give guest pages back to
+/// the host (fallocate).
 const EVENTS: [i64; 4] = [
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
     libc::SYS_fallocate,
 ];
-/// `ioctl` types (`_IOC_TYPE`, include/uapi/asm-generic/ioctl.h) in bits 8 to 15: KVM's.
+/// Bits 8 to 15 of an `ioctl` request are its type (`_IOC_TYPE`, include/uapi/asm-generic/ioctl.h),
+/// and KVM's type.
 const IOCTL_TYPE_MASK: u64 = 0xff00;
 const KVM_TYPE: u64 = 0xae00;
 
-/// Confines the calling thread, for ever.
+/// Installs the filter of `role` on the calling thread; it cannot be removed.
 pub(crate) fn confine(role: Role) -> Result<(), SeccompError> {
     static VCPU: OnceLock<Option<BpfProgram>> = OnceLock::new();
     static EVENT: OnceLock<Option<BpfProgram>> = OnceLock::new();
@@ -93,24 +96,24 @@ pub(crate) fn confine(role: Role) -> Result<(), SeccompError> {
 fn filter(role: Role) -> Result<SeccompFilter, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         COMMON.into_iter().map(|call| (call, Vec::new())).collect();
-    // No memory that can be executed.
+    // No executable memory.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.insert(call, vec![masked(2, libc::PROT_EXEC as u64, 0)?]);
     }
-    // Kicks other vCPUs when this one ends the VM; signals to nobody else.
+    // To kick other vCPUs when this one ends the VM; no signals to other processes.
     let own = masked(0, u64::MAX, u64::from(std::process::id()))?;
     rules.insert(libc::SYS_tgkill, vec![own]);
-    // The standard library looks at a descriptor before it closes it.
+    // The standard library checks a descriptor with `F_GETFD` before it closes it.
     let look = masked(1, u64::MAX, libc::F_GETFD as u64)?;
     rules.insert(libc::SYS_fcntl, vec![look]);
     match role {
         Role::Vcpu => {
             let kvm = masked(1, IOCTL_TYPE_MASK, KVM_TYPE)?;
             rules.insert(libc::SYS_ioctl, vec![kvm]);
-            // It is named after the vCPU that it runs.
+            // The thread is named after the vCPU that it runs.
             let name = masked(0, u64::MAX, libc::PR_SET_NAME as u64)?;
             rules.insert(libc::SYS_prctl, vec![name]);
-            // The end of a meter (see `vcpu::quota`).
+            // To delete the timer of a meter (see `vcpu::quota`).
             rules.insert(libc::SYS_timer_delete, Vec::new());
         }
         Role::Events => rules.extend(EVENTS.into_iter().map(|call| (call, Vec::new()))),
@@ -123,7 +126,7 @@ fn filter(role: Role) -> Result<SeccompFilter, seccompiler::BackendError> {
     )
 }
 
-/// Allows a call whose argument has these bits.
+/// Returns a rule that allows a call whose `argument`, masked with `mask`, equals `value`.
 fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
     let op = SeccompCmpOp::MaskedEq(mask);
     SeccompRule::new(vec![SeccompCondition::new(
@@ -163,7 +166,8 @@ mod tests {
     }
 
     fn map(protection: i32) -> io::Result<()> {
-        // SAFETY: a new private mapping of one page, wherever the kernel likes; it is leaked.
+        // SAFETY: a new private mapping of one page, at an address that the kernel chooses; it is
+        // leaked.
         let address = unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
             libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0)
@@ -223,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_confined_thread_signals_nobody_but_its_own_process() {
-        // Signal 0 is sent to nobody (kill(2)); the parent's first thread has the parent's id.
+        // Signal 0 only checks, and sends none (kill(2)); a process's first thread has its id.
         // SAFETY: system calls without memory arguments.
         let ask =
             |process: i32| unsafe { called(libc::syscall(libc::SYS_tgkill, process, process, 0)) };

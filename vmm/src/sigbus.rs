@@ -1,11 +1,12 @@
-//! SIGBUS on the library's own threads ends a VM, not the embedding program.
+//! Handles SIGBUS on the library's own threads, so that it ends a VM and not the embedding program.
 //!
-//! The host's kernel sends it to a thread that touches memory that it cannot give: a page that the
-//! hardware has lost, a page of a template's file that cannot be read or was cut off, a guest that
-//! crosses cache lines with a locked instruction where `split_lock_detect=fatal`. A thread that
-//! serves a guest says so ([`Watch::guard`]); there the handler notes that this VM is over, and
-//! puts a page of zeroes where guest memory is lost, so that the access under way comes to its end.
-//! Everywhere else, and for any other address, whatever handled the signal before handles it.
+//! The host's kernel sends it to a thread that touches memory that the kernel cannot provide (a
+//! page that the hardware has lost, a page of a template's file that cannot be read or was cut
+//! off), or whose guest crosses cache lines with a locked instruction where
+//! `split_lock_detect=fatal`. A thread that serves a guest registers its VM ([`Watch::guard`]);
+//! there the handler marks the VM as lost, and maps a page of zeroes where guest memory is lost, so
+//! that the access in progress completes. On all other threads, and for faults that are not due to
+//! the guest, the signal goes to the handler that was installed before.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
@@ -16,26 +17,26 @@ use crate::memory::{GuestRam, HUGE_PAGE_SIZE, PAGE_SIZE};
 
 static WANTED: AtomicBool = AtomicBool::new(true);
 static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
-/// What handled the signal before; never freed, as the handler may run at any time.
+/// The previous action of the signal; never freed, as the handler may run at any time.
 static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
 
 thread_local! {
     /// The VM that this thread serves; null elsewhere. Const-initialised and without a destructor,
     /// so that the handler may read it at any time.
     static SERVED: Cell<*const Watch> = const { Cell::new(std::ptr::null()) };
-    /// Whether the thread is in `KVM_RUN`: what comes there is the guest's doing.
+    /// Whether the thread is in `KVM_RUN`: a SIGBUS there is caused by the guest.
     static IN_GUEST: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Leaves SIGBUS to the embedding program in this process: for one whose own handler must be the
-/// first. A host that loses memory of a guest's then ends the program, unless that handler knows
-/// better. Has an effect before the first VM only; returns whether it had.
+/// Leaves SIGBUS of this process to the embedding program, for a program whose own handler must be
+/// the first. Guest memory that the host loses then ends the program, unless that handler deals
+/// with it. Has an effect before the first VM only; returns whether it had.
 pub fn leave_sigbus_alone() -> bool {
     WANTED.store(false, Ordering::SeqCst);
     INSTALLED.get().is_none()
 }
 
-/// Installs the handler, once per process, in front of the one that is there.
+/// Installs the handler, once per process, in front of the previous one.
 pub(crate) fn install() -> std::io::Result<()> {
     let install = || {
         if !WANTED.load(Ordering::SeqCst) {
@@ -48,7 +49,7 @@ pub(crate) fn install() -> std::io::Result<()> {
         let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_sigbus;
         ours.sa_sigaction = handler as usize;
         ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-        // SAFETY: both are live structures. The one before is asked for first and kept, so that the
+        // SAFETY: both are live structures. The previous action is read and kept first, so that the
         // handler finds it from its first call on.
         let done = unsafe {
             if libc::sigaction(libc::SIGBUS, std::ptr::null(), &raw mut previous) == 0 {
@@ -67,11 +68,11 @@ pub(crate) fn install() -> std::io::Result<()> {
     installed.map_err(std::io::Error::from_raw_os_error)
 }
 
-/// What the handler must know of one VM.
+/// The state of one VM that the handler needs.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    /// Guest memory in this process: host address and bytes. It is mapped as long as this value
-    /// lives.
+    /// Host address and bytes of each region of guest memory in this process. All are mapped as
+    /// long as this value lives.
     ranges: Vec<(u64, u64)>,
     lost: AtomicBool,
     _ram: GuestRam,
@@ -87,7 +88,7 @@ impl Watch {
         })
     }
 
-    /// While the guard lives, the calling thread serves this VM.
+    /// Registers this VM as the one that the calling thread serves, while the guard lives.
     pub(crate) fn guard(&self) -> Guard<'_> {
         Guard {
             before: SERVED.replace(self),
@@ -95,12 +96,13 @@ impl Watch {
         }
     }
 
-    /// Whether the VM is over, because the host could not give its memory.
+    /// Whether a SIGBUS has ended the VM, for instance because the host could not provide its
+    /// memory.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Relaxed)
     }
 
-    /// Whether guest memory lies there.
+    /// Whether `address` is in guest memory.
     fn holds(&self, address: u64) -> bool {
         let inside = |(start, len): &(u64, u64)| address.wrapping_sub(*start) < *len;
         self.ranges.iter().any(inside)
@@ -119,7 +121,7 @@ impl Drop for Guard<'_> {
     }
 }
 
-/// Runs the guest, by `run`.
+/// Calls `run`, which enters the guest (`KVM_RUN`), and marks the thread as in the guest meanwhile.
 pub(crate) fn in_guest<T>(run: impl FnOnce() -> T) -> T {
     IN_GUEST.set(true);
     let result = run();
@@ -128,8 +130,8 @@ pub(crate) fn in_guest<T>(run: impl FnOnce() -> T) -> T {
 }
 
 extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel gives a valid structure to a handler with SA_SIGINFO, and a chained caller
-    // must; the errno of the interrupted code is this thread's own.
+    // SAFETY: the kernel passes a valid structure to a handler with SA_SIGINFO, and so must a
+    // handler that chains to this one; the errno of the interrupted code is this thread's own.
     let (code, address, errno) = unsafe {
         let info = &*info;
         (
@@ -139,9 +141,10 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut
         )
     };
     let served = SERVED.get();
-    // SAFETY: the guard that set it borrows the watch, and clears it before the borrow ends.
+    // SAFETY: the guard that set the pointer borrows the watch, and resets the pointer before the
+    // borrow ends.
     if served.is_null() || !unsafe { &*served }.is_met_by(code, address) {
-        // SAFETY: this is the call that the handler before would have got.
+        // SAFETY: called from the handler, with its own arguments.
         unsafe { chain(signal, info, context) };
     }
     // SAFETY: as above.
@@ -149,12 +152,13 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut
 }
 
 impl Watch {
-    /// Ends the VM if that is its due; async-signal-safe. False for what is not its doing.
+    /// Marks the VM as lost if the signal is due to its guest; async-signal-safe. Returns false if
+    /// it is not, or if a lost page could not be replaced outside of `KVM_RUN`.
     fn is_met_by(&self, code: c_int, address: u64) -> bool {
         // Only the kernel's own signals (positive codes) have an address.
         let is_lost_page = code > 0 && self.holds(address);
         let is_guests = match code {
-            // Sent to this very thread: nothing of ours does that.
+            // Sent to this thread alone, which the library never does.
             libc::SI_TKILL => true,
             code => is_lost_page || (code > 0 && IN_GUEST.get()),
         };
@@ -167,11 +171,12 @@ impl Watch {
     }
 }
 
-/// Puts zeroes where guest memory is lost: a page, or a huge one. Async-signal-safe.
+/// Maps zeroes where guest memory is lost: a page or, if that fails, a huge page.
+/// Async-signal-safe.
 fn replace_page(address: u64) -> bool {
     [PAGE_SIZE, HUGE_PAGE_SIZE].into_iter().any(|bytes| {
-        // SAFETY: the page lies in guest memory that is mapped as long as its watch lives; nobody
-        // holds Rust references into it. mmap(2) is a plain system call.
+        // SAFETY: the page lies in guest memory that is mapped as long as its watch lives; there
+        // are no Rust references into it. mmap(2) is a plain system call.
         let mapped = unsafe {
             libc::mmap(
                 (address & !(bytes - 1)) as *mut c_void,
@@ -186,28 +191,30 @@ fn replace_page(address: u64) -> bool {
     })
 }
 
-/// Has the signal handled as it was before.
+/// Passes the signal to the previous action.
 ///
 /// # Safety
-/// Only from the handler, with its own arguments.
+/// To be called only from the signal handler, with its own arguments.
 unsafe fn chain(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     let previous = PREVIOUS.load(Ordering::SeqCst);
     // SAFETY: set before the handler was installed, and never freed.
     let Some(previous) = (unsafe { previous.as_ref() }) else {
         return;
     };
-    // SAFETY: what sigaction(2) gave is SIG_DFL, SIG_IGN, or a function of the type that its flags
-    // say.
+    // SAFETY: the action from sigaction(2) is SIG_DFL, SIG_IGN, or a function of the type that its
+    // flags say.
     unsafe {
-        // A notice of memory that nobody has touched yet does not repeat itself either.
+        // A notice of lost memory that was not touched yet (BUS_MCEERR_AO) does not repeat itself
+        // either.
         let sent = (*info).si_code <= 0 || (*info).si_code == libc::BUS_MCEERR_AO;
         match previous.sa_sigaction {
             libc::SIG_IGN if sent => {}
-            // Nothing can be ignored that would happen again at once.
+            // A fault cannot be ignored: it would repeat itself at once.
             libc::SIG_DFL | libc::SIG_IGN => {
                 let default: libc::sigaction = std::mem::zeroed();
                 libc::sigaction(signal, &raw const default, std::ptr::null_mut());
-                // A fault repeats itself when the handler returns; what was sent is sent again.
+                // A fault repeats itself when the handler returns; a signal that was sent is sent
+                // again.
                 if sent {
                     libc::raise(signal);
                 }
@@ -233,7 +240,7 @@ mod tests {
     use crate::memory::{MIB, Sharing};
     use crate::seccomp::{Role, confine};
 
-    /// Was: the end of the embedding program.
+    /// Regression test: this used to end the embedding program.
     #[test]
     fn memory_that_a_device_cannot_read_ends_its_vm_alone() {
         install().unwrap();
@@ -246,7 +253,7 @@ mod tests {
         let watch = Watch::new(ram.clone());
         let other = Watch::new(GuestRam::new(MIB).unwrap());
         let seen = Arc::clone(&watch);
-        // As an event thread does: confined, and with other VMs before and after.
+        // Like an event thread: confined, and with another VM served before.
         let thread = std::thread::spawn(move || {
             confine(Role::Events).unwrap();
             drop(other.guard());
@@ -265,7 +272,8 @@ mod tests {
                 other.is_lost(),
             )
         });
-        // What was the guest's own is gone with the file, or not: the host may keep it.
+        // `read[1]` is not checked: the host may keep the guest's private copy, or drop it with the
+        // file.
         let (read, written, other_is_lost) = thread.join().unwrap();
         assert_eq!((read[0], written, other_is_lost), (0, 9, false));
         assert!(watch.is_lost());

@@ -1,12 +1,12 @@
-//! The library's threads take no part in the embedding program's signals.
+//! Keeps the embedding program's signals off the library's threads.
 //!
 //! A signal to a process goes to any thread that does not block it: a handler of the embedding
-//! program's would run on a thread of ours, on its small stack and under its seccomp filter. So
-//! threads are made by one that blocks all signals meanwhile, and begin with that. A vCPU thread
-//! lets in the one that kicks it (see `vcpu::kick`).
+//! program could run on a thread of the library, on its small stack and under its seccomp filter.
+//! Therefore the spawning thread blocks all signals meanwhile, and the new thread inherits its
+//! mask. A vCPU thread unblocks the signal that kicks it (see `vcpu::kick`).
 
-/// What the thread does that gets one of them (signal(7)). Blocked, they would end the program all
-/// the same, past its handlers.
+/// Signals that a thread's own instructions cause (signal(7)). If blocked, they would still end the
+/// program, without its handlers.
 const SYNCHRONOUS: [libc::c_int; 6] = [
     libc::SIGBUS,
     libc::SIGFPE,
@@ -16,14 +16,14 @@ const SYNCHRONOUS: [libc::c_int; 6] = [
     libc::SIGTRAP,
 ];
 
-/// Does `act`, which makes a thread, with all signals but [`SYNCHRONOUS`] ones blocked on the
+/// Calls `act`, which spawns a thread, with all signals but the [`SYNCHRONOUS`] ones blocked on the
 /// calling thread.
 pub(crate) fn blocked<T>(act: impl FnOnce() -> T) -> T {
     let _blocked = Blocked::new();
     act()
 }
 
-/// While it lives, signals are blocked. Holds what was blocked before.
+/// Guard that blocks signals while it lives. Holds the previous signal mask.
 struct Blocked(libc::sigset_t);
 
 impl Blocked {

@@ -1,4 +1,4 @@
-//! What a VM is doing, and how it ended.
+//! The status of a VM, and how it ended.
 
 use std::fmt;
 
@@ -8,36 +8,35 @@ use std::fmt;
 pub enum Exit {
     /// The guest powered itself off.
     PowerOff,
-    /// The guest asked for a reset. A stock kernel that panics with `panic=-1` looks the same; ours
-    /// is told apart.
+    /// The guest asked for a reset. A stock kernel that panics with `panic=-1` looks the same; our
+    /// kernel reports [`Exit::Panic`].
     Reboot,
     /// The guest's kernel halted without powering off.
     Halt,
-    /// The guest's kernel panicked (told by our kernel only).
+    /// The guest's kernel panicked (reported by our kernel only).
     Panic,
     /// The processor shut down after a triple fault.
     TripleFault,
     /// KVM could not go on, mostly because it cannot emulate an instruction.
     InternalError(InternalError),
-    /// The host could not give memory of the guest's: a page that its hardware has lost, a file of
-    /// a template or an image that was cut off or cannot be read. Or its kernel ended the
-    /// thread's work for another reason that it tells by SIGBUS (see
-    /// [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
+    /// The host could not provide a page of guest memory: its hardware lost the page, or the file
+    /// of a template or pmem image was truncated or cannot be read. Or the host's kernel sent the
+    /// thread SIGBUS for another reason (see [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
     BusError,
-    /// The host refused KVM the thread that it makes for a VM when that first runs (since Linux
-    /// 6.13). A boot says so by its error; a fork does not wait for it, and its VM ends so.
+    /// The host refused KVM the thread that it creates when a VM first runs (since Linux 6.13). A
+    /// boot returns this as an error; a fork does not wait for it, and its VM ends with this exit.
     NoThread,
-    /// The host program killed it.
+    /// The embedding program killed the VM.
     Killed,
-    /// The monitor failed or its thread panicked; the text says where. The VM is poisoned.
+    /// The monitor failed or one of its threads panicked; the text says where. The VM is poisoned.
     Failed(String),
 }
 
-/// What KVM tells about an internal error (Documentation/virt/kvm/api.rst,
+/// Details that KVM gives of an internal error (Documentation/virt/kvm/api.rst,
 /// KVM_EXIT_INTERNAL_ERROR).
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct InternalError {
-    /// KVM's number; 1 is a failed emulation.
+    /// KVM's suberror; 1 is a failed emulation.
     pub suberror: u32,
     /// Bytes at the instruction pointer, where KVM gives them; at most 15.
     pub instruction: Vec<u8>,

@@ -1,8 +1,8 @@
-//! Takes VMs apart off their owners' threads.
+//! Tears VMs down on threads of the library, not on their owners' threads.
 //!
 //! A few threads share one queue. A VM whose vCPU threads do not leave it at once is set aside and
-//! looked at again and again, so that it holds up no other one: after [`STOP_BOUND`] it counts as
-//! leaked, and when its threads have left after all it is released like any other.
+//! polled, so that it holds up no other VM: after [`STOP_BOUND`] it counts as leaked, and if its
+//! threads leave later it is released like any other.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,26 +16,27 @@ use crate::vm_inner::VmInner;
 
 /// How long stopping vCPU threads may take before their VM counts as leaked.
 pub(crate) const STOP_BOUND: Duration = Duration::from_secs(5);
-/// Threads. One that is stuck in what an embedding program let a VM carry holds up its own VM
-/// alone.
+/// Number of teardown threads. A thread that is stuck in a drop guard of the embedding program
+/// holds up its own VM alone.
 const THREADS: usize = 2;
-/// Most VMs that wait for a thread; who drops another one takes it apart itself.
+/// Maximum number of VMs in the queue. A thread that drops a VM while the queue is full tears it
+/// down itself.
 const QUEUE: usize = 256;
-/// How long a thread waits for one VM before it turns to the next. They leave within a signal's
-/// delivery.
+/// How long a thread waits for one VM before it turns to the next. vCPU threads leave within a
+/// signal's delivery.
 const AT_ONCE: Duration = Duration::from_millis(20);
-/// Pause between two looks at VMs that were set aside.
+/// Interval between two checks of VMs that were set aside.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// What is taken apart here.
+/// A value that teardown threads stop and drop: a VM.
 pub(crate) trait Teardown: Send + 'static {
-    /// Ends it and waits so long for its threads; whether they have left.
+    /// Ends the VM and waits up to `within` for its threads. Returns whether they have left.
     fn has_stopped(&self, within: Duration) -> bool;
-    /// It did not stop in time: whoever waits for its end does so no longer.
+    /// Called when the VM did not stop in time. Releases everyone who waits for its end.
     fn leaks(&mut self);
 }
 
-/// One that did not stop at once.
+/// A VM that did not stop at once.
 #[derive(Debug)]
 struct Late<M> {
     body: M,
@@ -51,25 +52,25 @@ struct State<M> {
     threads: usize,
 }
 
-/// See the module's text.
+/// The queue and the state of the teardown threads; see the module's documentation.
 #[derive(Debug)]
 pub(crate) struct TeardownQueue<M> {
     state: Mutex<State<M>>,
     arrived: Condvar,
-    /// Those that are leaked now.
+    /// Number of VMs that are leaked now.
     leaked: AtomicU64,
 }
 
-/// That of the process.
+/// Returns the queue of the process.
 pub(crate) fn teardown_queue() -> &'static Arc<TeardownQueue<VmInner>> {
-    static UNDERTAKER: std::sync::LazyLock<Arc<TeardownQueue<VmInner>>> =
+    static SHARED: std::sync::LazyLock<Arc<TeardownQueue<VmInner>>> =
         std::sync::LazyLock::new(Arc::default);
-    &UNDERTAKER
+    &SHARED
 }
 
-/// VMs of this process whose vCPU threads could not be stopped in 5 s and still run: their memory
-/// is mapped as long as they do. Anything but zero is a fault of the host's kernel or of this
-/// library.
+/// Returns the number of VMs of this process whose vCPU threads could not be stopped in 5 s and
+/// still run: their memory is mapped as long as the threads run. Anything but zero is a fault of
+/// the host's kernel or of this library.
 #[must_use]
 pub fn leaked_vms() -> u64 {
     teardown_queue().leaked.load(Ordering::Relaxed)
@@ -95,7 +96,7 @@ impl<M: Teardown> TeardownQueue<M> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts the threads, if that was not done before. Not to be called by a confined thread.
+    /// Starts the threads, if that was not done before. Must not be called by a confined thread.
     pub(crate) fn start(self: &Arc<Self>) -> std::io::Result<()> {
         let mut state = self.lock();
         while state.threads < THREADS {
@@ -106,7 +107,8 @@ impl<M: Teardown> TeardownQueue<M> {
         Ok(())
     }
 
-    /// Takes it apart soon, on a thread of its own.
+    /// Queues `body` for a teardown thread. Drops it here if the queue is full or no thread was
+    /// started.
     pub(crate) fn push(&self, body: M) {
         let mut state = self.lock();
         if state.waiting.len() < QUEUE && state.threads > 0 {
@@ -119,7 +121,7 @@ impl<M: Teardown> TeardownQueue<M> {
         }
     }
 
-    /// Takes over one that did not stop in [`STOP_BOUND`]: it is leaked, unless it stops later.
+    /// Takes over a VM that did not stop in [`STOP_BOUND`]: it is leaked until it stops.
     pub(crate) fn watch(&self, body: M) {
         let mut late = Late::new(body);
         self.leaks(&mut late);
@@ -171,14 +173,14 @@ impl<M: Teardown> TeardownQueue<M> {
         }
     }
 
-    /// Looks again; gives it back if it has not stopped.
+    /// Checks the VM again; returns it if it has not stopped.
     fn look(&self, mut late: Late<M>) -> Option<Late<M>> {
         if late.body.has_stopped(Duration::ZERO) {
             if late.is_leaked {
                 tracing::warn!("a VM that did not stop in time has stopped now, and is released");
             }
             release(late.body);
-            // When it is gone indeed.
+            // Only after the release: until then the VM counts as leaked.
             self.leaked
                 .fetch_sub(u64::from(late.is_leaked), Ordering::Relaxed);
             return None;
@@ -192,7 +194,8 @@ impl<M: Teardown> TeardownQueue<M> {
     }
 }
 
-/// What a VM carries is the embedding program's: its panic ends no thread of ours.
+/// Drops `body`. Its drop guards are code of the embedding program: a panic there must not end the
+/// teardown thread.
 fn release<M>(body: M) {
     let _ = catch_unwind(AssertUnwindSafe(move || drop(body)));
 }
@@ -220,7 +223,7 @@ mod tests {
 
     use super::*;
 
-    /// No answer after so long means that there will be none.
+    /// A test that waits longer than this has failed.
     const STUCK: Duration = Duration::from_secs(30);
 
     #[derive(Clone)]
@@ -247,7 +250,7 @@ mod tests {
                     std::thread::park();
                 }
             }
-            // Nobody listens at a test's end.
+            // The receiver may be gone at a test's end.
             let _ = self.gone.send(self.name);
             assert_ne!(self.name, "panics", "expected");
         }
@@ -278,7 +281,7 @@ mod tests {
         teardown_queue.watch(late);
         assert_eq!(is_gone.recv_timeout(STUCK), Ok("leaked"));
         assert_eq!(teardown_queue.leaked.load(Ordering::Relaxed), 1);
-        // Others are not held up by it, nor by one that was set aside.
+        // It holds up no other VM, and neither does one that was set aside.
         let aside = body("aside", false, &gone);
         let aside_stops = Arc::clone(&aside.stops);
         teardown_queue.push(aside);
@@ -313,7 +316,7 @@ mod tests {
     #[test]
     fn a_full_queue_is_no_reason_to_hold_more() {
         let teardown_queue = TeardownQueue::<Body>::default();
-        // No thread takes any of them.
+        // As if started, but without threads that take from the queue.
         teardown_queue.lock().threads = THREADS;
         let (gone, is_gone) = mpsc::channel();
         for _ in 0..QUEUE {

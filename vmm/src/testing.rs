@@ -1,4 +1,4 @@
-//! What fuzz targets reach of the monitor's inside.
+//! Access to the monitor's internals for fuzz targets.
 #![allow(missing_docs)]
 
 use std::path::Path;
@@ -8,34 +8,34 @@ use crate::snapshot::fixtures;
 use crate::virtio::VirtioDevice;
 use crate::virtio::pmem::{PmemDevice, PmemError, PmemImage};
 
-/// Reads the file as a kernel, as a boot would.
+/// Reads the file as a kernel, as a boot does.
 ///
 /// # Errors
-/// Those of a boot.
+/// As for a boot from this file.
 pub fn check_kernel(path: &Path) -> Result<(), KernelError> {
     boot::check_kernel(path)
 }
 
-/// A template's manifest file whose devices are these bytes.
+/// Returns a template's manifest file with `devices` as its encoded devices.
 #[must_use]
 pub fn template_with(devices: &[u8]) -> Vec<u8> {
     fixtures::file_with(devices)
 }
 
-/// Reads a template's manifest file, and restores the devices that it describes. Whether all of
-/// that was possible.
+/// Reads a template's manifest file, and restores the devices that it describes. Returns whether
+/// both succeeded.
 ///
 /// # Panics
-/// If what was read is not what is written again.
+/// If the manifest changes when it is written and read again.
 #[must_use]
 pub fn read_template(file: &[u8]) -> bool {
     fixtures::read(file)
 }
 
-/// The device of a read-only image, which lies at guest address `address`.
+/// Creates the pmem device of a read-only image at guest address `address`.
 ///
 /// # Errors
-/// Those of an image file.
+/// As for opening a pmem file.
 pub fn image_device(path: &Path, address: u64) -> Result<Box<dyn VirtioDevice>, PmemError> {
     Ok(Box::new(PmemDevice::new(PmemImage::open(path)?, address)))
 }

@@ -1,8 +1,8 @@
-//! How the library's threads are made: by one thread that makes nothing else.
+//! Spawns the library's threads, all from one thread that does nothing else.
 //!
-//! A thread begins with what the one that makes it has: processors, control group, credentials,
-//! priority. Those of whoever happens to need a thread say nothing about the VMs that it will serve
-//! later.
+//! A thread inherits processors, control group, credentials and priority from the thread that
+//! spawns it. Those of the thread that happens to need another one have nothing to do with the VMs
+//! that the new thread serves later.
 
 use std::io;
 use std::sync::mpsc::{self, Sender};
@@ -10,14 +10,14 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::signals;
 
-/// Stack of a thread that runs the library's own code: that does not recurse.
+/// Stack size of a thread that runs only the library's own code, which does not recurse.
 pub(crate) const SMALL_STACK: usize = 256 << 10;
-/// Stack of a thread that runs the embedding program's: as the standard library's threads have.
+/// Stack size of a thread that runs code of the embedding program: the standard library's default.
 pub(crate) const LARGE_STACK: usize = 2 << 20;
 
 type Body = Box<dyn FnOnce() + Send>;
 
-/// A thread to make, and where to say whether that was possible.
+/// A thread to spawn, and the channel for the result.
 struct Order {
     name: String,
     stack: usize,
@@ -26,12 +26,13 @@ struct Order {
 }
 
 struct Maker {
-    /// A forked child has none of the threads of its parent.
+    /// Id of the process that the maker thread is in: a forked child has none of its parent's
+    /// threads.
     process: u32,
     orders: Sender<Order>,
 }
 
-/// Makes a thread that runs `body` on a stack of so many bytes; it is not waited for.
+/// Spawns a detached thread that runs `body` on a stack of `stack` bytes.
 pub(crate) fn spawn(
     name: &str,
     stack: usize,
@@ -49,18 +50,18 @@ pub(crate) fn spawn(
         body,
         made,
     };
-    // The thread never ends; if it did, nobody would answer either.
+    // The maker thread never ends; if it did, `recv` would fail as well.
     let _ = maker.orders.send(order);
     let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
     is_made.recv().map_err(gone)?
 }
 
-/// Makes a thread for the rest of the library, as its own are made: all signals but those that a
-/// thread causes itself are blocked, and it has nothing of the calling thread. It is not waited
-/// for.
+/// Spawns a detached thread for the library's other crates, like the threads of this one: all
+/// signals but those that a thread causes itself are blocked, and it inherits nothing from the
+/// calling thread.
 ///
 /// # Errors
-/// Why the host gives none.
+/// The host's error when it cannot create a thread.
 #[doc(hidden)]
 pub fn spawn_neutral(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
     spawn(name, LARGE_STACK, body)
@@ -88,7 +89,7 @@ fn maker() -> io::Result<&'static Maker> {
         Box::new(move || {
             take_processors_of_the_process();
             for order in todo {
-                // Whoever asked for it waits.
+                // The requesting thread waits for this.
                 let _ = order.made.send(make(order.name, order.stack, order.body));
             }
         }),
@@ -97,8 +98,9 @@ fn maker() -> io::Result<&'static Maker> {
     Ok(MAKER.get_or_init(|| Maker { process, orders }))
 }
 
-/// The calling thread may run where the process's first thread may: what an administrator or a
-/// shell (taskset(1)) has decided for the program. Where that is not known it stays where it is.
+/// Gives the calling thread the processors of the process's first thread, which an administrator or
+/// a shell (taskset(1)) has chosen for the program. If these cannot be read, its own stay as they
+/// are.
 fn take_processors_of_the_process() {
     // SAFETY: all-zero is a valid set, of no processor.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };

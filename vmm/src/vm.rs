@@ -1,4 +1,4 @@
-//! [`Vm`]: the one value that owns a guest.
+//! [`Vm`]: the value that owns a guest.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,14 +21,14 @@ use crate::vm_inner::{BootError, CreateTimes, VmInner};
 
 /// A running guest. Exactly one value owns it; dropping that ends the guest.
 ///
-/// Dropping is safe at any moment and returns at once: the guest's vCPUs are told to stop, and a
-/// thread of the library joins them and releases all that the VM held. [`Vm::destroy`] waits for
-/// that.
+/// Dropping is safe at any moment and returns at once: it tells the guest's vCPUs to stop, and a
+/// thread of the library waits for that and releases all that the VM held. (If 256 VMs are queued
+/// for teardown, the drop does this itself.) [`Vm::destroy`] waits for the release.
 #[derive(Debug)]
 pub struct Vm {
-    /// Empty once it is taken apart, or made a template.
+    /// `None` once the VM was torn down, or made a template.
     inner: Mutex<Option<VmInner>>,
-    /// What outlives the machine: cheap handles.
+    /// Cheap handles that outlive `inner`.
     handles: Handles,
 }
 
@@ -44,7 +44,7 @@ struct Handles {
     profile: CpuProfile,
 }
 
-/// A pause that is not over yet. See [`Vm::pause`].
+/// Why a VM could not be paused or resumed. See [`Vm::pause`].
 #[derive(Debug, thiserror::Error)]
 pub enum PauseError {
     /// The VM has ended.
@@ -53,25 +53,26 @@ pub enum PauseError {
     /// A vCPU did not stop in time; the VM goes on.
     #[error("a vCPU did not stop in time; the VM goes on")]
     Deadline,
-    /// This process was forked from the one that has the VM.
+    /// This process was forked from the one that owns the VM.
     #[error("the VM is the parent process's: execute a program after fork(2)")]
     Forked,
 }
 
-/// How long a pause waits for the vCPUs, of time in which this process could run. They leave the
-/// guest within a signal's delivery.
+/// How long a pause waits for the vCPUs, counting only time in which this process could run. vCPUs
+/// leave the guest as soon as a signal is delivered.
 const PAUSE_BOUND: Duration = Duration::from_secs(5);
-/// How long [`Vm::pause_at_rest`] lets the guest work between two looks.
+/// How long [`Vm::pause_at_rest`] lets the guest run between two checks.
 const REST_INTERVAL: Duration = Duration::from_millis(10);
-/// Linux reports free pages 2 s after they were freed (mm/page_reporting.c), a clone's first
-/// quarter of a million instructions if its template had not.
+/// How long an emulated guest must not use devices to count as idle. Linux reports free pages 2 s
+/// after they were freed (mm/page_reporting.c). In a template captured earlier, that costs each
+/// clone its first quarter of a million instructions.
 const CALM: Duration = Duration::from_millis(2200);
-/// How long a guest at rest has nothing to do: several times what a clone needs to answer its first
-/// ping where ring 0 is emulated.
+/// Least time to the next timer of an idle guest: several times as long as a clone takes to answer
+/// its first ping on an emulated host.
 const QUIET: Duration = Duration::from_millis(300);
 
 impl Vm {
-    /// Makes the VM and lets it run. Blocks for a few milliseconds (files are read and copied).
+    /// Creates the VM and lets it run. Blocks for a few milliseconds (files are read and copied).
     ///
     /// # Errors
     /// [`BootError`] says what is missing or impossible; nothing is left behind.
@@ -81,7 +82,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Makes the VM without letting it run; [`Vm::resume`] starts it.
+    /// Creates the VM without letting it run; [`Vm::resume`] starts it.
     ///
     /// # Errors
     /// As [`Vm::boot`].
@@ -106,7 +107,8 @@ impl Vm {
         }
     }
 
-    /// Gives a prepared VM the rest of its template's state, and lets it go on.
+    /// Restores the rest of the template's state into a prepared VM, and lets it run if `run_state`
+    /// says so.
     pub(crate) fn restore(
         &mut self,
         state: &VmState,
@@ -115,9 +117,9 @@ impl Vm {
         Host::get()?;
         let inner = self.inner.get_mut();
         let inner = inner.unwrap_or_else(PoisonError::into_inner);
-        let gone = || BootError::State("the VM was taken apart".into());
+        let gone = || BootError::State("the VM was torn down".into());
         let inner = inner.as_mut().ok_or_else(gone)?;
-        // A thread that could not be made ready has ended it.
+        // A vCPU thread that failed to get ready has ended the VM.
         if let Some(exit) = inner.exit_event.known() {
             return Err(BootError::State(exit.to_string()));
         }
@@ -129,7 +131,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Its memory, for tests that look at it.
+    /// The VM's memory, for tests.
     #[cfg(test)]
     pub(crate) fn ram(&self) -> Option<crate::memory::GuestRam> {
         self.inner().as_ref().and_then(VmInner::ram).cloned()
@@ -139,7 +141,7 @@ impl Vm {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the VM is doing.
+    /// Returns whether the VM is running, paused or ended.
     #[must_use]
     pub fn status(&self) -> VmStatus {
         match self.handles.exit_event.known() {
@@ -155,8 +157,8 @@ impl Vm {
         self.handles.exit_event.ended()
     }
 
-    /// Stops the vCPUs until [`Vm::resume`]. Returns once none runs. Blocks for a signal's
-    /// delivery.
+    /// Stops the vCPUs until [`Vm::resume`]. Returns once none runs. Blocks about as long as a
+    /// signal takes to be delivered.
     ///
     /// # Errors
     /// [`PauseError`]; on `Deadline` the VM goes on running.
@@ -169,11 +171,11 @@ impl Vm {
         settled
     }
 
-    /// As [`Vm::pause`], but first waits until the guest is at rest: every vCPU idle, no timer due
-    /// soon and, where ring 0 is emulated, no device used for 2 s. A template then holds no
-    /// work half done, or about to begin, which each of its clones would have to do. After half
-    /// of `limit` being idle is enough, after `limit` the guest is stopped as it is. Returns
-    /// whether it was idle. Blocks.
+    /// As [`Vm::pause`], but first waits until the guest is idle: every vCPU idle, no timer due
+    /// soon and, where ring 0 is emulated ([`CpuProfile::Emulated`]), no device used for 2.2 s. A
+    /// template then holds no work half done or about to begin, which each of its clones would have
+    /// to do. After half of `limit` idle vCPUs are enough; after `limit` the guest is stopped as it
+    /// is. Returns whether it was idle. Blocks.
     ///
     /// # Errors
     /// As [`Vm::pause`].
@@ -203,8 +205,8 @@ impl Vm {
         }
     }
 
-    /// As [`Vm::pause`], but returns at once: the vCPUs stop soon. A [`Vm::resume`] that follows
-    /// wins.
+    /// As [`Vm::pause`], but returns at once: the vCPUs stop soon. A later [`Vm::resume`] overrides
+    /// it.
     ///
     /// # Errors
     /// [`PauseError::Ended`] when the VM has ended.
@@ -212,7 +214,7 @@ impl Vm {
         self.run_state(RunState::Pause)
     }
 
-    /// Lets the vCPUs go on.
+    /// Lets the vCPUs run again.
     ///
     /// # Errors
     /// [`PauseError::Ended`] when the VM has ended.
@@ -220,14 +222,14 @@ impl Vm {
         self.run_state(RunState::Run)
     }
 
-    /// Keeps the vCPUs at the gate, whoever resumes the VM meanwhile.
+    /// Keeps the vCPUs parked while the guard lives, even if the VM is resumed meanwhile.
     fn hold(&self) -> Result<PauseGuard<'_>, PauseError> {
         Self::is_here()?;
         let hold = self.handles.control.hold();
         self.settled().map(|()| hold)
     }
 
-    /// Waits until no vCPU runs behind the closed gate.
+    /// Waits until every vCPU is parked (not at all if they may run).
     fn settled(&self) -> Result<(), PauseError> {
         if !self.handles.control.settle(PAUSE_BOUND) {
             return Err(PauseError::Deadline);
@@ -238,7 +240,7 @@ impl Vm {
         }
     }
 
-    /// Its threads are in this process.
+    /// Checks that the VM's threads are in this process.
     fn is_here() -> Result<(), PauseError> {
         match is_forked() {
             true => Err(PauseError::Forked),
@@ -248,7 +250,7 @@ impl Vm {
 
     fn run_state(&self, run_state: RunState) -> Result<(), PauseError> {
         Self::is_here()?;
-        // The end is known before the gate is shut for good.
+        // The exit is recorded before the run state becomes `Stop`.
         if let Some(exit) = self.handles.exit_event.known() {
             return Err(PauseError::Ended(exit));
         }
@@ -266,19 +268,19 @@ impl Vm {
         }
     }
 
-    /// The host's end of the guest's sockets.
+    /// The host's side of the guest's vsock sockets.
     #[must_use]
     pub fn vsock(&self) -> &VsockHost {
         &self.handles.vsock
     }
 
-    /// The host's hand on the guest's balloon.
+    /// The host's control of the guest's balloon.
     #[must_use]
     pub fn balloon(&self) -> &Balloon {
         &self.handles.balloon
     }
 
-    /// What the guest printed on its serial console (if it was given one).
+    /// The guest's output on its serial console (if it was given one).
     #[must_use]
     pub fn console(&self) -> &Console {
         &self.handles.console
@@ -290,9 +292,9 @@ impl Vm {
         &self.handles.exits
     }
 
-    /// How the guest's drivers treated the virtio devices, in the order of their windows: vsock,
-    /// balloon, images. Empty once the VM has been taken apart. For logs: a guest can make
-    /// these numbers what it likes.
+    /// How the guest's drivers treated the virtio devices, in the order of their MMIO regions:
+    /// vsock, balloon, pmem. Empty once the VM was torn down. For logs only: a guest controls these
+    /// numbers.
     #[must_use]
     pub fn device_faults(&self) -> Vec<DeviceFaults> {
         let inner = self.inner();
@@ -301,9 +303,9 @@ impl Vm {
     }
 
     /// Guest instructions that KVM's emulator has run so far, over all vCPUs: nearly all of the
-    /// guest's kernel where ring 0 is emulated, a few device accesses elsewhere. Repeats within
-    /// a few percent where times do not. `None` unless [`VmConfig`] asked for it and the host
-    /// counts (Linux 5.14).
+    /// guest's kernel on a host that emulates ring 0, a few device accesses elsewhere. Repeatable
+    /// within a few percent where times are not. `None` unless [`VmConfig`] asked for it and the
+    /// host counts (Linux 5.14).
     #[must_use]
     pub fn emulated_instructions(&self) -> Option<u64> {
         let inner = self.inner();
@@ -312,12 +314,11 @@ impl Vm {
         counts.sum::<Option<u64>>().filter(|_| !stats.is_empty())
     }
 
-    /// Bytes of host memory that hold guest memory which no other VM shares: what a clone has
-    /// written to, or all that a cold VM has touched. Reads the host's page table: about 3 us
-    /// per MiB.
+    /// Bytes of host memory that hold guest memory not shared with another VM: pages written by a
+    /// clone, or all pages touched by a cold VM. Reads the host's page table: about 3 us per MiB.
     ///
     /// # Errors
-    /// When `/proc` cannot be read, or the VM has been taken apart.
+    /// When `/proc` cannot be read, or the VM was torn down.
     pub fn private_bytes(&self) -> std::io::Result<u64> {
         let inner = self.inner();
         let ram = inner.as_ref().and_then(VmInner::ram);
@@ -325,18 +326,18 @@ impl Vm {
         crate::pagemap::private_bytes(ram)
     }
 
-    /// The pages that this VM, a clone, has touched so far: for [`Template::prefetch`]. Whether it
-    /// runs or waits does not matter.
+    /// The pages that this VM, a clone, has touched so far, for [`Template::prefetch`]. The VM may
+    /// be running or paused.
     ///
     /// # Errors
-    /// When the host does not tell, or the VM was taken apart.
+    /// When the host does not report its pages, or the VM was torn down.
     pub fn working_set(&self) -> std::io::Result<WorkingSet> {
         let inner = self.inner();
         let ram = inner.as_ref().and_then(VmInner::ram);
         WorkingSet::of(ram.ok_or(std::io::ErrorKind::NotFound)?)
     }
 
-    /// How long the steps of making this VM took.
+    /// How long the steps of creating this VM took.
     #[must_use]
     pub fn times(&self) -> CreateTimes {
         self.handles.times
@@ -348,36 +349,36 @@ impl Vm {
         self.handles.profile
     }
 
-    /// Captures the VM as a template and lets it go on as it was (running or paused, or as
-    /// [`Vm::resume`] and [`Vm::pause`] said meanwhile). Blocks while the guest's touched memory is
-    /// copied (about 1 ms per MiB); other VMs are not held up, nor is who looks at this one. One
-    /// that is ended or taken apart meanwhile is not captured.
+    /// Captures the VM as a template and lets it continue as it was (running or paused, or as set
+    /// by a [`Vm::resume`] or [`Vm::pause`] meanwhile). Blocks while the guest's touched memory is
+    /// copied (about 1 ms per MiB); neither other VMs nor other calls that inspect this one wait
+    /// for it. A VM that ends or is torn down meanwhile is not captured.
     ///
-    /// Programs in the guest go on in a clone from where they are, before it can be told that it is
-    /// a clone. An agent that can hold them (`AgentClient::freeze` of hearth-agent) should do
-    /// so before.
+    /// Programs in a clone continue from where they are, before they can be told that they are in a
+    /// clone. An agent that can hold them (`AgentClient::freeze` of hearth-agent) should do so
+    /// before the capture.
     ///
     /// # Errors
-    /// [`SnapshotError`]; the VM goes on.
+    /// [`SnapshotError`]; the VM continues.
     pub fn snapshot(&self) -> Result<Template, SnapshotError> {
         let _held = self.hold()?;
         let template = self.capture().and_then(|it| Template::copy_of(&it));
         match self.handles.exit_event.known() {
-            // Ended meanwhile.
+            // The VM ended meanwhile.
             Some(exit) if template.is_err() => Err(PauseError::Ended(exit).into()),
             _ => template,
         }
     }
 
-    /// What a copy is made of. The machine's lock is free meanwhile: whoever looks at the VM, or
-    /// ends it, need not wait.
+    /// Returns the parts that a copy needs. The lock on `inner` is free during the copy, so that
+    /// calls that inspect or end the VM need not wait.
     pub(crate) fn capture(&self) -> Result<Capture, SnapshotError> {
         let capture = self.inner().as_ref().and_then(VmInner::capture);
         capture.ok_or(SnapshotError::Running)
     }
 
-    /// Makes the VM a template: it stops here, and its memory is the template's without a copy.
-    /// Blocks for about 20 ms.
+    /// Turns the VM into a template: it stops, and the template takes its memory without a copy
+    /// (that of a clone, or in reserved huge pages, is copied). Blocks for about 20 ms.
     ///
     /// # Errors
     /// [`SnapshotError`]; the VM is gone.
@@ -387,27 +388,27 @@ impl Vm {
         inner.ok_or(SnapshotError::Running).and_then(Template::of)
     }
 
-    /// Keeps `baggage` until nothing of the VM is left: it is dropped last, on whatever thread
-    /// takes the VM apart; at once if that has begun. Of a VM that is
-    /// [leaked](crate::leaked_vms), when that is known.
+    /// Keeps `guard` until nothing of the VM is left, and drops it last, on the thread that tears
+    /// the VM down; at once if that has begun. If the VM is [leaked](crate::leaked_vms), the guard
+    /// is dropped when that is known.
     ///
-    /// Its drop may do anything but block for long: the threads that take VMs apart are few.
-    pub fn on_drop(&self, drop_guards: impl Send + 'static) {
+    /// Its drop may do anything but block for long: there are few teardown threads.
+    pub fn on_drop(&self, guard: impl Send + 'static) {
         if let Some(inner) = &*self.inner() {
-            inner.drop_guards.add(Box::new(drop_guards));
+            inner.drop_guards.add(Box::new(guard));
         }
     }
 
     /// Ends the guest and waits until everything that it held is released (bounded: a VM whose vCPU
-    /// thread does not stop in 5 s is [leaked](crate::leaked_vms), and released when it has
-    /// stopped after all). Blocks; from async code use `spawn_blocking` or simply drop.
+    /// thread does not stop in 5 s is [leaked](crate::leaked_vms), and released once it has
+    /// stopped). Blocks; from async code use `spawn_blocking` or simply drop.
     pub fn destroy(self) {
         self.teardown();
     }
 
-    /// As [`Vm::destroy`], for a VM that somebody else owns: what is left is a value that knows how
-    /// its guest ended. Does not wait if another thread takes it apart already; what the VM
-    /// [carries](Vm::carry) tells when that is done.
+    /// As [`Vm::destroy`], for a VM with another owner. The remaining value still knows how its
+    /// guest ended. Does not wait if another thread tears the VM down already; a guard given to
+    /// [`Vm::on_drop`] is dropped when that is done.
     pub fn teardown(&self) {
         let inner = self.inner().take();
         drop(inner);

@@ -1,5 +1,5 @@
-//! The frame of a VM: all that does not depend on what its guest does or has done. KVM's VM with
-//! memory slots, interrupt controllers and vCPUs, and the wires between it and its devices.
+//! The fds of a VM, independent of its guest's state: KVM's VM with memory slots, interrupt
+//! controllers and vCPUs, and the eventfds that connect it with its devices.
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -14,26 +14,26 @@ use crate::virtio::pmem::PmemImage;
 use crate::virtio::{Doorbell, Interrupt};
 use crate::vm_inner::{BootError, Hardware};
 
-/// Virtio devices of every VM, in the order of their windows: vsock, balloon. Images follow.
+/// Virtio devices of every VM, in the order of their MMIO regions: vsock, balloon. Pmem follows.
 pub(crate) const BASE_DEVICES: usize = 2;
 
-/// An image and its guest address.
+/// A pmem image and its guest address.
 pub(crate) type PlacedImage = (PmemImage, u64);
 
-/// See the module's text. Fields are dropped in this order: the VM is closed before its memory is
-/// unmapped.
+/// See the module's documentation. Fields are dropped in this order: the VM is closed before its
+/// memory is unmapped.
 #[derive(Debug)]
 pub(crate) struct VmFds {
     pub(crate) vcpus: Vec<VcpuFd>,
     pub(crate) vm: VmFd,
-    /// Of each virtio device.
+    /// One for each virtio device.
     pub(crate) device_events: Vec<DeviceEvents>,
     pub(crate) serial: Option<EventFd>,
     pub(crate) images: Vec<PlacedImage>,
     pub(crate) ram: GuestRam,
 }
 
-/// What connects a virtio device with the guest: its kicks, and the device's interrupts.
+/// The eventfds of a virtio device: the guest's notifications, and the device's interrupts.
 #[derive(Clone, Debug)]
 pub(crate) struct DeviceEvents {
     pub(crate) doorbell: Doorbell,
@@ -41,7 +41,7 @@ pub(crate) struct DeviceEvents {
 }
 
 impl DeviceEvents {
-    /// A wire without a guest.
+    /// Creates the eventfds without registering them with a VM.
     pub(crate) fn new() -> Result<Self, BootError> {
         Ok(Self {
             doorbell: Doorbell::new().map_err(BootError::Descriptors)?,
@@ -49,13 +49,13 @@ impl DeviceEvents {
         })
     }
 
-    /// The wire of the device in this window.
+    /// Creates the eventfds of the device at MMIO region `index` and registers them with `vm`.
     fn to(vm: &VmFd, index: u32) -> Result<Self, BootError> {
         let events = Self::new()?;
         let base = layout::MMIO_BASE + u64::from(index) * layout::MMIO_SIZE;
         vm.register_irqfd(events.interrupt.fd(), layout::FIRST_IRQ + index)
             .map_err(KvmError::of("KVM_IRQFD"))?;
-        // One bell for all queues of a device: any value written to QueueNotify rings it.
+        // One doorbell for all queues of a device: any value written to QueueNotify rings it.
         let notify = IoEventAddress::Mmio(base + register::QUEUE_NOTIFY);
         vm.register_ioevent(events.doorbell.fd(), &notify, NoDatamatch)
             .map_err(KvmError::of("KVM_IOEVENTFD"))?;
@@ -63,13 +63,13 @@ impl DeviceEvents {
     }
 }
 
-/// The eventfd of the serial port's interrupt.
+/// Creates the eventfd of the serial port's interrupt.
 pub(crate) fn serial_interrupt() -> Result<EventFd, BootError> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BootError::Descriptors)
 }
 
 impl VmFds {
-    /// Memory slots before the interrupt controllers (see [`kvm::set_memory`]).
+    /// Creates memory slots before the interrupt controllers (see [`kvm::set_memory`]).
     pub(crate) fn new(
         host: &'static Host,
         hardware: Hardware,
@@ -106,7 +106,7 @@ impl VmFds {
     }
 }
 
-/// vCPUs as KVM makes them, of a VM without memory: for what they are before they have a state.
+/// Creates vCPUs of a VM without memory, to read their state as KVM creates it.
 pub(crate) fn fresh_vcpus(host: &Host, hardware: Hardware) -> Result<Vec<VcpuFd>, KvmError> {
     let vm = kvm::create_vm(host.kvm())?;
     host.caps().confine(&vm, hardware.pmu)?;

@@ -1,9 +1,9 @@
-//! What a VM owns, how it is made, and how it is taken apart.
+//! The parts of a VM, its creation and its teardown.
 //!
-//! A [`VmInner`] is taken apart in this order: streams end, vCPU threads are stopped and leave it
-//! (in bounded time), the event thread lets go, KVM is closed, and only then memory is unmapped. A
-//! machine whose vCPU threads do not leave in time is kept whole: nothing is unmapped under them.
-//! It is leaked, which is counted and logged, until they do (see [`crate::teardown`]).
+//! A [`VmInner`] is torn down in this order: streams end, vCPU threads are stopped and leave it (in
+//! bounded time), the event thread lets go, KVM is closed, and only then memory is unmapped. A VM
+//! whose vCPU threads do not leave in time is kept whole: nothing is unmapped under them. It counts
+//! as leaked, and is logged, until they leave (see [`crate::teardown`]).
 
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,10 +40,10 @@ use crate::virtio::pmem::{PmemError, PmemFile, PmemImage, place};
 use crate::virtio::vsock::VsockHost;
 use crate::vm_fds::{BASE_DEVICES, DeviceEvents, PlacedImage, VmFds};
 
-/// The guest's vsock address. Every VM has its own socket space, so that one number serves all.
+/// The guest's vsock address. Every VM has its own socket space, so one number serves all.
 pub const GUEST_CID: u64 = 3;
 
-/// Why a VM could not be made. Nothing of it is left.
+/// Why a VM could not be created. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The configuration is not possible on this host.
@@ -52,16 +52,16 @@ pub enum BootError {
     /// The host cannot run guests.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// Guest memory could not be made.
+    /// Guest memory could not be created.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// An image file cannot be given to the guest.
+    /// A pmem file cannot be given to the guest.
     #[error(transparent)]
     Pmem(#[from] PmemError),
     /// Kernel, initramfs or command line could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// A saved state is not one that a VM can have.
+    /// The saved state is not possible for a VM.
     #[error("the saved state cannot be used: {0}")]
     State(String),
     /// A KVM ioctl failed.
@@ -78,21 +78,21 @@ pub enum BootError {
     Descriptors(#[source] std::io::Error),
 }
 
-/// How long the steps of making a VM took.
+/// How long the steps of creating a VM took.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct CreateTimes {
-    /// Kernel and initramfs files read; nothing from the second boot of a configuration on.
+    /// Reading kernel and initramfs files; nothing from the second boot of a configuration on.
     pub image: Duration,
-    /// Guest memory made, image mapped into it, boot structures written.
+    /// Creating guest memory, mapping the kernel image into it, writing boot structures.
     pub load: Duration,
-    /// KVM's VM, memory slots, interrupt controllers, vCPUs and wires of devices.
+    /// Creating KVM's VM, memory slots, interrupt controllers, vCPUs and the device eventfds.
     pub kvm: Duration,
-    /// Devices and threads.
+    /// Creating devices and starting threads.
     pub devices: Duration,
 }
 
-/// A VM's parts. [`VmInner::teardown`] runs at drop and knows their order; only the last field's
-/// place counts.
+/// The parts of a VM. [`VmInner::teardown`] runs at drop and releases them in order; only the
+/// position of the last field matters.
 #[derive(Debug)]
 pub(crate) struct VmInner {
     pub(crate) control: Arc<VcpuControl>,
@@ -103,14 +103,15 @@ pub(crate) struct VmInner {
     pub(crate) balloon: Balloon,
     pub(crate) bus: Arc<DeviceBus>,
     pub(crate) times: CreateTimes,
-    /// Of the vCPUs, if instructions are counted. Each holds the VM in the kernel.
+    /// Statistics of the vCPUs, if instructions are counted. Each keeps the VM alive in the
+    /// kernel.
     pub(crate) stats: Vec<VcpuStats>,
     pub(crate) hardware: Hardware,
     watch: Arc<Watch>,
-    /// Until their threads are started.
+    /// Empty once the vCPU threads are started.
     vcpus: Vec<VcpuFd>,
     attachment: Option<Attachment>,
-    /// Closed after the threads left; vCPU fds are owned by the threads.
+    /// Closed after the vCPU threads have left; these own the vCPU fds.
     vm: Option<Arc<VmFd>>,
     /// Unmapped last.
     ram: Option<GuestRam>,
@@ -119,7 +120,7 @@ pub(crate) struct VmInner {
     pub(crate) drop_guards: DropGuards,
 }
 
-/// What a VM keeps for others until nothing of itself is left: until the last clone of this goes.
+/// Drop guards kept for the embedding program; dropped with the last clone of this value.
 #[derive(Clone, Default)]
 pub(crate) struct DropGuards(Arc<Mutex<Vec<Box<dyn Send>>>>);
 
@@ -132,11 +133,11 @@ impl DropGuards {
 
 impl std::fmt::Debug for DropGuards {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Baggage")
+        f.write_str("DropGuards")
     }
 }
 
-/// What a VM is made of, apart from what is in its memory.
+/// The hardware of a VM, apart from the contents of its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Hardware {
     pub(crate) memory_bytes: u64,
@@ -145,13 +146,13 @@ pub(crate) struct Hardware {
     pub(crate) pit: bool,
     pub(crate) pmu: bool,
     pub(crate) profile: CpuProfile,
-    /// Not in a template's file: nothing that is stored decides it.
+    /// Not stored in a template's file: limits are the host's policy.
     #[serde(skip)]
     pub(crate) limits: Limits,
 }
 
 impl VmInner {
-    /// Makes a VM that boots `config`; its vCPUs wait at the gate.
+    /// Creates a VM that boots `config`; its vCPUs are paused.
     pub(crate) fn create(config: &VmConfig) -> Result<VmInner, BootError> {
         let host = Host::get()?;
         config.check_vcpus(
@@ -212,8 +213,8 @@ impl VmInner {
         Ok(inner)
     }
 
-    /// Makes a VM that can go on from `state`, whose memory and images are those of `frame`. Its
-    /// devices have their state and sleep; all else is left to [`VmInner::restore`].
+    /// Prepares a VM to continue from `state`, whose memory and pmem images are those of `fds`.
+    /// Restores the devices, which stay asleep; the rest is left to [`VmInner::restore`].
     pub(crate) fn prepare(state: &VmState, mut fds: VmFds) -> Result<VmInner, BootError> {
         let start = Instant::now();
         if state.vcpus.len() != fds.vcpus.len() {
@@ -232,12 +233,12 @@ impl VmInner {
         Ok(inner)
     }
 
-    /// Gives a VM prepared from `state` what is left of it. Its vCPUs have no threads yet, or wait
-    /// at the gate.
+    /// Restores the rest of `state` into a VM prepared from it. Its vCPUs have no threads yet, or
+    /// are parked.
     pub(crate) fn restore(&mut self, state: &VmState) -> Result<(), BootError> {
         let start = Instant::now();
         let Some(vm) = &self.vm else {
-            return Err(BootError::State("the VM was taken apart".into()));
+            return Err(BootError::State("the VM was torn down".into()));
         };
         state.chips.restore(vm)?;
         for (index, saved) in state.vcpus.iter().enumerate() {
@@ -252,7 +253,7 @@ impl VmInner {
         }
         self.times.kvm += start.elapsed();
         let start = Instant::now();
-        // Now that the controllers can take interrupts.
+        // The interrupt controllers can take interrupts now.
         for transport in &self.bus.virtio {
             transport.lock().begin();
         }
@@ -263,12 +264,12 @@ impl VmInner {
         Ok(())
     }
 
-    /// Waits until the threads of the vCPUs, if they were started, are at the gate.
+    /// Waits until all vCPU threads are parked or have ended; false after [`STOP_BOUND`].
     pub(crate) fn settle(&self) -> bool {
         self.control.settle(STOP_BOUND)
     }
 
-    /// All but the vCPUs' threads and the service of the devices.
+    /// Assembles all parts but the vCPU threads and the attachment to an event thread.
     fn assemble(hardware: Hardware, fds: VmFds, devices: Devices) -> VmInner {
         let VmFds {
             vcpus,
@@ -322,18 +323,17 @@ impl VmInner {
         }
     }
 
-    /// Counts emulated instructions, if the host can; before the start.
+    /// Counts emulated instructions, if the host can. Called before the start.
     pub(crate) fn count_instructions(&mut self) {
-        // A host that does not count is no reason not to run.
+        // Counting is optional: a VM runs without it.
         let stats = self.vcpus.iter().map(VcpuStats::open);
         self.stats = stats.filter_map(Result::ok).collect();
     }
 
-    /// Gives the vCPUs to their threads, which wait at the gate, or run at once: to wake a thread
-    /// that has just come to wait takes longer than all the rest of a fork on a busy host. Then
-    /// has the devices served: what the guest wants of them before is remembered. A failure
-    /// takes the half-made machine apart by dropping it; a vCPU that proves unable to run ends
-    /// it later.
+    /// Hands the vCPUs to their threads, which start in `run_state` at once: on a busy host, waking
+    /// a thread that has just parked takes longer than all the rest of a fork. Then attaches the
+    /// devices to an event thread; earlier notifications stay pending. A failure tears the
+    /// half-made VM down by dropping it; a vCPU that proves unable to run ends it later.
     pub(crate) fn start(
         &mut self,
         vcpu_threads: VcpuThreads,
@@ -342,8 +342,8 @@ impl VmInner {
         self.launch(vcpu_threads, run_state, None)
     }
 
-    /// The same, and waits until it is known that the vCPUs can run: for as long as KVM takes to
-    /// make a thread.
+    /// As [`VmInner::start`], but waits until the vCPUs are known to be able to run: as long as KVM
+    /// takes to create a thread.
     pub(crate) fn start_surely(
         &mut self,
         vcpu_threads: VcpuThreads,
@@ -367,7 +367,7 @@ impl VmInner {
     ) -> Result<(), BootError> {
         let start = Instant::now();
         sigbus::install().map_err(VcpuError::Signal)?;
-        // All that the end of a vCPU may need, before there is one.
+        // Started before the first vCPU, as the end of a vCPU may need them.
         let limits = self.hardware.limits;
         teardown_queue()
             .start()
@@ -394,7 +394,7 @@ impl VmInner {
         Ok(())
     }
 
-    /// What it is captured from; `None` once it was taken apart.
+    /// Returns the parts that a capture needs; `None` once the VM was torn down.
     pub(crate) fn capture(&self) -> Option<Capture> {
         Some(Capture {
             hardware: self.hardware,
@@ -402,7 +402,7 @@ impl VmInner {
             vm: Arc::clone(self.vm.as_ref()?),
             bus: Arc::clone(&self.bus),
             ram: self.ram.clone()?,
-            _baggage: self.drop_guards.clone(),
+            _drop_guards: self.drop_guards.clone(),
         })
     }
 
@@ -410,19 +410,19 @@ impl VmInner {
         self.ram.as_ref()
     }
 
-    /// Whether clones can have its memory as it is.
+    /// Whether clones can map the VM's memory as it is.
     pub(crate) fn memory_can_be_shared(&self) -> bool {
         self.ram.as_ref().is_some_and(GuestRam::can_be_shared)
     }
 
-    /// Ends the service of the devices: nothing of the host writes to guest memory any more.
+    /// Detaches the devices: the host writes nothing to guest memory any more.
     pub(crate) fn detach(&mut self) {
         drop(self.attachment.take());
     }
 
     fn teardown(&mut self) {
         if host::is_forked() {
-            // All of it is the parent's, which goes on with it.
+            // Everything belongs to the parent process, which continues with it.
             return std::mem::forget(self.take());
         }
         self.exit_event.report(Exit::Killed);
@@ -439,7 +439,7 @@ impl VmInner {
         }
     }
 
-    /// All that must stay as long as a vCPU thread may use it; nothing of that is left here.
+    /// Moves all parts that a vCPU thread may still use into a new value.
     fn take(&mut self) -> VmInner {
         VmInner {
             control: Arc::clone(&self.control),
@@ -465,7 +465,7 @@ impl VmInner {
 
 impl Drop for VmInner {
     fn drop(&mut self) {
-        // Else another value has it all.
+        // Otherwise another value owns all parts.
         if self.vm.is_some() {
             self.teardown();
         }
@@ -495,7 +495,7 @@ fn place_images(host: &Host, config: &VmConfig) -> Result<Vec<PlacedImage>, Pmem
     Ok(images.into_iter().zip(addresses).collect())
 }
 
-/// The images that a saved VM was given, with their addresses.
+/// Returns the pmem images that a saved VM was given, with their addresses.
 pub(crate) fn saved_images(state: &VmState) -> Result<Vec<PlacedImage>, BootError> {
     let devices = state.transports.iter().map(|transport| &transport.device);
     let images = devices.filter_map(|device| match device {

@@ -1,9 +1,10 @@
-//! The thread on which the embedding program is woken.
+//! The thread that wakes tasks of the embedding program.
 //!
-//! A waker is its code, and may do anything: open a file, wait for a lock, drop the VM. So it runs
-//! neither on a thread that a guest could take over (and that is confined therefore) nor under a
-//! lock of ours. What somebody waits for is put into a queue, at most once each, and a thread of
-//! its own, which has no filter and holds no lock, wakes whoever waits for it.
+//! A waker is code of the embedding program and may do anything: open a file, wait for a lock, drop
+//! the VM. So wakers run neither on a thread that a guest could take over (such threads are
+//! confined) nor under a lock of the library. An [`Awaited`] value is put into a queue, at most
+//! once at a time, and a dedicated thread, which has no seccomp filter and holds no lock, wakes its
+//! waiters.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
@@ -14,9 +15,9 @@ use tokio::sync::Notify;
 
 use crate::threads::{self, LARGE_STACK};
 
-/// Something that somebody may wait for. Its owner posts it only while it is not in the queue.
+/// A source of wake-ups. Its owner posts it only while it is not in the queue.
 pub(crate) trait Awaited: Send + Sync {
-    /// It has left the queue: wakes whoever waits for it.
+    /// Wakes the waiters. Called after the value has left the queue.
     fn wake_waiters(&self);
 }
 
@@ -24,7 +25,7 @@ type Queue = Sender<Arc<dyn Awaited>>;
 
 static QUEUE: OnceLock<Queue> = OnceLock::new();
 
-/// Starts the thread, if that was not done before. Not to be called by a confined thread.
+/// Starts the thread, unless it runs already. Must not be called by a confined thread.
 pub(crate) fn start() -> std::io::Result<&'static Queue> {
     static STARTING: Mutex<()> = Mutex::new(());
     if let Some(queue) = QUEUE.get() {
@@ -37,19 +38,20 @@ pub(crate) fn start() -> std::io::Result<&'static Queue> {
     let (queue, posted) = mpsc::channel::<Arc<dyn Awaited>>();
     threads::spawn("hearth-wakers", LARGE_STACK, move || {
         for awaited in posted {
-            // A waker that panics, or the drop of what it held, is its owner's fault alone; the
-            // panic hook has told of it.
+            // A panic in a waker, or in the drop of its captures, concerns its owner alone; the
+            // panic hook has reported it.
             let _ = catch_unwind(AssertUnwindSafe(move || awaited.wake_waiters()));
         }
     })?;
     Ok(QUEUE.get_or_init(|| queue))
 }
 
-/// Has whoever waits for `awaited` woken soon. Never blocks, and runs nothing of theirs here.
+/// Queues the wake-up of the waiters of `awaited`. Never blocks. Runs no waker on this thread
+/// unless the wake-up thread cannot be started.
 pub(crate) fn post(awaited: Arc<dyn Awaited>) {
-    // Devices that no VM has (tests, fuzz targets) come here without a start.
+    // Devices without a VM (tests, fuzz targets) get here before the thread was started.
     match start() {
-        // The thread never ends.
+        // The thread never ends, so that this succeeds.
         Ok(queue) => drop(queue.send(awaited)),
         Err(_) => awaited.wake_waiters(),
     }
@@ -69,20 +71,20 @@ pub(crate) fn flush() {
     let _ = is_done.recv();
 }
 
-/// Tells any number of tasks that something has changed.
+/// Notifies any number of tasks of a change.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Notice(Arc<DeviceBus>);
+pub(crate) struct Notice(Arc<Posted>);
 
 #[derive(Debug, Default)]
-struct DeviceBus {
+struct Posted {
     notify: Notify,
-    /// Tasks that wait.
+    /// Number of waiting tasks.
     readers: AtomicUsize,
-    /// In the queue.
+    /// Whether this value is in the queue.
     posted: AtomicBool,
 }
 
-impl Awaited for DeviceBus {
+impl Awaited for Posted {
     fn wake_waiters(&self) {
         self.posted.store(false, Ordering::SeqCst);
         self.notify.notify_waiters();
@@ -90,10 +92,10 @@ impl Awaited for DeviceBus {
 }
 
 impl Notice {
-    /// What it is about has changed.
+    /// Notifies the waiting tasks. Called after the change.
     pub(crate) fn post(&self) {
-        // After the change, as `until` looks after it has said that it waits: one of the two sees
-        // the other.
+        // The change precedes this fence; `until` looks after it has counted itself as a reader.
+        // One of the two sees the other.
         fence(Ordering::SeqCst);
         let unread = self.0.readers.load(Ordering::SeqCst) > 0;
         if unread && !self.0.posted.swap(true, Ordering::SeqCst) {
@@ -101,7 +103,7 @@ impl Notice {
         }
     }
 
-    /// Waits until `look` finds something. Cancel-safe.
+    /// Waits until `look` returns a value. Cancel-safe.
     pub(crate) async fn until<T>(&self, mut look: impl FnMut() -> Option<T>) -> T {
         let _reader = Reader::new(&self.0.readers);
         loop {
@@ -117,7 +119,7 @@ impl Notice {
     }
 }
 
-/// Counts a task that waits.
+/// Counts a waiting task while it lives.
 struct Reader<'a>(&'a AtomicUsize);
 
 impl<'a> Reader<'a> {
@@ -141,7 +143,7 @@ mod tests {
 
     use super::*;
 
-    /// Keeps the thread until it is told to go on.
+    /// Blocks the wake-up thread until a message arrives.
     struct Busy(Mutex<Receiver<()>>);
 
     impl Awaited for Busy {
@@ -165,7 +167,7 @@ mod tests {
         let count = Arc::new(Count::default());
         let waker = Waker::from(Arc::clone(&count));
         let mut cx = Context::from_waker(&waker);
-        // Nobody waits: nobody is bothered.
+        // No task waits: nothing is queued.
         notice.post();
         assert_eq!(Arc::strong_count(&notice.0), 1);
         let changed = AtomicBool::new(false);

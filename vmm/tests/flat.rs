@@ -3,7 +3,7 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! The monitor without Linux: guests of a few instructions.
+//! Tests of the monitor without Linux: the guests are a few instructions.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ fn report(port: u16, value: u8) -> Vec<u8> {
 fn kvm() -> bool {
     let there = std::path::Path::new("/dev/kvm").exists();
     if !there {
-        // Past the capture of the test runner, which counts these lines.
+        // Past the test harness's output capture: the summary of `make test` counts these lines.
         let _ = std::io::Write::write_all(&mut std::io::stderr(), b"\nNOT MEASURED: no /dev/kvm\n");
     }
     there
@@ -66,7 +66,7 @@ async fn every_way_to_end_is_told_apart() {
     }
 }
 
-/// Else a guest that is resumed takes the processor from the thread that resumes it.
+/// Otherwise a resumed guest takes the processor from the thread that resumes it.
 #[test]
 fn a_guest_that_wakes_up_does_not_preempt_its_host() {
     if !kvm() {
@@ -74,8 +74,7 @@ fn a_guest_that_wakes_up_does_not_preempt_its_host() {
     }
     // jmp on the spot
     let vm = boot([0xeb, 0xfe]);
-    // proc_pid_stat(5): the scheduling policy is the 41st field, the third is the first behind the
-    // name.
+    // proc_pid_stat(5): the scheduling policy is field 41; the first one after the name is field 3.
     let policies = || {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap();
         let stats =
@@ -87,7 +86,7 @@ fn a_guest_that_wakes_up_does_not_preempt_its_host() {
         };
         vcpus.map(|stat| policy(stat).unwrap()).collect::<Vec<_>>()
     };
-    // Other tests' threads are among them, which may have just begun.
+    // They include threads of other tests, which may not have set their policy yet.
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let policies = policies();
@@ -100,14 +99,14 @@ fn a_guest_that_wakes_up_does_not_preempt_its_host() {
     vm.destroy();
 }
 
-/// LK#373, LK#561: the end of a VM ended the program that embedded it, or left it with other signal
+/// LK#373, LK#561: the end of a VM ended the embedding program, or left it with other signal
 /// handlers.
 #[tokio::test]
 async fn of_the_programs_signals_two_are_taken_and_no_other() {
     if !kvm() {
         return;
     }
-    // proc_pid_status(5): masks of what is ignored and what is caught, bit 0 for signal 1.
+    // proc_pid_status(5): masks of ignored and of caught signals, bit 0 for signal 1.
     let masks = || {
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let mask = |name| {
@@ -186,7 +185,7 @@ fn a_guest_that_ended_is_not_resumed_however_soon_one_asks() {
     for _ in 0..50 {
         let vm = boot(report(0x5f0, 1));
         let deadline = Instant::now() + Duration::from_secs(10);
-        // At once when it is known: the vCPU's thread is still on its way out.
+        // As soon as the end is reported: the vCPU thread is still exiting.
         while !matches!(vm.status(), VmStatus::Ended(_)) {
             assert!(Instant::now() < deadline, "the guest did not end");
         }
@@ -195,7 +194,7 @@ fn a_guest_that_ended_is_not_resumed_however_soon_one_asks() {
     }
 }
 
-/// Counts up in memory at 2 MiB for ever: `inc dword [0x200000]; jmp`.
+/// Increments a counter in memory at 2 MiB for ever: `inc dword [0x200000]; jmp`.
 const COUNTER: [u8; 9] = [0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0xeb, 0xf7];
 
 #[tokio::test]
@@ -244,8 +243,9 @@ async fn an_access_in_two_parts_is_finished_before_a_pause() {
     if !kvm() {
         return;
     }
-    // Eight bytes over the end of the first device's window: the end of its configuration (zeroes),
-    // then the second device's magic number. A pause that dropped the second part would show.
+    // Reads eight bytes across the end of the first device's MMIO region: the end of its
+    // configuration (zeroes), then the second device's magic number. A pause that dropped the
+    // second part would change the value.
     let mut code = vec![
         // The fourth GiB gets a page directory at 2 MiB with one large page: see the boot page
         // tables.
@@ -302,7 +302,7 @@ async fn a_clone_has_the_debug_registers_of_its_template() {
     runs(&template.fork().unwrap()).await;
 }
 
-/// Waits until the guest has gone through its loop some times.
+/// Waits until the guest has gone through its loop a few times.
 async fn runs(vm: &Vm) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while vm.exits().total() < 5 {

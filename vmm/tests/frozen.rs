@@ -3,8 +3,8 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! A process that stood still (a debugger, a frozen control group) for longer than its waits may
-//! take.
+//! A process that is stopped (by a debugger or a frozen control group) for longer than the timeouts
+//! of its waits.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use hearth_vmm::{Vm, VmConfig};
 
-/// Tells the child what it is.
+/// The environment variable that marks the child process.
 const CHILD: &str = "HEARTH_TEST_FROZEN";
 /// Longer than a stop or a pause may take (5 s).
 const FROZEN: Duration = Duration::from_millis(5600);
-/// VMs of the child; each has a thread that waits for its vCPU nearly all the time.
+/// The number of the child's VMs; each has a thread that waits for its vCPU nearly all the time.
 const VMS: usize = 4;
 
 /// Pauses and resumes VMs until its input ends, then ends them.
@@ -33,7 +33,7 @@ fn child() {
                 while !over.load(Ordering::SeqCst) {
                     if let Err(error) = vm.pause().and_then(|()| vm.resume()) {
                         eprintln!("{error}");
-                        // At once: the others still wait for the end of the input.
+                        // Exits at once: the other threads run until the input ends.
                         std::process::exit(1);
                     }
                     rounds.fetch_add(1, Ordering::SeqCst);
@@ -53,14 +53,14 @@ fn child() {
     assert_eq!(hearth_vmm::leaked_vms(), 0);
 }
 
-/// Was: a pause of whatever was being paused failed, and VMs that were being ended were leaked.
+/// Regression: pauses in progress failed, and VMs that were being ended were leaked.
 #[test]
 fn a_process_that_stood_still_goes_on_as_if_it_had_not() {
     if std::env::var_os(CHILD).is_some() {
         return child();
     }
     if !std::path::Path::new("/dev/kvm").exists() {
-        // Past the capture of the test runner, which counts these lines.
+        // Past the test harness's output capture: the summary of `make test` counts these lines.
         let _ = std::io::Write::write_all(&mut std::io::stderr(), b"\nNOT MEASURED: no /dev/kvm\n");
         return;
     }
@@ -86,7 +86,7 @@ fn a_process_that_stood_still_goes_on_as_if_it_had_not() {
             std::thread::sleep(FROZEN);
         }
     }
-    // It goes around some more, and ends its VMs.
+    // The child does some more rounds and then ends its VMs.
     std::thread::sleep(Duration::from_millis(100));
     drop(child.stdin.take());
     assert!(

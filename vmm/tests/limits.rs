@@ -4,10 +4,10 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! What the host's limits leave of a VM: all of it, or a typed error that says which limit it was.
-//! Nothing panics, nothing hangs, nothing is left behind, and a limit that is raised is noticed.
+//! VMs under the host's resource limits: an operation works, or returns a typed error that names
+//! the limit. Nothing panics, hangs or is left behind, and a raised limit takes effect.
 //!
-//! Limits are a process's own: each case runs in a child, this binary once more.
+//! Limits apply to a process: each case runs in a child process, another run of this binary.
 
 use std::error::Error;
 use std::fs::File;
@@ -22,17 +22,17 @@ use rustix::mount::{
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Names the limit and the level of a child.
+/// The environment variable with the limit and the level of a child.
 const CASE: &str = "HEARTH_TEST_LIMIT";
-/// Most rounds until no more is left than after those before: the threads that a process keeps, and
-/// some.
+/// Most rounds until a process holds no more than after those before: enough for the idle threads
+/// that it keeps, and some more.
 const ROUNDS: usize = 20;
 
 /// `in al, 0x64` for ever.
 const GUEST: [u8; 4] = [0xe4, 0x64, 0xeb, 0xfc];
 
 fn not_measured(reason: &str) {
-    // Past the capture of the test runner, which counts these lines.
+    // Past the test harness's output capture: the summary of `make test` counts these lines.
     let line = format!("\nNOT MEASURED: {reason}\n");
     let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
 }
@@ -48,19 +48,19 @@ fn kvm() -> bool {
 /// A limit that a child sets itself.
 #[derive(Clone, Copy, Debug)]
 enum Limit {
-    /// So many threads more than there are.
+    /// `level` threads more than there are.
     Threads,
-    /// So many descriptors more than there are.
+    /// `level` descriptors more than there are.
     Descriptors,
-    /// So many MiB of address space more than there are.
+    /// `level` MiB of address space more than are mapped.
     AddressSpace,
-    /// Files of at most so many MiB.
+    /// Files of at most `level` MiB.
     FileSize,
-    /// So many KiB of locked memory.
+    /// `level` KiB of locked memory.
     LockedMemory,
-    /// So many queued signals.
+    /// `level` queued signals.
     Signals,
-    /// No `/proc`, at level 0.
+    /// No `/proc`; the level has no effect.
     Proc,
 }
 
@@ -75,7 +75,7 @@ impl Limit {
         Self::Proc,
     ];
 
-    /// What the error says to look at.
+    /// The part of the error that names the limit to check.
     fn advice(self) -> &'static str {
         match self {
             Self::Threads => "ulimit -u",
@@ -83,7 +83,7 @@ impl Limit {
             Self::AddressSpace => "ulimit -v",
             Self::FileSize => "ulimit -f",
             Self::LockedMemory => "nothing fails",
-            // The timer of a quota alone.
+            // Only the timer of a CPU quota needs a queued signal.
             Self::Signals => "ulimit -i",
             Self::Proc => "/proc",
         }
@@ -138,7 +138,7 @@ impl Limit {
         setrlimit(resource, limit).unwrap();
     }
 
-    /// Makes the child one to which the limit applies; false where that cannot be.
+    /// Prepares the child so that the limit applies to it; false where that is not possible.
     fn applies(self) -> bool {
         let is_root = rustix::process::geteuid().is_root();
         match self {
@@ -146,9 +146,10 @@ impl Limit {
                 if !is_root {
                     return false;
                 }
-                // Root's threads are not limited; those of nobody else are counted with them.
+                // Root's threads are not limited. The threads of this user id are the child's
+                // alone.
                 let user = 1_000_000 + std::process::id();
-                // SAFETY: the call changes the ids of this process, a child of its own.
+                // SAFETY: the call changes the user ids of this process alone, which is a child.
                 assert_eq!(unsafe { libc::setresuid(user, 0, 0) }, 0);
                 drop_capabilities();
                 true
@@ -164,7 +165,7 @@ impl Limit {
     }
 }
 
-/// Those that lift a user's limit of threads.
+/// Drops the capabilities that lift a user's limit of threads.
 fn drop_capabilities() {
     use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
     let mut sets = capabilities(None).unwrap();
@@ -174,7 +175,7 @@ fn drop_capabilities() {
     set_capabilities(None, sets).unwrap();
 }
 
-/// What the process holds; opened while there is a `/proc`.
+/// Files that tell what the process holds, opened while there is a `/proc`.
 struct Held {
     task: File,
     fd: File,
@@ -196,12 +197,12 @@ impl Held {
     }
 
     fn descriptors(&self) -> u64 {
-        // Not the one that looks.
+        // Without the descriptor that reads the directory.
         entries(&self.fd) - 1
     }
 
-    /// The first number that is free but for `level` others: numbers of files that were closed are
-    /// free, too.
+    /// The free descriptor number with exactly `level` free ones below it; those of closed files
+    /// are free, too.
     fn free_number(&self, level: u64) -> u64 {
         let lowest: Vec<_> = (0..=level).map(|_| self.fd.try_clone().unwrap()).collect();
         lowest.iter().map(|fd| fd.as_raw_fd() as u64).max().unwrap()
@@ -221,7 +222,7 @@ impl Held {
         number.parse().unwrap()
     }
 
-    /// Threads, descriptors, MiB of address space.
+    /// The numbers of threads and descriptors, and MiB of address space.
     fn all(&self) -> [u64; 3] {
         let mib = self.address_space() >> 20;
         [self.threads(), self.descriptors(), mib]
@@ -249,12 +250,12 @@ fn text(error: &(dyn Error + 'static)) -> String {
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
-/// A VM that was made runs.
+/// Asserts that a new VM runs.
 fn runs(vm: &Vm) {
     assert_eq!(ends(vm), None);
 }
 
-/// How a VM that was made ended instead of running.
+/// Waits until a new VM runs; returns how it ended if it did not.
 fn ends(vm: &Vm) -> Option<Exit> {
     let deadline = Instant::now() + Duration::from_secs(30);
     let begin = vm.exits().total();
@@ -270,7 +271,7 @@ fn ends(vm: &Vm) -> Option<Exit> {
     None
 }
 
-/// Errors of what was tried.
+/// Errors of the operations that were tried.
 #[derive(Default)]
 struct Refusals(Vec<String>);
 
@@ -293,13 +294,13 @@ impl Refusals {
         vm
     }
 
-    /// What can be done with a VM and its template. Whether there is a template in `dir`
-    /// afterwards.
+    /// Does everything that can be done with a VM and its template. Returns whether `dir` holds a
+    /// saved template afterwards.
     fn use_up(&mut self, vm: &Vm, template: &Template, dir: &Path) -> bool {
         if let Some(clone) = self.note("fork", template.fork()) {
             match ends(&clone) {
                 None => drop(self.note("snapshot of a clone", clone.snapshot())),
-                // The one thing that a fork does not wait for.
+                // A fork does not wait for KVM's thread, so only this error comes later.
                 Some(Exit::NoThread) => self.0.push(format!("fork: {}", Exit::NoThread)),
                 Some(exit) => panic!("the clone ended: {exit}"),
             }
@@ -321,7 +322,7 @@ impl Refusals {
     }
 }
 
-/// A save that failed leaves no files.
+/// Asserts that a failed save leaves no files, and removes a saved template.
 fn clear(dir: &Path, is_saved: bool) {
     let entries = entries(File::open(dir).unwrap());
     assert_eq!(entries, u64::from(is_saved), "files in {dir:?}");
@@ -330,7 +331,7 @@ fn clear(dir: &Path, is_saved: bool) {
     }
 }
 
-/// All that is ever done, without a limit.
+/// Does all operations without a limit: none may fail.
 fn everything(dir: &Path) {
     let mut refused = Refusals::default();
     if let Some(vm) = refused.boot() {
@@ -341,7 +342,7 @@ fn everything(dir: &Path) {
     assert_eq!(refused.0, [""; 0], "without a limit");
 }
 
-/// The child of a case: prints what was refused.
+/// The child of a case: prints the errors.
 #[test]
 fn child() {
     let Ok(case) = std::env::var(CASE) else {
@@ -356,7 +357,7 @@ fn child() {
         println!("not applicable");
         return;
     }
-    // In a process that has made nothing yet.
+    // Boots in a process that has made no VM yet.
     let mut refused = Refusals::default();
     let boots = || {
         limit.set(level, &held);
@@ -368,10 +369,10 @@ fn child() {
     };
     nothing_is_left(std::iter::repeat_with(boots));
     everything(dir.path());
-    // In one that has.
+    // All operations in a process that has made VMs before.
     let vm = Vm::boot(&config()).unwrap();
     let template = vm.snapshot().unwrap();
-    // By itself: nothing that was closed just now is free.
+    // A save alone: no resource is free because an operation before has just closed it.
     limit.set(level, &held);
     let saved = refused.note("save", template.save(dir.path().join("saved")));
     limit.lift();
@@ -395,8 +396,8 @@ fn child() {
     println!("done");
 }
 
-/// A process keeps some threads for the next VM, and may start one of them in each round whose
-/// limit it is at; but there is an end to it: three rounds that add nothing.
+/// Repeats rounds until three in succession add nothing. A process keeps some threads for the next
+/// VM, and may start one more in each round that reaches the limit, but their number is bounded.
 fn nothing_is_left(mut held_after_each: impl Iterator<Item = [u64; 3]>) {
     let mut counts = Vec::new();
     let (mut most, mut calm) = ([0; 3], 0);
@@ -413,7 +414,7 @@ fn nothing_is_left(mut held_after_each: impl Iterator<Item = [u64; 3]>) {
     }
 }
 
-/// What the process holds once it is at rest: threads that were told to end need a moment.
+/// What the process holds once that no longer changes: threads that are ending need a moment.
 fn settled(held: &Held) -> [u64; 3] {
     let deadline = Instant::now() + Duration::from_secs(2);
     let (mut counts, mut since) = (held.all(), Instant::now());
@@ -427,7 +428,7 @@ fn settled(held: &Held) -> [u64; 3] {
     counts
 }
 
-/// Runs the case in a child. What was refused; `None` where the limit cannot be set.
+/// Runs the case in a child. Returns the errors; `None` where the limit cannot be set.
 fn refused_at(limit: Limit, level: u64) -> Option<Vec<String>> {
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "child", "--nocapture", "--test-threads=1"])
@@ -453,7 +454,7 @@ fn refused_at(limit: Limit, level: u64) -> Option<Vec<String>> {
     Some(refused.map(|(_, refusal)| refusal.to_owned()).collect())
 }
 
-/// Tries the levels; which refused something.
+/// Runs the case at each level; returns the levels that had errors.
 fn sweep(limit: Limit, levels: impl IntoIterator<Item = u64>) -> Vec<u64> {
     let mut refused = Vec::new();
     if !kvm() {
@@ -486,7 +487,7 @@ fn too_few_threads_are_a_typed_error() {
 
 #[test]
 fn too_few_descriptors_are_a_typed_error() {
-    // Each one, up to a number that is enough: what is opened next is another file each time.
+    // Every level up to one that is enough: at each of them another file cannot be opened.
     let refused = sweep(Limit::Descriptors, 0..=18);
     assert!(!refused.contains(&18));
 }
@@ -507,7 +508,7 @@ fn no_locked_memory_is_needed() {
     assert_eq!(sweep(Limit::LockedMemory, [0]), [0; 0]);
 }
 
-/// Pauses, captures and ends are signals, too.
+/// Pausing, capturing and ending a VM send signals, too.
 #[test]
 fn no_queued_signal_is_needed_but_for_a_quota() {
     for level in [0, 1] {

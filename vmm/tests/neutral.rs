@@ -3,12 +3,12 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! The library's threads have nothing of the thread that happened to make a VM. One test: it looks
-//! at the first VM of its process.
+//! The library's threads inherit nothing from the thread that happens to make a VM. There is only
+//! one test, because it needs the first VM of its process.
 
 use hearth_vmm::{Vm, VmConfig};
 
-/// Where each thread of the process may run, by its name.
+/// The name of each thread of the process, and the mask of processors on which it may run.
 fn processors() -> Vec<(String, String)> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let statuses =
@@ -26,8 +26,8 @@ fn boot() -> Vm {
     Vm::boot(&VmConfig::flat([0xeb, 0xfe]).memory_mib(32).build().unwrap()).unwrap()
 }
 
-/// Was: a VM's vCPU ran on the one processor of whoever had made another VM, long after that was
-/// gone.
+/// Regression: a VM's vCPU ran only on the one processor of the thread that had made another VM,
+/// long after that VM was gone.
 #[test]
 fn threads_run_where_the_process_may_whoever_made_the_first_vm() {
     let missing = match std::thread::available_parallelism() {
@@ -36,7 +36,7 @@ fn threads_run_where_the_process_may_whoever_made_the_first_vm() {
         _ => None,
     };
     if let Some(missing) = missing {
-        // Past the capture of the test runner, which counts these lines.
+        // Past the test harness's output capture: the summary of `make test` counts these lines.
         let text = format!("\nNOT MEASURED: {missing}\n");
         let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
         return;
@@ -61,7 +61,7 @@ fn threads_run_where_the_process_may_whoever_made_the_first_vm() {
     });
     let vms = [narrow.join().unwrap(), boot()];
     for vm in &vms {
-        // Its vCPU's thread has its name by then.
+        // After a pause the vCPU thread has its name.
         vm.pause().unwrap();
     }
     let ours: Vec<_> = processors()

@@ -3,7 +3,7 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! Where vCPU threads run is the embedding program's to decide.
+//! The embedding program decides where vCPU threads run.
 
 use std::error::Error as _;
 use std::io;
@@ -14,13 +14,13 @@ use hearth_vmm::{BootError, VcpuError, VcpuThread, Vm, VmConfig};
 fn kvm() -> bool {
     let there = std::path::Path::new("/dev/kvm").exists();
     if !there {
-        // Past the capture of the test runner, which counts these lines.
+        // Past the test harness's output capture: the summary of `make test` counts these lines.
         let _ = io::Write::write_all(&mut io::stderr(), b"\nNOT MEASURED: no /dev/kvm\n");
     }
     there
 }
 
-/// The processors of a thread of this process; none if it has ended.
+/// The processors of a thread of this process; `None` if it has ended.
 fn processors(thread: i32) -> Option<String> {
     let status = std::fs::read_to_string(format!("/proc/self/task/{thread}/status")).ok()?;
     let line = status
@@ -29,7 +29,7 @@ fn processors(thread: i32) -> Option<String> {
     Some(line.unwrap().trim().to_owned())
 }
 
-/// Threads as a hook was told of them, which it pinned to the first processor of this process.
+/// The threads that were passed to a hook, which pins them to the first processor of this process.
 #[derive(Clone, Default)]
 struct Placed(Arc<Mutex<Vec<VcpuThread>>>);
 
@@ -120,7 +120,7 @@ fn a_vm_whose_threads_are_not_placed_is_not_made() {
         "{refused}"
     );
     assert_eq!(refused.source().unwrap().to_string(), "no room");
-    // Nor with a processor that no host has.
+    // Nor if the hook pins to a processor that no host has.
     let far = |thread: &VcpuThread| thread.pin(&[usize::MAX]);
     let config = VmConfig::flat(SPIN).memory_mib(32);
     assert!(Vm::boot(&config.place_vcpus(far).build().unwrap()).is_err());

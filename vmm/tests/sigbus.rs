@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! SIGBUS ends the VM whose thread it meets, and is the program's own everywhere else.
+//! SIGBUS on a vCPU thread ends that thread's VM; elsewhere it is left to the embedding program.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
@@ -14,24 +14,24 @@ use std::time::{Duration, Instant};
 
 use hearth_vmm::{Exit, Template, Vm, VmConfig, VmStatus};
 
-/// No answer after so long means that there will be none.
+/// The timeout after which no answer is expected any more.
 const STUCK: Duration = Duration::from_secs(30);
-/// Names what a test shall do in a process of its own.
+/// The environment variable that names the action of a child process.
 const ACT: &str = "HEARTH_TEST_SIGBUS";
 
-/// One at a time: they look at all vCPU threads of the process.
+/// Runs the tests one at a time: they look at all vCPU threads of the process.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn kvm() -> bool {
     let there = std::path::Path::new("/dev/kvm").exists();
     if !there {
-        // Past the capture of the test runner, which counts these lines.
+        // Past the test harness's output capture: the summary of `make test` counts these lines.
         let _ = std::io::Write::write_all(&mut std::io::stderr(), b"\nNOT MEASURED: no /dev/kvm\n");
     }
     there
 }
 
-/// Counts up in memory at 2 MiB for ever: `inc dword [0x200000]; jmp`.
+/// Increments a counter in memory at 2 MiB for ever: `inc dword [0x200000]; jmp`.
 const COUNTER: [u8; 9] = [0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0xeb, 0xf7];
 
 fn boot() -> Vm {
@@ -59,7 +59,7 @@ fn vcpu_threads() -> Vec<i32> {
     tasks.collect()
 }
 
-/// The thread of `vm`, the one that there is. It is at its work then.
+/// The thread of `vm`, which must be the only vCPU thread. It runs the vCPU when this returns.
 fn thread_of(vm: &Vm) -> i32 {
     vm.pause().unwrap();
     vm.resume().unwrap();
@@ -79,7 +79,7 @@ fn send(thread: i32) {
     assert_eq!(sent, 0);
 }
 
-/// Was: the end of the embedding program.
+/// Regression: the signal ended the embedding program.
 #[test]
 fn sigbus_on_a_vcpus_thread_ends_its_vm_and_no_other() {
     if !kvm() {
@@ -95,7 +95,7 @@ fn sigbus_on_a_vcpus_thread_ends_its_vm_and_no_other() {
     other.pause().unwrap();
     other.resume().unwrap();
     vm.destroy();
-    // The thread serves the next.
+    // The thread can serve the next VM.
     let next = boot();
     next.pause().unwrap();
     assert_eq!(next.status(), VmStatus::Paused);
@@ -123,7 +123,7 @@ fn a_clone_whose_templates_file_is_cut_off_ends_by_itself() {
         .unwrap();
     memory.set_len(0).unwrap();
     vm.resume().unwrap();
-    // Where KVM finds no page tables any more the guest's processor shuts down.
+    // Where KVM no longer finds page tables, the guest's processor shuts down.
     let exit = exit_of(&vm);
     let wanted = matches!(
         exit,
@@ -142,10 +142,11 @@ extern "C" fn hear(_: libc::c_int) {
     HEARD.fetch_add(1, Ordering::SeqCst);
 }
 
-/// What a child does; its end says how that went.
+/// Does the action of a child; its exit status is the result.
 fn act(what: &str) {
     match what {
-        // A handler of the program's is still called for its own threads, and not for a vCPU's.
+        // A handler of the program is still called for the program's own threads, but not for a
+        // vCPU thread.
         "chained" => {
             let handler: extern "C" fn(libc::c_int) = hear;
             // SAFETY: the handler does nothing but count.
@@ -159,7 +160,7 @@ fn act(what: &str) {
             assert_eq!(exit_of(&vm), Exit::BusError);
             assert_eq!(HEARD.load(Ordering::SeqCst), 1);
         }
-        // The program has no handler: it ends as it would have without us.
+        // The program has no handler: it ends as it would without the library.
         "default" => {
             // SAFETY: the default disposition.
             unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
@@ -167,8 +168,8 @@ fn act(what: &str) {
             // SAFETY: ends this process.
             unsafe { libc::raise(libc::SIGBUS) };
         }
-        // A notice of memory that is lost and that nobody has touched: it comes once, where a fault
-        // repeats itself.
+        // A notice of lost memory that was not accessed: it is sent once, whereas a fault repeats
+        // itself.
         "notice" => {
             // SAFETY: the default disposition; no process of a test has another use for it.
             unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
@@ -187,7 +188,7 @@ fn act(what: &str) {
                 );
             }
         }
-        // Switched off: a vCPU's thread is as any other.
+        // SIGBUS handling is switched off: a vCPU thread is like any other thread.
         "off" => {
             assert!(hearth_vmm::leave_sigbus_alone());
             // SAFETY: the default disposition.

@@ -3,8 +3,8 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! Signals and fork(2): what the library leaves alone in the program that embeds it. Each test runs
-//! in a process of its own, this binary once more.
+//! The library leaves the embedding program's signals alone, and a child of fork(2) leaves its
+//! parent's VMs alone. Each test runs in a process of its own, another run of this binary.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,16 +13,17 @@ use hearth_vmm::{
     BootError, HostError, PauseError, SnapshotError, VcpuError, Vm, VmConfig, kick_signal,
 };
 
-/// Set for the process of one test.
+/// The environment variable that is set in the process of one test.
 const ALONE: &str = "HEARTH_TEST_ALONE";
 
-/// Runs the calling test in a process of its own and gives `false`, or `true` in that process.
+/// Runs the calling test in a process of its own and returns `false`; returns `true` in that
+/// process.
 fn alone() -> bool {
     if std::env::var_os(ALONE).is_some() {
         return true;
     }
     if !std::path::Path::new("/dev/kvm").exists() {
-        // Past the capture of the test runner, which counts these lines.
+        // Past the test harness's output capture: the summary of `make test` counts these lines.
         let _ = std::io::Write::write_all(&mut std::io::stderr(), b"\nNOT MEASURED: no /dev/kvm\n");
         return false;
     }
@@ -95,10 +96,10 @@ fn a_signal_that_the_program_handles_is_not_taken_from_it() {
         vm.resume().unwrap();
         runs(&vm);
     }
-    // One that replaces the handler later hears of it when the next VM needs a thread.
+    // If the program replaces the handler later, the next VM that needs a new thread gets an error.
     handle(kick_signal());
     let refused = loop {
-        // A few threads were made before.
+        // The first VMs get threads that were made before.
         match boot() {
             Ok(vm) => std::mem::forget(vm),
             Err(error) => break error,
@@ -111,7 +112,7 @@ fn a_signal_that_the_program_handles_is_not_taken_from_it() {
     );
 }
 
-/// A handler of the program's would run under a filter, on a small stack.
+/// Otherwise a handler of the program would run under a seccomp filter, on a small stack.
 #[test]
 fn threads_of_the_library_take_none_of_the_programs_signals() {
     if !alone() {
@@ -130,7 +131,7 @@ fn threads_of_the_library_take_none_of_the_programs_signals() {
         libc::SIGSYS,
         libc::SIGTRAP,
     ];
-    // 9 and 19 cannot be blocked, 32 and 33 are the C library's.
+    // Signals 9 and 19 cannot be blocked, 32 and 33 are reserved by the C library.
     let open = synchronous.map(bit).into_iter().sum::<u64>() | bit(9) | bit(19) | bit(32) | bit(33);
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -161,7 +162,7 @@ fn threads_of_the_library_take_none_of_the_programs_signals() {
     }
 }
 
-/// Descriptors that event threads listen to.
+/// The number of descriptors that event threads listen to (epoll entries).
 fn listened_to() -> usize {
     let all = std::fs::read_dir("/proc/self/fdinfo").unwrap();
     let texts = all.filter_map(|fd| std::fs::read_to_string(fd.ok()?.path()).ok());
@@ -179,8 +180,8 @@ fn in_a_forked_child_nothing_is_made_and_nothing_of_the_parents_is_touched() {
     let template = vm.snapshot().unwrap();
     let prepared = template.prepare().unwrap();
     let listened = listened_to();
-    // SAFETY: the child calls what this test is about, and ends without unwinding or handlers of
-    // exits.
+    // SAFETY: the child makes only the calls under test, and ends without unwinding or exit
+    // handlers.
     let child = unsafe { libc::fork() };
     if child == 0 {
         let forked = |error: BootError| matches!(error, BootError::Host(HostError::Forked(_)));

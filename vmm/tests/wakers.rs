@@ -3,8 +3,8 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! Wakers of the embedding program, which may do anything. One test: it looks at the first VM that
-//! its process drops.
+//! Wakers of the embedding program, which may do anything. There is only one test, because it needs
+//! the first VM that its process drops.
 
 use std::pin::pin;
 use std::sync::mpsc::{self, Sender};
@@ -14,13 +14,13 @@ use std::time::Duration;
 
 use hearth_vmm::{Exit, Vm, VmConfig};
 
-/// No answer after so long means that there will be none.
+/// The timeout after which no answer is expected any more.
 const STUCK: Duration = Duration::from_secs(30);
 
 fn kvm() -> bool {
     let there = std::path::Path::new("/dev/kvm").exists();
     if !there {
-        // Past the capture of the test runner, which counts these lines.
+        // Past the test harness's output capture: the summary of `make test` counts these lines.
         let _ = std::io::Write::write_all(&mut std::io::stderr(), b"\nNOT MEASURED: no /dev/kvm\n");
     }
     there
@@ -33,7 +33,7 @@ fn create(code: impl Into<Vec<u8>>) -> Vm {
     Vm::create(&VmConfig::flat(code).memory_mib(32).build().unwrap()).unwrap()
 }
 
-/// Tells when it is dropped.
+/// Sends a message when it is dropped.
 struct Told(Sender<&'static str>);
 
 impl Drop for Told {
@@ -42,7 +42,7 @@ impl Drop for Told {
     }
 }
 
-/// Does what it was given at the first wake, and says so.
+/// Calls its closure at the first wake, then sends a message.
 struct Once(
     Mutex<Option<Box<dyn FnOnce() + Send>>>,
     Mutex<Sender<&'static str>>,
@@ -58,9 +58,9 @@ impl Wake for Once {
     }
 }
 
-/// Was: the waker ran on the vCPU's thread, whose seccomp filter refused all that this one does;
-/// the VM that it dropped could not be handed over, waited 5 s for the very thread that it was on,
-/// and leaked.
+/// Regression: the waker ran on the vCPU thread, whose seccomp filter refused everything that this
+/// waker does. The VM that it dropped could not be queued for teardown: the drop waited 5 s for the
+/// thread that it ran on, and the VM leaked.
 #[test]
 fn a_waker_that_drops_the_last_vm_of_the_process_is_on_a_thread_of_its_own() {
     if !kvm() {
@@ -97,7 +97,7 @@ fn a_waker_that_drops_the_last_vm_of_the_process_is_on_a_thread_of_its_own() {
     assert_eq!(exited.as_mut().poll(&mut cx), Poll::Ready(Exit::PowerOff));
     assert_eq!(hearth_vmm::leaked_vms(), 0);
 
-    // One that panics takes nobody else's wakes with it.
+    // A waker that panics does not keep other tasks from being woken.
     let vm = create(POWER_OFF);
     let mut exited = pin!(vm.exited());
     let (said, told) = mpsc::channel();

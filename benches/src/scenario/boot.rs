@@ -134,7 +134,6 @@ async fn to_ready(config: &VmConfig, samples: &mut Samples) -> Result<(Vm, Agent
         ("of these, devices", exits.mmio.load(Relaxed)),
         ("of these, signals", exits.interrupted.load(Relaxed)),
         ("of these, registers", exits.registers.load(Relaxed)),
-        ("of these, others", exits.other.load(Relaxed)),
     ];
     for (kind, count) in kinds {
         samples.push(kind, "exits", count as f64);

@@ -1,4 +1,4 @@
-//! The queues of a balloon that is up.
+//! The queues of an initialised balloon device.
 #![no_main]
 
 use hearth_vmm_fuzz::{Driver, Kind, Op};

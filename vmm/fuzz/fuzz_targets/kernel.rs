@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|content: &[u8]| {
-    // Without a name, so that nothing is left behind.
+    // An unnamed file, so that nothing is left behind.
     let mut file = tempfile::tempfile().expect("a file");
     file.write_all(content).expect("room");
     let opened = format!("/proc/self/fd/{}", file.as_raw_fd());

@@ -1,5 +1,5 @@
-//! A template's manifest file of any content: as it is, or with the right checksum around any
-//! devices.
+//! A template's manifest file: any bytes, or any bytes as the devices of a file whose checksum is
+//! right.
 #![no_main]
 
 use hearth_vmm::testing::{read_template, template_with};

@@ -1,5 +1,5 @@
-//! Packets and a host program, in any order: headers of the fuzzer's choice, small numbers of ports
-//! so that they meet, and what a host does with its streams meanwhile.
+//! Guest packets and operations of a host program on its streams, in any order. Headers are the
+//! fuzzer's choice; there are few ports, so that both sides often use the same ones.
 #![no_main]
 
 use std::future::Future;
@@ -20,7 +20,7 @@ use tokio::runtime::Runtime;
 
 #[derive(Arbitrary, Debug)]
 enum Op {
-    /// A packet that is for us, with an operation that exists.
+    /// A stream packet to the host; most operation numbers are defined ones.
     Packet {
         guest_port: u8,
         host_port: u8,
@@ -30,12 +30,12 @@ enum Op {
         buf_alloc: u32,
         fwd_cnt: u32,
     },
-    /// Any header at all, and as many bytes after it.
+    /// Any header, and `len` bytes after it.
     Wild {
         header: [u8; 44],
         len: u16,
     },
-    /// The same bytes in small descriptors.
+    /// A data packet in small descriptors.
     Pieces {
         guest_port: u8,
         host_port: u8,
@@ -92,7 +92,7 @@ fn header(guest_port: u8, host_port: u8, op: u16, len: u32) -> Header {
     }
 }
 
-/// A listener's port, or one that the device gives to its own connections.
+/// A listener's port, or one of the range from which the device's own connections get theirs.
 fn host(port: u8) -> u32 {
     match port % 16 {
         low @ 0..8 => u32::from(low) + 1,
@@ -100,7 +100,7 @@ fn host(port: u8) -> u32 {
     }
 }
 
-/// Ends the run when the device says that the driver broke the contract.
+/// Does one step. An error means that the device reported a fault of the driver; the run then ends.
 fn step(guest: &mut Guest, peer: &mut Host, op: Op) -> Result<(), ()> {
     let mut context = Context::from_waker(Waker::noop());
     let some = |index: u8, len: usize| usize::from(index) % len.max(1);
@@ -114,7 +114,7 @@ fn step(guest: &mut Guest, peer: &mut Host, op: Op) -> Result<(), ()> {
             buf_alloc,
             fwd_cnt,
         } if guest.can_send() => {
-            // With payload only where it belongs, mostly.
+            // Payload mostly follows data packets (operation 5) only.
             let op = u16::from(op % 9);
             let len = if op == 5 || len > 60_000 { len } else { 0 };
             let header = Header {
@@ -202,7 +202,7 @@ fn step(guest: &mut Guest, peer: &mut Host, op: Op) -> Result<(), ()> {
 
 fuzz_target!(|ops: Vec<Op>| {
     let mut guest = Guest::new(Setup::default());
-    // Wild headers go anywhere, and so do their refusals.
+    // Wild headers have any destination, so their refusals have any source.
     guest.foreign_ok = true;
     let mut peer = Host::default();
     for op in ops.into_iter().take(200) {
@@ -216,7 +216,8 @@ fuzz_target!(|ops: Vec<Op>| {
             assert!(header.kind == TYPE_STREAM || header.op == PacketOp::Reset.to_wire());
         }
     }
-    // A host program that goes away leaves nothing that a guest could not have ended.
+    // Once the host program has dropped everything and the timeouts have passed, no connection is
+    // left.
     drop(peer);
     guest.wait(Duration::from_secs(60));
     assert_eq!(guest.connections(), 0);

@@ -1,4 +1,4 @@
-//! The rings of a socket device that is up.
+//! The rings of an initialised socket device.
 #![no_main]
 
 use hearth_vmm_fuzz::{Driver, Kind, Op};

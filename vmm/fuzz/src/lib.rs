@@ -1,4 +1,4 @@
-//! A driver without manners: it writes device registers, rings and memory as the fuzzer says.
+//! A hostile guest driver: it writes device registers, rings and memory as the fuzzer chooses.
 
 use arbitrary::Arbitrary;
 use hearth_vmm::memory::{GuestRam, MIB};
@@ -11,7 +11,7 @@ use hearth_vmm::virtio::{Doorbell, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDe
 use vm_memory::{Bytes, GuestAddress};
 
 const RAM: u64 = 2 * MIB;
-/// Operations of one run, and runs of a device between two of them: more show nothing new.
+/// Most operations of one input, and runs of the device in [`Driver::lay`]: more show nothing new.
 const MOST: usize = 256;
 
 /// Which device is behind the registers.
@@ -22,8 +22,8 @@ pub enum Kind {
     Image,
 }
 
-/// Where the driver puts a queue's driver ring and device ring, as bytes from the descriptors on:
-/// over each other, over the descriptors, or apart.
+/// Offsets of a queue's driver ring and device ring in bytes from its descriptor table: over each
+/// other, over the descriptors, or apart.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub struct Layout {
     driver: u16,
@@ -31,21 +31,21 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Where `Ring` of the test harness has them.
+    /// The offsets that `Ring` of the test harness uses.
     const APART: Self = Self {
         driver: 0x4000,
         device: 0x8000,
     };
 }
 
-/// One thing that a driver may do.
+/// One operation of a driver.
 #[derive(Arbitrary, Debug)]
 pub enum Op {
-    /// Brings the device up in good order, whatever state it was in.
+    /// Resets and initialises the device as the specification requires, from any state.
     SetUp {
         features: u64,
     },
-    /// Writes a register, of the usual width or another.
+    /// Writes a register with the usual 4 bytes or another width.
     Write {
         offset: u16,
         width: u8,
@@ -55,7 +55,7 @@ pub enum Op {
         offset: u16,
         width: u8,
     },
-    /// Writes a descriptor; address and length are near what they could be.
+    /// Writes a descriptor; address and length are often plausible or near a limit.
     Descriptor {
         queue: u8,
         at: u8,
@@ -69,7 +69,7 @@ pub enum Op {
         queue: u8,
         head: u16,
     },
-    /// Writes anywhere in memory: buffers, rings.
+    /// Writes anywhere in memory: into buffers or rings.
     Memory {
         addr: Place,
         bytes: [u8; 16],
@@ -120,7 +120,7 @@ impl Length {
     }
 }
 
-/// A device, its memory, and the driver's idea of the rings.
+/// A device, its memory, and the driver's state of the rings.
 pub struct Driver {
     transport: MmioTransport,
     ram: GuestRam,
@@ -175,8 +175,8 @@ impl Driver {
         self.set(register::STATUS, 15);
     }
 
-    /// Brings the device up with a queue laid out oddly, makes a chain available there as often as
-    /// `chains` says, and lets it run.
+    /// Initialises the device with the queue and the unusual layout of `odd`, makes `chains` chains
+    /// available there, and runs the device.
     pub fn lay(&mut self, wanted: u64, odd: (u8, Layout), chains: u16) {
         self.begin(wanted);
         let queue = usize::from(odd.0) % self.sizes.len();
@@ -231,12 +231,12 @@ impl Driver {
     }
 
     /// # Panics
-    /// If the device breaks a promise.
+    /// If the device violates an invariant.
     pub fn act(&mut self, ops: &[Op]) {
         for op in ops.iter().take(MOST) {
             self.step(op);
         }
-        // Whatever was done to it: a reset helps.
+        // A reset must recover the device from any state.
         self.set_up(u64::MAX);
         assert_eq!(self.transport.status(), 15, "{:?}", self.kind);
         self.transport.run();
@@ -286,7 +286,7 @@ impl Driver {
                 }
             }
             Op::Memory { addr, bytes } => {
-                // Outside memory nothing happens, as for a real guest.
+                // A write outside memory has no effect, as for a real guest.
                 let _ = self
                     .ram
                     .map()

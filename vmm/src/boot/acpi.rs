@@ -1,6 +1,6 @@
-//! ACPI tables (ACPI specification 6.5, chapter 5): how distributions' kernels find their
-//! processors, interrupt lines and devices. They read no MP table, and take no devices from their
-//! command line. Our own kernel has no ACPI, and reads none of it.
+//! ACPI tables (ACPI specification 6.5, chapter 5), from which the kernels of distributions learn
+//! their processors, interrupt lines and devices. Those kernels read no MP table and take no
+//! devices from their command line. Our own kernel has no ACPI and ignores the tables.
 
 use acpi_tables::aml::{
     self, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ResourceTemplate, Scope,
@@ -21,14 +21,14 @@ use crate::legacy::serial;
 const OEM: [u8; 6] = *b"HEARTH";
 const OEM_TABLE: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
-/// Bytes of the header that all tables but the RSDP begin with (5.2.6).
+/// Bytes of the header of all tables but the RSDP (5.2.6).
 const HEADER: u32 = 36;
-/// Fixed features: no VGA, no CMOS clock (table 5.11, IAPC_BOOT_ARCH). Nor a keyboard controller:
-/// what there is of one resets.
+/// Fixed features: no VGA, no CMOS clock (table 5.11, IAPC_BOOT_ARCH). The flag for a keyboard
+/// controller is clear too: ours can only reset the machine.
 const NO_VGA_NO_CLOCK: u16 = 1 << 2 | 1 << 5;
 
-/// Writes the tables of a guest with `vcpus` processors (1 to 32), APIC ids 0 on, and devices on
-/// these interrupt lines. The first is at [`layout::ACPI`].
+/// Writes the tables for a guest with `vcpus` processors (1 to 32), with APIC ids from 0, and with
+/// devices on the interrupt lines `lines`. The first table is at [`layout::ACPI`].
 pub(super) fn write(
     ram: &GuestMemoryMmap,
     vcpus: u8,
@@ -37,9 +37,10 @@ pub(super) fn write(
     ram.write_slice(&tables(vcpus, lines), GuestAddress(layout::ACPI))
 }
 
-/// RSDP, DSDT, FADT, MADT and XSDT, one after another, each at a multiple of 8.
+/// Returns RSDP, DSDT, FADT, MADT and XSDT, one after another, each at a multiple of 8.
 fn tables(vcpus: u8, lines: &[u8]) -> Vec<u8> {
-    // The RSDP, which names the last of the others, comes when that has its place.
+    // The RSDP comes first but holds the address of the XSDT, which comes last: it is filled in at
+    // the end.
     let mut bytes = vec![0; Rsdp::len()];
     let mut put = |table: &dyn Aml| {
         bytes.resize(bytes.len().next_multiple_of(8), 0);
@@ -63,7 +64,7 @@ fn tables(vcpus: u8, lines: &[u8]) -> Vec<u8> {
     all
 }
 
-/// 5.2.12: a local APIC for each processor, and one I/O APIC.
+/// Returns the MADT (5.2.12): a local APIC for each processor, and one I/O APIC.
 fn madt(vcpus: u8) -> MADT {
     let apics = LocalInterruptController::Address(layout::LAPIC);
     let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, apics);
@@ -74,7 +75,7 @@ fn madt(vcpus: u8) -> MADT {
     madt
 }
 
-/// 5.2.11.1: the devices.
+/// Returns the DSDT (5.2.11.1), which lists the devices.
 fn dsdt(lines: &[u8]) -> Sdt {
     let lines = lines.iter().map(|line| u32::from(*line));
     let mut body = Body::default();
@@ -87,13 +88,13 @@ fn dsdt(lines: &[u8]) -> Sdt {
     }
     let mut scope = Vec::new();
     Scope::new("_SB_".into(), vec![&body]).to_aml_bytes(&mut scope);
-    // Revision 2: integers of 64 bits.
+    // Revision 2: 64-bit integers.
     let mut dsdt = Sdt::new(*b"DSDT", HEADER, 2, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&scope);
     dsdt
 }
 
-/// AML that was written already.
+/// Encoded AML.
 #[derive(Default)]
 struct Body(Vec<u8>);
 
@@ -103,8 +104,7 @@ impl Aml for Body {
     }
 }
 
-/// A virtio device behind registers in memory (virtio 1.2, 4.2.3.1: the id is what Linux's driver
-/// goes by).
+/// Appends a virtio-mmio device to `body` (virtio 1.2, 4.2.3.1: Linux's driver matches the id).
 fn virtio(index: u32, body: &mut Body) {
     let base = layout::MMIO_BASE as u32 + index * layout::MMIO_SIZE as u32;
     let registers = Memory32Fixed::new(true, base, layout::MMIO_SIZE as u32);
@@ -118,7 +118,7 @@ fn virtio(index: u32, body: &mut Body) {
     );
 }
 
-/// COM1.
+/// Appends the serial port COM1 to `body`.
 fn com1(body: &mut Body) {
     let ports = IO::new(serial::BASE, serial::BASE, 0, 8);
     let interrupt = interrupt(layout::SERIAL_IRQ);
@@ -131,7 +131,7 @@ fn com1(body: &mut Body) {
     );
 }
 
-/// An interrupt that the device raises by an edge.
+/// Returns the resource of an edge-triggered interrupt.
 fn interrupt(line: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, line)
 }
@@ -160,7 +160,7 @@ mod tests {
         u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
     }
 
-    /// The table at an address, whose length it says itself.
+    /// Returns the table at `address`; its header holds its length.
     fn table(all: &[u8], address: usize) -> &[u8] {
         let at = address - layout::ACPI as usize;
         &all[at..at + number(all, at + 4)]
@@ -182,7 +182,7 @@ mod tests {
             .read_slice(&mut written, GuestAddress(layout::ACPI))
             .unwrap();
         assert_eq!(written, all);
-        // 5.2.5.3: the first 20 bytes sum to zero, and all of them.
+        // 5.2.5.3: the first 20 bytes sum to zero, and so does the whole table.
         assert_eq!(
             (&all[..8], sum(&all[..20]), sum(&all[..36])),
             (&b"RSD PTR "[..], 0, 0)

@@ -16,8 +16,8 @@ pub enum CmdlineError {
     BadCharacter(String),
 }
 
-/// Joins `words` and writes them, zero-terminated, to their place. Returns the bytes without the
-/// terminator.
+/// Joins the kernel parameters in `words` and writes them, zero-terminated, at [`layout::CMDLINE`].
+/// Returns the number of bytes without the terminator.
 pub(super) fn write(ram: &GuestMemoryMmap, words: &[String]) -> Result<u32, LoadError> {
     if let Some(bad) = words
         .iter()

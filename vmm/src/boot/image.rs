@@ -1,8 +1,8 @@
 //! Kernel and initramfs, read once into a sealed memory file that every VM maps.
 //!
-//! A VM maps the file's stretches privately over its own memory: nothing is copied at boot, pages
-//! that guests only read exist once per process, and since the file is sealed nothing that happens
-//! to the files on disk can reach a guest that runs.
+//! A VM maps page ranges of the file privately over its own memory. Nothing is copied at boot,
+//! pages that guests only read exist once per process, and because the file is sealed, changes to
+//! the files on disk cannot reach a running guest.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -14,7 +14,7 @@ use super::kernel::{self, Loaded};
 use super::{Entry, EntryChoice, Initrd, LoadError};
 use crate::memory::{GAP_START, GuestRam, PAGE_SIZE, seal};
 
-/// The files of an image, and the image once they were read. Clones share it.
+/// The files of an image, and the image after they were read. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct ImageFiles {
     kernel: PathBuf,
@@ -31,12 +31,12 @@ impl ImageFiles {
         }
     }
 
-    /// The same kernel with another initramfs.
+    /// Returns the same kernel with another initramfs.
     pub(crate) fn with_initramfs(self, initramfs: PathBuf) -> Self {
         Self::new(self.kernel, Some(initramfs))
     }
 
-    /// The image; reads the files at the first call. A failure is not remembered.
+    /// Returns the image. Reads the files at the first call; a failure is not cached.
     pub(crate) fn image(&self) -> Result<Arc<Image>, LoadError> {
         let mut slot = self.image.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(image) = &*slot {
@@ -48,12 +48,12 @@ impl ImageFiles {
     }
 }
 
-/// See the module's text.
+/// A kernel and an initramfs in one sealed memory file.
 #[derive(Debug)]
 pub(crate) struct Image {
     kernel_path: PathBuf,
     kernel: Loaded,
-    /// Bytes of the initramfs; it begins at the kernel's end in the file.
+    /// Bytes of the initramfs, which begins at the kernel's end in the file.
     initramfs: u64,
 }
 
@@ -81,7 +81,7 @@ impl Image {
         })
     }
 
-    /// Where the first vCPU starts.
+    /// Returns where the first vCPU starts.
     pub(super) fn entry(&self, choice: EntryChoice) -> Result<Entry, LoadError> {
         self.kernel
             .entry(choice)
@@ -91,7 +91,8 @@ impl Image {
             })
     }
 
-    /// Maps kernel and initramfs into `ram`. Says where the initramfs came to lie.
+    /// Maps kernel and initramfs into `ram`. Returns the location of the initramfs, if there is
+    /// one.
     pub(super) fn map_into(&self, ram: &mut GuestRam) -> Result<Option<Initrd>, LoadError> {
         let file = &self.kernel.file;
         let start = place_initramfs(ram.bytes(), self.kernel.end, self.initramfs).ok_or(
@@ -116,7 +117,8 @@ impl Image {
     }
 }
 
-/// Opens a file that is only wanted if it is a regular one: a pipe without a writer must not block.
+/// Opens the file at `path` without blocking. Callers accept only regular files, and a pipe without
+/// a writer must not block them.
 pub(super) fn open(path: &Path) -> std::io::Result<File> {
     File::options()
         .read(true)
@@ -124,7 +126,8 @@ pub(super) fn open(path: &Path) -> std::io::Result<File> {
         .open(path)
 }
 
-/// Appends the file at `path` to `file` at `offset`, filled up to whole pages. Returns its bytes.
+/// Appends the file at `path` to `file` at `offset` and pads it to whole pages. Returns the number
+/// of bytes without the padding.
 fn append(file: &File, offset: u64, path: &Path) -> std::io::Result<u64> {
     let mut source = open(path)?;
     let metadata = source.metadata()?;
@@ -133,13 +136,14 @@ fn append(file: &File, offset: u64, path: &Path) -> std::io::Result<u64> {
     }
     let mut target = file;
     target.seek(SeekFrom::Start(offset))?;
-    // Read only what was there at the start: a file that grows meanwhile cannot fill the host.
+    // Read at most the size found above: a file that grows meanwhile cannot fill the host's memory.
     let len = std::io::copy(&mut (&mut source).take(metadata.len()), &mut target)?;
     file.set_len((offset + len).next_multiple_of(PAGE_SIZE))?;
     Ok(len)
 }
 
-/// The highest whole page below the gap that leaves the kernel alone.
+/// Returns the highest page-aligned address, below the gap and below 2 GiB, at which the initramfs
+/// does not overlap the kernel.
 fn place_initramfs(memory: u64, kernel_end: u64, len: u64) -> Option<u64> {
     // `initrd_addr_max` of 64-bit kernels is 2 GiB - 1 (arch/x86/boot/header.S).
     let top = memory.min(GAP_START).min(1 << 31);

@@ -1,4 +1,4 @@
-//! Kernel files: what they are (by content, never by name) and how they get into guest memory.
+//! Kernel files: detects their format by content, never by name, and loads them into a memory file.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -15,7 +15,7 @@ use super::{Entry, EntryChoice, EntryMode};
 use crate::layout;
 use crate::memory::{GAP_START, GuestRam, MemoryError, PAGE_SIZE};
 
-/// What a file's first bytes say it is.
+/// File format, as detected by a file's first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KernelFormat {
     /// A 64-bit x86 ELF executable (`vmlinux`).
@@ -26,7 +26,7 @@ pub enum KernelFormat {
     ForeignElf,
     /// A compressed file of the named kind.
     Compressed(&'static str),
-    /// Nothing known.
+    /// An unknown format.
     Unknown,
 }
 
@@ -54,43 +54,43 @@ pub enum KernelError {
     /// It is not a regular file.
     #[error("is not a regular file")]
     NotAFile,
-    /// It is something else.
+    /// It is neither a 64-bit ELF file nor a bzImage.
     #[error("is {0}; a 64-bit ELF vmlinux or a bzImage is needed")]
     Format(KernelFormat),
-    /// It is a bzImage whose kernel cannot be had.
+    /// It is a bzImage whose kernel cannot be unpacked.
     #[error("is a bzImage that cannot be used: {0}")]
     BzImage(#[from] BzImageError),
-    /// It is a bzImage with something else inside.
+    /// It is a bzImage that does not contain a 64-bit ELF kernel.
     #[error("is a bzImage with {0} inside; a 64-bit kernel is needed")]
     Inside(KernelFormat),
     /// It is an ELF file that cannot be loaded (truncated, no segments, damaged header).
     #[error("is damaged or truncated: {0}")]
     Elf(String),
-    /// The host has no memory to hold it.
+    /// The host has no memory for it.
     #[error("cannot be held in memory")]
     Memory(#[source] MemoryError),
-    /// PVH was asked for and the kernel has no PVH note.
+    /// PVH was chosen and the kernel has no PVH note.
     #[error("has no PVH entry point; build it with CONFIG_PVH=y or use the 64-bit entry")]
     NoPvh,
 }
 
-/// A kernel in a memory file whose offsets are guest addresses.
+/// A kernel in a memory file, in which offsets are guest addresses.
 #[derive(Debug)]
 pub(super) struct Loaded {
     /// The file; its length is `end`, in whole pages.
     pub(super) file: Arc<File>,
-    /// Address of the first instruction by the 64-bit protocol.
+    /// Address of the first instruction for the 64-bit protocol.
     pub(super) start: u64,
-    /// Address of the first instruction by PVH, where the kernel has such an entry.
+    /// Address of the first instruction for PVH, if the kernel has such an entry.
     pub(super) pvh: Option<u64>,
-    /// Page-aligned, sorted stretches of the file that hold something.
+    /// Page-aligned, sorted ranges of the file that hold content.
     pub(super) extents: Vec<Range<u64>>,
     /// First free page after the kernel and its bss.
     pub(super) end: u64,
 }
 
 impl Loaded {
-    /// Where the first vCPU starts.
+    /// Returns where the first vCPU starts.
     pub(super) fn entry(&self, choice: EntryChoice) -> Result<Entry, KernelError> {
         match (choice, self.pvh) {
             (EntryChoice::Pvh, Some(address)) => Ok(Entry {
@@ -106,11 +106,11 @@ impl Loaded {
     }
 }
 
-/// Most program headers that a kernel may have; real ones have about five.
+/// Maximum number of program headers; real kernels have about five.
 const MAX_SEGMENTS: u16 = 64;
 const PT_LOAD: u32 = 1;
 
-/// Tells a kernel's format from its first bytes.
+/// Detects a file's format by its first bytes.
 pub(super) fn sniff(head: &[u8]) -> KernelFormat {
     match head {
         // ELF specification: magic, class 2 (64-bit), little endian; machine 62 (x86-64).
@@ -176,7 +176,7 @@ pub(super) fn load(path: &Path) -> Result<Loaded, KernelError> {
     })
 }
 
-/// The bytes that tell a file's format.
+/// Reads the first KiB, by which the format is detected.
 fn read_head(file: &mut File) -> std::io::Result<Vec<u8>> {
     let mut head = Vec::new();
     file.seek(SeekFrom::Start(0))?;
@@ -192,9 +192,9 @@ fn bytes_at<const N: usize>(bytes: &[u8], offset: usize) -> Result<[u8; N], Kern
         .ok_or_else(|| KernelError::Elf("the file ends inside its header".into()))
 }
 
-/// Checks every loadable segment before anything is written: inside the file, above 1 MiB, below
-/// the gap. Returns the stretches that hold content and the first page after all, whatever the
-/// segments' order.
+/// Checks every loadable segment before anything is written: it must lie inside the file, above 1
+/// MiB and below the gap. Returns the page ranges that hold content and the first page after all
+/// segments, in whatever order they are.
 fn check_segments(
     file: &mut File,
     head: &[u8],
@@ -249,7 +249,7 @@ fn check_segments(
     Ok((merge(extents), kernel_end))
 }
 
-/// Sorts stretches and joins those that touch.
+/// Sorts ranges and joins those that touch or overlap.
 fn merge(mut extents: Vec<Range<u64>>) -> Vec<Range<u64>> {
     extents.sort_by_key(|e| e.start);
     let mut merged: Vec<Range<u64>> = Vec::new();

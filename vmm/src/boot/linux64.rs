@@ -1,5 +1,5 @@
 //! The zero page of the Linux 64-bit boot protocol (Documentation/arch/x86/boot.rst and
-//! zero-page.rst) and the random seed that goes with it.
+//! zero-page.rst) and the random seed for the guest.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 use super::{Initrd, MapEntry};
 use crate::layout;
 
-/// Bytes of random seed; a ChaCha20 key, what `add_bootloader_randomness` credits in full.
+/// Bytes of random seed: one ChaCha20 key. `add_bootloader_randomness` credits all of it.
 pub(super) const SEED_BYTES: usize = 32;
 
 /// `setup_header` fields (boot.rst).
@@ -23,8 +23,8 @@ const SETUP_RNG_SEED: u32 = 9;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-/// Writes zero page and seed. The seed makes the guest's random generator ready before its first
-/// process, on hosts of both kinds; the kernel erases it once used.
+/// Writes the zero page and the seed. With the seed, the guest's random generator is ready before
+/// its first process runs, with either CPU profile. The kernel erases the seed after use.
 pub(super) fn write(
     ram: &GuestMemoryMmap,
     map: &[MapEntry],
@@ -46,7 +46,7 @@ pub(super) fn write(
     params.hdr.cmdline_size = cmdline_len;
     params.hdr.setup_data = layout::SETUP_DATA;
     if let Some(initrd) = initrd {
-        // Both fit: the initramfs lies below 2 GiB.
+        // Both fit into 32 bits: the initramfs lies below 2 GiB.
         params.hdr.ramdisk_image = initrd.start as u32;
         params.hdr.ramdisk_size = initrd.len as u32;
     }
@@ -116,7 +116,7 @@ mod tests {
         write(ram.map(), &memory_map(GAP_START + MIB), None, 7, &[9; 32]).unwrap();
         let at = |offset| GuestAddress(layout::ZERO_PAGE + offset);
         assert_eq!(ram.map().read_obj::<u8>(at(0x1e8)).unwrap(), 4);
-        // Entries of 20 bytes.
+        // Entries have 20 bytes.
         let last = at(0x2d0 + 3 * 20);
         assert_eq!(
             ram.map().read_obj::<[u64; 2]>(last).unwrap(),

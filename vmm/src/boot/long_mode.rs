@@ -1,5 +1,6 @@
-//! A vCPU in 64-bit mode with the first GiB mapped to itself, as the Linux 64-bit boot protocol
-//! wants it (Documentation/arch/x86/boot.rst, section "64-bit boot protocol").
+//! Initial processor modes of the first vCPU: 64-bit mode with the first GiB identity-mapped, as
+//! the Linux 64-bit boot protocol requires (Documentation/arch/x86/boot.rst, section "64-bit boot
+//! protocol"), and 32-bit protected mode for PVH.
 
 use kvm_bindings::{kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
@@ -14,7 +15,7 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 
-/// Page-table bits: present, writable; and, in a PD entry, a 2 MiB page.
+/// Page-table bits: present and writable; and, in a PD entry, a 2 MiB page.
 const PRESENT_WRITABLE: u64 = 3;
 const HUGE: u64 = 1 << 7;
 
@@ -68,7 +69,7 @@ pub(crate) fn enter(ram: &GuestMemoryMmap, sregs: &mut kvm_sregs) -> Result<(), 
     Ok(())
 }
 
-/// 32-bit protected mode without paging, as PVH wants it
+/// Writes GDT and IDT and sets `sregs` to 32-bit protected mode without paging, as PVH requires
 /// (xen/include/public/arch-x86/hvm/start_info.h).
 ///
 /// # Errors

@@ -1,7 +1,7 @@
-//! From a kernel file to a guest whose first instruction can run.
+//! Loads a kernel into guest memory and prepares the guest for its first instruction.
 //!
-//! [`load`] puts kernel, initramfs, command line, memory map, MP table, ACPI tables and boot
-//! parameters into guest memory and says where the first vCPU starts.
+//! [`load`] writes kernel, initramfs, command line, memory map, MP table, ACPI tables and boot
+//! parameters into guest memory and returns where the first vCPU starts.
 
 mod acpi;
 mod bzimage;
@@ -24,10 +24,10 @@ pub use self::kernel::{KernelError, KernelFormat};
 use crate::layout;
 use crate::memory::{GAP_START, GuestRam, MemoryError};
 
-/// How the kernel is entered.
+/// The boot protocol by which the kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EntryChoice {
-    /// PVH where the kernel has no Linux boot header of its own but a PVH note; 64-bit otherwise.
+    /// Hearth's choice: the Linux 64-bit boot protocol, also for a kernel with a PVH note.
     #[default]
     Auto,
     /// The Linux 64-bit boot protocol.
@@ -43,14 +43,14 @@ pub(crate) enum EntryMode {
     Pvh,
 }
 
-/// Where the first vCPU starts.
+/// Where the first vCPU starts, and in which mode.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry {
     pub(crate) address: u64,
     pub(crate) mode: EntryMode,
 }
 
-/// Why a guest could not be put into memory.
+/// Why a guest could not be loaded into memory.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The kernel file is not usable.
@@ -58,7 +58,7 @@ pub enum LoadError {
     Kernel {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error in the file.
         source: KernelError,
     },
     /// The initramfs could not be read.
@@ -84,7 +84,7 @@ pub enum LoadError {
     /// The command line is not usable.
     #[error(transparent)]
     Cmdline(#[from] CmdlineError),
-    /// The boot structures do not fit (never, from 32 MiB on).
+    /// The boot structures do not fit (impossible with 32 MiB or more).
     #[error("guest memory is too small for the boot structures")]
     TooSmall(#[from] vm_memory::GuestMemoryError),
     /// The host could not hold or map the kernel image.
@@ -95,27 +95,27 @@ pub enum LoadError {
     Seed(#[source] std::io::Error),
 }
 
-/// What to load.
+/// Input of [`load`].
 pub(crate) struct Source<'a> {
     pub(crate) payload: &'a Payload,
     pub(crate) words: &'a [String],
     pub(crate) vcpus: u8,
-    /// Interrupt lines that something is connected to.
+    /// Interrupt lines in use.
     pub(crate) lines: &'a [u8],
     pub(crate) entry: EntryChoice,
 }
 
-/// What a guest boots.
+/// The software that a guest boots.
 #[derive(Clone, Debug)]
 pub(crate) enum Payload {
     /// Kernel and initramfs files.
     Linux(ImageFiles),
-    /// Machine code that starts in 64-bit mode at 1 MiB, with the first GiB mapped to itself. For
-    /// probes and tests of the monitor.
+    /// Machine code that starts in 64-bit mode at 1 MiB, with the first GiB identity-mapped. For
+    /// probes and tests of the VMM.
     Flat(Vec<u8>),
 }
 
-/// A stretch of guest memory and whether the guest may use it.
+/// A range of guest memory and whether the guest may use it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MapEntry {
     pub(crate) start: u64,
@@ -123,8 +123,8 @@ pub(crate) struct MapEntry {
     pub(crate) usable: bool,
 }
 
-/// The memory map that guests are told (e820): conventional memory ends below the ACPI tables and
-/// the MP table, which kernels look for in its last KiB.
+/// Returns the memory map for the guest (e820). Conventional memory ends below the ACPI tables and
+/// the MP table, which kernels look for in the last KiB below [`layout::LOW_END`].
 pub(crate) fn memory_map(bytes: u64) -> Vec<MapEntry> {
     let usable = |start: u64, end: u64| MapEntry {
         start,
@@ -153,7 +153,7 @@ pub(crate) fn memory_map(bytes: u64) -> Vec<MapEntry> {
     map
 }
 
-/// Fills guest memory; see the module's text.
+/// Writes everything that the guest needs for its boot into `ram`.
 pub(crate) fn load(ram: &mut GuestRam, source: &Source<'_>) -> Result<Entry, LoadError> {
     let image = match source.payload {
         Payload::Linux(files) => files.image()?,
@@ -185,7 +185,7 @@ pub(crate) fn load(ram: &mut GuestRam, source: &Source<'_>) -> Result<Entry, Loa
 
 fn fill_random(buffer: &mut [u8]) -> std::io::Result<()> {
     let got = rustix::rand::getrandom(&mut *buffer, rustix::rand::GetRandomFlags::empty())?;
-    // Up to 256 bytes never come short (getrandom(2)).
+    // Requests of up to 256 bytes are always filled (getrandom(2)).
     if got == buffer.len() {
         Ok(())
     } else {
@@ -193,13 +193,13 @@ fn fill_random(buffer: &mut [u8]) -> std::io::Result<()> {
     }
 }
 
-/// Reads a kernel as a boot would; for fuzz targets.
+/// Reads a kernel as a boot does; for fuzz targets.
 #[cfg(feature = "testing")]
 pub(crate) fn check_kernel(path: &std::path::Path) -> Result<(), KernelError> {
     kernel::load(path).map(drop)
 }
 
-/// Where an initramfs lies: guest address and bytes.
+/// Location of an initramfs: guest address and bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Initrd {
     pub(crate) start: u64,

@@ -1,12 +1,12 @@
-//! The MP table (Intel MultiProcessor Specification 1.4, chapter 4): how kernels without ACPI find
-//! their processors and interrupt lines.
+//! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), from which kernels without
+//! ACPI learn their processors and interrupt lines.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::layout;
 
 const SPEC_REVISION: u8 = 4;
-/// Version that KVM's APICs report.
+/// The version that KVM's APICs report.
 const APIC_VERSION: u8 = 0x14;
 /// CPU flags: enabled, boot processor.
 const CPU_ENABLED: u8 = 1;
@@ -18,9 +18,9 @@ const INT: u8 = 0;
 const NMI: u8 = 1;
 const EXTINT: u8 = 3;
 
-/// Writes floating pointer and configuration table for `vcpus` processors (1 to 32), APIC ids 0 on,
-/// with the interrupt lines (below [`layout::IRQ_LINES`]) that something is connected to: a kernel
-/// sets up each that it is told of.
+/// Writes the floating pointer and the configuration table for `vcpus` processors (1 to 32), with
+/// APIC ids from 0. `lines` are the interrupt lines in use (below [`layout::IRQ_LINES`]). Only
+/// these are listed, because a kernel sets up each line that is.
 pub(super) fn write(
     ram: &GuestMemoryMmap,
     vcpus: u8,
@@ -31,7 +31,7 @@ pub(super) fn write(
     ram.write_slice(&table(vcpus, lines), GuestAddress(layout::MPTABLE + 16))
 }
 
-/// Section 4.1: 16 bytes that sum to zero.
+/// Returns the floating pointer (section 4.1): 16 bytes that sum to zero.
 fn floating_pointer(table: u32) -> [u8; 16] {
     let mut bytes = [0u8; 16];
     let mut cursor = bytes.iter_mut();
@@ -71,7 +71,7 @@ fn table(vcpus: u8, lines: &[u8]) -> Vec<u8> {
     let mut ioapic = vec![2, ioapic_id, APIC_VERSION, 1];
     ioapic.extend_from_slice(&layout::IOAPIC.to_le_bytes());
     push(&ioapic);
-    // Section 4.3.4: each line to the I/O APIC pin of its number.
+    // Section 4.3.4: each line is connected to the I/O APIC pin with the same number.
     for line in lines {
         push(&[3, INT, 0, 0, 0, *line, ioapic_id, *line]);
     }
@@ -95,7 +95,7 @@ fn table(vcpus: u8, lines: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The byte that makes `bytes` sum to zero.
+/// Returns the byte that makes `bytes` sum to zero.
 fn checksum(bytes: &[u8]) -> u8 {
     bytes
         .iter()

@@ -1,4 +1,4 @@
-//! What a VM is made of, checked as a whole before anything is made.
+//! Configuration of a VM, checked as a whole before anything is created.
 
 use std::path::PathBuf;
 
@@ -9,30 +9,30 @@ use crate::memory::{GAP_START, HUGE_PAGE_SIZE, HugePages};
 use crate::placement::{Placement, VcpuThread};
 use crate::virtio::pmem::{MAX_IMAGES, PmemFile};
 
-/// Least guest memory in MiB.
+/// Minimum guest memory in MiB.
 pub const MIN_MEMORY_MIB: u64 = 32;
-/// Most guest memory in MiB (1 TiB, what 40 physical address bits allow any guest).
+/// Maximum guest memory in MiB (1 TiB, which 40 physical address bits allow for any guest).
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
-/// Most vCPUs of one VM.
+/// Maximum number of vCPUs of one VM.
 pub const MAX_VCPUS: u8 = 32;
-/// Guest memory in MiB when not said.
+/// Guest memory in MiB by default.
 pub const DEFAULT_MEMORY_MIB: u64 = 128;
 
 /// Why a configuration is refused. Nothing was started.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// Less than the least memory.
+    /// Less than [`MIN_MEMORY_MIB`].
     #[error("{0} bytes of guest memory are too few; give it at least {MIN_MEMORY_MIB} MiB")]
     MemoryTooSmall(u64),
     /// Not whole MiB.
     #[error("{0} bytes of guest memory are not whole MiB; round to a multiple of 1048576")]
     MemoryNotWhole(u64),
-    /// Not whole pages of 2 MiB, where those are to be used alone.
+    /// Not whole pages of 2 MiB, with [`HugePages::Reserved`].
     #[error(
         "{0} bytes of guest memory are not whole pages of 2 MiB; round to a multiple of 2097152"
     )]
     MemoryNotHuge(u64),
-    /// More than the host or any guest has.
+    /// More memory than the host has, or than any guest can have.
     #[error("{asked} MiB of guest memory are more than this host's {host} MiB")]
     MemoryTooLarge {
         /// MiB asked for.
@@ -48,10 +48,10 @@ pub enum ConfigError {
         /// Most that this host and Hearth support.
         most: u8,
     },
-    /// More images than a VM has interrupt lines for.
+    /// More pmem images than a VM has interrupt lines for.
     #[error("{0} images are too many for one VM; it takes {MAX_IMAGES}")]
     Images(usize),
-    /// A processor quota that gives nothing, or more than all vCPUs could use.
+    /// A processor quota of zero, or of more than all vCPUs could use.
     #[error("a quota of {asked} percent is not possible; choose 1 to {most}")]
     Quota {
         /// Percent asked for.
@@ -81,20 +81,21 @@ pub struct VmConfig {
     pub(crate) placement: Option<Placement>,
 }
 
-/// Collects a [`VmConfig`]. Every method takes and returns the builder; the last of equal calls
-/// wins.
+/// Builder of a [`VmConfig`]. Every method takes and returns the builder. Of several calls that set
+/// one value, the last wins.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct VmConfigBuilder(VmConfig);
 
 impl VmConfig {
-    /// A guest that boots `kernel` (a 64-bit ELF vmlinux, or a bzImage) with 128 MiB and one vCPU.
+    /// Returns a builder for a guest that boots `kernel` (a 64-bit ELF vmlinux, or a bzImage) with
+    /// 128 MiB and one vCPU.
     pub fn builder(kernel: impl Into<PathBuf>) -> VmConfigBuilder {
         Self::with_payload(Payload::Linux(ImageFiles::new(kernel.into(), None)))
     }
 
-    /// A guest that runs `code` from 1 MiB on, in 64-bit mode with the first GiB mapped to itself.
-    /// For probes and tests of the monitor.
+    /// Returns a builder for a guest that runs `code` from 1 MiB on, in 64-bit mode with the first
+    /// GiB identity-mapped. For probes and tests of the VMM.
     pub fn flat(code: impl Into<Vec<u8>>) -> VmConfigBuilder {
         Self::with_payload(Payload::Flat(code.into()))
     }
@@ -119,21 +120,21 @@ impl VmConfig {
         })
     }
 
-    /// Guest memory in bytes.
+    /// Returns the guest memory in bytes.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
         self.memory_bytes
     }
 
-    /// Number of vCPUs.
+    /// Returns the number of vCPUs.
     #[must_use]
     pub fn vcpus(&self) -> u8 {
         self.vcpus
     }
 
     /// Reads kernel and initramfs into memory, unless that was done for this configuration or a
-    /// clone of it. Booting does it too; doing it ahead takes the files' cost (a few ms) from the
-    /// first boot.
+    /// clone of it. Booting does it too; done in advance, it takes the cost of reading (a few ms)
+    /// from the first boot.
     ///
     /// # Errors
     /// [`LoadError`] says what is wrong with which file.
@@ -183,22 +184,23 @@ impl VmConfig {
         Ok(())
     }
 
-    /// The words on the kernel's command line, the monitor's own first, on a host of kind
-    /// `profile`; those that tell where devices are come besides. What boots from the same
-    /// files with the same words comes up alike.
+    /// Returns the kernel parameters on a host with `profile`, the VMM's own first, without those
+    /// that describe devices. VMs that boot from the same files with the same parameters boot
+    /// alike.
     #[must_use]
     pub fn boot_words(&self, profile: CpuProfile) -> Vec<String> {
         self.cmdline(profile, &[])
     }
 
-    /// The kernel command line as words, with those that the monitor adds.
+    /// Returns all kernel parameters: the VMM's own, `devices`, then those of this configuration.
     pub(crate) fn cmdline(&self, profile: CpuProfile, devices: &[String]) -> Vec<String> {
         let mut words: Vec<String> = Vec::new();
         if !self.plain_cmdline {
-            // End at once and by ways that the monitor sees; say why on our port; our kernel's
-            // short boot. Report free memory by the MiB: the kernel's choice, 2 or 4
-            // MiB, has it report nothing while less than 32 such blocks are free.
-            // Kernels that do not know a word ignore it.
+            // The guest ends at once, in a way that the VMM sees, and reports the reason on our
+            // port; our kernel boots faster and lets its clones re-key their random generator. Free
+            // memory is reported in blocks of 1 MiB: with the kernel's default, 2 or 4 MiB, it
+            // reports nothing while fewer than 32 such blocks are free. Kernels ignore parameters
+            // that they do not know.
             words.extend(
                 [
                     "reboot=k",
@@ -215,8 +217,8 @@ impl VmConfig {
             } else {
                 words.extend(["quiet", "8250.nr_uarts=0"].map(String::from));
             }
-            // For devices that reach no further than 4 GiB the kernel keeps 64 MiB of bounce
-            // buffers, once it has memory there. Ours reach all.
+            // With memory above 4 GiB the kernel keeps 64 MiB of bounce buffers for devices that
+            // cannot address it. Ours can.
             if self.memory_bytes > GAP_START {
                 words.push("swiotlb=noforce".into());
             }
@@ -229,7 +231,7 @@ impl VmConfig {
 }
 
 impl VmConfigBuilder {
-    /// An initramfs file; uncompressed cpio is fastest by far.
+    /// Sets the initramfs file. Uncompressed cpio is by far the fastest.
     pub fn initramfs(mut self, path: impl Into<PathBuf>) -> Self {
         if let Payload::Linux(files) = self.0.payload {
             self.0.payload = Payload::Linux(files.with_initramfs(path.into()));
@@ -237,30 +239,30 @@ impl VmConfigBuilder {
         self
     }
 
-    /// Guest memory in MiB, 32 or more.
+    /// Sets the guest memory in MiB, 32 or more.
     pub fn memory_mib(self, mib: u64) -> Self {
         self.memory_bytes(mib.saturating_mul(1 << 20))
     }
 
-    /// Guest memory in bytes; whole MiB.
+    /// Sets the guest memory in bytes, whole MiB.
     pub fn memory_bytes(mut self, bytes: u64) -> Self {
         self.0.memory_bytes = bytes;
         self
     }
 
-    /// Gives the guest memory in pages of 2 MiB; ordinary ones when not said.
+    /// Gives the guest memory in pages of 2 MiB. Ordinary pages by default.
     pub fn huge_pages(mut self, pages: HugePages) -> Self {
         self.0.huge_pages = Some(pages);
         self
     }
 
-    /// Number of vCPUs, 1 to 32.
+    /// Sets the number of vCPUs, 1 to 32.
     pub fn vcpus(mut self, vcpus: u8) -> Self {
         self.0.vcpus = vcpus;
         self
     }
 
-    /// Adds words to the end of the kernel command line.
+    /// Appends parameters to the kernel command line.
     pub fn append(mut self, words: &str) -> Self {
         self.0
             .words
@@ -268,42 +270,44 @@ impl VmConfigBuilder {
         self
     }
 
-    /// Leaves out the words that the monitor would add, but for the devices'.
+    /// Omits the kernel parameters that the VMM would add, except those that describe devices.
     pub fn plain_cmdline(mut self) -> Self {
         self.0.plain_cmdline = true;
         self
     }
 
-    /// Gives the guest a serial console whose output [`Vm::console`](crate::Vm::console) keeps.
+    /// Gives the guest a serial console. [`Vm::console`](crate::Vm::console) returns its output.
     /// Costs an exit per byte printed.
     pub fn console(mut self, on: bool) -> Self {
         self.0.console = on;
         self
     }
 
-    /// Lets [`Vm::emulated_instructions`](crate::Vm::emulated_instructions) count: for
-    /// measurements. Costs a descriptor per vCPU.
+    /// Enables [`Vm::emulated_instructions`](crate::Vm::emulated_instructions), for measurements.
+    /// Costs a descriptor per vCPU.
     pub fn count_instructions(mut self, on: bool) -> Self {
         self.0.count_instructions = on;
         self
     }
 
-    /// Gives the guest a programmable interval timer. Kernels with KVM guest support do without.
+    /// Gives the guest a programmable interval timer. Kernels with KVM guest support do not need
+    /// it.
     pub fn pit(mut self, on: bool) -> Self {
         self.0.pit = on;
         self
     }
 
-    /// Gives the guest the processor's performance counters, where the host's KVM has any to give:
-    /// for a guest that you trust, as counters tell of its neighbours, too. None when not said.
+    /// Gives the guest the processor's performance counters, if the host's KVM has any to give:
+    /// only for a guest that you trust, because the counters reveal activity of its neighbours,
+    /// too. Off by default.
     pub fn pmu(mut self, on: bool) -> Self {
         self.0.pmu = on;
         self
     }
 
-    /// Gives the guest a read-only image file (`/dev/pmem0`, the next `/dev/pmem1`, and so on; 8 at
-    /// most). Its size is a multiple of 2 MiB. All VMs of this configuration and their clones read
-    /// the same pages; what the guest writes is ignored. The file is opened once, at the first
+    /// Gives the guest a read-only pmem image file (`/dev/pmem0`, the next `/dev/pmem1`, and so on;
+    /// 8 at most). Its size is a multiple of 2 MiB. All VMs of this configuration and their clones
+    /// read the same pages; the guest's writes are ignored. The file is opened once, at the first
     /// boot, and must not change while guests use it.
     pub fn pmem(mut self, path: impl Into<PathBuf>) -> Self {
         self.0.images.push(PmemFile::new(path.into()));
@@ -311,26 +315,26 @@ impl VmConfigBuilder {
     }
 
     /// Limits the processor time of the guest: `percent` of one processor, for all its vCPUs
-    /// together, over each 100 ms; 1 to 100 for each vCPU. No limit when not said. Work of
-    /// devices on the event threads is not counted; it is bounded on its own.
+    /// together, over each 100 ms; 1 to 100 for each vCPU. No limit by default. The work of devices
+    /// on the event threads is not counted; it has bounds of its own.
     pub fn cpu_quota(mut self, percent: u32) -> Self {
         self.0.limits.cpu_percent = Some(percent);
         self
     }
 
-    /// Whether the threads that run this VM and its devices are confined by seccomp filters; they
-    /// are when not said. Calls that they do not need are answered with `EPERM`; the filters
-    /// set `no_new_privs` on these threads. A program whose `tracing` subscriber or allocator
-    /// needs more than writing to open descriptors on them switches it off.
+    /// Sets whether the threads that run this VM and its devices are confined by seccomp filters.
+    /// On by default. System calls that they do not need return `EPERM`; the filters set
+    /// `no_new_privs` on these threads. Switch it off if the `tracing` subscriber or allocator of
+    /// the program needs more on these threads than writing to open descriptors.
     pub fn seccomp(mut self, on: bool) -> Self {
         self.0.limits.seccomp = on;
         self
     }
 
-    /// Has `place` decide where the threads run that run this VM's vCPUs: it is told of each before
-    /// its vCPU runs, on the thread that makes the VM, one after another. Where they run
-    /// otherwise is where the program's first thread may. Such threads are made for this VM and
-    /// end with it, which costs a boot some 100 us.
+    /// Sets a callback that decides where the threads of this VM's vCPUs run. `place` is called
+    /// with each thread before its vCPU runs, on the thread that creates the VM, one after another.
+    /// By default they run where the program's first thread may run. Threads to be placed are
+    /// created for this VM and end with it, which costs a boot some 100 us.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -343,7 +347,7 @@ impl VmConfigBuilder {
     /// ```
     ///
     /// # Errors
-    /// An error of `place` is one of the boot
+    /// If `place` fails, the boot fails with that error
     /// ([`VcpuError::Placement`](crate::VcpuError::Placement)).
     pub fn place_vcpus(
         mut self,
@@ -353,13 +357,13 @@ impl VmConfigBuilder {
         self
     }
 
-    /// How the kernel is entered.
+    /// Sets the boot protocol by which the kernel is entered.
     pub fn entry(mut self, entry: EntryChoice) -> Self {
         self.0.entry = entry;
         self
     }
 
-    /// Forces the CPU profile, for a kernel of your own; the host's probed one when not said.
+    /// Forces the CPU profile, for a kernel of your own. By default it is the host's probed one.
     pub fn profile(mut self, profile: CpuProfile) -> Self {
         self.0.profile = Some(profile);
         self

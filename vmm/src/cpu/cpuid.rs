@@ -1,6 +1,6 @@
-//! CPUID of a guest: what it is shown of what KVM supports ([`features`]), with a topology of one
-//! package and one thread per core that agrees with the MP table, and without what the CPU profile
-//! cannot run.
+//! CPUID of a guest: the features that KVM supports and [`features`] allows, with a topology of one
+//! package and one thread per core that agrees with the MP table, and without features that the CPU
+//! profile cannot run.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -9,19 +9,20 @@ use crate::host::CpuProfile;
 
 /// KVM's paravirtual features (Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURES: u32 = 0x4000_0001;
-/// PV TLB flush, PV IPI and PV sched yield: VMCALLs that the emulator cannot pass with many vCPUs.
+/// PV TLB flush, PV unhalt, PV IPI and PV sched yield: VMCALLs that the emulator cannot pass with
+/// many vCPUs.
 const KVM_PV_CALLS: u32 = 1 << 9 | 1 << 7 | 1 << 11 | 1 << 13;
-/// Asynchronous page faults and steal time: work for the guest's kernel that gains an emulated one
-/// nothing. Each restored vCPU would begin with a search for all that might have waited for a page
-/// (4,000 instructions), and then run other tasks for the microseconds in which the host copies a
-/// page.
+/// Asynchronous page faults and steal time: work for the guest's kernel that has no benefit where
+/// ring 0 is emulated. Each restored vCPU would first search for all tasks that might have waited
+/// for a page (4,000 instructions), and later run other tasks for the microseconds in which the
+/// host copies a page.
 const KVM_ASYNC_PF_AND_STEAL: u32 = 1 << 4 | 1 << 5 | 1 << 10 | 1 << 14;
 
-/// CPUID for vCPU `index` of `count` (1 to 32; index below count), with performance counters or
-/// without. APIC id = index.
+/// Returns the CPUID for vCPU `index` of `count` (1 to 32; `index` is below `count`), with
+/// performance counters if `pmu`. The APIC id equals `index`.
 ///
 /// # Errors
-/// When the host's table has no room for the topology leaves.
+/// When the table has no room for the topology leaves.
 pub(crate) fn for_vcpu(
     host: &CpuId,
     profile: CpuProfile,
@@ -46,20 +47,21 @@ pub(crate) fn for_vcpu(
     CpuId::from_entries(&table)
 }
 
-/// What any guest of this host may be shown, whatever its topology.
+/// Returns the leaves that any guest of this host may be shown, whatever its topology, performance
+/// counters included.
 pub(crate) fn shown(host: &CpuId) -> impl Iterator<Item = kvm_cpuid_entry2> + use<> {
     features::reviewed(host.as_slice(), true).into_iter()
 }
 
-/// Physical address bits of the guest's processor (AMD APM volume 3, Fn8000_0008 EAX; 36 where a
-/// processor does not say).
+/// Returns the physical address bits of the guest's processor (AMD APM volume 3, Fn8000_0008 EAX;
+/// 36 if KVM lists no such leaf).
 pub(crate) fn address_bits(host: &CpuId) -> u32 {
     let entries = host.as_slice();
     let leaf = entries.iter().find(|e| e.function == 0x8000_0008);
     leaf.map_or(36, |e| e.eax & 0xff)
 }
 
-/// Bits of an APIC id that tell cores of one package apart.
+/// Returns the number of APIC id bits that distinguish the cores of one package.
 pub(crate) fn core_bits(count: u8) -> u32 {
     u32::from(count).next_power_of_two().trailing_zeros()
 }
@@ -109,7 +111,8 @@ fn set(register: &mut u32, bit: u32, on: bool) {
     *register = (*register & !(1 << bit)) | (u32::from(on) << bit);
 }
 
-/// Intel SDM volume 2, leaves 0xB and 0x1F: a thread level of one, then the cores of the package.
+/// Returns leaf 0xB or 0x1F (Intel SDM volume 2): a thread level of one, then the cores of the
+/// package.
 fn extended_topology(leaf: u32, index: u8, count: u8) -> [kvm_cpuid_entry2; 3] {
     let level = |subleaf: u32, shift: u32, logical: u32, kind: u32| kvm_cpuid_entry2 {
         function: leaf,
@@ -211,8 +214,8 @@ mod tests {
         assert_eq!(get(&table, 0x8000_0001, 0).ecx & SVM, 0);
     }
 
-    /// A saved guest has seen the CPUID of the library that saved it: if that changes, the
-    /// templates of before must not be loaded.
+    /// A saved guest has read the CPUID of the library version that saved it. If that CPUID
+    /// changes, older templates must not be loaded.
     #[test]
     fn what_guests_are_shown_changes_only_with_the_format_of_templates() {
         use sha2::Digest as _;

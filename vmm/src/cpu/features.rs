@@ -1,11 +1,11 @@
-//! What of KVM's CPUID a guest is shown: a list of what is allowed, leaf by leaf and bit by bit.
+//! Allowlist of the CPUID features that guests are shown, leaf by leaf and bit by bit.
 //!
-//! KVM lists whatever it can give a guest, and learns new features with each kernel. A guest gets a
-//! feature only if it was looked at: its state is saved with a template (`snapshot::cpu`), it takes
-//! nothing from the guest's neighbours, and it has the host's kernel log nothing. Left out are,
-//! among others, what measures the processor (PMU, LBR, PT, IBS), state that is not saved (AMX,
-//! CET, PKS, FRED, UINTR), enclaves and encryption (SGX, SEV, TDX, key locker), virtual machines
-//! inside (VMX, SVM), TSX, MONITOR, and all of resource control.
+//! KVM lists all features that it can give a guest, and learns new ones with each kernel. A guest
+//! gets a feature only after a review: its state is saved with a template (`snapshot::cpu`), it
+//! takes nothing from the guest's neighbours, and it causes no messages in the host's kernel log.
+//! Left out are, among others, performance measurement (PMU, LBR, PT, IBS), state that is not saved
+//! (AMX, CET, PKS, FRED, UINTR), enclaves and encryption (SGX, SEV, TDX, key locker), nested
+//! virtual machines (VMX, SVM), TSX, MONITOR, and all of resource control.
 //!
 //! Sources: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E; Linux,
 //! arch/x86/include/asm/cpufeatures.h.
@@ -20,7 +20,7 @@ const MAX_BASIC: u32 = 0x1f;
 const MAX_KVM: u32 = 0x4000_0001;
 const MAX_EXTENDED: u32 = 0x8000_0021;
 
-/// What of the registers of a leaf is shown. Leaves and indices that have none are not.
+/// Bits of a leaf's registers that are shown. Leaves and indices without an entry are hidden.
 struct Allowed {
     function: u32,
     index: u32,
@@ -41,7 +41,7 @@ const fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Allo
     }
 }
 
-/// A mask of these bits.
+/// Returns a mask of the numbered bits.
 const fn bits(bits: &[u32]) -> u32 {
     let mut mask = 0;
     let mut rest = bits;
@@ -53,11 +53,11 @@ const fn bits(bits: &[u32]) -> u32 {
 }
 
 /// Leaf 1 ECX: SSE3, PCLMULQDQ, SSSE3, FMA, CMPXCHG16B, PCID, SSE4.1, SSE4.2, x2APIC, MOVBE,
-/// POPCNT, the APIC timer's deadline, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND, hypervisor.
+/// POPCNT, TSC deadline timer, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND, hypervisor.
 const BASIC_ECX: u32 = bits(&[
     0, 1, 9, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
 ]);
-/// Leaf 1 EDX: all of what each 64-bit processor has, self snoop, HTT.
+/// Leaf 1 EDX: all features that every 64-bit processor has, self snoop, HTT.
 const BASIC_EDX: u32 = bits(&[
     0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26, 27, 28,
 ]);
@@ -84,7 +84,7 @@ const SEVEN_2_EDX: u32 = bits(&[0, 1, 2, 3, 4, 5]);
 /// State components that a guest may use: x87, SSE, AVX, AVX-512 (three), PKRU. Together they fit
 /// into `kvm_xsave`.
 const XCR0: u32 = bits(&[0, 1, 2, 5, 6, 7, 9]);
-/// Leaf 0xD.1 EAX: XSAVEOPT, XSAVEC, XGETBV with ECX = 1, XSAVES (with no state of its own).
+/// Leaf 0xD.1 EAX: XSAVEOPT, XSAVEC, XGETBV with ECX = 1, XSAVES (without supervisor state).
 const XSAVE_KINDS: u32 = bits(&[0, 1, 2, 3]);
 /// Leaf 0x8000_0001 ECX: LAHF, CMP_LEGACY, CR8_LEGACY, ABM, SSE4A, MISALIGNSSE, 3DNOWPREFETCH,
 /// OSVW, XOP, FMA4, TBM, TOPOEXT.
@@ -97,10 +97,10 @@ const EXTENDED_EDX: u32 = bits(&[
 ]);
 /// Leaf 0x8000_0001 ECX: performance counters of the core.
 const PERFCTR_CORE: u32 = 1 << 23;
-/// Leaf 0x8000_0007 EDX: the time stamp counter runs at one rate.
+/// Leaf 0x8000_0007 EDX: the time stamp counter has a constant rate.
 const INVARIANT_TSC: u32 = 1 << 8;
 /// Leaf 0x8000_0008 EBX: CLZERO, XSAVEERPTR, WBNOINVD, IBPB, IBRS, STIBP, IBRS and STIBP always on,
-/// SSBD (by two ways), SSB_NO, PSFD, BTC_NO, IBPB_RET.
+/// SSBD (two kinds), SSB_NO, PSFD, BTC_NO, IBPB_RET.
 const SPECULATION: u32 = bits(&[0, 2, 9, 12, 14, 15, 16, 17, 24, 25, 26, 28, 29, 30]);
 /// Leaf 0x8000_0021 EAX: NO_NESTED_DATA_BP, LFENCE_RDTSC, VERW_CLEAR, NULL_SEL_CLR_BASE, AUTOIBRS,
 /// NO_SMM_CTL_MSR, FSRS, FSRC, SBPB, IBPB_BRTYPE, SRSO_NO, SRSO_USER_KERNEL_NO.
@@ -108,7 +108,7 @@ const EXTENDED_21_EAX: u32 = bits(&[0, 2, 5, 6, 8, 9, 10, 11, 27, 28, 29, 30]);
 /// Leaf 0x8000_0021 ECX: TSA_SQ_NO, TSA_L1_NO.
 const EXTENDED_21_ECX: u32 = bits(&[1, 2]);
 
-/// Any index of a leaf that has several.
+/// Matches any index of a leaf.
 const ANY: u32 = u32::MAX;
 
 const ALLOWED: &[Allowed] = &[
@@ -117,7 +117,7 @@ const ALLOWED: &[Allowed] = &[
     // Caches.
     leaf(0x2, 0, [ALL; 4]),
     leaf(0x4, ANY, [ALL; 4]),
-    // ARAT: the APIC's timer never stops.
+    // ARAT: the APIC timer never stops.
     leaf(0x6, 0, [1 << 2, NONE, NONE, NONE]),
     leaf(0x7, 0, [ALL, SEVEN_EBX, SEVEN_ECX, SEVEN_EDX]),
     leaf(0x7, 1, [SEVEN_1_EAX, NONE, NONE, SEVEN_1_EDX]),
@@ -138,13 +138,13 @@ const ALLOWED: &[Allowed] = &[
     leaf(0x8000_0002, 0, [ALL; 4]),
     leaf(0x8000_0003, 0, [ALL; 4]),
     leaf(0x8000_0004, 0, [ALL; 4]),
-    // Caches and lines of the TLB.
+    // Caches and TLB entries.
     leaf(0x8000_0005, 0, [ALL; 4]),
     leaf(0x8000_0006, 0, [ALL; 4]),
     leaf(0x8000_0007, 0, [NONE, NONE, NONE, INVARIANT_TSC]),
-    // Widths of addresses, counts of cores.
+    // Address widths and core counts.
     leaf(0x8000_0008, 0, [ALL, SPECULATION, ALL, NONE]),
-    // Lines of the TLB for 1 GiB, hints for the choice of instructions.
+    // TLB entries for 1 GiB pages, performance optimisation identifiers.
     leaf(0x8000_0019, 0, [ALL; 4]),
     leaf(0x8000_001a, 0, [ALL; 4]),
     leaf(0x8000_001d, ANY, [ALL; 4]),
@@ -156,7 +156,7 @@ const ALLOWED: &[Allowed] = &[
     ),
 ];
 
-/// What else a guest with a PMU is shown, and by leaves that the list above has not.
+/// Additional bits and leaves for a guest with a PMU.
 const PMU: &[Allowed] = &[
     leaf(0x1, 0, [NONE, NONE, PDCM, NONE]),
     leaf(0xa, 0, [ALL; 4]),
@@ -164,7 +164,7 @@ const PMU: &[Allowed] = &[
     leaf(0x8000_0022, 0, [ALL; 4]),
 ];
 
-/// The leaves of KVM's list that a guest is shown, with what it is shown of them.
+/// Returns the leaves of KVM's list `host` that a guest is shown, masked to the allowed bits.
 pub(super) fn reviewed(host: &[kvm_cpuid_entry2], pmu: bool) -> Vec<kvm_cpuid_entry2> {
     let lists: &[&[Allowed]] = if pmu { &[ALLOWED, PMU] } else { &[ALLOWED] };
     let mut shown: Vec<kvm_cpuid_entry2> = host
@@ -201,9 +201,10 @@ pub(super) fn reviewed(host: &[kvm_cpuid_entry2], pmu: bool) -> Vec<kvm_cpuid_en
             (0, _) => entry.eax = entry.eax.min(MAX_BASIC),
             (0x4000_0000, _) => entry.eax = entry.eax.min(MAX_KVM),
             (0x8000_0000, _) => entry.eax = entry.eax.min(extended),
-            // The last index of the leaf.
+            // The highest index of the leaf.
             (0x7, 0) => entry.eax = entry.eax.min(2),
-            // KVM keeps EBX, which is of what is enabled at the moment; ECX is of all that can be.
+            // KVM updates EBX, the size for the components that are enabled at the moment. ECX is
+            // the size for all that can be enabled.
             (0xd, 0) => entry.ecx = area,
             _ => {}
         }
@@ -211,8 +212,8 @@ pub(super) fn reviewed(host: &[kvm_cpuid_entry2], pmu: bool) -> Vec<kvm_cpuid_en
     shown
 }
 
-/// Bytes of the largest area that `XSAVE` writes: each component has its size in EAX and its place
-/// in EBX (Intel SDM volume 1, 13.2); the legacy region and the header take 576.
+/// Returns the bytes of the largest area that `XSAVE` writes: each component has its size in EAX
+/// and its offset in EBX (Intel SDM volume 1, 13.2); the legacy region and the header take 576.
 fn xsave_area(leaves: &[kvm_cpuid_entry2]) -> u32 {
     let components = leaves
         .iter()
@@ -225,7 +226,7 @@ fn xsave_area(leaves: &[kvm_cpuid_entry2]) -> u32 {
 mod tests {
     use super::*;
 
-    /// A processor that has everything.
+    /// Returns the CPUID of a processor with every feature.
     fn everything() -> Vec<kvm_cpuid_entry2> {
         let functions = (0..0x40)
             .chain(0x4000_0000..0x4000_0020)
@@ -255,8 +256,8 @@ mod tests {
     #[test]
     fn a_guest_is_shown_nothing_that_nobody_looked_at() {
         let shown = reviewed(&everything(), false);
-        // PMU, SGX, PT, AMX (two), key locker, IBS, SEV, resource control, performance counters,
-        // Centaur's.
+        // PMU, MONITOR, resource control (two), SGX, PT, key locker, hybrid, LBR, AMX (two), AVX10,
+        // SVM, IBS, SEV, resource control, performance counters, Centaur's.
         for function in [
             0xa,
             0x5,
@@ -351,7 +352,7 @@ mod tests {
             ebx,
             ..Default::default()
         };
-        // AVX, AVX-512, PKRU, and AMX's tiles, as processors have them.
+        // AVX, AVX-512, PKRU and AMX's tiles, with the sizes and offsets of real processors.
         let host = [
             component(0, 0x602e7, 11008),
             component(2, 256, 576),

@@ -1,4 +1,4 @@
-//! What a vCPU looks like to its guest: CPUID, MSRs and the local APIC at boot.
+//! State of a vCPU that its guest sees: CPUID, MSRs, and the registers and local APIC at boot.
 
 pub(crate) mod cpuid;
 mod features;

@@ -9,18 +9,18 @@ use crate::kvm::KvmError;
 pub(crate) const TSC: u32 = 0x10;
 /// IA32_MISC_ENABLE.
 pub(crate) const MISC_ENABLE: u32 = 0x1a0;
-/// IA32_MTRR_DEF_TYPE: set at boot, but not in KVM's list.
+/// IA32_MTRR_DEF_TYPE: set at boot, but not in KVM's list of MSRs.
 pub(crate) const MTRR_DEF_TYPE: u32 = 0x2ff;
 /// IA32_TSC_DEADLINE.
 pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
 
-/// An MSR has not the value that it should.
+/// An MSR could not be set to the wanted value.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("MSR {index:#x} does not take {wanted:#x}{}", had(*.is))]
 struct Refused {
     index: u32,
     wanted: u64,
-    /// What it has; none if it cannot be read either.
+    /// The value that it has; `None` if it cannot be read either.
     is: Option<u64>,
 }
 
@@ -36,12 +36,12 @@ pub(crate) fn entry(index: u32, data: u64) -> kvm_msr_entry {
     }
 }
 
-/// What reads and writes MSRs as `KVM_GET_MSRS` and `KVM_SET_MSRS` do: in their order, up to the
-/// first that cannot be.
+/// Access to MSRs with the behaviour of `KVM_GET_MSRS` and `KVM_SET_MSRS`: in the order of the
+/// list, up to the first MSR that fails.
 pub(crate) trait Registers {
-    /// How many were read.
+    /// Reads into `list`. Returns how many were read.
     fn get(&self, list: &mut Msrs) -> Result<usize, KvmError>;
-    /// How many were written.
+    /// Writes `list`. Returns how many were written.
     fn set(&self, list: &Msrs) -> Result<usize, KvmError>;
 }
 
@@ -55,8 +55,8 @@ impl Registers for VcpuFd {
     }
 }
 
-/// Those of `indices` that can be read, in their order. KVM lists some that it does not give this
-/// guest; those are left out.
+/// Returns the MSRs of `indices` that can be read, in their order. KVM lists some that this guest
+/// does not have; those are left out.
 pub(crate) fn read(
     vcpu: &impl Registers,
     indices: impl Iterator<Item = u32>,
@@ -77,11 +77,12 @@ pub(crate) fn read_one(vcpu: &impl Registers, index: u32) -> Result<Option<u64>,
     Ok(read.first().map(|msr| msr.data))
 }
 
-/// Writes all, in their order. One that KVM does not let write is passed over if it has that value
-/// already.
+/// Writes all `entries`, in their order. An MSR that KVM refuses to write is skipped if it has the
+/// wanted value already.
 ///
 /// # Errors
-/// Also if another has another value: the guest would go on with what it does not expect.
+/// Also when a refused MSR has another value: the guest would continue with a value that it does
+/// not expect.
 pub(crate) fn write(vcpu: &impl Registers, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
     let mut left = entries;
     while !left.is_empty() {
@@ -119,7 +120,7 @@ mod tests {
 
     use super::*;
 
-    /// KVM's answers, of a vCPU that has these MSRs; those that cannot be written are marked.
+    /// A vCPU with these MSRs (index, value, whether it can be written), which answers as KVM does.
     struct Played(RefCell<Vec<(u32, u64, bool)>>);
 
     impl Played {

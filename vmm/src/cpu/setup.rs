@@ -1,4 +1,4 @@
-//! The registers of a vCPU that boots (as opposed to one that is restored).
+//! Sets up the registers of a vCPU that boots (as opposed to one that is restored).
 
 use kvm_bindings::{kvm_msr_entry, kvm_regs};
 use kvm_ioctls::VcpuFd;
@@ -9,9 +9,10 @@ use crate::boot::{Entry, EntryMode, long_mode};
 use crate::kvm::KvmError;
 use crate::layout;
 
-/// Of IA32_MISC_ENABLE (Intel SDM volume 4, table 2-2).
+/// Bit of IA32_MISC_ENABLE (Intel SDM volume 4, table 2-2).
 const FAST_STRINGS: u64 = 1;
-/// Of IA32_MTRR_DEF_TYPE (Intel SDM volume 3, section 12.11.2.1).
+/// Fields of IA32_MTRR_DEF_TYPE (Intel SDM volume 3, section 12.11.2.1): enable bit and default
+/// type.
 const MTRR_ENABLED: u64 = 1 << 11;
 const WRITE_BACK: u64 = 6;
 /// Local vector table entries in the APIC page (Intel SDM volume 3, section 11.5.1).
@@ -21,8 +22,8 @@ const APIC_LVT1: usize = 0x360;
 const APIC_MODE_EXTINT: u32 = 0x700;
 const APIC_MODE_NMI: u32 = 0x400;
 
-/// Sets MSRs and APIC of any vCPU, and the entry point of the first; the others wait for its
-/// start-up interrupt.
+/// Sets the MSRs and the local APIC of any vCPU, and the entry state of the first. The other vCPUs
+/// wait for the first one's start-up interrupt.
 pub(crate) fn boot(
     vcpu: &VcpuFd,
     index: u8,
@@ -33,7 +34,7 @@ pub(crate) fn boot(
         call: "guest memory",
         source: std::io::ErrorKind::InvalidInput.into(),
     };
-    // Fast strings, besides what KVM says of the processor.
+    // Fast strings, in addition to the bits that KVM reports.
     let misc = msrs::read_one(vcpu, msrs::MISC_ENABLE)?.map(|misc| misc | FAST_STRINGS);
     let misc = misc.map(|misc| msrs::entry(msrs::MISC_ENABLE, misc));
     let mtrr = msrs::entry(msrs::MTRR_DEF_TYPE, MTRR_ENABLED | WRITE_BACK);

@@ -1,5 +1,5 @@
-//! What this process knows about its host: access to KVM, the host's kind, supported CPUID and
-//! MSRs. Probed once; a failure is not remembered, so that a fixed permission is seen.
+//! The host as this process sees it: access to KVM, CPU profile, supported CPUID and MSRs. Probed
+//! once. A failure is not cached, so that a corrected permission takes effect.
 
 mod probe;
 
@@ -35,13 +35,13 @@ pub enum HostError {
         /// Name or number of the user who lacks access.
         user: String,
     },
-    /// `/dev/kvm` opened, but does not speak the stable API.
+    /// `/dev/kvm` has another API version than the stable one.
     #[error("/dev/kvm speaks API version {0}, expected 12: use a Linux kernel of this century")]
     ApiVersion(i32),
     /// The host's KVM lacks something that Hearth needs.
     #[error("this host's KVM lacks {0}: use Linux 5.10 or later")]
     Missing(&'static str),
-    /// The forced profile is not a known word.
+    /// [`PROFILE_VARIABLE`] has an unknown value.
     #[error("HEARTH_CPU_PROFILE is {0:?}: use native, emulated or auto")]
     BadProfile(String),
     /// An ioctl failed.
@@ -52,18 +52,18 @@ pub enum HostError {
         /// The host's error.
         source: std::io::Error,
     },
-    /// The process was forked from one that uses Hearth: the library's threads, and those of the
-    /// VMs, are not here.
+    /// The process was forked from one that uses Hearth. The threads of the library and of its VMs
+    /// do not exist in this process.
     #[error(
         "process {0} has used Hearth and forked this one, which has none of its threads: execute a program after fork(2), or \
          fork before the first VM"
     )]
     Forked(u32),
-    /// A VM to learn something of KVM could not be made.
+    /// The VM for the probe could not be created.
     #[error("KVM refused to make a VM to look at")]
     Kvm(#[from] crate::kvm::KvmError),
-    /// KVM makes a thread of its own when a VM first runs (since Linux 6.13), and the host has none
-    /// left.
+    /// KVM starts a thread of its own when a VM first runs (since Linux 6.13), and the host has
+    /// none left.
     #[error(
         "the host refused KVM a thread for the probe guest; check ulimit -u and pids.max (systemd: TasksMax)"
     )]
@@ -84,15 +84,15 @@ pub enum CpuProfile {
 }
 
 impl CpuProfile {
-    /// Kernel command-line words that this profile needs. The emulator lacks the instructions that
-    /// the kernel patches in when it sees these features; `hearth.emulated` switches on our kernel
+    /// Kernel parameters that this profile needs. The emulator lacks the instructions that the
+    /// kernel patches in when it sees these features; `hearth.emulated` switches on our kernel
     /// patches. `rodata=off` leaves the kernel's pages as they were mapped: write-protecting them
-    /// walks them one by one, a tenth of the boot's instructions there, and guards the kernel
-    /// only from itself.
+    /// walks them one by one, which is a tenth of the boot's instructions on such hosts, and
+    /// protects the kernel only from itself.
     ///
-    /// Such hosts run ring 3 themselves, so that the time stamp counter is the host's and cannot be
-    /// restored: a clone that went by it would find that all the time since the capture has
-    /// passed at once, or, after a restart of the host, that time stands still. KVM's clock is
+    /// Such hosts run ring 3 on the processor, so that guests read the host's time stamp counter,
+    /// which cannot be restored. A clone that used it as its clock would see all the time since the
+    /// capture pass at once, or, after a restart of the host, see time stand still. KVM's clock is
     /// restored.
     #[must_use]
     pub fn kernel_words(self) -> &'static [&'static str] {
@@ -107,9 +107,9 @@ impl CpuProfile {
                 "nofsgsbase",
                 "rodata=off",
                 // By number (arch/x86/include/asm/cpufeatures.h), in this order: smap, smep, umip,
-                // pcid, invpcid, erms, fsrm, popcnt, rdrand, rdseed, rdpid,
-                // clflushopt, clwb, la57, cx16, xsaves, xsavec, pku. Each name is searched
-                // for among 700, which is a hundredth of the boot.
+                // pcid, invpcid, erms, fsrm, popcnt, rdrand, rdseed, rdpid, clflushopt, clwb,
+                // la57, cx16, xsaves, xsavec, pku. The kernel searches for each name among 700,
+                // which takes a hundredth of the boot.
                 "clearcpuid=308,295,514,145,298,297,580,151,158,306,534,311,312,528,141,323,321,515",
             ],
         }
@@ -126,24 +126,25 @@ pub struct Host {
     msr_indices: Vec<u32>,
     caps: Caps,
     max_vcpus: usize,
-    /// Of the process that was probed.
+    /// Identifies the process that probed the host.
     mark: Mark,
 }
 
 static HOST: OnceLock<Host> = OnceLock::new();
 
-/// Whether this process was forked from one that has used the library, and has executed no other
-/// program since. It may not touch what it seems to have: threads are not here, and event queues
-/// are its parent's.
+/// Returns whether this process was forked from one that has used the library, and has executed no
+/// other program since. Such a process must not touch the library's objects that it inherited:
+/// their threads do not exist here, and event queues are the parent's.
 pub(crate) fn is_forked() -> bool {
     HOST.get().is_some_and(|host| host.mark.is_forked())
 }
 
 impl Host {
-    /// The host of this process, probed at the first call (8 to 20 ms where ring 0 is emulated).
+    /// Returns the host of this process, probed at the first call (8 to 20 ms where ring 0 is
+    /// emulated).
     ///
     /// # Errors
-    /// [`HostError`] says what is missing and how to mend it.
+    /// [`HostError`] says what is missing and how to fix it.
     pub fn get() -> Result<&'static Host, HostError> {
         static PROBING: Mutex<()> = Mutex::new(());
         if let Some(host) = HOST.get() {
@@ -197,26 +198,26 @@ impl Host {
         })
     }
 
-    /// The open `/dev/kvm`.
+    /// Returns the open `/dev/kvm`.
     #[must_use]
     pub fn kvm(&self) -> &Kvm {
         &self.kvm
     }
 
-    /// The CPU profile in force.
+    /// Returns the CPU profile in use.
     #[must_use]
     pub fn profile(&self) -> CpuProfile {
         self.profile
     }
 
-    /// What the probe guest measured; `None` when the profile was forced.
+    /// Returns the time of the probe guest's best round; `None` when the profile was forced.
     #[must_use]
     pub fn probed(&self) -> Option<std::time::Duration> {
         self.probe.map(|p| p.best)
     }
 
-    /// What to multiply a time by that was chosen for a fast host: 1 to 10, by how long the probe
-    /// guest took. 10 where ring 0 is emulated.
+    /// Returns the factor by which to multiply a timeout that was chosen for a fast host: 1 to 10,
+    /// by the time that the probe guest took. 10 where ring 0 is emulated.
     #[must_use]
     pub fn timeout_factor(&self) -> u32 {
         match self.probe {
@@ -228,13 +229,13 @@ impl Host {
         }
     }
 
-    /// CPUID leaves that KVM can give a guest.
+    /// Returns the CPUID leaves that KVM can give a guest.
     #[must_use]
     pub fn cpuid(&self) -> &CpuId {
         &self.cpuid
     }
 
-    /// MSRs that a snapshot must save.
+    /// Returns the indices of the MSRs that a snapshot must save.
     #[must_use]
     pub fn msr_indices(&self) -> &[u32] {
         &self.msr_indices
@@ -244,7 +245,7 @@ impl Host {
         self.caps
     }
 
-    /// Most vCPUs of one VM that the host supports.
+    /// Returns the maximum number of vCPUs of one VM on this host.
     #[must_use]
     pub fn max_vcpus(&self) -> usize {
         self.max_vcpus

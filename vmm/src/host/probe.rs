@@ -1,7 +1,7 @@
-//! The probe guest: how fast does this host run 64-bit ring 0?
+//! The probe guest: measures how fast this host runs 64-bit ring 0.
 //!
-//! Ten thousand rounds of `dec; jnz` take microseconds on hardware and about 8 ms where KVM
-//! emulates ring 0. CPU names and flags cannot tell, so it is measured.
+//! Ten thousand iterations of `dec; jnz` take microseconds on hardware and about 8 ms where KVM
+//! emulates ring 0. CPU names and flags do not show the difference, so it is measured.
 
 use std::time::{Duration, Instant};
 
@@ -15,8 +15,8 @@ use crate::kvm::{create_vcpu, create_vm, run_patiently, set_memory};
 use crate::layout;
 use crate::memory::{GuestRam, MIB};
 
-/// Above this for 10,000 rounds, ring 0 is emulated: ten times what a slow nested host needs, a
-/// quarter of what the emulator needs.
+/// Ring 0 is emulated if 10,000 iterations take this long or longer: ten times the need of a slow
+/// nested host, a quarter of the emulator's.
 const THRESHOLD: Duration = Duration::from_millis(2);
 
 /// `mov ecx, 10000; l: dec ecx; jnz l; hlt; jmp start`: one round ends at each `hlt`.
@@ -28,34 +28,35 @@ const CODE: [u8; 12] = [
     0xeb, 0xf4, // jmp -12
 ];
 
-/// A round on a fast host, entry and exit of the guest included: several times what processors of
-/// today need.
+/// Time of a round on a fast host, entry and exit of the guest included: several times the need of
+/// today's processors.
 const FAST: Duration = Duration::from_micros(50);
-/// The most that a slow host is given to what a fast one needs.
+/// Maximum factor for the timeouts of a slow host.
 pub(super) const MOST_PATIENT: u32 = 10;
 
-/// Rounds that are measured at most.
+/// Maximum number of rounds that are measured.
 const ROUNDS: u32 = 3;
-/// Most interruptions: a signal of the embedder's every millisecond, for ten seconds.
+/// Maximum number of interruptions: a signal of the embedding program every millisecond, for ten
+/// seconds.
 const INTERRUPTIONS: u32 = 10_000;
 
-/// A stretch of the guest's work.
+/// An uninterrupted part of a round.
 enum Part {
-    /// A signal ended it.
+    /// A signal ended it; the round goes on.
     Interrupted,
-    /// The round is over with it.
+    /// The round is complete.
     Last,
 }
 
-/// What the probe measured.
+/// The probe's result: the best round.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Probe {
     pub(crate) best: Duration,
 }
 
 impl Probe {
-    /// Runs the probe guest, whose CPUID is the host's, on the calling thread; at most three
-    /// rounds, fewer when one is fast.
+    /// Runs the probe guest with the host's CPUID on the calling thread, for at most three rounds,
+    /// fewer when one is fast.
     pub(crate) fn run(kvm: &Kvm, cpuid: &CpuId) -> Result<Probe, HostError> {
         let failed = |what: &dyn std::fmt::Display| HostError::Probe(what.to_string());
         let ram = GuestRam::new(2 * MIB).map_err(|e| failed(&e))?;
@@ -95,8 +96,8 @@ impl Probe {
         })
     }
 
-    /// The best of a few rounds. A signal ends a part of one, and the guest goes on where it was: a
-    /// round takes as long as its parts together.
+    /// Returns the best of a few rounds. A signal interrupts a round, and the guest continues where
+    /// it was: a round takes as long as its parts together.
     fn measure(
         mut run: impl FnMut() -> Result<(Part, Duration), HostError>,
     ) -> Result<Probe, HostError> {
@@ -124,7 +125,8 @@ impl Probe {
         Ok(Probe { best })
     }
 
-    /// How much slower than a fast host this one is, in whole steps: 1 to [`MOST_PATIENT`].
+    /// Returns how many times slower than a fast host this one is, rounded up: 1 to
+    /// [`MOST_PATIENT`].
     pub(super) fn timeout_factor(self) -> u32 {
         let times = self.best.as_nanos().div_ceil(FAST.as_nanos());
         u32::try_from(times)
@@ -178,7 +180,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// What is measured if each run of the guest is the next of these.
+    /// Returns the measured time when the guest's runs are `parts`, in this order.
     fn measured(parts: impl IntoIterator<Item = (Part, Duration)>) -> Result<Duration, HostError> {
         let mut parts = parts.into_iter();
         Probe::measure(|| Ok(parts.next().unwrap())).map(|probe| probe.best)
@@ -194,7 +196,7 @@ mod tests {
             (Part::Last, MS / 10),
         ];
         assert_eq!(measured(fast).unwrap(), 4 * MS / 10);
-        // Each round's last part alone is as short as hardware's.
+        // Each round's last part alone is as short as a round on hardware.
         let slow = (0..3).flat_map(|_| {
             let cut = (0..7).map(|_| (Part::Interrupted, MS));
             cut.chain([(Part::Last, MS / 10)])

@@ -1,4 +1,4 @@
-//! Making a KVM virtual machine: creation with retries, memory slots, interrupt controllers, vCPUs.
+//! Creates KVM virtual machines: creation with retries, memory slots, interrupt controllers, vCPUs.
 
 pub(crate) mod spare;
 
@@ -15,9 +15,9 @@ use crate::layout;
 use crate::memory::GuestRam;
 use crate::virtio::pmem::PmemImage;
 
-/// How often `KVM_CREATE_VM` is tried when a signal or a busy host interrupts it.
+/// Attempts at `KVM_CREATE_VM` when a signal or a busy host interrupts it.
 const CREATE_ATTEMPTS: u32 = 8;
-/// How often `KVM_RUN` is.
+/// Attempts at `KVM_RUN`.
 const RUN_ATTEMPTS: u32 = 10;
 
 /// An ioctl on a VM or vCPU failed.
@@ -39,8 +39,8 @@ impl KvmError {
     }
 }
 
-/// Calls KVM again while it answers with one of `passing` errors, `attempts` times at most, each
-/// pause longer than the last.
+/// Repeats `call` while it fails with one of the `passing` errors, at most `attempts` times in all,
+/// with a longer pause each time.
 fn patiently<T>(
     passing: &[i32],
     attempts: u32,
@@ -57,23 +57,24 @@ fn patiently<T>(
     call()
 }
 
-/// `KVM_RUN`, again while it answers with what passes: ENOMEM (busy hosts do at the first run, for
-/// no reason) or EAGAIN (the start-up interrupt of a second vCPU came; or KVM got no thread for a
-/// VM that runs for the first time).
+/// Calls `KVM_RUN`, and repeats it while it fails with a transient error: ENOMEM (a busy host
+/// returns it at the first run, for no reason) or EAGAIN (the start-up interrupt of a second vCPU
+/// came; or KVM got no thread for a VM that runs for the first time).
 pub(crate) fn run_patiently<T>(
     run: impl FnMut() -> Result<T, kvm_ioctls::Error>,
 ) -> Result<T, kvm_ioctls::Error> {
     patiently(&[libc::ENOMEM, libc::EAGAIN], RUN_ATTEMPTS, run)
 }
 
-/// `KVM_CREATE_VM`; again while it is interrupted (a busy host answers EINTR) or short of memory.
+/// Calls `KVM_CREATE_VM`, and repeats it while it is interrupted (a busy host returns EINTR) or
+/// short of resources (EAGAIN, ENOMEM).
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     let passing = [libc::EINTR, libc::EAGAIN, libc::ENOMEM];
     patiently(&passing, CREATE_ATTEMPTS, || kvm.create_vm()).map_err(KvmError::of("KVM_CREATE_VM"))
 }
 
-/// One memory slot for each region of `ram`. Before [`create_irqchip`]: after it, each slot waits
-/// out a grace period of several milliseconds.
+/// Sets one memory slot for each region of `ram`. Must precede [`create_irqchip`]: after it, each
+/// slot waits for a grace period of several milliseconds.
 pub(crate) fn set_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
     for (slot, region) in (0u32..).zip(ram.map().iter()) {
         let host = region
@@ -97,7 +98,7 @@ pub(crate) fn set_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), KvmError> {
     Ok(())
 }
 
-/// A memory slot that the guest cannot write for each image, after those of RAM.
+/// Sets a read-only memory slot for each pmem image, after the slots of RAM.
 pub(crate) fn set_images(
     vm: &VmFd,
     ram: &GuestRam,
@@ -120,8 +121,8 @@ pub(crate) fn set_images(
     Ok(())
 }
 
-/// In-kernel interrupt controllers and, where asked, the PIT. The PIT has a worker thread that must
-/// stop at destruction, so guests that can do without get none.
+/// Creates the in-kernel interrupt controllers and, if `pit`, the PIT. The PIT has a worker thread
+/// that must stop when the VM is destroyed, so guests that do not need it get none.
 pub(crate) fn create_irqchip(vm: &VmFd, pit: bool) -> Result<(), KvmError> {
     // Intel needs the TSS and the identity map for its real mode; AMD ignores them.
     vm.set_tss_address(layout::TSS)
@@ -141,8 +142,9 @@ pub(crate) fn create_irqchip(vm: &VmFd, pit: bool) -> Result<(), KvmError> {
     Ok(())
 }
 
-/// The `index`th vCPU with its CPUID, which KVM wants to know before any register: kernels of 6.12
-/// answer `KVM_SET_SREGS` with EINVAL as long as there is none, and MSRs depend on it everywhere.
+/// Creates the `index`th vCPU and sets its CPUID, which KVM needs before any register: kernels of
+/// 6.12 return EINVAL for `KVM_SET_SREGS` as long as there is none, and MSRs depend on it in all
+/// kernels.
 pub(crate) fn create_vcpu(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<VcpuFd, KvmError> {
     #[allow(clippy::disallowed_methods, reason = "the one place that may")]
     let vcpu = vm
@@ -164,8 +166,8 @@ mod tests {
     use super::*;
     use crate::vcpu::kick;
 
-    /// FC#5179: the first `KVM_RUN` said ENOMEM for no reason. FC#5046: so did `KVM_CREATE_VM` say
-    /// EINTR.
+    /// FC#5179: the first `KVM_RUN` failed with ENOMEM for no reason. FC#5046: `KVM_CREATE_VM`
+    /// failed with EINTR.
     #[test]
     fn an_error_that_passes_is_waited_for_and_one_that_stays_is_told() {
         let failing = |times: u32, errno: i32| {
@@ -203,7 +205,7 @@ mod tests {
         vcpu.set_sregs(&sregs).unwrap();
     }
 
-    /// FC#5046, on the host's own KVM: a signal that comes while a VM is made.
+    /// FC#5046, on the host's own KVM: a signal that arrives while a VM is created.
     #[test]
     fn a_vm_is_made_although_signals_interrupt_its_making() {
         let Ok(kvm) = Kvm::new() else {

@@ -1,11 +1,11 @@
-//! A VM that is made before it is asked for, where KVM makes the one who asks wait.
+//! Keeps a spare VM on hosts where `KVM_CREATE_VM` waits.
 //!
 //! Before Linux 6.13, and in the first releases of the 6.12 series, `KVM_CREATE_VM` starts a thread
 //! for the VM's huge pages and attaches it to the caller's control groups (`kvm_mmu_post_init_vm`,
-//! `cgroup_attach_task_all`). Whoever attaches waits for a grace period of RCU, 10 ms and more,
-//! unless another did so just before, or the control groups are mounted with `favordynmods`. A fork
-//! takes a tenth of that otherwise. So the process keeps one VM in stock as soon as it has seen
-//! such a wait; the thread that makes the next one waits instead.
+//! `cgroup_attach_task_all`). The attaching caller waits for a grace period of RCU, 10 ms and more,
+//! unless another caller attached just before, or the control groups are mounted with
+//! `favordynmods`. A fork of a VM takes a tenth of that otherwise. So the process keeps one VM in
+//! stock once it has seen such a wait; the thread that creates the next VM waits instead.
 
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,28 +16,29 @@ use super::{KvmError, create_vm};
 use crate::host::{CpuProfile, Host};
 use crate::threads::{self, SMALL_STACK};
 
-/// Making a VM that takes longer was a wait: without one it takes 0.1 to 0.5 ms.
+/// A `KVM_CREATE_VM` that takes this long or longer has waited: without a wait it takes 0.1 to 0.5
+/// ms.
 const WAIT: Duration = Duration::from_millis(2);
-/// Pause before the next is made: whoever took the last one is at work with it.
+/// Pause before the next VM is created: the caller that took the last one is busy with it.
 const AFTER: Duration = Duration::from_millis(2);
 
 static SPARE: LazyLock<Spare<VmFd>> = LazyLock::new(Spare::default);
 
-/// A VM: the one in stock, or a new one.
+/// Returns the VM in stock, or creates a new one.
 pub(crate) fn vm(host: &'static Host) -> Result<VmFd, KvmError> {
     if let Some(vm) = SPARE.take() {
         return Ok(vm);
     }
     let begin = Instant::now();
     let vm = create_vm(host.kvm())?;
-    // Where ring 0 is emulated nobody waits so; on a busy machine it may look like it.
+    // Hosts where ring 0 is emulated do not wait, but on a busy one a call may take as long.
     if host.profile() == CpuProfile::Native && begin.elapsed() >= WAIT {
         SPARE.keep(AFTER, || create_vm(host.kvm()).ok());
     }
     Ok(vm)
 }
 
-/// One thing in stock, if it is kept at all.
+/// A stock of at most one `T`, filled by a thread of its own once [`Spare::keep`] has started it.
 #[derive(Debug)]
 struct Spare<T> {
     state: Mutex<State<T>>,
@@ -48,7 +49,7 @@ struct Spare<T> {
 struct State<T> {
     ready: Option<T>,
     is_wanted: bool,
-    /// Whether there is a thread that makes it.
+    /// Whether the thread that fills the stock exists.
     is_kept: bool,
 }
 
@@ -71,7 +72,7 @@ impl<T: Send + 'static> Spare<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is ready, if anything is. The next one is made from here on.
+    /// Takes the `T` in stock, if there is one, and asks the thread for the next.
     fn take(&self) -> Option<T> {
         let mut state = self.lock();
         let taken = state.ready.take();
@@ -84,8 +85,8 @@ impl<T: Send + 'static> Spare<T> {
         taken
     }
 
-    /// Keeps one in stock from now on. A host that gives no thread for it has none; the next wait
-    /// asks again.
+    /// Keeps one `T` in stock from now on. If the host refuses the thread, the stock stays empty,
+    /// and the next wait tries again.
     fn keep(&'static self, after: Duration, make: impl Fn() -> Option<T> + Send + 'static) {
         let mut state = self.lock();
         if state.is_kept {
@@ -105,7 +106,7 @@ impl<T: Send + 'static> Spare<T> {
             waited.unwrap_or_else(PoisonError::into_inner).is_wanted = false;
             std::thread::sleep(after);
             if self.lock().ready.is_none() {
-                // What cannot be made now is asked for again by whoever does without.
+                // After a failure, the next caller of `take` asks again.
                 let made = make();
                 self.lock().ready = made;
             }
@@ -148,10 +149,10 @@ mod tests {
         for number in 0..5 {
             assert_eq!(taken(spare), number);
         }
-        // One at the most is in stock.
+        // At most one is in stock.
         std::thread::sleep(Duration::from_millis(50));
         assert!(MADE.load(Ordering::SeqCst) <= 6);
-        // A second wait changes nothing.
+        // A second `keep` changes nothing.
         spare.keep(Duration::ZERO, || Some(1000));
         assert_eq!((taken(spare), taken(spare)), (5, 6));
     }

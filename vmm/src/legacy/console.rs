@@ -1,14 +1,14 @@
-//! What a guest printed on its serial port: a bounded window over an endless stream.
+//! The output that a guest wrote to its serial port: a bounded window over an endless stream.
 //!
-//! The guest can never block or fill the host: when the window is full, the oldest bytes go, and
-//! readers who were too slow are told how many they missed.
+//! The guest can neither block nor fill the host: when the window is full, the oldest bytes are
+//! dropped, and a reader that was too slow learns how many it missed.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::wake::Notice;
 
-/// Bytes kept.
+/// Size of the window in bytes.
 const WINDOW: usize = 256 << 10;
 
 /// A guest's console output. Cheap to clone; outlives its VM.
@@ -24,7 +24,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Window {
     bytes: VecDeque<u8>,
-    /// Bytes that were dropped from the front, ever: the position of the window's first byte.
+    /// Bytes dropped from the front so far: the position of the window's first byte.
     start: u64,
     closed: bool,
 }
@@ -36,9 +36,9 @@ pub struct Chunk {
     pub bytes: Vec<u8>,
     /// Bytes lost between the position asked for and the first byte here.
     pub missed: u64,
-    /// Position after the last byte: what to ask for next.
+    /// Position after the last byte, to pass to the next read.
     pub next: u64,
-    /// No more will come after `next`.
+    /// True if no more output will follow after `next`.
     pub end: bool,
 }
 
@@ -63,7 +63,8 @@ impl Console {
         self.0.changed.post();
     }
 
-    /// What is there from position `from` on (0 is the first byte ever printed), without waiting.
+    /// Returns the output from position `from` on (0 is the first byte ever printed), without
+    /// waiting.
     #[must_use]
     pub fn since(&self, from: u64) -> Chunk {
         let window = self.lock();
@@ -78,8 +79,8 @@ impl Console {
         }
     }
 
-    /// Waits until there is something from position `from` on, or the console ended.
-    /// Cancel-safe: nothing is consumed.
+    /// Waits until there is output from position `from` on, or the console is closed. Cancel-safe:
+    /// nothing is consumed.
     pub async fn read(&self, from: u64) -> Chunk {
         let look = || {
             let chunk = self.since(from);
@@ -88,7 +89,7 @@ impl Console {
         self.0.changed.until(look).await
     }
 
-    /// All that the window holds, with invalid UTF-8 replaced.
+    /// Returns the whole window as text, with invalid UTF-8 replaced.
     #[must_use]
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.since(0).bytes).into_owned()

@@ -1,8 +1,9 @@
-//! Ports on which a guest says that it ends.
+//! Ports through which a guest reports its exit.
 
 use crate::state::Exit;
 
-/// The port that our kernel writes one byte to (boot word `hearth.report=0x5f0`).
+/// The debug-exit port: Hearth's guest kernel writes one byte to it (kernel parameter
+/// `hearth.report=0x5f0`).
 pub(crate) const PORT: u16 = 0x5f0;
 /// The keyboard controller's command port; 0xFE pulses the reset line.
 pub(crate) const I8042_COMMAND: u16 = 0x64;
@@ -10,7 +11,7 @@ pub(crate) const I8042_COMMAND: u16 = 0x64;
 pub(crate) const I8042_DATA: u16 = 0x60;
 const I8042_RESET: u8 = 0xfe;
 
-/// What a byte written to [`PORT`] means; other values are ignored.
+/// Returns the exit that a byte written to [`PORT`] reports; other values are ignored.
 pub(crate) fn reported(value: u8) -> Option<Exit> {
     match value {
         1 => Some(Exit::PowerOff),
@@ -21,7 +22,7 @@ pub(crate) fn reported(value: u8) -> Option<Exit> {
     }
 }
 
-/// What a byte written to [`I8042_COMMAND`] means.
+/// Returns the exit that a byte written to [`I8042_COMMAND`] causes.
 pub(crate) fn i8042(value: u8) -> Option<Exit> {
     (value == I8042_RESET).then_some(Exit::Reboot)
 }

@@ -35,17 +35,17 @@ impl std::fmt::Debug for SerialPort {
 }
 
 impl SerialPort {
-    /// `irq` is the eventfd of its interrupt.
+    /// Creates a port that raises its interrupt through the eventfd `irq`.
     pub(crate) fn new(console: Console, irq: EventFd) -> Self {
         Self(Mutex::new(Serial::new(Line(irq), console)))
     }
 
-    /// The registers, for a snapshot.
+    /// Returns the registers, for a snapshot.
     pub(crate) fn save(&self) -> SerialState {
         self.lock().state()
     }
 
-    /// A port that goes on from `state`, once it [begins](Self::begin).
+    /// Restores a port from `state`. It goes on once [`begin`](Self::begin) is called.
     pub(crate) fn restore(
         state: &SerialState,
         console: Console,
@@ -56,10 +56,10 @@ impl SerialPort {
         Ok(Self(Mutex::new(port)))
     }
 
-    /// Raises its interrupt: one raised shortly before the capture may not have reached the
-    /// controllers.
+    /// Raises the interrupt: one raised shortly before the capture may not have reached the
+    /// interrupt controllers.
     pub(crate) fn begin(&self) {
-        // The line takes every interrupt (see `Line`).
+        // `Line::trigger` never fails.
         let _ = self.lock().interrupt_evt().trigger();
     }
 
@@ -72,8 +72,7 @@ impl SerialPort {
     }
 
     pub(crate) fn write(&self, offset: u16, value: u8) {
-        // The console takes every byte, so that the only error left is an interrupt that is
-        // pending.
+        // Never fails: the console takes every byte, and `Line::trigger` always succeeds.
         let _ = self.lock().write(offset as u8, value);
     }
 }
@@ -83,11 +82,11 @@ mod tests {
     use super::*;
     use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
-    /// Registers (16550A): what is sent, which interrupts are wanted, which one is due.
+    /// Registers of a 16550A: transmit data, interrupt enable, interrupt identification.
     const DATA: u16 = 0;
     const WANTED: u16 = 1;
     const DUE: u16 = 2;
-    /// In both: that the transmitter is empty.
+    /// Transmitter empty, in both interrupt registers.
     const EMPTY: u8 = 2;
 
     fn line() -> (EventFd, EventFd) {
@@ -109,11 +108,11 @@ mod tests {
         let (irq, seen) = line();
         let console = Console::default();
         let clone = SerialPort::restore(&state, console.clone(), irq).unwrap();
-        // What was raised so far, the controllers' restored state has swept away.
+        // Discards the interrupts raised so far, as restoring the controllers' state does.
         let _ = seen.read();
         clone.begin();
         assert_eq!(seen.read().unwrap(), 1);
-        // The driver looks what it was, and goes on.
+        // The driver reads the interrupt's cause, and goes on.
         assert_eq!(clone.read(DUE) & 0xf, EMPTY);
         clone.write(DATA, b'b');
         assert!(seen.read().is_ok());

@@ -10,27 +10,27 @@ use super::{GuestRam, MIB, MemoryError, PAGE_SIZE, Sharing, memfd_with};
 /// Bytes of a huge page.
 pub const HUGE_PAGE_SIZE: u64 = 2 * MIB;
 
-/// Where a guest's memory gets pages of 2 MiB from. They make a guest that uses much memory faster,
-/// because the processor finds its way to them with fewer steps; a guest that uses little holds
-/// more memory than it needs.
+/// Source of a guest's pages of 2 MiB. They make a guest that uses much memory faster, because
+/// address translation takes fewer steps. A guest that uses little then holds more memory than it
+/// needs.
 ///
-/// Clones have ordinary pages for what they write, whatever their template had.
+/// Clones have ordinary pages for their writes, whatever pages their template has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HugePages {
     /// Asks the host to use them where it can (`MADV_HUGEPAGE`). It does if
-    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` is `advise`, `within_size` or `always`;
-    /// else, and where memory is in pieces, pages stay ordinary and nothing is refused.
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` is `advise`, `within_size` or `always`.
+    /// Otherwise, and where memory is fragmented, pages stay ordinary, without an error.
     Transparent,
-    /// Takes them from those that the administrator has set aside (`sysctl vm.nr_hugepages`), all
-    /// that the guest's memory needs at once: a boot is refused if there are too few, and a
-    /// guest that has started never lacks one. Memory is whole multiples of 2 MiB. The guest's
-    /// balloon gives nothing back to the host, the kernel's image is copied into each
-    /// guest instead of shared, and a template is a full copy.
+    /// Takes them from those that the administrator has reserved (`sysctl vm.nr_hugepages`), all
+    /// that the guest's memory needs at once: a boot is refused if there are too few, and a guest
+    /// that has started never lacks one. Memory must be a multiple of 2 MiB. The guest's balloon
+    /// gives nothing back to the host, the kernel's image is copied into each guest instead of
+    /// shared, and a template is a full copy.
     Reserved,
 }
 
 impl HugePages {
-    /// A memory file for it.
+    /// Creates the memory file for a choice of huge pages.
     pub(super) fn file(choice: Option<Self>) -> std::io::Result<File> {
         match choice {
             Some(Self::Reserved) => memfd_with(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB),
@@ -38,7 +38,7 @@ impl HugePages {
         }
     }
 
-    /// The error for a host that has not enough of them for `bytes`.
+    /// Returns the error for a host that has too few huge pages for `bytes`.
     pub(super) fn too_few(bytes: u64, source: std::io::Error) -> MemoryError {
         let pages = bytes.div_ceil(HUGE_PAGE_SIZE);
         MemoryError::HugePages { pages, source }
@@ -46,7 +46,7 @@ impl HugePages {
 }
 
 impl GuestRam {
-    /// Tells the host that huge pages are welcome. One that knows none goes on without.
+    /// Advises the host to use huge pages. A host without them uses ordinary ones.
     pub(super) fn advise_huge_pages(&self) {
         for (_, len, host) in self.host_regions() {
             // SAFETY: `[host, host + len)` is one mapping of ours that lives as long as this value;
@@ -58,7 +58,8 @@ impl GuestRam {
         }
     }
 
-    /// Copies what [`GuestRam::overlay`] would show; the range is known to be inside.
+    /// Copies the content that [`GuestRam::overlay`] would map. The range is known to be inside
+    /// memory.
     pub(super) fn copy_in(
         &self,
         addr: u64,
@@ -77,13 +78,13 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Whether memory is of huge pages that are set aside for it.
+    /// Returns whether memory consists of reserved huge pages.
     pub(super) fn is_reserved(&self) -> bool {
         self.huge == Some(HugePages::Reserved)
     }
 
-    /// Whether clones can map its file: it holds, or can be given, all that the guest sees, in
-    /// ordinary pages.
+    /// Returns whether clones can map the file of this memory: it holds, or can be given, all
+    /// memory that the guest sees, in ordinary pages.
     pub(crate) fn can_be_shared(&self) -> bool {
         self.sharing == Sharing::Shared && !self.is_reserved()
     }

@@ -1,14 +1,14 @@
 //! Guest memory: a memfd, mapped once, in at most two regions around the MMIO gap.
 //!
 //! A cold VM maps its own memfd shared, so that it can become a template without a copy. A clone
-//! maps the template's memfd `MAP_PRIVATE`: what it writes is its own, what it reads is shared.
+//! maps the template's memfd `MAP_PRIVATE`: pages that it writes are its own, pages that it only
+//! reads are shared.
 //!
-//! Memory is promised, not set aside (`MAP_NORESERVE`): a page costs the host nothing until it is
-//! touched, so that guests may be given more in sum than the host has, and no setting of
-//! `vm.overcommit_memory` but 2 limits them. A host that then runs out ends processes; what is
-//! promised is bounded by whoever makes the VMs (the pool's `limits.memory_mib`).
-//! [`HugePages::Reserved`] alone is set aside: a host that has none left at a guest's first touch
-//! could only end this process.
+//! Memory is not reserved (`MAP_NORESERVE`): a page costs the host nothing until it is touched, so
+//! that guests may be given more in sum than the host has, and no setting of `vm.overcommit_memory`
+//! but 2 limits them. A host that then runs out of memory kills processes. The creator of the VMs
+//! must bound the sum (the pool's `limits.memory_mib`). Only [`HugePages::Reserved`] is reserved: a
+//! host that has none left at a guest's first touch could only kill this process.
 
 mod huge;
 
@@ -31,14 +31,15 @@ pub use huge::{HUGE_PAGE_SIZE, HugePages};
 pub const GAP_START: u64 = 0xC000_0000;
 /// End of the hole; guest memory beyond [`GAP_START`] continues here.
 pub const GAP_END: u64 = 0x1_0000_0000;
-/// Gives locked pages back, too (include/uapi/asm-generic/mman-common.h, since Linux 5.18).
+/// Like `MADV_DONTNEED`, for locked pages too (include/uapi/asm-generic/mman-common.h, since Linux
+/// 5.18).
 const MADV_DONTNEED_LOCKED: libc::c_int = 24;
 /// Bytes in a guest page.
 pub const PAGE_SIZE: u64 = 4096;
 /// Bytes in a MiB.
 pub const MIB: u64 = 1 << 20;
 
-/// Why guest memory could not be made, or could not be used.
+/// Why guest memory could not be created, or could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The size is zero, not whole pages, or does not fit the host's address space.
@@ -52,7 +53,7 @@ pub enum MemoryError {
     Create {
         /// Bytes asked for.
         bytes: u64,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
     /// The host refused to map the memory file.
@@ -63,7 +64,7 @@ pub enum MemoryError {
         "the host could not map a region of guest memory; check ulimit -v and vm.max_map_count"
     )]
     MapRegion(#[from] MmapRegionError),
-    /// A range that the guest named is not inside one region of its memory.
+    /// A range that the guest gave is not inside one region of its memory.
     #[error("range of {len} bytes at {addr:#x} is not inside guest memory")]
     OutOfRange {
         /// Guest physical address.
@@ -71,7 +72,7 @@ pub enum MemoryError {
         /// Length in bytes.
         len: u64,
     },
-    /// The host has too few pages of 2 MiB set aside.
+    /// The host has too few reserved pages of 2 MiB.
     #[error(
         "the host has not {pages} free pages of 2 MiB; set them aside with `sysctl vm.nr_hugepages=N` (N for all VMs \
          together), or do without `HugePages::Reserved`"
@@ -79,7 +80,7 @@ pub enum MemoryError {
     HugePages {
         /// Pages that the VM needs.
         pages: u64,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
     /// The host could not take pages back.
@@ -87,7 +88,7 @@ pub enum MemoryError {
     Discard(#[source] std::io::Error),
 }
 
-/// How the pages of a [`GuestRam`] relate to its file.
+/// How the pages of a [`GuestRam`] relate to its memory file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
     /// Writes go to the file (a VM that booted by itself).
@@ -96,7 +97,7 @@ pub enum Sharing {
     Private,
 }
 
-/// A guest's physical memory. Cheap to clone; unmapped when the last clone goes.
+/// A guest's physical memory. Cheap to clone; unmapped when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
     map: Arc<GuestMemoryMmap>,
@@ -104,11 +105,11 @@ pub struct GuestRam {
     sharing: Sharing,
     bytes: u64,
     huge: Option<HugePages>,
-    /// Stretches that are private copies of another file (see [`GuestRam::overlay`]).
+    /// Ranges that are private copies of another file (see [`GuestRam::overlay`]).
     overlays: Vec<(u64, u64)>,
 }
 
-/// The (guest address, length) pairs that `bytes` of memory occupy.
+/// Returns the (guest address, length) pairs that `bytes` of memory occupy.
 #[must_use]
 pub fn ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
     if bytes <= GAP_START {
@@ -121,7 +122,7 @@ pub fn ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
     }
 }
 
-/// Where in a memory file the page at guest address `addr` (inside memory) lies.
+/// Returns the offset in a memory file of guest address `addr`, which must be inside memory.
 pub(crate) fn file_offset(addr: u64) -> u64 {
     if addr < GAP_END {
         addr
@@ -131,7 +132,7 @@ pub(crate) fn file_offset(addr: u64) -> u64 {
 }
 
 impl GuestRam {
-    /// Fresh zeroed memory of `bytes` bytes in a memfd of its own. Pages are allocated when first
+    /// Creates zeroed memory of `bytes` bytes in a memfd of its own. Pages are allocated when first
     /// touched; no swap or overcommit reservation is made (`MAP_NORESERVE`).
     ///
     /// # Errors
@@ -140,7 +141,7 @@ impl GuestRam {
         Self::with_pages(bytes, None)
     }
 
-    /// As [`GuestRam::new`], of huge pages if that is chosen.
+    /// As [`GuestRam::new`], with huge pages if `huge` is set.
     ///
     /// # Errors
     /// As [`GuestRam::new`]; [`MemoryError::HugePages`] when the host has too few of them.
@@ -190,7 +191,7 @@ impl GuestRam {
             Sharing::Shared => libc::MAP_SHARED,
             Sharing::Private => libc::MAP_PRIVATE,
         };
-        // Without this flag a mapping of reserved pages sets all of them aside, or fails.
+        // Without `MAP_NORESERVE`, a mapping of huge pages reserves all of them, or fails.
         let reserve_flag = match huge {
             Some(HugePages::Reserved) => 0,
             Some(HugePages::Transparent) | None => libc::MAP_NORESERVE,
@@ -229,17 +230,17 @@ impl GuestRam {
         Ok(ram)
     }
 
-    /// A child that the host program forks, and that executes nothing else, does not get `[addr,
-    /// addr + len)`: it would hold the memory when the VM is gone, and make the guest copy each
-    /// page that it writes. Nor is it in a core dump of the host program, whose reader it does
-    /// not concern, and which it would make gigabytes long.
+    /// Excludes `[addr, addr + len)` from children that the embedding program forks and from its
+    /// core dumps. A child that executes no other program would hold the memory after the VM is
+    /// gone, and make the guest copy each page that it writes. A core dump would be gigabytes
+    /// longer, with content that does not concern its reader.
     fn keep_in_process(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
         self.advise(addr, len, libc::MADV_DONTFORK)?;
         self.advise(addr, len, libc::MADV_DONTDUMP)
     }
 
-    /// Advises the host about `[addr, addr + len)`. After `advice` (one of `MADV_DONTFORK`,
-    /// `MADV_DONTDUMP`, `MADV_POPULATE_*`) the range shows what it showed before.
+    /// Advises the host about `[addr, addr + len)`. `advice` (one of `MADV_DONTFORK`,
+    /// `MADV_DONTDUMP`, `MADV_POPULATE_*`) leaves the range's content as it is.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region; [`MemoryError::Create`]
@@ -255,8 +256,7 @@ impl GuestRam {
         }
         let host = self.host_address(addr, len)?;
         // SAFETY: `[addr, addr + len)` was checked to lie inside one region's mapping, which
-        // `self.map` keeps alive; such advice changes what is mapped and inherited, no
-        // content.
+        // `self.map` keeps alive; such advice changes mapping and inheritance, but no content.
         let done = unsafe {
             let len = usize::try_from(len).unwrap_or(0);
             libc::madvise(host.cast(), len, advice)
@@ -270,10 +270,10 @@ impl GuestRam {
         }
     }
 
-    /// Lets `[addr, addr + len)` show `file` from `offset` on, as a private copy that is made page
-    /// by page when the guest writes. Nothing is copied now, unless memory is of reserved huge
-    /// pages, which nothing smaller can lie over. `file` must never shrink or change (a sealed
-    /// memfd). All three numbers are whole pages.
+    /// Maps `file` from `offset` on over `[addr, addr + len)`, as a private copy that is made page
+    /// by page when the guest writes. Nothing is copied now, unless memory consists of reserved
+    /// huge pages, over which no smaller pages can be mapped. `file` must never shrink or change (a
+    /// sealed memfd). All three numbers are whole pages.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region or not whole pages;
@@ -296,8 +296,8 @@ impl GuestRam {
         }
         let host = self.host_address(addr, len)?;
         // SAFETY: `[addr, addr + len)` was checked to lie inside one mapping of ours, so the fixed
-        // mapping replaces only pages that this value owns; nobody holds Rust references to guest
-        // memory, and dropping the region unmaps the whole range whatever lies in it.
+        // mapping replaces only pages that this value owns; there are no Rust references to guest
+        // memory, and dropping the region unmaps the whole range whatever is mapped there.
         let mapped = unsafe {
             libc::mmap(
                 host.cast(),
@@ -317,12 +317,12 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Stretches (guest address, bytes) that are private copies of another file.
+    /// Returns the ranges (guest address, bytes) that are private copies of another file.
     pub(crate) fn overlays(&self) -> &[(u64, u64)] {
         &self.overlays
     }
 
-    /// Each region's guest address, bytes and host address.
+    /// Returns each region's guest address, bytes and host address.
     pub(crate) fn host_regions(&self) -> Vec<(u64, u64, u64)> {
         self.map
             .iter()
@@ -346,31 +346,32 @@ impl GuestRam {
             .map_err(|_| outside)
     }
 
-    /// The mapped memory, for reads and writes that are checked against its regions.
+    /// Returns the mapped memory, for reads and writes that are checked against its regions.
     #[must_use]
     pub fn map(&self) -> &GuestMemoryMmap {
         &self.map
     }
 
-    /// The file behind the memory.
+    /// Returns the file behind the memory.
     #[must_use]
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
 
-    /// Total bytes.
+    /// Returns the total bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// How pages relate to the file.
+    /// Returns how pages relate to the file.
     #[must_use]
     pub fn sharing(&self) -> Sharing {
         self.sharing
     }
 
-    /// Whether `[addr, addr + len)` lies inside one region. An empty range is inside if `addr` is.
+    /// Returns whether `[addr, addr + len)` lies inside one region. An empty range is inside if
+    /// `addr` is.
     #[must_use]
     pub fn contains(&self, addr: u64, len: u64) -> bool {
         self.map
@@ -378,15 +379,15 @@ impl GuestRam {
             .is_some_and(|region| len <= region.len() - (addr - region.start_addr().raw_value()))
     }
 
-    /// Gives the pages of `[addr, addr + len)` back to the host. The guest reads zeroes there
-    /// afterwards, or what the template or kernel image held there: never another VM's data. Only
-    /// whole pages inside the range are released, and none of huge pages that were set aside: the
-    /// guest could not be sure to get them again.
+    /// Gives the pages of `[addr, addr + len)` back to the host. The guest then reads zeroes there,
+    /// or the content of the template or kernel image: never another VM's data. Only whole pages
+    /// inside the range are released, and no reserved huge pages: the guest could not be sure to
+    /// get them again.
     ///
     /// # Errors
     /// [`MemoryError::OutOfRange`] when the range is not inside one region;
-    /// [`MemoryError::Discard`] when the host refuses: before Linux 5.18 it does in a process that
-    /// has locked its memory.
+    /// [`MemoryError::Discard`] when the host refuses, which it does before Linux 5.18 in a process
+    /// that has locked its memory.
     pub fn discard(&self, addr: u64, len: u64) -> Result<(), MemoryError> {
         if !self.contains(addr, len) {
             return Err(MemoryError::OutOfRange { addr, len });
@@ -407,7 +408,7 @@ impl GuestRam {
         };
         let mut done = give_back(libc::MADV_DONTNEED);
         if done != 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
-            // The host program has locked its memory (mlockall(2)).
+            // The embedding program has locked its memory (mlockall(2)).
             done = give_back(MADV_DONTNEED_LOCKED);
         }
         if done == 0 && self.sharing == Sharing::Shared {
@@ -430,11 +431,11 @@ impl GuestRam {
     }
 }
 
-/// Linux ends a program that makes a file longer than its limit by a signal, or writes beyond that:
-/// looks first.
+/// Checks the process's limit of file size. Linux kills a program with a signal if it extends a
+/// file beyond the limit, or writes there.
 ///
 /// # Errors
-/// When this process may not make a file of `bytes`, or write up to there.
+/// When this process may not create a file of `bytes`.
 pub(crate) fn check_file_size(bytes: u64) -> std::io::Result<()> {
     match getrlimit(Resource::Fsize).current {
         Some(limit) if bytes > limit => Err(std::io::Error::from_raw_os_error(libc::EFBIG)),
@@ -442,13 +443,13 @@ pub(crate) fn check_file_size(bytes: u64) -> std::io::Result<()> {
     }
 }
 
-/// A memfd that can be sealed.
+/// Creates a memfd that can be sealed.
 pub(crate) fn memfd() -> std::io::Result<File> {
     memfd_with(0)
 }
 
-/// What a guest writes there is no program of the host's: nobody can execute it, or make it
-/// executable.
+/// Creates a sealable memfd with `flags`. Since Linux 6.3 its content, which a guest writes, can
+/// neither be executed on the host nor be made executable.
 fn memfd_with(flags: libc::c_uint) -> std::io::Result<File> {
     let create = |flags| {
         let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags;

@@ -80,7 +80,8 @@ fn odd_sizes_are_refused() {
     }
 }
 
-/// Whether the mapping of `[host, host + len)` has a flag, by the kernel's name for it (proc(5)).
+/// Returns whether the mapping of `[host, host + len)` has a flag, by the kernel's name for it
+/// (proc(5)).
 fn has_flag(host: u64, len: u64, flag: &str) -> bool {
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let mapping = format!("{host:x}-{:x} ", host + len);
@@ -205,8 +206,8 @@ fn a_file_shorter_than_the_vm_is_refused() {
     assert!(GuestRam::map_file(file, MIB, Sharing::Private).is_err());
 }
 
-/// Flags (`VmFlags` of proc_pid_smaps(5)) of each mapping of this process that begins in `[start,
-/// start + len)`.
+/// Returns the flags (`VmFlags` of proc_pid_smaps(5)) of each mapping of this process that begins
+/// in `[start, start + len)`.
 fn flags_of(start: u64, len: u64) -> Vec<Vec<String>> {
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let mut found = Vec::new();
@@ -251,8 +252,8 @@ fn guest_memory_is_in_no_core_dump_and_in_no_child() {
 #[test]
 fn what_is_in_guest_memory_cannot_be_made_a_program() {
     use std::os::unix::fs::PermissionsExt;
-    // SAFETY: the name is a literal that ends with a NUL; what is opened is this test's, and stays
-    // open.
+    // SAFETY: the name is a literal that ends with a NUL; the opened fd belongs to this test and
+    // stays open.
     let knows = unsafe { libc::memfd_create(c"probe".as_ptr(), libc::MFD_NOEXEC_SEAL) } >= 0;
     if !knows {
         let text = b"\nNOT MEASURED: the host's kernel knows no memfd that cannot be executed\n";
@@ -263,11 +264,11 @@ fn what_is_in_guest_memory_cannot_be_made_a_program() {
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o111, 0);
     let executable = std::fs::Permissions::from_mode(0o700);
     assert!(file.set_permissions(executable).is_err());
-    // And it can still be sealed.
+    // It can still be sealed.
     seal(&file).unwrap();
 }
 
-/// Was: refused by the host, which a log at debug level told alone.
+/// The host once refused this, and only a log message at debug level said so.
 #[test]
 fn a_program_that_locks_its_memory_gets_back_what_its_guests_give_up() {
     for sharing in [Sharing::Shared, Sharing::Private] {
@@ -284,7 +285,7 @@ fn a_program_that_locks_its_memory_gets_back_what_its_guests_give_up() {
         ram.map().write_slice(&[7; 8192], GuestAddress(0)).unwrap();
         ram.discard(0, 8192).unwrap();
         let mut bytes = [1; 8192];
-        // SAFETY: `vec` takes what mincore(2) says of two pages of the mapping.
+        // SAFETY: `vec` has room for the answer of mincore(2) about two pages of the mapping.
         let held = unsafe {
             let mut vec = [0u8; 2];
             assert_eq!(

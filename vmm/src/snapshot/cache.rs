@@ -1,14 +1,14 @@
-//! Templates on disk by what they are made of.
+//! An on-disk cache of templates, keyed by the inputs that they are made from.
 //!
 //! ```text
 //! <root>/<key>/        an entry: a template's directory; published whole by a rename
-//! <root>/lock/<key>    locked while the entry is made or taken away
-//! <root>/work/<key>    scratch of whoever holds that lock; whoever gets the lock next removes it
+//! <root>/lock/<key>    locked while the entry is made or removed
+//! <root>/work/<key>    scratch of the holder of that lock; the next holder removes it
 //! ```
 //!
-//! Locks are the system's (`flock`) and go with the process that holds them, however it ends.
-//! Whoever uses an entry holds a shared lock on its manifest; only an entry that nobody holds is
-//! evicted.
+//! Locks are the system's (`flock`) and are released when the process that holds them ends, however
+//! it ends. A user of an entry holds a shared lock on its manifest; only an entry without such a
+//! lock is evicted.
 
 use std::fs::{self, DirBuilder, File, FileTimes, TryLockError};
 use std::io::Read;
@@ -25,13 +25,13 @@ use super::store::{MANIFEST, Scratch, StoreError, io_error, is_private};
 
 const LOCKS: &str = "lock";
 const WORK: &str = "work";
-/// What a replaced or evicted entry is called in [`WORK`] until it is removed.
+/// Suffix in [`WORK`] of a replaced or evicted entry, until it is removed.
 const OLD: &str = ".old";
 /// Hexadecimal digits of a key.
 const KEY_DIGITS: usize = 64;
 
-/// Names an entry: a SHA-256 over all that a template is made of. The version of the format is part
-/// of every key; the host is not, because an entry of another one is refused with the reason.
+/// Name of an entry: a SHA-256 over all inputs of a template. The format version is part of every
+/// key. The host is not: an entry from an incompatible host is refused with the reason.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct TemplateKey(Sha256);
@@ -43,13 +43,13 @@ impl Default for TemplateKey {
 }
 
 impl TemplateKey {
-    /// The key of a template that is made of nothing yet.
+    /// Returns the key of a template without inputs.
     pub fn new() -> Self {
         Self(Sha256::new()).part("format", FORMAT.to_le_bytes())
     }
 
-    /// Adds an ingredient: memory, vCPUs, CPU profile, command line... Its name and length count,
-    /// so that no two lists of ingredients have the same key.
+    /// Adds an input: memory, vCPUs, CPU profile, command line... Name and content are hashed with
+    /// their lengths, so that no two different lists of inputs have the same key.
     pub fn part(mut self, name: &str, content: impl AsRef<[u8]>) -> Self {
         for bytes in [name.as_bytes(), content.as_ref()] {
             self.0.update((bytes.len() as u64).to_le_bytes());
@@ -76,7 +76,7 @@ impl TemplateKey {
         Ok(self.part(name, content.finalize()))
     }
 
-    /// 64 hexadecimal digits.
+    /// Returns the key as 64 hexadecimal digits.
     #[must_use]
     pub fn name(&self) -> String {
         let digest = self.0.clone().finalize();
@@ -84,43 +84,43 @@ impl TemplateKey {
     }
 }
 
-/// A directory of templates by [`TemplateKey`], for any number of processes at once.
+/// A directory of templates by [`TemplateKey`], shared by any number of processes.
 #[derive(Clone, Debug)]
 pub struct TemplateCache {
     root: PathBuf,
     limit: u64,
 }
 
-/// What [`TemplateCache::enter`] finds.
+/// Result of [`TemplateCache::enter`].
 #[derive(Debug)]
 pub enum Entry {
     /// The template, checked.
     Found(Template),
-    /// Nothing that can be used, and the right to make it.
+    /// No usable entry, and the right to make it.
     Vacant(Vacancy),
 }
 
-/// How [`TemplateCache::get_or_build`] came by a template.
+/// How [`TemplateCache::get_or_build`] obtained a template.
 #[derive(Debug)]
 pub enum Found {
-    /// It was there.
+    /// The entry existed.
     There,
-    /// It was made.
+    /// There was no entry; it was made.
     Built,
-    /// What was there could not be used; it was made again.
+    /// The existing entry was unusable; it was made again.
     Rebuilt(StoreError),
 }
 
-/// A template and how it was come by.
+/// A template and how it was obtained.
 #[derive(Debug)]
 pub struct Cached {
     /// The template. Its entry is not evicted while it lives.
     pub template: Template,
-    /// How it was come by.
+    /// How it was obtained.
     pub found: Found,
 }
 
-/// Why [`TemplateCache::get_or_build`] gives no template.
+/// Error of [`TemplateCache::get_or_build`].
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError<E: std::error::Error + 'static> {
     /// The cache cannot be used.
@@ -131,8 +131,8 @@ pub enum CacheError<E: std::error::Error + 'static> {
     Build(#[source] E),
 }
 
-/// The right to make one entry: no other process or thread makes it meanwhile. Dropping it gives
-/// the right to the next.
+/// The right to make one entry: no other process or thread makes it meanwhile. Dropping it passes
+/// the right to the next caller that waits for it.
 #[derive(Debug)]
 pub struct Vacancy {
     cache: TemplateCache,
@@ -141,20 +141,21 @@ pub struct Vacancy {
     _lock: File,
 }
 
-/// Keeps an entry from being evicted. Never looked at: it is the lock on this file that counts.
+/// Keeps an entry from being evicted. Its file is never read: only the lock on it matters.
 #[derive(Debug)]
 pub(super) struct Lease {
     _manifest: File,
 }
 
 impl TemplateCache {
-    /// The cache in `root`, which is made if it is not there. `limit` is what its entries may take
-    /// on disk, in bytes: when one is added, the least recently used ones that nobody uses go until
-    /// the rest fits. The one just added stays even if it alone is larger.
+    /// Opens the cache in `root`, and creates it if it does not exist. `limit` is the most bytes
+    /// that its entries may take on disk: when one is added, the least recently used entries that
+    /// are not in use are removed until the rest fits. The entry just added stays even if it alone
+    /// is larger.
     ///
     /// # Errors
-    /// [`StoreError::Io`]; [`StoreError::NotPrivate`] where other users can write to it: what they
-    /// put there would run.
+    /// [`StoreError::Io`]; [`StoreError::NotPrivate`] if other users can write to the cache: a
+    /// template that they put there would run.
     pub fn open(root: impl AsRef<Path>, limit: u64) -> Result<Self, StoreError> {
         let root = root.as_ref();
         let root = std::path::absolute(root).map_err(io_error("use", root))?;
@@ -172,19 +173,19 @@ impl TemplateCache {
         Ok(Self { root, limit })
     }
 
-    /// The entry of `key`, or the right to make it. Blocks while another process or thread makes
-    /// it, so that an entry is made once; from async code use `spawn_blocking`.
+    /// Returns the entry of `key`, or the right to make it. Blocks while another process or thread
+    /// makes it, so that an entry is made once; from async code use `spawn_blocking`.
     ///
     /// # Errors
-    /// [`StoreError::Host`] without KVM; [`StoreError::Io`] when locks cannot be had. An entry that
-    /// cannot be used is no error but [`Vacancy::why`].
+    /// [`StoreError::Host`] without KVM; [`StoreError::Io`] when a lock cannot be taken. An
+    /// unusable entry is not an error: see [`Vacancy::why`].
     pub fn enter(&self, key: &TemplateKey) -> Result<Entry, StoreError> {
         self.enter_with(key, &[])
     }
 
-    /// As [`TemplateCache::enter`], for a guest that is given `images` (see
-    /// [`Template::load_with`]): their content should be part of the key, or an entry of others
-    /// is made again.
+    /// As [`TemplateCache::enter`], for a guest with the pmem images `images` (see
+    /// [`Template::load_with`]). Their content should be part of the key: otherwise an entry made
+    /// with other images is unusable, and is made again.
     ///
     /// # Errors
     /// As [`TemplateCache::enter`].
@@ -200,9 +201,9 @@ impl TemplateCache {
         Ok(self.enter_locked(key, lock, &here, images))
     }
 
-    /// As [`TemplateCache::enter_with`], but does not wait: None while another process or thread
-    /// makes the entry. A thread that waits for a lock cannot be called back, so async code
-    /// tries again from time to time.
+    /// As [`TemplateCache::enter_with`], but does not wait: returns `None` while another process or
+    /// thread makes the entry. A thread that waits for a lock cannot be interrupted, so async code
+    /// should call this again from time to time.
     ///
     /// # Errors
     /// As [`TemplateCache::enter`].
@@ -226,7 +227,7 @@ impl TemplateCache {
     }
 
     fn enter_locked(&self, key: String, lock: File, here: &Origin, images: &[&Path]) -> Entry {
-        // It may have been made meanwhile.
+        // The entry may have been made meanwhile.
         let why = match self.load(&key, here, images) {
             Ok(Some(template)) => return Entry::Found(template),
             Ok(None) => None,
@@ -240,7 +241,7 @@ impl TemplateCache {
         })
     }
 
-    /// The entry of `key`, made by `build` if there is none that can be used. Blocks as
+    /// Returns the entry of `key`, made by `build` if there is no usable one. Blocks as
     /// [`TemplateCache::enter`] does.
     ///
     /// # Errors
@@ -275,7 +276,7 @@ impl TemplateCache {
         self.root.join(LOCKS).join(key)
     }
 
-    /// The entry, marked as used now; `None` if there is none.
+    /// Loads the entry and marks it as used now; `None` if there is none.
     fn load(
         &self,
         key: &str,
@@ -289,16 +290,16 @@ impl TemplateCache {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && !dir.exists() => return Ok(None),
             Err(e) => return Err(io_error("open", path)(e)),
         };
-        // Whoever evicts it holds it alone; then it is as good as gone.
+        // Only an eviction holds this lock exclusively: the entry is about to be removed.
         if manifest.try_lock_shared().is_err() {
             return Ok(None);
         }
-        // Replaced between the two: the lock would keep nothing.
+        // The entry was replaced between open and lock: the lock would protect nothing.
         let inode = |of: std::io::Result<fs::Metadata>| of.map(|of| (of.dev(), of.ino())).ok();
         if inode(manifest.metadata()) != inode(fs::symlink_metadata(&path)) {
             return Ok(None);
         }
-        // An order of eviction that is a little wrong is no reason to fail.
+        // A failure only makes the order of eviction slightly wrong.
         let _ = manifest.set_times(FileTimes::new().set_modified(SystemTime::now()));
         let lease = Lease {
             _manifest: manifest,
@@ -317,7 +318,8 @@ impl TemplateCache {
         Ok(present.collect())
     }
 
-    /// Removes entries, the longest unused first, until the rest is within the limit; `keep` stays.
+    /// Removes entries, the least recently used first, until the rest is within the limit; `keep`
+    /// stays.
     fn evict(&self, keep: &str) -> Result<(), StoreError> {
         let mut entries = self.entries()?;
         entries.sort_by_key(|entry| entry.used);
@@ -333,7 +335,7 @@ impl TemplateCache {
         Ok(())
     }
 
-    /// Removes an entry that nobody makes or uses.
+    /// Removes an entry that is neither being made nor in use. Returns whether it was removed.
     fn try_remove(&self, key: &str) -> bool {
         let Ok(lock) = open_lock(&self.lock_path(key)) else {
             return false;
@@ -342,13 +344,13 @@ impl TemplateCache {
             return false;
         }
         let dir = self.root.join(key);
-        // An entry without a manifest is nobody's.
+        // An entry without a manifest has no users.
         if let Ok(manifest) = File::open(dir.join(MANIFEST))
             && manifest.try_lock().is_err()
         {
             return false;
         }
-        // By a rename first: half an entry never has an entry's name.
+        // Renamed first: a half-removed entry never has an entry's name.
         let old = self.work(key, OLD);
         let _ = remove(&old);
         let gone = fs::rename(&dir, &old).is_ok();
@@ -356,7 +358,7 @@ impl TemplateCache {
         gone
     }
 
-    /// Removes what processes left behind that were killed.
+    /// Removes the scratch directories of processes that were killed.
     fn sweep(&self) {
         let Ok(listing) = fs::read_dir(self.root.join(WORK)) else {
             return;
@@ -380,28 +382,28 @@ impl TemplateCache {
 }
 
 impl Vacancy {
-    /// Why what was there cannot be used; `None` if nothing was there.
+    /// Returns why the existing entry cannot be used; `None` if there was none.
     #[must_use]
     pub fn why(&self) -> Option<&StoreError> {
         self.why.as_ref()
     }
 
-    /// Makes `template` the entry, in place of what was there. What is given back keeps the entry
-    /// from being evicted. Blocks for the disk.
+    /// Makes `template` the entry, in place of an unusable one. The returned template keeps the
+    /// entry from being evicted. Blocks on the disk.
     ///
     /// # Errors
-    /// [`StoreError`]; the entry is then not there.
+    /// [`StoreError`]; the template is then not in the cache.
     pub fn fill(self, template: &Template) -> Result<Template, StoreError> {
         let cache = &self.cache;
         cache.sweep();
         let (dir, old) = (cache.root.join(&self.key), cache.work(&self.key, OLD));
-        // Of one that was killed; the lock is ours.
+        // Left by a process that was killed; its lock is held here now.
         for left in [&old, &cache.work(&self.key, "")] {
             remove(left).map_err(io_error("remove", left))?;
         }
         let scratch = Scratch::new(cache.work(&self.key, ""))?;
         template.write_into(&scratch.path, &self.key)?;
-        // Held before others see it.
+        // Locked before other processes see the entry.
         let manifest = scratch.path.join(MANIFEST);
         let lease = File::open(&manifest)
             .and_then(|file| file.lock_shared().map(|()| file))
@@ -422,7 +424,7 @@ impl Vacancy {
     }
 }
 
-/// An entry as it lies on disk.
+/// An entry on disk.
 struct Present {
     key: String,
     bytes: u64,
@@ -441,13 +443,13 @@ impl Present {
         Self {
             key,
             bytes,
-            // One without a manifest goes first.
+            // An entry without a manifest is evicted first.
             used: used.unwrap_or(SystemTime::UNIX_EPOCH),
         }
     }
 }
 
-/// Removes whatever is there.
+/// Removes the file or directory at `path`, if there is one.
 fn remove(path: &Path) -> std::io::Result<()> {
     let removed = match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),

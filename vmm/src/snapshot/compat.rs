@@ -1,5 +1,6 @@
-//! Where a template was made. A guest goes on only on a processor and a kernel like those that it
-//! was captured on: it has seen CPUID, and saved state means what that KVM says it means.
+//! The properties of the host on which a template was made. A guest can resume only on a processor
+//! and a kernel like those of its capture: it has read CPUID, and the meaning of saved state is
+//! defined by that host's KVM.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -11,15 +12,15 @@ use crate::cpu::cpuid;
 use crate::host::{Host, HostError};
 use crate::kvm::{KvmError, create_vcpu, create_vm};
 
-/// A host, as far as saved state depends on it.
+/// The properties of a host that saved state depends on.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Origin {
     /// Release and build of the host's kernel.
     kernel: String,
-    /// Rate of the time stamp counter, to which the guest has set its clocks; 0 if KVM does not
-    /// tell.
+    /// Frequency of the time stamp counter, to which the guest has set its clocks; 0 if KVM does
+    /// not report it.
     tsc_khz: u32,
-    /// What a guest is shown, without what differs from one processor of the host to the next.
+    /// CPUID as shown to guests, without the parts that differ between processors of one host.
     cpuid: Vec<kvm_cpuid_entry2>,
 }
 
@@ -28,32 +29,32 @@ pub(crate) struct Origin {
 pub enum Difference {
     /// Another processor.
     Processor {
-        /// Where the template was made.
+        /// Processor of the origin host.
         there: String,
-        /// Here.
+        /// Processor of this host.
         here: String,
     },
-    /// The same processor, but a guest is shown other features (microcode, firmware or module
+    /// The same processor, but KVM shows guests other features (microcode, firmware or module
     /// settings differ).
     Feature {
         /// CPUID leaf.
         leaf: u32,
-        /// Its index.
+        /// Index (subleaf) within the leaf.
         index: u32,
     },
-    /// The same processor, but its time stamp counter has another rate: the guest's clocks would be
-    /// wrong.
+    /// The same processor, but its time stamp counter has another frequency: the guest's clocks
+    /// would be wrong.
     Clock {
-        /// Where the template was made, in kHz.
+        /// Frequency on the origin host, in kHz.
         there: u32,
-        /// Here.
+        /// Frequency on this host, in kHz.
         here: u32,
     },
     /// Another kernel.
     Kernel {
-        /// Where the template was made.
+        /// Kernel of the origin host.
         there: String,
-        /// Here.
+        /// Kernel of this host.
         here: String,
     },
 }
@@ -79,7 +80,7 @@ impl fmt::Display for Difference {
 }
 
 impl Origin {
-    /// This host.
+    /// Returns the properties of this host.
     pub(crate) fn here() -> Result<Self, HostError> {
         let uname = rustix::system::uname();
         let kernel = [uname.release(), uname.version()]
@@ -93,7 +94,7 @@ impl Origin {
         })
     }
 
-    /// How a template that was made on this differs from what can run `here`; `None` if it does
+    /// Returns how this host, on which a template was made, differs from `here`; `None` if it does
     /// not.
     pub(crate) fn difference(&self, here: &Self) -> Option<Difference> {
         let same_clock = is_same_rate(self.tsc_khz, here.tsc_khz);
@@ -132,7 +133,7 @@ impl Origin {
         })
     }
 
-    /// Brand (leaves 0x8000_0002 to 0x8000_0004) and signature (leaf 1, EAX).
+    /// Returns the brand (leaves 0x8000_0002 to 0x8000_0004) and the signature (leaf 1, EAX).
     fn processor(&self) -> String {
         let leaf = |function| {
             self.cpuid
@@ -150,14 +151,14 @@ impl Origin {
     }
 }
 
-/// Hosts measure the rate at each boot; they agree within KVM's own tolerance
-/// (`tsc_tolerance_ppm` in arch/x86/kvm/x86.c).
+/// Whether two frequencies agree within KVM's own tolerance (`tsc_tolerance_ppm` in
+/// arch/x86/kvm/x86.c). Hosts measure the frequency at each boot.
 fn is_same_rate(one: u32, other: u32) -> bool {
     const TOLERANCE_PPM: u64 = 250;
     u64::from(one.abs_diff(other)) * 1_000_000 <= u64::from(one) * TOLERANCE_PPM
 }
 
-/// What KVM gives every guest that asks for nothing else.
+/// Returns the frequency in kHz that KVM gives a guest by default; 0 if KVM does not report it.
 fn tsc_khz(host: &Host) -> Result<u32, KvmError> {
     static RATE: OnceLock<u32> = OnceLock::new();
     if let Some(rate) = RATE.get() {
@@ -169,9 +170,10 @@ fn tsc_khz(host: &Host) -> Result<u32, KvmError> {
     Ok(*RATE.get_or_init(|| rate))
 }
 
-/// A leaf without what depends on which processor of the host answered (Intel SDM volume 2, CPUID;
-/// AMD APM volume 3, appendix E). None if that is all of it: caches, which hybrid processors have
-/// of two kinds, are a hint to the guest, which takes no harm from those of another.
+/// Clears the fields of a leaf that depend on which processor of the host answered (Intel SDM
+/// volume 2, CPUID; AMD APM volume 3, appendix E). Returns `None` for leaves that only describe
+/// caches: hybrid processors have two kinds of these, and to the guest they are a hint, which does
+/// no harm if it is of another processor.
 fn whole_host(mut leaf: kvm_cpuid_entry2) -> Option<kvm_cpuid_entry2> {
     match leaf.function {
         0x2 | 0x4 | 0x8000_0005 | 0x8000_0006 | 0x8000_0019 | 0x8000_001d => return None,
@@ -194,7 +196,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A host that nobody has.
+    /// A made-up host.
     pub(crate) fn host() -> Origin {
         let leaf = |function, eax| kvm_cpuid_entry2 {
             function,
@@ -264,7 +266,7 @@ pub(crate) mod tests {
             assert_eq!(host().difference(&at(other)), expected);
             assert!(at(other).difference(&host()).is_some());
         }
-        // Nobody knows either.
+        // Neither frequency is known.
         assert_eq!(at(0).difference(&at(0)), None);
     }
 
@@ -285,7 +287,7 @@ pub(crate) mod tests {
         assert_eq!(answered(0)[0].map(|leaf| leaf.ebx), Some(0x800));
     }
 
-    /// Performance and efficiency cores have caches of their own; which of them answers is chance.
+    /// Performance and efficiency cores have different caches, and either kind may answer CPUID.
     #[test]
     fn which_kind_of_a_hybrid_host_s_processors_answered_is_no_difference() {
         let host = |kind: u32| {

@@ -1,4 +1,4 @@
-//! The state of one vCPU, saved and restored in the order that KVM wants.
+//! The state of one vCPU, saved and restored in the order that KVM requires.
 
 use kvm_bindings::{
     KVM_MP_STATE_RUNNABLE, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
@@ -10,18 +10,18 @@ use crate::cpu::msrs::{self, Registers};
 use crate::host::CpuProfile;
 use crate::kvm::KvmError;
 
-/// MSRs that are kept whatever they are: the time stamp counter, which is first, because the
-/// deadline refers to it; the deadline, which is last, because it is restored after the APIC and
-/// after the counter (Intel SDM volume 3, section 11.5.4.1); and what the guest was told of the
-/// processor (IA32_ARCH_CAPABILITIES, IA32_BIOS_SIGN_ID), which another boot of the host may tell
-/// otherwise.
+/// MSRs that are always saved: the time stamp counter, which is saved first, because the deadline
+/// refers to it; the deadline, which is saved last, because it is restored after the APIC and after
+/// the counter (Intel SDM volume 3, section 11.5.4.1); and processor properties that the guest has
+/// read (IA32_ARCH_CAPABILITIES, IA32_BIOS_SIGN_ID), which may differ after a reboot of the host.
 const KEPT: [u32; 4] = [msrs::TSC, msrs::TSC_DEADLINE, 0x10a, 0x8b];
-/// Ticks by which the time stamp counter is set off before it is set: a minute and more of any
+/// Ticks by which the time stamp counter is moved away before it is set: more than a minute on any
 /// processor.
 const FAR: u64 = 1 << 40;
-/// Where the guest wants the wall clock's base written, MSR_KVM_WALL_CLOCK and its older number
-/// (Documentation/virt/kvm/x86/msr.rst). Not restored: KVM would write there once more, a page of
-/// each clone for a value that is only read when it was just asked for.
+/// MSRs by which the guest sets the address for the wall clock's base: MSR_KVM_WALL_CLOCK and its
+/// older number (Documentation/virt/kvm/x86/msr.rst). Not restored: KVM would write to that address
+/// again, which costs each clone a page, and guests read the value only right after they set the
+/// address.
 const MSR_KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 
 /// Debug registers after a reset (Intel SDM volume 3, table 10-1).
@@ -33,14 +33,14 @@ const DEBUG_RESET: kvm_debugregs = kvm_debugregs {
     reserved: [0; 9],
 };
 
-/// Whether these are the extended control registers after a reset: XCR0 with x87 state alone (Intel
-/// SDM volume 3, table 10-1).
+/// Whether the extended control registers have their values after a reset: XCR0 with x87 state
+/// alone (Intel SDM volume 3, table 10-1).
 fn is_reset(xcrs: &kvm_xcrs) -> bool {
     let [xcr0, ..] = xcrs.xcrs;
     (xcrs.nr_xcrs, xcr0.xcr, xcr0.value) == (1, 0, 1)
 }
 
-/// Everything that KVM keeps of a vCPU but for CPUID, which follows from host and configuration.
+/// The state of a vCPU in KVM except for CPUID, which follows from host and configuration.
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct VcpuState {
     mp_state: kvm_mp_state,
@@ -50,7 +50,7 @@ pub(crate) struct VcpuState {
     xcrs: kvm_xcrs,
     debugregs: kvm_debugregs,
     lapic: Box<kvm_lapic_state>,
-    /// Those that a vCPU that boots has not anyway.
+    /// The MSRs in [`KEPT`], and those that differ from a vCPU that has not run.
     msrs: Vec<kvm_msr_entry>,
     events: kvm_vcpu_events,
 }
@@ -64,8 +64,8 @@ impl std::fmt::Debug for VcpuState {
 }
 
 impl VcpuState {
-    /// Saves a vCPU that does not run and has no exit unfinished. `msr_indices` is the host's list,
-    /// `fresh` what those of a vCPU are that has not run.
+    /// Saves a vCPU that does not run and has no unfinished exit. `msr_indices` is the host's list
+    /// of MSRs, `fresh` the MSRs of a vCPU that has not run.
     pub(crate) fn save(
         vcpu: &VcpuFd,
         msr_indices: &[u32],
@@ -90,15 +90,15 @@ impl VcpuState {
         })
     }
 
-    /// Restores a fresh vCPU, the `index`th, whose CPUID is set. What it has from its reset is not
-    /// set.
+    /// Restores the fresh vCPU number `index`, whose CPUID is set. State that equals that after a
+    /// reset is not set.
     pub(crate) fn restore(
         &self,
         vcpu: &VcpuFd,
         index: usize,
         profile: CpuProfile,
     ) -> Result<(), KvmError> {
-        // The first vCPU is runnable from the start, the others wait for it (KVM_CREATE_VCPU).
+        // KVM_CREATE_VCPU makes the first vCPU runnable; the others wait for it.
         if index > 0 || self.mp_state.mp_state != KVM_MP_STATE_RUNNABLE {
             vcpu.set_mp_state(self.mp_state)
                 .map_err(KvmError::of("KVM_SET_MP_STATE"))?;
@@ -132,12 +132,12 @@ impl VcpuState {
         profile: CpuProfile,
     ) -> Result<(), KvmError> {
         let counter = self.msrs.first().filter(|msr| msr.index == msrs::TSC);
-        // Of the first vCPU: KVM gives the others the same counter.
+        // Only for the first vCPU: KVM gives the others the same counter.
         let counter = counter.filter(|_| index == 0 && profile == CpuProfile::Native);
         if let Some(counter) = counter {
-            // KVM before 6.7 takes a value within a second of what it expects, which is what a new
-            // VM has, for a try to set all vCPUs alike, and goes on with its own: until the guest's
-            // clock is where it was, time would stand still.
+            // KVM before 6.7 takes a value within a second of the counter that it expects, which is
+            // that of a new VM, as an attempt to synchronise the vCPUs, and keeps its own counter.
+            // The guest's time would stand still until that reached the saved value.
             let far = counter.data.wrapping_add(FAR);
             msrs::write(vcpu, &[msrs::entry(msrs::TSC, far)])?;
         }
@@ -154,9 +154,9 @@ impl VcpuState {
         }
     }
 
-    /// The deadline as far ahead as it was. Where the time stamp counter cannot be restored it has
-    /// gone on since: all deadlines would be over, and each clone would begin with a timer
-    /// interrupt for nothing.
+    /// Returns the deadline moved so that it is as far ahead as at the capture. Where the time
+    /// stamp counter cannot be restored, it has advanced since: all deadlines would have passed,
+    /// and each clone would begin with a needless timer interrupt.
     fn put_off(
         &self,
         deadline: kvm_msr_entry,
@@ -167,13 +167,14 @@ impl VcpuState {
         };
         let now = msrs::read_one(vcpu, msrs::TSC)?;
         let passed = now.map_or(0, |now| now.wrapping_sub(saved.data));
-        // Back at zero it would stop the timer.
+        // Zero would stop the timer.
         let data = deadline.data.wrapping_add(passed).max(1);
         Ok(kvm_msr_entry { data, ..deadline })
     }
 }
 
-/// Whether the time stamp counter, which was set to this, is there and has gone on.
+/// Checks that the time stamp counter has gone on from `from`, to which it was set. Also accepts a
+/// counter that cannot be read.
 fn goes_on(vcpu: &impl Registers, from: u64) -> Result<(), KvmError> {
     let now = msrs::read_one(vcpu, msrs::TSC)?;
     if now.is_none_or(|now| now.wrapping_sub(from) < FAR / 2) {
@@ -185,14 +186,14 @@ fn goes_on(vcpu: &impl Registers, from: u64) -> Result<(), KvmError> {
     })
 }
 
-/// Whether this is the timer's deadline, and there is one (zero: none).
+/// Whether this MSR is the timer's deadline, and armed (zero: not armed).
 fn is_armed(msr: &kvm_msr_entry) -> bool {
     msr.index == msrs::TSC_DEADLINE && msr.data != 0
 }
 
-/// What is worth keeping of the MSRs of a vCPU: those that differ from what a `fresh` one has. KVM
-/// lists more than a hundred, of which a guest has set two dozen; and some it notes in the host's
-/// log when they are written, with whatever value.
+/// Reads the MSRs that are saved: those in [`KEPT`], and those that differ from a `fresh` vCPU's.
+/// KVM lists more than a hundred, of which a guest has set two dozen; and a write to some of them,
+/// whatever the value, makes KVM log a message on the host.
 fn read_msrs(
     vcpu: &impl Registers,
     indices: &[u32],
@@ -215,7 +216,7 @@ fn read_msrs(
 
 #[cfg(any(test, feature = "testing"))]
 impl VcpuState {
-    /// Of a vCPU that never ran.
+    /// The state of a vCPU that never ran.
     pub(super) fn blank() -> Self {
         Self {
             mp_state: Default::default(),
@@ -243,8 +244,8 @@ mod tests {
     use crate::host::Host;
     use crate::kvm::{create_irqchip, create_vcpu, create_vm};
 
-    /// A vCPU of a KVM that goes on with the time stamp counter that it expects where it is given
-    /// one near that: before 6.7.
+    /// A mock vCPU of KVM before 6.7, which ignores a time stamp counter near the one that it
+    /// expects.
     #[derive(Default)]
     struct Played {
         msrs: RefCell<BTreeMap<u32, u64>>,
@@ -252,7 +253,7 @@ mod tests {
         keeps_its_counter: bool,
     }
 
-    /// Ticks of a second.
+    /// Ticks per second.
     const SECOND: u64 = 2_000_000_000;
 
     impl Registers for Played {
@@ -295,8 +296,8 @@ mod tests {
         let young = Played::default();
         saved.restore_msrs(&young, 0, CpuProfile::Native).unwrap();
         assert_eq!(young.msrs.borrow()[&msrs::TSC], SECOND / 2);
-        // One that does not take it at all is no host for a clone, unless its counter is known to
-        // be the host's.
+        // KVM that never takes the counter cannot run a clone, unless the guest's counter is known
+        // to be the host's.
         let stubborn = Played {
             keeps_its_counter: true,
             ..Played::default()
@@ -328,11 +329,12 @@ mod tests {
         let indices = now.map(|(index, _)| index);
         let kept = read_msrs(&vcpu, &indices, &fresh).unwrap();
         let kept: Vec<u32> = kept.iter().map(|msr| msr.index).collect();
-        // The counter first, the deadline last, what the guest was told of its processor always.
+        // The counter first, the deadline last; processor properties that the guest has read
+        // always.
         assert_eq!(kept, [0x10, 0x174, 0x10a, 0x6e0]);
     }
 
-    /// On the host's own KVM, with a guest that is younger than a second.
+    /// On the host's own KVM, with guests between 1 ms and 5 s old.
     #[test]
     fn a_clone_s_time_stamp_counter_is_not_behind_its_template_s() {
         let host = match Host::get() {

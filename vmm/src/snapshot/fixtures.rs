@@ -1,5 +1,5 @@
-//! For tests and fuzz targets: the state of a VM that never ran, and the reader of a manifest with
-//! all that a clone makes of it short of KVM.
+//! Fixtures for tests and fuzz targets: the state of a VM that never ran, and a manifest reader
+//! that restores the devices without KVM.
 
 use super::cpu::VcpuState;
 use super::irqchip::ChipState;
@@ -8,7 +8,7 @@ use crate::host::CpuProfile;
 use crate::limits::Limits;
 use crate::vm_inner::Hardware;
 
-/// The state of a VM with `bytes` of memory, but for its devices.
+/// The state of a VM with `bytes` of memory, without its devices.
 fn without_devices(bytes: u64) -> VmState {
     VmState {
         hardware: Hardware {
@@ -51,7 +51,8 @@ pub(super) fn state(bytes: u64) -> VmState {
     }
 }
 
-/// A manifest file whose devices are these bytes; all before them is of a VM that never ran.
+/// Returns a manifest file with the encoded `devices`; all fields before them are those of a VM
+/// that never ran.
 #[cfg(feature = "testing")]
 pub(crate) fn file_with(devices: &[u8]) -> Vec<u8> {
     let VmState {
@@ -62,18 +63,18 @@ pub(crate) fn file_with(devices: &[u8]) -> Vec<u8> {
     } = without_devices(2 << 20);
     let origin = super::compat::Origin::default();
     let no_images = Vec::<()>::new();
-    // A tuple is encoded as the structs of its members.
+    // postcard encodes a tuple like the structs that have these fields.
     let body = postcard::to_stdvec(&(origin, "", [0u8; 32], no_images, hardware, vcpus, chips));
     let mut body = body.unwrap_or_default();
     body.extend(devices);
     super::manifest::seal_body(&body)
 }
 
-/// Reads a manifest file, and restores its devices in memory of their own. Whether it was one, and
-/// its devices could be restored.
+/// Reads a manifest file, and restores its devices in memory of their own. Returns whether the file
+/// is a valid manifest and its devices could be restored.
 ///
 /// # Panics
-/// If what was read is not what is written again.
+/// If a manifest changes when it is written and read again.
 #[cfg(feature = "testing")]
 #[allow(clippy::expect_used, reason = "a fuzz target fails by panicking")]
 pub(crate) fn read(file: &[u8]) -> bool {

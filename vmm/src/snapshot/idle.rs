@@ -1,4 +1,4 @@
-//! Whether a guest that waits at the gate has anything to do.
+//! Whether a paused guest has anything to do.
 
 use std::time::Duration;
 
@@ -8,8 +8,8 @@ use kvm_ioctls::VcpuFd;
 use crate::cpu::msrs;
 use crate::vcpu::control::VcpuControl;
 
-/// For how long no vCPU has anything to do unless an interrupt comes. `None` if one is not idle, or
-/// does not wait at the closed gate.
+/// Returns how long no vCPU has anything to do unless an interrupt arrives. `None` if a vCPU is not
+/// idle, or is not parked.
 pub(crate) fn quiet_for(control: &VcpuControl) -> Option<Duration> {
     (0..control.vcpus()).try_fold(Duration::MAX, |least, index| {
         let quiet = control.with_vcpu(index, |vcpu| until_timer(vcpu))??;
@@ -17,8 +17,8 @@ pub(crate) fn quiet_for(control: &VcpuControl) -> Option<Duration> {
     })
 }
 
-/// For how long the vCPU has nothing to do unless an interrupt comes: until its timer is due.
-/// `None` if it is not idle, or KVM does not tell.
+/// Returns how long the vCPU has nothing to do unless an interrupt arrives: until its timer is due.
+/// `None` if it is not idle, or KVM does not report its state.
 fn until_timer(vcpu: &VcpuFd) -> Option<Duration> {
     let state = vcpu.get_mp_state().ok()?;
     if state.mp_state == KVM_MP_STATE_RUNNABLE {
@@ -28,7 +28,7 @@ fn until_timer(vcpu: &VcpuFd) -> Option<Duration> {
     let &[now, deadline] = &read[..] else {
         return None;
     };
-    // Zero: not armed (Intel SDM volume 3, section 11.5.4.1).
+    // Zero: the timer is not armed (Intel SDM volume 3, section 11.5.4.1).
     if deadline.data == 0 {
         return Some(Duration::MAX);
     }

@@ -1,6 +1,6 @@
-//! The images of a template on disk. They are no part of it: it names them by their content, and
-//! whoever loads it brings them. (A path in it would let its maker have this process read any
-//! file.)
+//! The pmem images of a template on disk. They are not part of it: the template identifies them by
+//! their content, and the caller that loads it passes their files. (A path in the template would
+//! let its author make this process read any file.)
 
 use std::path::Path;
 
@@ -12,11 +12,11 @@ use super::store::{StoreError, io_error};
 use crate::virtio::DeviceState;
 use crate::virtio::pmem::{PmemImage, PmemState, place};
 
-/// Most address bits that a processor has (Intel SDM volume 3, section 4.1.4). That this one's are
-/// enough, KVM says.
+/// Most physical address bits that a processor has (Intel SDM volume 3, section 4.1.4). KVM checks
+/// that those of this processor are enough.
 const ADDRESS_BITS: u32 = 52;
 
-/// What a manifest says of an image.
+/// The entry of an image in a manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Named {
     bytes: u64,
@@ -31,10 +31,10 @@ fn of(state: &VmState) -> impl Iterator<Item = &PmemState> {
     })
 }
 
-/// Names the images of a template of this process, in their order.
+/// Returns the manifest entries for the images of a template of this process, in their order.
 pub(super) fn name(dir: &Path, state: &VmState) -> Result<Vec<Named>, StoreError> {
     let named = |saved: &PmemState| {
-        // A template that was made or loaded here has them.
+        // A template that was made or loaded here has its images.
         let image = saved.image.as_ref();
         let image = image.ok_or_else(|| StoreError::Damaged(dir.to_owned()))?;
         Ok(Named {
@@ -45,7 +45,7 @@ pub(super) fn name(dir: &Path, state: &VmState) -> Result<Vec<Named>, StoreError
     of(state).map(named).collect()
 }
 
-/// Whether the devices are those of these images, where a VM has them.
+/// Whether the pmem devices have the sizes of these images, and the addresses that a VM gives them.
 pub(super) fn fit(state: &VmState, named: &[Named]) -> bool {
     let sizes: Vec<u64> = named.iter().map(|named| named.bytes).collect();
     let saved: Vec<u64> = of(state).map(|image| image.bytes).collect();
@@ -54,8 +54,8 @@ pub(super) fn fit(state: &VmState, named: &[Named]) -> bool {
     saved == sizes && place(memory, &sizes, ADDRESS_BITS).is_ok_and(|right| right == places)
 }
 
-/// Gives the state the images at `paths`, which must be those that it names. Their content is
-/// looked at unless it is `trusted`.
+/// Attaches the images at `paths` to the state. They must be those of the manifest, in the same
+/// order. Their content is checked unless it is `trusted`.
 pub(super) fn bring(
     dir: &Path,
     state: &mut VmState,
@@ -109,7 +109,7 @@ mod tests {
     const BYTES: u64 = 2 * MIB;
     const SECTION: u64 = 128 * MIB;
 
-    /// A template of a guest with two images, saved as `t`; and the images.
+    /// Saves a template of a guest with two images as `t`, and returns the paths of the images.
     fn saved(dir: &Path) -> [PathBuf; 2] {
         let paths = [("a", GRANULE), ("b", 2 * GRANULE)].map(|(name, bytes)| {
             let path = dir.join(name);
@@ -164,7 +164,7 @@ mod tests {
                     "{error}"
                 );
             }
-            // Other sizes are seen without a look at the content.
+            // Other sizes are noticed without reading the content.
             let error = load(dir, &[b, a]).unwrap_err();
             assert!(matches!(&error, StoreError::OtherImage { image, .. } if image == b));
             let error = load(dir, &[a, &dir.join("none")]).unwrap_err();
@@ -173,7 +173,7 @@ mod tests {
                 "{error}"
             );
         }
-        // A copy is as good; one byte that is different is not.
+        // A copy is accepted; a copy with one different byte only if it is trusted.
         let copy = dir.join("copy");
         fs::copy(b, &copy).unwrap();
         load(dir, &[a, &copy]).unwrap();
@@ -192,7 +192,7 @@ mod tests {
         let template = load(dir, &[a, b]).unwrap();
         let again = name(dir, &template.frozen.state).unwrap();
         assert!(fit(&template.frozen.state, &again));
-        // It is not, once an image was cut short.
+        // It cannot be saved once an image was truncated.
         File::options()
             .write(true)
             .open(b)
@@ -235,7 +235,7 @@ mod tests {
                 "{places:x?}: {error}"
             );
         }
-        // Another number of them than of devices.
+        // The number of images differs from that of the devices.
         for (named, devices) in [(&named[..1], 4), (&[], 4), (&named[..], 3), (&named[..], 2)] {
             let error = write(&good, named, devices).unwrap_err();
             assert!(
@@ -249,7 +249,7 @@ mod tests {
         postcard::from_bytes(&postcard::to_stdvec(state).unwrap()).unwrap()
     }
 
-    /// That of the memory that was saved.
+    /// The digest of the saved memory.
     fn digest(dir: &Path) -> Digest {
         let bytes = fs::read(dir.join("t/manifest")).unwrap();
         manifest::Manifest::decode(&bytes).unwrap().memory

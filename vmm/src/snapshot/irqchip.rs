@@ -8,7 +8,7 @@ use kvm_ioctls::VmFd;
 
 use crate::kvm::KvmError;
 
-/// What KVM keeps of a VM outside its vCPUs and memory.
+/// The state of a VM in KVM, apart from its vCPUs and memory.
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct ChipState {
     irqchips: [kvm_irqchip; 3],
@@ -46,7 +46,8 @@ impl ChipState {
             false => None,
         };
         let mut clock = vm.get_clock().map_err(KvmError::of("KVM_GET_CLOCK"))?;
-        // Restored as it was: the guest's monotonic clock goes on from the capture.
+        // Without flags, KVM restores the clock as it was: the guest's monotonic clock goes on from
+        // the capture.
         clock.flags = 0;
         Ok(Self {
             irqchips,
@@ -71,7 +72,7 @@ impl ChipState {
 
 #[cfg(any(test, feature = "testing"))]
 impl ChipState {
-    /// Of a VM that never ran.
+    /// The state of a VM that never ran.
     pub(super) fn blank() -> Self {
         Self {
             irqchips: Default::default(),

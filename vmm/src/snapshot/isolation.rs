@@ -1,5 +1,5 @@
-//! What one clone writes, nobody else sees: a hundred clones write to random pages of the same few
-//! thousand, all at once, and then every byte of all of them is what it should be.
+//! Isolation of clones: no VM sees the writes of another. A hundred clones write to random pages of
+//! the same few thousand, all at once, and then every byte of each clone is checked.
 
 use std::time::{Duration, Instant};
 
@@ -11,20 +11,20 @@ use crate::vm::Vm;
 use crate::{Exit, VmConfig};
 
 const MEMORY: u64 = 32 * MIB;
-/// Where a clone finds its seed; zero until then.
+/// Address of a clone's seed; zero until the test writes it.
 const SEED: u64 = 2 * MIB;
-/// Where it writes: 4,096 pages.
+/// Start of the area that a clone writes to: 4,096 pages.
 const AREA: u64 = 4 * MIB;
 const AREA_MASK: u64 = 0x00ff_f000;
-/// Writes of each clone.
+/// Number of writes of each clone.
 const WRITES: u32 = 400;
-/// The page tables that the guest begins with, in which the processor marks what it used.
+/// The initial page tables of the guest, in which the processor sets accessed and dirty bits.
 const PAGE_TABLES: std::ops::Range<usize> = 0x9000..0x1_0000;
-/// After that long a clone is stuck.
+/// A clone that takes longer is stuck.
 const STUCK: Duration = Duration::from_secs(60);
 
-/// Waits for its seed, draws from it by xorshift, and writes what it draws to the page that it
-/// draws.
+/// Guest code that waits for its seed, draws numbers from it by xorshift, and writes each number to
+/// the page that it selects.
 fn code() -> Vec<u8> {
     let mut code = vec![
         // l: mov rax, [SEED]; test rax, rax; jz l
@@ -47,12 +47,12 @@ fn code() -> Vec<u8> {
     // jnz to the draw
     let back = i8::try_from(draw.len() + 2).unwrap();
     code.extend([0x75, (-back).cast_unsigned()]);
-    // mov al, 1; mov dx, 0x5f0; out dx, al: powered off; then on the spot
+    // mov al, 1; mov dx, 0x5f0; out dx, al: power off; then an endless loop
     code.extend([0xb0, 1, 0x66, 0xba, 0xf0, 0x05, 0xee, 0xeb, 0xfe]);
     code
 }
 
-/// What [`code`] does, to a copy of the memory.
+/// Does what [`code`] does, in a copy of the memory.
 fn play(memory: &mut [u8], seed: u64) {
     let mut put = |at: u64, value: u64| {
         let at = usize::try_from(at).unwrap();
@@ -80,15 +80,15 @@ fn digest_of(template: &Template) -> manifest::Digest {
     memory::copy_pages(&template.frozen.memory, &target, MEMORY).unwrap()
 }
 
-/// A clone whose memory the test can see.
+/// A clone, and its memory for the test to inspect.
 fn clone_of(template: &Template) -> (Vm, GuestRam) {
     let prepared = template.prepare().unwrap();
     let ram = prepared.ram();
     (prepared.fork_paused().unwrap(), ram)
 }
 
-/// Whether there is a host to test on; says so if not, past the capture of the test runner, which
-/// counts these lines.
+/// Whether this host has KVM. If not, says so on stderr, past the output capture of the test
+/// runner, which counts these lines.
 fn kvm() -> bool {
     let there = std::path::Path::new("/dev/kvm").exists();
     if !there {
@@ -104,7 +104,7 @@ async fn clones_do_not_mix(count: u64) {
     let config = VmConfig::flat(code()).memory_mib(MEMORY / MIB);
     let inner = VmInner::create(&config.build().unwrap()).unwrap();
     assert!(inner.control.settle(STUCK));
-    // Every other page of the area is the template's own, the rest are its holes.
+    // Every other page of the area has data in the template, the rest are holes.
     let fill = |ram: &GuestRam| {
         for page in (0..=AREA_MASK / PAGE_SIZE).step_by(2) {
             let at = GuestAddress(AREA + page * PAGE_SIZE);
@@ -159,7 +159,8 @@ async fn a_hundred_clones_that_write_at_once_do_not_mix() {
     clones_do_not_mix(100).await;
 }
 
-/// Counts up at 4 MiB and then at the end of memory, for ever: the first count is never behind.
+/// Guest code that increments a counter at 4 MiB and then one at the end of memory, for ever. The
+/// first counter is never behind the second.
 const TWO_COUNTS: [u8; 18] = [
     // l: inc qword [0x400000]; inc qword [0x1fff000]; jmp l
     0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x40, 0x00, 0x48, 0xff, 0x04, 0x25, 0x00, 0xf0, 0xff, 0x01,
@@ -173,7 +174,7 @@ fn a_vm_that_is_resumed_while_it_is_captured_does_not_run_before_the_end() {
     }
     let config = VmConfig::flat(TWO_COUNTS).memory_mib(MEMORY / MIB);
     let inner = VmInner::create(&config.build().unwrap()).unwrap();
-    // What lies between the two counts takes time to copy.
+    // The data between the two counters takes time to copy.
     let fill = |ram: &GuestRam| {
         for page in 0x401..0x1f00 {
             let at = GuestAddress(page * PAGE_SIZE);
@@ -216,7 +217,8 @@ fn a_vm_that_is_resumed_while_it_is_captured_does_not_run_before_the_end() {
     assert_eq!(vm.status(), crate::VmStatus::Running);
 }
 
-/// Was: all of these waited for the copy, which takes as long as the guest has memory.
+/// Regression: all of these calls waited for the copy, which takes time in proportion to the
+/// guest's memory.
 #[test]
 fn a_vm_that_is_copied_can_be_looked_at_and_ended() {
     if !kvm() {
@@ -241,12 +243,12 @@ fn a_vm_that_is_copied_can_be_looked_at_and_ended() {
         vm.kill();
         vm.teardown();
         assert!(capture.is_over());
-        // What the copy reads is still there, and what the VM carried goes after it.
+        // The memory that is copied is still mapped, and the VM's drop guards go after the capture.
         assert!(told.try_recv().is_err());
         super::memory::copy_out(ram, || true).map(drop)?;
         super::memory::copy_out(ram, || !capture.is_over()).map(drop)
     });
-    // An empty guest's copy has nothing to stop at.
+    // Not asserted: a copy of memory without data has no page range to stop at.
     drop(whole);
     assert!(told.try_recv().is_err());
     drop(capture);

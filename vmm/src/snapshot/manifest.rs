@@ -1,4 +1,4 @@
-//! The file `manifest` of a template on disk: all of it but the guest's memory.
+//! The file `manifest` of a template on disk: the template without the guest's memory.
 //!
 //! ```text
 //! offset  bytes
@@ -15,45 +15,46 @@ use super::VmState;
 use super::compat::Origin;
 use super::images::Named;
 
-/// Version of the format; others are refused. Raised whenever any struct below [`Manifest`]
-/// changes, or what a vCPU is given that is not saved (its CPUID).
+/// Version of the format; other versions are refused. Raised whenever any struct below [`Manifest`]
+/// changes, or the vCPU state that is set but not saved (CPUID).
 pub(crate) const FORMAT: u32 = 5;
-/// Most bytes of a manifest: far more than 32 vCPUs and all connections of a device need.
+/// Maximum size of a manifest in bytes: far more than 32 vCPUs and all connections of a device
+/// need.
 pub(super) const MAX_BYTES: u64 = 4 << 20;
 
 const MAGIC: [u8; 8] = *b"HRTHTMPL";
 const HASHED: usize = 12;
 const HEADER: usize = HASHED + 32;
 
-/// A SHA-256. (The processors that run guests have instructions for it; the crate is used for the
-/// images already.)
+/// A SHA-256 digest. (The processors that run guests have instructions for it, and the `sha2` crate
+/// is used for the images already.)
 pub(super) type Digest = [u8; 32];
 
-/// See the module's text.
+/// The body of a manifest file; see the module's documentation.
 #[derive(Debug, Deserialize)]
 pub(super) struct Manifest {
     pub(super) origin: Origin,
-    /// The name of the cache's entry that this is; empty for a template outside of a cache.
+    /// Key of the template's cache entry; empty for a template outside of a cache.
     pub(super) key: String,
-    /// Of the memory; see [`copy_pages`](super::memory::copy_pages).
+    /// Digest of the memory; see [`copy_pages`](super::memory::copy_pages).
     pub(super) memory: Digest,
-    /// The images of the guest, in their order.
+    /// The pmem images of the guest, in their order.
     pub(super) images: Vec<Named>,
     pub(super) state: VmState,
 }
 
-/// What is wrong with a manifest.
+/// Why a file cannot be read as a manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Defect {
-    /// No template's at all.
+    /// The file is not a manifest.
     Magic,
-    /// Another version's.
+    /// The file has this other format version.
     Version(u32),
-    /// Not what was written.
+    /// The content is not what was written.
     Damaged,
 }
 
-/// The bytes of a manifest with these parts.
+/// Encodes a manifest file with these parts.
 pub(super) fn encode(
     origin: &Origin,
     key: &str,
@@ -61,11 +62,11 @@ pub(super) fn encode(
     images: &[Named],
     state: &VmState,
 ) -> Result<Vec<u8>, postcard::Error> {
-    // A tuple is encoded as the struct of its members.
+    // postcard encodes a tuple like the struct with these fields.
     postcard::to_stdvec(&(origin, key, memory, images, state)).map(|body| seal_body(&body))
 }
 
-/// A manifest file with this body.
+/// Returns a manifest file with this body.
 pub(super) fn seal_body(body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER + body.len());
     bytes.extend(MAGIC);

@@ -1,8 +1,8 @@
-//! Turning a paused guest's memory into a file that clones can map.
+//! Turns the memory of a paused guest into a file that clones can map.
 //!
-//! A VM that booted by itself and is not needed any more gives its own file: only the few MB that
-//! it maps from the kernel image are copied in. A VM that goes on, or is itself a clone, is copied:
-//! the pages that its file holds and those that it wrote, nothing else.
+//! A VM that booted by itself and is not needed any more hands over its memory file: only the few
+//! MB that it maps from the kernel image are copied in. The memory of a VM that goes on, or is
+//! itself a clone, is copied: the pages that its file holds and those that it wrote, nothing else.
 
 use std::fs::File;
 use std::ops::Range;
@@ -17,11 +17,11 @@ use crate::memory::{
 };
 use crate::pagemap::each_own_page;
 
-/// Bytes copied at once.
+/// Bytes per step of a copy.
 const CHUNK: u64 = 1 << 20;
 
-/// Writes what `ram` maps from elsewhere into its own file, which then holds all of it. Only for
-/// shared memory whose VM will not run again.
+/// Writes the parts of `ram` that are mapped from other files into its own file, which then holds
+/// all of it. Only for shared memory whose VM will not run again.
 pub(super) fn complete(ram: &GuestRam) -> std::io::Result<()> {
     check_file_size(ram.bytes())?;
     for (addr, len) in ram.overlays() {
@@ -30,8 +30,8 @@ pub(super) fn complete(ram: &GuestRam) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A new memory file with a copy of all of `ram`; holes stay holes. An error as soon as its VM does
-/// not go on.
+/// Returns a new memory file with a copy of all of `ram`; holes stay holes. Fails as soon as
+/// `goes_on` returns false.
 pub(super) fn copy_out(ram: &GuestRam, goes_on: impl Fn() -> bool) -> std::io::Result<File> {
     check_file_size(ram.bytes())?;
     let target = memfd()?;
@@ -47,7 +47,7 @@ pub(super) fn copy_out(ram: &GuestRam, goes_on: impl Fn() -> bool) -> std::io::R
     Ok(target)
 }
 
-/// Copies a stretch of guest addresses, as the guest sees it, into `target` at its file offset.
+/// Copies a range of guest addresses, as the guest sees it, into `target` at its file offset.
 fn copy(
     ram: &GuestRam,
     range: &Range<u64>,
@@ -71,7 +71,7 @@ fn copy(
     Ok(())
 }
 
-/// As [`Vec::resize`]; memory that the host refuses (`ulimit -v`) is an error, where it would end
+/// As [`Vec::resize`], but memory that the host refuses (`ulimit -v`) is an error, not the end of
 /// the program.
 fn resize(buffer: &mut Vec<u8>, len: u64) -> std::io::Result<()> {
     let len = usize::try_from(len).unwrap_or(0);
@@ -90,9 +90,9 @@ fn guest_address(offset: u64) -> u64 {
     }
 }
 
-/// Copies the pages of `from` that hold anything but zeroes into `to`, which is all holes, and
-/// gives the SHA-256 of the length and of each such page with its offset: the same whatever is a
-/// hole and what is written out as zeroes. `bytes` is the length of both, in whole pages.
+/// Copies the pages of `from` that are not all zeroes into `to`, which is all holes. Returns the
+/// SHA-256 of the length and of each such page with its offset: it does not depend on which pages
+/// of zeroes are holes. `bytes` is the length of both files, in whole pages.
 pub(super) fn copy_pages(from: &File, to: &File, bytes: u64) -> std::io::Result<Digest> {
     const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
     let mut hash = Sha256::new();
@@ -123,7 +123,7 @@ pub(super) fn copy_pages(from: &File, to: &File, bytes: u64) -> std::io::Result<
     Ok(hash.finalize().into())
 }
 
-/// Stretches widened to whole pages, none of them twice.
+/// Widens ranges to whole pages, and merges those that then meet or overlap.
 fn whole_pages(stretches: Vec<Range<u64>>) -> Vec<Range<u64>> {
     let mut wide: Vec<Range<u64>> = Vec::with_capacity(stretches.len());
     for range in stretches {
@@ -137,7 +137,7 @@ fn whole_pages(stretches: Vec<Range<u64>>) -> Vec<Range<u64>> {
     wide
 }
 
-/// The stretches of `file` that hold data, as offsets below `bytes`.
+/// Returns the ranges of `file` that hold data, as offsets below `bytes`.
 fn data_offsets(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
     use rustix::fs::SeekFrom as At;
     let mut stretches = Vec::new();
@@ -145,7 +145,7 @@ fn data_offsets(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
     while offset < bytes {
         let data = match rustix::fs::seek(file, At::Data(offset)) {
             Ok(data) => data.min(bytes),
-            // No data beyond: lseek(2).
+            // There is no data beyond `offset`: lseek(2).
             Err(rustix::io::Errno::NXIO) => break,
             Err(e) => return Err(e.into()),
         };
@@ -158,7 +158,7 @@ fn data_offsets(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
     Ok(stretches)
 }
 
-/// The stretches of `file` that hold data, as guest addresses; none crosses the gap.
+/// Returns the ranges of `file` that hold data, as guest addresses; none crosses the gap.
 fn data_stretches(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
     let mut stretches = Vec::new();
     for Range { start, end } in data_offsets(file, bytes)? {
@@ -172,7 +172,7 @@ fn data_stretches(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
     Ok(stretches)
 }
 
-/// The pages that a clone wrote.
+/// Returns the ranges of pages that a clone wrote.
 fn written_stretches(ram: &GuestRam) -> std::io::Result<Vec<Range<u64>>> {
     let mut stretches: Vec<Range<u64>> = Vec::new();
     each_own_page(ram, |addr| match stretches.last_mut() {
@@ -182,7 +182,7 @@ fn written_stretches(ram: &GuestRam) -> std::io::Result<Vec<Range<u64>>> {
     Ok(stretches)
 }
 
-/// Bytes of `file` that are allocated.
+/// Returns the bytes that are allocated for `file`.
 pub(crate) fn allocated(file: &File) -> u64 {
     file.metadata().map_or(0, |metadata| {
         std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
@@ -215,7 +215,7 @@ mod tests {
         image.write_all_at(&[2], 0).unwrap();
         ram.overlay(2 * MIB, &image, 0, 4096).unwrap();
         let first = Arc::new(copy_out(&ram, || true).unwrap());
-        // Before anybody reads a hole: reading one through a mapping fills it with zeroes.
+        // Before a hole is read: a read through a mapping fills it with zeroes.
         assert_eq!(held(&first), 2 * 4096);
         let clone = GuestRam::map_file(Arc::clone(&first), 4 * MIB, Sharing::Private).unwrap();
         assert_eq!(
@@ -246,7 +246,7 @@ mod tests {
         let bytes = 4 * MIB;
         let full = tempfile::tempfile().unwrap();
         full.set_len(bytes).unwrap();
-        // Data, zeroes that are written out, and an end that is no hole.
+        // Data, zeroes that are written out, and an end that is not a hole.
         full.write_all_at(&vec![0; 3 << 20], 0).unwrap();
         full.write_all_at(b"one", 4095).unwrap();
         full.write_all_at(b"two", 2 * MIB).unwrap();
@@ -262,7 +262,7 @@ mod tests {
         full.read_exact_at(&mut one, 0).unwrap();
         again.read_exact_at(&mut other, 0).unwrap();
         assert!(one == other);
-        // A page that moved, changed or ends elsewhere is another memory.
+        // A page that moved or changed, or another length, gives another digest.
         let nowhere = || {
             let file = memfd().unwrap();
             file.set_len(2 * bytes).unwrap();

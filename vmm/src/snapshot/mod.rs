@@ -1,9 +1,9 @@
-//! Templates: a guest that was booted once, frozen, and is forked copy-on-write.
+//! Templates: guests that were booted once, frozen, and are forked copy-on-write.
 //!
-//! Capture order: vCPUs wait at the gate, devices, KVM state, memory. Restore order: memory slots,
-//! interrupt controllers, CPUID, devices (up to here it is a [`PreparedVm`]), clock, vCPUs, pending
-//! interrupts. A [`Template`]'s memory is a sealed memfd: no clone, and nothing else, can change
-//! it.
+//! Capture order: vCPUs are parked, devices, KVM state, memory. Restore order: memory slots,
+//! interrupt controllers, CPUID, devices (up to here it is a [`PreparedVm`]), state of the
+//! controllers and the clock, vCPUs, pending interrupts. A [`Template`]'s memory is a sealed memfd,
+//! which no clone or other code can change, or a trusted file ([`Template::load_trusted`]).
 
 pub mod cache;
 mod compat;
@@ -49,19 +49,19 @@ use crate::virtio::mmio::TransportState;
 use crate::vm::{PauseError, Vm};
 use crate::vm_inner::{BootError, Hardware, VmInner};
 
-/// Why a VM could not be captured. The VM goes on as it was.
+/// Error of a capture. After an error of [`Vm::snapshot`] the VM goes on as it was.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// The VM could not be paused.
     #[error(transparent)]
     Pause(#[from] PauseError),
-    /// A vCPU was not at rest.
+    /// A vCPU was not parked.
     #[error("the VM was resumed while it was captured; capture it again")]
     Running,
-    /// The host's KVM could not be asked.
+    /// The host's KVM could not be queried.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// KVM did not give its state.
+    /// KVM did not return the VM's state.
     #[error("KVM did not give the VM's state")]
     Kvm(#[from] KvmError),
     /// Guest memory could not be copied or sealed.
@@ -69,7 +69,8 @@ pub enum SnapshotError {
     Memory(#[source] std::io::Error),
 }
 
-/// All of a VM but its memory. A change here or in any part of it raises [`manifest::FORMAT`].
+/// The state of a VM without its memory. A change here or in any part of it raises
+/// [`manifest::FORMAT`].
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct VmState {
     pub(crate) hardware: Hardware,
@@ -80,37 +81,38 @@ pub(crate) struct VmState {
     pub(crate) serial: Option<SerialState>,
 }
 
-/// A frozen guest. Cheap to clone; its memory goes with the last clone and the last VM forked from
-/// it.
+/// A frozen guest. Cheap to clone; its memory is freed with the last clone of this value and the
+/// last VM forked from it.
 #[derive(Clone, Debug)]
 pub struct Template {
     frozen: Arc<Frozen>,
     count_instructions: bool,
     placement: Option<Placement>,
-    /// Pages that clones have from the start.
+    /// Pages that clones get before they run.
     working_set: Option<Arc<WorkingSet>>,
-    /// Keeps the cache entry that holds this template.
+    /// Keeps the cache entry of this template from being evicted.
     _lease: Option<Arc<cache::Lease>>,
 }
 
 #[derive(Debug)]
 struct Frozen {
     state: VmState,
-    /// Sealed, or a file that nobody changes (see [`Template::load_trusted`]).
+    /// Sealed, or a file that must not change (see [`Template::load_trusted`]).
     memory: Arc<File>,
 }
 
 impl Template {
-    /// A VM that goes on where the template stopped. Its memory is the template's until it writes.
+    /// Forks a VM that goes on where the template stopped. It shares the template's memory until it
+    /// writes.
     ///
-    /// Connections end on both sides, but for durable ones (see
-    /// [`VsockStream::mark_durable`](crate::virtio::vsock::VsockStream::mark_durable)), which are
-    /// taken up with [`VsockHost::reattach`](crate::VsockHost::reattach).
+    /// Connections end on both sides, except for durable ones (see
+    /// [`VsockStream::mark_durable`](crate::virtio::vsock::VsockStream::mark_durable)), which the
+    /// host takes up with [`VsockHost::reattach`](crate::VsockHost::reattach).
     ///
     /// # Errors
-    /// [`BootError`] when the host refuses; nothing is left behind. Whether KVM gets the thread
-    /// that it needs is not waited for, which takes a quarter of a fork: a VM that cannot run
-    /// for want of it ends by [`Exit::NoThread`](crate::Exit::NoThread).
+    /// [`BootError`] when the host refuses; nothing is left behind. A fork does not wait until KVM
+    /// has created the thread that it needs, which takes a quarter of a fork's time: a VM that
+    /// cannot run without it ends with [`Exit::NoThread`](crate::Exit::NoThread).
     pub fn fork(&self) -> Result<Vm, BootError> {
         prepared::fork(self, RunState::Run)
     }
@@ -123,8 +125,8 @@ impl Template {
         prepared::fork(self, RunState::Pause)
     }
 
-    /// The part of a fork that can be made ahead of demand: [`PreparedVm::fork`] does the rest, in
-    /// a fraction of the time.
+    /// Makes the part of a fork that can be made ahead of demand: [`PreparedVm::fork`] does the
+    /// rest, in a fraction of the time.
     ///
     /// # Errors
     /// As [`Template::fork`].
@@ -132,18 +134,18 @@ impl Template {
         PreparedVm::of(self)
     }
 
-    /// Lets [`Vm::emulated_instructions`] count in the clones of this value: for measurements.
-    /// Costs each a descriptor per vCPU.
+    /// Lets [`Vm::emulated_instructions`] count in the clones of this value, for measurements.
+    /// Costs each clone one file descriptor per vCPU.
     #[must_use]
     pub fn count_instructions(mut self, on: bool) -> Self {
         self.count_instructions = on;
         self
     }
 
-    /// Has `place` decide where the vCPU threads of this value's clones run, as
+    /// Lets `place` decide where the vCPU threads of this value's clones run, as
     /// [`VmConfigBuilder::place_vcpus`](crate::VmConfigBuilder::place_vcpus) does for a VM that
-    /// boots; of a [`PreparedVm`], when it is made. A template does not keep what it was booted
-    /// with.
+    /// boots. For a [`PreparedVm`], `place` is called when that is made. A template does not
+    /// inherit the placement of the VM that it was made from.
     #[must_use]
     pub fn place_vcpus(
         mut self,
@@ -154,18 +156,18 @@ impl Template {
     }
 
     /// Gives the clones of this value the pages of `set` before they run, so that they need not
-    /// wait for each: what one clone had touched ([`Vm::working_set`]). It costs each fork the
-    /// time to copy what was written; the memory it would have cost anyway. A set of another
-    /// template makes clones slower, and wrong in nothing.
+    /// wait for each: the pages that one clone had touched ([`Vm::working_set`]). It costs each
+    /// fork the time to copy the written pages; clones would use that memory anyway. The set of
+    /// another template makes clones slower, but does not change what they do.
     #[must_use]
     pub fn prefetch(mut self, set: WorkingSet) -> Self {
         self.working_set = Some(Arc::new(set));
         self
     }
 
-    /// Bytes of host memory (of a file, if that was mapped) that the template itself holds, once
-    /// for all its clones. Grows as clones touch pages for the first time that the template has
-    /// as a hole: the host then keeps one page of zeroes for all of them.
+    /// Returns the bytes of host memory (of a file, if that was mapped) that the template itself
+    /// holds, once for all its clones. Grows when clones first touch pages that are holes in the
+    /// template: the host then keeps one page of zeroes for all of them.
     #[must_use]
     pub fn footprint(&self) -> u64 {
         memory::allocated(&self.frozen.memory)
@@ -183,17 +185,18 @@ impl Template {
         self.frozen.state.hardware.vcpus
     }
 
-    /// Captures a paused machine that goes on afterwards: its memory is copied.
+    /// Captures a paused VM that goes on afterwards: its memory is copied.
     pub(crate) fn copy_of(capture: &Capture) -> Result<Self, SnapshotError> {
         let goes_on = || !capture.is_over();
         let (state, memory) = capture.save(|ram| memory::copy_out(ram, goes_on))?;
         Self::freeze(state, Arc::new(memory))
     }
 
-    /// Captures a paused machine and takes it apart: its memory becomes the template's.
+    /// Captures a paused VM and tears it down: its memory becomes the template's, or is copied if
+    /// it cannot be shared.
     pub(crate) fn of(mut inner: VmInner) -> Result<Self, SnapshotError> {
-        // Else a device could write between its capture and the unmapping: to the template's
-        // memory, past the positions that were saved.
+        // Otherwise a device could write to the template's memory between its capture and the
+        // unmapping, past the saved queue positions.
         inner.detach();
         if !inner.memory_can_be_shared() {
             let capture = inner.capture().ok_or(SnapshotError::Running)?;
@@ -204,7 +207,7 @@ impl Template {
             memory::complete(ram)?;
             Ok(Arc::clone(ram.file()))
         })?;
-        // Sealing needs the last writable mapping gone.
+        // Sealing requires that the last writable mapping is gone.
         drop(capture);
         drop(inner);
         Self::freeze(state, memory)
@@ -225,7 +228,7 @@ impl Template {
         }
     }
 
-    /// The same template, which keeps its cache entry.
+    /// Returns the same template, which also keeps its cache entry.
     fn kept_by(&self, lease: cache::Lease) -> Self {
         Self {
             _lease: Some(Arc::new(lease)),

@@ -1,4 +1,4 @@
-//! Shells: what of a clone is made ahead of demand.
+//! Prepared VMs: clones that are made ahead of demand, except for their state.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,11 +12,11 @@ use crate::vm::Vm;
 use crate::vm_fds::VmFds;
 use crate::vm_inner::{BootError, VmInner, saved_images};
 
-/// A clone of a template that has all but the state of its processors, interrupt controllers and
-/// clock: most of the work of a fork, made ahead of demand. See [`Template::shell`].
+/// A clone of a template that has everything but the state of its vCPUs, interrupt controllers and
+/// clock: most of the work of a fork, done ahead of demand. See [`Template::prepare`].
 ///
-/// A shell costs the host what a parked clone does but for the clone's own pages (it has none), and
-/// does nothing. Dropping it releases all of that, off the caller's thread.
+/// A prepared VM costs the host as much as a parked clone without pages of its own, and does
+/// nothing. Dropping it releases all of that, off the caller's thread.
 #[derive(Debug)]
 pub struct PreparedVm {
     vm: Vm,
@@ -39,7 +39,7 @@ impl PreparedVm {
         })
     }
 
-    /// As [`Template::fork`], from here on.
+    /// As [`Template::fork`], for this prepared VM.
     ///
     /// # Errors
     /// As [`Template::fork`].
@@ -47,7 +47,7 @@ impl PreparedVm {
         self.begin(RunState::Run)
     }
 
-    /// As [`Template::fork_paused`], from here on.
+    /// As [`Template::fork_paused`], for this prepared VM.
     ///
     /// # Errors
     /// As [`Template::fork_paused`].
@@ -61,14 +61,14 @@ impl PreparedVm {
         Ok(vm)
     }
 
-    /// The memory that the clone will have.
+    /// The memory of the clone.
     #[cfg(test)]
     pub(super) fn ram(&self) -> GuestRam {
         self.vm.ram().unwrap()
     }
 }
 
-/// All of a clone but its state and its threads.
+/// Makes a clone without its state in KVM and without its vCPU threads.
 fn assemble(template: &Template) -> Result<VmInner, BootError> {
     let start = Instant::now();
     let host = Host::get()?;
@@ -88,8 +88,8 @@ fn assemble(template: &Template) -> Result<VmInner, BootError> {
     Ok(inner)
 }
 
-/// A clone without a shell of its own: its threads get their vCPUs when those have their state, and
-/// need not be woken a second time.
+/// Forks without a [`PreparedVm`]: the vCPU threads receive their vCPUs when these have their
+/// state, and need not be woken a second time.
 pub(super) fn fork(template: &Template, run_state: RunState) -> Result<Vm, BootError> {
     let mut inner = assemble(template)?;
     let hardware = inner.hardware;

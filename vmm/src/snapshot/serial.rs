@@ -1,4 +1,4 @@
-//! The serial port's registers, as a template's file holds them.
+//! The serial port's registers, as a template's manifest holds them.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vm_superio::serial::SerialState;
@@ -15,7 +15,7 @@ struct Registers {
     modem_control: u8,
     modem_status: u8,
     scratch: u8,
-    /// Longer than the port's FIFO is refused when a port is made of it.
+    /// Content longer than the port's FIFO is refused when a port is restored from it.
     in_buffer: Vec<u8>,
 }
 

@@ -1,9 +1,9 @@
 //! A template as a directory: `manifest` (see [`manifest`](super::manifest)) and `memory`, the
 //! guest's memory from its first page on, with holes where it is zero.
 //!
-//! What is read is data that anybody may have written: every part is checked against its checksum
-//! before anything of it is used. The checksums tell damage, not malice: who can write the
-//! directory can make a template of his own.
+//! The content of the directory is untrusted: every part is checked against its checksum before
+//! anything of it is used. The checksums detect damage, not malice: a user who can write the
+//! directory can make a template of their own.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{ErrorKind, Read};
@@ -29,7 +29,7 @@ use crate::virtio::pmem::{MAX_IMAGES, PmemError};
 pub(super) const MANIFEST: &str = "manifest";
 const MEMORY: &str = "memory";
 
-/// Why a template could not be saved or loaded. Nothing ran, and nothing half-written is in its
+/// Error of saving or loading a template. No guest has run, and no half-written template is in its
 /// place.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -37,14 +37,14 @@ pub enum StoreError {
     /// A file operation failed.
     #[error("cannot {action} {}: check permissions and free space{}", path.display(), advice(source))]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         action: &'static str,
-        /// On what.
+        /// The file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// Something has the name already.
+    /// The path exists already.
     #[error("{} exists; remove it first or choose another name", .0.display())]
     Exists(PathBuf),
     /// Not a directory with a template.
@@ -61,16 +61,17 @@ pub enum StoreError {
     /// A part is not what was written: damaged, truncated, or of another template.
     #[error("{} is damaged, cut off or of another template; save it again", .0.display())]
     Damaged(PathBuf),
-    /// Made on another kind of host.
+    /// The template was made on another kind of host.
     #[error("{} cannot run here: {difference}; save it again on this host", path.display())]
     Foreign {
         /// The template.
         path: PathBuf,
-        /// What is different.
+        /// The difference.
         difference: Difference,
     },
-    /// The guest was given images (see [`VmConfigBuilder::pmem`](crate::VmConfigBuilder::pmem)),
-    /// whose files are no part of a template.
+    /// The number of images is not that of the guest (see
+    /// [`VmConfigBuilder::pmem`](crate::VmConfigBuilder::pmem)). The files of images are not part
+    /// of a template.
     #[error(
         "the guest of {} was given {wanted} images, {given} are named; load it with those of its configuration, in their order",
         path.display()
@@ -78,9 +79,9 @@ pub enum StoreError {
     Images {
         /// The template.
         path: PathBuf,
-        /// How many its guest was given.
+        /// Number of images that the guest was given.
         wanted: usize,
-        /// How many were named.
+        /// Number of images that were passed.
         given: usize,
     },
     /// An image is not the one that the guest was given.
@@ -91,13 +92,14 @@ pub enum StoreError {
         /// The image.
         image: PathBuf,
     },
-    /// An image cannot be given to a guest.
+    /// An image cannot be used as a pmem device.
     #[error(transparent)]
     Pmem(#[from] PmemError),
-    /// [`Template::load_trusted`] of what others may write.
+    /// Other users can write to a template that is to be trusted ([`Template::load_trusted`]), or
+    /// to a template cache.
     #[error("{} can be written by others than this user; make it private or use load", .0.display())]
     NotPrivate(PathBuf),
-    /// The host's KVM could not be asked.
+    /// The host's KVM could not be queried.
     #[error(transparent)]
     Host(#[from] HostError),
 }
@@ -115,11 +117,10 @@ pub(super) fn io_error(
 }
 
 impl Template {
-    /// Writes the template to `dir`, which must not exist (or be empty): all of it or nothing, also
-    /// if the host fails meanwhile. Images that its guest was given are no part of it. A
-    /// process that is killed leaves a directory `.NAME.PID.NUMBER.unfinished` beside it, with
-    /// the guest's memory in it, which the next save beside it removes. Pages of zeroes take no
-    /// space. Blocks for the disk.
+    /// Writes the template to `dir`, which must not exist (or be empty): all of it or nothing, even
+    /// if the host fails meanwhile. The guest's images are not part of it. A process that is killed
+    /// leaves a directory `.NAME.PID.NUMBER.unfinished` beside it, with the guest's memory in it,
+    /// which the next save beside it removes. Pages of zeroes take no space. Blocks on the disk.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind.
@@ -141,10 +142,10 @@ impl Template {
         scratch.publish(&dir)
     }
 
-    /// Reads a template that [`Template::save`] wrote: a copy whose checksums are right, in memory
-    /// that nothing can change. What happens to the files later does not matter. Limits of the
-    /// host's (processor quota, seccomp) are not stored: clones have the defaults. Blocks for
-    /// the disk and about 1 ms per MiB.
+    /// Reads a template that [`Template::save`] wrote: a copy with verified checksums, in sealed
+    /// memory. Later changes of the files do not matter. The host's limits (processor quota,
+    /// seccomp) are not stored: clones have the defaults. Blocks on the disk, and for about 1 ms
+    /// per MiB.
     ///
     /// # Errors
     /// [`StoreError`]; [`StoreError::Images`] if the guest was given any.
@@ -152,9 +153,9 @@ impl Template {
         Self::load_with(dir, &[])
     }
 
-    /// As [`Template::load`], for a guest that was given `images`: those of its configuration, in
-    /// their order. They are mapped, not copied, as at a boot; their content must be what it
-    /// was when the template was saved (some 1 ms per MiB to look at).
+    /// As [`Template::load`], for a guest with the pmem images `images`: those of its
+    /// configuration, in their order. They are mapped, not copied, as at a boot; their content must
+    /// be what it was when the template was saved (checking it takes some 1 ms per MiB).
     ///
     /// # Errors
     /// [`StoreError`]; [`StoreError::OtherImage`] for an image with another content.
@@ -170,7 +171,8 @@ impl Template {
         Self::read(dir, Stored::open(dir, here)?, images)
     }
 
-    /// As [`Template::load_for`], and refuses what was written as an entry of another key.
+    /// As [`Template::load_for`], but refuses a template that was written as the entry of another
+    /// key.
     pub(super) fn load_entry(
         dir: &Path,
         here: &Origin,
@@ -198,7 +200,7 @@ impl Template {
             .and_then(|()| target.set_len(bytes))
             .map_err(io_error("make memory for", &path))?;
         let digest = copy_pages(&stored.memory, &target, bytes).map_err(|e| match e.kind() {
-            // It became shorter while it was read.
+            // The file became shorter while it was read.
             ErrorKind::UnexpectedEof => StoreError::Damaged(path.clone()),
             _ => io_error("read", &path)(e),
         })?;
@@ -209,22 +211,22 @@ impl Template {
         Ok(Self::with(stored.manifest.state, Arc::new(target)))
     }
 
-    /// As [`Template::load`], but maps the memory file instead of copying and checking it: no time,
-    /// and no memory but the page cache's. For files that only this user can write, in a
-    /// directory of the same kind.
+    /// As [`Template::load`], but maps the memory file instead of copying and checking it: it takes
+    /// no time, and no memory but the page cache's. For files that only this user can write, in a
+    /// directory that only this user can write.
     ///
-    /// While the template or a VM forked from it lives, nobody may write or shorten the file: what
-    /// a write would do to guests is undefined, and this process gets SIGBUS for pages that are
-    /// gone. Deleting or replacing the directory is harmless.
+    /// While the template or a VM forked from it exists, the file must not be written or shortened:
+    /// the effect of a write on guests is undefined, and this process gets SIGBUS for pages that
+    /// are gone. Deleting or replacing the directory is harmless.
     ///
     /// # Errors
-    /// [`StoreError`]; [`StoreError::NotPrivate`] where others may write.
+    /// [`StoreError`]; [`StoreError::NotPrivate`] if other users can write.
     pub fn load_trusted(dir: impl AsRef<Path>) -> Result<Self, StoreError> {
         Self::load_trusted_with(dir, &[])
     }
 
-    /// As [`Template::load_trusted`], for a guest that was given `images`; see
-    /// [`Template::load_with`]. Of these only the size is looked at.
+    /// As [`Template::load_trusted`], for a guest with the pmem images `images`; see
+    /// [`Template::load_with`]. Only the size of the images is checked.
     ///
     /// # Errors
     /// As [`Template::load_trusted`]; [`StoreError::OtherImage`] for an image of another size.
@@ -262,17 +264,17 @@ impl Template {
     }
 }
 
-/// The parts of a template's directory, the manifest checked.
+/// The parts of a template's directory, with the manifest checked.
 struct Stored {
     manifest: Manifest,
-    /// As long as the manifest says; nothing else of it is known.
+    /// The memory file. Its length is that of the manifest; its content is not checked.
     memory: File,
-    /// Whether nobody but this user can write the directory and what is in it. Asked of what is
-    /// open, not of names, which others may give to something else.
+    /// Whether only this user can write the directory and its files. Checked on the open files,
+    /// not by name: other users may replace what a name refers to.
     private: bool,
 }
 
-/// Whether nobody but this user can write the file or directory.
+/// Whether only this user can write the file or directory.
 pub(super) fn is_private(uid: u32, mode: u32) -> bool {
     uid == rustix::process::geteuid().as_raw() && mode & 0o022 == 0
 }
@@ -329,8 +331,7 @@ impl Stored {
 }
 
 impl Manifest {
-    /// Whether a template on disk can be of this state and have these images, as far as it can be
-    /// told without KVM.
+    /// Whether this can be the manifest of a template on disk, as far as can be told without KVM.
     pub(super) fn is_possible(&self) -> bool {
         let hardware = self.state.hardware;
         hardware.memory_bytes > 0
@@ -343,9 +344,9 @@ impl Manifest {
     }
 }
 
-/// Opens a part, which must be a plain file.
+/// Opens a part, which must be a regular file.
 fn open_part(dir: &OwnedFd, name: &str, path: &Path) -> Result<(File, fs::Metadata), StoreError> {
-    // Without blocking, should it be a pipe.
+    // The open must not block if the part is a pipe.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match openat(dir, name, flags, Mode::empty()) {
         Ok(file) => File::from(file),
@@ -401,11 +402,12 @@ fn open_dir(dir: &Path) -> std::io::Result<File> {
     Ok(rustix::fs::open(dir, flags, Mode::empty())?.into())
 }
 
-/// How names end of what [`Template::save`] has not finished; no template is called so by chance.
+/// Suffix of a directory that [`Template::save`] has not finished; no template has such a name by
+/// chance.
 const UNFINISHED: &str = ".unfinished";
 
-/// Removes what saves into `parent` left whose processes were killed: nobody holds its lock. What
-/// was made just now and is not locked yet is known by being empty.
+/// Removes unfinished saves in `parent` whose processes were killed: their directories are not
+/// locked. An empty directory is kept: it may be new and not locked yet.
 fn sweep(parent: &Path) {
     let Ok(listing) = fs::read_dir(parent) else {
         return;
@@ -431,12 +433,12 @@ fn sweep(parent: &Path) {
     }
 }
 
-/// A private directory for the parts of a template, which goes at drop unless it was published.
+/// A private directory for the parts of a template. Removed at drop unless it was published.
 pub(super) struct Scratch {
     pub(super) path: PathBuf,
-    /// Open, it is emptied and synced without another descriptor. Locked, it says that its maker
-    /// lives, until it is published or this process ends. A file system without such locks
-    /// gives none to who sweeps either, who then removes nothing.
+    /// Held open, so that the directory can be emptied and synced without another descriptor. Its
+    /// lock shows that its maker is alive, until it is published or this process ends. On a file
+    /// system without such locks, `sweep` gets no lock either, and removes nothing.
     dir: File,
     is_published: bool,
 }
@@ -463,11 +465,11 @@ impl Scratch {
         }
     }
 
-    /// Gives the directory the name `to`, unless there is something of that name, and waits until
-    /// the disk has it. After an error it does not have it.
+    /// Renames the directory to `to`, unless that exists (an empty directory is replaced), and
+    /// waits until the rename is on disk. After an error the directory does not have that name.
     pub(super) fn publish(mut self, to: &Path) -> Result<(), StoreError> {
         let parent = to.parent().unwrap_or(to);
-        // Whatever may be short is asked for before the rename.
+        // Opened before the rename: a descriptor may not be available.
         let parent = File::open(parent).map_err(io_error("open", parent))?;
         self.dir.sync_all().map_err(io_error("write", &self.path))?;
         fs::rename(&self.path, to).map_err(|error| match error.kind() {
@@ -493,8 +495,8 @@ impl Drop for Scratch {
     }
 }
 
-/// Removes a template's directory, without another descriptor. With anything else in it the
-/// directory stays.
+/// Removes a template's directory without another descriptor. A directory that contains anything
+/// else stays.
 fn remove_parts(dir: &File, path: &Path) {
     for part in [MANIFEST, MEMORY] {
         let _ = rustix::fs::unlinkat(dir, part, AtFlags::empty());
@@ -510,7 +512,7 @@ mod tests {
     fn scratch_of_dead_savers_is_swept_and_of_living_ones_and_all_else_is_not() {
         let parent = tempfile::tempdir().unwrap();
         let make = |name: &str, parts: &[&str]| {
-            // As of a process that was killed: not locked.
+            // Not locked, as after its process was killed.
             let path = parent.path().join(name);
             DirBuilder::new().mode(0o700).create(&path).unwrap();
             for part in parts {

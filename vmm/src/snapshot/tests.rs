@@ -1,4 +1,4 @@
-//! Templates on disk, without a guest: every way in which a directory can be wrong.
+//! Tests of templates on disk, without a guest: the ways in which a directory can be wrong.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -41,7 +41,7 @@ fn page(template: &Template, number: u64) -> Vec<u8> {
     page
 }
 
-/// Cuts a file in place, or lengthens it by zeroes.
+/// Truncates a file in place, or extends it with zeroes.
 fn resize(path: &Path, len: u64) {
     let file = OpenOptions::new().write(true).open(path).unwrap();
     file.set_len(len).unwrap();
@@ -73,7 +73,7 @@ fn what_was_written_is_loaded_and_zeroes_take_no_space() {
         memory.blocks()
     );
     assert_eq!(memory.mode() & 0o777, 0o600);
-    // In memory that nobody can change.
+    // The memory is sealed.
     assert!(loaded.frozen.memory.write_all_at(b"x", 0).is_err());
     assert!(loaded.frozen.memory.set_len(0).is_err());
 }
@@ -131,14 +131,14 @@ fn parts_that_are_missing_or_no_files_are_refused() {
         write(&template(b"content"), &dir);
         fs::rename(&part, path("aside")).unwrap();
         assert!(matches!(load(&dir), Err(StoreError::NotATemplate(_))));
-        // The same content behind a link is not taken either.
+        // The same content behind a symbolic link is refused, too.
         std::os::unix::fs::symlink(path("aside"), &part).unwrap();
         assert!(matches!(load(&dir), Err(StoreError::Damaged(_))));
         fs::remove_file(&part).unwrap();
         fs::create_dir(&part).unwrap();
         assert!(matches!(load(&dir), Err(StoreError::Damaged(_))));
         fs::remove_dir(&part).unwrap();
-        // A pipe that nobody writes to must not be waited for.
+        // A pipe without a writer must not block the load.
         rustix::fs::mkfifoat(rustix::fs::CWD, &part, rustix::fs::Mode::RWXU).unwrap();
         assert!(matches!(load(&dir), Err(StoreError::Damaged(_))));
         fs::remove_file(&part).unwrap();
@@ -200,7 +200,7 @@ fn a_trusted_template_is_private_and_has_its_whole_memory() {
     assert!(matches!(trusted(&dir), Err(StoreError::Damaged(_))));
 }
 
-/// A part of the format that is harmed, and how.
+/// A corruption of one part of a template.
 #[derive(Clone, Debug)]
 enum Harm {
     Flip {
@@ -216,13 +216,13 @@ enum Harm {
         memory: bool,
         by: u64,
     },
-    /// Bytes of another template in place of these.
+    /// Bytes of another template at the same offset.
     Splice {
         memory: bool,
         at: f64,
         len: u64,
     },
-    /// A whole part of another template.
+    /// The whole part of another template.
     Swap {
         memory: bool,
     },
@@ -240,7 +240,7 @@ fn harm() -> impl Strategy<Value = Harm> {
 }
 
 impl Harm {
-    /// Does it; false if nothing is different afterwards.
+    /// Corrupts the part; returns false if the file is unchanged.
     fn inflict(&self, dir: &Path, other: &Path) -> bool {
         let (Self::Flip { memory, .. }
         | Self::Truncate { memory, .. }
@@ -283,8 +283,8 @@ impl Harm {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
-    /// Whatever is flipped, cut, lengthened or taken from another template: a typed error, or
-    /// nothing was different.
+    /// A flip, a truncation, an extension, or bytes of another template give a typed error, unless
+    /// they changed nothing.
     #[test]
     fn every_harm_is_an_error(harm in harm(), content in proptest::collection::vec(1..255u8, 1..9000)) {
         let scratch = tempfile::tempdir().unwrap();
@@ -301,8 +301,8 @@ proptest! {
         }
     }
 
-    /// What a manifest decodes to may be anything: bytes that are no template's are refused or
-    /// decode, but never more.
+    /// Bytes that are not a manifest's are decoded or refused, but do not panic; as a sealed body
+    /// they are refused.
     #[test]
     fn manifests_of_any_bytes_are_decoded_or_refused(body in proptest::collection::vec(any::<u8>(), 0..3000)) {
         let _ = manifest::Manifest::decode(&body);
@@ -314,7 +314,7 @@ proptest! {
 fn every_byte_of_a_manifest_counts() {
     let good = manifest::encode(&host(), "", [7; 32], &[], &fixtures::state(BYTES)).unwrap();
     manifest::Manifest::decode(&good).unwrap();
-    // Each byte of the header and of the first of the body, then every 97th.
+    // Each of the first 200 bytes (the header and the start of the body), then every 97th.
     for at in (0..200).chain((200..good.len()).step_by(97)) {
         let mut bad = good.clone();
         bad[at] ^= 0x10;
@@ -326,7 +326,7 @@ fn every_byte_of_a_manifest_counts() {
     }
 }
 
-/// The encoding of a state that never changes. If this fails, the format changed: raise
+/// Checks the encoding of a constant state. If this fails, the format changed: raise
 /// [`manifest::FORMAT`], then put the new value here.
 #[test]
 fn the_format_is_what_its_version_says() {
@@ -340,7 +340,7 @@ fn the_format_is_what_its_version_says() {
     assert_eq!((manifest::FORMAT, digest.as_str()), (5, "1095c50cc92e09db"));
 }
 
-/// Else the fuzz target of templates begins with nothing.
+/// Otherwise the fuzz target of templates would begin without any usable seed.
 #[cfg(feature = "testing")]
 #[test]
 fn the_seeds_of_the_fuzz_target_can_be_restored() {

@@ -1,4 +1,4 @@
-//! The gate between a VM's owner and its vCPU threads: run, pause, stop.
+//! The run state that a VM's owner sets for its vCPU threads: run, pause, stop.
 //!
 //! ```text
 //! Run <-> Pause        Stop is final.
@@ -6,11 +6,12 @@
 //!    Stop
 //! ```
 //!
-//! Whoever captures the VM holds the gate closed besides ([`VcpuControl::hold`]): then wishes are
-//! noted, and take effect when it lets go.
+//! A capture holds the vCPUs paused besides ([`VcpuControl::hold`]): then run and pause are only
+//! recorded, and take effect when the hold is dropped.
 //!
-//! A thread that finds the gate closed hands its vCPU over (into its [`VcpuSlot`]) and waits;
-//! whoever closed the gate may then look at the vCPU. Lock order: `VcpuControl.state`, then a seat.
+//! A thread that may not run parks: it hands its vCPU over (into its [`VcpuSlot`]) and waits. The
+//! thread that paused the VM may then access the vCPU. Lock order: `VcpuControl.state`, then a
+//! slot.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -22,13 +23,13 @@ use super::kick::Kicker;
 
 /// How long to wait for acknowledgement before kicking again.
 const KICK_INTERVAL: Duration = Duration::from_millis(5);
-/// The most of a step's time that counts; on a busy host steps take several times what was asked
-/// for.
+/// The most of a step's time that is charged; on a busy host steps take several times as long as
+/// requested.
 const STEP: Duration = Duration::from_millis(20);
 
-/// How long to wait for threads of this process. What counts is time in which they could have run:
-/// a step that took far longer than was asked for says that the whole process stood still (a
-/// debugger, a frozen control group), and counts as a short one.
+/// The time left in a wait for threads of this process. Only time in which they could have run
+/// counts: a step that took far longer than requested means that the whole process stood still (a
+/// debugger, a frozen control group), and is charged as at most [`STEP`].
 #[derive(Debug)]
 pub(crate) struct WaitBudget(Duration);
 
@@ -37,7 +38,7 @@ impl WaitBudget {
         Self(bound)
     }
 
-    /// A step of the wait took so long. False when there is none left.
+    /// Charges a step of the wait. Returns false when no time is left.
     pub(crate) fn charge(&mut self, step: Duration) -> bool {
         self.0 = self.0.saturating_sub(step.min(STEP));
         !self.0.is_zero()
@@ -54,9 +55,9 @@ pub(crate) enum RunState {
 #[derive(Debug)]
 struct State {
     run_state: RunState,
-    /// How many hold the gate closed.
+    /// Number of live [`PauseGuard`]s.
     holds: usize,
-    /// Threads that wait at the closed gate.
+    /// Threads that are parked.
     waiting: usize,
     /// Threads that have not ended.
     alive: usize,
@@ -68,7 +69,7 @@ impl State {
     }
 }
 
-/// One vCPU's place: its kicker and, while the gate is closed, the vCPU itself.
+/// One vCPU's slot: its kicker and, while its thread is parked, the vCPU itself.
 #[derive(Debug, Default)]
 pub(crate) struct VcpuSlot {
     pub(super) kicker: Kicker,
@@ -81,18 +82,18 @@ impl VcpuSlot {
     }
 }
 
-/// See the module's text.
+/// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct VcpuControl {
     state: Mutex<State>,
     changed: Condvar,
-    /// Set while the gate is not open; lets running threads check without the lock.
+    /// Set while the vCPUs may not run; lets running threads check without the lock.
     closed: AtomicBool,
     slots: Vec<VcpuSlot>,
 }
 
 impl VcpuControl {
-    /// A gate for `vcpus` threads.
+    /// Returns a control for `vcpus` threads.
     pub(crate) fn new(vcpus: usize, run_state: RunState) -> Self {
         Self {
             state: Mutex::new(State {
@@ -115,24 +116,25 @@ impl VcpuControl {
         self.slots.get(index)
     }
 
-    /// A vCPU thread begins; counted before it is spawned, so that a stop waits for it.
+    /// Counts a vCPU thread as alive. Called before the thread gets its vCPU, so that a stop waits
+    /// for it.
     pub(super) fn enter(&self) {
         self.lock().alive += 1;
     }
 
-    /// A vCPU thread ends.
+    /// Counts a vCPU thread as ended.
     pub(super) fn leave(&self) {
         self.lock().alive -= 1;
         self.changed.notify_all();
     }
 
-    /// Whether a running thread must come to the gate.
+    /// Whether a running thread must park.
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Waits while the gate is closed. Gives the vCPU back when it may run, `None` at a stop (the
-    /// vCPU is then closed here).
+    /// Parks the calling thread while its vCPU may not run. Returns the vCPU when it may run,
+    /// `None` at a stop (the vCPU is then closed here).
     pub(super) fn pass(&self, index: usize, vcpu: VcpuFd) -> Option<VcpuFd> {
         let slot = self.slots.get(index)?;
         *slot.lock() = Some(vcpu);
@@ -153,8 +155,8 @@ impl VcpuControl {
         }
     }
 
-    /// Sets what the threads shall do and kicks those that run. Does not wait. A stop is final.
-    /// Returns whether the wish was accepted.
+    /// Sets the run state and, unless it is `Run`, kicks the threads. Does not wait. A stop is
+    /// final. Returns whether the state was accepted.
     pub(crate) fn set(&self, run_state: RunState) -> bool {
         {
             let mut state = self.lock();
@@ -177,8 +179,9 @@ impl VcpuControl {
         true
     }
 
-    /// Keeps the gate closed, whatever is wished meanwhile, until the hold is dropped. A stop ends
-    /// the threads nevertheless. Does not wait for them; see [`VcpuControl::settle`].
+    /// Keeps the vCPUs paused until the guard is dropped, even if the run state is set to `Run`
+    /// meanwhile. A stop ends the threads nevertheless. Does not wait for them; see
+    /// [`VcpuControl::settle`].
     pub(crate) fn hold(&self) -> PauseGuard<'_> {
         {
             let mut state = self.lock();
@@ -190,13 +193,13 @@ impl VcpuControl {
         PauseGuard(self)
     }
 
-    /// The state has changed. Whoever says so to the threads that wait does it when the lock is
-    /// free again: they would wake only to wait for it.
+    /// Updates `closed` after a change of `state`. The caller notifies waiting threads after it has
+    /// released the lock: otherwise they would wake only to wait for it.
     fn mark(&self, state: &State) {
         self.closed.store(!state.is_open(), Ordering::Release);
     }
 
-    /// Waits until `until`, but no longer than the gate is open.
+    /// Waits until `until`, but only while the vCPUs may run.
     pub(super) fn rest(&self, until: Instant) {
         let mut state = self.lock();
         while state.is_open() {
@@ -209,7 +212,7 @@ impl VcpuControl {
         }
     }
 
-    /// What the threads shall do.
+    /// Returns the run state that was set.
     pub(crate) fn run_state(&self) -> RunState {
         self.lock().run_state
     }
@@ -220,8 +223,9 @@ impl VcpuControl {
         }
     }
 
-    /// Kicks until every thread waits at the gate or has ended; false when it took longer than
-    /// `bound`, of time in which this process could run.
+    /// Waits until every thread is parked or has ended, kicking meanwhile; returns at once if the
+    /// vCPUs may run. Returns false if it took longer than `bound`, of time in which this process
+    /// could run.
     pub(crate) fn settle(&self, bound: Duration) -> bool {
         let mut budget = WaitBudget::new(bound);
         let mut seen = Instant::now();
@@ -247,12 +251,12 @@ impl VcpuControl {
         }
     }
 
-    /// vCPUs that have a place.
+    /// Returns the number of vCPU slots.
     pub(crate) fn vcpus(&self) -> usize {
         self.slots.len()
     }
 
-    /// Looks at vCPU `index` while it waits at the closed gate; `None` when it does not.
+    /// Calls `look` with vCPU `index` if its thread is parked; returns `None` if it is not.
     pub(crate) fn with_vcpu<R>(
         &self,
         index: usize,
@@ -262,7 +266,7 @@ impl VcpuControl {
     }
 }
 
-/// While it lives, no vCPU passes the gate.
+/// While this guard lives, no parked vCPU resumes.
 #[derive(Debug)]
 pub(crate) struct PauseGuard<'a>(&'a VcpuControl);
 
@@ -281,20 +285,19 @@ impl Drop for PauseGuard<'_> {
 mod tests {
     use super::*;
 
-    /// Was: a process that a debugger or a control group had held for longer than the bound found,
-    /// when it went on, that its vCPUs had not stopped in time.
+    /// Regression test: a process that a debugger or a control group had held for longer than the
+    /// bound found, when it continued, that its vCPUs had not stopped in time.
     #[test]
     fn time_in_which_the_process_stood_still_does_not_count() {
         let mut budget = WaitBudget::new(Duration::from_secs(5));
         for _ in 0..100 {
             assert!(budget.charge(Duration::from_secs(3600)));
         }
-        // In steps as they were asked for it ends after as long as was said.
+        // With steps of the requested length the budget lasts as long as its bound.
         let mut budget = WaitBudget::new(Duration::from_secs(5));
         let steps = (1..).find(|_| !budget.charge(KICK_INTERVAL));
         assert_eq!(steps, Some(1000));
-        // And a host on which each step takes many times as long waits no longer than for so many
-        // steps.
+        // On a host where each step takes many times as long, the number of steps is bounded.
         let mut budget = WaitBudget::new(Duration::from_secs(5));
         let steps = (1..).find(|_| !budget.charge(20 * KICK_INTERVAL));
         assert_eq!(steps, Some(250));

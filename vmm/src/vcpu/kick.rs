@@ -1,12 +1,12 @@
-//! Making a vCPU thread leave `KVM_RUN`.
+//! Makes a vCPU thread leave `KVM_RUN`.
 //!
-//! One signal ([`kick_signal`]) whose handler does nothing but set `immediate_exit` in the
-//! vCPU's shared page. A signal that comes between the thread's last check and `KVM_RUN` therefore
-//! makes that run return at once: no kick is lost. A thread that has not entered its loop yet has
-//! no page to set; the kicker repeats until the thread acknowledges.
+//! A kick is one signal ([`kick_signal`]) whose handler only sets `immediate_exit` in the vCPU's
+//! shared page. A signal that arrives between the thread's last check and `KVM_RUN` therefore makes
+//! that run return at once: no kick is lost. A thread that has not entered its loop yet has no page
+//! to set; the kicker repeats until the thread acknowledges.
 //!
-//! It is one of the old signals, because those are sent whatever is queued: a real-time signal is
-//! refused once the user's processes have as many pending as `ulimit -i` allows
+//! It is a standard signal, because those are sent regardless of what is queued: a real-time signal
+//! is refused once the user's processes have as many pending as `ulimit -i` allows
 //! (`__send_signal_locked` in kernel/signal.c), and a vCPU could not be stopped then.
 
 use std::cell::Cell;
@@ -23,14 +23,14 @@ thread_local! {
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-/// The signal that this process uses, once it does.
+/// The signal that this process uses; set when the handler is installed.
 static CHOSEN: OnceLock<i32> = OnceLock::new();
 
-/// The signal that Hearth uses: `SIGSTKFLT`, which Linux never sends on x86. Where the embedding
-/// program has a handler for that when it makes its first VM, it is the first real-time signal from
-/// `SIGRTMIN + 6` on that has none. An embedder must leave its disposition alone from then on. The
-/// only other one that the library changes is that of SIGBUS (see
-/// [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
+/// Returns the signal that Hearth kicks vCPUs with: `SIGSTKFLT`, which Linux never sends on x86. If
+/// the embedding program has a handler for `SIGSTKFLT` when it makes its first VM, it is the first
+/// real-time signal from `SIGRTMIN + 6` on that has none. The embedding program must leave its
+/// disposition alone from then on. The only other disposition that the library changes is that of
+/// SIGBUS (see [`leave_sigbus_alone`](crate::leave_sigbus_alone)).
 #[must_use]
 pub fn kick_signal() -> i32 {
     CHOSEN.get().copied().unwrap_or(libc::SIGSTKFLT)
@@ -40,7 +40,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
     leave_guest();
 }
 
-/// Lets the vCPU of this thread, if it runs one, leave the guest. For signal handlers.
+/// Makes the vCPU of this thread, if it runs one, leave the guest. For signal handlers.
 pub(crate) fn leave_guest() {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
@@ -50,8 +50,8 @@ pub(crate) fn leave_guest() {
     }
 }
 
-/// Installs the handler, once per process, for a signal that nobody else handles; later sees that
-/// it is still there.
+/// Installs the handler, once per process, for a signal that has no other handler. Later calls
+/// check that it is still there.
 pub(crate) fn install() -> Result<(), VcpuError> {
     static INSTALLING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -63,7 +63,8 @@ pub(crate) fn install() -> Result<(), VcpuError> {
     }
     let realtime = libc::SIGRTMIN() + 6..=libc::SIGRTMAX();
     for signal in std::iter::once(libc::SIGSTKFLT).chain(realtime) {
-        // A program that is told to ignore a signal by its parent has no use for it.
+        // An ignored signal counts as unused: its disposition may be inherited from the parent
+        // process.
         if [libc::SIG_DFL, libc::SIG_IGN].contains(&disposition(signal, None)?) {
             disposition(signal, Some(handler()))?;
             CHOSEN.get_or_init(|| signal);
@@ -77,7 +78,7 @@ fn handler() -> libc::sighandler_t {
     on_kick as *const () as libc::sighandler_t
 }
 
-/// What happens at a signal; and from now on, if that is given.
+/// Returns the handler of a signal, and replaces it with `new` if that is given.
 fn disposition(
     signal: i32,
     new: Option<libc::sighandler_t>,
@@ -98,13 +99,13 @@ fn disposition(
     }
 }
 
-/// Lets the signal in on the calling thread, which begins with all signals blocked.
+/// Unblocks the signal on the calling thread, which begins with all signals blocked.
 pub(super) fn let_in() -> Result<(), VcpuError> {
     unblock_signal(kick_signal())
         .map_err(|error| VcpuError::Signal(std::io::Error::other(error.to_string())))
 }
 
-/// While it lives, kicks reach the vCPU on this thread.
+/// Guard: while it lives, kicks reach the vCPU on this thread.
 pub(super) struct Running(());
 
 impl Running {
@@ -120,19 +121,20 @@ impl Drop for Running {
     }
 }
 
-/// Sends the kick signal to one thread, only ever while that thread lives.
+/// Sends the kick signal to one thread, and only while that thread lives.
 #[derive(Debug, Default)]
 pub(super) struct Kicker(Mutex<Option<libc::pid_t>>);
 
 impl Kicker {
-    /// The calling thread, which lets the signal in, can be kicked from now on.
+    /// Registers the calling thread, which has unblocked the signal, for kicks.
     pub(super) fn enlist(&self) {
         // SAFETY: gettid has no preconditions.
         let tid = unsafe { libc::gettid() };
         *self.lock() = Some(tid);
     }
 
-    /// The calling thread runs no vCPU of this VM any more: it may end, and its id be reused.
+    /// Unregisters the thread, which runs no vCPU of this VM any more: it may end, and its id be
+    /// reused.
     pub(super) fn discharge(&self) {
         *self.lock() = None;
     }
@@ -149,8 +151,7 @@ impl Kicker {
         let error = std::io::Error::last_os_error();
         drop(thread);
         if sent != 0 {
-            // All that is known to be refused is a real-time signal for which the user's queue has
-            // no place.
+            // The only known refusal is of a real-time signal when the user's queue is full.
             static TOLD: Once = Once::new();
             TOLD.call_once(|| {
                 tracing::error!(%error, "a vCPU thread could not be signalled; check ulimit -i");

@@ -1,4 +1,5 @@
-//! A vCPU's thread: it runs the guest, answers its exits, and comes to the [`gate`] when told.
+//! vCPU threads: they run the guest, handle its exits, and park when the run state ([`control`])
+//! says so.
 
 pub(crate) mod control;
 pub(crate) mod kick;
@@ -35,7 +36,7 @@ pub enum VcpuError {
     #[error("the signals of a vCPU thread could not be handled")]
     Signal(#[source] std::io::Error),
     /// The embedding program handles the signal that kicks vCPUs: it has replaced the library's
-    /// handler, or left no signal without one.
+    /// handler, or has handlers for all usable signals.
     #[error(
         "signal {0} has a handler of the host program's; leave the one to Hearth that kick_signal() names"
     )]
@@ -84,73 +85,67 @@ pub struct ExitCounters {
     pub mmio: AtomicU64,
     /// Kicks and other signals.
     pub interrupted: AtomicU64,
-    /// Registers of programs that were saved or loaded for the guest's kernel, where ring 0 is
+    /// Requests of the guest's kernel to save or load a program's registers, where ring 0 is
     /// emulated.
     pub registers: AtomicU64,
-    /// Locks that stopped the memory of all processors, where the host tells; after each the vCPU
-    /// rests for a millisecond. They are noted at exits of any kind, and so not in the sum.
+    /// Bus locks, which stop the memory of all processors, where the host reports them; after each
+    /// the vCPU is idle for a millisecond. They are noted at exits of any kind, and therefore not
+    /// part of the sum.
     pub bus_locks: AtomicU64,
-    /// Anything else.
-    pub other: AtomicU64,
     /// See [`ExitCounters::first`].
     first: OnceLock<Instant>,
 }
 
 impl ExitCounters {
-    /// Accesses to devices.
+    /// Returns the number of accesses to devices.
     pub(crate) fn of_devices(&self) -> u64 {
         self.pio.load(Ordering::Relaxed) + self.mmio.load(Ordering::Relaxed)
     }
 
-    /// When the guest first needed its host (any exit but an interruption): its vCPU thread looked
-    /// at the clock before it answered. For measurements.
+    /// Returns when the guest first needed its host (any exit but an interruption). The vCPU thread
+    /// reads the clock before it handles the exit. For measurements.
     #[must_use]
     pub fn first(&self) -> Option<Instant> {
         self.first.get().copied()
     }
 
-    /// Sum over all kinds.
+    /// Returns the sum over all kinds.
     #[must_use]
     pub fn total(&self) -> u64 {
-        let all = [
-            &self.pio,
-            &self.mmio,
-            &self.interrupted,
-            &self.registers,
-            &self.other,
-        ];
+        let all = [&self.pio, &self.mmio, &self.interrupted, &self.registers];
         all.iter().map(|c| c.load(Ordering::Relaxed)).sum()
     }
 }
 
-/// Exits that one instruction's access can take: 64 bytes in pieces of 8, twice, and room.
+/// Maximum number of exits for one instruction's access: 64 bytes in pieces of 8, twice, and a
+/// margin.
 const PARTS_OF_AN_ACCESS: u32 = 32;
 
-/// What a vCPU thread works with.
+/// A vCPU, and the parts of its VM that its thread uses.
 pub(crate) struct Vcpu {
     pub(crate) index: usize,
-    /// Until it runs.
+    /// `None` once the thread runs it.
     pub(crate) fd: Option<VcpuFd>,
     pub(crate) bus: Arc<DeviceBus>,
     pub(crate) control: Arc<VcpuControl>,
     pub(crate) exit_event: Arc<ExitEvent>,
     pub(crate) exits: Arc<ExitCounters>,
-    /// Who waits to know whether it can run. Nobody does: a vCPU that cannot ends its VM.
+    /// Receives whether the vCPU can run. If `None`, a vCPU that cannot run ends its VM.
     pub(crate) begun: Option<Sender<Result<(), VcpuError>>>,
     pub(crate) watch: Arc<Watch>,
 }
 
 enum Step {
     Continue,
-    /// A signal came: time to look at the gate and at the meter.
+    /// A signal came: the run state and the meter must be checked.
     Kicked,
     Interrupted,
     End(Exit),
 }
 
 impl Vcpu {
-    /// Runs the vCPU until its VM is stopped; the calling thread comes to the gate first. Nothing
-    /// of the VM is left on this thread afterwards.
+    /// Runs the vCPU until its VM is stopped; parks first if the VM is paused. Afterwards the
+    /// calling thread holds nothing of the VM.
     fn live(mut self, meter: Option<&mut Meter<'_>>) {
         let control = Arc::clone(&self.control);
         if let (Some(slot), Some(mut fd)) = (control.slot(self.index), self.fd.take()) {
@@ -171,13 +166,14 @@ impl Vcpu {
             }
             slot.kicker.discharge();
         }
-        // The board holds guest memory; whoever waits for this thread must find it released.
+        // The device bus holds guest memory, which must be released before a wait for this thread
+        // ends.
         drop(self);
         thread_pool::becomes_idle();
         control.leave();
     }
 
-    /// Its thread could not be made ready.
+    /// Reports that the vCPU's thread could not be prepared.
     fn refuse(mut self, error: VcpuError) {
         let control = Arc::clone(&self.control);
         tell(self.begun.take(), &self.exit_event, Err(error));
@@ -209,17 +205,19 @@ impl Vcpu {
             has_run = true;
             let running = Running::new(&mut fd);
             let step = loop {
-                // After `running`: an earlier kick leaves nothing but the closed gate.
+                // Checked after `running` is set: an earlier kick leaves no trace but the changed
+                // run state.
                 if control.is_closed() {
                     break Step::Interrupted;
                 }
-                // As above: what came earlier is noted, what comes now makes the run return.
+                // As above: an earlier SIGBUS is noted in `watch`, a later one makes the run
+                // return.
                 if watch.is_lost() {
                     break Step::End(Exit::BusError);
                 }
                 let ran = run_patiently(|| run_once(&mut fd, bus, exits));
                 if watch.is_lost() {
-                    // Whatever the guest made of it.
+                    // Regardless of the result of the run.
                     break Step::End(Exit::BusError);
                 }
                 match ran {
@@ -230,7 +228,7 @@ impl Vcpu {
                         }
                     }
                     Ok(Step::Kicked) => {
-                        // A debt may take several periods.
+                        // It may take several periods to pay off a debt.
                         while let Some(until) = meter.as_mut().and_then(|meter| meter.charge()) {
                             control.rest(until);
                             if control.is_closed() {
@@ -248,14 +246,15 @@ impl Vcpu {
             };
             drop(running);
             if let Step::End(exit) = step {
-                // Closes the gate with a stop; the next round ends this thread.
+                // Sets the run state to stop; the next iteration ends this thread.
                 exit_event.report(exit);
             }
         }
     }
 }
 
-/// Says whether a vCPU can run: to who waits for that, else by the VM's end.
+/// Reports whether a vCPU can run: to `begun` if that is given; otherwise a vCPU that cannot run
+/// ends its VM.
 fn tell(
     begun: Option<Sender<Result<(), VcpuError>>>,
     exit_event: &ExitEvent,
@@ -263,7 +262,7 @@ fn tell(
 ) {
     match (begun, can_run) {
         (Some(begun), can_run) => {
-            // Who does not hear it takes the VM apart.
+            // If the receiver is gone, the VM is being torn down.
             let _ = begun.send(can_run);
         }
         (None, Err(error)) => exit_event.report(error.into()),
@@ -271,8 +270,8 @@ fn tell(
     }
 }
 
-/// Enters KVM, and leaves it before the guest: what a VM that runs needs of KVM (on some hosts a
-/// thread) is made before anybody waits for the guest, or goes on without.
+/// Enters KVM and leaves it before the guest runs: KVM makes what a running VM needs (on some hosts
+/// a thread) before a caller waits for the guest or continues without waiting.
 fn warm_up(fd: &mut VcpuFd) -> Result<(), VcpuError> {
     fd.set_kvm_immediate_exit(1);
     let warm = is_warm(|| fd.run().map(drop));
@@ -280,12 +279,12 @@ fn warm_up(fd: &mut VcpuFd) -> Result<(), VcpuError> {
     warm
 }
 
-/// What `run`, a `KVM_RUN` that shall leave at once, says of those to come.
+/// Returns whether the vCPU can run, judged by `run`, a `KVM_RUN` that is to leave at once.
 fn is_warm(run: impl FnMut() -> Result<(), kvm_ioctls::Error>) -> Result<(), VcpuError> {
     match run_patiently(run) {
         Ok(()) => Ok(()),
         Err(e) => match e.errno() {
-            // The expected answer.
+            // The expected result.
             libc::EINTR => Ok(()),
             libc::EAGAIN => Err(VcpuError::KvmThread(std::io::Error::from_raw_os_error(
                 libc::EAGAIN,
@@ -295,9 +294,9 @@ fn is_warm(run: impl FnMut() -> Result<(), kvm_ioctls::Error>) -> Result<(), Vcp
     }
 }
 
-/// Brings the vCPU to a point at which its state is whole, without running the guest: completes an
-/// exit that KVM has not finished (port reads, MMIO). And tells the guest that it is about to be
-/// paused, so that its watchdogs take no offence (`KVM_KVMCLOCK_CTRL`).
+/// Brings the vCPU to a point at which its state is complete, without running the guest: finishes
+/// an exit that KVM has not completed (port reads, MMIO). Also tells the guest that it is about to
+/// be paused, so that its watchdogs do not fire (`KVM_KVMCLOCK_CTRL`).
 fn prepare_to_wait(fd: &mut VcpuFd, bus: &DeviceBus, exit_event: &ExitEvent, exits: &ExitCounters) {
     // An access over two pages, or of more than 8 bytes, exits once for each part.
     for _ in 0..PARTS_OF_AN_ACCESS {
@@ -308,13 +307,13 @@ fn prepare_to_wait(fd: &mut VcpuFd, bus: &DeviceBus, exit_event: &ExitEvent, exi
                 exit_event.report(exit);
                 break;
             }
-            // EINTR is the expected answer: all is complete. What else is wrong the next run says
-            // too.
+            // EINTR is the expected result: all is complete. The next run reports any other error
+            // again.
             Ok(Step::Kicked | Step::Interrupted) | Err(_) => break,
         }
     }
     fd.set_kvm_immediate_exit(0);
-    // Refused where the guest has no kvmclock: then there is nobody to tell.
+    // Refused where the guest has no kvmclock: then it need not be told.
     let _ = fd.kvmclock_ctrl();
 }
 
@@ -385,7 +384,7 @@ fn run_once(
     Ok(Step::Continue)
 }
 
-/// The end that an error of ours is, with its causes.
+/// Returns the exit for an error of the library, with its causes.
 fn failed(error: &dyn std::error::Error) -> Exit {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     Exit::Failed(causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}")))
@@ -425,7 +424,8 @@ mod tests {
 
     #[test]
     fn a_vm_for_which_kvm_gets_no_thread_is_told_from_one_that_was_kicked() {
-        // `KVM_RUN` answers so, as often; then as a run that leaves at once does.
+        // `KVM_RUN` fails with `errno` for the first `times` calls, then with EINTR, as a run that
+        // leaves at once does.
         let warm = |errno: i32, times: u32| {
             let mut calls = 0;
             is_warm(|| {

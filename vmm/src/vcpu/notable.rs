@@ -1,5 +1,5 @@
-//! Exits that only some hosts make, when they were asked to (`crate::caps`): they tell of a guest
-//! that would slow its neighbours.
+//! Exits that only some hosts make, and only if enabled (`crate::caps`): they report a guest that
+//! would slow down other guests.
 
 use std::time::Duration;
 
@@ -11,17 +11,17 @@ use kvm_bindings::{
 use super::Step;
 use crate::state::Exit;
 
-/// How long a vCPU rests after each lock of the bus: at most a thousand in a second, where one
-/// takes a microsecond of all processors.
+/// How long a vCPU is idle after each bus lock: this allows at most a thousand per second, each of
+/// which takes a microsecond of all processors.
 pub(super) const REST: Duration = Duration::from_millis(1);
 
-/// Whether the guest has locked the bus in the run that ended: by an exit of its own, or noted at
-/// another (Documentation/virt/kvm/api.rst, 5, `KVM_RUN_X86_BUS_LOCK`).
+/// Whether the guest has locked the bus in the run that ended: reported by an exit of its own, or
+/// noted at another (Documentation/virt/kvm/api.rst, 5, `KVM_RUN_X86_BUS_LOCK`).
 pub(super) fn locked_the_bus(run: &kvm_run) -> bool {
     u32::from(run.flags) & KVM_RUN_X86_BUS_LOCK != 0
 }
 
-/// What an exit is that the crate of KVM's calls does not know.
+/// Returns the step for an exit that `kvm_ioctls` does not know.
 pub(super) fn step(reason: u32, run: &kvm_run) -> Step {
     match reason {
         // See `locked_the_bus`.
@@ -31,7 +31,7 @@ pub(super) fn step(reason: u32, run: &kvm_run) -> Step {
             // bit patterns are valid.
             let notify = unsafe { run.__bindgen_anon_1.notify };
             if notify.flags & KVM_NOTIFY_CONTEXT_INVALID == 0 {
-                // It has let no interrupt in for long. The exit let them in.
+                // The guest has let no interrupt in for long. The exit let them in.
                 return Step::Continue;
             }
             Step::End(Exit::Failed(

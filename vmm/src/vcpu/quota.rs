@@ -1,16 +1,16 @@
-//! A VM's share of processor time.
+//! Limits a VM's share of processor time.
 //!
 //! Each vCPU thread has a timer on its own processor clock that kicks it out of the guest after
-//! every slice that it used: an idle guest costs nothing. The thread then charges what it used to
-//! the VM's [`Account`] and, if that is overdrawn, rests until the next period pays in. What was
-//! used too much is a debt, so that the share is exact in the long run.
+//! every slice that it used: an idle guest costs nothing. The thread then charges the time to the
+//! VM's [`Account`] and, if that is overdrawn, is idle until the next period adds time. Time used
+//! beyond the balance is a debt, so that the share is exact in the long run.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::kick::kick_signal;
 
-/// How often an account is paid into.
+/// Interval at which time is added to an account.
 const PERIOD: Duration = Duration::from_millis(100);
 /// Processor time after which a vCPU charges its account.
 const SLICE: Duration = Duration::from_millis(5);
@@ -24,14 +24,14 @@ pub(crate) struct Account {
 
 #[derive(Debug)]
 struct Balance {
-    /// Nanoseconds; negative: a debt.
+    /// Nanoseconds; a negative balance is a debt.
     left: i64,
     /// When the next period begins.
     next: Instant,
 }
 
 impl Account {
-    /// `percent` of one processor.
+    /// Returns an account of `percent` of one processor.
     pub(crate) fn new(percent: u32) -> Self {
         let left = pay(percent, 1);
         let next = Instant::now() + PERIOD;
@@ -39,7 +39,7 @@ impl Account {
         Self { percent, balance }
     }
 
-    /// Charges `used`; says until when to rest, if the account is overdrawn.
+    /// Charges `used`; returns until when to be idle if no time is left.
     fn charge(&self, used: Duration, now: Instant) -> Option<Instant> {
         let mut balance = self.balance.lock().unwrap_or_else(|e| e.into_inner());
         let used = i64::try_from(used.as_nanos()).unwrap_or(i64::MAX);
@@ -49,7 +49,7 @@ impl Account {
             let periods = u32::try_from(periods).unwrap_or(u32::MAX);
             let next = balance.next.checked_add(PERIOD * periods);
             balance.next = next.unwrap_or(now + PERIOD);
-            // Nothing is saved up beyond one period.
+            // Unused time is kept up to that of one period.
             let most = pay(self.percent, 1);
             balance.left = balance
                 .left
@@ -60,7 +60,7 @@ impl Account {
     }
 }
 
-/// Nanoseconds that `periods` pay.
+/// Returns the nanoseconds that `periods` periods add.
 fn pay(percent: u32, periods: u32) -> i64 {
     let period = i64::try_from(PERIOD.as_nanos()).unwrap_or(i64::MAX);
     (period / 100)
@@ -68,7 +68,7 @@ fn pay(percent: u32, periods: u32) -> i64 {
         .saturating_mul(i64::from(periods))
 }
 
-/// The calling thread's part of an account.
+/// Charges the calling thread's processor time to an account.
 pub(super) struct Meter<'a> {
     account: &'a Account,
     charged: Duration,
@@ -85,7 +85,7 @@ impl<'a> Meter<'a> {
         })
     }
 
-    /// Charges what was used since the last time; says until when to rest.
+    /// Charges the time used since the last call; returns until when to be idle if no time is left.
     pub(super) fn charge(&mut self) -> Option<Instant> {
         let now = thread_time();
         let used = now.saturating_sub(self.charged);
@@ -94,7 +94,7 @@ impl<'a> Meter<'a> {
     }
 }
 
-/// Processor time of the calling thread.
+/// Returns the processor time of the calling thread.
 fn thread_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::new(
@@ -103,7 +103,7 @@ fn thread_time() -> Duration {
     )
 }
 
-/// Kicks the thread that made it after each [`SLICE`] that it used.
+/// A timer that kicks the thread that made it after each [`SLICE`] of its processor time.
 struct Timer(libc::timer_t);
 
 impl Timer {
@@ -173,7 +173,8 @@ mod tests {
     fn debts_are_paid_off_and_nothing_is_saved_up() {
         let account = Account::new(10);
         let at = account.balance.lock().unwrap().next;
-        // 10 ms in hand and 10 paid in: 30 is 20 too many, two more periods pay that.
+        // 10 ms at the start and 10 added: 40 is 20 too many. Two more periods pay that off, the
+        // third leaves time to use.
         assert!(account.charge(40 * MS, at).is_some());
         assert!(account.charge(Duration::ZERO, at + PERIOD).is_some());
         assert!(account.charge(Duration::ZERO, at + 2 * PERIOD).is_some());

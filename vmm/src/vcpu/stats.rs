@@ -1,4 +1,5 @@
-//! What KVM counts about a vCPU, by name (`Documentation/virt/kvm/api.rst`, `KVM_GET_STATS_FD`).
+//! KVM's statistics of a vCPU, found by name (`Documentation/virt/kvm/api.rst`,
+//! `KVM_GET_STATS_FD`).
 
 use std::fs::File;
 use std::io;
@@ -13,23 +14,23 @@ use vmm_sys_util::ioctl_io_nr;
 
 ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 
-/// Instructions that KVM's emulator ran for the guest.
+/// Name of the statistic that counts the instructions that KVM's emulator ran for the guest.
 const EMULATED: &[u8] = b"insn_emulation";
-/// More statistics than KVM has, by far; their names are at most this long.
+/// Limit for the number of statistics, far above KVM's, and for the length of their names.
 const MOST: u32 = 1024;
 
 /// A vCPU's statistics. Holds the VM in the kernel for as long as it lives.
 #[derive(Debug)]
 pub(crate) struct VcpuStats {
     file: File,
-    /// Where the count of emulated instructions lies in `file`.
+    /// Offset of the count of emulated instructions in `file`.
     emulated: u64,
 }
 
 impl VcpuStats {
     /// # Errors
-    /// The host's, or `Unsupported` from a kernel before 5.14 or one that does not count
-    /// instructions.
+    /// The host's error (a kernel before 5.14 does not know the ioctl), or `Unsupported` from a
+    /// kernel that does not count instructions.
     pub(crate) fn open(vcpu: &VcpuFd) -> io::Result<Self> {
         // SAFETY: the ioctl takes no argument and touches no memory of this process.
         let fd = unsafe { ioctl(vcpu, KVM_GET_STATS_FD()) };
@@ -42,8 +43,8 @@ impl VcpuStats {
         Ok(Self { file, emulated })
     }
 
-    /// Instructions that KVM's emulator has run for this vCPU: nearly all of ring 0 where that is
-    /// emulated, a few device accesses elsewhere.
+    /// Returns the number of instructions that KVM's emulator has run for this vCPU: nearly all of
+    /// ring 0 where that is emulated, a few device accesses elsewhere.
     pub(crate) fn emulated_instructions(&self) -> io::Result<u64> {
         let mut count = [0; 8];
         self.file.read_exact_at(&mut count, self.emulated)?;
@@ -51,7 +52,7 @@ impl VcpuStats {
     }
 }
 
-/// Where the first value of the statistic `name` lies.
+/// Returns the offset of the first value of the statistic `name` in `file`.
 fn place_of(file: &File, name: &[u8]) -> io::Result<u64> {
     let mut words = [0; size_of::<kvm_stats_header>()];
     file.read_exact_at(&mut words, 0)?;
@@ -62,7 +63,7 @@ fn place_of(file: &File, name: &[u8]) -> io::Result<u64> {
         file.read_exact_at(&mut entry, u64::from(descriptors) + index * step)?;
         let (fixed, text) = entry.split_at(size_of::<kvm_stats_desc>());
         if text.split(|byte| *byte == 0).next() == Some(name) {
-            // Third word: `offset`, of the value in the data.
+            // Third word: `offset` of the value within the data.
             let [_, _, offset, _] = split(fixed);
             return Ok(u64::from(data) + u64::from(offset));
         }
@@ -70,7 +71,7 @@ fn place_of(file: &File, name: &[u8]) -> io::Result<u64> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// The first `N` words; zeros where there are fewer.
+/// Returns the first `N` words; missing ones are zero.
 fn split<const N: usize>(bytes: &[u8]) -> [u32; N] {
     let mut words = bytes.chunks_exact(4).map(|word| {
         let word = word.try_into().unwrap_or_default();

@@ -1,9 +1,9 @@
-//! The threads that run vCPUs, made ready before there is a vCPU: to start a thread and to confine
-//! it takes a fork longer than all that is left to do once a VM has its shell.
+//! The pool of threads that run vCPUs, prepared before there is a vCPU: starting and confining a
+//! thread takes longer than all the rest of a fork from a prepared VM.
 //!
-//! A ready thread is a [`PoolThread`]. It comes from the spares of the process, if it is like them
-//! (confined and not metered), and goes back there when its VM is gone; more than [`SPARES`] are
-//! not kept.
+//! A ready thread is a [`PoolThread`]. It comes from the idle threads of the process, if it is like
+//! them (confined, not metered, not placed), and goes back there when its VM is gone; at most
+//! [`SPARES`] are kept.
 
 use std::os::raw::c_char;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
@@ -19,10 +19,10 @@ use crate::placement::{Placement, VcpuThread};
 use crate::seccomp::{self, Role};
 use crate::threads::{self, SMALL_STACK};
 
-/// Most ready threads that wait for no VM in particular.
+/// Maximum number of idle threads, which belong to no VM.
 const SPARES: usize = 2;
-/// How long a thread that was alerted keeps its processor for a vCPU that is about to come: as long
-/// as it takes to give a vCPU its state.
+/// How long a thread that was woken spins for a vCPU that is about to come: as long as it takes to
+/// restore a vCPU's state.
 const WAKE_WINDOW: Duration = Duration::from_micros(200);
 /// The name of a thread that runs no vCPU.
 const IDLE: &str = "hearth-spare";
@@ -43,7 +43,7 @@ enum Order {
     Run(Job),
 }
 
-/// A vCPU to run, and the way back.
+/// A vCPU to run, and the handle that goes back to the pool afterwards.
 struct Job {
     vcpu: Vcpu,
     thread: PoolThread,
@@ -55,7 +55,7 @@ impl PoolThread {
         let (orders, todo) = mpsc::channel();
         let (began, id) = mpsc::channel();
         threads::spawn(IDLE, SMALL_STACK, move || {
-            // Nobody waits for it unless the thread is to be placed.
+            // Received only if the thread is to be placed.
             let _ = began.send(VcpuThread::own_id());
             serve(&todo, limits, account.as_deref())
         })
@@ -67,7 +67,8 @@ impl PoolThread {
         })
     }
 
-    /// Has it placed for its vCPU; it is no spare afterwards.
+    /// Calls the placement hook for the thread, which does not go back to the idle threads
+    /// afterwards.
     fn place(&mut self, index: usize, placement: &Placement) -> Result<(), VcpuError> {
         self.is_spare = false;
         let ended = |_| VcpuError::Thread(std::io::ErrorKind::BrokenPipe.into());
@@ -76,7 +77,7 @@ impl PoolThread {
         placement.place(thread).map_err(VcpuError::Placement)
     }
 
-    /// Lets it run `vcpu`, which comes to its gate first.
+    /// Makes the thread run `vcpu`, which parks first if its VM is paused.
     pub(crate) fn run(self, vcpu: Vcpu) -> Result<(), VcpuError> {
         let control = Arc::clone(&vcpu.control);
         control.enter();
@@ -84,12 +85,13 @@ impl PoolThread {
         let job = Job { vcpu, thread: self };
         orders.send(Order::Run(job)).map_err(|_| {
             control.leave();
-            // It waits for a job for as long as there is a runner.
+            // The thread waits for a job as long as its `PoolThread` exists.
             VcpuError::Thread(std::io::ErrorKind::BrokenPipe.into())
         })
     }
 
-    /// It is needed no more here.
+    /// Returns the thread to the idle threads, or ends it if it is not like them or there are
+    /// enough.
     pub(crate) fn give_back(self) {
         let mut stock = stock();
         if self.is_spare && stock.len() < SPARES {
@@ -98,8 +100,8 @@ impl PoolThread {
     }
 }
 
-/// Whether threads for such VMs are all alike. A meter belongs to one VM, and is made before its
-/// thread is confined.
+/// Whether threads for VMs with these limits are all alike. A meter belongs to one VM, and is made
+/// before its thread is confined.
 fn is_usual(limits: Limits) -> bool {
     limits.seccomp && limits.cpu_percent.is_none()
 }
@@ -108,12 +110,12 @@ fn stock() -> MutexGuard<'static, Vec<PoolThread>> {
     STOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Threads for the vCPUs of one VM. What is not used goes back to the spares.
+/// Threads for the vCPUs of one VM. Unused ones go back to the idle threads.
 #[derive(Debug)]
 pub(crate) struct VcpuThreads(Vec<PoolThread>);
 
 impl VcpuThreads {
-    /// So many threads, which `placement` is told of.
+    /// Acquires `vcpus` threads, and calls `placement` for each.
     pub(crate) fn acquire(
         vcpus: u8,
         limits: Limits,
@@ -133,21 +135,21 @@ impl VcpuThreads {
             }
             vcpu_threads.0.push(thread);
         }
-        // The first is taken from the end.
+        // `next` takes from the end, so the first comes last.
         vcpu_threads.0.reverse();
         Ok(vcpu_threads)
     }
 
-    /// A thread takes as long to wake up as a vCPU to get its state: wakes them now, for the vCPUs
-    /// that come next.
+    /// Wakes the threads for the vCPUs that come next: waking a thread takes as long as restoring a
+    /// vCPU's state.
     pub(crate) fn wake(&self) {
         for thread in &self.0 {
-            // Who does not hear it is missed when its vCPU comes.
+            // If the thread is gone, sending its vCPU reports that.
             let _ = thread.orders.send(Order::Wake);
         }
     }
 
-    /// The next thread.
+    /// Takes the next thread.
     pub(crate) fn next(&mut self) -> Result<PoolThread, VcpuError> {
         let none = || VcpuError::Thread(std::io::ErrorKind::NotFound.into());
         self.0.pop().ok_or_else(none)
@@ -160,8 +162,8 @@ impl Drop for VcpuThreads {
     }
 }
 
-/// Makes a spare if there is none: for the next VM, after the last was taken for this one. None
-/// where the host has no thread left; whoever needs one says so.
+/// Makes an idle thread for the next VM if there is none, after the last was taken for this one.
+/// Makes none where the host has no thread left; the VM that needs one reports that.
 pub(crate) fn replenish(limits: Limits) {
     if is_usual(limits) && stock().is_empty() {
         let spare = PoolThread::new(limits, None);
@@ -169,7 +171,7 @@ pub(crate) fn replenish(limits: Limits) {
     }
 }
 
-/// Runs the vCPUs that come, one after another, until nobody can send one.
+/// Runs the vCPUs that come, one after another, until all senders are dropped.
 fn serve(todo: &Receiver<Order>, limits: Limits, account: Option<&Account>) {
     yield_to_host();
     let mut meter = match prepare(limits, account) {
@@ -190,7 +192,7 @@ fn serve(todo: &Receiver<Order>, limits: Limits, account: Option<&Account>) {
     }
 }
 
-/// Tells the VM that wants this thread why it cannot have it.
+/// Reports `error` to the VM whose vCPU is sent to this thread.
 fn refuse(todo: &Receiver<Order>, error: VcpuError) {
     let job = todo.iter().find_map(|order| match order {
         Order::Run(job) => Some(job),
@@ -201,7 +203,7 @@ fn refuse(todo: &Receiver<Order>, error: VcpuError) {
     }
 }
 
-/// The job that was announced; `None` if it is late.
+/// Waits for the job that was announced; `None` if it does not come within [`WAKE_WINDOW`].
 fn soon(todo: &Receiver<Order>) -> Option<Job> {
     let until = Instant::now() + WAKE_WINDOW;
     while Instant::now() < until {
@@ -214,7 +216,7 @@ fn soon(todo: &Receiver<Order>) -> Option<Job> {
     None
 }
 
-/// What a thread can only do before it is confined, and that.
+/// Sets up the signal mask, the CPU meter, then the seccomp filter, which must be last.
 fn prepare(limits: Limits, account: Option<&Account>) -> Result<Option<Meter<'_>>, VcpuError> {
     kick::let_in()?;
     let meter = account.map(Meter::start).transpose();
@@ -225,17 +227,17 @@ fn prepare(limits: Limits, account: Option<&Account>) -> Result<Option<Meter<'_>
     Ok(meter)
 }
 
-/// A guest that wakes up waits for its turn, instead of taking the processor from a thread of the
-/// host program: from the very one that has just resumed it, say. Threads of `SCHED_BATCH` preempt
-/// none of the usual kind when they wake (sched(7)); their share of the processor is the same.
-/// Without it they work, too.
+/// Keeps the calling thread from preempting threads of the embedding program when its guest wakes
+/// up, such as the thread that has just resumed it. Threads of `SCHED_BATCH` preempt no normal
+/// threads when they wake (sched(7)); their share of the processor is the same. A failure is
+/// ignored: the thread works without it.
 fn yield_to_host() {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: a live structure; the call changes this thread's policy and nothing else.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
 }
 
-/// Names the calling thread, for whoever looks at the process.
+/// Names the calling thread, for tools that list the process's threads.
 fn rename(name: &str) {
     let mut bytes: [c_char; 16] = [0; 16];
     let room = bytes.len() - 1;
@@ -246,7 +248,7 @@ fn rename(name: &str) {
     unsafe { libc::prctl(libc::PR_SET_NAME, bytes.as_ptr(), 0, 0, 0) };
 }
 
-/// The calling thread runs no vCPU any more.
+/// Renames the calling thread, which runs no vCPU any more.
 pub(super) fn becomes_idle() {
     rename(IDLE);
 }

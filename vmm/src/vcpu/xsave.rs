@@ -1,10 +1,10 @@
-//! `XSAVE` and `XRSTOR` of a guest's kernel that cannot execute them.
+//! `XSAVE` and `XRSTOR` for a guest's kernel that cannot execute them.
 //!
-//! Where ring 0 is emulated, programs run on the processor itself, AVX and all, but KVM's emulator
-//! knows neither instruction. KVM keeps those registers at each exit (`KVM_GET_XSAVE`), so that our
-//! kernel names the buffer to us instead: one port write saves them there, another loads them. The
-//! buffers are the guest's, in the standard format (Intel SDM volume 1, 13.4), and hold what the
-//! instructions would have left there.
+//! Where ring 0 is emulated, programs run on the processor itself, AVX included, but KVM's emulator
+//! knows neither instruction. KVM keeps those registers at each exit (`KVM_GET_XSAVE`), so Hearth's
+//! guest kernel passes the buffer's address to the VMM instead: a write to one port saves the
+//! registers there, a write to another loads them. The buffers are in guest memory, in the standard
+//! format (Intel SDM volume 1, 13.4), with the same content as after the instructions.
 
 use core::arch::x86_64::__cpuid_count;
 use std::ops::Range;
@@ -17,18 +17,19 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use crate::kvm::KvmError;
 use crate::memory::GuestRam;
 
-/// The port that saves; the boot word `hearth.xsave` names it (see `CpuProfile::kernel_words`).
+/// The port that saves; the kernel parameter `hearth.xsave` names it (see
+/// `CpuProfile::kernel_words`).
 const SAVE: u16 = 0x5f4;
 /// The port that loads.
 const LOAD: u16 = SAVE + 4;
 
-/// Bytes of `kvm_xsave`, which hold all that a guest may have (`cpu::features`).
+/// Bytes of `kvm_xsave`, which hold all state components that a guest may have (`cpu::features`).
 const AREA: usize = 4096;
-/// The state components that are kept: x87, SSE, AVX and the three of AVX-512 (13.1).
+/// The state components that are saved and loaded: x87, SSE, AVX and the three of AVX-512 (13.1).
 const KEPT: u64 = FP | SSE | 1 << 2 | 7 << 5;
-/// Their numbers are below this.
+/// The numbers of these components are below this.
 const COMPONENTS: usize = 8;
-/// The first that is not in the legacy region.
+/// The first component that is not in the legacy region.
 const EXTENDED: usize = 2;
 const FP: u64 = 1 << 0;
 const SSE: u64 = 1 << 1;
@@ -37,17 +38,18 @@ const SSE: u64 = 1 << 1;
 const FP_CONTROL: Range<usize> = 0..24;
 const FP_REGISTERS: Range<usize> = 32..160;
 const SSE_REGISTERS: Range<usize> = 160..416;
-/// Left to software: our kernel says there which components its buffer has room for.
+/// Offset, in the bytes left to software, of the mask of components that the guest kernel's buffer
+/// has room for.
 const WANTED: u64 = 464;
 const LEFT_TO_SOFTWARE: Range<usize> = 464..512;
-/// The header: `XSTATE_BV`, then nothing of the standard format's.
+/// The header: `XSTATE_BV`, then bytes that the standard format does not use.
 const PRESENT: Range<usize> = 512..520;
 const HEADER: Range<usize> = 512..576;
 /// The control word of an x87 unit that was just initialized (8.1.5).
 const FCW: [u8; 2] = 0x37f_u16.to_le_bytes();
 
 /// Registers could not be saved or loaded. The guest cannot go on: its programs would compute with
-/// another's.
+/// another program's registers.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum XsaveError {
     #[error("the guest's kernel keeps registers at {0:#x}, outside of its memory")]
@@ -56,7 +58,7 @@ pub(crate) enum XsaveError {
     Kvm(#[source] KvmError),
 }
 
-/// What a guest's kernel asks for, and the address of its buffer.
+/// A request of a guest's kernel, with the address of its buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Request {
     Save(u64),
@@ -64,7 +66,7 @@ pub(crate) enum Request {
 }
 
 impl Request {
-    /// What a write to a port means; `None` if it is not for us.
+    /// Decodes a write to a port; `None` if it is not a request.
     pub(crate) fn of(port: u16, data: &[u8]) -> Option<Self> {
         let line = u32::from_le_bytes(data.try_into().ok()?);
         let address = u64::from(line) << 6;
@@ -75,7 +77,7 @@ impl Request {
         }
     }
 
-    /// Does it, for a vCPU that has left its guest.
+    /// Executes the request, for a vCPU that has left its guest.
     pub(crate) fn answer(self, vcpu: &VcpuFd, ram: &GuestRam) -> Result<(), XsaveError> {
         match self {
             Self::Save(address) => {
@@ -96,7 +98,7 @@ fn kvm(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> XsaveError {
     move |error| XsaveError::Kvm(KvmError::of(call)(error))
 }
 
-/// Writes `area` to a buffer as far as it reaches.
+/// Writes `area` to the guest's buffer, as far as the buffer has room.
 fn save(area: &[u8; AREA], ram: &GuestRam, address: u64) -> Result<(), XsaveError> {
     let outside = |error| XsaveError::Outside(address, error);
     let at = GuestAddress(address);
@@ -112,7 +114,7 @@ fn save(area: &[u8; AREA], ram: &GuestRam, address: u64) -> Result<(), XsaveErro
     ram.map().write_slice(saved, at).map_err(outside)
 }
 
-/// Reads a buffer. What it does not hold gets its initial value.
+/// Reads the guest's buffer. Components that are not present in it get their initial values.
 fn load(ram: &GuestRam, address: u64) -> Result<[u8; AREA], XsaveError> {
     let mut area = [0; AREA];
     let present = read(ram, address, PRESENT.start as u64)? & KEPT;
@@ -131,7 +133,7 @@ fn load(ram: &GuestRam, address: u64) -> Result<[u8; AREA], XsaveError> {
     if present & SSE == 0 {
         fill(&mut area, SSE_REGISTERS, 0);
     }
-    // `XRSTOR` loads MXCSR whatever the header says (13.8.1); KVM goes by the header.
+    // `XRSTOR` loads MXCSR regardless of the header (13.8.1); KVM goes by the header.
     put(
         &mut area,
         PRESENT.start,
@@ -140,7 +142,7 @@ fn load(ram: &GuestRam, address: u64) -> Result<[u8; AREA], XsaveError> {
     Ok(area)
 }
 
-/// Where the extended components of `mask` lie in the standard format.
+/// Returns the ranges of the extended components of `mask` in the standard format.
 fn components(mask: u64) -> impl Iterator<Item = Range<usize>> {
     let layout = layout().iter().enumerate().skip(EXTENDED);
     layout
@@ -148,8 +150,8 @@ fn components(mask: u64) -> impl Iterator<Item = Range<usize>> {
         .map(|(_, range)| range.clone())
 }
 
-/// The components' places, by the processor; asked once, for a host that is itself a guest asks its
-/// own.
+/// Returns the components' ranges, as the processor reports them. Asked once, as on a host that is
+/// itself a guest each CPUID exits to that host's own.
 fn layout() -> &'static [Range<usize>; COMPONENTS] {
     /// Extended state enumeration (Intel SDM volume 2, CPUID leaf 0xD).
     const LEAF: u32 = 0xd;
@@ -205,9 +207,9 @@ mod tests {
     use super::*;
     use crate::memory::MIB;
 
-    /// A buffer in the guest's memory.
+    /// Address of a buffer in guest memory.
     const BUFFER: u64 = 0x1_0040;
-    /// What lies behind it.
+    /// The byte that the buffer is filled with beforehand.
     const REST: u8 = 0xa5;
 
     fn ram() -> GuestRam {
@@ -229,7 +231,7 @@ mod tests {
         ram.map().write_obj(value, at).unwrap();
     }
 
-    /// All components in use, each byte its own.
+    /// An area with all components in use, and a pattern that tells its bytes apart.
     fn area() -> [u8; AREA] {
         let mut area: [u8; AREA] = std::array::from_fn(|i| (i % 251) as u8);
         put(&mut area, PRESENT.start, &u64::MAX.to_le_bytes());
@@ -300,7 +302,7 @@ mod tests {
         fill(&mut initial, FP_CONTROL.end..FP_REGISTERS.start, REST);
         put(&mut initial, PRESENT.start, &(FP | SSE).to_le_bytes());
         assert_eq!(loaded, initial);
-        // What we do not keep is not handed to KVM.
+        // Components that are not kept are not passed to KVM.
         write(&ram, PRESENT.start as u64, u64::MAX);
         let loaded = load(&ram, BUFFER).unwrap();
         assert_eq!(number(&loaded, PRESENT.start), KEPT);
@@ -309,7 +311,7 @@ mod tests {
     #[test]
     fn a_buffer_outside_of_memory_is_refused() {
         let here = ram();
-        // At the end, over the end, behind it, as far as a request reaches.
+        // At the end of memory, across it, behind it, and at the highest address of a request.
         for address in [MIB - 64, MIB - 576 + 64, MIB, 0x3f_ffff_ffc0] {
             let outside =
                 |result| matches!(result, Err(XsaveError::Outside(at, _)) if at == address);

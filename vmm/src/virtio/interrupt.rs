@@ -25,7 +25,7 @@ struct Line {
 }
 
 impl Interrupt {
-    /// A line that is not wired to a vCPU yet (see [`Interrupt::fd`]).
+    /// Creates an interrupt line that is not registered with KVM yet (see [`Interrupt::fd`]).
     ///
     /// # Errors
     /// The host's error when it has no file descriptors left.
@@ -37,8 +37,8 @@ impl Interrupt {
         })))
     }
 
-    /// Tells the driver that the device used a buffer. Ask the queue first whether the driver wants
-    /// to know (`needs_notification`).
+    /// Tells the driver that the device used a buffer. The caller must first ask the queue whether
+    /// the driver wants to know (`needs_notification`).
     pub fn used(&self) {
         self.raise(USED_BUFFER);
     }
@@ -51,7 +51,7 @@ impl Interrupt {
 
     fn raise(&self, bit: u32) {
         self.0.status.fetch_or(bit, Ordering::SeqCst);
-        // A full counter means that the interrupt is pending already.
+        // The write fails only if the counter is full: the interrupt is pending already.
         let _ = self.0.fd.write(1);
     }
 
@@ -61,17 +61,17 @@ impl Interrupt {
         self.0.status.load(Ordering::SeqCst)
     }
 
-    /// Sets the register to what a snapshot kept.
+    /// Sets the register to the value saved in a snapshot.
     pub(crate) fn restore(&self, status: u32) {
         let status = status & (USED_BUFFER | CONFIG_CHANGE);
         self.0.status.store(status, Ordering::SeqCst);
     }
 
-    /// Raises the line again if the driver has not acknowledged all: a host kernel thread passes
-    /// interrupts on from an irqfd to the controllers, so that one raised shortly before a
-    /// capture may be missing in their saved state. Without it a driver that waits for it, and
-    /// for which no other is due, waits for ever. A driver that did see it takes the second one
-    /// for spurious.
+    /// Raises the line again if the driver has not acknowledged every bit. A host kernel thread
+    /// passes interrupts from an irqfd to the interrupt controllers, so one that was raised shortly
+    /// before a capture may be missing in their saved state. A driver that waits for that
+    /// interrupt, with no other to come, would wait for ever. A driver that did see it takes the
+    /// second one for spurious.
     pub(crate) fn repeat(&self) {
         match self.status() {
             0 => {}
@@ -84,13 +84,13 @@ impl Interrupt {
         self.0.status.fetch_and(!bits, Ordering::SeqCst);
     }
 
-    /// The `ConfigGeneration` register; changes whenever the configuration did.
+    /// The `ConfigGeneration` register; changes with every change of the configuration.
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.0.generation.load(Ordering::SeqCst)
     }
 
-    /// What the register at `offset` reads, if it is one of the line's own.
+    /// Returns the value of the register at `offset` if it belongs to the interrupt line.
     pub(crate) fn read_register(&self, offset: u64) -> Option<u32> {
         match offset {
             register::INTERRUPT_STATUS => Some(self.status()),
@@ -99,7 +99,8 @@ impl Interrupt {
         }
     }
 
-    /// Takes a write to the register at `offset`; false if it is none of the line's own.
+    /// Handles a write to the register at `offset`; returns false if it does not belong to the
+    /// interrupt line.
     pub(crate) fn write_register(&self, offset: u64, value: u32) -> bool {
         let own = offset == register::INTERRUPT_ACK;
         if own {
@@ -108,7 +109,7 @@ impl Interrupt {
         own
     }
 
-    /// The eventfd that KVM turns into an interrupt (irqfd); in tests, what was raised.
+    /// The eventfd that KVM turns into an interrupt (irqfd); tests read it to see what was raised.
     #[must_use]
     pub fn fd(&self) -> &EventFd {
         &self.0.fd

@@ -1,8 +1,8 @@
 //! The virtio-mmio transport (virtio 1.2 section 4.2): registers in front of one device.
 //!
-//! Until `DRIVER_OK` the driver edits plain numbers here. At `DRIVER_OK` they are checked once and
-//! become [`Queue`]s that move into the device; no later register write can reach them. A driver
-//! that breaks the contract gets `DEVICE_NEEDS_RESET` and is not served before it resets.
+//! Until `DRIVER_OK` the driver's settings are plain numbers here. At `DRIVER_OK` they are checked
+//! once and become [`Queue`]s that move into the device; no later register write can reach them. A
+//! driver that breaks the contract gets `DEVICE_NEEDS_RESET` and is not served until it resets.
 
 use virtio_queue::{Queue, QueueT};
 
@@ -62,7 +62,7 @@ const VERSION: u32 = 2;
 /// "HRTH", little endian.
 const VENDOR: u32 = 0x4854_5248;
 
-/// A queue as the driver is setting it up.
+/// The settings of a queue as the driver has written them so far.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
 struct QueueSetup {
     size: u16,
@@ -72,8 +72,8 @@ struct QueueSetup {
     device: u64,
 }
 
-/// What a snapshot keeps of a transport and its device. Untrusted: everything is checked again by
-/// the ways that a driver's own writes take.
+/// The saved state of a transport and its device. Untrusted: [`MmioTransport::restore`] masks the
+/// features and validates the queues as for a driver's own writes.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct TransportState {
     status: u32,
@@ -84,11 +84,11 @@ pub struct TransportState {
     interrupt_status: u32,
     queues: Vec<QueueSetup>,
     positions: Vec<Option<QueuePosition>>,
-    /// The device's own part.
+    /// The device's own state.
     pub device: DeviceState,
 }
 
-/// See the module's text.
+/// The registers of one device; see the module documentation.
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
     ram: GuestRam,
@@ -102,7 +102,8 @@ pub struct MmioTransport {
     queues: Vec<QueueSetup>,
     faults: u64,
     last_fault: Option<Fault>,
-    /// While the VM's state is captured, the device does nothing: it would write to guest memory.
+    /// Whether the device must not run, as it would write to guest memory: set while the VM's
+    /// state is captured, and after a restore until `begin`.
     asleep: bool,
 }
 
@@ -117,7 +118,7 @@ impl std::fmt::Debug for MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers. `bell` is the device's bell.
+    /// Puts `device` behind registers. `doorbell` is the device's doorbell.
     #[must_use]
     pub fn new(
         device: Box<dyn VirtioDevice>,
@@ -143,7 +144,7 @@ impl MmioTransport {
         }
     }
 
-    /// The state to go on from. Nothing may run meanwhile.
+    /// Returns the state for a snapshot. Neither the vCPUs nor the device may run meanwhile.
     #[must_use]
     pub fn save(&self) -> TransportState {
         TransportState {
@@ -159,11 +160,11 @@ impl MmioTransport {
         }
     }
 
-    /// Takes over `state`; the device was restored from its own part. An active device gets its
-    /// queues back, but sleeps until it begins.
+    /// Applies `state`; the device must have been restored from its own part. An active device gets
+    /// its queues back, but stays asleep until `begin`.
     ///
     /// # Errors
-    /// A [`Fault`] when the state is not one that a transport can have.
+    /// A [`Fault`] when the state is not valid for this device.
     pub fn restore(&mut self, state: &TransportState) -> Result<(), Fault> {
         self.fall_asleep();
         if state.queues.len() != self.queues.len() {
@@ -191,8 +192,8 @@ impl MmioTransport {
         self.device.activate(self.activation(queues))
     }
 
-    /// Goes on from the state that it took over. An active device is rung, so that a kick from
-    /// before the snapshot is not lost. The interrupt controllers must have their state: see
+    /// Resumes from the restored state. Notifies an active device, so that a kick from before the
+    /// snapshot is not lost. The interrupt controllers must have been restored: see
     /// [`Interrupt::repeat`].
     pub(crate) fn begin(&mut self) {
         self.interrupt.repeat();
@@ -211,7 +212,7 @@ impl MmioTransport {
         }
     }
 
-    /// The device's bell.
+    /// The device's doorbell.
     #[must_use]
     pub fn doorbell(&self) -> &Doorbell {
         &self.doorbell
@@ -229,19 +230,19 @@ impl MmioTransport {
         self.status
     }
 
-    /// How often the driver broke the contract.
+    /// Number of times that the driver broke the contract.
     #[must_use]
     pub fn faults(&self) -> u64 {
         self.faults
     }
 
-    /// How it did so last, resets or not.
+    /// The last fault; a reset does not clear it.
     #[must_use]
     pub fn last_fault(&self) -> Option<&Fault> {
         self.last_fault.as_ref()
     }
 
-    /// What its VM tells of it.
+    /// Returns the device's fault counters for the embedding program.
     pub(crate) fn report(&self) -> DeviceFaults {
         DeviceFaults {
             device: self.device.device_type(),
@@ -255,7 +256,7 @@ impl MmioTransport {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
 
-    /// Lets the device do a bounded amount of work; for the event threads.
+    /// Lets the device do a bounded amount of work; called by the event threads.
     pub fn run(&mut self) -> Progress {
         if self.asleep || self.status & status::NEEDS_RESET != 0 {
             return Progress::Idle;
@@ -269,18 +270,19 @@ impl MmioTransport {
         }
     }
 
-    /// From now on the device does no work: it writes nothing to guest memory.
+    /// Stops the device's work: from now on it writes nothing to guest memory.
     pub(crate) fn fall_asleep(&mut self) {
         self.asleep = true;
     }
 
-    /// The device goes on, with what it missed first.
+    /// Lets the device work again, and notifies it to serve what it missed.
     pub(crate) fn wake(&mut self) {
         self.asleep = false;
         self.doorbell.ring();
     }
 
-    /// When the device wants to run without its bell; see [`VirtioDevice::deadline`].
+    /// The time at which the device must run without a notification; see
+    /// [`VirtioDevice::deadline`].
     #[must_use]
     pub fn deadline(&self) -> Option<std::time::Instant> {
         if self.asleep || self.status & status::NEEDS_RESET != 0 {
@@ -289,7 +291,7 @@ impl MmioTransport {
         self.device.deadline()
     }
 
-    /// Section 2.1.2: the device tells its driver that only a reset helps.
+    /// Records `fault` and tells the driver that only a reset helps (section 2.1.2).
     fn needs_reset(&mut self, fault: Fault) {
         self.faults += 1;
         tracing::debug!(device = self.device.device_type(), %fault, "device needs reset");
@@ -300,10 +302,10 @@ impl MmioTransport {
         }
     }
 
-    /// A driver's read at `offset` (0 to 4095); `data` arrives zeroed.
+    /// Handles a driver's read at `offset` (0 to 4095); `data` must be zeroed.
     pub fn read(&mut self, offset: u64, data: &mut [u8]) {
         if offset >= register::CONFIG {
-            // Config space before FEATURES_OK may be read too (section 3.1.1 step 4).
+            // The configuration space may be read before FEATURES_OK too (section 3.1.1 step 4).
             self.device.read_config(offset - register::CONFIG, data);
             return;
         }
@@ -337,7 +339,7 @@ impl MmioTransport {
         }
     }
 
-    /// A driver's write at `offset` (0 to 4095).
+    /// Handles a driver's write at `offset` (0 to 4095).
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         if offset >= register::CONFIG {
             if self.status & status::NEEDS_RESET == 0 {
@@ -371,7 +373,8 @@ impl MmioTransport {
             | register::QUEUE_DRIVER_HIGH
             | register::QUEUE_DEVICE_LOW
             | register::QUEUE_DEVICE_HIGH => self.set_queue(offset, value),
-            // Of read-only and unknown registers section 4.2.2 wants writes ignored.
+            // `InterruptACK`, or a read-only or unknown register: section 4.2.2 requires that
+            // writes to those are ignored.
             _ => {
                 self.interrupt.write_register(offset, value);
             }
@@ -384,7 +387,7 @@ impl MmioTransport {
             .filter(|i| *i < self.queues.len())
     }
 
-    /// Whether the driver may still negotiate: after DRIVER, before FEATURES_OK.
+    /// Stores feature bits; allowed only after DRIVER and before FEATURES_OK.
     fn set_driver_features(&mut self, value: u32) {
         let negotiating =
             self.status & (status::DRIVER | status::FEATURES_OK | status::FAILED) == status::DRIVER;
@@ -394,8 +397,8 @@ impl MmioTransport {
         let shift = match self.driver_features_sel {
             0 => 0,
             1 => 32,
-            // Section 4.2.2: bits beyond 63 do not exist; offering them is refused at FEATURES_OK
-            // by never being stored, as section 2.2 wants of unknown bits.
+            // Bits beyond 63 do not exist (section 4.2.2): they are not stored, so they do not
+            // affect FEATURES_OK.
             _ => return,
         };
         let mask = 0xffff_ffffu64 << shift;
@@ -403,7 +406,7 @@ impl MmioTransport {
     }
 
     fn set_queue(&mut self, offset: u64, value: u32) {
-        // After DRIVER_OK the queues are in the device: nothing here may change (section 4.2.2.2).
+        // After DRIVER_OK the device owns the queues: nothing here may change (section 4.2.2.2).
         let configuring =
             self.status & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
         if !configuring {
@@ -431,7 +434,8 @@ impl MmioTransport {
         }
     }
 
-    /// Section 3.1.1: bits are only ever added, in order, and zero resets.
+    /// Handles a write to the status register (section 3.1.1): bits are only added, in order, and
+    /// zero resets.
     fn set_status(&mut self, value: u32) {
         use status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET};
         if value == 0 {
@@ -461,7 +465,7 @@ impl MmioTransport {
         }
         match added {
             FEATURES_OK => {
-                // Section 2.2.2: not accepting is said by leaving the bit clear.
+                // Section 2.2.2: the device refuses the features by leaving the bit clear.
                 let unknown = self.driver_features & !self.device.features();
                 if unknown == 0 && self.driver_features & super::F_VERSION_1 != 0 {
                     self.status |= FEATURES_OK;
@@ -525,7 +529,7 @@ impl QueueSetup {
         queue.try_set_used_ring_address(vm_memory::GuestAddress(self.device))?;
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
-        // Section 2.7: sizes of the three parts; each must lie in one region, whole.
+        // Section 2.7: sizes of the three parts; each must lie completely in one region.
         let size = u64::from(self.size);
         let parts = [
             (self.desc, 16 * size),

@@ -1,10 +1,9 @@
 //! Virtio devices over MMIO (virtio 1.2 section 4.2) and what they share.
 //!
-//! A device is plain state behind its transport's lock. Guest kicks and host wake-ups both ring the
-//! device's one [`Doorbell`]; an event thread answers by calling [`VirtioDevice::run`], which does
-//! a bounded amount of work over all the device's queues. Queues move into the device when the
-//! driver says `DRIVER_OK` and are dropped at reset, so that nothing can reconfigure them in
-//! between.
+//! A device is plain state behind its transport's lock. Guest kicks and host wake-ups both notify
+//! the device's one [`Doorbell`]; an event thread then calls [`VirtioDevice::run`], which does a
+//! bounded amount of work over all the device's queues. Queues move into the device at `DRIVER_OK`
+//! and are dropped at reset, so that nothing can reconfigure them in between.
 
 pub mod balloon;
 #[cfg(test)]
@@ -29,48 +28,48 @@ pub const F_VERSION_1: u64 = 1 << 32;
 /// VIRTIO_F_RING_EVENT_IDX (virtio 1.2 section 6).
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
-/// The driver broke the virtio contract. The transport answers with `DEVICE_NEEDS_RESET`
-/// (virtio 1.2 section 2.1.2); the host program sees it in the device's counters only.
+/// A violation of the virtio contract by the driver. The transport sets `DEVICE_NEEDS_RESET`
+/// (virtio 1.2 section 2.1.2); the embedding program sees it only in the device's counters.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
-    /// A queue's rings or a descriptor chain are not what section 2.7 allows.
+    /// A queue's rings or a descriptor chain violate section 2.7.
     #[error("malformed virtqueue: {0}")]
     Queue(#[from] virtio_queue::Error),
-    /// A descriptor names memory that the guest does not have.
+    /// A descriptor refers to memory that the guest does not have.
     #[error("descriptor outside guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
-    /// The available index said that there is a chain, and then that there is none. No driver takes
-    /// one back; a ring that lies over another ring does.
+    /// The available index announced a chain, but then there was none. No correct driver takes a
+    /// chain back; this happens when one ring overlaps another.
     #[error("a chain that was available is gone; do rings overlap?")]
     Gone,
-    /// The payload of a request is not what the device's section allows.
+    /// The payload of a request violates the device's section.
     #[error("malformed request: {0}")]
     Request(&'static str),
 }
 
-/// How a guest's driver treated one device: what a host program sees of [`Fault`]s.
+/// Counters of the [`Fault`]s of one device, for the embedding program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceFaults {
-    /// Device id (virtio 1.2 section 5): 19 vsock, 5 balloon, 27 image.
+    /// Device id (virtio 1.2 section 5): 19 vsock, 5 balloon, 27 pmem.
     pub device: u32,
-    /// The device serves nothing before the driver resets it.
+    /// The device serves nothing until the driver resets it.
     pub needs_reset: bool,
-    /// How often the driver broke the contract.
+    /// Number of faults.
     pub count: u64,
-    /// How it did so last, in words for a log.
+    /// The last fault, as text for a log.
     pub last: Option<String>,
 }
 
-/// What is left to do after a bounded run.
+/// The work left after a bounded run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// Nothing until the bell rings again.
+    /// Nothing until the next notification.
     Idle,
-    /// The budget ran out first: run again after other devices had their turn.
+    /// The budget ran out: run again after other devices had their turn.
     More,
 }
 
-/// What a device is given when its driver says `DRIVER_OK`.
+/// The resources that a device gets when its driver sets `DRIVER_OK`.
 #[derive(Debug)]
 pub struct Activation {
     /// Guest memory that descriptors refer to.
@@ -80,11 +79,11 @@ pub struct Activation {
     pub queues: Vec<Option<Queue>>,
     /// Feature bits that both sides accepted.
     pub features: u64,
-    /// How to tell the driver that buffers were used or the configuration changed.
+    /// The interrupt that tells the driver of used buffers or a changed configuration.
     pub interrupt: Interrupt,
 }
 
-/// How far a device has come in a queue: ring indices, free running.
+/// A device's position in a queue: free-running ring indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct QueuePosition {
     /// Next entry of the available ring.
@@ -94,7 +93,7 @@ pub struct QueuePosition {
 }
 
 impl QueuePosition {
-    /// The position in `queue`.
+    /// Returns the position in `queue`.
     #[must_use]
     pub fn of(queue: &Queue) -> Self {
         Self {
@@ -104,18 +103,18 @@ impl QueuePosition {
     }
 }
 
-/// The state of any device, as a snapshot keeps it.
+/// The saved state of any device.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub enum DeviceState {
     /// A socket device.
     Vsock(vsock::VsockState),
     /// A memory balloon.
     Balloon(balloon::BalloonState),
-    /// A read-only image.
+    /// A read-only pmem image.
     Pmem(pmem::PmemState),
 }
 
-/// A virtio device as its transport sees it. All calls come under the transport's lock.
+/// A virtio device as its transport sees it. All calls are made under the transport's lock.
 pub trait VirtioDevice: Send {
     /// Device id (virtio 1.2 section 5).
     fn device_type(&self) -> u32;
@@ -133,44 +132,46 @@ pub trait VirtioDevice: Send {
     /// Writes device configuration space; bytes that do not exist or are read-only are ignored.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// Takes the queues; the device is live from here until [`VirtioDevice::reset`].
+    /// Takes the queues; the device is active from here until [`VirtioDevice::reset`].
     ///
     /// # Errors
-    /// A [`Fault`] when the driver left out a queue that the device cannot do without.
+    /// A [`Fault`] when the driver left out a queue that the device requires.
     fn activate(&mut self, activation: Activation) -> Result<(), Fault>;
 
     /// Serves all queues and host-side work, at most a constant amount. Called on an event thread
-    /// after the bell rang or [`VirtioDevice::deadline`] passed; also while not active (then only
-    /// host-side work is looked at).
+    /// after a notification or when [`VirtioDevice::deadline`] has passed; also while not active
+    /// (then it does host-side work only).
     ///
     /// # Errors
     /// A [`Fault`] when the driver broke the contract; the transport then marks the device
     /// `DEVICE_NEEDS_RESET` and does not call `run` again before a reset.
     fn run(&mut self) -> Result<Progress, Fault>;
 
-    /// When `run` wants to be called although no bell rings (a timeout of the device's own).
+    /// The time at which `run` must be called even without a notification (a timeout of the
+    /// device).
     fn deadline(&self) -> Option<Instant> {
         None
     }
 
-    /// Drops the queues and all state that the driver made. The device can be activated again.
+    /// Drops the queues and all state that the driver set up. The device can be activated again.
     fn reset(&mut self);
 
-    /// How far each queue has come, in index order; `None` for an unused one. Empty while not
+    /// The position in each queue, in index order; `None` for an unused one. Empty while not
     /// active.
     fn positions(&self) -> Vec<Option<QueuePosition>>;
 
-    /// What a snapshot keeps of the device itself.
+    /// Returns the device's own state for a snapshot.
     fn save(&self) -> DeviceState;
 }
 
-/// The one wake-up of a device: an eventfd that the guest's `QueueNotify` (through an ioeventfd)
-/// and the host's handles ring, and that an event thread answers.
+/// The wake-up of a device: an eventfd that the guest's `QueueNotify` (through an ioeventfd) and
+/// the host's handles write, and that an event thread reads.
 #[derive(Clone, Debug)]
 pub struct Doorbell(Arc<EventFd>);
 
 impl Doorbell {
-    /// A bell that nobody listens to yet; rings are remembered.
+    /// Creates a doorbell that no event thread listens to yet; notifications are kept until one
+    /// does.
     ///
     /// # Errors
     /// The host's error when it has no file descriptors left.
@@ -178,13 +179,13 @@ impl Doorbell {
         Ok(Self(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?)))
     }
 
-    /// Wakes the device. Never blocks; rings that nobody answered yet fold into one.
+    /// Notifies the device. Never blocks; notifications that were not consumed yet merge into one.
     pub fn ring(&self) {
-        // The only error of a non-blocking eventfd is a full counter: it is ringing already.
+        // The only error of a non-blocking eventfd is a full counter: a notification is pending.
         let _ = self.0.write(1);
     }
 
-    /// Takes the rings so far; true if there were any.
+    /// Consumes the notifications so far; returns true if there were any.
     #[must_use]
     pub fn answer(&self) -> bool {
         self.0.read().is_ok()

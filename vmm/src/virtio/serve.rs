@@ -1,4 +1,4 @@
-//! Taking chains off a queue, and serving a queue in bounded turns.
+//! Takes chains off a queue, and serves a queue in bounded turns.
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -7,17 +7,17 @@ use vm_memory::GuestMemoryMmap;
 use super::{Fault, Interrupt, Progress};
 use crate::memory::GuestRam;
 
-/// A request of the driver's.
+/// A request of the driver.
 pub(super) type Chain<'a> = DescriptorChain<&'a GuestMemoryMmap>;
 
-/// Most descriptors of one request that are looked at: as many as the longest queue here has.
-/// Indirect tables, which no device offers but a guest can make, are held to it as well.
+/// Most descriptors of one request that are read: the size of the longest queue. It also limits
+/// indirect tables, which no device offers but a guest can make.
 const MAX_DESCRIPTORS: usize = 128;
 
 /// Most chains that a device takes in one turn, over all its queues.
 pub(super) const TURN_CHAINS: u32 = 64;
 
-/// What a device may still do in this turn of its event thread.
+/// Work that a device may still do in this turn of its event thread.
 #[derive(Debug)]
 pub(super) struct Budget {
     chains: u32,
@@ -25,7 +25,7 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// A turn's chains, and at most `bytes` bytes of work in them.
+    /// The budget of one turn: [`TURN_CHAINS`] chains, and at most `bytes` bytes of work in them.
     pub(super) fn of_turn(bytes: u64) -> Self {
         Self {
             chains: TURN_CHAINS,
@@ -33,7 +33,7 @@ impl Budget {
         }
     }
 
-    /// Splits half of what is left off, for one of two directions that both need their part.
+    /// Splits off half of the budget, for one of two directions that must both make progress.
     pub(super) fn half(&mut self) -> Self {
         let half = Self {
             chains: self.chains / 2,
@@ -44,7 +44,7 @@ impl Budget {
         half
     }
 
-    /// Takes back what was split off and not spent.
+    /// Adds back the unspent part of a budget that was split off.
     pub(super) fn give_back(&mut self, rest: Self) {
         self.chains += rest.chains;
         self.bytes += rest.bytes;
@@ -54,12 +54,12 @@ impl Budget {
         self.chains == 0 || self.bytes == 0
     }
 
-    /// Bytes that are left.
+    /// Bytes left.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// A chain was taken.
+    /// Counts a chain that was taken.
     pub(super) fn spend_chain(&mut self) {
         self.chains = self.chains.saturating_sub(1);
     }
@@ -68,7 +68,7 @@ impl Budget {
         self.bytes = self.bytes.saturating_sub(bytes);
     }
 
-    /// Whether there may be more to do than the turn allowed.
+    /// Returns [`Progress::More`] if the budget is spent: there may be more to do.
     pub(super) fn progress(&self) -> Progress {
         if self.is_spent() {
             Progress::More
@@ -78,12 +78,11 @@ impl Budget {
     }
 }
 
-/// Takes the next chain that is available. Every device takes its chains here: the queue's own code
-/// writes a line to the log, at error level, for each head outside its table, and a guest could
-/// fill the log with them.
+/// Takes the next available chain. Every device must take its chains here: `virtio_queue` logs an
+/// error for each head outside its table, and a guest could fill the log with them.
 ///
 /// # Errors
-/// A [`Fault`] when the ring's index, or the chain's head, cannot be.
+/// A [`Fault`] when the ring's index or the chain's head is invalid.
 pub(super) fn take<'a>(
     queue: &mut Queue,
     mem: &'a GuestMemoryMmap,
@@ -97,15 +96,15 @@ pub(super) fn take<'a>(
     }
 }
 
-/// The descriptors of a request, in order.
+/// Returns the descriptors of a request, in order.
 pub(super) fn descriptors(chain: Chain<'_>) -> impl Iterator<Item = Descriptor> {
     chain.take(MAX_DESCRIPTORS)
 }
 
-/// Serves chains of one queue until it is empty or the budget is gone. `handle` says how many bytes
-/// it wrote into the chain, or `None` if the budget was gone before the chain was done: the chain
-/// then stays the queue's next, and `handle` gets it again in the next turn.
-/// Notifications stay off while serving; the last look after switching them on again closes the
+/// Serves chains of one queue until it is empty or the budget is spent. `handle` returns the number
+/// of bytes that it wrote into the chain, or `None` if the budget ran out before the chain was
+/// done: the chain then stays the queue's next, and `handle` gets it again in the next turn.
+/// Notifications are off while the queue is served; the check after they are on again closes the
 /// race with the driver.
 pub(super) fn serve(
     queue: &mut Queue,

@@ -1,7 +1,7 @@
-//! The kernel inside a bzImage, unpacked on the host.
+//! Unpacks the kernel inside a bzImage on the host.
 //!
-//! A bzImage is a small program that unpacks the `vmlinux` that it carries. Done here, that takes
-//! less than a second on any host; done by the guest, it takes minutes where ring 0 is emulated.
+//! A bzImage is a small program that unpacks the `vmlinux` that it carries. Unpacking on the host
+//! takes less than a second on any host; in the guest it takes minutes where ring 0 is emulated.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -9,20 +9,20 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use crate::advice::advice;
 use crate::memory::{MIB, check_file_size, memfd};
 
-/// Most bytes of an unpacked kernel; real ones have 15 to 100 MiB.
+/// Maximum bytes of an unpacked kernel; real ones have 15 to 100 MiB.
 const MAX_UNPACKED: u64 = 512 * MIB;
-/// Memory that unpacking may take in KiB: the kernel's build gives xz and zstd windows of at most
-/// 128 MiB (scripts/Makefile.lib, scripts/xz_wrap.sh).
+/// Memory that unpacking xz may take, in KiB: the kernel's build gives xz and zstd windows of at
+/// most 128 MiB (scripts/Makefile.lib, scripts/xz_wrap.sh).
 const MAX_WINDOW_KIB: u32 = 160 << 10;
 const MAX_WINDOW_LOG: u32 = 27;
-/// Blocks of lz4's legacy format: unpacked bytes, and most packed ones (lz4_Frame_format.md).
+/// Blocks of lz4's legacy format: unpacked bytes, and maximum packed bytes (lz4_Frame_format.md).
 const LZ4_BLOCK: usize = 8 << 20;
 const LZ4_BLOCK_PACKED: usize = LZ4_BLOCK + LZ4_BLOCK / 255 + 16;
 
-/// What is wrong with a bzImage.
+/// Why a bzImage is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum BzImageError {
-    /// It is older than boot protocol 2.08 and does not say where its kernel lies.
+    /// It is older than boot protocol 2.08, whose header does not locate the kernel.
     #[error("it has boot protocol {major}.{minor:02}; 2.08 or newer is needed (Linux 2.6.26)")]
     Protocol {
         /// Major version.
@@ -33,29 +33,29 @@ pub enum BzImageError {
     /// The kernel does not lie inside the file.
     #[error("its kernel does not lie inside the file; the file is cut short or damaged")]
     Outside,
-    /// The kernel is packed in a way that we do not unpack.
+    /// The kernel's compression format is not supported.
     #[error("its kernel is packed with {0}; build it with gzip, xz, zstd or lz4")]
     Packing(&'static str),
-    /// The kernel says that it is larger than any.
+    /// The stated size of the unpacked kernel is above the maximum.
     #[error("its kernel says that it has {0} bytes; {MAX_UNPACKED} are the most")]
     TooLarge(u64),
     /// The packed data is damaged.
     #[error("its kernel cannot be unpacked; the file is damaged")]
     Damaged(#[source] std::io::Error),
-    /// The host has no place for what is unpacked.
+    /// The host could not hold the unpacked kernel.
     #[error("the host could not hold its kernel{}", advice(.0))]
     Host(#[source] std::io::Error),
-    /// What was unpacked has not the size that it says.
+    /// The unpacked kernel does not have the size that the file states.
     #[error("its kernel unpacks to {found} bytes and not to {said}; the file is damaged")]
     Length {
-        /// Bytes that came out; one more than said stands for more.
+        /// Bytes unpacked. Unpacking stops once there are more than `said`, so there may be more.
         found: u64,
-        /// Bytes that it says.
+        /// Bytes that the file states.
         said: u64,
     },
 }
 
-/// Packings by their first bytes (lib/decompress.c).
+/// Compression formats, detected by their first bytes (lib/decompress.c).
 #[derive(Clone, Copy)]
 enum Packing {
     Gzip,
@@ -87,13 +87,13 @@ pub(super) fn unpack(mut file: &File, head: &[u8], file_len: u64) -> Result<File
             .map_err(BzImageError::Damaged)?;
         Ok(bytes)
     };
-    // The unpacked size is the last word: gzip's own, or one that the kernel's build appends
-    // (scripts/Makefile.lib, size_append).
+    // The last four bytes are the unpacked size: gzip's own trailer, or a number that the kernel's
+    // build appends (scripts/Makefile.lib, size_append).
     let said = u64::from(u32::from_le_bytes(edge(start + len - 4)?));
     if said > MAX_UNPACKED {
         return Err(BzImageError::TooLarge(said));
     }
-    // Six bytes tell xz, but its first four are nobody else's.
+    // The magic of xz has six bytes, but no other format shares its first four.
     let mut magic = [0; 6];
     magic[..4].copy_from_slice(&edge(start)?);
     if magic[..4] == [0xfd, b'7', b'z', b'X'] {
@@ -130,7 +130,7 @@ pub(super) fn unpack(mut file: &File, head: &[u8], file_len: u64) -> Result<File
     Ok(unpacked)
 }
 
-/// Where the packed kernel lies: file offset and bytes, 4 or more.
+/// Returns file offset and bytes (8 or more) of the packed kernel.
 fn payload(head: &[u8], file_len: u64) -> Result<(u64, u64), BzImageError> {
     // Documentation/arch/x86/boot.rst: setup_sects, version, payload_offset, payload_length.
     let field = |at: usize| head.get(at..).and_then(|rest| rest.first_chunk::<4>());
@@ -143,7 +143,7 @@ fn payload(head: &[u8], file_len: u64) -> Result<(u64, u64), BzImageError> {
     if (major, minor) < (2, 8) {
         return Err(BzImageError::Protocol { major, minor });
     }
-    // Zero stands for four, for the sake of very old kernels.
+    // Zero means four, for compatibility with very old kernels.
     let sectors = if *sectors == 0 {
         4
     } else {
@@ -157,13 +157,13 @@ fn payload(head: &[u8], file_len: u64) -> Result<(u64, u64), BzImageError> {
     Ok((start, len))
 }
 
-/// Copies what comes out, but no more than one byte too many; reads to the end, where checksums
-/// are.
+/// Copies all of `reader`, but at most `said + 1` bytes. It reads on to the end, because checksums
+/// are there.
 fn copy(reader: impl Read, target: &mut File, said: u64) -> std::io::Result<u64> {
     std::io::copy(&mut reader.take(said + 1), target)
 }
 
-/// lz4's legacy format: a magic number, then blocks with their packed sizes.
+/// Unpacks lz4's legacy format: a magic number, then blocks, each after its packed size.
 fn unpack_lz4(mut packed: impl BufRead, target: &mut File, said: u64) -> std::io::Result<u64> {
     let damaged = |what: &str| std::io::Error::new(std::io::ErrorKind::InvalidData, what);
     let mut word = [0; 4];

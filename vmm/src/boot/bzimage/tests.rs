@@ -1,4 +1,4 @@
-//! bzImages that are made here, whole and damaged.
+//! Tests with generated bzImages, intact and damaged.
 
 use std::os::unix::fs::FileExt;
 
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Something that packs, and is larger than an lz4 block.
+/// Returns compressible data that is larger than an lz4 block.
 fn kernel() -> Vec<u8> {
     let words = (0u32..(9 << 20) / 16).map(|n| n.wrapping_mul(2_654_435_761) >> 20);
     words.flat_map(|n| [n.to_le_bytes(); 4].concat()).collect()
@@ -23,7 +23,7 @@ fn with_size(mut packed: Vec<u8>, kernel: &[u8]) -> Vec<u8> {
     packed
 }
 
-/// As scripts/xz_wrap.sh does it: CRC32, the x86 filter, LZMA2.
+/// Packs like scripts/xz_wrap.sh: CRC32, the x86 filter, LZMA2.
 fn xz(kernel: &[u8]) -> Vec<u8> {
     let mut options = lzma_rust2::XzOptions::with_preset(0);
     options.set_check_sum_type(lzma_rust2::CheckType::Crc32);
@@ -93,7 +93,7 @@ fn a_size_that_is_not_the_kernels_is_found_out() {
             let at = payload.len() - 4;
             payload[at..].copy_from_slice(&said.to_le_bytes());
             let error = unpacked(&bzimage(&payload)).unwrap_err();
-            // gzip checks the number itself.
+            // gzip's decoder checks the size itself.
             let fits = matches!(error, BzImageError::Length { said: s, .. } if s == u64::from(said))
                 || matches!(error, BzImageError::Damaged(_)) && name == "gzip";
             assert!(fits, "{name} {said}: {error}");
@@ -116,7 +116,7 @@ fn what_unpacks_to_more_than_it_says_stops_one_byte_later() {
         let at = payload.len() - 4;
         payload[at..].copy_from_slice(&1000u32.to_le_bytes());
         match unpacked(&bzimage(&payload)).unwrap_err() {
-            // lz4 comes in blocks.
+            // lz4 is unpacked in whole blocks.
             BzImageError::Length { found, said: 1000 } => {
                 assert!(found <= 1001 || name == "lz4" && found == LZ4_BLOCK as u64);
             }
@@ -184,7 +184,7 @@ fn a_flipped_bit_is_found_wherever_a_checksum_covers_it() {
         for at in (HEADER + 16..whole.len() - 64).step_by(17) {
             let mut file = whole.clone();
             file[at] ^= 4;
-            // A bit that means nothing, such as padding, may be any.
+            // A bit without meaning, such as padding, may have any value.
             let unseen = unpacked(&file).is_ok_and(|found| found != kernel);
             assert!(!unseen, "{name}: byte {at}");
         }

@@ -1,5 +1,5 @@
-//! Queues on which the guest gives pages back: a chain may name gigabytes, so that its pages leave
-//! the host in bounded steps.
+//! Queues on which the guest gives pages back. A chain may name gigabytes, so its pages are
+//! released in bounded steps.
 
 use std::collections::VecDeque;
 
@@ -11,21 +11,21 @@ use crate::memory::{GuestRam, MIB};
 use crate::virtio::serve::{Budget, Chain, descriptors, serve};
 use crate::virtio::{Fault, Interrupt, QueuePosition};
 
-/// Most bytes that leave the host in one turn: the host's kernel takes some 4 ms for as many.
+/// Most bytes released in one turn: the host's kernel takes about 4 ms for them.
 pub(super) const TURN_BYTES: u64 = 16 * MIB;
-/// A stretch counts for at least as many bytes: however small, it is two calls of the host's.
+/// Least bytes that a range counts for in the budget: however small, it costs two system calls.
 pub(super) const LEAST_BYTES: u64 = 64 << 10;
-/// Page numbers that one chain may carry: a page full, as Windows sends; Linux sends 256.
+/// Most page numbers in one chain: a full page, as Windows sends; Linux sends 256.
 pub(super) const MAX_PFNS: usize = 1024;
 
-/// Stretches of guest memory (address, bytes) that a chain gives up, as they were when it was
+/// Page ranges of guest memory (address, bytes) that a chain gives up, read once when the chain was
 /// taken: whole pages inside memory. At most [`MAX_PFNS`].
 #[derive(Debug, Default)]
 pub(super) struct Stretches(VecDeque<(u64, u64)>);
 
 impl Stretches {
-    /// The inflate queue: arrays of 32-bit page numbers. Runs of neighbours are one stretch;
-    /// numbers outside memory are ignored, as the page is not ours to give.
+    /// Reads a chain of the inflate queue: arrays of 32-bit page numbers. Neighbouring pages are
+    /// merged into one range; page numbers outside guest memory are ignored.
     pub(super) fn of_pages(ram: &GuestRam, chain: Chain<'_>) -> Result<Self, Fault> {
         let mut stretches = VecDeque::new();
         let mut left = MAX_PFNS;
@@ -43,7 +43,7 @@ impl Stretches {
                 }
                 match stretches.back_mut() {
                     Some((start, len)) if page == *start + *len => *len += PAGE_SIZE,
-                    // Linux hands out pages from high to low.
+                    // Linux hands out pages from high to low addresses.
                     Some((start, len)) if page + PAGE_SIZE == *start => {
                         (*start, *len) = (page, *len + PAGE_SIZE);
                     }
@@ -54,8 +54,8 @@ impl Stretches {
         Ok(Self(stretches))
     }
 
-    /// Free page reporting: each descriptor is a free range. Those that are not inside memory are
-    /// ignored.
+    /// Reads a chain of the reporting queue: each descriptor is a free range, cut to whole pages.
+    /// Ranges that are not inside memory are ignored.
     pub(super) fn of_ranges(ram: &GuestRam, chain: Chain<'_>) -> Result<Self, Fault> {
         let ranges = descriptors(chain).filter(|d| d.is_write_only());
         let inside = ranges.filter_map(|descriptor| {
@@ -68,7 +68,7 @@ impl Stretches {
         Ok(Self(inside.collect()))
     }
 
-    /// Gives back what the budget allows; returns how many bytes that were.
+    /// Releases what the budget allows; returns the number of bytes released.
     fn release(&mut self, ram: &GuestRam, budget: &mut Budget) -> u64 {
         let mut released = 0;
         while budget.bytes() > 0
@@ -92,9 +92,9 @@ impl Stretches {
 #[derive(Debug)]
 pub(super) struct Discards {
     queue: Queue,
-    /// What is left of the queue's next chain, if a turn ended within it. No part of a snapshot:
-    /// the chain still is the queue's next, and a clone does it again from its start. Until it
-    /// gets the chain back the guest uses none of its pages.
+    /// The rest of the queue's next chain, if a turn ended within it. Not part of a snapshot: the
+    /// chain is still the queue's next, and a clone does it again from its start. The guest uses
+    /// none of its pages until it gets the chain back.
     in_hand: Option<Stretches>,
 }
 
@@ -108,8 +108,8 @@ impl Discards {
         QueuePosition::of(&self.queue)
     }
 
-    /// Serves the queue within the budget; `read` says what a chain gives up. Returns how many
-    /// bytes left the host.
+    /// Serves the queue within the budget; `read` returns the ranges of a chain. Returns the number
+    /// of bytes released.
     pub(super) fn serve(
         &mut self,
         ram: &GuestRam,

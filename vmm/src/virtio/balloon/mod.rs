@@ -1,7 +1,7 @@
 //! The memory balloon (virtio 1.2 section 5.5): the guest hands pages back to the host.
 //!
-//! Queues: inflate, deflate, statistics, free page reporting. Pages that the guest gives up leave
-//! the host in bounded turns ([`GuestRam::discard`]). Free page hinting is not offered: it can free
+//! Queues: inflate, deflate, statistics, free page reporting. Pages that the guest gives up are
+//! released in bounded turns ([`GuestRam::discard`]). Free page hinting is not offered: it can free
 //! pages in use.
 
 mod discards;
@@ -29,17 +29,17 @@ const F_STATS_VQ: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
 const F_REPORTING: u64 = 1 << 5;
 const QUEUE_SIZE: u16 = 128;
-/// Pages of one balloon unit and of a MiB.
+/// Balloon pages per MiB.
 const PAGES_PER_MIB: u32 = (MIB / PAGE_SIZE) as u32;
-/// Bytes of one statistics report that are looked at; Linux sends 10 to 18 entries of 10 bytes.
+/// Most bytes of one statistics report that are read; Linux sends 10 to 18 entries of 10 bytes.
 const MAX_STATS_BYTES: usize = 640;
-/// Guest memory that a balloon must leave.
+/// Guest memory, in MiB, that a balloon must leave.
 pub const FLOOR_MIB: u32 = 16;
 
-/// Why a balloon operation was refused or did not finish.
+/// Errors of a balloon operation: refused, or not finished in time.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BalloonError {
-    /// The target leaves the guest less than the floor.
+    /// The target leaves the guest less than [`FLOOR_MIB`].
     #[error(
         "a balloon of {asked} MiB leaves less than {FLOOR_MIB} MiB of the guest's {memory} MiB"
     )]
@@ -49,7 +49,7 @@ pub enum BalloonError {
         /// MiB of guest memory.
         memory: u32,
     },
-    /// The guest did not get there in time; it keeps what it reached.
+    /// The guest did not reach the target in time; the balloon keeps the size it reached.
     #[error("the balloon reached {actual} of {asked} MiB in time; it keeps that")]
     Deadline {
         /// MiB asked for.
@@ -62,8 +62,8 @@ pub enum BalloonError {
     NoAnswer,
 }
 
-/// What the guest says about its memory, in bytes where not said otherwise; `None` where it does
-/// not say (virtio 1.2 section 5.5.6.4).
+/// Memory statistics that the guest reports, in bytes unless stated otherwise; `None` for a value
+/// that it does not report (virtio 1.2 section 5.5.6.4).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BalloonStats {
     /// Memory swapped in.
@@ -74,11 +74,11 @@ pub struct BalloonStats {
     pub major_faults: Option<u64>,
     /// Minor page faults (a count).
     pub minor_faults: Option<u64>,
-    /// Memory that is not used for anything.
+    /// Unused memory.
     pub free: Option<u64>,
     /// All memory of the guest.
     pub total: Option<u64>,
-    /// Memory that can be given to programs without swapping.
+    /// Memory available to programs without swapping.
     pub available: Option<u64>,
     /// Page cache.
     pub disk_caches: Option<u64>,
@@ -86,20 +86,20 @@ pub struct BalloonStats {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Pages that the host wants in the balloon.
+    /// Balloon size that the host asks for, in pages.
     target: AtomicU32,
-    /// Pages that the guest says are in the balloon.
+    /// Balloon size that the guest reports, in pages.
     actual: AtomicU32,
     /// The host asked for statistics.
     stats_wanted: AtomicBool,
     stats: Mutex<Option<BalloonStats>>,
-    /// `actual` or `stats` changed.
+    /// Posted when `actual` or `stats` changes.
     changed: Notice,
     /// Bytes released by free page reporting.
     reported: AtomicU64,
 }
 
-/// The host's hand on a guest's balloon. Cheap to clone; does not keep the VM alive.
+/// The host's handle of a guest's balloon. Cheap to clone; does not keep the VM alive.
 #[derive(Clone, Debug)]
 pub struct Balloon {
     shared: Arc<Shared>,
@@ -132,14 +132,15 @@ impl Balloon {
         self.shared.target.load(Ordering::SeqCst) / PAGES_PER_MIB
     }
 
-    /// The balloon's size in MiB, as the guest says. A guest can lie; it then only deceives itself.
+    /// The balloon's size in MiB, as the guest reports it. A false value harms only the guest.
     #[must_use]
     pub fn actual(&self) -> u32 {
         self.shared.actual.load(Ordering::SeqCst) / PAGES_PER_MIB
     }
 
-    /// Sets the target and waits until the guest is there. When `within` passes first, the target
-    /// becomes what was reached, so that the guest does not go on. Cancel-safe: the target stays.
+    /// Sets the target and waits until the guest has reached it. When `within` passes first, the
+    /// target becomes the size that was reached, so that the guest stops there. Cancel-safe: the
+    /// target stays.
     ///
     /// # Errors
     /// [`BalloonError::TooLarge`], or [`BalloonError::Deadline`] with the size that was reached.
@@ -174,7 +175,7 @@ impl Balloon {
             .map_err(|_| BalloonError::NoAnswer)
     }
 
-    /// MiB that free page reporting returned to the host so far.
+    /// MiB that free page reporting has returned to the host so far.
     #[must_use]
     pub fn reported(&self) -> u32 {
         let mib = self.shared.reported.load(Ordering::Relaxed) / MIB;
@@ -195,16 +196,16 @@ struct Active {
     deflate: Queue,
     stats: Option<Queue>,
     reporting: Option<Discards>,
-    /// The statistics buffer that the device holds until it wants new figures.
+    /// Head of the statistics buffer that the device holds until it wants new statistics.
     stats_held: Option<u16>,
 }
 
-/// The device.
+/// The balloon device.
 pub struct BalloonDevice {
     shared: Arc<Shared>,
-    /// `num_pages` as the guest's configuration space shows it.
+    /// `num_pages` in the guest's configuration space.
     shown_target: u32,
-    /// A restored statistics buffer, until activation takes it.
+    /// Head of a restored statistics buffer, until activation takes it.
     stats_held: Option<u16>,
     active: Option<Active>,
 }
@@ -217,7 +218,7 @@ impl std::fmt::Debug for BalloonDevice {
     }
 }
 
-/// What a snapshot keeps of a balloon; sizes in pages.
+/// The saved state of a balloon; sizes in pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct BalloonState {
     target: u32,
@@ -227,8 +228,8 @@ pub struct BalloonState {
 }
 
 impl BalloonDevice {
-    /// A balloon that continues from `state` once it is activated with the queues that were saved
-    /// with it. Nothing in a state can hurt the host: sizes only say what the guest is told.
+    /// Creates a balloon that continues from `state` once it is activated with the queues that were
+    /// saved with it. A false state cannot harm the host: the sizes are only shown to the guest.
     #[must_use]
     pub fn restore(state: &BalloonState, memory_mib: u32, doorbell: Doorbell) -> (Self, Balloon) {
         let (mut device, balloon) = Self::new(memory_mib, doorbell);
@@ -239,7 +240,7 @@ impl BalloonDevice {
         (device, balloon)
     }
 
-    /// A balloon for a guest of `memory_mib` MiB that starts with `target_mib` (0 for most).
+    /// Creates a balloon with target 0 for a guest of `memory_mib` MiB.
     #[must_use]
     pub fn new(memory_mib: u32, doorbell: Doorbell) -> (Self, Balloon) {
         let shared = Arc::new(Shared::default());
@@ -297,7 +298,7 @@ impl VirtioDevice for BalloonDevice {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        // Only `actual` is the driver's to write.
+        // The driver may write `actual` only.
         if offset == 4
             && let Ok(bytes) = <[u8; 4]>::try_from(data)
         {
@@ -315,8 +316,8 @@ impl VirtioDevice for BalloonDevice {
             features,
             interrupt,
         } = activation;
-        // Queues of features that were not negotiated do not take a number (section 5.5.2 and
-        // Linux, drivers/virtio/virtio_balloon.c: init_vqs).
+        // Queues of features that were not negotiated have no queue index (section 5.5.2 and Linux,
+        // drivers/virtio/virtio_balloon.c: init_vqs).
         let mut queues = queues.into_iter();
         let mut next = |wanted: bool| {
             if wanted {
@@ -329,7 +330,7 @@ impl VirtioDevice for BalloonDevice {
         let deflate = next(true).ok_or(Fault::Request("balloon without a deflate queue"))?;
         let stats = next(features & F_STATS_VQ != 0);
         let reporting = next(features & F_REPORTING != 0);
-        // A restored one may be no head at all.
+        // A restored head may lie outside the queue.
         let held = self.stats_held.take().filter(|head| {
             let size = stats.as_ref().map(Queue::size);
             size.is_some_and(|size| *head < size)
@@ -362,7 +363,7 @@ impl VirtioDevice for BalloonDevice {
             ..
         } = active;
         inflate.serve(ram, interrupt, &mut budget, Stretches::of_pages)?;
-        // Deflated pages come back by being touched.
+        // Deflated pages come back when the guest touches them.
         serve(deflate, ram, interrupt, &mut budget, |_, _| Ok(Some(0)))?;
         if let Some(reporting) = reporting {
             let bytes = reporting.serve(ram, interrupt, &mut budget, Stretches::of_ranges)?;
@@ -403,8 +404,8 @@ impl VirtioDevice for BalloonDevice {
 }
 
 impl Active {
-    /// The statistics queue works backwards: the driver offers a filled buffer, the device keeps it
-    /// and returns it when it wants fresh figures (section 5.5.6.3).
+    /// Serves the statistics queue, which works backwards: the driver offers a filled buffer; the
+    /// device keeps it and returns it when it wants new statistics (section 5.5.6.3).
     fn serve_stats(&mut self, shared: &Shared, budget: &mut Budget) -> Result<(), Fault> {
         let Some(queue) = &mut self.stats else {
             return Ok(());
@@ -426,7 +427,7 @@ impl Active {
                 }
                 self.stats_held = Some(chain.head_index());
                 let stats = parse_stats(mem, chain)?;
-                // The first buffer comes unasked, with figures from driver start.
+                // The first buffer comes unasked, with statistics from driver start.
                 *shared.stats() = Some(stats);
                 shared.changed.post();
             }
@@ -450,7 +451,7 @@ impl Active {
     }
 }
 
-/// `struct virtio_balloon_stat { le16 tag; le64 val; }`, packed. Unknown tags are skipped.
+/// Parses `struct virtio_balloon_stat { le16 tag; le64 val; }`, packed. Unknown tags are skipped.
 fn parse_stats(mem: &GuestMemoryMmap, chain: Chain<'_>) -> Result<BalloonStats, Fault> {
     let mut bytes = Vec::new();
     for descriptor in descriptors(chain).filter(|d| !d.is_write_only()) {

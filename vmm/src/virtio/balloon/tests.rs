@@ -1,4 +1,4 @@
-//! The balloon against a driver that is played here: obedient, slow, and hostile.
+//! The balloon against a scripted driver: obedient, slow, and hostile.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ struct Driver {
     ram: GuestRam,
     interrupt: Interrupt,
     rings: Vec<Ring>,
-    /// Whether the device wants a kick for what was given last.
+    /// Whether the device wanted a kick for the last chain made available.
     kicked: bool,
 }
 
@@ -266,7 +266,7 @@ fn reported_free_pages_leave_the_host_and_ranges_outside_memory_do_not_matter() 
     );
     driver.rings[REPORTING].pop(&driver.ram);
     driver.give_at(REPORTING, RAM - PAGE_SIZE, 2 * PAGE_SIZE as u32, WRITE);
-    // The queue's own walk or the range check refuses it; either way the device lives.
+    // Either the walk of the chain or the range check refuses it: nothing is released.
     let _ = driver.device.run();
     assert_eq!(driver.balloon.reported(), 1);
 }
@@ -275,7 +275,7 @@ fn reported_free_pages_leave_the_host_and_ranges_outside_memory_do_not_matter() 
 fn queues_of_features_that_were_not_taken_have_no_number() {
     let mut driver = Driver::with(F_VERSION_1 | F_EVENT_IDX | F_REPORTING);
     driver.dirty(5000);
-    // Without statistics, reporting is the third queue.
+    // Without statistics, reporting has queue index 2.
     driver.give_at(STATS, 5000 * PAGE_SIZE, PAGE_SIZE as u32, WRITE);
     driver.device.run().unwrap();
     assert_eq!(driver.byte(5000 * PAGE_SIZE), 0);
@@ -352,8 +352,8 @@ async fn a_restored_balloon_goes_on_where_it_was() {
     asked.abort();
 }
 
-/// A snapshot between two turns of one chain: the clone does what is left, and gives the chain back
-/// once.
+/// A snapshot between two turns of one chain: the VM finishes the chain, its clone does it again
+/// from the start, and each returns it once.
 #[test]
 fn a_chain_that_is_half_done_at_a_snapshot_is_done_once_in_each_of_the_two() {
     const PAGES: u64 = 40 * MIB / PAGE_SIZE;
@@ -381,7 +381,7 @@ fn a_chain_that_is_half_done_at_a_snapshot_is_done_once_in_each_of_the_two() {
         panic!("another device")
     };
     let positions = driver.device.positions();
-    // The guest itself goes on.
+    // The VM itself continues beside its clone.
     let mut clone = Driver::new();
     let mut memory = vec![0; RAM as usize];
     let start = vm_memory::GuestAddress(0);

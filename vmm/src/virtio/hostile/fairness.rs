@@ -1,4 +1,4 @@
-//! Attacks on the time of those who share an event thread, or a lock, with the guest.
+//! Attacks on the time of others that share an event thread, or a lock, with the guest.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -10,7 +10,8 @@ use crate::layout::MMIO_BASE;
 use crate::reactor::Played;
 use crate::virtio::{Activation, DeviceState, Fault, QueuePosition};
 
-/// A device that tells its test of each turn and each read, and always wants another turn.
+/// A device that calls its test at each turn and each configuration read, and always wants another
+/// turn.
 struct Restless {
     run: Box<dyn Fn() + Send>,
     read: Box<dyn Fn() + Send>,
@@ -63,8 +64,8 @@ fn bus(transport: &SharedTransport) -> DeviceBus {
     }
 }
 
-/// A driver reads and acknowledges in its interrupt handler: with interrupts off, on a vCPU that
-/// others of the guest may wait for.
+/// A driver reads and acknowledges in its interrupt handler: with interrupts off, on a vCPU for
+/// which other vCPUs of the guest may wait.
 #[test]
 fn the_registers_of_an_interrupt_do_not_wait_for_a_turn() {
     ends("interrupt registers", || {
@@ -85,20 +86,20 @@ fn the_registers_of_an_interrupt_do_not_wait_for_a_turn() {
     });
 }
 
-/// The thread's state as the host has it: `S` while it waits.
+/// Whether the thread sleeps: its state in /proc is `S`.
 fn waits(thread: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
     stat.rsplit_once(") ").unwrap().1.starts_with('S')
 }
 
-/// Whoever waits for a lock that an event thread takes again and again may else wait for ever: a
-/// guest whose vCPU does could be neither paused nor taken apart in time.
+/// A thread that waits for a lock that an event thread takes again and again could otherwise wait
+/// for ever. A VM whose vCPU does so could be neither paused nor torn down in time.
 #[test]
 fn whoever_waits_for_a_device_has_it_after_the_turn_that_it_takes() {
     ends("a device without rest", || {
         for _ in 0..20 {
             let begun = Arc::new(AtomicBool::new(false));
-            // The thread of the vCPU, once it is there; turns so far; how many there were when it
+            // The thread id of the vCPU, once it runs; turns so far; how many there were at its
             // read.
             let vcpu = Arc::new(AtomicI32::new(0));
             let turns = Arc::new(AtomicUsize::new(0));
@@ -109,7 +110,7 @@ fn whoever_waits_for_a_device_has_it_after_the_turn_that_it_takes() {
                     let turns = Arc::clone(&turns);
                     move || {
                         begun.store(true, Ordering::SeqCst);
-                        // The first turn is not over before the vCPU waits.
+                        // The first turn is not over until the vCPU waits.
                         while turns.load(Ordering::SeqCst) == 0
                             && !matches!(vcpu.load(Ordering::SeqCst), id if id != 0 && waits(id))
                         {
@@ -142,7 +143,7 @@ fn whoever_waits_for_a_device_has_it_after_the_turn_that_it_takes() {
     });
 }
 
-/// Writes down whose turn it is.
+/// Records the name of the device at each turn.
 struct Counted {
     device: Box<dyn VirtioDevice>,
     name: &'static str,
@@ -180,7 +181,7 @@ impl VirtioDevice for Counted {
     }
 }
 
-/// A driver that offers every chain that it has, again and again.
+/// A driver that makes all its chains available again and again.
 struct Flood {
     transport: SharedTransport,
     ram: GuestRam,
@@ -189,7 +190,7 @@ struct Flood {
 }
 
 impl Flood {
-    /// Offers what the device has given back since, and kicks whatever it says.
+    /// Makes the chains available that the device has returned, and kicks even if not asked to.
     fn go_on(&self) {
         for queue in &self.queues {
             let [_, driver, device] = parts(*queue);
@@ -202,8 +203,7 @@ impl Flood {
     }
 }
 
-/// Every request as large as the protocol allows, in every queue of every device that a guest can
-/// have.
+/// Starts a device and prepares requests as large as the protocol allows in all its request queues.
 fn flood(kind: Kind, turns: &Arc<Mutex<Vec<&'static str>>>) -> Flood {
     let doorbell = Doorbell::new().unwrap();
     let device = Counted {
@@ -219,7 +219,7 @@ fn flood(kind: Kind, turns: &Arc<Mutex<Vec<&'static str>>>) -> Flood {
     };
     attacker.up(F_VERSION_1 | features, queues);
     match kind {
-        // Of nobody, so that no answer ends the flood: a header and 64 KiB.
+        // From an unknown CID, so that no answer ends the flood: a header and 64 KiB.
         Kind::Vsock => {
             let mut header = [0; 44];
             (header[0], header[26], header[28], header[30]) = (77, 1, 1, 5);
@@ -249,12 +249,13 @@ fn flood(kind: Kind, turns: &Arc<Mutex<Vec<&'static str>>>) -> Flood {
     }
 }
 
-/// Two guests on one event thread, one with all its devices at once: between the other's kick and
-/// its answer are a turn that was under way, one turn of the hostile guest, and its own.
+/// Two guests on one event thread, one of which floods all its devices: between the other's kick
+/// and its answer there are a turn that was in progress, one turn of the hostile guest, and its
+/// own.
 #[test]
 fn a_guest_that_floods_all_its_devices_has_one_turn_between_two_of_its_neighbours() {
     ends("a flood of all devices", || {
-        // Which of the two has the first place on the thread must not matter.
+        // The order of the two on the thread must not matter.
         for places in [[1, 2], [2, 1]] {
             let turns = Arc::default();
             let images = std::iter::repeat_n(Kind::Pmem, crate::virtio::pmem::MAX_IMAGES);
@@ -294,7 +295,7 @@ fn a_guest_that_floods_all_its_devices_has_one_turn_between_two_of_its_neighbour
                 let before = turns.iter().take_while(|name| **name == "hostile").count();
                 assert!(before <= 1, "request {request}: {turns:?}");
             }
-            // None of the flooded devices was left out, and none took offence.
+            // Each of the flooded devices had a turn, and none reported a fault.
             turns.lock().unwrap().clear();
             for _ in 0..floods.len() {
                 floods.iter().for_each(Flood::go_on);

@@ -1,4 +1,4 @@
-//! Counts what is logged at the levels that every program shows, by thread.
+//! Counts, by thread, the lines that are logged at the levels that every program shows.
 
 use std::cell::Cell;
 use std::sync::Once;
@@ -19,7 +19,7 @@ impl Counter {
     }
 }
 
-/// For crates that others made.
+/// Counts lines of dependencies, which use the `log` crate.
 impl Log for Counter {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true
@@ -32,7 +32,7 @@ impl Log for Counter {
     fn flush(&self) {}
 }
 
-/// For our own.
+/// Counts lines of our own crates, which use `tracing`.
 impl Subscriber for Counter {
     fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
         *metadata.level() <= Level::WARN
@@ -55,7 +55,7 @@ impl Subscriber for Counter {
     fn exit(&self, _: &Id) {}
 }
 
-/// Fails its test where this thread has written a line when it is dropped.
+/// When dropped, fails the test if this thread has logged a line.
 pub(super) struct Quiet(());
 
 impl Quiet {
@@ -78,12 +78,12 @@ impl Drop for Quiet {
     }
 }
 
-/// Lines of this thread so far.
+/// Returns the number of lines of this thread so far.
 pub(super) fn lines() -> usize {
     LINES.with(Cell::get)
 }
 
-/// Lines of this thread so far, which are forgotten.
+/// Returns the number of lines of this thread so far, and resets it to zero.
 pub(super) fn take() -> usize {
     LINES.with(Cell::take)
 }

@@ -1,16 +1,17 @@
-//! Attacks on memory by way of what a device does to it: pages given up that are in use, results
-//! written where they do harm.
+//! Attacks on memory through the device: pages given up while in use, results written to harmful
+//! addresses.
 
 use super::*;
 
 const PAGE: u64 = 4096;
 
-/// The number of the page at an address.
+/// The page number of an address, as the balloon's driver sends it.
 fn pfn(address: u64) -> [u8; 4] {
     u32::try_from(address / PAGE).unwrap().to_le_bytes()
 }
 
-/// The rings are gone under the device: their index is zero again, and it says so.
+/// The page of the driver ring is released while in use: its index reads as zero again, which is a
+/// fault.
 #[test]
 fn rings_given_to_the_balloon_need_a_reset() {
     let (mut attacker, _) = Attacker::balloon();
@@ -99,7 +100,7 @@ fn page_numbers_that_are_not_the_guests_are_ignored() {
     ];
     let bytes: Vec<u8> = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
     attacker.write(BUFFER, &bytes);
-    // And three bytes of a number.
+    // The last three bytes are part of a number.
     attacker.descriptor(0, 0, (BUFFER, 4 * 7 + 3), 0, 0);
     attacker.offer(0, 0);
     attacker.run();
@@ -107,8 +108,8 @@ fn page_numbers_that_are_not_the_guests_are_ignored() {
     attacker.assert_unaffected("page numbers outside memory");
 }
 
-/// Each page by itself is two calls of the host's: a turn takes no more than 256 of them, however
-/// few bytes they are, and no more than 16 MiB.
+/// Each page on its own costs two system calls: a turn takes no more than 256 of them, however few
+/// bytes they are, and no more than 16 MiB.
 #[test]
 fn scattered_pages_cost_their_driver_its_turn() {
     for (stride, each, stretches) in [(1, 512, 1), (2, 384, 384)] {
@@ -116,7 +117,7 @@ fn scattered_pages_cost_their_driver_its_turn() {
         attacker.up(F_VERSION_1, 2);
         let pages = (0..each).map(|n| 0x100 + n * stride);
         let bytes: Vec<u8> = pages.flat_map(u32::to_le_bytes).collect();
-        // The last pages: not among those that are given up.
+        // The last page, which is not among those that are given up.
         let at = RAM - PAGE;
         attacker.write(at, &bytes);
         let len = u32::try_from(bytes.len()).unwrap();
@@ -125,7 +126,7 @@ fn scattered_pages_cost_their_driver_its_turn() {
             attacker.write(parts(0)[1] + 4 + 2 * u64::from(index), &index.to_le_bytes());
         }
         attacker.write(parts(0)[1] + 2, &SIZE.to_le_bytes());
-        // 16 MiB in 8 stretches are one turn, 3072 stretches are 12; and a last look.
+        // 16 MiB in 8 ranges are one turn, 3072 ranges are 12; the last turn finds nothing.
         let turns = usize::from(SIZE) * stretches / 256 + usize::from(stretches == 1) + 1;
         assert_eq!(attacker.run(), turns, "stride {stride}");
         assert_eq!(attacker.used(0), SIZE, "stride {stride}");
@@ -133,7 +134,7 @@ fn scattered_pages_cost_their_driver_its_turn() {
     }
 }
 
-/// One descriptor covers 2 GiB: the event thread would have been gone for half a second.
+/// One descriptor covers 2 GiB: in one turn it would block the event thread for half a second.
 #[test]
 fn a_report_of_gigabytes_leaves_the_host_in_turns_of_16_mib() {
     const START: u64 = 64 * MIB;
@@ -174,7 +175,7 @@ fn results_are_written_to_memory_and_nowhere_else() {
         ("over the end of memory", RAM - 3, outside),
         ("around 2^64", u64::MAX - 3, outside),
         ("on a device's registers", 0xd000_0000, outside),
-        // The device's own zero makes the index one that goes back.
+        // The result, zero, moves the driver ring's index back.
         ("over the driver ring", parts(0)[1], "available ring index"),
     ] {
         let mut attacker = Attacker::new(Kind::Pmem);

@@ -1,10 +1,10 @@
-//! The hostile suite, played: a driver without manners in front of every virtio device, on real
-//! guest memory and through the transport's registers, as a guest would reach them.
-//! `tests/HOSTILE.md` lists its attacks beside those that real guests make.
+//! The hostile suite with a scripted driver: attacks on every virtio device, on real guest memory
+//! and through the transport's registers, as a guest would make them. `tests/HOSTILE.md` lists them
+//! beside the attacks of real guests.
 //!
-//! Each attack says which branch must catch it (the words of the [`Fault`]) and what becomes of the
-//! device, and ends with an honest exchange after a reset: nothing that a driver did may outlive
-//! it.
+//! Each attack states which check must catch it (part of the [`Fault`]'s text) and what becomes of
+//! the device, and ends with an honest exchange after a reset: no effect of a driver may outlive
+//! the reset.
 
 mod fairness;
 mod log;
@@ -28,9 +28,9 @@ use crate::bus::SharedTransport;
 use crate::memory::{GAP_END, GuestRam, MIB};
 
 const RAM: u64 = 4 * MIB;
-/// A page of the driver's, for what a descriptor points at.
+/// Address of the driver's buffers.
 const BUFFER: u64 = 2 * MIB;
-/// Entries of a queue: as many as the socket device's event queue can have.
+/// Entries of a queue: the maximum of the socket device's event queue.
 const SIZE: u16 = 8;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -38,22 +38,22 @@ const INDIRECT: u16 = 4;
 const UP: u32 = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK;
 /// The balloon's free page reporting (virtio 1.2 section 5.5.3).
 const F_REPORTING: u64 = 1 << 5;
-/// The same of its statistics.
+/// The balloon's statistics queue (virtio 1.2 section 5.5.3).
 const F_STATS: u64 = 1 << 1;
 
-/// Where queue `index` has its descriptors, driver ring and device ring.
+/// Addresses of the descriptors, driver ring and device ring of queue `index`.
 fn parts(index: u32) -> [u64; 3] {
     let base = 0x1000 + u64::from(index) * 0x1_0000;
     [base, base + 0x4000, base + 0x8000]
 }
 
-/// A device with its registers, and guest memory. Nothing that it does writes a line to the log at
-/// a level that programs show.
+/// A device with its registers, and guest memory, for a hostile driver. No attack may write a line
+/// to the log at a level that programs show.
 struct Attacker {
     transport: MmioTransport,
     ram: GuestRam,
     kind: Kind,
-    /// Queues that the device cannot do without.
+    /// Number of queues that the device requires.
     queues: u32,
     _log: log::Quiet,
 }
@@ -111,7 +111,7 @@ impl Attacker {
         }
     }
 
-    /// A balloon, and the host's hand on it.
+    /// A balloon, and the host's handle of it.
     fn balloon() -> (Self, Balloon) {
         let doorbell = Doorbell::new().unwrap();
         let (device, balloon) = BalloonDevice::new(64, doorbell.clone());
@@ -121,7 +121,7 @@ impl Attacker {
         )
     }
 
-    /// One of each, by name.
+    /// One attacker of each kind, with its name.
     fn each() -> [(&'static str, Self); 3] {
         [
             ("vsock", Self::new(Kind::Vsock)),
@@ -130,7 +130,7 @@ impl Attacker {
         ]
     }
 
-    /// A device of the same kind that was never started, in zeroed memory of `bytes`.
+    /// Replaces the device with a new one of the same kind, in zeroed memory of `bytes`.
     fn replace_memory(&mut self, bytes: u64) {
         let doorbell = Doorbell::new().unwrap();
         let device = self.kind.device(&doorbell);
@@ -139,7 +139,7 @@ impl Attacker {
         self.transport = MmioTransport::new(device, self.ram.clone(), doorbell, interrupt);
     }
 
-    /// The device as its VM has it, and the guest's memory.
+    /// Returns the device as its VM shares it, and the guest's memory.
     fn shared(self) -> (SharedTransport, GuestRam) {
         let ram = self.ram.clone();
         (SharedTransport::new(self.transport), ram)
@@ -155,7 +155,7 @@ impl Attacker {
         u32::from_le_bytes(data)
     }
 
-    /// Up to the moment at which queues are configured.
+    /// Initialises the device up to the point at which queues are configured.
     fn negotiate(&mut self, features: u64) {
         self.set(register::STATUS, 0);
         self.set(register::STATUS, status::ACKNOWLEDGE);
@@ -194,7 +194,7 @@ impl Attacker {
         self.set(register::STATUS, UP);
     }
 
-    /// Brings the device up in good order, but for queue `index`, whose parts are `odd`.
+    /// Starts the device correctly, except that queue `index` has its parts at `odd`.
     fn up_with(&mut self, features: u64, queues: u32, index: u32, odd: [u64; 3]) {
         self.negotiate(features);
         for other in 0..queues {
@@ -207,7 +207,7 @@ impl Attacker {
         self.start();
     }
 
-    /// Brings the device up in good order, with its first `queues` queues.
+    /// Starts the device correctly, with its first `queues` queues.
     fn up(&mut self, features: u64, queues: u32) {
         self.up_with(features, queues, u32::MAX, [0; 3]);
         assert_eq!(self.transport.status(), UP);
@@ -231,24 +231,24 @@ impl Attacker {
         self.write(slot, &descriptor(place, flags, next));
     }
 
-    /// Makes `head` the one chain that is available, and kicks.
+    /// Makes `head` the only available chain, and kicks.
     fn offer(&mut self, queue: u32, head: u16) {
         self.offer_in(queue, parts(queue)[1], head);
     }
 
-    /// As [`Attacker::offer`], where the driver ring is elsewhere.
+    /// As [`Attacker::offer`], for a driver ring at `driver`.
     fn offer_in(&mut self, queue: u32, driver: u64, head: u16) {
         self.write(driver + 4, &head.to_le_bytes());
         self.write(driver + 2, &1u16.to_le_bytes());
         self.set(register::QUEUE_NOTIFY, queue);
     }
 
-    /// Chains that the device gave back.
+    /// Number of chains that the device has returned.
     fn used(&self, queue: u32) -> u16 {
         self.word(parts(queue)[2] + 2)
     }
 
-    /// Lets the device run as its event thread would. Returns how often it ran.
+    /// Runs the device until it is idle, as its event thread would. Returns how often it ran.
     fn run(&mut self) -> usize {
         for runs in 1..1000 {
             if self.transport.run() == Progress::Idle {
@@ -258,8 +258,8 @@ impl Attacker {
         panic!("the device always wants to go on");
     }
 
-    /// The branch with these words caught it, and the driver is told that only a reset helps. After
-    /// one, the device is as good as new.
+    /// Asserts that the fault's text contains `why` and that the driver is told that only a reset
+    /// helps; after a reset the device must serve again.
     #[track_caller]
     fn assert_refused(mut self, attack: &str, why: &str) {
         let fault = self.transport.last_fault().map(ToString::to_string);
@@ -275,7 +275,8 @@ impl Attacker {
         self.assert_serves(attack);
     }
 
-    /// The device took no offence: it is up, and no fault was counted.
+    /// Asserts that the device is active and has counted no fault, and that it serves after a
+    /// reset.
     #[track_caller]
     fn assert_unaffected(mut self, attack: &str) {
         assert_eq!(self.transport.faults(), 0, "{attack}");
@@ -283,14 +284,14 @@ impl Attacker {
         self.assert_serves(attack);
     }
 
-    /// After a reset, an honest chain in the last of the queues that it needs is given back; for a
-    /// socket device, one without an answer.
+    /// Asserts that, after a reset, an honest chain in a request queue is returned; for a socket
+    /// device, a packet without an answer.
     #[track_caller]
     fn assert_serves(&mut self, attack: &str) {
         let faults = self.transport.faults();
         self.up(F_VERSION_1, self.queues);
         let queue = match self.kind {
-            // A reset of no connection is not answered.
+            // A reset of a connection that does not exist is not answered.
             Kind::Vsock => {
                 let mut header = [0; 44];
                 header[0] = 3;
@@ -319,7 +320,7 @@ impl Attacker {
     }
 }
 
-/// A descriptor's bytes.
+/// Returns the bytes of a descriptor.
 fn descriptor((address, len): (u64, u32), flags: u16, next: u16) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&address.to_le_bytes());
@@ -329,8 +330,8 @@ fn descriptor((address, len): (u64, u32), flags: u16, next: u16) -> [u8; 16] {
     bytes
 }
 
-/// Runs what would hang for ever if the device did; a hung thread is left behind by the failing
-/// test.
+/// Runs `run` on a thread of its own, and panics if it takes longer than 60 s; the hung thread is
+/// then left behind.
 fn ends<T: Send + 'static>(attack: &str, run: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, is_done) = mpsc::channel();
     std::thread::spawn(move || done.send(run()));

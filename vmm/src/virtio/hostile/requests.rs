@@ -1,9 +1,8 @@
-//! Attacks on what is in a request: the balloon's statistics, an image's flushes, configuration
-//! space.
+//! Attacks by the content of requests: the balloon's statistics, pmem flushes, configuration space.
 
 use super::*;
 
-/// A balloon with statistics, which holds its driver's first buffer.
+/// A balloon that was started with its statistics queue, and the host's handle of it.
 fn with_statistics() -> (Attacker, Balloon) {
     let (mut attacker, balloon) = Attacker::balloon();
     attacker.up(F_VERSION_1 | F_STATS, 3);
@@ -41,7 +40,7 @@ async fn statistics_are_read_to_a_bound_wherever_they_lie() {
         ),
     ] {
         let (mut attacker, balloon) = with_statistics();
-        // 64 entries are looked at: free memory is in the last of them, the total behind it.
+        // The device reads 64 entries: free memory is in the last of them, the total in the next.
         let entry = |tag: u16, value: u64| [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat();
         let mut report = entry(999, 1).repeat(63);
         report.extend(entry(4, 7));
@@ -59,7 +58,7 @@ async fn statistics_are_read_to_a_bound_wherever_they_lie() {
             tokio::task::yield_now().await;
             attacker.run();
         }
-        // The second report of the same buffer answers.
+        // The second report, in the same buffer, is the answer.
         attacker.write(parts(2)[1], &[0, 0, 2, 0, 0, 0, 0, 0]);
         attacker.run();
         let stats = asked.await.unwrap().unwrap();
@@ -122,7 +121,7 @@ fn requests_of_an_image_that_are_none_need_a_reset_or_are_refused() {
     for (attack, chain, why) in attacks {
         let mut attacker = Attacker::new(Kind::Pmem);
         attacker.up(F_VERSION_1, 1);
-        // A flush, then a type that does not exist, then what the result replaces.
+        // A flush, then a type that does not exist, then the bytes that the result replaces.
         attacker.write(BUFFER, &[0, 0, 0, 0, 9, 0, 0, 0, 0x55, 0x55, 0x55, 0x55]);
         for (at, (place, flags)) in (0u16..).zip(*chain) {
             attacker.descriptor(0, at, *place, *flags, at + 1);
@@ -170,7 +169,7 @@ fn configuration_space_answers_at_every_offset_and_width_and_stays() {
                     data.iter().eq(known.take(width)),
                     "{name}: {width} at {offset:#x}"
                 );
-                // The one field that is the driver's: the balloon's `actual`.
+                // The one field that the driver may write: the balloon's `actual`.
                 if (name, offset, width) != ("balloon", register::CONFIG + 4, 4) {
                     attacker.transport.write(offset, &vec![0xa5; width]);
                 }
@@ -191,7 +190,7 @@ async fn a_balloon_that_lies_about_its_size_keeps_nobody_waiting() {
     assert_eq!(balloon.actual(), u32::MAX / 256);
     let missed = balloon.resize(8, Duration::from_secs(5)).await;
     assert!(missed.is_err(), "it never said 8");
-    // What it said becomes the target, and the guest is shown its own lie.
+    // The size that the guest reported becomes the target that it is shown.
     attacker.run();
     let mut target = [0; 4];
     attacker.transport.read(register::CONFIG, &mut target);

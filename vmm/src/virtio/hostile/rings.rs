@@ -1,18 +1,18 @@
-//! Attacks on the rings: where they lie, and what their indices and descriptors say.
+//! Attacks on the rings: their addresses, indices and descriptors.
 
 use super::*;
 
-/// The queue that each device takes requests from.
+/// Returns the index of the queue on which the device takes requests.
 fn requests(attacker: &Attacker) -> u32 {
     u32::from(attacker.kind == Kind::Vsock)
 }
 
-/// A chain at 0 with which the device finds no fault.
+/// Writes a chain with head 0 in which the device finds no fault.
 fn honest(attacker: &Attacker, queue: u32) {
     match attacker.kind {
         Kind::Vsock => {
             let mut header = [0; 44];
-            header[0] = 77; // From another guest: nobody to answer.
+            header[0] = 77; // From another guest's CID: not answered.
             attacker.write(BUFFER, &header);
             attacker.descriptor(queue, 0, (BUFFER, 44), 0, 0);
         }
@@ -24,9 +24,9 @@ fn honest(attacker: &Attacker, queue: u32) {
     }
 }
 
-/// The device's switch for notifications is the driver's index: each look at the ring changes what
-/// the next one sees. Held up the event thread for ever before
-/// [`Fault::Gone`](crate::virtio::Fault::Gone).
+/// The device ring's flags, which switch notifications, overlap the driver ring's index: each look
+/// of the device at the ring changes what the next look sees. This blocked the event thread for
+/// ever before [`Fault::Gone`](crate::virtio::Fault::Gone).
 #[test]
 fn a_notification_switch_laid_over_the_index_does_not_make_the_device_spin() {
     for kind in [Kind::Vsock, Kind::Balloon, Kind::Pmem] {
@@ -44,7 +44,7 @@ fn a_notification_switch_laid_over_the_index_does_not_make_the_device_spin() {
     }
 }
 
-/// The same in the queue of packets to the guest, which is looked at only when there is one.
+/// The same in the receive queue, which the device looks at only when there is a packet to send.
 #[test]
 fn a_notification_switch_laid_over_the_index_of_the_receive_queue_does_not_either() {
     ends("notification switch over RX's index", || {
@@ -53,7 +53,7 @@ fn a_notification_switch_laid_over_the_index_of_the_receive_queue_does_not_eithe
         attacker.up_with(F_VERSION_1, 3, 0, [desc, driver + 2, driver + 4]);
         attacker.write(desc, &descriptor((BUFFER + 0x1000, 0x1000), WRITE, 0));
         attacker.offer_in(0, driver + 2, 0);
-        // Two packets to nobody: two resets for one buffer.
+        // Two packets for a connection that does not exist: two resets, but one buffer.
         let mut header = [0; 44];
         (header[0], header[8], header[28], header[30]) = (3, 2, 1, 5);
         attacker.write(BUFFER, &header);
@@ -117,7 +117,7 @@ fn indices_that_jump_need_a_reset() {
     }
 }
 
-/// Address 0 is memory like any other, but no place for a ring in what we build on.
+/// Address 0 is ordinary memory, but `virtio_queue` refuses a driver ring there.
 #[test]
 fn a_driver_ring_at_address_zero_needs_a_reset() {
     for (name, mut attacker) in Attacker::each() {
@@ -137,7 +137,7 @@ fn chains_that_lead_nowhere_need_a_reset() {
     let (outside, index) = ("outside guest memory", "descriptor index");
     let end = (RAM - 2, 44);
     type Chain<'a> = &'a [((u64, u32), u16, u16)];
-    // What the socket device says, the balloon, the image; nothing where it takes the chain.
+    // Expected faults of vsock, balloon and pmem; empty where the device takes the chain.
     let attacks: &[(&str, u16, Chain<'_>, [&str; 3])] = &[
         ("a head beyond the table", SIZE, &[], [index; 3]),
         ("the last head there is", u16::MAX, &[], [index; 3]),
@@ -229,8 +229,8 @@ fn chains_that_lead_nowhere_need_a_reset() {
     }
 }
 
-/// The queue's own code writes a line at error level for each head outside its table: a guest could
-/// fill the log of the program that it runs in. Every attacker of this suite is held to [`log`].
+/// `virtio_queue` logs an error for each head outside its table: a guest could fill the log of the
+/// embedding program. Every attacker of this suite checks the log (see [`log`]).
 #[test]
 fn a_flood_of_heads_outside_the_table_leaves_the_log_alone() {
     for (_, mut attacker) in Attacker::each() {
@@ -243,14 +243,14 @@ fn a_flood_of_heads_outside_the_table_leaves_the_log_alone() {
         assert_eq!(attacker.transport.faults(), 2000);
         assert_eq!(log::lines(), 0);
     }
-    // What is counted would be seen.
+    // Checks that both kinds of log line are counted.
     ::log::error!("a line");
     tracing::warn!("another");
     assert_eq!(log::take(), 2);
 }
 
-/// Tables of 65535 descriptors, which no device offers to take, cost no more than a direct chain:
-/// what matters in one is seen where a direct chain could have it, and not behind.
+/// Indirect tables of 65535 descriptors, which no device offers to take, cost no more than a direct
+/// chain: the device reads no more entries than a direct chain can have.
 #[test]
 fn a_huge_indirect_table_is_not_walked() {
     let table = MIB;

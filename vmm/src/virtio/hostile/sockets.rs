@@ -1,4 +1,4 @@
-//! Attacks on the socket device by packets that lie; those on single connections are in
+//! Attacks on the socket device by packets with false content; those on single connections are in
 //! `vsock/tests/hostile.rs`.
 
 use std::io;
@@ -12,11 +12,11 @@ use crate::virtio::vsock::VsockStream;
 use crate::virtio::vsock::packet::{Header, Op};
 use crate::virtio::vsock::testing::{Guest, RX, Setup, Socket, TX};
 
-/// Where these tests put a packet of their own, beyond what [`Guest`] uses.
+/// Address of the tests' own packets, beyond the memory that [`Guest`] uses.
 const PACKET: u64 = 0x3f_0000;
 const PORT: u32 = 5;
 
-/// A connection that the guest opened.
+/// Returns a connection that the guest opened.
 async fn accepted(guest: &mut Guest, port: u32) -> (VsockStream, Socket) {
     let mut listener = guest.host.listen(PORT).unwrap();
     let mut socket = guest.socket(port, PORT, 65536);
@@ -26,8 +26,8 @@ async fn accepted(guest: &mut Guest, port: u32) -> (VsockStream, Socket) {
     (listener.accept().await.unwrap(), socket)
 }
 
-/// A header that another vCPU changes while the device reads it: the device copies it once, so that
-/// it is one or the other, never a length that was checked and then grew.
+/// Another vCPU changes a header while the device reads it: the device copies the header once, so
+/// that it sees one value or the other, never a length that grew after it was checked.
 #[tokio::test]
 async fn a_header_changed_while_it_is_read_is_one_or_the_other() {
     let mut guest = Guest::new(Setup::default());
@@ -51,8 +51,8 @@ async fn a_header_changed_while_it_is_read_is_one_or_the_other() {
             .write_slice(&bytes, GuestAddress(PACKET))
             .unwrap();
         guest.rings[TX].write_desc(&guest.ram, 127, PACKET, 54, 0, 0);
-        // Until the other one is seen at work, else the first look is always at what was just
-        // written.
+        // Waits until the other thread has changed it; otherwise the device would always read the
+        // value written above.
         let seen = || {
             guest
                 .ram
@@ -89,8 +89,8 @@ async fn a_header_changed_while_it_is_read_is_one_or_the_other() {
     assert_eq!(guest.connections(), 0);
 }
 
-/// More consumed than was sent, and a buffer that is none: the guest stalls its own connection,
-/// which asks for credit once, not at every lie.
+/// More consumed than was sent, or no buffer at all: the guest stalls its own connection, which
+/// asks for credit once, not at every false update.
 #[tokio::test]
 async fn credit_that_cannot_be_stalls_its_own_connection() {
     for (attack, window, ahead) in [
@@ -113,7 +113,7 @@ async fn credit_that_cannot_be_stalls_its_own_connection() {
             guest.send(lie, &[]);
             guest.expect_nothing();
         }
-        // The truth sets it free.
+        // A correct update resumes the connection.
         guest.send(socket.header(Op::CreditUpdate), &[]);
         let (_, data) = guest.expect(Op::Data);
         assert_eq!(data, b"hello", "{attack}");
@@ -134,7 +134,7 @@ async fn a_flood_of_credit_requests_has_one_answer_at_a_time() {
         guest.pump();
         answers += guest.inbox.drain(..).count();
     }
-    // As many as there was room for; the guest's sending went on, and no answer was piled up.
+    // One answer for each free buffer, then one pending; the guest could go on sending.
     assert_eq!(answers, 3);
     for at in 0..4 {
         guest.post_rx(at);
@@ -169,7 +169,7 @@ async fn a_reset_in_the_middle_of_a_transfer_ends_its_streams_and_no_more() {
     });
     guest.refill = false;
     let (mut stream, mut socket) = accepted(&mut guest, 1).await;
-    // Both ways: more than there are buffers for, and half of what was announced.
+    // Both directions: to the guest more than it has buffers for, from the guest 1000 bytes.
     stream.write_all(&[5; 60_000]).await.unwrap();
     let data = socket.data(1000);
     guest.send(data, &[6; 1000]);
@@ -177,7 +177,7 @@ async fn a_reset_in_the_middle_of_a_transfer_ends_its_streams_and_no_more() {
     guest.reset();
     let error = stream.write_all(&[5; 300_000]).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-    // What had come stays readable; then the end.
+    // Received data stays readable; then comes the error.
     let mut bytes = Vec::new();
     let error = stream.read_to_end(&mut bytes).await.unwrap_err();
     assert_eq!(
@@ -191,14 +191,14 @@ async fn a_reset_in_the_middle_of_a_transfer_ends_its_streams_and_no_more() {
     accepted(&mut guest, 1).await;
 }
 
-/// The packet is written where the guest said, and the guest's index is lost.
+/// The packet is written where the guest said, over the guest's own index.
 #[tokio::test]
 async fn a_packet_delivered_over_the_ring_needs_a_reset() {
     let mut guest = Guest::new(Setup {
         rx_buffers: 0,
         ..Setup::default()
     });
-    // Where `Ring` has the driver ring of queue 0.
+    // The driver ring of queue 0 in `Ring`.
     let driver = 0x5000;
     guest.rings[RX].write_desc(&guest.ram, 0, driver, 4096, 2, 0);
     guest.push(RX, 0);

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// Each ends with the words of the branch that must catch it.
+/// Each attack is listed with part of the text of the fault that must catch it.
 #[test]
 fn registers_written_as_no_driver_may_need_a_reset() {
     type Attack = fn(&mut Attacker);
@@ -138,8 +138,8 @@ fn queues_that_cannot_be_are_refused_at_the_start() {
     }
 }
 
-/// Features beyond those that exist are not stored: else FEATURES_OK would be refused below, as it
-/// is for ones within.
+/// Feature bits beyond 63 are not stored: otherwise FEATURES_OK would be refused below, as it is
+/// for unknown bits below 64.
 #[test]
 fn a_feature_selector_out_of_range_selects_nothing() {
     for (name, mut attacker) in Attacker::each() {
@@ -252,7 +252,7 @@ fn interrupts_that_were_never_raised_can_be_acknowledged() {
     }
 }
 
-/// What a template's file can say; see the snapshot's fuzz target.
+/// A template's file can contain such registers; see also the snapshot's fuzz target.
 #[test]
 fn saved_registers_that_no_device_has_are_refused() {
     for (name, mut attacker) in Attacker::each() {
@@ -261,7 +261,7 @@ fn saved_registers_that_no_device_has_are_refused() {
         attacker.replace_memory(RAM);
         attacker.transport.restore(&saved).unwrap();
         assert!(attacker.transport.active(), "{name}");
-        // In memory that is half as long, the descriptors lie outside.
+        // In memory of half the size, the descriptors lie outside.
         let far = [RAM - 0x1000, parts(0)[1], parts(0)[2]];
         attacker.up_with(F_VERSION_1, attacker.queues, 0, far);
         let saved = attacker.transport.save();

@@ -1,4 +1,5 @@
-//! An image file as guest memory: mapped once, shared and read-only, for all VMs that are given it.
+//! A pmem image: an image file as guest memory, mapped once, shared and read-only, for all VMs that
+//! use it.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -11,17 +12,17 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 
 use crate::memory::{GAP_END, MIB, ranges};
 
-/// Image sizes are multiples of this: the smallest piece of persistent memory that Linux can plug
-/// in (`SUBSECTION_SIZE`, include/linux/mmzone.h).
+/// Image sizes are multiples of this: the smallest unit of persistent memory that Linux can
+/// hot-plug (`SUBSECTION_SIZE`, include/linux/mmzone.h).
 pub const GRANULE: u64 = 2 * MIB;
-/// Images begin at multiples of this: a memory section of Linux on x86-64 (`SECTION_SIZE_BITS`,
+/// Images start at multiples of this: a memory section of Linux on x86-64 (`SECTION_SIZE_BITS`,
 /// arch/x86/include/asm/sparsemem.h), so that no two images, and no image and RAM, share one.
 const SECTION: u64 = 128 * MIB;
 
-/// Why an image file cannot be given to a guest.
+/// Reasons why an image file cannot be given to a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum PmemError {
-    /// It could not be opened.
+    /// The file could not be opened.
     #[error("image {path} could not be opened; check that it exists and is readable")]
     Open {
         /// The file.
@@ -29,20 +30,20 @@ pub enum PmemError {
         /// The host's error.
         source: std::io::Error,
     },
-    /// It is a directory, a device, or a pipe.
+    /// The path is a directory, a device, or a pipe.
     #[error("image {0} is not a regular file")]
     NotAFile(PathBuf),
-    /// Its size is zero or not a multiple of 2 MiB.
+    /// The file's size is zero or not a multiple of 2 MiB.
     #[error(
         "image {path} has {bytes} bytes; it must be a multiple of 2 MiB: `truncate -s %2M {path}` fills it up"
     )]
     Size {
         /// The file.
         path: PathBuf,
-        /// Its bytes.
+        /// Its size in bytes.
         bytes: u64,
     },
-    /// The host could not map it.
+    /// The host could not map the file.
     #[error("the host could not map image {path}; check ulimit -v and vm.max_map_count")]
     Map {
         /// The file.
@@ -60,7 +61,7 @@ pub enum PmemError {
     },
 }
 
-/// An image that is mapped. Cheap to clone; unmapped with the last clone.
+/// A mapped image. Cheap to clone; unmapped when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub(crate) struct PmemImage(Arc<Mapping>);
 
@@ -77,7 +78,7 @@ impl PmemImage {
             path: path.to_owned(),
             source,
         };
-        // A pipe without a writer must not block.
+        // Opening a pipe without a writer must not block.
         let file = File::options()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
@@ -107,13 +108,13 @@ impl PmemImage {
         Ok(Self(Arc::new(Mapping { region, bytes })))
     }
 
-    /// Bytes of the image.
+    /// Size in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.0.bytes
     }
 
-    /// SHA-256 of the file's content. Reads it through its descriptor: a file that was cut short is
-    /// an error there, not the end of this process.
+    /// SHA-256 of the file's content. Reads the file, not the mapping: a file that was truncated is
+    /// then an error, and does not end this process.
     pub(crate) fn digest(&self) -> std::io::Result<[u8; 32]> {
         let file = self.0.region.file_offset();
         let file = file.ok_or(std::io::ErrorKind::NotFound)?.file();
@@ -131,19 +132,19 @@ impl PmemImage {
         Ok(content.finalize().into())
     }
 
-    /// Where the host's mapping begins.
+    /// Host address of the mapping.
     pub(crate) fn host_address(&self) -> u64 {
         self.0.region.as_ptr() as u64
     }
 
-    /// Whether two handles are of one mapping.
+    /// Whether two handles share one mapping.
     #[cfg(test)]
     fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 }
 
-/// An image file that a configuration names, and the image once it was mapped. Clones share it.
+/// An image file that a configuration names, and its mapping once there is one. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct PmemFile {
     path: PathBuf,
@@ -158,7 +159,7 @@ impl PmemFile {
         }
     }
 
-    /// The image; opens the file at the first call. A failure is not remembered.
+    /// Returns the image; the first call maps the file. A failure is not cached.
     pub(crate) fn image(&self) -> Result<PmemImage, PmemError> {
         let mut slot = self.image.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(image) = &*slot {
@@ -170,8 +171,8 @@ impl PmemFile {
     }
 }
 
-/// Guest addresses of images of these sizes: above 4 GiB and all of `memory` bytes of RAM, in
-/// order.
+/// Returns the guest addresses of images of these sizes, in order: above 4 GiB and above all of
+/// `memory` bytes of RAM.
 pub(crate) fn place(memory: u64, sizes: &[u64], bits: u32) -> Result<Vec<u64>, PmemError> {
     let ram_end = ranges(memory)
         .iter()

@@ -1,12 +1,13 @@
 //! Persistent memory (virtio 1.2 section 5.19): a read-only image file in the guest's address
 //! space.
 //!
-//! The guest reads the file's pages in place, through a KVM memory slot that it cannot write:
-//! a write leaves the guest as an access to a device that is not there and is ignored, as a write
-//! to ROM is. Nothing is ever dirty, so a flush request is answered at once.
+//! The guest reads the file's pages in place, through a read-only KVM memory slot. A write by the
+//! guest exits as an access to a device that does not exist, and is ignored, like a write to ROM.
+//! Nothing is ever dirty, so a flush request is answered at once.
 //!
-//! Whoever may write to the file on the host can change what running guests see. A file that is cut
-//! short while a guest runs ends that guest when it touches what is gone, and nothing else.
+//! A process on the host that can write to the file can change what running guests read. If the
+//! file is truncated while a guest runs, the guest ends when it touches the missing part; nothing
+//! else is affected.
 
 mod image;
 
@@ -22,7 +23,7 @@ use super::{
 };
 use crate::memory::GuestRam;
 
-/// Most images of one VM: each takes an interrupt line of the guest's.
+/// Most images of one VM: each takes an interrupt line of the guest.
 pub const MAX_IMAGES: usize = 8;
 /// Device id (virtio 1.2 section 5.19.1).
 const DEVICE_TYPE: u32 = 27;
@@ -31,7 +32,7 @@ const QUEUE_SIZE: u16 = 64;
 const REQUEST_BYTES: u64 = 8;
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH (section 5.19.6).
 const FLUSH: u32 = 0;
-/// What a request is answered with (section 5.19.7): success, and failure.
+/// Results of a request (section 5.19.7): success and failure.
 const DONE: u32 = 0;
 const REFUSED: u32 = u32::MAX;
 
@@ -41,27 +42,27 @@ struct Active {
     requests: Queue,
 }
 
-/// The device.
+/// The pmem device.
 pub(crate) struct PmemDevice {
     image: PmemImage,
     address: u64,
     active: Option<Active>,
 }
 
-/// What a snapshot keeps of an image: where it lies and, inside this process, its mapping.
+/// The saved state of a pmem device: its guest address and, inside this process, its mapping.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct PmemState {
     /// Guest address.
     pub(crate) address: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub(crate) bytes: u64,
-    /// `None` in a state that came from elsewhere: a path in it would let its maker read files.
+    /// `None` in a state from outside this process: a path in it would let its author read files.
     #[serde(skip)]
     pub(crate) image: Option<PmemImage>,
 }
 
 impl PmemDevice {
-    /// Shows `image` at guest address `address`.
+    /// Creates a device that shows `image` at guest address `address`.
     pub(crate) fn new(image: PmemImage, address: u64) -> Self {
         Self {
             image,
@@ -142,7 +143,8 @@ impl VirtioDevice for PmemDevice {
     }
 }
 
-/// A request is a type to read and a result to write, of 4 bytes each (sections 5.19.6 and 5.19.7).
+/// Answers a request: a type to read and a result to write, of 4 bytes each (sections 5.19.6 and
+/// 5.19.7).
 fn answer(ram: &GuestRam, chain: Chain<'_>) -> Result<u32, Fault> {
     let short = Fault::Request("a pmem request without its 4 bytes each way");
     let mut kind = None;

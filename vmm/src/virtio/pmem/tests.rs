@@ -1,4 +1,4 @@
-//! Persistent memory against a driver that is played here.
+//! Persistent memory against a scripted driver.
 
 use vm_memory::GuestAddress;
 
@@ -45,7 +45,7 @@ impl Driver {
             .unwrap();
     }
 
-    /// Makes the two-descriptor request available that Linux sends.
+    /// Makes a request of two descriptors available, as Linux sends it.
     fn ask(&mut self, kind: u32) {
         let map = self.ram.map();
         map.write_obj(kind, GuestAddress(REQUEST)).unwrap();

@@ -1,19 +1,19 @@
-//! Bytes in flight in one direction of a connection.
+//! The bytes in flight in one direction of a connection.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
 
-/// Least bytes in one piece of a buffer, so that small writes share one.
+/// Smallest size of a piece of a buffer, so that small writes share one.
 const PIECE_MIN: usize = 1024;
-/// Most bytes in one piece, so that the allocator has no reason to map and unmap each of them.
+/// Largest size of a piece, so that the allocator has no reason to map and unmap each of them.
 const PIECE_MAX: usize = 64 * 1024;
 
-/// A first-in, first-out byte queue whose memory follows its contents: an empty one holds none.
-/// Its owner bounds its length.
+/// A first-in, first-out byte queue that takes memory only for its contents: none when empty. Its
+/// owner bounds its length.
 #[derive(Debug, Default)]
 pub(super) struct Buffer {
     pieces: VecDeque<Vec<u8>>,
-    /// Bytes of the first piece that are gone already; always fewer than it has.
+    /// Bytes already consumed from the first piece; always fewer than its length.
     consumed: usize,
     len: usize,
 }
@@ -30,7 +30,8 @@ impl Buffer {
     /// Appends exactly `len` bytes from `source`.
     ///
     /// # Errors
-    /// The source's. The buffer then holds what was read in full pieces before, no more.
+    /// The error of `source`. Of the bytes read here, the buffer then holds only the full pieces
+    /// before the failed one.
     pub(super) fn fill(&mut self, source: &mut impl Read, mut len: usize) -> io::Result<()> {
         while len > 0 {
             let mut piece = match self.pieces.pop_back() {
@@ -61,7 +62,7 @@ impl Buffer {
         Ok(())
     }
 
-    /// The oldest bytes that lie together in memory; empty only if the buffer is.
+    /// The oldest bytes that are contiguous in memory; empty only if the buffer is.
     pub(super) fn front(&self) -> &[u8] {
         self.pieces
             .front()
@@ -69,7 +70,7 @@ impl Buffer {
             .unwrap_or_default()
     }
 
-    /// Forgets the `n` oldest bytes, at most all of [`Buffer::front`].
+    /// Removes the `n` oldest bytes, at most all of [`Buffer::front`].
     pub(super) fn consume(&mut self, n: usize) {
         let front = self.front().len();
         let n = n.min(front);
@@ -85,7 +86,7 @@ impl Buffer {
         }
     }
 
-    /// Forgets everything; returns how many bytes that were.
+    /// Removes all bytes; returns how many there were.
     pub(super) fn clear(&mut self) -> usize {
         std::mem::take(self).len
     }

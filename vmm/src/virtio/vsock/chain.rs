@@ -1,4 +1,4 @@
-//! A packet's place in guest memory: any number of descriptors, bounded and checked once.
+//! The guest memory of one packet: any number of descriptors, bounded and checked once.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -9,17 +9,17 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 use super::packet::{HEADER_BYTES, MAX_PAYLOAD};
 use crate::virtio::Fault;
 
-/// Most descriptors that are looked at for one packet: as many as the longest queue has. Indirect
-/// tables, which the device does not offer but a guest can make, are held to it as well.
+/// Most descriptors that the device reads for one packet: the size of the longest queue. The limit
+/// also holds for indirect tables, which the device does not offer but a guest can build.
 const MAX_DESCRIPTORS: usize = 128;
-/// No packet has more bytes; what a chain has beyond is not looked at.
+/// Size of the largest packet; bytes of a chain beyond it are ignored.
 const MAX_BYTES: usize = HEADER_BYTES + MAX_PAYLOAD as usize;
 
 /// The bytes of a descriptor chain that a packet is read from or written to.
 #[derive(Debug)]
 pub(super) struct Chain<'a> {
     pieces: VecDeque<VolatileSlice<'a>>,
-    /// Bytes ahead.
+    /// Bytes that can still be read or written.
     left: usize,
     /// Bytes read or written so far.
     moved: u32,
@@ -29,7 +29,7 @@ impl<'a> Chain<'a> {
     /// The part of `chain` that the device may read.
     ///
     /// # Errors
-    /// A descriptor that is not wholly inside one region of guest memory.
+    /// A [`Fault`] if a descriptor is not wholly inside one region of guest memory.
     pub(super) fn readable(
         ram: &'a GuestMemoryMmap,
         chain: DescriptorChain<&'a GuestMemoryMmap>,
@@ -60,7 +60,7 @@ impl<'a> Chain<'a> {
                 continue;
             }
             let len = usize::try_from(desc.len()).unwrap_or(usize::MAX);
-            // The whole range is checked, also what is not used of it.
+            // The whole range is checked, including the part that is not used.
             let piece = ram.get_slice(desc.addr(), len)?;
             let piece = piece
                 .subslice(0, len.min(MAX_BYTES - left))
@@ -88,7 +88,7 @@ impl<'a> Chain<'a> {
         self.moved
     }
 
-    /// Lets `copy` move bytes from or to the next piece; it says how many.
+    /// Moves bytes from or to the next piece with `copy`, which returns how many it moved.
     fn advance(&mut self, copy: impl FnOnce(&VolatileSlice<'a>) -> usize) -> usize {
         while self.pieces.pop_front_if(|piece| piece.is_empty()).is_some() {}
         let Some(piece) = self.pieces.front_mut() else {
@@ -100,7 +100,7 @@ impl<'a> Chain<'a> {
             Err(_) => drop(self.pieces.pop_front()),
         }
         self.left -= n;
-        // At most MAX_BYTES in all.
+        // At most MAX_BYTES in total.
         self.moved = self
             .moved
             .saturating_add(u32::try_from(n).unwrap_or(u32::MAX));

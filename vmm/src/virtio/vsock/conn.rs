@@ -1,19 +1,19 @@
-//! One connection as a state machine. It knows neither queues nor locks' neighbours: the muxer
-//! feeds it the guest's packets and asks it for the next one to send, a [`super::VsockStream`]
-//! reads, writes and closes.
+//! One connection as a state machine, which uses no virtqueue and takes no lock of other objects:
+//! the muxer gives it the guest's packets and asks it for the next one to send, a
+//! [`super::VsockStream`] reads, writes and closes.
 //!
 //! ```text
-//!  connect() ──► Connecting ──RESPONSE──► Open ──dropped and flushed──► Closing
-//!                    │                    ▲  │                             │
-//!                    │       REQUEST,     │  │ RST, SHUTDOWN of both,      │ RST, SHUTDOWN
-//!     RST, cancelled │       listener ────┘  │ violation, 8 s              │ of both, 8 s
-//!                    ▼                       ▼                             ▼
-//!                  Ended ◄───────────────────┴─────────────────────────────┘
+//!  connect() ──► Connecting ──RESPONSE──► Established ──dropped and flushed──► Closing
+//!                    │                      ▲   │                                  │
+//!                    │       REQUEST,       │   │ RST, SHUTDOWN of both,           │ RST, SHUTDOWN
+//!     RST, cancelled │       listener ──────┘   │ violation, 8 s                   │ of both, 8 s
+//!                    ▼                          ▼                                  ▼
+//!                  Ended ◄──────────────────────┴──────────────────────────────────┘
 //! ```
 //!
-//! `Established` covers both half-closes: what each side has closed only accumulates. `Ended` keeps
-//! what the reader has not read yet and whether the guest is still owed a reset; the muxer forgets
-//! the connection once it is not.
+//! `Established` covers both half-closes: the set of directions that each side has closed only
+//! grows. `Ended` keeps the bytes that the host has not read yet, and whether a reset to the guest
+//! is pending; once none is, the muxer forgets the connection.
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, Weak};
@@ -32,27 +32,27 @@ use super::shared::Hub;
 use super::state::{CreditState, RestoreOutcome};
 use crate::wake::{self, Awaited};
 
-/// How long a connection that its host side dropped may make no progress before the guest gets a
-/// reset: Linux's `VSOCK_CLOSE_TIMEOUT`.
+/// How long a connection dropped by the host may make no progress before the guest gets a reset:
+/// Linux's `VSOCK_CLOSE_TIMEOUT`.
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// The two ports that name a connection.
+/// The two ports that identify a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Key {
     pub(super) host: u32,
     pub(super) guest: u32,
 }
 
-/// Why a connection is over.
+/// Why a connection has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CloseReason {
-    /// The guest closed both directions, in good order.
+    /// The guest closed both directions with shutdowns.
     Finished,
-    /// The guest reset it or broke the protocol.
+    /// The guest reset it or broke the protocol, or its driver was reset.
     Reset,
-    /// The guest has no listener on that port.
+    /// The guest reset it before it was established: it has no listener on that port, for example.
     Refused,
-    /// The host side gave it up.
+    /// The host dropped its end.
     Dropped,
     /// The VM has ended.
     VmEnded,
@@ -81,7 +81,7 @@ enum State {
     },
     Established(Established),
     Closing {
-        /// What the guest closed.
+        /// Directions that the guest closed.
         guest: ShutdownFlags,
     },
     Ended {
@@ -91,25 +91,25 @@ enum State {
     },
 }
 
-/// The machine: a state and who waits for it to change.
+/// The state of a connection, and the wakers of the tasks that wait for it to change.
 #[derive(Debug)]
 pub(super) struct ConnectionState {
     state: State,
     window: u32,
     reader: Option<Waker>,
-    /// Also who waits for the connection to be established.
+    /// Also the task that waits for the connection to be established.
     writer: Option<Waker>,
-    /// Who waits for the guest to take no more.
+    /// The task that waits until the guest receives no more.
     refused: Option<Waker>,
-    /// In the queue of those whose waiters are woken.
+    /// Is in the queue of the waking thread (see [`wake`]).
     posted: bool,
-    /// In the muxer's queue of turns, or on the way there.
+    /// Is in the muxer's queue of turns, or on the way there through the inbox.
     pub(super) scheduled: bool,
     /// Survives a save and restore when nothing is in flight.
     pub(super) durable: bool,
-    /// When a dropped connection that makes no progress ends.
+    /// When a dropped connection ends if it makes no progress.
     pub(super) deadline: Option<Instant>,
-    /// Kept until it is over and the host's end is gone.
+    /// Kept until the connection is over and the host's end is dropped.
     pub(super) place: Option<Place>,
     host_gone: bool,
 }
@@ -152,7 +152,7 @@ impl ConnectionState {
         connection
     }
 
-    /// A connection that did not survive a restore: the guest is owed a reset.
+    /// A connection that did not survive a restore: a reset to the guest is pending.
     pub(super) fn lost() -> Self {
         let mut connection = Self::connecting(0);
         connection.host_gone = true;
@@ -181,7 +181,7 @@ impl ConnectionState {
         matches!(self.state, State::Connecting { sent: false })
     }
 
-    /// What becomes of the guest's end in a VM restored from now.
+    /// The outcome for the guest's end in a VM restored from a snapshot taken now.
     pub(super) fn outcome(&self) -> RestoreOutcome {
         match &self.state {
             State::Established(established) if established.answer != Answer::Given => {
@@ -198,8 +198,8 @@ impl ConnectionState {
         }
     }
 
-    /// Ends the connection; what the guest sent before stays readable. No change if it is over. One
-    /// that was never established is refused, not reset.
+    /// Ends the connection; bytes that the guest sent before stay readable. Does nothing if it has
+    /// ended already. A reset of a connection that was never established counts as a refusal.
     pub(super) fn end(&mut self, mut why: CloseReason, reset_pending: bool) {
         if why == CloseReason::Reset && matches!(self.state, State::Connecting { .. }) {
             why = CloseReason::Refused;
@@ -219,14 +219,15 @@ impl ConnectionState {
         };
     }
 
-    /// The guest must not hear of this connection again (its driver was reset).
+    /// Cancels a pending reset: the guest's driver was reset and must get no packet of this
+    /// connection.
     pub(super) fn forgive(&mut self) {
         if let State::Ended { reset_pending, .. } = &mut self.state {
             *reset_pending = false;
         }
     }
 
-    /// Ends a dropped connection whose time is up.
+    /// Ends a dropped connection whose deadline has passed.
     pub(super) fn expire(&mut self, now: Instant) {
         if self.deadline.is_some_and(|at| at <= now) {
             self.end(CloseReason::Dropped, true);
@@ -235,8 +236,8 @@ impl ConnectionState {
 
     // The guest's side.
 
-    /// Takes a packet from the guest. `op` is `None` where the header is not one that section 5.10
-    /// allows; `payload` holds the header's `len` bytes.
+    /// Takes a packet from the guest. `op` is `None` if section 5.10 does not allow the header or
+    /// the payload is incomplete; else `payload` holds the header's `len` bytes.
     ///
     /// # Errors
     /// When `payload` cannot be read; the device is faulty then.
@@ -264,7 +265,7 @@ impl ConnectionState {
             (State::Established(established), Some(op)) => {
                 match established.receive(op, header, payload)? {
                     Verdict::Continues => {}
-                    // The guest waits for this reset before it lets go of the port.
+                    // The guest waits for this reset before it releases the port.
                     Verdict::Finished => self.end(CloseReason::Finished, true),
                     Verdict::Violated => self.end(CloseReason::Reset, true),
                 }
@@ -286,13 +287,13 @@ impl ConnectionState {
         }
     }
 
-    /// Whether the guest is owed a packet now.
+    /// Whether a packet to the guest is pending.
     pub(super) fn owes(&self) -> bool {
         self.pending_tx(MAX_PAYLOAD).is_some()
     }
 
-    /// Writes the next packet that the guest is owed: `header` has the addresses, `room` is how
-    /// much payload fits. Returns the payload's length, or `None` if nothing is owed.
+    /// Writes the next pending packet to the guest: `header` has the addresses, `room` is how much
+    /// payload fits. Returns the payload's length, or `None` if no packet is pending.
     ///
     /// # Errors
     /// When `out` is too short or fails; the device is faulty then.
@@ -339,12 +340,12 @@ impl ConnectionState {
 
     // The host's side.
 
-    /// Resolves when the guest answered the request.
+    /// Resolves when the guest has answered the request.
     pub(super) fn poll_connected(&self) -> Poll<Result<(), CloseReason>> {
         match &self.state {
             State::Connecting { .. } => Poll::Pending,
             State::Established(_) | State::Closing { .. } => Poll::Ready(Ok(())),
-            // Established and over before anyone looked.
+            // Established, and ended before this poll.
             State::Ended {
                 why: CloseReason::Finished | CloseReason::Reset,
                 ..
@@ -398,7 +399,7 @@ impl ConnectionState {
         }
     }
 
-    /// Whether nothing that the host side writes can reach the guest any more.
+    /// Whether the guest receives no more data from the host.
     fn is_refused(&self) -> bool {
         match &self.state {
             State::Connecting { .. } => false,
@@ -407,7 +408,7 @@ impl ConnectionState {
         }
     }
 
-    /// Resolves once the guest takes no more.
+    /// Resolves once the guest receives no more.
     pub(super) fn poll_refused(&self) -> Poll<()> {
         match self.is_refused() {
             true => Poll::Ready(()),
@@ -415,7 +416,7 @@ impl ConnectionState {
         }
     }
 
-    /// The host side takes the connection that the guest asked for.
+    /// Accepts the connection that the guest requested.
     pub(super) fn accept(&mut self) {
         if let State::Established(established) = &mut self.state
             && established.answer == Answer::Undecided
@@ -424,18 +425,18 @@ impl ConnectionState {
         }
     }
 
-    /// The host side sends no more; what it wrote before is still delivered.
+    /// Closes the host's sending direction; data written before is still delivered.
     pub(super) fn shut_send(&mut self) {
         if let State::Established(established) = &mut self.state {
             established.host.send = true;
         }
     }
 
-    /// The host side takes no more.
+    /// Closes the host's receiving direction and discards unread data.
     pub(super) fn shut_receive(&mut self) {
         match &mut self.state {
             State::Established(established) => {
-                // A guest that sends no more has nothing to learn from it.
+                // A guest that has closed its sending direction needs no shutdown of this one.
                 established.host.receive |= !established.guest.send;
                 let unread = established.rx.clear();
                 established.inbound.consume(unread);
@@ -447,8 +448,8 @@ impl ConnectionState {
         }
     }
 
-    /// The host side is gone; what it wrote before is still delivered, if the guest takes it.
-    /// Returns whether the muxer has to know: not when the connection was over before.
+    /// Closes the host's end; data written before is still delivered, if the guest takes it.
+    /// Returns whether the muxer must be notified: not if the connection had ended before.
     pub(super) fn hang_up(&mut self, now: Instant) -> bool {
         self.host_gone = true;
         self.shut_receive();
@@ -470,7 +471,8 @@ impl ConnectionState {
         true
     }
 
-    /// Marks it as scheduled, if it owes the guest a packet and was not scheduled before.
+    /// Marks the connection as scheduled if a packet is pending and it was not scheduled before;
+    /// returns whether it did.
     fn needs_turn(&mut self) -> bool {
         let needs_turn = !self.scheduled && self.owes();
         self.scheduled |= needs_turn;
@@ -487,7 +489,8 @@ impl ConnectionState {
         }
     }
 
-    /// A writer that waits is woken when a good part of the buffer is free, not for every packet.
+    /// Whether to wake a waiting writer: once a quarter of the buffer is free, not for every
+    /// packet.
     fn writable(&self) -> bool {
         match &self.state {
             State::Established(established) => {
@@ -501,21 +504,21 @@ impl ConnectionState {
         }
     }
 
-    /// Whether somebody waited for the state as it is now.
+    /// Whether a task waits for the state that the connection has now.
     fn wakes(&self) -> bool {
         (self.reader.is_some() && self.readable())
             || (self.writer.is_some() && self.writable())
             || (self.refused.is_some() && self.is_refused())
     }
 
-    /// Frees its place among the device's connections once neither side has anything of it.
+    /// Frees the connection's place once it is over and the host's end is dropped.
     fn leave_place(&mut self) {
         if self.is_over() && self.host_gone {
             self.place = None;
         }
     }
 
-    /// Takes who waited for the state as it is now.
+    /// Takes the wakers of the tasks that wait for the state that the connection has now.
     fn woken(&mut self) -> [Option<Waker>; 3] {
         let reader = if self.readable() {
             self.reader.take()
@@ -536,17 +539,17 @@ impl ConnectionState {
     }
 }
 
-/// What a task waits for. Whoever polled last for it is woken.
+/// What a task waits for. Only the last task that polled for it is woken.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Side {
     Reader,
     /// Also for the connection to be established.
     Writer,
-    /// For the guest to take no more.
+    /// For the guest to receive no more.
     Refused,
 }
 
-/// Moves what fits from `buffer` to `into`.
+/// Moves as many bytes as fit from `buffer` to `into`; returns how many.
 fn drain(buffer: &mut Buffer, into: &mut ReadBuf<'_>) -> usize {
     let before = into.remaining();
     while into.remaining() > 0 && !buffer.is_empty() {
@@ -558,7 +561,7 @@ fn drain(buffer: &mut Buffer, into: &mut ReadBuf<'_>) -> usize {
     before - into.remaining()
 }
 
-/// A connection as the muxer and its stream share it.
+/// A connection, shared by the muxer and its stream.
 #[derive(Debug)]
 pub(super) struct Conn {
     pub(super) key: Key,
@@ -579,13 +582,14 @@ impl Conn {
         self.hub.upgrade()
     }
 
-    /// Looks at the machine without changing it.
+    /// Reads the state without changing it.
     pub(super) fn look<R>(&self, at: impl FnOnce(&ConnectionState) -> R) -> R {
         at(&lock(&self.connection))
     }
 
-    /// Changes the machine; whom the change concerns is woken soon, on another thread: the caller
-    /// may hold locks. True if the connection needs a turn and the caller must queue it.
+    /// Changes the state. Tasks that waited for the change are woken soon, on another thread: the
+    /// caller may hold locks. The second value is true if the connection needs a turn and the
+    /// caller must queue it.
     pub(super) fn change<R>(
         self: &Arc<Self>,
         by: impl FnOnce(&mut ConnectionState) -> R,
@@ -603,8 +607,9 @@ impl Conn {
         (result, needs_turn)
     }
 
-    /// A change from the host's side, by a thread of the embedding program that holds no lock of
-    /// ours: whom it concerns is woken here. The device is told when it has to act.
+    /// Changes the state from a thread of the embedding program that holds no lock of this crate:
+    /// tasks that waited for the change are woken on this thread. Notifies the device if it has to
+    /// act.
     pub(super) fn change_from_host<R>(
         self: &Arc<Self>,
         by: impl FnOnce(&mut ConnectionState) -> R,
@@ -622,8 +627,8 @@ impl Conn {
         result
     }
 
-    /// As [`Conn::change_from_host`]; where the host's side has to wait, its task is woken when it
-    /// is worth another try. A waker is cloned and dropped without the lock: both may be the
+    /// As [`Conn::change_from_host`]; while `by` returns pending, the task is woken when another
+    /// try is worthwhile. A waker is cloned and dropped without the lock: both may run the
     /// embedding program's code.
     pub(super) fn poll<R>(
         self: &Arc<Self>,
@@ -646,7 +651,7 @@ impl Conn {
                 };
                 if polled.is_pending() && !known(slot) {
                     let new = waker.take()?;
-                    // The one before is dropped below.
+                    // The previous waker is dropped on return, without the lock.
                     waker = slot.replace(new);
                 }
                 Some(polled)

@@ -1,18 +1,18 @@
-//! Flow control of one connection (virtio 1.2 section 5.10.6.3): each side says how large its
+//! Flow control of one connection (virtio 1.2 section 5.10.6.3): each side announces how large its
 //! buffer is and how much it has consumed, in counters that wrap at 2^32.
 
 use super::packet::{Header, MAX_PAYLOAD};
 
-/// What the guest may still send to us.
+/// The guest's credit: how much it may still send to the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Inbound {
-    /// Bytes that we promised to buffer.
+    /// Bytes that the host promised to buffer.
     window: u32,
     /// Bytes that the guest sent.
     received: u32,
     /// Bytes that the host's reader took.
     consumed: u32,
-    /// `consumed` as the guest last heard it.
+    /// `consumed` as last announced to the guest.
     announced: u32,
 }
 
@@ -21,7 +21,7 @@ impl Inbound {
         Self::resume(window, 0, 0)
     }
 
-    /// Goes on where all that was received was consumed, but not all of that announced.
+    /// Resumes where all received bytes are consumed, but not all of them are announced.
     pub(super) fn resume(window: u32, consumed: u32, announced: u32) -> Self {
         Self {
             window,
@@ -35,7 +35,8 @@ impl Inbound {
         self.window
     }
 
-    /// Takes `len` more bytes from the guest, or refuses: it may not send more than the window.
+    /// Counts `len` more bytes from the guest. Returns false, without counting them, if they exceed
+    /// the window.
     #[must_use]
     pub(super) fn receive(&mut self, len: u32) -> bool {
         let held = self.received.wrapping_sub(self.consumed);
@@ -46,42 +47,43 @@ impl Inbound {
         fits
     }
 
-    /// The host's reader took `len` bytes.
+    /// Counts `len` bytes as taken by the host's reader.
     pub(super) fn consume(&mut self, len: usize) {
-        // Never more than the window holds, so the counter's width is enough.
+        // At most the window, so it fits the counter.
         let len = u32::try_from(len).unwrap_or(u32::MAX);
         self.consumed = self.consumed.wrapping_add(len);
     }
 
-    /// Whether the guest should hear of freed space without asking: it freed a good part of the
-    /// window, or the guest believes that there is none left.
+    /// Whether to send a credit update unasked: the reader has freed a quarter of the window or
+    /// [`MAX_PAYLOAD`] bytes, or it has freed some and the guest believes that no space is left.
     pub(super) fn update_due(&self) -> bool {
         let freed = self.consumed.wrapping_sub(self.announced);
         let believed = self.received.wrapping_sub(self.announced);
         freed >= (self.window / 4).min(MAX_PAYLOAD) || (freed > 0 && believed >= self.window)
     }
 
-    /// Writes our side into an outgoing header.
+    /// Writes the host's credit into an outgoing header.
     pub(super) fn announce(&mut self, header: &mut Header) {
         self.announced = self.consumed;
         header.buf_alloc = self.window;
         header.fwd_cnt = self.consumed;
     }
 
-    /// The counters to resume at (consumed, announced), when nothing is buffered.
+    /// The counters to resume from (consumed, announced), if nothing is buffered.
     pub(super) fn settled(&self) -> Option<(u32, u32)> {
         (self.received == self.consumed).then_some((self.consumed, self.announced))
     }
 }
 
-/// What we may still send to the guest. The guest can lie; then only its own connection stalls.
+/// The host's credit: how much it may still send to the guest. A guest that announces false values
+/// stalls only its own connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Outbound {
-    /// Bytes that we sent.
+    /// Bytes that the host sent.
     pub(super) sent: u32,
-    /// Size of the guest's buffer, as it said last.
+    /// Size of the guest's buffer, as last announced.
     pub(super) allocated: u32,
-    /// Bytes that the guest consumed, as it said last.
+    /// Bytes that the guest consumed, as last announced.
     pub(super) forwarded: u32,
 }
 
@@ -94,20 +96,20 @@ impl Outbound {
         }
     }
 
-    /// Hears what a packet from the guest says.
+    /// Takes the guest's credit values from one of its packets.
     pub(super) fn update(&mut self, header: &Header) {
         self.allocated = header.buf_alloc;
         self.forwarded = header.fwd_cnt;
     }
 
-    /// Bytes that fit the guest's buffer now. A guest that shrank its buffer below what is in
-    /// flight gets nothing until it caught up.
+    /// Bytes that fit the guest's buffer now: none for a guest that shrank its buffer below the
+    /// bytes in flight, until it catches up.
     pub(super) fn room(&self) -> u32 {
         self.allocated
             .saturating_sub(self.sent.wrapping_sub(self.forwarded))
     }
 
-    /// `len` bytes go out, at most [`Outbound::room`].
+    /// Counts `len` bytes as sent, at most [`Outbound::room`].
     pub(super) fn send(&mut self, len: u32) {
         self.sent = self.sent.wrapping_add(len);
     }

@@ -23,13 +23,13 @@ use crate::virtio::{
 
 /// Device id of a socket device (virtio 1.2 section 5).
 const DEVICE_TYPE: u32 = 19;
-/// RX, TX, event. Linux fills the RX queue with buffers of 4 KiB at boot: 64 of them hold one
-/// connection's window, and a guest that never uses vsock loses no more than that. It keeps 8 event
-/// buffers.
+/// Sizes of the RX, TX and event queues. Linux fills the RX queue with buffers of 4 KiB at boot: 64
+/// of them hold one connection's window, and a guest that never uses vsock loses no more memory
+/// than that. Linux keeps 8 event buffers.
 const QUEUE_SIZES: [u16; 3] = [64, 128, 8];
 /// Most bytes of payload in one turn, both directions together.
 const TURN_BYTES: u64 = 1 << 20;
-/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, the only event there is.
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, the only event that the specification defines.
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
 /// The virtio-vsock device of one VM. Dropping it ends all its streams.
@@ -41,19 +41,19 @@ pub struct VsockDevice {
     transport_reset: TransportReset,
 }
 
-/// Where the event is by which a restored guest learns that all its connections are gone. The guest
-/// applies it to every connection that it has by then, so none may be opened before it has: packets
+/// Progress of the event that tells a restored guest that all its connections are gone. The guest
+/// applies the event to every connection that it has by then, so none may be opened before: packets
 /// to the guest wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TransportReset {
-    /// Heard, or never needed.
+    /// The guest has acted on it, or it was never needed.
     Done,
-    /// To be sent.
+    /// The event has still to be sent.
     Pending,
-    /// Sent. A driver gives the buffer back once it has acted on the event: then it has made more
-    /// than `available` buffers available. There is no time after which it must have: a clone may
-    /// be parked for hours before it runs. To whoever connects, a driver that never does is one
-    /// that does not answer.
+    /// The event was sent. A driver makes the buffer available again once it has acted on the
+    /// event: by then it has made more than `available` buffers available. There is no timeout: a
+    /// clone may be parked for hours before it runs. If a driver never does so, a connect to the
+    /// guest times out.
     Sent { available: u16 },
 }
 
@@ -67,8 +67,8 @@ struct Active {
 }
 
 impl VsockDevice {
-    /// A device for a guest with context id `guest_cid` (3 to 2^32 - 2) that is woken by `bell`,
-    /// and the host's handle on it.
+    /// A device for a guest with context id `guest_cid` (3 to 2^32 - 2) that is woken by
+    /// `doorbell`, and the host's handle on it.
     #[must_use]
     pub fn new(guest_cid: u64, doorbell: Doorbell) -> (Self, VsockHost) {
         Self::with(
@@ -87,8 +87,8 @@ impl VsockDevice {
     }
 
     /// A device that continues from `state` once it is activated with the queues that were saved
-    /// with it. Durable connections go on (see [`VsockHost::reattach`]); the guest sees every other
-    /// one end: by the reset of the whole transport if none is durable, else one by one.
+    /// with it. Durable connections continue (see [`VsockHost::reattach`]); the guest sees every
+    /// other one end: by a reset of the whole transport if none is durable, else one by one.
     #[must_use]
     pub fn restore(state: &VsockState, doorbell: Doorbell) -> (Self, VsockHost) {
         let transport_reset = if state.resets_transport() {
@@ -104,7 +104,7 @@ impl VsockDevice {
         )
     }
 
-    /// Connections of this device, those that are closing included.
+    /// Number of connections of this device, including those that are closing.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.hub.muxer.lock().connections()
@@ -166,7 +166,7 @@ impl VirtioDevice for VsockDevice {
         muxer.take_in(self.hub.take_inbox());
         muxer.activate();
         drop(muxer);
-        // A restored guest may have kicked before it was saved; a new one may be waited for.
+        // A restored guest may have kicked before it was saved; host tasks may wait for a new one.
         self.hub.ring();
         Ok(())
     }
@@ -201,11 +201,11 @@ impl VirtioDevice for VsockDevice {
 }
 
 impl VsockDevice {
-    /// [`VirtioDevice::run`], with the time that it is.
+    /// [`VirtioDevice::run`] at the time `now`.
     pub(super) fn run_at(&mut self, now: Instant) -> Result<Progress, Fault> {
         let outcome = self.serve(now);
         if outcome.is_err() {
-            // No packet will move again: the host's streams must not wait for one.
+            // No packet is moved any more: the host's streams must not wait for one.
             self.reset();
         }
         outcome
@@ -220,8 +220,8 @@ impl VsockDevice {
         };
         let mut budget = Budget::of_turn(TURN_BYTES);
         self.transport_reset = active.reset_transport(self.transport_reset, &mut budget)?;
-        // TX first: what it frees or asks for goes out in the same turn, of which RX has its part
-        // whatever the guest sends.
+        // TX comes first, so that packets it causes or makes room for go out in the same turn. It
+        // gets half of the budget, so that RX has its part whatever the guest sends.
         let mut part = budget.half();
         let received = active.receive(&mut muxer, &mut part)?;
         budget.give_back(part);
@@ -230,7 +230,7 @@ impl VsockDevice {
         } else {
             Progress::Idle
         };
-        // A guest that never rests must not keep the host's calls waiting.
+        // A guest that is never idle must not keep the host's calls waiting for the lock.
         MutexGuard::unlock_fair(muxer);
         let again = received == Progress::More || sent == Progress::More;
         Ok(if again {
@@ -248,7 +248,8 @@ impl Drop for VsockDevice {
 }
 
 impl Active {
-    /// Takes the guest's packets from the TX queue, as long as their answers have a place.
+    /// Takes the guest's packets from the TX queue while there is space for the resets that answer
+    /// them.
     fn receive(&mut self, muxer: &mut Muxer, budget: &mut Budget) -> Result<Progress, Fault> {
         let ram = self.ram.map();
         let mut used = false;
@@ -283,7 +284,7 @@ impl Active {
                 break Progress::More;
             }
             if !muxer.can_receive() {
-                // Goes on when the guest took the refusals: its RX kick rings the bell.
+                // Continues once the guest has taken the refusals: its RX kick rings the doorbell.
                 break Progress::Idle;
             }
             if !self.tx.enable_notification(ram)? {
@@ -297,8 +298,8 @@ impl Active {
         Ok(progress)
     }
 
-    /// Fills the guest's RX buffers, as long as there are buffers and packets for them. The guest
-    /// is asked to kick only when there is a packet without a buffer.
+    /// Fills the guest's RX buffers while there are buffers and packets for them. Asks the guest to
+    /// kick only if there is a packet without a buffer.
     fn send(&mut self, muxer: &mut Muxer, budget: &mut Budget) -> Result<Progress, Fault> {
         let ram = self.ram.map();
         let mut used = false;
@@ -343,21 +344,21 @@ impl Active {
         if used && self.rx.needs_notification(ram)? {
             self.interrupt.used();
         }
-        // TX stopped for want of space among the refusals, and now there is some.
+        // TX stopped because there was no space for refusals; now there is some.
         if stalled && muxer.can_receive() {
             return Ok(Progress::More);
         }
         Ok(progress)
     }
 
-    /// Brings the transport's reset as far as it gets.
+    /// Advances the transport reset as far as possible; returns its new state.
     fn reset_transport(
         &mut self,
         mut at: TransportReset,
         budget: &mut Budget,
     ) -> Result<TransportReset, Fault> {
         if at == TransportReset::Pending {
-            // Before the guest can have acted on it.
+            // Read before the guest can have acted on the event.
             let available = self.events.avail_idx(self.ram.map(), Ordering::Acquire)?.0;
             budget.spend_chain();
             if self.send_event(TRANSPORT_RESET)? {
@@ -366,7 +367,7 @@ impl Active {
         }
         if let TransportReset::Sent { available } = at {
             let ram = self.ram.map();
-            // A kick for the buffer after `available`, not for the next one that is unused.
+            // Asks for a kick for the buffer after `available`, not for the next unused one.
             let next = self.events.next_avail();
             self.events.set_next_avail(available);
             let heard = self.events.enable_notification(ram);
@@ -378,12 +379,12 @@ impl Active {
         Ok(at)
     }
 
-    /// Puts an event into the guest's event queue; false if it has no buffer there.
+    /// Puts an event into the guest's event queue; returns false if no buffer is available there.
     fn send_event(&mut self, event: [u8; 4]) -> Result<bool, Fault> {
         let ram = self.ram.map();
         let mut chain = take(&mut self.events, ram)?;
         if chain.is_none() && self.events.enable_notification(ram)? {
-            // One came meanwhile.
+            // A buffer became available meanwhile.
             chain = Some(take(&mut self.events, ram)?.ok_or(Fault::Gone)?);
         }
         let Some(chain) = chain else {

@@ -7,18 +7,18 @@ use super::credit::{Inbound, Outbound};
 use super::packet::{Header, MAX_PAYLOAD, Op, ShutdownFlags};
 use super::state::CreditState;
 
-/// Where the host's answer to the guest's request is.
+/// Progress of the host's answer to the guest's request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// A host task has still to say whether it takes the connection.
+    /// A host task has not accepted or refused the connection yet.
     Undecided,
-    /// The guest is owed a RESPONSE.
+    /// A RESPONSE to the guest is pending.
     Pending,
-    /// The guest knows, or was itself the one that was asked.
+    /// The RESPONSE was sent, or the request was the host's.
     Given,
 }
 
-/// A packet that the guest is owed.
+/// A packet that is pending for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PendingTx {
     Request,
@@ -30,10 +30,10 @@ pub(super) enum PendingTx {
     CreditRequest,
 }
 
-/// What a packet from the guest does to an established connection.
+/// Effect of a packet from the guest on an established connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// It goes on.
+    /// The connection continues.
     Continues,
     /// The guest has closed both directions.
     Finished,
@@ -50,15 +50,15 @@ pub(super) struct Established {
     pub(super) inbound: Inbound,
     outbound: Outbound,
     pub(super) answer: Answer,
-    /// The guest asked for our credit.
+    /// The guest asked for the host's credit.
     update_owed: bool,
-    /// We asked for the guest's credit since it last had none.
+    /// The host has asked for the guest's credit, and the guest has announced none since.
     asked: bool,
-    /// What the host side closed.
+    /// Directions that the host closed.
     pub(super) host: ShutdownFlags,
-    /// What of it the guest has heard.
+    /// Closed directions of the host that the guest was sent a shutdown for.
     pub(super) sent_shutdown: ShutdownFlags,
-    /// What the guest closed.
+    /// Directions that the guest closed.
     pub(super) guest: ShutdownFlags,
 }
 
@@ -78,7 +78,7 @@ impl Established {
         }
     }
 
-    /// Goes on from a snapshot.
+    /// Resumes from a snapshot.
     pub(super) fn resume(saved: &CreditState) -> Self {
         let mut open = Self::new(saved.window, &Header::default(), Answer::Given);
         open.inbound = Inbound::resume(saved.window, saved.consumed, saved.announced);
@@ -90,7 +90,8 @@ impl Established {
         open
     }
 
-    /// The counters to go on from, if it is open both ways and nothing is in flight on our side.
+    /// The counters to resume from, if both directions are open and nothing is in flight on the
+    /// host's side.
     pub(super) fn quiescent(&self) -> Option<CreditState> {
         let quiet = self.tx.is_empty()
             && self.answer == Answer::Given
@@ -107,7 +108,7 @@ impl Established {
         })
     }
 
-    /// Takes a packet from the guest; a reset is not for here.
+    /// Takes a packet from the guest, other than a reset, which the caller handles.
     ///
     /// # Errors
     /// When `payload` cannot be read.
@@ -123,7 +124,7 @@ impl Established {
             Op::CreditUpdate => {}
             Op::CreditRequest => self.update_owed = true,
             Op::Data if self.guest.send => return Ok(Verdict::Violated),
-            // The host side is gone: what was under way is nobody's.
+            // The host receives no more: data still in flight is discarded.
             Op::Data if self.host.receive => {}
             Op::Data if self.inbound.receive(header.len) => {
                 let len = usize::try_from(header.len).unwrap_or(usize::MAX);
@@ -143,7 +144,8 @@ impl Established {
         Ok(Verdict::Continues)
     }
 
-    /// What can be told to the guest by now: no end of data before the data.
+    /// The closed directions that the guest may be sent by now: the end of the data only after the
+    /// data.
     fn tellable(&self) -> ShutdownFlags {
         ShutdownFlags {
             receive: self.host.receive,
@@ -151,8 +153,8 @@ impl Established {
         }
     }
 
-    /// The next packet that the guest is owed, with the payload that fits `room`. Data comes before
-    /// a shutdown so that a writer that drops its stream costs one packet, not two.
+    /// The next pending packet to the guest, with the payload that fits `room`. Data comes before a
+    /// shutdown so that a writer that drops its stream costs one shutdown packet, not two.
     pub(super) fn pending_tx(&self, room: u32) -> Option<PendingTx> {
         let credit = self.outbound.room();
         match self.answer {
@@ -174,7 +176,7 @@ impl Established {
         }
     }
 
-    /// Writes `owed`, with its payload. `header` has the addresses.
+    /// Writes `pending_tx`, with its payload. `header` has the addresses.
     ///
     /// # Errors
     /// When `out` is too short.
@@ -204,7 +206,7 @@ impl Established {
             }
             PendingTx::CreditUpdate | PendingTx::Request | PendingTx::Reset => Op::CreditUpdate,
         };
-        // Every packet carries our credit.
+        // Every packet carries the host's credit.
         self.update_owed = false;
         self.inbound.announce(&mut header);
         header.op = op.to_wire();

@@ -1,4 +1,4 @@
-//! The host program's handle on a device.
+//! The embedding program's handle on a device.
 
 use std::future::poll_fn;
 use std::sync::{Arc, Weak};
@@ -21,8 +21,8 @@ const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::f
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
     /// The guest answered with a reset (virtio 1.2, 5.10.6.2): nothing listens on this port, or so
-    /// many connections wait there that its kernel takes no more. The protocol does not tell
-    /// which.
+    /// many connections wait there that its kernel takes no more. The protocol does not distinguish
+    /// the two.
     #[error(
         "the guest refused a connection to vsock port {0}: nothing listens there yet (connect_retry waits until it does), \
          or its listener has too many connections waiting (close some)"
@@ -33,7 +33,7 @@ pub enum ConnectError {
     TimedOut {
         /// The guest's port.
         port: u32,
-        /// How long it had.
+        /// How long the host waited.
         waited: Duration,
     },
     /// The VM has ended.
@@ -83,10 +83,10 @@ impl VsockHost {
     }
 
     /// Connects to a program in the guest. Resolves when the guest has answered, not before. A
-    /// guest whose driver is not up yet gets the request when it is, if that is in time. Needs
-    /// a tokio runtime with its timer.
+    /// guest whose driver is not up yet gets the request once it is, if that is in time. Needs a
+    /// tokio runtime with its timer.
     ///
-    /// Cancel-safe: dropping the future gives the connection up.
+    /// Cancel-safe: dropping the future closes the connection.
     ///
     /// # Errors
     /// See [`ConnectError`].
@@ -150,7 +150,7 @@ impl VsockHost {
     }
 
     /// Listens on every port that has no listener of its own, and lets the host decide on each
-    /// connection. At most 128 wait for that.
+    /// connection. At most 128 connections wait for a decision.
     ///
     /// # Errors
     /// See [`ListenError`].
@@ -160,8 +160,8 @@ impl VsockHost {
         Ok(VsockAnyListener::new(backlog, Weak::clone(&self.hub)))
     }
 
-    /// The host's end of a connection that survived a restore (see
-    /// [`VsockStream::mark_durable`]); `None` if it did not, or was taken up before.
+    /// Returns the host's end of a connection that survived a restore (see
+    /// [`VsockStream::mark_durable`]); `None` if it did not survive or was reattached before.
     #[must_use]
     pub fn reattach(&self, guest_port: u32, host_port: u32) -> Option<VsockStream> {
         let hub = self.hub.upgrade()?;
@@ -171,16 +171,17 @@ impl VsockHost {
         })
     }
 
-    /// As [`VsockHost::reattach`], for all that survived and were not taken up before, in no order.
+    /// As [`VsockHost::reattach`], for all connections that survived and were not reattached
+    /// before, in no particular order.
     #[must_use]
     pub fn reattach_all(&self) -> Vec<VsockStream> {
         let hub = self.hub.upgrade();
         hub.map_or_else(Vec::new, |hub| hub.muxer.lock().reattach_all())
     }
 
-    /// The VM has ended: streams fail with [`ConnectionAborted`](std::io::ErrorKind) after what the
-    /// guest sent was read, pending connects and accepts fail, new ones too. Also happens when the
-    /// device is dropped.
+    /// Marks the VM as ended: streams fail with [`ConnectionAborted`](std::io::ErrorKind) after the
+    /// bytes that the guest sent are read; pending and new connects and accepts fail. Also happens
+    /// when the device is dropped.
     pub fn close(&self) {
         if let Some(hub) = self.hub.upgrade() {
             hub.close();

@@ -20,12 +20,12 @@ pub(super) struct Backlog {
 #[derive(Debug, Default)]
 struct Waiting {
     streams: VecDeque<VsockStream>,
-    /// No more will come.
+    /// No more connections will come.
     closed: bool,
 }
 
 impl Backlog {
-    /// Whether there is a place for another one.
+    /// Whether there is room for another connection.
     pub(super) fn has_room(&self) -> bool {
         lock(&self.waiting).streams.len() < BACKLOG
     }
@@ -40,7 +40,7 @@ impl Backlog {
         self.changed.post();
     }
 
-    /// The next one. Cancel-safe.
+    /// Waits for the next connection. Cancel-safe.
     async fn next(&self) -> Result<VsockStream, ListenError> {
         let look = || {
             let mut waiting = lock(&self.waiting);
@@ -51,8 +51,8 @@ impl Backlog {
     }
 }
 
-/// A port of the host on which programs in the guest connect. Dropping it closes the connections
-/// that nobody accepted and frees the port.
+/// A port of the host to which programs in the guest connect. Dropping it closes the connections
+/// that were not accepted and frees the port.
 #[derive(Debug)]
 pub struct VsockListener {
     port: u32,
@@ -71,7 +71,7 @@ impl VsockListener {
         self.port
     }
 
-    /// The next connection of the guest; it is established already. Cancel-safe.
+    /// Waits for the next connection of the guest; it is established already. Cancel-safe.
     ///
     /// # Errors
     /// [`ListenError::VmEnded`].
@@ -88,7 +88,8 @@ impl Drop for VsockListener {
     }
 }
 
-/// All ports of the host that have no [`VsockListener`]. Dropping it refuses what waits.
+/// All ports of the host that have no [`VsockListener`]. Dropping it refuses the connections that
+/// wait.
 #[derive(Debug)]
 pub struct VsockAnyListener {
     backlog: Arc<Backlog>,
@@ -100,7 +101,7 @@ impl VsockAnyListener {
         Self { backlog, hub }
     }
 
-    /// The next connection that the guest asks for. Cancel-safe.
+    /// Waits for the next connection that the guest requests. Cancel-safe.
     ///
     /// # Errors
     /// [`ListenError::VmEnded`].
@@ -118,14 +119,14 @@ impl Drop for VsockAnyListener {
     }
 }
 
-/// A connection that the guest has asked for and nobody has answered. Dropping it refuses it.
+/// A connection that the guest has requested and the host has not answered. Dropping it refuses it.
 #[derive(Debug)]
 pub struct VsockIncoming {
     stream: VsockStream,
 }
 
 impl VsockIncoming {
-    /// The port that the guest wants.
+    /// The port of the host that the guest connects to.
     #[must_use]
     pub fn host_port(&self) -> u32 {
         self.stream.host_port()

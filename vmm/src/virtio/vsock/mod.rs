@@ -6,18 +6,18 @@
 //!
 //! A [`VsockStream`] is two bounded buffers in memory, not a socket pair: a slow reader on either
 //! side throttles its peer by credit, and a thousand connections cost no file descriptors. Host
-//! tasks touch only their connection's buffers and ring the device's bell when it has to act; all
-//! queue work is done by [`VsockDevice::run`](super::VirtioDevice::run), a bounded amount at a
+//! tasks access only their connection's buffers and ring the device's doorbell when it has to act;
+//! all queue work is done by [`VsockDevice::run`](super::VirtioDevice::run), a bounded amount at a
 //! time.
 //!
-//! Bounds: at most [`MAX_CONNECTIONS`] connections, those that the guest has reset and whose host's
-//! end is still held included. The first [`WIDE_CONNECTIONS`] of them
-//! may buffer [`WIDE_WINDOW`] bytes in each direction, the others [`NARROW_WINDOW`]: a hostile
-//! guest can make its host hold 184 MiB, if the host program accepts that many connections and
-//! reads none. Buffers take memory only while they hold bytes.
+//! Bounds: at most [`MAX_CONNECTIONS`] connections, including those that the guest has reset and
+//! whose host end is not dropped yet. The first [`WIDE_CONNECTIONS`] of them may buffer
+//! [`WIDE_WINDOW`] bytes in each direction, the others [`NARROW_WINDOW`]: a hostile guest can make
+//! its host hold 184 MiB of received bytes, if that many connections are accepted or wait in
+//! backlogs and none is read. Buffers take memory only while they hold bytes.
 //!
-//! What is deliberately absent: datagrams, seqpacket, traffic between guests, and any socket of the
-//! host's kernel (the opt-in Unix-socket bridge is a client of [`VsockHost`] like any other).
+//! Deliberately absent: datagrams, seqpacket, traffic between guests, and any socket of the host's
+//! kernel (the opt-in Unix-socket bridge is a client of [`VsockHost`] like any other).
 
 mod buffer;
 mod chain;
@@ -55,7 +55,7 @@ pub use self::state::{
 };
 pub use self::stream::VsockStream;
 
-/// Locks, also after a panic elsewhere: nothing here is left half-changed by one.
+/// Locks `mutex` even if it is poisoned: no panic leaves data here half-changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! The table of connections, whose turn it is to send to the guest, and what happens to packets
+//! The table of connections, the order in which they send to the guest, and the resets for packets
 //! that belong to no connection.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -16,20 +16,21 @@ use super::shared::{Hub, Inbox};
 use super::state::{ConnState, RawVsockState, RestoreOutcome, VsockState};
 use super::stream::VsockStream;
 
-/// Most connections of one device, in every state together, until both ends have let go of them.
+/// Most connections of one device, in all states together. A connection counts until both ends have
+/// released it.
 pub const MAX_CONNECTIONS: usize = 4096;
 /// Most ports of one device that the host listens on.
 pub const MAX_LISTENERS: usize = 1024;
 /// Most connections of one listener that wait to be accepted; the guest's next one is refused.
 pub const BACKLOG: usize = 128;
-/// How many connections get a [`WIDE_WINDOW`].
+/// How many connections get a [`WIDE_WINDOW`] at a time.
 pub const WIDE_CONNECTIONS: usize = 256;
-/// Bytes that a connection may buffer in each direction.
+/// Bytes that each of [`WIDE_CONNECTIONS`] connections may buffer in each direction.
 pub const WIDE_WINDOW: u32 = 256 * 1024;
-/// The same for connections beyond [`WIDE_CONNECTIONS`].
+/// Bytes that each connection beyond [`WIDE_CONNECTIONS`] may buffer in each direction.
 pub const NARROW_WINDOW: u32 = 32 * 1024;
-/// Most resets that wait for the guest's RX buffers. TX stops while there are so many: each packet
-/// of the guest makes at most one.
+/// Most resets that wait for the guest's RX buffers. The device takes no TX packet while so many
+/// wait: each packet of the guest causes at most one reset.
 pub(super) const MAX_REFUSALS: usize = 64;
 /// Host ports of connections that the host opens; the low ones are for listeners.
 pub(super) const HOST_PORTS: std::ops::Range<u32> = 1 << 30..u32::MAX;
@@ -45,10 +46,10 @@ pub(super) struct Muxer {
     closed: bool,
     conns: HashMap<Key, Arc<Conn>>,
     listeners: HashMap<u32, Arc<Backlog>>,
-    /// For ports without a listener of their own.
+    /// The backlog for ports without a listener of their own.
     any: Option<Arc<Backlog>>,
-    /// Connections that owe the guest a packet, each at most once, served in turn. Empty while the
-    /// device is not active.
+    /// Connections with a packet pending for the guest, each at most once, served in turn. Empty
+    /// while the device is not active.
     turns: VecDeque<Arc<Conn>>,
     /// Resets for packets that belong to no connection.
     refusals: VecDeque<Header>,
@@ -56,7 +57,7 @@ pub(super) struct Muxer {
     closing: VecDeque<(Instant, Arc<Conn>)>,
     next_port: u32,
     places: Places,
-    /// Restored connections that nobody has taken up again yet.
+    /// Restored connections that were not reattached yet.
     detached: HashMap<Key, VsockStream>,
 }
 
@@ -79,7 +80,7 @@ impl Muxer {
         }
     }
 
-    /// What a snapshot keeps.
+    /// The state that a snapshot keeps.
     pub(super) fn save(&self, reset_pending: bool) -> VsockState {
         let refused = self
             .refusals
@@ -107,8 +108,8 @@ impl Muxer {
         })
     }
 
-    /// Continues from a snapshot: durable connections wait to be reattached, the guest is owed a
-    /// reset for every other one unless the whole transport is reset.
+    /// Continues from a snapshot: durable connections wait to be reattached. A reset is pending for
+    /// every other one, except those that the reset of the whole transport ends.
     pub(super) fn restore(state: &VsockState, hub: Weak<Hub>) -> Self {
         let mut muxer = Self::new(state.guest_cid(), hub);
         muxer.next_port = state.next_port();
@@ -133,7 +134,7 @@ impl Muxer {
 
     // The host's requests.
 
-    /// A new connection that waits for the guest's answer.
+    /// Opens a connection, which waits for the guest's answer.
     pub(super) fn connect(&mut self, guest_port: u32) -> Result<VsockStream, ConnectError> {
         if self.closed {
             return Err(ConnectError::VmEnded);
@@ -152,8 +153,8 @@ impl Muxer {
         Ok(VsockStream::new(conn))
     }
 
-    /// The next host port in sequence that this guest port has no connection with. The sequence
-    /// comes round after 3 billion connects: the guest has long let go of the earlier ones.
+    /// The next host port in sequence that has no connection with this guest port. The sequence
+    /// wraps around after 3 billion connects: by then the guest has long closed the earlier ones.
     fn free_port(&mut self, guest: u32) -> Option<u32> {
         for _ in 0..=MAX_CONNECTIONS {
             let host = self.next_port;
@@ -223,7 +224,7 @@ impl Muxer {
         conn
     }
 
-    /// Changes a connection; gives it a turn or forgets it if the change asks for that.
+    /// Changes a connection, then gives it a turn if it needs one and forgets it if it is over.
     fn changed<R>(&mut self, conn: &Arc<Conn>, by: impl FnOnce(&mut ConnectionState) -> R) -> R {
         let (result, needs_turn) = conn.change(by);
         if needs_turn && self.active {
@@ -241,9 +242,10 @@ impl Muxer {
         }
     }
 
-    // The device's life.
+    // Activation, reset and end of the device.
 
-    /// The device has queues: everything that waited for them gets its turn.
+    /// Marks the device as active: it has queues, and all connections that waited for them get a
+    /// turn.
     pub(super) fn activate(&mut self) {
         self.active = true;
         self.turns.clear();
@@ -255,8 +257,8 @@ impl Muxer {
         }
     }
 
-    /// The driver was reset: the guest knows no connection any more. Those that it never heard of
-    /// go on waiting.
+    /// Handles a reset of the driver: the guest has none of its connections any more, so they end.
+    /// Connections whose request was never sent keep waiting.
     pub(super) fn deactivate(&mut self) {
         self.active = false;
         self.turns.clear();
@@ -274,7 +276,7 @@ impl Muxer {
         self.detached.clear();
     }
 
-    /// Ends everything for good.
+    /// Ends all connections and listeners for good.
     pub(super) fn close(&mut self) {
         self.closed = true;
         self.turns.clear();
@@ -292,7 +294,7 @@ impl Muxer {
         }
     }
 
-    /// Takes what host tasks left since the last run.
+    /// Takes the connections that host tasks left in the inbox since the last run.
     pub(super) fn take_in(&mut self, inbox: Inbox) {
         if self.active {
             self.turns.extend(inbox.ready);
@@ -304,7 +306,7 @@ impl Muxer {
             self.forget_if_over(&conn);
         }
         if self.closing.len() > 2 * MAX_CONNECTIONS {
-            // Most of these closed in good order long before their time.
+            // Most of these closed in an orderly way long before their deadline.
             self.closing
                 .retain(|(_, conn)| conn.look(|connection| connection.deadline.is_some()));
         }
@@ -315,8 +317,8 @@ impl Muxer {
         self.closing.front().map(|(at, _)| *at)
     }
 
-    /// Ends dropped connections that made no progress for too long. All wait equally long, so the
-    /// queue is in order; one that made progress since goes to its end.
+    /// Ends dropped connections that made no progress for too long. All have the same timeout, so
+    /// the queue is in order; one that has made progress since moves to the back.
     pub(super) fn expire(&mut self, now: Instant) {
         while let Some((_, conn)) = self.closing.pop_front_if(|(at, _)| *at <= now) {
             match conn.look(|connection| connection.deadline) {
@@ -329,7 +331,7 @@ impl Muxer {
 
     // The guest's packets.
 
-    /// Whether another packet of the guest may be looked at: its refusal must have a place.
+    /// Whether another packet of the guest may be taken: there must be space for its refusal.
     pub(super) fn can_receive(&self) -> bool {
         self.refusals.len() < MAX_REFUSALS
     }
@@ -345,7 +347,7 @@ impl Muxer {
         payload: &mut impl Read,
     ) -> io::Result<()> {
         if header.src_cid != self.guest_cid {
-            // Nobody to answer: the guest speaks for somebody else.
+            // Not answered: the source is not the guest's own context id.
             return Ok(());
         }
         if header.dst_cid != HOST_CID || header.kind != TYPE_STREAM {
@@ -369,7 +371,7 @@ impl Muxer {
         }
     }
 
-    /// Hands the guest's request to a listener, if one has room for it.
+    /// Hands the guest's request to a listener; returns false if none has room for it.
     fn accept(&mut self, key: Key, request: &Header) -> bool {
         if self.places.are_taken() {
             return false;
@@ -396,7 +398,8 @@ impl Muxer {
 
     // Packets to the guest.
 
-    /// Whether [`Muxer::send`] has a packet. Drops turns that became needless.
+    /// Whether [`Muxer::send`] has a packet to send. Drops the turns of connections that no longer
+    /// have one.
     pub(super) fn has_packet(&mut self) -> bool {
         while self.refusals.is_empty()
             && let Some(conn) = self.turns.front()
@@ -412,7 +415,7 @@ impl Muxer {
     }
 
     /// Writes one packet to `out`, which has space for `room` bytes of payload. Returns the
-    /// payload's length; nothing is written where [`Muxer::has_packet`] is false.
+    /// payload's length; writes nothing if [`Muxer::has_packet`] is false.
     ///
     /// # Errors
     /// When `out` is too short.
@@ -436,7 +439,8 @@ impl Muxer {
         Ok(sent?.unwrap_or(0))
     }
 
-    /// The connection is no longer queued; queues it again, behind the others, if it owes more.
+    /// Ends the connection's turn; queues it again, behind the others, if another packet is
+    /// pending.
     fn end_turn(&mut self, conn: &Arc<Conn>) {
         self.changed(conn, |connection| connection.scheduled = false);
     }

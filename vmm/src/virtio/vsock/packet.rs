@@ -6,18 +6,18 @@ pub const HEADER_BYTES: usize = 44;
 pub const MAX_PAYLOAD: u32 = 64 * 1024;
 /// The context id of the host.
 pub const HOST_CID: u64 = 2;
-/// The only type of socket that this device has.
+/// The only socket type that this device supports.
 pub const TYPE_STREAM: u16 = 1;
 
-/// What a packet does to its connection; the numbers that the specification defines.
+/// The operation of a packet, with its number in the specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Op {
     /// Opens a connection.
     Request = 1,
-    /// Accepts one.
+    /// Accepts a connection.
     Response = 2,
-    /// Refuses or resets one.
+    /// Refuses or resets a connection.
     Reset = 3,
     /// Closes one or both directions; see [`ShutdownFlags`].
     Shutdown = 4,
@@ -54,12 +54,12 @@ impl Op {
     }
 }
 
-/// Which directions the sender of a shutdown has closed, for ever: it only accumulates.
+/// The directions that the sender of a shutdown has closed. A closed direction stays closed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ShutdownFlags {
-    /// It takes no more data (flag bit 0).
+    /// The sender takes no more data (flag bit 0).
     pub receive: bool,
-    /// It sends no more data (flag bit 1).
+    /// The sender sends no more data (flag bit 1).
     pub send: bool,
 }
 
@@ -85,7 +85,7 @@ impl ShutdownFlags {
         u32::from(self.receive) | u32::from(self.send) << 1
     }
 
-    /// What either of the two has closed.
+    /// The directions that either of the two has closed.
     #[must_use]
     pub fn with(self, other: Self) -> Self {
         Self {
@@ -108,7 +108,7 @@ pub struct Header {
     pub dst_port: u32,
     /// Bytes of payload after the header.
     pub len: u32,
-    /// Type of socket; [`TYPE_STREAM`] is the one that exists here.
+    /// Type of socket; [`TYPE_STREAM`] is the only one supported here.
     pub kind: u16,
     /// Operation; see [`Op`].
     pub op: u16,
@@ -178,7 +178,7 @@ impl Header {
     }
 }
 
-/// Splits `N` bytes off the front; zeroes where `rest` is too short, which no caller lets happen.
+/// Splits `N` bytes off the front; returns zeroes if `rest` is too short, which no caller allows.
 fn take<const N: usize>(rest: &mut &[u8]) -> [u8; N] {
     match rest.split_first_chunk() {
         Some((field, tail)) => {

@@ -1,13 +1,13 @@
-//! How many connections a device has, whoever holds them.
+//! The number of connections of a device, limited by places.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::muxer::{MAX_CONNECTIONS, NARROW_WINDOW, WIDE_CONNECTIONS, WIDE_WINDOW};
 
-/// The places that a device has for connections. One that the guest has reset keeps its own until
-/// the host's end is dropped, too: it may hold a window full of bytes, in a backlog or in the hands
-/// of a task that does not read, and the guest could else open the next one.
+/// The places of a device for connections. A connection that the guest has reset keeps its place
+/// until the host's end is dropped as well: it may hold a window full of bytes, in a backlog or in
+/// a task that does not read, and the guest could otherwise open the next one.
 #[derive(Debug, Default)]
 pub(super) struct Places(Arc<Taken>);
 
@@ -17,7 +17,7 @@ struct Taken {
     wide: AtomicUsize,
 }
 
-/// A connection's place; free again when dropped.
+/// A connection's place; freed when dropped.
 #[derive(Debug)]
 pub(super) struct Place {
     taken: Arc<Taken>,
@@ -25,7 +25,7 @@ pub(super) struct Place {
 }
 
 impl Places {
-    /// Whether none is free.
+    /// Whether no place is free.
     pub(super) fn are_taken(&self) -> bool {
         self.0.all.load(Ordering::Relaxed) >= MAX_CONNECTIONS
     }
@@ -39,8 +39,8 @@ impl Places {
         }
     }
 
-    /// A place for a connection with this window. Places are taken under the muxer's lock, so that
-    /// none is given twice.
+    /// Takes a place for a connection with this window. Callers hold the muxer's lock, so that no
+    /// place is given twice.
     pub(super) fn take(&self, window: u32) -> Place {
         let wide = window > NARROW_WINDOW;
         self.0.all.fetch_add(1, Ordering::Relaxed);

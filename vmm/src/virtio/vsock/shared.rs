@@ -1,4 +1,4 @@
-//! What a device and its host handles share.
+//! State that a device and its host handles share.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -10,22 +10,23 @@ use super::lock;
 use super::muxer::Muxer;
 use crate::virtio::Doorbell;
 
-/// The meeting point. Lock order: `muxer`, then a connection's machine or `inbox`, never both of
+/// The shared state. Lock order: `muxer`, then a connection's state or `inbox`, never both of
 /// these. Streams take only the last two, so that bulk I/O never waits for a device's run.
 #[derive(Debug)]
 pub(super) struct Hub {
     doorbell: Doorbell,
-    /// Handed to whoever waits after each turn of the device (see [`FairMutex`]).
+    /// Handed to a waiting thread after each turn of the device (see [`FairMutex`]).
     pub(super) muxer: FairMutex<Muxer>,
     inbox: Mutex<Inbox>,
 }
 
-/// What host tasks left for the device's next run. Each connection is in each list at most once.
+/// Connections that host tasks left for the device's next run. Each connection is in each list at
+/// most once.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
-    /// Owe the guest a packet.
+    /// Connections with a packet pending for the guest.
     pub(super) ready: VecDeque<Arc<Conn>>,
-    /// Were dropped by their host side.
+    /// Connections whose host end was dropped.
     pub(super) dropped: Vec<Arc<Conn>>,
 }
 
@@ -42,13 +43,13 @@ impl Hub {
         self.doorbell.ring();
     }
 
-    /// `conn`, just marked as scheduled, wants a turn.
+    /// Requests a turn for `conn`, which was just marked as scheduled.
     pub(super) fn request_turn(&self, conn: Arc<Conn>) {
         lock(&self.inbox).ready.push_back(conn);
         self.ring();
     }
 
-    /// `conn`'s host side is gone.
+    /// Reports that the host's end of `conn` was dropped.
     pub(super) fn report_drop(&self, conn: Arc<Conn>) {
         lock(&self.inbox).dropped.push(conn);
         self.ring();
@@ -58,7 +59,8 @@ impl Hub {
         std::mem::take(&mut lock(&self.inbox))
     }
 
-    /// The VM has ended: every stream gets an error, every pending connect and accept fails.
+    /// Ends all connections because the VM has ended: every stream gets an error, every pending
+    /// connect and accept fails.
     pub(super) fn close(&self) {
         self.muxer.lock().close();
         drop(self.take_inbox());

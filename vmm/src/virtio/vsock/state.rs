@@ -1,6 +1,6 @@
-//! What a snapshot keeps of the device. The guest's end of every connection lives in guest memory
-//! and comes back with it; this is what the host needs to end those connections, or to go on with
-//! the durable ones.
+//! The device's state in a snapshot. The guest's end of every connection is in guest memory and is
+//! restored with it; the host needs this state to end those connections, or to continue the durable
+//! ones.
 
 use std::collections::HashSet;
 
@@ -33,7 +33,7 @@ pub enum StateError {
         /// Guest port.
         guest: u32,
     },
-    /// A window that no connection is given.
+    /// A window size that no connection gets.
     #[error("saved vsock state: no connection has a window of {0} bytes")]
     Window(u32),
     /// Counters that no connection can reach.
@@ -46,14 +46,14 @@ pub enum StateError {
     },
 }
 
-/// The counters from which a quiescent connection goes on after a restore.
+/// The counters from which a quiescent connection continues after a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CreditState {
     /// Bytes that the host may buffer.
     pub window: u32,
     /// Bytes received from the guest, all consumed.
     pub consumed: u32,
-    /// How many of them the guest knows to be consumed.
+    /// `consumed` as last announced to the guest.
     pub announced: u32,
     /// Bytes sent to the guest.
     pub sent: u32,
@@ -63,30 +63,30 @@ pub struct CreditState {
     pub forwarded: u32,
 }
 
-/// What becomes of the guest's end of a connection after a restore.
+/// The outcome of a restore for the guest's end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RestoreOutcome {
-    /// It goes on from these counters.
+    /// It continues from these counters.
     Durable(CreditState),
-    /// It is reset, by a packet or together with all others by the transport's reset.
+    /// It is reset, by a packet or, together with all others, by the transport's reset.
     Lost,
-    /// It gets a reset packet in any case: for all the host knows the guest still waits for the
-    /// answer to its request, and a transport reset does not end that.
+    /// It gets a reset packet in any case: the guest may still wait for the answer to its request,
+    /// and a transport reset does not end that wait.
     Refused,
 }
 
-/// One connection that the guest may believe to exist.
+/// One connection that may exist for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnState {
     /// Port on the host's side.
     pub host_port: u32,
     /// Port on the guest's side.
     pub guest_port: u32,
-    /// What becomes of it.
+    /// Its outcome after a restore.
     pub outcome: RestoreOutcome,
 }
 
-/// The fields of a [`VsockState`], as a snapshot holds them: anything can be in there.
+/// The fields of a [`VsockState`], as a snapshot holds them: not validated.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RawVsockState {
     /// The guest's context id.
@@ -147,7 +147,7 @@ impl From<VsockState> for RawVsockState {
 }
 
 impl VsockState {
-    /// Of a live device, which is valid by construction.
+    /// The state of a live device, which is valid by construction.
     pub(super) fn of_live(raw: RawVsockState) -> Self {
         Self(raw)
     }
@@ -168,8 +168,9 @@ impl VsockState {
         &self.0.conns
     }
 
-    /// Whether one event tells the guest of all that it lost: if there is something to tell and
-    /// nothing that survives, which the event would end too.
+    /// Whether one transport reset event ends all connections that the guest lost: if there are any
+    /// (or the reset of an earlier restore is pending) and no connection survives, which the event
+    /// would end too.
     pub(super) fn resets_transport(&self) -> bool {
         let any =
             |test: fn(&RestoreOutcome) -> bool| self.0.conns.iter().any(|conn| test(&conn.outcome));

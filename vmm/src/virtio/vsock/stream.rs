@@ -1,4 +1,4 @@
-//! The host program's end of a connection.
+//! The embedding program's end of a connection.
 
 use std::io;
 use std::pin::Pin;
@@ -13,14 +13,14 @@ use super::conn::{CloseReason, Conn, ConnectionState, Side};
 
 /// A connection with a program in the guest: reads and writes like a TCP or Unix stream.
 ///
-/// - End of file comes after the guest closed its sending direction and everything was read.
-/// - `shutdown` closes this side's sending direction; what was written before is still delivered.
-/// - Dropping the stream closes it; what was written before is still delivered unless the guest
-///   takes none of it for [`CLOSE_TIMEOUT`](super::CLOSE_TIMEOUT).
+/// - End of file comes after the guest has closed its sending direction and all its data was read.
+/// - `shutdown` closes this side's sending direction; data written before is still delivered.
+/// - Dropping the stream closes it; data written before is still delivered unless the guest takes
+///   none of it for [`CLOSE_TIMEOUT`](super::CLOSE_TIMEOUT).
 /// - Errors: [`BrokenPipe`](io::ErrorKind::BrokenPipe) on a write when the guest takes no more,
 ///   [`ConnectionReset`](io::ErrorKind::ConnectionReset) when the guest reset the connection (after
-///   what it sent before was read), [`ConnectionAborted`](io::ErrorKind::ConnectionAborted) when
-///   the VM has ended.
+///   the data that it sent before was read),
+///   [`ConnectionAborted`](io::ErrorKind::ConnectionAborted) when the VM has ended.
 ///
 /// A write returns when the bytes are in this side's buffer, not when the guest has read them.
 #[derive(Debug)]
@@ -45,28 +45,28 @@ impl VsockStream {
         self.conn.key.guest
     }
 
-    /// Asks that this connection survive a snapshot: in a VM restored from it, the guest's end goes
-    /// on as if nothing had happened, and [`VsockHost::reattach`](super::VsockHost::reattach) gives
-    /// the host's end. That holds only where nothing is in flight on the host's side at the moment
-    /// of the snapshot (both buffers empty, neither direction closed); else the restored guest
-    /// sees a reset like for every other connection.
+    /// Asks that this connection survive a snapshot: in a VM restored from it, the guest's end
+    /// continues unchanged, and [`VsockHost::reattach`](super::VsockHost::reattach) gives the
+    /// host's end. That holds only if nothing is in flight on the host's side at the moment of the
+    /// snapshot (both buffers empty, neither direction closed); else the restored guest sees a
+    /// reset, as for every other connection.
     pub fn mark_durable(&self) {
         self.conn
             .change_from_host(|connection| connection.durable = true);
     }
 
-    /// Takes the connection that the guest asked for.
+    /// Accepts the connection that the guest requested.
     pub(super) fn accept(&self) {
         self.conn.change_from_host(ConnectionState::accept);
     }
 
-    /// Takes no more from the guest: what it sent and nobody has read is thrown away, and its next
-    /// write fails.
+    /// Closes the receiving direction: unread data from the guest is discarded, and the guest's
+    /// next write fails.
     pub(super) fn shut_receive(&self) {
         self.conn.change_from_host(ConnectionState::shut_receive);
     }
 
-    /// Resolves once the guest takes no more from this side.
+    /// Resolves once the guest receives no more from this side.
     pub(super) async fn refused(&self) {
         std::future::poll_fn(|cx| {
             self.conn
@@ -109,15 +109,15 @@ impl AsyncWrite for VsockStream {
     }
 }
 
-/// For one task that reads and one that writes. Of two that read, or two that write, the later one
-/// is woken.
+/// For one task that reads and one that writes. Of two that read, or two that write, only the one
+/// that polled last is woken.
 impl AsyncRead for &VsockStream {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        // A guest that always has data must not keep the task's worker from others.
+        // A guest that always has data must not keep the runtime's worker from other tasks.
         let turn = ready!(coop::poll_proceed(cx));
         let done = self
             .conn

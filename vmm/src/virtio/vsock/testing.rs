@@ -1,8 +1,9 @@
-//! Plays the guest's driver on real guest memory: split rings, `EVENT_IDX`, kicks and interrupts as
-//! the specification has them. Shared by unit tests, integration tests and fuzz targets.
+//! A guest's driver on real guest memory: split rings, `EVENT_IDX`, kicks and interrupts as in the
+//! specification. Shared by unit tests, integration tests and fuzz targets.
 //!
-//! The device runs only when its bell rang or it asked to go on, and the guest looks at its used
-//! rings only after an interrupt: a lost kick or interrupt is a test that does not get its packet.
+//! The device runs only when its doorbell was rung or it asked to run again, and the guest reads
+//! its used rings only after an interrupt: a test that loses a kick or an interrupt does not get
+//! its packet.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -25,7 +26,8 @@ pub const RX: usize = 0;
 pub const TX: usize = 1;
 pub const EVENT: usize = 2;
 
-/// Guest memory of one test: rings first, then a page of buffer for each RX descriptor, then TX.
+/// Guest memory of one test: the rings, the event buffers, a page for each RX buffer, the TX
+/// buffers.
 const RAM_BYTES: u64 = 4 * MIB;
 const RING_STRIDE: u64 = 0x1_0000;
 const RX_BUFFERS: u64 = 0x10_0000;
@@ -66,7 +68,8 @@ impl Ring {
         self.base + 0x8000
     }
 
-    /// The queue as the transport would hand it to the device, `avail` and `used` so far included.
+    /// The queue as the transport would hand it to the device, at the positions `next` in the
+    /// available and the used ring.
     pub fn queue(&self, next: (u16, u16)) -> Queue {
         let mut queue = Queue::new(self.size).unwrap();
         queue
@@ -95,7 +98,7 @@ impl Ring {
         ram.map().write_slice(&desc, slot).unwrap();
     }
 
-    /// Makes `head` available; true if the device wants a kick for it.
+    /// Makes `head` available; returns true if the device wants a kick for it.
     pub fn push(&mut self, ram: &GuestRam, head: u16) -> bool {
         let slot = self.avail_ring() + 4 + u64::from(self.avail % self.size) * 2;
         ram.map().write_obj(head, GuestAddress(slot)).unwrap();
@@ -123,7 +126,8 @@ impl Ring {
         }
     }
 
-    /// The next used chain (head, bytes written), and asks to be interrupted for the one after.
+    /// Takes the next used chain (head, bytes written), and asks for an interrupt for the one
+    /// after.
     pub fn pop(&mut self, ram: &GuestRam) -> Option<(u16, u32)> {
         if self.event_idx {
             let at = self.avail_ring() + 4 + u64::from(self.size) * 2;
@@ -147,7 +151,7 @@ impl Ring {
     }
 }
 
-/// How a [`Guest`] sets itself up.
+/// Configuration of a [`Guest`].
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     pub event_idx: bool,
@@ -175,24 +179,25 @@ pub struct Guest {
     pub interrupt: Interrupt,
     pub ram: GuestRam,
     pub rings: [Ring; 3],
-    /// Packets that came, in order.
+    /// Packets received, in order.
     pub inbox: VecDeque<(Header, Vec<u8>)>,
-    /// Events that came.
+    /// Events received.
     pub events: Vec<u32>,
     /// Whether an RX buffer goes back to the device once its packet was taken.
     pub refill: bool,
-    /// RX buffers that did not.
+    /// RX buffers that did not go back.
     pub rx_idle: Vec<u16>,
-    /// Whether an event's buffer goes back to the device at once, as it does when it was handled.
+    /// Whether an event's buffer goes back to the device at once, as it does in a driver that has
+    /// handled the event.
     pub handles_events: bool,
-    /// Event buffers that did not.
+    /// Event buffers that did not go back.
     pub events_idle: Vec<u16>,
     /// How often the device ran.
     pub runs: usize,
     /// How often the guest kicked.
     pub kicks: usize,
-    /// Whether packets may come from other addresses than the host's: refusals of what went there
-    /// do.
+    /// Whether packets may come from addresses other than the host's, as refusals of packets to
+    /// such addresses do.
     pub foreign_ok: bool,
     setup: Setup,
     tx_free: Vec<u64>,
@@ -297,7 +302,7 @@ impl Guest {
         self.device.connections()
     }
 
-    /// Lets `elapsed` go by for the device's timeouts.
+    /// Runs the device as if `elapsed` had passed, for its timeouts.
     pub fn wait(&mut self, elapsed: Duration) {
         self.pump();
         self.device.run_at(Instant::now() + elapsed).unwrap();
@@ -316,7 +321,8 @@ impl Guest {
     pub fn restore(&mut self) {
         let state = self.device.save();
         let next = self.rings.clone().map(|ring| {
-            // All that was made available is used in these tests, up to what the device left.
+            // The device has used every chain that it took, so both of its positions are its used
+            // index.
             let used: u16 = self
                 .ram
                 .map()
@@ -356,7 +362,7 @@ impl Guest {
         self.push(RX, head);
     }
 
-    /// Kicks whatever the device said: a guest may.
+    /// Kicks even if the device did not ask for it, as a guest may.
     pub fn kick(&self) {
         self.doorbell.ring();
     }
@@ -367,8 +373,8 @@ impl Guest {
     /// The device's fault.
     pub fn try_pump(&mut self) -> Result<(), Fault> {
         let outcome = self.run();
-        // Whoever waited for what the device has done finds it. What is measured is the device
-        // alone.
+        // In unit tests, waits until the tasks that waited for this work are woken. Elsewhere, only
+        // the device is measured.
         #[cfg(test)]
         crate::wake::flush();
         outcome
@@ -378,7 +384,8 @@ impl Guest {
         loop {
             let rung = self.doorbell.answer();
             if rung {
-                // A device that always asks for more would never end here; none may.
+                // A device that always asks to run again, which none may do, would never end this
+                // loop.
                 for turn in 0.. {
                     self.runs += 1;
                     if self.device.run()? == Progress::Idle {
@@ -405,7 +412,7 @@ impl Guest {
         self.try_pump().unwrap();
     }
 
-    /// Looks at the used rings if there was an interrupt; true if there was.
+    /// Reads the used rings if there was an interrupt; returns whether there was.
     fn take_interrupt(&mut self) -> bool {
         if self.interrupt.fd().read().is_err() {
             return false;
@@ -455,7 +462,7 @@ impl Guest {
         !self.tx_free.is_empty()
     }
 
-    /// Packets that were sent and the device has not taken yet.
+    /// Number of packets that were sent and the device has not taken yet.
     pub fn tx_waiting(&self) -> usize {
         self.tx_busy.len()
     }
@@ -468,7 +475,7 @@ impl Guest {
             .map()
             .write_slice(bytes, GuestAddress(addr))
             .unwrap();
-        // Each chain has its own eighth of the descriptors.
+        // Each chain has its own share of the descriptors.
         let per_chain = self.rings[TX].size / u16::try_from(TX_CHAINS).unwrap();
         let head = slot * per_chain;
         let piece = piece.max(bytes.len().div_ceil(usize::from(per_chain)));
@@ -485,20 +492,20 @@ impl Guest {
         self.push(TX, head);
     }
 
-    /// Sends one packet as it is.
+    /// Sends one packet unchanged.
     pub fn send(&mut self, header: Header, payload: &[u8]) {
         let mut bytes = header.encode().to_vec();
         bytes.extend(payload);
         self.post_tx(&bytes, usize::MAX);
     }
 
-    /// The next packet from the host.
+    /// Returns the next packet from the host.
     pub fn recv(&mut self) -> Option<(Header, Vec<u8>)> {
         self.pump();
         self.inbox.pop_front()
     }
 
-    /// The next packet, which must have this operation.
+    /// Returns the next packet, which must have this operation.
     #[track_caller]
     pub fn expect(&mut self, op: Op) -> (Header, Vec<u8>) {
         let (header, payload) = self.recv().expect("a packet");
@@ -506,14 +513,14 @@ impl Guest {
         (header, payload)
     }
 
-    /// No packet is there.
+    /// Asserts that there is no packet.
     #[track_caller]
     pub fn expect_nothing(&mut self) {
         let packet = self.recv();
         assert!(packet.is_none(), "{packet:?}");
     }
 
-    /// A socket of the guest's; it buffers `window` bytes.
+    /// A socket of the guest that buffers `window` bytes.
     pub fn socket(&self, guest_port: u32, host_port: u32, window: u32) -> Socket {
         Socket {
             guest_port,
@@ -585,13 +592,13 @@ impl Socket {
         }
     }
 
-    /// Learns the host's credit.
+    /// Takes the host's credit from one of its packets.
     pub fn hear(&mut self, header: &Header) {
         self.host_window = header.buf_alloc;
         self.host_consumed = header.fwd_cnt;
     }
 
-    /// Bytes that the host still takes.
+    /// Bytes that the host's credit still allows.
     pub fn room(&self) -> usize {
         let flying = self.sent.wrapping_sub(self.host_consumed);
         usize::try_from(self.host_window.saturating_sub(flying)).unwrap()

@@ -2,15 +2,17 @@
 //! convention, so that clients written for it work unchanged:
 //!
 //! - A client connects to the socket at `PATH`, writes `CONNECT <port>\n`, and reads `OK <host
-//!   port>\n` once the guest has accepted; where it has not, the bridge hangs up.
-//! - A guest that connects to the host's port `N` is connected to whoever listens on the socket at
-//!   `PATH_N`, or refused.
+//!   port>\n` once the guest has accepted; if the guest does not accept, the bridge closes the
+//!   connection.
+//! - A guest that connects to the host's port `N` is connected to the program that listens on the
+//!   socket at `PATH_N`, or refused if there is none.
 //!
-//! Each direction ends by itself: one that is closed, or whose receiver takes no more, leaves the
-//! other as it is. A socket that is closed as a whole is so on the other side: the next write there
-//! fails. A connection costs two descriptors.
+//! Each direction ends by itself: when it is closed, or its receiver takes no more, the other one
+//! continues. When a socket is closed as a whole, so is the one on the other side: the next write
+//! there fails. A connection costs two descriptors.
 //!
-//! Whoever may open the socket may talk to the guest: put it into a private directory.
+//! Every program that may open the socket may talk to the guest: put the socket into a private
+//! directory.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -28,37 +30,37 @@ use super::listener::{VsockAnyListener, VsockIncoming};
 use super::stream::VsockStream;
 use super::unix_end::UnixEnd;
 
-/// Longest path of the bridge's socket in bytes. The operating system takes 107; `PATH_N` with the
+/// Longest path of the bridge's socket in bytes. The operating system allows 107; `PATH_N` with the
 /// longest port must fit as well.
 pub const MAX_PATH: usize = 107 - "_4294967295".len();
-/// Most connections of one bridge at a time that clients of the host opened, and as many again that
-/// the guest did: neither takes the other's places. A client more waits, a connection of the
-/// guest's is refused.
+/// Most connections of one bridge at a time that clients of the host opened, and separately the
+/// most that the guest opened: neither side takes the other's places. One more client waits; one
+/// more connection of the guest is refused.
 pub const MAX_BRIDGED: usize = 1024;
 /// Longest first line of a client: `CONNECT 4294967295\n`.
 const MAX_LINE: usize = 19;
-/// How long a client may take for it.
+/// How long a client may take to send its first line.
 const LINE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pause after the host had no file descriptor for a client.
+/// Pause after an accept that failed, as it does when the host has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why a bridge could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum BridgeError {
-    /// The path is longer than a Unix socket's can be.
+    /// The path is longer than a Unix socket's can be with a port appended.
     #[error(
         "the Unix socket path has {0} bytes; use one of at most {MAX_PATH} (the system takes 107, and a port is added)"
     )]
     PathTooLong(usize),
-    /// The socket could not be made.
+    /// The socket could not be created.
     #[error("cannot listen on the Unix socket {path}; remove it if it is left over")]
     Bind {
         /// The path.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// The VM cannot be listened to.
+    /// The VM's ports cannot be listened on.
     #[error("cannot bridge this VM's vsock ports")]
     Listen(#[from] ListenError),
 }
@@ -71,8 +73,8 @@ pub struct UnixBridge {
 }
 
 impl UnixBridge {
-    /// Starts a bridge on a socket at `path`, which must not exist. It ends by itself when the VM
-    /// does. Needs a tokio runtime with I/O and timers to be running.
+    /// Starts a bridge on a socket at `path`, which must not exist. The bridge ends by itself when
+    /// the VM does. Needs a tokio runtime with I/O and timers to be running.
     ///
     /// # Errors
     /// See [`BridgeError`].
@@ -80,7 +82,7 @@ impl UnixBridge {
         Self::with_places(host, path.into(), MAX_BRIDGED)
     }
 
-    /// A bridge with so many places for each side's connections.
+    /// Starts a bridge with this many places for each side's connections.
     pub(super) fn with_places(
         host: VsockHost,
         path: PathBuf,
@@ -102,7 +104,7 @@ impl UnixBridge {
         })
     }
 
-    /// Where the socket is.
+    /// The path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -112,12 +114,13 @@ impl UnixBridge {
 impl Drop for UnixBridge {
     fn drop(&mut self) {
         self.server.abort();
-        // Somebody may have removed it already.
+        // The file may have been removed already.
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-/// Accepts from both sides until the VM ends; its connections end with it.
+/// Accepts connections from both sides until the VM ends; the bridged connections end with this
+/// future.
 async fn serve(
     host: VsockHost,
     path: PathBuf,
@@ -158,7 +161,7 @@ async fn serve(
     }
 }
 
-/// The next client, once there is a place for it. Cancel-safe.
+/// Waits for a place, then for the next client. Cancel-safe.
 async fn accept(
     listener: &UnixListener,
     places: &Arc<Semaphore>,
@@ -181,7 +184,7 @@ async fn to_guest(mut client: UnixStream, host: &VsockHost) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads `CONNECT <port>\n` and not a byte more: what follows is for the guest.
+/// Reads `CONNECT <port>\n` and not a byte more: the following bytes are for the guest.
 async fn read_request(client: &mut UnixStream) -> io::Result<u32> {
     let mut line = Vec::with_capacity(MAX_LINE);
     while line.last() != Some(&b'\n') {
@@ -202,7 +205,7 @@ async fn read_request(client: &mut UnixStream) -> io::Result<u32> {
 async fn to_host(incoming: VsockIncoming, path: &Path) -> io::Result<()> {
     let mut path = path.as_os_str().to_owned();
     path.push(format!("_{}", incoming.host_port()));
-    // On failure the guest is refused, by the drop of what it asked for.
+    // On failure, the drop of `incoming` refuses the guest.
     let server = UnixStream::connect(path).await?;
     let end = UnixEnd::of(&server)?;
     join(server, &end, &incoming.accept()).await;
@@ -224,21 +227,20 @@ async fn join(mut socket: UnixStream, end: &UnixEnd, stream: &VsockStream) {
     );
 }
 
-/// Moves bytes one way until no more come, or `refused`. Whoever receives is then told that there
-/// are no more.
+/// Moves bytes one way until `from` ends or `refused` resolves, then shuts `to` down.
 async fn pass(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     refused: impl Future<Output = ()>,
 ) {
     tokio::select! {
-        // A receiver that is gone gets nothing that is left either.
+        // A receiver that takes no more does not get the remaining bytes either.
         biased;
         () = refused => {}
         moved = tokio::io::copy(&mut from, &mut to) => {
             tracing::trace!(?moved, "one direction of a bridged connection ended");
         }
     }
-    // It fails where the receiver is gone.
+    // Fails if the receiver is gone.
     let _ = to.shutdown().await;
 }

@@ -1,4 +1,5 @@
-//! What a bridged Unix socket's peer does last.
+//! Half-close of a bridged Unix socket: detects that the peer receives no more, and stops receiving
+//! from it.
 
 use std::io;
 use std::net::Shutdown;
@@ -11,16 +12,17 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 
-/// A Unix socket's end of the bridge by a descriptor of its own, beside the one that is read and
+/// The bridge's end of a Unix socket, as a second descriptor besides the one that is read and
 /// written.
 pub(super) struct UnixEnd(AsyncFd<StdStream>);
 
 impl UnixEnd {
     pub(super) fn of(socket: &UnixStream) -> io::Result<Self> {
         let again = StdStream::from(socket.as_fd().try_clone_to_owned()?);
-        // The end of one direction stays readable for ever, and would keep who waits for both
-        // awake. SAFETY: the standard library's socket owns its descriptor: it is open, and
-        // the same one, for as long as the value is.
+        // Not readable as well: once the peer sends no more, the socket stays readable for ever,
+        // and would keep waking a task that waits for both.
+        // SAFETY: the standard library's socket owns its descriptor: it is open, and the same one,
+        // for as long as the value is.
         let end = unsafe { AsyncFd::register_with_interest(again, Interest::WRITABLE) };
         Ok(Self(end?))
     }
@@ -35,17 +37,17 @@ impl UnixEnd {
         }
     }
 
-    /// Whether the peer receives no more. That it does not, though it still sends, is no readiness
-    /// of the socket's, but the change wakes whoever waits for one.
+    /// Whether the peer receives no more. While the peer still sends, this is not a readiness of
+    /// the socket, but the change wakes a task that waits for readiness.
     fn refuses(&self) -> bool {
-        // Nothing is sent, but whether it could be is looked at.
+        // Sends nothing; only checks whether sending is possible.
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         matches!(send(self.0.get_ref(), &[], flags), Err(Errno::PIPE))
     }
 
-    /// Takes no more from the peer: its next write fails.
+    /// Closes the receiving direction: the peer's next write fails.
     pub(super) fn shut_receive(&self) {
-        // It fails where the peer is gone.
+        // Fails if the peer is gone.
         let _ = self.0.get_ref().shutdown(Shutdown::Read);
     }
 }

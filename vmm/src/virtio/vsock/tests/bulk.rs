@@ -1,18 +1,19 @@
-//! Many bytes and many connections.
+//! Tests with many bytes and many connections.
 
 use std::hash::{DefaultHasher, Hasher};
 
 use super::*;
 
-/// The byte at `position` of the test stream: no period that any buffer size divides.
+/// The `len` bytes of the test stream at `from`. The stream has no period that a buffer size
+/// divides.
 fn pattern(from: usize, len: usize) -> Vec<u8> {
     (from..from + len)
         .map(|at| (at.wrapping_mul(0x9E37_79B1) >> 11) as u8)
         .collect()
 }
 
-/// Sends `total` bytes each way through one connection at once, with both ends checked by hash.
-/// Returns the most bytes that the device held for the connection.
+/// Sends `total` bytes in both directions of one connection at the same time, and compares hashes
+/// of the bytes at both ends.
 async fn both_ways(setup: Setup, total: usize, guest_window: u32, tx_piece: usize) {
     let mut guest = Guest::new(setup);
     let (stream, mut socket) = connected(&mut guest, 9, guest_window).await;
@@ -97,7 +98,7 @@ async fn one_gib_each_way() {
     both_ways(Setup::default(), 1 << 30, 256 * 1024, usize::MAX).await;
 }
 
-/// FC#5475/#5485: an upload was corrupted where an I/O vector was consumed partly.
+/// FC#5475/#5485: an upload was corrupted where an I/O vector was consumed only in part.
 #[tokio::test]
 async fn a_packet_may_lie_in_any_number_of_descriptors() {
     for (rx_pieces, tx_piece) in [

@@ -19,12 +19,12 @@ async fn a_slow_reader_throttles_and_does_not_stop_the_stream() {
     socket.host_window = WIDE_WINDOW;
     assert_eq!(socket.room(), 0);
     guest.expect_nothing();
-    // The first byte read reopens it, without a question.
+    // The first byte read reopens the window, without a credit request.
     stream.read_exact(&mut [0]).await.unwrap();
     let (update, _) = guest.expect(Op::CreditUpdate);
     socket.hear(&update);
     assert_eq!(socket.room(), 1);
-    // And what is read later reopens it in large steps, not for every read.
+    // Later reads reopen it in large steps, not each time.
     for _ in 0..64 {
         stream.read_exact(&mut [0; 4095]).await.unwrap();
     }
@@ -37,7 +37,7 @@ async fn a_slow_reader_throttles_and_does_not_stop_the_stream() {
     assert!(socket.room() > 65536);
 }
 
-/// FC#1751, the other way: the guest's buffer is full.
+/// FC#1751, in the other direction: the guest's buffer is full.
 #[tokio::test]
 async fn a_guest_that_does_not_read_makes_the_writer_wait() {
     let mut guest = Guest::new(Setup::default());
@@ -75,7 +75,7 @@ async fn a_guest_that_does_not_read_makes_the_writer_wait() {
     assert_eq!(got, bytes.len());
 }
 
-/// FC#6031: the event thread span while the guest had no RX buffer, and after a close.
+/// FC#6031: the event thread spun while the guest had no RX buffer, and after a close.
 #[tokio::test]
 async fn a_guest_without_rx_buffers_costs_no_runs_and_loses_no_packet() {
     for event_idx in [true, false] {
@@ -93,7 +93,7 @@ async fn a_guest_without_rx_buffers_costs_no_runs_and_loses_no_packet() {
         guest.pump();
         assert!(guest.runs == runs && runs <= 4, "{runs}");
         assert!(guest.device.deadline().is_none());
-        // Each buffer that the guest provides brings a packet without another kick.
+        // Each buffer that the guest provides gets one packet, without an extra kick.
         guest.post_rx(0);
         let (request, _) = guest.expect(Op::Request);
         let socket = Socket::answering(&request, 1000);
@@ -118,7 +118,7 @@ async fn a_guest_without_rx_buffers_costs_no_runs_and_loses_no_packet() {
     }
 }
 
-/// The guest's kicks while there is nothing to send are not asked for.
+/// The device asks for no kicks for RX buffers while it has nothing to send.
 #[tokio::test]
 async fn rx_buffers_are_provided_without_kicks_while_there_are_enough() {
     let mut guest = Guest::new(Setup::default());
@@ -129,7 +129,7 @@ async fn rx_buffers_are_provided_without_kicks_while_there_are_enough() {
         guest.expect(Op::Data);
     }
     assert_eq!(guest.kicks, kicks);
-    // While each TX packet to a sleeping device is one.
+    // Each TX packet to an idle device does need a kick.
     for _ in 0..10 {
         let data = socket.data(1);
         guest.send(data, &[0]);
@@ -156,7 +156,7 @@ async fn connects_that_the_guest_ignores_block_nothing_and_time_out() {
             requests += 1;
         }
     }
-    // Others are served meanwhile.
+    // Other connections are served meanwhile.
     let (mut stream, mut socket) = connected(&mut guest, 1000, 65536).await;
     let data = socket.data(1);
     guest.send(data, &[1]);
@@ -169,7 +169,7 @@ async fn connects_that_the_guest_ignores_block_nothing_and_time_out() {
         };
         assert_eq!(connect.await.unwrap().unwrap_err(), timed_out);
     }
-    // The guest hears that nobody waits any more, and a late answer is refused.
+    // The guest gets a reset for each connect that timed out, and its late response is refused.
     for _ in 0..500 {
         let (reset, _) = guest.expect(Op::Reset);
         let late = Socket::answering(&reset, 1000);
@@ -219,7 +219,7 @@ async fn a_connect_before_the_guest_listens_is_refused_or_retried() {
     assert_eq!(outcome, ConnectError::Refused(6));
 }
 
-/// A guest whose driver comes up late.
+/// The guest's driver is initialised late.
 #[tokio::test(start_paused = true)]
 async fn a_connect_waits_for_the_driver_and_gives_up_in_time() {
     let mut guest = Guest::inactive(Setup::default());
@@ -260,7 +260,7 @@ async fn half_closed_connections_are_reaped() {
             match port % 3 {
                 // The guest never answers the close.
                 0 => {}
-                // It never takes what was written before.
+                // It never takes the bytes that were written before.
                 1 => stream.write_all(&[0; 20]).await.unwrap(),
                 // It has closed its own half.
                 _ => guest.send(socket.shutdown(SEND), &[]),
@@ -284,7 +284,7 @@ async fn half_closed_connections_are_reaped() {
     }
 }
 
-/// A guest that takes its time gets all, as long as it takes something.
+/// A slow guest gets all bytes, as long as it takes some before each timeout.
 #[tokio::test]
 async fn progress_defers_the_close_timeout() {
     let mut guest = Guest::new(Setup::default());
@@ -389,7 +389,7 @@ async fn a_guest_that_shrinks_its_buffer_gets_no_more_than_it_holds() {
     socket.consumed = 4950;
     guest.send(socket.header(Op::CreditUpdate), &[]);
     assert_eq!(guest.expect(Op::Data).1.len(), 50);
-    // Lies: consumed more than was sent, a buffer of 4 GiB.
+    // False claims: more bytes consumed than were sent, and a buffer of 4 GiB.
     socket.consumed = 100_000;
     socket.window = u32::MAX;
     guest.send(socket.header(Op::CreditUpdate), &[]);
@@ -400,7 +400,7 @@ async fn a_guest_that_shrinks_its_buffer_gets_no_more_than_it_holds() {
     assert!(got <= 20_000);
 }
 
-/// One connection that always has data does not keep the others from theirs.
+/// A connection that always has data does not starve the others.
 #[tokio::test]
 async fn connections_send_in_turn() {
     let mut guest = Guest::new(Setup {
@@ -428,11 +428,12 @@ async fn connections_send_in_turn() {
     }
 }
 
-/// A run is bounded, and goes on where it stopped.
+/// All packets that are available are received. More available chains than the queue has entries
+/// are a fault.
 #[tokio::test]
-async fn a_guest_that_kicks_without_end_gets_a_bounded_run() {
+async fn a_full_window_is_received_and_more_chains_than_entries_are_a_fault() {
     let mut guest = Guest::new(Setup::default());
-    // 128 TX packets of one connection, available at once: more than one run's bytes.
+    // Four TX packets of one connection that fill its window, all available at once.
     let (mut stream, mut socket) = connected(&mut guest, 1, 65536).await;
     for _ in 0..4 {
         let data = socket.data(65536);
@@ -443,7 +444,7 @@ async fn a_guest_that_kicks_without_end_gets_a_bounded_run() {
     assert!(guest.runs > before);
     let mut all = vec![0; 4 * 65536];
     stream.read_exact(&mut all).await.unwrap();
-    // The rings themselves bound it otherwise: the same chain 1000 times is an error of the queue.
+    // The queue's size bounds a run as well: 1000 available chains exceed it, which is a fault.
     for _ in 0..1000 {
         guest.rings[TX].push(&guest.ram, 0);
     }

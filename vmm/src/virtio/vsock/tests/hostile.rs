@@ -1,10 +1,10 @@
-//! A guest that breaks the rules of connections: its own suffer.
+//! A guest that breaks the rules of connections: only its own connections are affected.
 
 use super::*;
 use crate::virtio::vsock::packet::HOST_CID;
 use crate::virtio::vsock::testing::GUEST_CID;
 
-/// Each must end this connection with a reset, and no other.
+/// Each violation must reset its own connection and no other.
 #[tokio::test]
 async fn violations_reset_their_connection_and_no_other() {
     type Attack = fn(&mut Socket) -> (Header, usize);
@@ -98,7 +98,7 @@ async fn more_data_than_credit_is_a_reset() {
     let data = socket.data(1);
     guest.send(data, &[6]);
     guest.expect(Op::Reset);
-    // What was within the credit is there, the byte beyond is not.
+    // The bytes within the credit are there, the byte beyond it is not.
     let mut bytes = Vec::new();
     let error = stream.read_to_end(&mut bytes).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
@@ -120,7 +120,7 @@ async fn data_after_the_end_of_data_is_a_reset() {
 async fn a_response_nobody_asked_for_is_refused() {
     let mut guest = Guest::new(Setup::default());
     let host = guest.host.clone();
-    // Even where the guest guesses the ports of a connect that was not sent yet.
+    // Also if the guest guesses the ports of a connect whose request was not sent yet.
     guest.refill = false;
     for _ in 0..16 {
         let socket = guest.socket(1, 77, 10);
@@ -163,7 +163,7 @@ async fn foreign_addresses_and_types_reach_nobody() {
     let mut guest = Guest::new(Setup::default());
     let mut listener = guest.host.listen(5).unwrap();
     let request = guest.socket(1, 5, 1000).header(Op::Request);
-    // Speaking for somebody else is not answered at all.
+    // A packet with a foreign source CID is not answered at all.
     for src_cid in [0, 1, HOST_CID, GUEST_CID + 1, u64::MAX, GUEST_CID | 1 << 32] {
         guest.send(Header { src_cid, ..request }, &[]);
         guest.expect_nothing();
@@ -223,12 +223,12 @@ async fn the_table_has_an_end_and_windows_shrink_before_it() {
     guest.expect(Op::Reset);
     let full = guest.host.connect(1).await.unwrap_err();
     assert_eq!(full, ConnectError::TooMany);
-    // A narrow window is held to like a wide one.
+    // A narrow window is enforced like a wide one.
     let mut narrow = guest.socket(4000, 5, 1000);
     let data = narrow.data(40_000);
     guest.send(data, &[0; 40_000]);
     guest.expect(Op::Reset);
-    // A wide one that both ends have let go of is given again.
+    // A wide window is given out again once both ends have released its connection.
     guest.send(guest.socket(0, 5, 0).header(Op::Reset), &[]);
     guest.pump();
     drop(streams.swap_remove(0));
@@ -237,8 +237,8 @@ async fn the_table_has_an_end_and_windows_shrink_before_it() {
     assert_eq!(response.buf_alloc, WIDE_WINDOW);
 }
 
-/// A connection that its guest has reset is counted as long as the host holds its end, with what it
-/// has not read: else each reset would make room for as many bytes again.
+/// A connection that the guest has reset counts towards the limits while the host holds its end,
+/// which may hold unread bytes. Otherwise each reset would make room for as many bytes again.
 #[tokio::test]
 async fn connections_that_the_guest_resets_are_counted_while_the_host_holds_them() {
     const EACH: usize = NARROW_WINDOW as usize;
@@ -256,7 +256,7 @@ async fn connections_that_the_guest_resets_are_counted_while_the_host_holds_them
             continue;
         }
         socket.hear(&answer);
-        // All that the guest is allowed.
+        // All bytes that the guest may send.
         while socket.room() > 0 {
             let len = socket.room().min(EACH);
             let data = socket.data(len);
@@ -278,7 +278,7 @@ async fn connections_that_the_guest_resets_are_counted_while_the_host_holds_them
         "184 MiB"
     );
     assert_eq!(bytes, 184 << 20);
-    // In a backlog, too: nobody has accepted these.
+    // Connections in a backlog count as well: these are not accepted.
     for _ in 0..BACKLOG {
         held.pop();
     }
@@ -291,7 +291,7 @@ async fn connections_that_the_guest_resets_are_counted_while_the_host_holds_them
     assert_eq!(guest.connections(), 0);
     let full = guest.host.connect(1).await.unwrap_err();
     assert_eq!(full, ConnectError::TooMany);
-    // What the host lets go of is free again.
+    // The place of a stream that the host drops is free again.
     held.pop();
     let mut connecting = Box::pin(guest.host.connect(1));
     assert!(poll(connecting.as_mut()).is_none());
@@ -308,7 +308,7 @@ async fn connections_that_the_guest_resets_are_counted_while_the_host_holds_them
     listener.accept().await.unwrap();
 }
 
-/// Resets are neither dropped nor piled up: TX waits until the guest takes them.
+/// Resets are neither dropped nor queued without bound: TX waits until the guest takes them.
 #[tokio::test]
 async fn a_guest_that_takes_no_resets_stops_its_own_sending() {
     for event_idx in [true, false] {

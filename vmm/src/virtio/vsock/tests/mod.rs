@@ -1,5 +1,5 @@
-//! The device against a guest's driver on real guest memory. Kinds of fault that users of such
-//! devices have reported each have a test here.
+//! Tests of the device with a guest's driver on real guest memory. Each kind of fault that users of
+//! such devices have reported has a test here.
 
 use std::future::Future;
 use std::io;
@@ -36,9 +36,9 @@ fn shut(header: &Header) -> ShutdownFlags {
     ShutdownFlags::from_flags(header.flags)
 }
 
-/// Polls once.
+/// Polls the future once.
 fn poll<F: Future + ?Sized>(future: Pin<&mut F>) -> Option<F::Output> {
-    // Without tokio's budget: it would call things pending that are not.
+    // Outside tokio's cooperative budget, which would report ready operations as pending.
     let future = std::pin::pin!(tokio::task::unconstrained(future));
     match future.poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(output) => Some(output),
@@ -46,7 +46,7 @@ fn poll<F: Future + ?Sized>(future: Pin<&mut F>) -> Option<F::Output> {
     }
 }
 
-/// Runs `future`, with the guest pumped whenever it waits.
+/// Runs `future`, and pumps the guest whenever the future is pending.
 async fn drive<F: Future>(guest: &mut Guest, future: F) -> F::Output {
     let mut future = std::pin::pin!(future);
     loop {
@@ -58,7 +58,7 @@ async fn drive<F: Future>(guest: &mut Guest, future: F) -> F::Output {
     }
 }
 
-/// A connection that the host opened.
+/// Opens a connection from the host.
 async fn connected(guest: &mut Guest, port: u32, window: u32) -> (VsockStream, Socket) {
     let host = guest.host.clone();
     let mut connecting = Box::pin(host.connect(port));
@@ -199,7 +199,7 @@ async fn what_was_written_before_the_drop_arrives() {
     stream.write_all(&[7; 2500]).await.unwrap();
     drop(stream);
     assert_eq!(guest.expect(Op::Data).1.len(), 1000);
-    // The guest learns at once that nobody reads any more, and that more is to come.
+    // The guest learns at once that the host has stopped reading and has more data to send.
     assert_eq!(shut(&guest.expect(Op::Shutdown).0), RECEIVE);
     guest.expect(Op::CreditRequest);
     for (n, left) in [(1000, 500), (500, 0)] {
@@ -212,7 +212,7 @@ async fn what_was_written_before_the_drop_arrives() {
         }
     }
     assert_eq!(shut(&guest.expect(Op::Shutdown).0), ShutdownFlags::BOTH);
-    // Data that was under way is nobody's, but no reason for a reset either.
+    // Data in flight is discarded, but does not cause a reset.
     let data = socket.data(3);
     guest.send(data, b"abc");
     guest.expect_nothing();
@@ -246,7 +246,7 @@ async fn closing_ends_streams_connects_and_accepts() {
         (error.kind(), bytes.as_slice()),
         (io::ErrorKind::ConnectionAborted, &b"end"[..])
     );
-    // The device may still run once; and everything may go in any order.
+    // The device may still run once, and the parts may be dropped in any order.
     guest.kick();
     guest.pump();
     drop(guest);
@@ -361,7 +361,7 @@ async fn the_host_decides_on_ports_without_a_listener() {
     guest.expect(Op::Response);
     named.accept().await.unwrap();
     guest.expect(Op::Shutdown);
-    // Nothing is said before the host has decided.
+    // The guest gets no answer before the host has decided.
     let socket = ask(&mut guest, 2, 6);
     guest.expect_nothing();
     let incoming = any.next().await.unwrap();
@@ -371,7 +371,7 @@ async fn the_host_decides_on_ports_without_a_listener() {
     stream.write_all(b"hi").await.unwrap();
     assert!(socket.is_for(&guest.expect(Op::Response).0));
     guest.expect(Op::Data);
-    // Refused, given up by the guest, and never looked at.
+    // Requests that are refused, reset by the guest, and never taken from the listener.
     ask(&mut guest, 3, 7);
     drop(any.next().await.unwrap());
     guest.expect(Op::Reset);
@@ -410,7 +410,7 @@ async fn a_guest_that_always_has_data_does_not_starve_other_tasks() {
     assert!(others > 100, "{others}");
 }
 
-/// Does with its device what a waker may: anything.
+/// A waker that calls back into its device, as wakers may.
 #[derive(Debug)]
 struct Busy {
     host: VsockHost,
@@ -425,7 +425,7 @@ impl std::task::Wake for Busy {
     }
 }
 
-/// Was: a deadlock of the event thread, which held the device's lock while it woke.
+/// Regression: the event thread held the device's lock while it called wakers, and deadlocked.
 #[tokio::test]
 async fn a_waker_finds_no_lock_of_the_device_held() {
     let mut guest = Guest::new(Setup::default());
@@ -438,7 +438,7 @@ async fn a_waker_finds_no_lock_of_the_device_held() {
     let waker = Waker::from(Arc::clone(&busy));
     let mut cx = Context::from_waker(&waker);
     let woken = || busy.woken.load(std::sync::atomic::Ordering::SeqCst);
-    // A reader, by data.
+    // Data wakes a reader.
     let mut bytes = [0; 8];
     let mut into = ReadBuf::new(&mut bytes);
     assert!(
@@ -450,7 +450,7 @@ async fn a_waker_finds_no_lock_of_the_device_held() {
     guest.send(data, &[1]);
     guest.pump();
     assert_eq!(woken(), 1);
-    // Whoever accepts, by a request.
+    // A request wakes the task that accepts.
     let mut accepting = Box::pin(listener.accept());
     assert!(accepting.as_mut().poll(&mut cx).is_pending());
     let request = guest.socket(1000, 5, 65536);
@@ -460,7 +460,7 @@ async fn a_waker_finds_no_lock_of_the_device_held() {
     let accepted = accepting.as_mut().poll(&mut cx);
     assert!(accepted.is_ready());
     guest.expect(Op::Response);
-    // Whoever connects, by the answer.
+    // The response wakes the task that connects.
     let host = guest.host.clone();
     let mut connecting = Box::pin(host.connect(2));
     assert!(connecting.as_mut().poll(&mut cx).is_pending());

@@ -1,7 +1,8 @@
-//! Random interleavings of what both sides can do, against a model of what each may then see.
+//! Random interleavings of both sides' operations, checked against a model of what each side may
+//! observe.
 //!
 //! The guest's sockets behave like Linux's (`virtio_transport_common.c`): a shutdown of both
-//! directions is answered with a reset once everything was read, a close waits for that reset.
+//! directions is answered with a reset once everything was read, and a close waits for that reset.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -16,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::*;
 
-/// The guest listens on even ports, and refuses odd ones. The host listens on this one.
+/// The only port on which the host listens. The guest listens on even ports and refuses odd ones.
 const HOST_PORT: u32 = 52;
 
 #[derive(Clone, Copy, Debug)]
@@ -108,11 +109,12 @@ impl Wake for Woken {
     }
 }
 
-/// A task that waits: it was told to, and must be woken before its wait is over.
+/// The waker of a task whose last poll was pending. It must be woken before the operation can
+/// succeed.
 type Wait = Option<Arc<Woken>>;
 
-/// Polls as a task would: registers a fresh waker. Panics if the operation would have succeeded
-/// although the task, told to wait, was not woken.
+/// Polls as a task would, with a fresh waker. Panics if the operation is ready although the task,
+/// whose last poll was pending, was not woken.
 fn attempt<T>(
     wait: &mut Wait,
     what: &str,
@@ -154,10 +156,10 @@ struct Pair {
     guest: GuestState,
     guest_shut: ShutdownFlags,
     host_told: ShutdownFlags,
-    /// In the guest's receive buffer.
+    /// Bytes in the guest's receive buffer.
     guest_unread: usize,
     guest_got: usize,
-    /// All that came, also what came after the guest stopped receiving.
+    /// All bytes that arrived, including those after the guest stopped receiving.
     guest_heard: usize,
     guest_sent: usize,
     connecting: Option<Connecting>,
@@ -167,7 +169,7 @@ struct Pair {
     host_shut: bool,
     read_wait: Wait,
     write_wait: Wait,
-    /// Something ended the connection other than its programs in good order.
+    /// The connection may end other than by an orderly close of both programs.
     broken: bool,
     /// The host's end belongs to a device that was saved and dropped.
     stale: bool,
@@ -313,7 +315,7 @@ impl World {
             Step::Pump => self.exchange(),
             Step::Expire => {
                 self.guest.wait(CLOSE_TIMEOUT + Duration::from_secs(1));
-                // Whatever the host had dropped may be cut short now.
+                // Connections that the host has dropped may be cut short now.
                 for pair in &mut self.pairs {
                     pair.broken |= pair.stream.is_none() && pair.connecting.is_none();
                 }
@@ -381,7 +383,7 @@ impl World {
             .extend(header.refusal().map(|reset| (reset, Vec::new())));
     }
 
-    /// The host's tasks look at what they wait for.
+    /// Polls the host's pending connects and accepts.
     fn host_notices(&mut self) {
         for pair in &mut self.pairs {
             let Some(connecting) = &mut pair.connecting else {
@@ -414,7 +416,7 @@ impl World {
             });
             let pair = pair.unwrap();
             pair.stream = Some(stream);
-            // The guest's request came only after a restore.
+            // After a restore, it is the restored device that received the guest's request.
             pair.stale = false;
         }
     }
@@ -427,7 +429,7 @@ impl World {
         self.guest.pump();
         self.guest.restore();
         self.listener = self.guest.host.listen(HOST_PORT).unwrap();
-        // Packets that the guest was about to send stay so: they are its memory.
+        // Packets in the outbox stay there: they are part of the guest's memory.
         for pair in &mut self.pairs {
             if let Some(connecting) = &mut pair.connecting {
                 let outcome = poll(connecting.as_mut()).unwrap();
@@ -438,11 +440,11 @@ impl World {
         self.exchange();
     }
 
-    /// Both sides finish what they began: everything must arrive, everything must end.
+    /// Lets both sides finish: all bytes must arrive and all connections must end.
     fn finish(mut self) {
         self.guest.refill = true;
         for _ in 0..3 {
-            // Every byte, as long as somebody is there to take it.
+            // Moves bytes until none is left that its receiver can take.
             loop {
                 let before: Vec<_> = self
                     .pairs
@@ -513,7 +515,8 @@ impl Pair {
             .as_ref()
             .is_some_and(|w| !w.0.load(Ordering::SeqCst));
         if asleep {
-            // A writer is woken only when a good part of the buffer is free; see below.
+            // A writer is woken only when a quarter of the buffer is free; the assertion below
+            // checks that.
             self.write_wait = None;
         }
         let outcome = attempt(&mut self.write_wait, "a write", |cx| {
@@ -756,7 +759,7 @@ proptest! {
             .start_paused(true)
             .build()
             .unwrap();
-        // Without tokio's budget: it would call things pending that are not.
+        // Outside tokio's cooperative budget, which would report ready operations as pending.
         runtime.block_on(tokio::task::unconstrained(async {
             let mut world = World::new(shape);
             for step in steps {

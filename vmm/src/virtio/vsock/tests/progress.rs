@@ -1,11 +1,11 @@
-//! What must go on by itself, and what must stop.
+//! Sending that must go on by itself, and sending that must stop.
 
 use std::time::Duration;
 
 use super::*;
 use crate::virtio::vsock::muxer::MAX_REFUSALS;
 
-/// A guest that will take no more gets no more, credit or not, and the writer is told.
+/// A guest that has shut down receiving gets no data, even with credit, and writes fail.
 #[tokio::test]
 async fn a_guest_that_shut_down_receiving_gets_no_data() {
     let mut guest = Guest::new(Setup::default());
@@ -13,7 +13,7 @@ async fn a_guest_that_shut_down_receiving_gets_no_data() {
     stream.write_all(&[9; 10]).await.unwrap();
     assert_eq!(guest.expect(Op::Data).1.len(), 4);
     while guest.recv().is_some() {}
-    // With the shutdown comes credit for all that is held.
+    // The shutdown packet brings credit for all bytes that are still buffered.
     socket.consumed = 4;
     socket.window = 4096;
     guest.send(socket.shutdown(RECEIVE), &[]);
@@ -31,7 +31,7 @@ async fn a_guest_that_shut_down_receiving_gets_no_data() {
     assert_eq!(&text, b"ok");
 }
 
-/// The refusals fill their place and TX stops; one kick frees all of it at once, and no other
+/// TX stops when the queue of refusals is full. One kick frees all of it at once, and no other
 /// follows.
 #[tokio::test]
 async fn tx_goes_on_when_one_kick_frees_all_refusals() {
@@ -63,7 +63,8 @@ async fn tx_goes_on_when_one_kick_frees_all_refusals() {
     );
 }
 
-/// A guest that takes nothing is given up 8 s after the drop, whatever else it says meanwhile.
+/// A guest that takes no data gets a reset 8 s after the drop of the stream, whatever other packets
+/// it sends meanwhile.
 #[tokio::test]
 async fn talk_without_progress_does_not_defer_the_close_timeout() {
     let mut guest = Guest::new(Setup::default());

@@ -21,7 +21,8 @@ fn attack_tx(guest: &mut Guest, descs: &[Desc]) -> Result<(), Fault> {
     guest.try_pump()
 }
 
-/// CVE-2019-18960, Kata: only the start of a guest range was checked. And what else a chain can be.
+/// CVE-2019-18960, Kata: only the start of a guest range was checked. Other malformed chains are
+/// tried as well.
 #[tokio::test]
 async fn malformed_tx_chains_are_faults() {
     let end = 4 << 20;
@@ -71,17 +72,17 @@ async fn malformed_tx_chains_are_faults() {
         let (mut stream, _) = connected(&mut guest, 1, 65536).await;
         let fault = attack_tx(&mut guest, descs).unwrap_err().to_string();
         assert!(fault.contains(why), "{name}: {fault}");
-        // The host's streams do not wait for a device that stopped.
+        // The host's streams fail instead of waiting for a device that has stopped.
         let error = stream.read(&mut [0; 8]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{name}");
-        // And the driver can begin again.
+        // The driver can reset the device and start again.
         guest.reset();
         guest.activate();
         connected(&mut guest, 2, 65536).await;
     }
 }
 
-/// A loop whose header repeats is a packet of as many bytes as the queue allows.
+/// A loop of descriptors is read only up to the longest packet.
 #[tokio::test]
 async fn a_loop_of_full_descriptors_ends() {
     let mut guest = Guest::new(Setup::default());
@@ -96,8 +97,8 @@ async fn a_loop_of_full_descriptors_ends() {
     guest.expect(Op::Reset);
 }
 
-/// An indirect table of 65535 descriptors, which was not negotiated, costs no more than a direct
-/// chain, and its packet is one if it comes early enough.
+/// Of an indirect table of 65535 descriptors, which was not negotiated, no more are read than of a
+/// direct chain. Its packet is accepted if its header is among them.
 #[tokio::test]
 async fn a_huge_indirect_table_is_not_walked() {
     for (header_at, reaches) in [(0, true), (100, true), (500, false)] {
@@ -132,7 +133,7 @@ async fn ring_indices_that_lie_are_faults() {
         });
         guest.send(guest.socket(1, 2, 10).header(Op::Data), &[]);
         guest.pump();
-        // More available than the queue is long.
+        // More available chains than the queue has entries.
         for _ in 0..200 {
             guest.rings[queue].push(&guest.ram, 0);
         }
@@ -173,7 +174,7 @@ async fn rx_buffers_that_hold_no_packet_are_faults() {
         guest.rings[RX].write_desc(&guest.ram, 0, addr, len, flags, 0);
         guest.rings[RX].push(&guest.ram, 0);
         guest.kick();
-        // Not looked at before there is a packet.
+        // The device does not look at the buffer before it has a packet.
         guest.pump();
         guest.send(guest.socket(1, 2, 10).header(Op::Data), &[]);
         let fault = guest.try_pump().unwrap_err().to_string();
@@ -181,15 +182,15 @@ async fn rx_buffers_that_hold_no_packet_are_faults() {
     }
 }
 
-/// However many chains there are, a turn takes 32 of them from the guest, and gives it as many of
-/// its own as are left of 64.
+/// However many chains are available, a turn serves at most 64: up to 32 of TX, and RX gets the
+/// rest.
 #[tokio::test]
 async fn a_turn_takes_64_chains_in_both_directions_together() {
     let mut guest = Guest::new(Setup {
         rx_buffers: 64,
         ..Setup::default()
     });
-    // To no connection: each is answered by a reset.
+    // The packet belongs to no connection: each copy is answered with a reset.
     let packet = guest.socket(1, 2, 10).header(Op::Data).encode();
     let at = 0x3f_0000;
     let place = vm_memory::GuestAddress(at);
@@ -201,7 +202,7 @@ async fn a_turn_takes_64_chains_in_both_directions_together() {
     for (taken, given, progress) in [
         (32, 32, Progress::More),
         (32, 32, Progress::More),
-        // The guest has no buffers left, and its resets wait.
+        // No RX buffers are left, so the resets wait.
         (32, 0, Progress::More),
         (32, 0, Progress::More),
         (0, 0, Progress::Idle),

@@ -1,4 +1,4 @@
-//! Snapshots: what the restored guest sees of its connections, and what can be reattached.
+//! Snapshots: the effect of a restore on the guest's connections, and reattaching to them.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ async fn the_restored_guest_sees_its_connections_end() {
     let (mut stream, _) = connected(&mut guest, 1, 65536).await;
     stream.write_all(b"seen").await.unwrap();
     guest.expect(Op::Data);
-    // One that waits for our answer is not covered by the transport's reset.
+    // A connection whose request the host has not answered is not ended by the transport reset.
     let _listener = guest.host.listen(5).unwrap();
     guest.refill = false;
     let waiting = guest.socket(77, 5, 1000);
@@ -40,8 +40,8 @@ async fn the_restored_guest_sees_its_connections_end() {
     assert_eq!(restored.connections(), 0);
 }
 
-/// Linux ends every connection that it knows when it handles the reset, new ones too, and says
-/// nothing to the host: a connect that overtakes the reset hung for ever.
+/// When Linux handles the reset, it ends all its connections, new ones included, without a packet
+/// to the host: a connect that overtook the reset hung for ever.
 #[tokio::test]
 async fn a_connect_right_after_a_restore_waits_until_the_guest_handled_the_reset() {
     for event_idx in [true, false] {
@@ -61,7 +61,7 @@ async fn a_connect_right_after_a_restore_waits_until_the_guest_handled_the_reset
         assert_eq!(restored.events, [0]);
         restored.kick();
         restored.expect_nothing();
-        // The guest handles it: its kick lets the request go.
+        // The guest handles the event: its kick releases the request.
         for head in std::mem::take(&mut restored.events_idle) {
             restored.push(EVENT, head);
         }
@@ -84,7 +84,7 @@ async fn the_transport_reset_is_owed_again_by_a_clone_of_a_clone_and_waited_for_
     assert!(poll(connecting.as_mut()).is_none());
     restored.expect_nothing();
     assert_eq!(restored.events, [0]);
-    // A snapshot of this clone owes its guest the same.
+    // In a snapshot of this clone the reset is still pending.
     let mut again = restored.restored();
     assert_eq!(
         poll(connecting.as_mut()).unwrap().unwrap_err(),
@@ -98,7 +98,7 @@ async fn the_transport_reset_is_owed_again_by_a_clone_of_a_clone_and_waited_for_
     again.push(EVENT, 0);
     let (request, _) = again.expect(Op::Request);
     assert_eq!(request.dst_port, 2);
-    // Also when the clone was parked for hours before it ran.
+    // Also if the clone was parked for hours before it ran.
     let mut third = again.restored();
     let host = third.host.clone();
     let mut connecting = Box::pin(host.connect(3));
@@ -124,7 +124,8 @@ async fn host_ports_go_on_in_sequence_after_a_restore() {
     assert_eq!(second.host_port, first.host_port + 1);
 }
 
-/// FC#5958: TX stalled after a restore, because nobody repeated the kick that the device missed.
+/// FC#5958: TX stalled after a restore, because the kick that the device had missed was not
+/// repeated.
 #[tokio::test]
 async fn a_packet_that_was_available_before_the_snapshot_is_served_after_it() {
     for event_idx in [true, false] {
@@ -159,7 +160,7 @@ async fn a_durable_connection_goes_on_with_exact_credit() {
     guest.expect_nothing();
     let ports = (stream.guest_port(), stream.host_port());
     let mut restored = guest.restored();
-    // The other one ends by a packet: an event would end this one too.
+    // The other connection ends by a reset packet: a transport reset would end the durable one too.
     let (reset, _) = restored.expect(Op::Reset);
     assert!(other_socket.is_for(&reset));
     assert!(restored.events.is_empty());
@@ -175,7 +176,7 @@ async fn a_durable_connection_goes_on_with_exact_credit() {
     let mut hi = [0; 2];
     again.read_exact(&mut hi).await.unwrap();
     assert_eq!(&hi, b"hi");
-    // The end before the restore is a stream of a VM that is gone.
+    // The stream from before the restore belongs to a VM that has ended.
     let error = stream.read(&mut hi).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
 }
@@ -188,7 +189,7 @@ async fn a_clone_of_a_clone_goes_on_too() {
     let (guest_port, host_port) = (1024, stream.host_port());
     for round in 0..3 {
         guest = guest.restored();
-        // Not even taken up in between, every other time.
+        // Every other round does not reattach the connection.
         if round % 2 == 1 {
             let mut again = guest.host.reattach(guest_port, host_port).unwrap();
             again.write_all(b"x").await.unwrap();
@@ -224,7 +225,7 @@ async fn a_durable_connection_with_something_in_flight_is_reset() {
         assert_eq!(restored.events, [0], "{name}");
         assert!(restored.host.reattach(1024, port).is_none(), "{name}");
     }
-    // Written, but the guest takes nothing.
+    // A byte was written, but the guest has no room for it.
     let mut guest = Guest::new(Setup::default());
     let (mut stream, _) = connected(&mut guest, 1024, 0).await;
     stream.mark_durable();
@@ -250,7 +251,7 @@ async fn a_credit_announcement_that_was_due_is_not_lost_by_a_restore() {
         guest.send(data, &[0; 65_000]);
         guest.pump();
     }
-    // Read, but the guest has not heard of it: it believes that 2 KiB are left.
+    // The host has read the data but not announced that: the guest counts 2 KiB of credit left.
     stream.read_exact(&mut vec![0; 260_000]).await.unwrap();
     let mut restored = guest.restored();
     let (update, _) = restored.expect(Op::CreditUpdate);

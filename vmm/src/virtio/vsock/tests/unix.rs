@@ -33,7 +33,7 @@ async fn a_client_connects_to_the_guest_as_it_would_to_firecracker() {
     );
     let mut socket = Socket::answering(&request, 65536);
     guest.send(socket.header(Op::Response), &[]);
-    // What came behind the line is the guest's.
+    // Bytes after the line are for the guest.
     let (_, payload) = packet(&mut guest).await;
     assert_eq!(payload, b"first");
     let data = socket.data(5);
@@ -101,7 +101,7 @@ async fn the_guest_connects_to_the_socket_of_its_port() {
     accepted.read_exact(&mut [0; 4]).await.unwrap();
     accepted.write_all(b"pong").await.unwrap();
     assert_eq!(packet(&mut guest).await.1, b"pong");
-    // A port that nobody serves is refused, not accepted and dropped.
+    // A port without a server is refused, not accepted and dropped.
     let other = guest.socket(1001, 53, 65536);
     guest.send(other.header(Op::Request), &[]);
     let (reset, _) = packet(&mut guest).await;
@@ -126,14 +126,14 @@ async fn client_of(guest: &mut Guest, bridge: &UnixBridge, window: u32) -> (Unix
     (client, socket)
 }
 
-/// Pumps until the host's kernel says that the client's peer takes no more; returns how the
-/// client's first write after that fails.
+/// Pumps until the host's kernel reports that the client's peer takes no more; returns the error of
+/// the client's first write after that.
 async fn broken(guest: &mut Guest, client: &mut UnixStream) -> io::ErrorKind {
     use rustix::net::{SendFlags, send};
     for _ in 0..5000 {
         guest.pump();
         tokio::time::sleep(Duration::from_millis(1)).await;
-        // Nothing is sent, but whether it could be is looked at.
+        // An empty send transfers nothing, but fails if the peer takes no more.
         if let Err(error) = send(&*client, &[], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             assert_eq!(error, rustix::io::Errno::PIPE);
             return client.write_all(b"x").await.unwrap_err().kind();
@@ -142,7 +142,8 @@ async fn broken(guest: &mut Guest, client: &mut UnixStream) -> io::ErrorKind {
     panic!("the client can write for ever");
 }
 
-/// A client that writes to a guest that takes no more gets all of the answer.
+/// A client gets the whole answer of a guest that has shut down receiving, also after its own write
+/// failed.
 #[tokio::test]
 async fn the_guests_answer_arrives_although_it_takes_no_more() {
     const ANSWER: usize = 250_000;
@@ -151,7 +152,7 @@ async fn the_guests_answer_arrives_although_it_takes_no_more() {
     let bridge = UnixBridge::bind(guest.host.clone(), dir.path().join("v.sock")).unwrap();
     let (mut client, mut socket) = client_of(&mut guest, &bridge, 65536).await;
     guest.send(socket.shutdown(RECEIVE), &[]);
-    // The client's byte too many, before anything is answered.
+    // The client's write fails before the guest has answered anything.
     let error = broken(&mut guest, &mut client).await;
     assert_eq!(error, io::ErrorKind::BrokenPipe);
     let reading = tokio::spawn(async move {
@@ -180,8 +181,8 @@ async fn the_guests_answer_arrives_although_it_takes_no_more() {
     assert_eq!(answer.len(), ANSWER);
 }
 
-/// The guest hears that a client takes no more before it writes in vain, and gets all that the
-/// client writes.
+/// The guest is told that a client takes no more, also if it has not written to it, and gets all
+/// bytes that the client writes.
 #[tokio::test]
 async fn a_clients_data_arrives_although_it_takes_no_more() {
     let dir = tempfile::tempdir().unwrap();
@@ -213,8 +214,8 @@ async fn a_socket_closed_as_a_whole_is_so_on_the_other_side() {
     let dir = tempfile::tempdir().unwrap();
     let mut guest = Guest::new(Setup::default());
     let bridge = UnixBridge::bind(guest.host.clone(), dir.path().join("v.sock")).unwrap();
-    // The client closes, at once or after it said that it sends no more: without a packet of the
-    // guest's the guest hears both.
+    // The client closes, at once or after shutting down sending: the guest is told of both
+    // directions without sending a packet.
     for half_first in [false, true] {
         let (mut client, _) = client_of(&mut guest, &bridge, 65536).await;
         client.write_all(b"last").await.unwrap();
@@ -225,7 +226,7 @@ async fn a_socket_closed_as_a_whole_is_so_on_the_other_side() {
         if half_first {
             let (end, _) = packet(&mut guest).await;
             assert_eq!((end.op, shut(&end)), (Op::Shutdown.to_wire(), SEND));
-            // A half-closed connection stays one.
+            // A half-closed connection stays half-closed.
             for _ in 0..20 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
                 guest.expect_nothing();
@@ -240,8 +241,7 @@ async fn a_socket_closed_as_a_whole_is_so_on_the_other_side() {
         }
         guest.inbox.clear();
     }
-    // The guest closes, at once or after it said that it sends no more: the client's next write
-    // fails.
+    // The guest closes, at once or after shutting down sending: the client's next write fails.
     for first in [ShutdownFlags::BOTH, SEND] {
         let (mut client, mut socket) = client_of(&mut guest, &bridge, 65536).await;
         let data = socket.data(4);
@@ -264,7 +264,7 @@ async fn a_socket_closed_as_a_whole_is_so_on_the_other_side() {
     }
 }
 
-/// mvm#3533: a path that no Unix socket can have.
+/// mvm#3533: a path that is too long for a Unix socket.
 #[tokio::test]
 async fn a_path_that_is_too_long_or_taken_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
@@ -278,7 +278,7 @@ async fn a_path_that_is_too_long_or_taken_is_refused_with_the_reason() {
     let error = UnixBridge::bind(guest.host.clone(), &path).unwrap_err();
     assert!(matches!(error, BridgeError::Bind { .. }));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
-    // And the failure has left the VM free for another bridge.
+    // After the failures the VM can still get a bridge.
     let bridge = UnixBridge::bind(guest.host.clone(), dir.path().join("w")).unwrap();
     let second = UnixBridge::bind(guest.host.clone(), dir.path().join("y")).unwrap_err();
     assert!(matches!(second, BridgeError::Listen(ListenError::AnyInUse)));

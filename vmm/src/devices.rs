@@ -2,11 +2,13 @@
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::boot_error::BootError;
+use crate::hardware::{GUEST_CID, Hardware};
 use crate::legacy::console::Console;
 use crate::legacy::serial::SerialPort;
 #[cfg(feature = "testing")]
 use crate::memory::GuestRam;
-use crate::snapshot::VmState;
+use crate::saved::VmState;
 use crate::virtio::balloon::{Balloon, BalloonDevice};
 #[cfg(feature = "testing")]
 use crate::virtio::mmio::MmioTransport;
@@ -16,7 +18,6 @@ use crate::virtio::{DeviceState, VirtioDevice};
 #[cfg(feature = "testing")]
 use crate::vm_fds::serial_interrupt;
 use crate::vm_fds::{DeviceEvents, PlacedImage};
-use crate::vm_inner::{BootError, GUEST_CID, Hardware};
 
 /// The devices of one VM.
 pub(crate) struct Devices {

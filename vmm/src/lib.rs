@@ -23,15 +23,16 @@
 
 mod advice;
 mod boot;
+mod boot_error;
 mod bus;
 mod caps;
-mod capture;
 mod config;
 mod cpu;
 mod devices;
-mod exit_event;
 mod forked;
+mod hardware;
 pub mod host;
+mod immediate_exit;
 mod kvm;
 mod layout;
 mod legacy;
@@ -41,6 +42,7 @@ mod pagemap;
 mod placement;
 mod prefetch;
 mod reactor;
+mod saved;
 mod seccomp;
 mod sigbus;
 mod signals;
@@ -59,10 +61,12 @@ mod vm_inner;
 mod wake;
 
 pub use boot::{BzImageError, CmdlineError, EntryChoice, KernelError, KernelFormat, LoadError};
+pub use boot_error::BootError;
 pub use config::{
     ConfigError, DEFAULT_MEMORY_MIB, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, VmConfig,
     VmConfigBuilder,
 };
+pub use hardware::GUEST_CID;
 pub use host::{CpuProfile, Host, HostError};
 pub use kvm::KvmError;
 pub use legacy::console::{Chunk, Console};
@@ -74,7 +78,6 @@ pub use seccomp::SeccompError;
 pub use sigbus::leave_sigbus_alone;
 pub use snapshot::{Difference, PreparedVm, SnapshotError, StoreError, Template, cache};
 pub use state::{Exit, InternalError, VmStatus};
-pub use teardown::leaked_vms;
 #[doc(hidden)]
 pub use threads::spawn_neutral;
 pub use vcpu::kick::kick_signal;
@@ -84,4 +87,4 @@ pub use virtio::balloon::{Balloon, BalloonError, BalloonStats};
 pub use virtio::pmem::PmemError;
 pub use virtio::vsock::VsockHost;
 pub use vm::{PauseError, Vm};
-pub use vm_inner::{BootError, CreateTimes, GUEST_CID};
+pub use vm_inner::{CreateTimes, leaked_vms};

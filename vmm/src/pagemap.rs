@@ -4,8 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::memory::{GuestRam, PAGE_SIZE, Sharing};
-use crate::snapshot::allocated;
+use crate::memory::{GuestRam, PAGE_SIZE, Sharing, allocated};
 
 /// Bits of an entry of `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst).
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;

@@ -21,11 +21,11 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::SharedTransport;
-use crate::exit_event::ExitEvent;
 use crate::seccomp::{self, Role};
 use crate::sigbus::Watch;
 use crate::state::Exit;
 use crate::threads::{self, LARGE_STACK};
+use crate::vcpu::exit_event::ExitEvent;
 use crate::virtio::{Doorbell, Progress};
 use crate::wake;
 

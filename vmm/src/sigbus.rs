@@ -166,7 +166,7 @@ impl Watch {
             return false;
         }
         self.lost.store(true, Ordering::Relaxed);
-        crate::vcpu::kick::leave_guest();
+        crate::immediate_exit::leave_guest();
         true
     }
 }

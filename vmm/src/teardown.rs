@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use crate::threads::{self, LARGE_STACK};
 use crate::vcpu::control::WaitBudget;
-use crate::vm_inner::VmInner;
 
 /// How long stopping vCPU threads may take before their VM counts as leaked.
 pub(crate) const STOP_BOUND: Duration = Duration::from_secs(5);
@@ -58,22 +57,7 @@ pub(crate) struct TeardownQueue<M> {
     state: Mutex<State<M>>,
     arrived: Condvar,
     /// Number of VMs that are leaked now.
-    leaked: AtomicU64,
-}
-
-/// Returns the queue of the process.
-pub(crate) fn teardown_queue() -> &'static Arc<TeardownQueue<VmInner>> {
-    static SHARED: std::sync::LazyLock<Arc<TeardownQueue<VmInner>>> =
-        std::sync::LazyLock::new(Arc::default);
-    &SHARED
-}
-
-/// Returns the number of VMs of this process whose vCPU threads could not be stopped in 5 s and
-/// still run: their memory is mapped as long as the threads run. Anything but zero is a fault of
-/// the host's kernel or of this library.
-#[must_use]
-pub fn leaked_vms() -> u64 {
-    teardown_queue().leaked.load(Ordering::Relaxed)
+    pub(crate) leaked: AtomicU64,
 }
 
 impl<M> Default for TeardownQueue<M> {

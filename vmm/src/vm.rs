@@ -4,20 +4,20 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::capture::Capture;
+use crate::boot_error::BootError;
 use crate::config::VmConfig;
 use crate::host::{CpuProfile, Host, is_forked};
 use crate::legacy::console::Console;
 use crate::prefetch::WorkingSet;
-use crate::snapshot::{SnapshotError, Template, VmState, idle};
+use crate::saved::VmState;
 use crate::state::{Exit, VmStatus};
-use crate::teardown::teardown_queue;
 use crate::vcpu::ExitCounters;
 use crate::vcpu::control::{PauseGuard, RunState};
+use crate::vcpu::idle;
 use crate::virtio::DeviceFaults;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::vsock::VsockHost;
-use crate::vm_inner::{BootError, CreateTimes, VmInner};
+use crate::vm_inner::{CreateTimes, VmInner, teardown_queue};
 
 /// A running guest. Exactly one value owns it; dropping that ends the guest.
 ///
@@ -38,7 +38,7 @@ struct Handles {
     balloon: Balloon,
     console: Console,
     exits: Arc<ExitCounters>,
-    exit_event: Arc<crate::exit_event::ExitEvent>,
+    exit_event: Arc<crate::vcpu::exit_event::ExitEvent>,
     control: Arc<crate::vcpu::control::VcpuControl>,
     times: CreateTimes,
     profile: CpuProfile,
@@ -137,18 +137,23 @@ impl Vm {
         self.inner().as_ref().and_then(VmInner::ram).cloned()
     }
 
-    fn inner(&self) -> MutexGuard<'_, Option<VmInner>> {
+    pub(crate) fn inner(&self) -> MutexGuard<'_, Option<VmInner>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns whether the VM is running, paused or ended.
     #[must_use]
     pub fn status(&self) -> VmStatus {
-        match self.handles.exit_event.known() {
+        match self.ended() {
             Some(exit) => VmStatus::Ended(exit),
             None if self.handles.control.run_state() == RunState::Run => VmStatus::Running,
             None => VmStatus::Paused,
         }
+    }
+
+    /// How the guest ended, if it did.
+    pub(crate) fn ended(&self) -> Option<Exit> {
+        self.handles.exit_event.known()
     }
 
     /// Resolves when the guest has ended. Any number of tasks may wait; the future does not keep
@@ -223,7 +228,7 @@ impl Vm {
     }
 
     /// Keeps the vCPUs parked while the guard lives, even if the VM is resumed meanwhile.
-    fn hold(&self) -> Result<PauseGuard<'_>, PauseError> {
+    pub(crate) fn hold(&self) -> Result<PauseGuard<'_>, PauseError> {
         Self::is_here()?;
         let hold = self.handles.control.hold();
         self.settled().map(|()| hold)
@@ -251,13 +256,13 @@ impl Vm {
     fn run_state(&self, run_state: RunState) -> Result<(), PauseError> {
         Self::is_here()?;
         // The exit is recorded before the run state becomes `Stop`.
-        if let Some(exit) = self.handles.exit_event.known() {
+        if let Some(exit) = self.ended() {
             return Err(PauseError::Ended(exit));
         }
         if self.handles.control.set(run_state) {
             return Ok(());
         }
-        let exit = self.handles.exit_event.known().unwrap_or(Exit::Killed);
+        let exit = self.ended().unwrap_or(Exit::Killed);
         Err(PauseError::Ended(exit))
     }
 
@@ -326,8 +331,8 @@ impl Vm {
         crate::pagemap::private_bytes(ram)
     }
 
-    /// The pages that this VM, a clone, has touched so far, for [`Template::prefetch`]. The VM may
-    /// be running or paused.
+    /// The pages that this VM, a clone, has touched so far, for
+    /// [`Template::prefetch`](crate::Template::prefetch). The VM may be running or paused.
     ///
     /// # Errors
     /// When the host does not report its pages, or the VM was torn down.
@@ -347,45 +352,6 @@ impl Vm {
     #[must_use]
     pub fn profile(&self) -> CpuProfile {
         self.handles.profile
-    }
-
-    /// Captures the VM as a template and lets it continue as it was (running or paused, or as set
-    /// by a [`Vm::resume`] or [`Vm::pause`] meanwhile). Blocks while the guest's touched memory is
-    /// copied (about 1 ms per MiB); neither other VMs nor other calls that inspect this one wait
-    /// for it. A VM that ends or is torn down meanwhile is not captured.
-    ///
-    /// Programs in a clone continue from where they are, before they can be told that they are in a
-    /// clone. An agent that can hold them (`AgentClient::freeze` of hearth-agent) should do so
-    /// before the capture.
-    ///
-    /// # Errors
-    /// [`SnapshotError`]; the VM continues.
-    pub fn snapshot(&self) -> Result<Template, SnapshotError> {
-        let _held = self.hold()?;
-        let template = self.capture().and_then(|it| Template::copy_of(&it));
-        match self.handles.exit_event.known() {
-            // The VM ended meanwhile.
-            Some(exit) if template.is_err() => Err(PauseError::Ended(exit).into()),
-            _ => template,
-        }
-    }
-
-    /// Returns the parts that a copy needs. The lock on `inner` is free during the copy, so that
-    /// calls that inspect or end the VM need not wait.
-    pub(crate) fn capture(&self) -> Result<Capture, SnapshotError> {
-        let capture = self.inner().as_ref().and_then(VmInner::capture);
-        capture.ok_or(SnapshotError::Running)
-    }
-
-    /// Turns the VM into a template: it stops, and the template takes its memory without a copy
-    /// (that of a clone, or in reserved huge pages, is copied). Blocks for about 20 ms.
-    ///
-    /// # Errors
-    /// [`SnapshotError`]; the VM is gone.
-    pub fn into_template(self) -> Result<Template, SnapshotError> {
-        self.pause()?;
-        let inner = self.inner().take();
-        inner.ok_or(SnapshotError::Running).and_then(Template::of)
     }
 
     /// Keeps `guard` until nothing of the VM is left, and drops it last, on the thread that tears

@@ -4,15 +4,16 @@
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::boot_error::BootError;
 use crate::cpu::cpuid;
-use crate::host::Host;
+use crate::hardware::Hardware;
+use crate::host::{CpuProfile, Host};
 use crate::kvm::{self, KvmError};
 use crate::layout;
 use crate::memory::GuestRam;
 use crate::virtio::mmio::register;
 use crate::virtio::pmem::PmemImage;
 use crate::virtio::{Doorbell, Interrupt};
-use crate::vm_inner::{BootError, Hardware};
 
 /// Virtio devices of every VM, in the order of their MMIO regions: vsock, balloon. Pmem follows.
 pub(crate) const BASE_DEVICES: usize = 2;
@@ -76,7 +77,7 @@ impl VmFds {
         ram: GuestRam,
         images: Vec<PlacedImage>,
     ) -> Result<Self, BootError> {
-        let vm = kvm::spare::vm(host)?;
+        let vm = kvm::spare::vm(host.kvm(), host.profile() == CpuProfile::Native)?;
         host.caps().confine(&vm, hardware.pmu)?;
         kvm::set_memory(&vm, &ram)?;
         kvm::set_images(&vm, &ram, &images)?;

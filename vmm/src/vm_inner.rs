@@ -5,31 +5,31 @@
 //! whose vCPU threads do not leave in time is kept whole: nothing is unmapped under them. It counts
 //! as leaked, and is logged, until they leave (see [`crate::teardown`]).
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::boot::{self, LoadError};
+use crate::boot;
+use crate::boot_error::BootError;
 use crate::bus::{DeviceBus, SharedTransport};
-use crate::capture::Capture;
-use crate::config::{ConfigError, MAX_VCPUS, VmConfig};
+use crate::config::{MAX_VCPUS, VmConfig};
 use crate::cpu::{cpuid, setup};
 use crate::devices::Devices;
-use crate::exit_event::ExitEvent;
-use crate::host::{self, CpuProfile, Host, HostError};
-use crate::kvm::KvmError;
+use crate::hardware::Hardware;
+use crate::host::{self, CpuProfile, Host};
 use crate::layout;
 use crate::legacy::console::Console;
-use crate::limits::Limits;
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::GuestRam;
 use crate::reactor::{Attachment, Reactor, ReactorError};
+use crate::saved::VmState;
 use crate::sigbus::{self, Watch};
-use crate::snapshot::VmState;
 use crate::state::Exit;
-use crate::teardown::{STOP_BOUND, Teardown, teardown_queue};
+use crate::teardown::{STOP_BOUND, Teardown, TeardownQueue};
 use crate::vcpu::control::{RunState, VcpuControl};
+use crate::vcpu::exit_event::ExitEvent;
 use crate::vcpu::stats::VcpuStats;
 use crate::vcpu::thread_pool::{VcpuThreads, replenish};
 use crate::vcpu::{ExitCounters, Vcpu, VcpuError};
@@ -40,42 +40,18 @@ use crate::virtio::pmem::{PmemError, PmemFile, PmemImage, place};
 use crate::virtio::vsock::VsockHost;
 use crate::vm_fds::{BASE_DEVICES, DeviceEvents, PlacedImage, VmFds};
 
-/// The guest's vsock address. Every VM has its own socket space, so one number serves all.
-pub const GUEST_CID: u64 = 3;
+/// Returns the queue of the process.
+pub(crate) fn teardown_queue() -> &'static Arc<TeardownQueue<VmInner>> {
+    static SHARED: LazyLock<Arc<TeardownQueue<VmInner>>> = LazyLock::new(Arc::default);
+    &SHARED
+}
 
-/// Why a VM could not be created. Nothing of it is left.
-#[derive(Debug, thiserror::Error)]
-pub enum BootError {
-    /// The configuration is not possible on this host.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The host cannot run guests.
-    #[error(transparent)]
-    Host(#[from] HostError),
-    /// Guest memory could not be created.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// A pmem file cannot be given to the guest.
-    #[error(transparent)]
-    Pmem(#[from] PmemError),
-    /// Kernel, initramfs or command line could not be loaded.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// The saved state is not possible for a VM.
-    #[error("the saved state cannot be used: {0}")]
-    State(String),
-    /// A KVM ioctl failed.
-    #[error("KVM refused to make the VM")]
-    Kvm(#[from] KvmError),
-    /// A vCPU thread could not be started.
-    #[error(transparent)]
-    Vcpu(#[from] VcpuError),
-    /// The event threads could not be used.
-    #[error(transparent)]
-    Reactor(#[from] ReactorError),
-    /// The host has no file descriptor left.
-    #[error("the host has no file descriptor left for a device; raise ulimit -n")]
-    Descriptors(#[source] std::io::Error),
+/// Returns the number of VMs of this process whose vCPU threads could not be stopped in 5 s and
+/// still run: their memory is mapped as long as the threads run. Anything but zero is a fault of
+/// the host's kernel or of this library.
+#[must_use]
+pub fn leaked_vms() -> u64 {
+    teardown_queue().leaked.load(Ordering::Relaxed)
 }
 
 /// How long the steps of creating a VM took.
@@ -112,9 +88,9 @@ pub(crate) struct VmInner {
     vcpus: Vec<VcpuFd>,
     attachment: Option<Attachment>,
     /// Closed after the vCPU threads have left; these own the vCPU fds.
-    vm: Option<Arc<VmFd>>,
+    pub(crate) vm: Option<Arc<VmFd>>,
     /// Unmapped last.
-    ram: Option<GuestRam>,
+    pub(crate) ram: Option<GuestRam>,
     images: Vec<PlacedImage>,
     /// Dropped after everything else.
     pub(crate) drop_guards: DropGuards,
@@ -135,20 +111,6 @@ impl std::fmt::Debug for DropGuards {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("DropGuards")
     }
-}
-
-/// The hardware of a VM, apart from the contents of its memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Hardware {
-    pub(crate) memory_bytes: u64,
-    pub(crate) vcpus: u8,
-    pub(crate) console: bool,
-    pub(crate) pit: bool,
-    pub(crate) pmu: bool,
-    pub(crate) profile: CpuProfile,
-    /// Not stored in a template's file: limits are the host's policy.
-    #[serde(skip)]
-    pub(crate) limits: Limits,
 }
 
 impl VmInner {
@@ -392,18 +354,6 @@ impl VmInner {
         self.times.devices += start.elapsed();
         replenish(limits);
         Ok(())
-    }
-
-    /// Returns the parts that a capture needs; `None` once the VM was torn down.
-    pub(crate) fn capture(&self) -> Option<Capture> {
-        Some(Capture {
-            hardware: self.hardware,
-            control: Arc::clone(&self.control),
-            vm: Arc::clone(self.vm.as_ref()?),
-            bus: Arc::clone(&self.bus),
-            ram: self.ram.clone()?,
-            _drop_guards: self.drop_guards.clone(),
-        })
     }
 
     pub(crate) fn ram(&self) -> Option<&GuestRam> {

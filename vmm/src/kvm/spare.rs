@@ -10,10 +10,9 @@
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Kvm, VmFd};
 
 use super::{KvmError, create_vm};
-use crate::host::{CpuProfile, Host};
 use crate::threads::{self, SMALL_STACK};
 
 /// A `KVM_CREATE_VM` that takes this long or longer has waited: without a wait it takes 0.1 to 0.5
@@ -24,21 +23,21 @@ const AFTER: Duration = Duration::from_millis(2);
 
 static SPARE: LazyLock<Spare<VmFd>> = LazyLock::new(Spare::default);
 
-/// Returns the VM in stock, or creates a new one.
-pub(crate) fn vm(host: &'static Host) -> Result<VmFd, KvmError> {
+/// Returns the VM in stock, or creates a new one. `may_wait` says whether this is a host that makes
+/// those who create a VM wait; elsewhere a call takes as long only because the host is busy, and no
+/// stock is kept.
+pub(crate) fn vm(kvm: &'static Kvm, may_wait: bool) -> Result<VmFd, KvmError> {
     if let Some(vm) = SPARE.take() {
         return Ok(vm);
     }
     let begin = Instant::now();
-    let vm = create_vm(host.kvm())?;
-    // Hosts where ring 0 is emulated do not wait, but on a busy one a call may take as long.
-    if host.profile() == CpuProfile::Native && begin.elapsed() >= WAIT {
-        SPARE.keep(AFTER, || create_vm(host.kvm()).ok());
+    let vm = create_vm(kvm)?;
+    if may_wait && begin.elapsed() >= WAIT {
+        SPARE.keep(AFTER, || create_vm(kvm).ok());
     }
     Ok(vm)
 }
 
-/// A stock of at most one `T`, filled by a thread of its own once [`Spare::keep`] has started it.
 #[derive(Debug)]
 struct Spare<T> {
     state: Mutex<State<T>>,
@@ -169,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_spare_vm_is_a_vm() {
-        let Ok(host) = Host::get() else {
+        let Ok(host) = crate::host::Host::get() else {
             let _ = writeln!(std::io::stderr(), "\nNOT MEASURED: no /dev/kvm");
             return;
         };

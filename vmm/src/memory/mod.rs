@@ -479,5 +479,12 @@ pub(crate) fn seal(file: &File) -> std::io::Result<()> {
     rustix::fs::fcntl_add_seals(file, all).map_err(Into::into)
 }
 
+/// Returns the bytes that are allocated for `file`.
+pub(crate) fn allocated(file: &File) -> u64 {
+    file.metadata().map_or(0, |metadata| {
+        std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
+    })
+}
+
 #[cfg(test)]
 mod tests;

@@ -1,12 +1,13 @@
 //! Fixtures for tests and fuzz targets: the state of a VM that never ran, and a manifest reader
 //! that restores the devices without KVM.
 
-use super::cpu::VcpuState;
-use super::irqchip::ChipState;
-use super::{SerialState, VmState};
+use crate::hardware::Hardware;
 use crate::host::CpuProfile;
 use crate::limits::Limits;
-use crate::vm_inner::Hardware;
+use crate::saved::VmState;
+use crate::saved::cpu::VcpuState;
+use crate::saved::irqchip::ChipState;
+use vm_superio::serial::SerialState;
 
 /// The state of a VM with `bytes` of memory, without its devices.
 fn without_devices(bytes: u64) -> VmState {

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::VmState;
 use super::manifest::Digest;
 use super::store::{StoreError, io_error};
+use crate::saved::VmState;
 use crate::virtio::DeviceState;
 use crate::virtio::pmem::{PmemImage, PmemState, place};
 

@@ -11,9 +11,9 @@
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use super::VmState;
 use super::compat::Origin;
 use super::images::Named;
+use crate::saved::VmState;
 
 /// Version of the format; other versions are refused. Raised whenever any struct below [`Manifest`]
 /// changes, or the vCPU state that is set but not saved (CPUID).

@@ -182,13 +182,6 @@ fn written_stretches(ram: &GuestRam) -> std::io::Result<Vec<Range<u64>>> {
     Ok(stretches)
 }
 
-/// Returns the bytes that are allocated for `file`.
-pub(crate) fn allocated(file: &File) -> u64 {
-    file.metadata().map_or(0, |metadata| {
-        std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;

@@ -6,19 +6,17 @@
 //! which no clone or other code can change, or a trusted file ([`Template::load_trusted`]).
 
 pub mod cache;
+mod capture;
 mod compat;
-pub(crate) mod cpu;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod fixtures;
-pub(crate) mod idle;
 mod images;
-pub(crate) mod irqchip;
 #[cfg(test)]
 mod isolation;
 mod manifest;
 mod memory;
+mod of_vm;
 mod prepared;
-mod serial;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -26,28 +24,23 @@ mod tests;
 use std::fs::File;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-use vm_superio::serial::SerialState;
-
+use self::capture::Capture;
 pub use self::compat::Difference;
-use self::cpu::VcpuState;
-use self::irqchip::ChipState;
 #[cfg(test)]
 pub(crate) use self::manifest::FORMAT;
-pub(crate) use self::memory::allocated;
 pub use self::prepared::PreparedVm;
 pub use self::store::StoreError;
 use crate::advice::advice;
-use crate::capture::Capture;
+use crate::boot_error::BootError;
 use crate::host::HostError;
 use crate::kvm::KvmError;
-use crate::memory::seal;
+use crate::memory::{allocated, seal};
 use crate::placement::{Placement, VcpuThread};
 use crate::prefetch::WorkingSet;
+use crate::saved::VmState;
 use crate::vcpu::control::RunState;
-use crate::virtio::mmio::TransportState;
 use crate::vm::{PauseError, Vm};
-use crate::vm_inner::{BootError, Hardware, VmInner};
+use crate::vm_inner::VmInner;
 
 /// Error of a capture. After an error of [`Vm::snapshot`] the VM goes on as it was.
 #[derive(Debug, thiserror::Error)]
@@ -67,18 +60,6 @@ pub enum SnapshotError {
     /// Guest memory could not be copied or sealed.
     #[error("guest memory could not be captured; the host may be out of memory{}", advice(.0))]
     Memory(#[source] std::io::Error),
-}
-
-/// The state of a VM without its memory. A change here or in any part of it raises
-/// [`manifest::FORMAT`].
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct VmState {
-    pub(crate) hardware: Hardware,
-    pub(crate) vcpus: Vec<VcpuState>,
-    pub(crate) chips: ChipState,
-    pub(crate) transports: Vec<TransportState>,
-    #[serde(with = "serial")]
-    pub(crate) serial: Option<SerialState>,
 }
 
 /// A frozen guest. Cheap to clone; its memory is freed with the last clone of this value and the
@@ -170,7 +151,7 @@ impl Template {
     /// template: the host then keeps one page of zeroes for all of them.
     #[must_use]
     pub fn footprint(&self) -> u64 {
-        memory::allocated(&self.frozen.memory)
+        allocated(&self.frozen.memory)
     }
 
     /// Guest memory of each clone in bytes.

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Frozen, Template};
+use crate::boot_error::BootError;
 use crate::host::Host;
 use crate::memory::{GuestRam, Sharing};
 use crate::vcpu::control::RunState;
 use crate::vcpu::thread_pool::VcpuThreads;
 use crate::vm::Vm;
 use crate::vm_fds::VmFds;
-use crate::vm_inner::{BootError, VmInner, saved_images};
+use crate::vm_inner::{VmInner, saved_images};
 
 /// A clone of a template that has everything but the state of its vCPUs, interrupt controllers and
 /// clock: most of the work of a fork, done ahead of demand. See [`Template::prepare`].

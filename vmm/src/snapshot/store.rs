@@ -15,15 +15,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat};
 
+use super::Template;
 use super::compat::{Difference, Origin};
 use super::images;
 use super::manifest::{self, Defect, Manifest};
 use super::memory::copy_pages;
-use super::{Template, VmState};
 use crate::advice::advice;
 use crate::config::{MAX_MEMORY_MIB, MAX_VCPUS};
 use crate::host::HostError;
 use crate::memory::{MIB, check_file_size, memfd, seal};
+use crate::saved::VmState;
 use crate::virtio::pmem::{MAX_IMAGES, PmemError};
 
 pub(super) const MANIFEST: &str = "manifest";

@@ -9,19 +9,12 @@
 //! is refused once the user's processes have as many pending as `ulimit -i` allows
 //! (`__send_signal_locked` in kernel/signal.c), and a vCPU could not be stopped then.
 
-use std::cell::Cell;
 use std::sync::{Mutex, Once, OnceLock, PoisonError};
 
-use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::unblock_signal;
 
 use super::VcpuError;
-
-thread_local! {
-    /// `kvm_run.immediate_exit` of the vCPU that this thread runs; null elsewhere.
-    /// Const-initialised and without a destructor, so that the handler may read it at any time.
-    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
-}
+use crate::immediate_exit::leave_guest;
 
 /// The signal that this process uses; set when the handler is installed.
 static CHOSEN: OnceLock<i32> = OnceLock::new();
@@ -38,16 +31,6 @@ pub fn kick_signal() -> i32 {
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     leave_guest();
-}
-
-/// Makes the vCPU of this thread, if it runs one, leave the guest. For signal handlers.
-pub(crate) fn leave_guest() {
-    let flag = IMMEDIATE_EXIT.get();
-    if !flag.is_null() {
-        // SAFETY: `Running` set the pointer on this thread and clears it before the vCPU's shared
-        // page goes; a one-byte volatile store is async-signal-safe.
-        unsafe { flag.write_volatile(1) };
-    }
 }
 
 /// Installs the handler, once per process, for a signal that has no other handler. Later calls
@@ -103,22 +86,6 @@ fn disposition(
 pub(super) fn let_in() -> Result<(), VcpuError> {
     unblock_signal(kick_signal())
         .map_err(|error| VcpuError::Signal(std::io::Error::other(error.to_string())))
-}
-
-/// Guard: while it lives, kicks reach the vCPU on this thread.
-pub(super) struct Running(());
-
-impl Running {
-    pub(super) fn new(fd: &mut VcpuFd) -> Self {
-        IMMEDIATE_EXIT.set(&raw mut fd.get_kvm_run().immediate_exit);
-        Self(())
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        IMMEDIATE_EXIT.set(std::ptr::null_mut());
-    }
 }
 
 /// Sends the kick signal to one thread, and only while that thread lives.

@@ -2,6 +2,8 @@
 //! says so.
 
 pub(crate) mod control;
+pub(crate) mod exit_event;
+pub(crate) mod idle;
 pub(crate) mod kick;
 mod notable;
 pub(crate) mod quota;
@@ -18,11 +20,11 @@ use std::time::Instant;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use self::control::VcpuControl;
-use self::kick::Running;
+use self::exit_event::ExitEvent;
 use self::quota::Meter;
 use self::xsave::Request;
 use crate::bus::DeviceBus;
-use crate::exit_event::ExitEvent;
+use crate::immediate_exit::Running;
 use crate::kvm::{KvmError, run_patiently};
 use crate::seccomp::SeccompError;
 use crate::sigbus::{self, Watch};

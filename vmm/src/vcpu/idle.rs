@@ -5,8 +5,8 @@ use std::time::Duration;
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use kvm_ioctls::VcpuFd;
 
+use super::control::VcpuControl;
 use crate::cpu::msrs;
-use crate::vcpu::control::VcpuControl;
 
 /// Returns how long no vCPU has anything to do unless an interrupt arrives. `None` if a vCPU is not
 /// idle, or is not parked.

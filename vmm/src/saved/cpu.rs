@@ -217,7 +217,7 @@ fn read_msrs(
 #[cfg(any(test, feature = "testing"))]
 impl VcpuState {
     /// The state of a vCPU that never ran.
-    pub(super) fn blank() -> Self {
+    pub(crate) fn blank() -> Self {
         Self {
             mp_state: Default::default(),
             regs: Default::default(),

@@ -4,17 +4,19 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
+use super::SnapshotError;
 use crate::bus::{DeviceBus, SharedTransport};
 use crate::cpu::msrs;
+use crate::hardware::Hardware;
 use crate::host::Host;
 use crate::legacy::serial::SerialPort;
 use crate::memory::GuestRam;
-use crate::snapshot::cpu::VcpuState;
-use crate::snapshot::irqchip::ChipState;
-use crate::snapshot::{SnapshotError, VmState};
+use crate::saved::VmState;
+use crate::saved::cpu::VcpuState;
+use crate::saved::irqchip::ChipState;
 use crate::vcpu::control::{RunState, VcpuControl};
 use crate::vm_fds;
-use crate::vm_inner::{DropGuards, Hardware};
+use crate::vm_inner::{DropGuards, VmInner};
 
 /// The parts of a VM that a capture needs. It shares them with the VM, so that a teardown of the VM
 /// need not wait for it. Fields are dropped in this order: the KVM VM is closed before memory is
@@ -27,6 +29,20 @@ pub(crate) struct Capture {
     pub(crate) bus: Arc<DeviceBus>,
     pub(crate) ram: GuestRam,
     pub(crate) _drop_guards: DropGuards,
+}
+
+impl VmInner {
+    /// Returns the parts that a capture needs; `None` once the VM was torn down.
+    pub(crate) fn capture(&self) -> Option<Capture> {
+        Some(Capture {
+            hardware: self.hardware,
+            control: Arc::clone(&self.control),
+            vm: Arc::clone(self.vm.as_ref()?),
+            bus: Arc::clone(&self.bus),
+            ram: self.ram.clone()?,
+            _drop_guards: self.drop_guards.clone(),
+        })
+    }
 }
 
 impl Capture {

@@ -73,7 +73,7 @@ impl ChipState {
 #[cfg(any(test, feature = "testing"))]
 impl ChipState {
     /// The state of a VM that never ran.
-    pub(super) fn blank() -> Self {
+    pub(crate) fn blank() -> Self {
         Self {
             irqchips: Default::default(),
             pit: Some(kvm_pit_state2::default()),

@@ -3,9 +3,9 @@
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
 
+use super::control::{RunState, VcpuControl};
 use crate::legacy::console::Console;
 use crate::state::Exit;
-use crate::vcpu::control::{RunState, VcpuControl};
 use crate::virtio::vsock::VsockHost;
 use crate::wake::Notice;
 

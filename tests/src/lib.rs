@@ -1,14 +1,14 @@
 //! Integration tests of Hearth on real guests.
 //!
 //! The library is the harness: [`Guest`] boots our kernel with our agent, [`flat`] makes guests of
-//! a few instructions, [`Footprint`] says what the process holds ([`alone`] gives a test a
-//! process), [`Cgroup`] limits one, and [`kvm`] counts a test as skipped where there is nothing to
-//! run it on.
+//! a few instructions, [`Footprint`] counts what the process uses ([`alone`] gives a test a process
+//! of its own), [`Cgroup`] limits a process, and [`kvm`] reports a test as skipped where there is
+//! no `/dev/kvm`.
 //!
 //! Rules for tests here: a cold boot costs seconds, so a binary boots one guest and forks it
-//! ([`Guest::fork`]) for each case, or has the cases that leave a guest as it was share one
-//! ([`shared`]); nothing asserts a wall-clock time but by an upper bound for
-//! "stuck", which [`patience`] scales with the host's kind.
+//! ([`Guest::fork`]) for each case; cases that leave a guest unchanged share one ([`shared`]). No
+//! test asserts a wall-clock time, except an upper bound for "stuck", which [`patience`] scales by
+//! the kind of the host.
 #![allow(
     clippy::expect_used,
     clippy::panic,

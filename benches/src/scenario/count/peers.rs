@@ -81,7 +81,7 @@ async fn in_turns(
     Ok(())
 }
 
-/// What a step takes; its failure is that side's.
+/// Measures one step; its failure counts as that side's.
 async fn spent<T, E>(
     meter: Meter,
     step: impl Future<Output = Result<T, E>>,
@@ -94,13 +94,13 @@ async fn spent<T, E>(
     Ok(run.stop().map_err(ours)?.0)
 }
 
-/// The last: the ratio is of what ran.
+/// Adds the counts of both sides, and the ratio of what ran: of the rows that are added last.
 fn add(report: &mut Report, metric: &str, ours: &[Spent], theirs: &[Spent]) {
     for (side, samples) in [("hearth", ours), ("firecracker", theirs)] {
-        let busy = samples.iter().map(|spent| spent.busy).collect();
-        report.add(SCENARIO, metric, BUSY, side, busy);
         let idle = samples.iter().map(|spent| spent.idle).collect();
         report.add(SCENARIO, metric, IDLE, side, idle);
+        let busy = samples.iter().map(|spent| spent.busy).collect();
+        report.add(SCENARIO, metric, BUSY, side, busy);
     }
     report.compare(metric, "hearth", "firecracker");
 }

@@ -1,9 +1,10 @@
-//! Decides how `hearth-init` is built.
+//! Selects how `hearth-init` is built.
 //!
 //! Linked statically (`-Ctarget-feature=+crt-static`, profile `guest`) it is *freestanding*: no C
-//! library, no standard library, no start-up code but its own. A guest unpacks it with an emulated
-//! ring 0, about a million instructions per MiB, and a static C library alone is 0.7 MiB. Otherwise
-//! it is the same program on the standard library, for tests.
+//! library, no standard library, and its own start-up code. It is kept small because the guest's
+//! kernel unpacks it: on an emulated host (ring 0 emulated) that takes about a million instructions
+//! per MiB, and a static C library alone is 0.7 MiB. Otherwise the same program is built on the
+//! standard library, for tests.
 
 fn main() {
     println!("cargo::rustc-check-cfg=cfg(freestanding)");

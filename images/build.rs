@@ -1,6 +1,6 @@
-//! Puts the agent's sources into this crate: a workspace that has the agent alone, so that an
-//! installed program builds the agent that it was made for without a checkout. Nobody keeps a list
-//! of the files: whatever lies in the agent's directory of sources is taken.
+//! Embeds the agent's sources in this crate, as a workspace that has the agent alone, so that an
+//! installed program can build the matching agent without a checkout. There is no list of the files
+//! to maintain: every file in the agent's source directory is included.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -12,10 +12,9 @@ use toml::{Table, Value};
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const AGENT: &str = "hearth-agent";
-/// What the agent is made of besides the workspace's manifest and lock, of which it has its own
-/// part.
+/// The agent's sources, without the workspace's manifest and lock: the agent gets a part of each.
 const SOURCES: [&str; 3] = ["agent/Cargo.toml", "agent/build.rs", "agent/src"];
-/// The profile that the agent is built with, and the one that it starts from.
+/// The profile that the agent is built with, and the profile that it inherits from.
 const PROFILES: [&str; 2] = ["guest", "release"];
 
 fn main() -> Result<()> {
@@ -66,7 +65,7 @@ fn read(path: &Path) -> Result<Table> {
     Ok(text.parse()?)
 }
 
-/// The workspace's manifest, as far as it concerns the agent.
+/// Returns the parts of the workspace's manifest that concern the agent.
 fn manifest(workspace: &Path) -> Result<Table> {
     let mut whole = read(&workspace.join("Cargo.toml"))?;
     let agent = read(&workspace.join("agent/Cargo.toml"))?;
@@ -97,15 +96,15 @@ fn manifest(workspace: &Path) -> Result<Table> {
     ]))
 }
 
-/// The part of the workspace's lock that the agent needs, and what features that others ask for add
-/// to it.
+/// Returns the packages of the workspace's lock that the agent needs. They include dependencies of
+/// features that only other members of the workspace enable.
 fn lock(workspace: &Path) -> Result<Table> {
     let mut lock = read(&workspace.join("Cargo.lock"))?;
     let Some(Value::Array(mut packages)) = lock.remove("package") else {
         return Err("the workspace's lock has no packages".into());
     };
     let text = |package: &Value, key: &str| Some(package.get(key)?.as_str()?.to_owned());
-    // A dependency is named as `NAME`, or as `NAME VERSION` where there are several.
+    // A dependency is written as `NAME`, or as `NAME VERSION` where several versions are locked.
     let is = |package: &Value, wanted: &str| {
         let mut words = wanted.split(' ');
         text(package, "name").as_deref() == words.next()

@@ -1,4 +1,5 @@
-//! Builds the programs that tests run inside guests: alone and static, as a guest has no libraries.
+//! Builds the programs that tests run inside guests: without Cargo packages and statically linked,
+//! because a guest has no libraries.
 
 use std::{env, path::Path, process::Command};
 

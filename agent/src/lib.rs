@@ -1,5 +1,5 @@
 //! The guest side of Hearth: the wire protocol ([`proto`]), the host's client ([`client`]), and PID
-//! 1 (the binary `hearth-init`).
+//! 1 of the guest (the binary `hearth-init`).
 //!
 //! ```no_run
 //! # #[cfg(feature = "client")]
@@ -16,8 +16,8 @@
 //! # }
 //! ```
 //!
-//! Deliberately absent: no host file, socket or VM is opened here (the caller brings the stream),
-//! no task is spawned, and neither side trusts a size that the other sent.
+//! Deliberately absent: nothing here opens a host file, a socket or a VM (the caller provides the
+//! stream), no task is spawned, and neither side trusts a size that the other sent.
 
 #![cfg_attr(not(feature = "client"), no_std)]
 

@@ -110,7 +110,7 @@ fn refresh() -> impl Strategy<Value = Refresh> {
         })
 }
 
-/// Everything that a buffer holds, read in pieces of these sizes; the frames as they were cut.
+/// Feeds `bytes` to a buffer in pieces of these sizes; returns the frames that it contained.
 fn cut(bytes: &[u8], pieces: &[usize]) -> Result<Vec<Vec<u8>>, FrameError> {
     let (mut buffer, mut rest, mut frames) = (FrameBuffer::new(), bytes, Vec::new());
     let mut pieces = pieces.iter().copied().cycle();
@@ -205,7 +205,7 @@ proptest! {
         let frames = cut(&wire, &pieces)?;
         let came: Vec<_> = frames.iter().map(|frame| Request::decode(frame)).collect::<Result<_, _>>()?;
         prop_assert_eq!(&sent[..], &came[..]);
-        // A cut or extended payload is none.
+        // A shortened or extended payload does not decode.
         for frame in &frames {
             if frame.len() > 1 {
                 prop_assert!(Request::decode(&frame[..frame.len() - 1]).is_err());
@@ -290,7 +290,7 @@ fn a_long_length_is_refused_before_memory_is_taken() {
     }
 }
 
-/// The wire as it was when this version was fixed: a change here is a change of VERSION.
+/// The encoding of this protocol version: to change it means to change VERSION.
 #[test]
 fn the_wire_is_pinned() {
     assert_eq!(VERSION, 4);

@@ -1,4 +1,4 @@
-//! Real programs through a real agent, without a VM: what a caller sees.
+//! Real programs through a real agent, without a VM: the caller's view.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -191,7 +191,7 @@ async fn what_is_missing_is_named() {
             interpreter: "/no/interpreter".into()
         }
     );
-    // The same by a relative path, which counts from the working directory.
+    // The same with a relative path, which is resolved from the working directory.
     let relative = Command::new("./script").current_dir(dir.path());
     assert!(matches!(
         failure(&agent, relative).await,
@@ -287,13 +287,13 @@ async fn environment_directory_and_standing() {
         "{text}"
     );
     assert!(!text.contains("AGENT_SECRET"));
-    // A session of its own, no signal blocked or ignored, no descriptor but the three (and ls's
-    // own).
+    // The program has a session of its own, no signal blocked or ignored, and no descriptor but the
+    // three (and ls's own).
     let script = "grep -E '^Sig(Blk|Ign)' /proc/self/status; ls /proc/self/fd | wc -l; cut -d' ' -f1,5,6 /proc/$$/stat";
     let text = String::from_utf8(agent.output(sh(script)).await.stdout).unwrap();
     let lines: Vec<_> = text.lines().collect();
     let mask = |line: &str| u64::from_str_radix(line.rsplit('\t').next().unwrap(), 16).unwrap();
-    // Signals 32 and 33 are the C library's own; a test runner may hand them down ignored.
+    // Signals 32 and 33 are the C library's own; they may be inherited ignored from a test runner.
     assert_eq!(
         (mask(lines[0]), mask(lines[1]) & !(3 << 31)),
         (0, 0),
@@ -433,7 +433,7 @@ async fn dropping_kills_all(agent: &Agent) {
     assert!(is_alive(main) && is_alive(child));
     drop(exec);
     eventually("both are dead", || !is_alive(main) && !is_alive(child)).await;
-    // A stream that lives on reports it.
+    // An output stream that outlives the handle returns an error.
     assert!(stdout.read(&mut line).await.is_err());
     agent.assert_alive().await;
 }
@@ -448,14 +448,14 @@ async fn by_descent_timeout_and_cancel_reach_everything() {
 #[tokio::test]
 async fn by_cgroup_timeout_and_cancel_reach_everything() {
     let Some(agent) = Agent::start_in_cgroup().await else {
-        // Past the capture of the test runner, which counts these lines.
+        // Written past the output capture of the test runner, which counts these lines.
         let skipped = b"\nNOT MEASURED: no cgroup2 that this user may write to\n";
         let _ = std::io::Write::write_all(&mut std::io::stderr(), skipped);
         return;
     };
     timeout_kills_all(&agent).await;
     dropping_kills_all(&agent).await;
-    // Orphans that left the session: only the cgroup knows them.
+    // An orphan that left the session can be found only through the cgroup.
     let exec = agent
         .exec(sh("(setsid sleep 1000 & echo $!) ; sleep 1000"))
         .await;
@@ -470,7 +470,7 @@ async fn by_cgroup_timeout_and_cancel_reach_everything() {
     assert!(is_alive(orphan));
     drop(exec);
     eventually("the orphan is dead", || !is_alive(orphan)).await;
-    // One cgroup is used over and over.
+    // The same cgroup is reused.
     for _ in 0..5 {
         agent.output(sh("true")).await;
     }
@@ -501,7 +501,7 @@ async fn what_outlives_the_program_does_not_hold_the_result() {
         .unwrap();
     assert!(is_alive(child), "kept by default");
     unsafe_free_kill(child);
-    // One that floods the pipe: all of the program's own output is there all the same.
+    // A leftover process that floods the pipe: the program's own output is complete all the same.
     let output = agent
         .output(sh("yes & echo mine; exit 4").linger(Duration::from_millis(200)))
         .await;
@@ -510,7 +510,7 @@ async fn what_outlives_the_program_does_not_hold_the_result() {
         (ExitStatus::Code(4), OutputEnd::StillOpen)
     );
     assert!(output.stdout.windows(5).any(|window| window == b"mine\n"));
-    // Killed where that is asked for.
+    // The leftover process is killed on request.
     let output = agent
         .output(sh("sleep 30 & echo $!").leftover(Leftover::Kill))
         .await;
@@ -644,7 +644,7 @@ async fn user_and_limits_are_applied() {
             SpawnFailure::User { errno: 1 }
         ));
     }
-    // Without cgroups a limit that needs one is refused, not ignored.
+    // Without cgroups, a limit that needs one is refused, not ignored.
     let limits = Limits {
         memory_bytes: Some(1 << 20),
         ..Limits::default()
@@ -721,8 +721,8 @@ async fn out_of_descriptors_is_a_typed_failure() {
         matches!(failure, ExecError::Failed(SpawnFailure::Exhausted(_))),
         "{failure:?}"
     );
-    // Connections beyond what it can take wait, without spinning, and are served when there is room
-    // again.
+    // Connections beyond the agent's limit wait, without making it spin, and are served when there
+    // is room again.
     let mut waiting = Vec::new();
     for _ in 0..8 {
         waiting.push(agent.stream().await.unwrap());
@@ -782,7 +782,7 @@ async fn without_cgroups_programs_cannot_be_held() {
         matches!(refused, FreezeError::Refused { errno: 95 }),
         "{refused}"
     );
-    // There is nothing to let go, and the connection is good for more.
+    // Nothing is frozen, so there is nothing to thaw, and the connection can still be used.
     client.thaw().await.unwrap();
     client.ping(1).await.unwrap();
 }
@@ -799,7 +799,7 @@ async fn refresh_reports_each_part() {
         })
         .await
         .unwrap();
-    // An ordinary process leaves the machine alone and says so.
+    // An agent that is an ordinary process does not change the machine, and reports that.
     assert!(!refreshed.all_applied());
     assert_eq!(client.ping(1).await.unwrap().instance, instance);
     assert!(

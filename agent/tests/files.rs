@@ -1,4 +1,4 @@
-//! Files through a real agent, without a VM.
+//! File operations through a real agent, without a VM.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -39,7 +39,7 @@ async fn client() -> (Agent, Client, tempfile::TempDir) {
     (agent, client, tempfile::tempdir().unwrap())
 }
 
-/// The guest's reason.
+/// Returns the guest's reason for a failure.
 fn failure<T: std::fmt::Debug>(result: Result<T, FileError>) -> FileFailure {
     match result {
         Err(FileError::Failed { failure, .. }) => failure,
@@ -80,7 +80,7 @@ async fn what_is_put_can_be_got_at_any_size() {
         client.get(&path, 100).await,
         Err(FileError::TooLarge { most: 100 })
     ));
-    // The kernel's files say that they have no bytes.
+    // The kernel's files report a size of zero.
     let version = client.get("/proc/version", 4096).await.unwrap();
     assert_eq!(version, fs::read("/proc/version").unwrap());
     client.ping(1).await.unwrap();
@@ -95,7 +95,7 @@ async fn a_file_is_replaced_at_once_or_not_at_all() {
         .await
         .unwrap();
     let held = fs::File::open(&path).unwrap();
-    // Half of it, and then the host is gone.
+    // The host disconnects after half of the file.
     let mut half = agent.client().await;
     let (mut writer, mut reader) = duplex(1 << 16);
     writer.write_all(&noise(1 << 16)).await.unwrap();
@@ -111,7 +111,8 @@ async fn a_file_is_replaced_at_once_or_not_at_all() {
     eventually("nothing of it remains", || names(dir.path()).len() == 1).await;
     assert_eq!(fs::read(&path).unwrap(), b"old");
 
-    // Who has it open keeps what was; the permissions stay, whose owner it is does not.
+    // A reader that has the file open keeps the old content; the permissions stay, the owner does
+    // not.
     client.put(Put::new(&path), b"new").await.unwrap();
     assert_eq!(std::io::read_to_string(held).unwrap(), "old");
     assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o751);
@@ -126,7 +127,7 @@ async fn a_file_is_replaced_at_once_or_not_at_all() {
     assert_eq!(fs::read(&path).unwrap(), b"new");
 }
 
-/// Gives a little, then an error.
+/// Returns a reader that yields a few bytes, then an error.
 fn failing_reader() -> impl tokio::io::AsyncRead + Unpin {
     struct Failing;
     impl tokio::io::AsyncRead for Failing {
@@ -164,7 +165,7 @@ async fn what_is_there_stays_is_extended_or_is_no_file() {
         let put = client.put(Put::new(at("dir")).how(how), b"x").await;
         assert_eq!(failure(put), FileFailure::NotAFile);
     }
-    // A link is replaced, what it points to stays.
+    // A link is replaced, its target stays.
     symlink(at("a"), at("link")).unwrap();
     client.put(Put::new(at("link")), b"mine").await.unwrap();
     assert!(fs::symlink_metadata(at("link")).unwrap().is_file());
@@ -192,7 +193,7 @@ async fn what_cannot_be_done_says_why_and_the_connection_is_good_for_more() {
         Why::NotADirectory
     );
     assert_eq!(failure(client.get(dir.path(), 1).await), Why::NotAFile);
-    // Nobody writes to it: nobody waits.
+    // A pipe without a writer is refused at once, not waited for.
     assert_eq!(failure(client.get(at("pipe"), 1).await), Why::NotAFile);
     assert_eq!(failure(client.get("/dev/zero", 1).await), Why::NotAFile);
     let append = Put::new(at("pipe")).how(PutMode::Append);
@@ -288,7 +289,7 @@ async fn directories_are_made_listed_renamed_and_removed() {
         failure(client.remove(at("moved"), false).await),
         FileFailure::NotEmpty
     );
-    // Deep, and beside it all that can be there; what a link points to stays.
+    // A deep tree with entries of every kind beside it; the targets of links stay.
     let deep = at("moved").join(["d"; 150].join("/"));
     client.make_dir(&deep, 0o755, true).await.unwrap();
     fs::create_dir(at("kept")).unwrap();
@@ -346,7 +347,7 @@ async fn a_path_that_leads_out_is_refused_where_that_is_asked() {
                 .await,
         ));
         if way != "out" {
-            // A link itself is within.
+            // These operations act on the link itself, which is within the directory.
             escapes(failure(client.put(Put::new(at(way)), b"x").await));
             escapes(failure(client.remove(at(way), true).await));
             escapes(failure(client.rename(at(way), "inner/x", true).await));
@@ -366,7 +367,7 @@ async fn a_path_that_leads_out_is_refused_where_that_is_asked() {
     assert_eq!(fs::read(dir.path().join("secret")).unwrap(), b"secret");
     assert_eq!(names(dir.path()), ["home", "other", "secret"]);
 
-    // Within, links lead where they lead.
+    // Within the directory, links are followed.
     client
         .put(Put::new(at("in/../in/file")), b"mine")
         .await

@@ -1,4 +1,4 @@
-//! Peers that break the protocol: the connection ends with a reason, the other side lives.
+//! Peers that break the protocol: the connection ends with a reason, the other side lives on.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -106,7 +106,7 @@ async fn the_agent_says_what_is_wrong_and_lives() {
         last_word(&agent, &wire(&flood)).await,
         Some(Rejection::StdinOverrun)
     );
-    // What concerns a program that is not there is ignored.
+    // Requests that concern a program that does not exist are ignored.
     let mut client = agent.client().await;
     client.ping(1).await.unwrap();
     let mut stream = agent.stream().await.unwrap();
@@ -204,14 +204,14 @@ async fn a_peer_that_never_reads_costs_bounded_memory() {
     let bytes = wire(&pings);
     stream.write_all(&bytes).await.unwrap();
     let more = &bytes[wire(&[]).len()..];
-    // Write for as long as the agent takes it.
+    // Write for as long as the agent accepts it.
     let mut sent = 0_usize;
     while let Ok(Ok(count)) =
         tokio::time::timeout(Duration::from_millis(500), stream.write(more)).await
     {
         sent += count;
         assert!(sent < 16 << 20, "the agent takes pings without end");
-        // Keep to whole frames.
+        // Complete the frame.
         stream.write_all(&more[count..]).await.unwrap_or_default();
         if sent > 4 << 20 {
             break;
@@ -344,21 +344,21 @@ async fn late_pongs_are_discarded_and_strange_ones_are_not() {
         .await
         .unwrap();
     client.ping(3).await.unwrap();
-    // Answered twice.
+    // A ping that is answered twice.
     guest.write_all(&say(&[pong(3)])).await.unwrap();
     let error = client.ping(4).await.unwrap_err();
     assert!(error.is_protocol(), "{error:?}");
-    // Never sent.
+    // An answer to a ping that was never sent.
     let (mut client, _guest) = scripted(&[pong(8)]).await;
     assert!(client.ping(7).await.unwrap_err().is_protocol());
-    // Garbage.
+    // Garbage instead of an answer.
     let (mut client, mut guest) = scripted(&[]).await;
     guest.write_all(b"\x02\0\0\0\xff\xff").await.unwrap();
     assert!(client.ping(7).await.unwrap_err().is_protocol());
     let (mut client, mut guest) = scripted(&[]).await;
     guest.write_all(&u32::MAX.to_le_bytes()).await.unwrap();
     assert!(client.ping(7).await.unwrap_err().is_protocol());
-    // An answer to something else; and a hang-up is no breach.
+    // An answer to another request is a violation; a closed connection is none.
     let (mut client, _guest) = scripted(&[Response::Started { pid: 1 }]).await;
     assert!(client.ping(7).await.unwrap_err().is_protocol());
     let (mut client, guest) = scripted(&[]).await;
@@ -419,7 +419,7 @@ async fn a_flood_of_output_waits_in_the_guest() {
     });
     assert_eq!(stdout.read(&mut [0; 10]).await.unwrap(), 10);
     let (sent, _guest) = flood.await.unwrap();
-    // The pipe between the two, one frame in the buffer, a queue and a frame.
+    // At most: the pipe between the two, one frame in the buffer, a queue and a frame.
     assert!(sent < (1 << 20) + 5 * 65536, "{sent}");
 }
 
@@ -474,7 +474,7 @@ async fn the_client_keeps_to_the_window() {
     );
 }
 
-/// A handle that is dropped in the middle of a wait must not take the others' wake-up with it.
+/// A handle that is dropped during a wait must not take the others' wake-up with it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_reader_does_not_strand_the_others() {
     for round in 0..200 {
@@ -487,7 +487,7 @@ async fn a_dropped_reader_does_not_strand_the_others() {
             text
         });
         let waiter = tokio::spawn(exec.wait());
-        // The last to poll the stream gives up.
+        // The handle that polled the stream last is cancelled.
         let _ =
             tokio::time::timeout(Duration::from_micros(round * 10), stdout.read(&mut [0; 8])).await;
         if round % 2 == 0 {

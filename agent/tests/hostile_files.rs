@@ -1,4 +1,4 @@
-//! Peers that break the protocol where files are concerned.
+//! Peers that break the protocol of file operations.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -79,7 +79,7 @@ async fn a_host_that_mixes_up_its_requests_is_told() {
             "{requests:?}"
         );
     }
-    // One put was ended; of the others nothing remains.
+    // One put was completed; nothing remains of the others.
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
     assert_eq!(left.len(), 2, "{left:?}");
     agent.assert_alive().await;
@@ -101,13 +101,13 @@ async fn a_guest_that_lies_about_files() {
         modified_s: i64::MIN,
         modified_ns: u32::MAX,
     };
-    // More than was asked for.
+    // More data than was requested.
     let more = [reply(FileReply::Data(b"12345")), reply(FileReply::Done)];
     let (mut client, _guest) = scripted(&more).await;
     let mut got = Vec::new();
     is_lie(client.get_into("/a", 0..4, &mut got).await.unwrap_err());
     assert_eq!(got, b"");
-    // Another question's answers.
+    // Answers to another request.
     for answer in [
         reply(FileReply::Stat(stat)),
         reply(FileReply::Entries(Vec::new())),
@@ -121,10 +121,10 @@ async fn a_guest_that_lies_about_files() {
         let (mut client, _guest) = scripted(std::slice::from_ref(&answer)).await;
         is_lie(client.put(Put::new("/a"), b"x").await.unwrap_err());
     }
-    // It has all before it was sent.
+    // The guest reports the end before everything was sent.
     let (mut client, _guest) = scripted(&[reply(FileReply::Done)]).await;
     is_lie(client.put(Put::new("/a"), &[0; 200_000]).await.unwrap_err());
-    // A directory without end.
+    // An endless directory.
     let entry = |_| DirEntry {
         name: ByteBuf::from("n"),
         kind: FileKind::File,
@@ -135,11 +135,11 @@ async fn a_guest_that_lies_about_files() {
     drop(guest);
 }
 
-/// A guest that greets and says all this; what it is asked, it does not look at.
+/// Returns a client of a guest that greets and sends these responses; it ignores requests.
 async fn talker(responses: Vec<Response<'static>>) -> AgentClient<DuplexStream> {
     let (ours, mut guest) = duplex(1 << 20);
     tokio::spawn(async move {
-        // To its end, or as long as somebody listens.
+        // Sends everything, or stops when the connection is closed.
         let mut said = Vec::new();
         Hello::default().encode(&mut said).unwrap();
         for response in responses {
@@ -176,8 +176,8 @@ async fn a_guest_that_lies_about_a_tree() {
     let done = || reply(FileReply::Done);
     let limits = TreeLimits::default;
 
-    // A link and then a directory, a file, a link of the same name: whoever unpacks it writes where
-    // the link leads. Beside each other or not, in one answer or in two.
+    // A link and then a directory, a file or a link of the same name: unpacking it would write to
+    // the link's target. Adjacent or not, in one answer or in two.
     let _attack = "a name twice in a directory";
     for kind in [FileKind::Dir, FileKind::File, FileKind::Link] {
         let twice = [
@@ -207,8 +207,8 @@ async fn a_guest_that_lies_about_a_tree() {
     );
     assert!(protocol, "{listed:?}");
 
-    // Each directory has as many as are allowed, of the longest names, and one more directory in
-    // it.
+    // Each directory has as many entries as are allowed, with the longest names; one of them is
+    // another such directory.
     let _attack = "more names than a host should hold";
     let names = |level: usize| {
         (0..MAX_ENTRIES / 200).map(move |page| {

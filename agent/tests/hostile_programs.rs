@@ -1,4 +1,4 @@
-//! Programs of a user that try to hold up the agent, or what it does for that user.
+//! Programs that try to block the agent, or its work for their user.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -24,7 +24,7 @@ use hearth_agent::{
 };
 use tokio::{io::AsyncReadExt, time::timeout};
 
-/// Whether this process may run programs as somebody else, which it says if not.
+/// Whether this process may run programs as another user; prints a note if not.
 fn is_root() -> bool {
     if !rustix::process::geteuid().is_root() {
         let skipped = b"\nNOT MEASURED: only root can run a program as somebody else\n";
@@ -34,7 +34,7 @@ fn is_root() -> bool {
     true
 }
 
-/// A user of the test's own: what it does to all its processes meets nobody else's.
+/// A user that only this test has, so that signals to all its processes reach no others.
 fn user(uid: u32) -> User {
     User {
         uid,
@@ -43,7 +43,7 @@ fn user(uid: u32) -> User {
     }
 }
 
-/// Stops all other processes of its user, again and again, for some seconds.
+/// Sends SIGSTOP to all other processes of its user, again and again, for some seconds.
 const STOP_ALL: &str = "echo go; i=0; while [ $i -lt 2000000 ]; do kill -STOP -1; i=$((i+1)); done";
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -64,8 +64,8 @@ async fn a_user_that_stops_all_its_processes_does_not_stop_the_agent() {
     assert_eq!(said.read_u8().await.unwrap(), b'g');
     let fds = agent.open_fds();
     for round in 0..20 {
-        // Its own programs are stopped, before they have begun or after: the time limit ends them
-        // all the same.
+        // The user's own programs are stopped, before they have begun or after: the time limit ends
+        // them all the same.
         let limited = Command::new("true").user(user(54_321));
         let limited = limited.timeout(Duration::from_millis(50));
         let limited = limited.grace(Duration::from_millis(10));
@@ -77,11 +77,11 @@ async fn a_user_that_stops_all_its_processes_does_not_stop_the_agent() {
         let output = output.await;
         let ended = output.status == ExitStatus::Code(0);
         assert!(ended || output.timed_out, "{round}: {output:?}");
-        // One that nobody waits for any more goes, too.
+        // A program whose caller has given up ends, too.
         let given_up = agent.client().await;
         let starting = given_up.exec(Command::new("true").user(user(54_321)));
         let _ = timeout(Duration::from_millis(20), starting).await;
-        // Others are none the worse.
+        // Other connections and programs are not affected.
         let pong = within("a pong", async { agent.client().await.ping(round).await });
         pong.await.unwrap();
         let output = within("a program of root's", agent.output(sh("echo $((6*7))")));
@@ -90,7 +90,7 @@ async fn a_user_that_stops_all_its_processes_does_not_stop_the_agent() {
     drop((stopper, said));
     let output = within("a program", agent.output(sh("id -u").user(user(54_321))));
     assert_eq!(output.await.stdout, b"54321\n");
-    // Nothing is kept of what was given up.
+    // Nothing is kept of cancelled programs.
     eventually("no descriptor is left over", || agent.open_fds() <= fds).await;
 }
 
@@ -106,7 +106,7 @@ async fn a_program_whose_end_another_hides_ends_with_its_time() {
     };
     assert!(python.status.success());
     let agent = Agent::start().await;
-    // A tracer keeps its tracee from being reaped by anybody else.
+    // While a process is traced, only its tracer can reap it.
     let trace = "import ctypes,sys,time\n\
         libc = ctypes.CDLL(None)\n\
         print(libc.ptrace(0x4206, int(sys.argv[1]), None, None), flush=True)\n\
@@ -136,7 +136,7 @@ async fn a_program_whose_end_another_hides_ends_with_its_time() {
     agent.assert_alive().await;
 }
 
-/// A directory of root's and one of a user's, in one that all may enter.
+/// Returns a directory of root's and one of a user's, in a directory that everyone may enter.
 fn two_directories(uid: u32) -> (tempfile::TempDir, std::path::PathBuf, std::path::PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -180,7 +180,7 @@ async fn files_for_a_user_are_put_with_that_users_rights() {
     let mut client = agent.client().await;
     let put = |name: &str| Put::new(users.join(name)).account(Some(account()));
 
-    // Into root's file through a link, a hard link, and a directory that is one.
+    // Root's file through a link, through a hard link, and through a link to its directory.
     for name in ["log", "hard", "dir/secret"] {
         let append = put(name).how(PutMode::Append).mode(0o666);
         assert!(is_refused(client.put(append, b"more").await), "{name}");
@@ -206,13 +206,13 @@ async fn files_for_a_user_are_put_with_that_users_rights() {
     assert!(is_refused(
         client.list(Place::new("/proc/1/fd").by(account())).await
     ));
-    // The agent's own descriptors are no way for it either.
+    // Nor does the agent's own `/proc/self` give access.
     let own = client
         .get(Place::new("/proc/self/exe").by(account()), 99)
         .await;
     assert!(matches!(own, Err(FileError::Failed { .. })), "{own:?}");
 
-    // With root's rights, and given away: what is there stays whose it is.
+    // With root's rights, and given to the user: an existing file keeps its owner.
     let append = Put::new(users.join("log")).given_to(account());
     let append = append.how(PutMode::Append).mode(0o666);
     client.put(append.clone(), b" file").await.unwrap();
@@ -223,7 +223,7 @@ async fn files_for_a_user_are_put_with_that_users_rights() {
         ((0, 0), 1)
     );
 
-    // What is the user's to write is written, and is the user's.
+    // Where the user may write, files are written and belong to the user.
     client.put(put("file").mode(0o4750), b"mine").await.unwrap();
     client
         .put(put("file").how(PutMode::Append), b" too")
@@ -253,8 +253,8 @@ async fn files_for_a_user_are_put_with_that_users_rights() {
     assert_eq!(owner(&roots.join("given")), (UID, UID));
     client.remove(at("some"), true).await.unwrap();
 
-    // After all of that, and after what was given up half-way, the agent has its own rights, and no
-    // others.
+    // After all of that, and after a put that was cancelled half-way, the agent has its own rights,
+    // and no others.
     let mut half = agent.client().await;
     let (mut writer, mut reader) = tokio::io::duplex(1 << 10);
     let unfinished = half.put_from(put("unfinished"), &mut reader);
@@ -292,7 +292,7 @@ async fn a_tree_goes_where_it_began_whatever_is_at_the_path_meanwhile() {
     const UID: u32 = 54_325;
     let _attack = "a directory exchanged while a tree is put there";
     let agent = Agent::start().await;
-    // With root's rights it matters most; with a user's it is so, too.
+    // This matters most with root's rights, but holds with a user's, too.
     for account in [None, Some(Account::Ids(user(UID)))] {
         let (_dir, roots, users) = two_directories(UID);
         let (to, moved) = (users.join("to"), users.join("moved"));
@@ -304,7 +304,8 @@ async fn a_tree_goes_where_it_began_whatever_is_at_the_path_meanwhile() {
             modified_s: 0,
             node: Node::File { size: 1 },
         };
-        // More than may be without an answer, so that the first ones are there.
+        // More entries than may be unanswered at a time, so that the first ones are already
+        // written.
         for number in 0..64 {
             let entry = entry(&format!("a{number}"));
             writer.add(&entry, &mut b"x".as_slice()).await.unwrap();
@@ -320,7 +321,7 @@ async fn a_tree_goes_where_it_began_whatever_is_at_the_path_meanwhile() {
         assert_eq!(fs::read_dir(&moved).unwrap().count(), 65);
         assert_eq!(fs::read_dir(moved.join("b")).unwrap().count(), 64);
 
-        // Out of it alike. A new tree begins at what is at the path then.
+        // Reading the tree is alike. A new tree begins at whatever is at the path by then.
         let mut archive = Vec::new();
         let mut dir = Place::new(&moved);
         dir.by = account;

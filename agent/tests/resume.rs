@@ -1,4 +1,4 @@
-//! Connections that outlive their client, and what costs one round trip where it was two.
+//! Connections that outlive their client, and two requests in one round trip.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -17,8 +17,8 @@ use tokio::net::UnixStream;
 #[tokio::test]
 async fn a_client_goes_on_with_the_connection_of_another() {
     let agent = Agent::start().await;
-    // The first client's end does not close it, as the end of a template's client does not close a
-    // clone's.
+    // The end of the first client does not close the connection, as the end of a template's client
+    // does not close a clone's.
     let stream = agent.stream().await.unwrap().into_std().unwrap();
     let share = || UnixStream::from_std(stream.try_clone().unwrap()).unwrap();
     let mut first = AgentClient::handshake(share()).await.unwrap();
@@ -28,7 +28,7 @@ async fn a_client_goes_on_with_the_connection_of_another() {
 
     let mut second = AgentClient::resume(share());
     assert!(second.hello().is_none());
-    // The same nonce: it is another client's.
+    // The same nonce is allowed: this is another client.
     assert_eq!(second.ping(1).await.unwrap().instance, instance);
     let exec = second.exec(Command::new("echo").arg("on")).await.unwrap();
     let output = exec.output(OutputLimits::default()).await.unwrap();

@@ -26,7 +26,7 @@ use tokio::net::UnixStream;
 
 const SOON: Duration = Duration::from_millis(300);
 
-/// A session, if this machine has the interpreter.
+/// Starts a session, if this machine has the interpreter.
 async fn start(agent: &Agent, language: Language) -> Option<Session<UnixStream>> {
     let program = match language {
         Language::Python => "/usr/bin/python3",
@@ -203,7 +203,7 @@ async fn python_that_runs_too_long_is_interrupted_and_killed_if_it_does_not_mind
         assert!(error.contains("KeyboardInterrupt"), "{code}: {error}");
         assert_eq!(value(session, "x").await, "1", "after {code}");
     }
-    // Given up by its caller.
+    // Calls that are cancelled by their caller.
     for _ in 0..3 {
         let _ = tokio::time::timeout(SOON, session.run("print('noise')\nwhile True: pass")).await;
         let outcome = run(session, "x").await;
@@ -234,8 +234,7 @@ async fn code_of_any_size_goes_in_and_none_that_was_given_up_half_way_runs() {
     assert!(matches!(session.run("1\0").await, Err(SessionError::Nul)));
     let dir = tempfile::tempdir().unwrap();
     let ran = dir.path().join("ran");
-    // Given up when no more than the window went out, which is as much as the first look at it
-    // sends.
+    // Cancelled when no more than the window was sent, which is what the first poll sends.
     let code = format!("open({:?}, 'w')\n#{}", ran, "x".repeat(1 << 20));
     let mut call = Box::pin(session.run(code));
     let ended = poll_fn(|cx| Poll::Ready(call.as_mut().poll(cx).is_ready())).await;
@@ -363,7 +362,7 @@ async fn javascript_keeps_its_state_and_survives_what_code_does() {
         run(session, code).await;
         let outcome = run(session, "typeof x").await;
         if let CallEnd::Exited(ended) = outcome.end {
-            // It ended right behind its answer.
+            // The interpreter exited just after its answer.
             assert_eq!(ended, ExitStatus::Code(status), "{code}");
             assert!(run(session, "1").await.restarted, "{code}");
         } else {
@@ -417,7 +416,7 @@ async fn a_shell_keeps_its_state_and_gives_exit_codes() {
         (CallEnd::Value("130".into()), "")
     );
     assert_eq!(text(&run(session, "echo $x").await.stdout), "5\n");
-    // One that the first interrupt does not reach, as none reaches a program that is being started,
+    // A program that the first interrupt does not reach, as with one that is just being started,
     // gets another.
     let deaf = r#"bash -c 'trap "((heard++)) && exit" INT; while :; do sleep 0.1; done'"#;
     let outcome = session.run(Call::new(deaf).timeout(SOON)).await.unwrap();

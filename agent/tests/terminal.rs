@@ -1,4 +1,4 @@
-//! Programs that are given a terminal, through a real agent, without a VM.
+//! Programs with a terminal, through a real agent, without a VM.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -27,14 +27,14 @@ fn on_terminal(script: &str) -> Command {
     sh(script).terminal(SIZE)
 }
 
-/// Output without echo and without the carriage returns that a terminal adds.
+/// Returns a program's output without the carriage returns that a terminal adds.
 async fn shown(agent: &Agent, command: Command) -> String {
     let output = agent.output(command).await;
     assert_eq!(output.stderr, b"");
     String::from_utf8(output.stdout).unwrap().replace('\r', "")
 }
 
-/// Reads until the program has said `text`.
+/// Reads until the program has printed `text`.
 async fn await_text(exec: &mut Running, text: &str) -> String {
     let mut said = String::new();
     let mut stdout = exec.stdout().unwrap();
@@ -59,7 +59,7 @@ async fn a_program_has_a_terminal_of_the_size_that_was_asked_for() {
     let lines: Vec<_> = text.lines().collect();
     assert_eq!(lines[..4], ["31 117", "xterm", "aside", "direct"], "{text}");
     assert!(lines[4].starts_with("/dev/pts/"), "{text}");
-    // Nobody else's descriptors: the three, and ls's own.
+    // No inherited descriptors: only the three, and ls's own.
     let text = shown(&agent, on_terminal("ls /proc/self/fd | wc -l")).await;
     assert_eq!(text, "4\n");
     let text = shown(&agent, on_terminal("echo $TERM").env("TERM", "dumb")).await;
@@ -85,7 +85,7 @@ async fn a_program_learns_of_a_new_size() {
     stdout.read_to_string(&mut rest).await.unwrap();
     assert_eq!(rest, "50 132\r\n");
     assert_eq!(exec.wait().await.unwrap().status, ExitStatus::Code(4));
-    // Without a terminal it is nothing.
+    // Without a terminal, a resize has no effect.
     let mut exec = agent.exec(Command::new("sleep").arg("0.2")).await;
     exec.resize(size).await.unwrap();
     assert_eq!(exec.wait().await.unwrap().status, ExitStatus::Code(0));
@@ -101,7 +101,7 @@ async fn what_is_typed_is_echoed_and_control_characters_act() {
     stdin.write_all(b"x\x7fhello\n").await.unwrap();
     let said = await_text(&mut exec, "<hello>").await;
     assert!(said.starts_with('x'), "{said:?}");
-    // A shell that is starting a program does not hear it: whoever sits there types it again.
+    // A shell that is just starting a program may miss the character, so it is typed again.
     let mut ended = Box::pin(exec.wait());
     let exited = loop {
         let _ = stdin.write_all(b"\x03").await;
@@ -117,7 +117,7 @@ async fn what_is_typed_is_echoed_and_control_characters_act() {
 async fn the_end_of_the_input_is_typed() {
     let agent = Agent::start().await;
     for input in ["", "one\ntwo\n", "no end of line"] {
-        // What was typed is handed over line by line: that of a line that was begun, too.
+        // A terminal hands over its input line by line; an unfinished last line arrives, too.
         let exec = agent
             .exec(on_terminal("stty -echo; echo; cat; echo end"))
             .await;
@@ -144,8 +144,7 @@ async fn all_that_was_written_arrives() {
     let numbers = text.lines().map(|line| line.parse::<u32>().unwrap());
     assert!(numbers.eq(1..=20000));
 
-    // A process that lives on and has the terminal open does not hold the result back, nor does it
-    // cost output.
+    // A process that lives on with the terminal open neither delays the result nor costs output.
     let script = "trap '' HUP; sleep 1000 & seq 1 1000; echo $!";
     let command = on_terminal(script).linger(Duration::from_millis(50));
     let output = agent.output(command).await;
@@ -160,7 +159,7 @@ async fn all_that_was_written_arrives() {
     let kill = format!("kill {left}");
     assert_eq!(agent.output(sh(&kill)).await.status, ExitStatus::Code(0));
 
-    // Nor does one whose reader is slow.
+    // Nor does a slow reader cost output.
     let command = on_terminal(script)
         .linger(Duration::ZERO)
         .leftover(Leftover::Kill);

@@ -1,4 +1,4 @@
-//! Trees of files into a guest and out of it, as tar archives that the system's tar makes and
+//! Trees of files into a guest and out of it, as tar archives that the system's tar writes and
 //! reads.
 #![allow(
     missing_docs,
@@ -25,7 +25,7 @@ use hearth_agent::{
 };
 use serde_bytes::ByteBuf;
 
-/// All that a tree is: for each path its kind, permissions and content.
+/// Returns kind, permissions and content of each path of a tree.
 fn picture(top: &Path) -> BTreeMap<String, String> {
     let (mut picture, mut dirs) = (BTreeMap::new(), vec![top.to_owned()]);
     while let Some(dir) = dirs.pop() {
@@ -52,7 +52,7 @@ fn picture(top: &Path) -> BTreeMap<String, String> {
     picture
 }
 
-/// A tree with all that a tree may have.
+/// Creates a tree with every kind of entry.
 fn sample(top: &Path) {
     let long = "directory-".repeat(12);
     for dir in ["empty", "a/b/c", &format!("{long}/{long}")] {
@@ -96,7 +96,7 @@ async fn a_tree_goes_in_and_comes_out_as_it_was() {
     fs::create_dir(&source).unwrap();
     sample(&source);
     for format in ["gnu", "pax", "ustar", "v7"] {
-        // The old formats know no long names.
+        // The old formats do not support long names.
         let short = matches!(format, "ustar" | "v7");
         let from = if short {
             source.join("a/b")
@@ -113,7 +113,7 @@ async fn a_tree_goes_in_and_comes_out_as_it_was() {
         let expected = picture(&from);
         assert_eq!(put.unwrap().entries, expected.len(), "{format}");
         assert_eq!(picture(&to), expected, "{format}");
-        // Again, over what is there.
+        // Again, over the existing tree.
         let put = agent
             .client()
             .await
@@ -131,7 +131,7 @@ async fn a_tree_goes_in_and_comes_out_as_it_was() {
         .unwrap();
     let expected = picture(&source);
     assert_eq!(got.entries, expected.len());
-    // The connection is good for more.
+    // The connection can still be used.
     client.ping(1).await.unwrap();
     let (packed, back) = (dir.path().join("packed"), dir.path().join("back"));
     fs::write(&packed, &archive).unwrap();
@@ -165,7 +165,7 @@ async fn an_archive_that_leads_out_of_the_directory_is_refused() {
             .await;
         assert!(matches!(put, Err(TreeError::BadPath(_))), "{name}: {put:?}");
     }
-    // Through a link that the archive brings, and through one that is there.
+    // Through a link in the archive, and through a link that exists already.
     fs::create_dir(at("outside")).unwrap();
     fs::create_dir_all(source.join("one")).unwrap();
     symlink(at("outside"), source.join("link")).unwrap();
@@ -188,7 +188,7 @@ async fn an_archive_that_leads_out_of_the_directory_is_refused() {
     }
     assert!(!at("escaped").exists());
     assert_eq!(fs::read_dir(at("outside")).unwrap().count(), 0);
-    // What is no file, directory or link.
+    // An entry that is no regular file, directory or symbolic link.
     let pipe = source.join("pipe");
     assert!(
         HostCommand::new("mkfifo")
@@ -232,7 +232,7 @@ async fn a_damaged_archive_is_an_error_and_not_a_smaller_tree() {
     };
     assert_eq!(put(&whole).await.unwrap(), 2);
     assert_eq!(put(&[]).await.unwrap(), 0);
-    // A file's content is cut short, its padding, a header.
+    // The archive ends within a file's content, its padding, or a header.
     for end in [1, 511, 600, 1100, 1300, 1536 + 100, 1536 + 600] {
         let cut = put(&whole[..end]).await;
         assert!(
@@ -272,7 +272,7 @@ async fn what_comes_out_is_bounded() {
         .unwrap()
         .set_len(1 << 40)
         .unwrap();
-    // A link that leads up is no way into an endless tree.
+    // A link to the parent does not lead into an endless tree.
     symlink("..", large.join("up")).unwrap();
     let limits = TreeLimits {
         bytes: 10_000,
@@ -351,7 +351,7 @@ async fn a_guest_that_lies_about_its_tree() {
         );
         assert_eq!(archive.len(), 0);
     }
-    // A tree without an end.
+    // An endless tree.
     let level = |_| {
         let [entries, done] = listing(&["again"], FileKind::Dir);
         [entries, done, found(FileKind::Dir, 0)]
@@ -363,7 +363,7 @@ async fn a_guest_that_lies_about_its_tree() {
         matches!(got, Err(TreeError::TooDeep { most: 64, .. })),
         "{got:?}"
     );
-    // A file of another size than it was said to have.
+    // A file whose content is longer or shorter than its announced size.
     for (size, content, grows) in [(3, &b"1234"[..], true), (5, b"1234", false)] {
         let [entries, done] = listing(&["file"], FileKind::File);
         let data = Response::File(FileReply::Data(content));

@@ -1,4 +1,4 @@
-//! Programs that run as somebody, through a real agent, without a VM.
+//! Programs that run as a user, through a real agent, without a VM.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -33,7 +33,8 @@ async fn a_name_leads_to_ids_home_and_environment() {
     let agent = Agent::start().await;
     let root = "0\n0\n/root root root\n/root\n";
     assert_eq!(said(&agent, sh(WHO).user_name("root")).await, root);
-    // As this machine has it. A home that is not there is no place to begin in.
+    // The user as this machine defines it. A home that does not exist is not used as working
+    // directory.
     let passwd = std::fs::read_to_string("/etc/passwd").unwrap();
     let nobody = passwd.lines().find(|line| line.starts_with("nobody:"));
     let fields: Vec<_> = nobody.unwrap().split(':').collect();
@@ -41,7 +42,7 @@ async fn a_name_leads_to_ids_home_and_environment() {
     assert!(!std::path::Path::new(home).exists(), "{home}");
     let text = said(&agent, sh(WHO).user_name("nobody")).await;
     assert_eq!(text, format!("{uid}\n{gid}\n{home} nobody nobody\n/\n"));
-    // What the command says itself stands.
+    // The command's own settings take precedence.
     let command = sh("echo $HOME $USER; pwd").user_name("root");
     let command = command.env("HOME", "/elsewhere").current_dir("/usr");
     assert_eq!(said(&agent, command).await, "/elsewhere root\n/usr\n");

@@ -1,4 +1,4 @@
-//! What the command is told.
+//! The command-line arguments.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -47,10 +47,10 @@ pub(crate) enum Scenario {
     },
     /// Fork a guest by raw ioctls, without any code of Hearth's.
     Floor(Count),
-    /// Fork a template up to its first instruction, with and without a ready shell, in turns with
-    /// the floor.
+    /// Fork a template up to its first instruction, with and without a prepared VM, in turns with
+    /// the baseline by raw ioctls.
     Fork(Count),
-    /// Boot the base image to the agent's pong, then fork it to pong.
+    /// Boot the base image until its agent answers a ping, then fork it up to that answer.
     Boot {
         /// Boots (each takes seconds where ring 0 is emulated).
         #[arg(short, default_value_t = 3)]
@@ -61,13 +61,13 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
-    /// Count the instructions of each step, on a machine whose clock counts them: what ran, and
-    /// what was waited for.
+    /// Count the instructions of each step, on a machine whose clock counts them: those that ran,
+    /// and the idle time as if it were instructions.
     Count {
         /// Samples of each kind.
         #[arg(short, default_value_t = 10)]
         n: usize,
-        /// Code in Python's interpreter, too; its image is built when it is not there.
+        /// Also measure code in Python's interpreter; its image is built if it is missing.
         #[arg(long)]
         python: bool,
         #[command(flatten)]
@@ -75,7 +75,8 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
-    /// Make VMs, run them to their first instruction and destroy them; see whether anything stays.
+    /// Create VMs, run them to their first instruction and destroy them; check for anything that
+    /// stays.
     Churn {
         /// Batches of 20 VMs, each of VMs that are created and of VMs that are forked.
         #[arg(short, default_value_t = 20)]
@@ -87,7 +88,7 @@ pub(crate) enum Scenario {
         /// Guests of each kind.
         #[arg(short, default_value_t = 20)]
         n: usize,
-        /// Languages of the interpreters; their images are built when they are not there.
+        /// Languages of the interpreters; their images are built if they are missing.
         #[arg(long, value_delimiter = ',', default_value = "shell,python,javascript")]
         languages: Vec<Language>,
         /// Guests of each language that boot without a template.
@@ -98,32 +99,32 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
-    /// Take memory from a guest and give it back, by its balloon and by the pages that it reports
-    /// free.
+    /// Take memory from a guest and give it back, through its balloon and through free page
+    /// reporting.
     Balloon {
-        /// Times that the balloon takes and gives.
+        /// How often the balloon inflates and deflates.
         #[arg(short, default_value_t = 10)]
         n: usize,
-        /// Programs that leave memory behind, for each way to return it.
+        /// Programs that leave freed memory behind, for each way to return it.
         #[arg(long, default_value_t = 3)]
         touches: usize,
         #[command(flatten)]
         image: Image,
     },
-    /// Print a run's JSON as the table that it would have been.
+    /// Print a run's JSON as the table that the run would have printed.
     Show {
-        /// What a run printed with --json.
+        /// The output of a run with --json.
         results: PathBuf,
     },
-    /// Print what a counting run counted, in thousands of instructions, a line each:
-    /// benches/hardware-counts.txt is made so.
+    /// Print the counts of a counting run in thousands of instructions, a line each: the format of
+    /// benches/hardware-counts.txt.
     Counts {
-        /// What `count` printed with --json.
+        /// The output of `count` with --json.
         results: PathBuf,
     },
     /// Make a page with charts of a run's JSON.
     Report {
-        /// What a run printed with --json.
+        /// The output of a run with --json.
         results: PathBuf,
         /// The page.
         #[arg(short, long, default_value = "report.html")]
@@ -131,16 +132,16 @@ pub(crate) enum Scenario {
     },
     /// Write a run's figures, or its counts, into a document that has a place for them.
     Figures {
-        /// What a run printed with --json.
+        /// The output of a run with --json.
         results: PathBuf,
         /// The document.
         document: PathBuf,
     },
     /// Compare two runs' JSON; exit code 1 if anything became slower.
     Compare {
-        /// The run before.
+        /// The earlier run.
         old: PathBuf,
-        /// The run after.
+        /// The later run.
         new: PathBuf,
     },
     /// Take guests from a warm pool: alone, up to their first pong, in a burst, during a refill.
@@ -150,8 +151,8 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
-    /// Boot and restore guests by other monitors, in turns with Hearth: same kernel, initramfs,
-    /// words and sizes.
+    /// Boot and restore guests with other monitors, in turns with Hearth: same kernel, initramfs,
+    /// kernel parameters and sizes.
     Peers {
         /// Samples of each side (a ratio needs 10).
         #[arg(short, default_value_t = 10)]
@@ -180,10 +181,10 @@ pub(crate) enum Scenario {
     },
     /// Refill an emptied pool from a template, and make guests one by one.
     Refill {
-        /// Times that the pool is emptied.
+        /// How often the pool is emptied.
         #[arg(short, default_value_t = 10)]
         n: usize,
-        /// Guests made one by one.
+        /// Guests that are made one by one.
         #[arg(long, default_value_t = 50)]
         forks: usize,
         #[command(flatten)]
@@ -191,13 +192,14 @@ pub(crate) enum Scenario {
     },
     /// End parked guests in every way, and wait for their replacements.
     Replace {
-        /// Times, for each way.
+        /// Replacements for each way.
         #[arg(short, default_value_t = 10)]
         n: usize,
         #[command(flatten)]
         image: Image,
     },
-    /// Keep many parked clones of one guest alive at once: memory, threads and time of each.
+    /// Keep many parked clones of one guest alive at once: the memory, threads and time that each
+    /// takes.
     Density {
         /// Clones; each takes six descriptors (ulimit -n) and a thread.
         #[arg(short, default_value_t = 100)]
@@ -205,12 +207,12 @@ pub(crate) enum Scenario {
         #[command(flatten)]
         image: Image,
     },
-    /// Leave a full pool alone, paused and running.
+    /// Measure a full pool that serves no requests, with paused and with running guests.
     Idle {
-        /// Guests of the pool.
+        /// Guests in the pool.
         #[arg(short, default_value_t = 20)]
         n: usize,
-        /// How long, for each way to park.
+        /// How long, for each way to park guests.
         #[arg(long, default_value_t = 30)]
         seconds: u64,
         #[command(flatten)]
@@ -220,10 +222,10 @@ pub(crate) enum Scenario {
 
 #[derive(Args)]
 pub(crate) struct OtherMonitors {
-    /// QEMU's program for x86-64: boots on its machine for microVMs.
+    /// QEMU's program for x86-64: boots on its microvm machine.
     #[arg(long, value_name = "PATH")]
     qemu: Option<PathBuf>,
-    /// Firecracker's program: boots, and restores of a fresh snapshot.
+    /// Firecracker's program: boots, and restores from a fresh snapshot.
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
     /// Seconds after which a monitor's guest counts as hanging.
@@ -243,7 +245,7 @@ impl OtherMonitors {
 
 #[derive(Args)]
 pub(crate) struct Image {
-    /// A kernel of your own; the cached base image when not given.
+    /// A kernel of your own; without it, the cached base image.
     #[arg(long, requires = "initramfs")]
     kernel: Option<PathBuf>,
     /// An initramfs with the agent.
@@ -272,7 +274,7 @@ pub(crate) struct Count {
 }
 
 impl Scenario {
-    /// What it boots, if anything.
+    /// The image that the scenario boots, if any.
     pub(crate) fn image(&self) -> Option<&Image> {
         match self {
             Self::Floor(_) | Self::Fork(_) | Self::Churn { .. } => None,
@@ -294,10 +296,10 @@ impl Scenario {
         }
     }
 
-    /// What it can be swept over.
+    /// The keys that the scenario can be swept over.
     pub(crate) fn keys(&self) -> &'static [Key] {
         match self {
-            // The floor has one size, and so has what stands beside it.
+            // The baseline has one size, and so has a fork that is compared with it.
             Self::All { .. } | Self::Floor(_) | Self::Fork(_) => &[],
             Self::Report { .. } | Self::Figures { .. } | Self::Compare { .. } => &[],
             Self::Show { .. } | Self::Counts { .. } => &[],

@@ -1,16 +1,18 @@
-//! Two runs of the same benchmarks: what became slower, and whether chance explains it.
+//! Compares two runs of the same benchmarks: which metrics became slower, and whether chance
+//! explains it.
 
 use std::fmt;
 
 use crate::report::{Report, Row};
 use crate::stats::{MIN_SAMPLES, chance};
 
-/// A change this small is none, however certain it is.
+/// Relative change of the median up to which a metric counts as unchanged, however certain the
+/// change is.
 pub const LEAST_CHANGE: f64 = 0.05;
-/// A difference that chance makes less often than this is believed.
+/// A difference is believed if chance makes one as large less often than this.
 pub const LEAST_CHANCE: f64 = 0.01;
 
-/// What became of a metric.
+/// Outcome for a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// No difference that counts.
@@ -32,16 +34,16 @@ pub struct Change {
     pub medians: [f64; 2],
     /// How often chance alone makes such a difference, 0 to 1.
     pub chance: f64,
-    /// What it comes to.
+    /// The outcome.
     pub verdict: Verdict,
 }
 
-/// Everything that two runs have in common, and what they have not.
+/// Comparison of two runs: the metrics of both, and those that could not be compared.
 #[derive(Clone, Debug, Default)]
 pub struct Comparison {
     /// Metrics in both.
     pub changes: Vec<Change>,
-    /// Metrics in one, or with too few samples, and why they were not compared.
+    /// Metrics that are in one run only or have too few samples, each with the reason.
     pub not_measured: Vec<String>,
 }
 
@@ -108,7 +110,8 @@ fn name(row: &Row) -> String {
     format!("{} {} ({})", row.scenario, row.metric, row.side)
 }
 
-/// Rates are better when they are higher; times, counts and sizes when they are lower.
+/// Whether a higher figure is better: true for rates; times, counts and sizes are better when
+/// lower.
 fn more_is_better(unit: &str) -> bool {
     unit.ends_with("/s")
 }

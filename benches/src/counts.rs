@@ -1,4 +1,4 @@
-//! What a counting run counted: as lines of a baseline, and as a table in a document.
+//! Results of a counting run: as lines of a baseline, and as a table in a document.
 
 use std::fmt::Write;
 
@@ -23,7 +23,8 @@ pub fn is_of(report: &Report) -> bool {
     rows(report, BUSY).next().is_some()
 }
 
-/// The medians of what ran, in thousands of instructions: a line each, a name and a number.
+/// Returns the medians of the instructions that ran, in thousands: a line each, a name and a
+/// number.
 #[must_use]
 pub fn lines(report: &Report) -> String {
     let ours = rows(report, BUSY).filter(|row| row.side == "hearth");
@@ -35,7 +36,8 @@ pub fn lines(report: &Report) -> String {
     })
 }
 
-/// The document with its table replaced by that of the report; none if it has no place for one.
+/// Returns the document with its table replaced by that of the report; `None` if it has no place
+/// for one.
 #[must_use]
 pub fn replaced(document: &str, report: &Report) -> Option<String> {
     between(document, LINES, &table(report))

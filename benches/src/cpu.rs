@@ -1,4 +1,4 @@
-//! What this process has used of the processors.
+//! Processor time of this process.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use rustix::time::{ClockId, clock_gettime};
 /// Processor time of all threads of this process so far, ended ones included.
 #[must_use]
 pub fn process() -> Duration {
-    // What was spent is never negative.
+    // Processor time is never negative.
     Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
 }
 

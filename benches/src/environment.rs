@@ -1,4 +1,4 @@
-//! What the figures were measured on.
+//! The machine on which the figures were measured.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -23,13 +23,13 @@ pub struct Environment {
     /// Day of the run (UTC), as 2026-01-31; empty in results that are older than this field.
     #[serde(default)]
     pub date: String,
-    /// What chooses the processor's frequency; empty if the host does not say.
+    /// The frequency governor of the processor; empty if the host does not tell.
     #[serde(default)]
     pub governor: String,
 }
 
 impl Environment {
-    /// Looks at this machine.
+    /// Reads the environment of this machine.
     ///
     /// # Errors
     /// When the machine cannot run guests.
@@ -58,14 +58,15 @@ impl Environment {
     }
 }
 
-/// The day of a moment in UTC, by the Gregorian calendar (H. Hinnant, "chrono-compatible low-level
-/// date algorithms").
+/// Returns the day of a moment in UTC, by the Gregorian calendar (H. Hinnant, "chrono-compatible
+/// low-level date algorithms").
 fn day(moment: SystemTime) -> String {
     let seconds = moment
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
         .as_secs();
-    // Days from 0000-03-01: leap days end the years, and 400 of these are 146,097 days.
+    // Days since 0000-03-01: leap days are then at the end of a year, and 400 years have 146,097
+    // days.
     let days = seconds / 86_400 + 719_468;
     let (era, of_era) = (days / 146_097, days % 146_097);
     let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;

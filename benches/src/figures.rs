@@ -1,4 +1,4 @@
-//! The table of figures in a document, made of one run's results.
+//! The table of figures in a document, made from one run's results.
 
 use std::fmt::Write;
 
@@ -8,10 +8,11 @@ use crate::report::{Report, figure};
 const BEGIN: &str = "<!-- figures: begin (`make bench` writes what follows) -->";
 const END: &str = "<!-- figures: end -->";
 
-/// By what QEMU's agent speaks over, which depends on the host: one of them.
+/// Names of the metric beside QEMU, of which a run has one: QEMU's agent uses vsock or a serial
+/// line, depending on the host.
 const BESIDE_QEMU: &str = "cold boot to pong, over vsock|cold boot to pong, with a serial line";
 
-/// Scenario, metric, side, and what the table calls it.
+/// Scenario, metric (or alternatives, separated by `|`), side, and the name in the table.
 const ROWS: [[&str; 4]; 23] = [
     [
         "floor",
@@ -143,13 +144,14 @@ const ROWS: [[&str; 4]; 23] = [
     ],
 ];
 
-/// The document with its table replaced by that of the report; none if it has no place for one.
+/// Returns the document with its table replaced by that of the report; `None` if it has no place
+/// for one.
 #[must_use]
 pub fn replaced(document: &str, report: &Report) -> Option<String> {
     between(document, [BEGIN, END], &table(report))
 }
 
-/// The document with something else between these lines; none if it has no such lines.
+/// Returns the document with `text` between these lines; `None` if it has no such lines.
 pub(crate) fn between(document: &str, lines: [&str; 2], text: &str) -> Option<String> {
     let [begin, end] = lines;
     let (before, rest) = document.split_once(begin)?;

@@ -1,4 +1,4 @@
-//! How a metric grows with what was swept: a line through medians, with a bootstrap confidence
+//! How a metric grows with the swept parameter: a line through medians, with a bootstrap confidence
 //! interval.
 
 use std::fmt;
@@ -9,7 +9,8 @@ use crate::stats::{SplitMix, median, quantile};
 
 /// Resamples of the bootstrap.
 const RESAMPLES: usize = 1000;
-/// Growth over the whole sweep, as a share of the first median, that is none.
+/// Growth over the whole sweep, as a share of the first median, up to which a metric counts as
+/// flat.
 const LEAST_GROWTH: f64 = 0.05;
 
 /// The line of one metric of one side.
@@ -21,22 +22,22 @@ pub struct Fit {
     pub metric: String,
     /// Its unit.
     pub unit: String,
-    /// Who was measured.
+    /// The side that was measured.
     pub side: String,
-    /// Unit of what was swept: MiB, vCPU, VM.
+    /// Unit of the swept parameter: MiB, vCPU, VM.
     pub per: String,
     /// Value and median of each point.
     pub points: Vec<[f64; 2]>,
-    /// The metric where what was swept is zero.
+    /// The metric where the swept parameter is zero.
     pub base: f64,
-    /// By how much the metric grows with each unit of what was swept.
+    /// Growth of the metric for each unit of the swept parameter.
     pub slope: f64,
     /// 95 % confidence interval of the slope.
     pub ci95: [f64; 2],
 }
 
 impl Fit {
-    /// Fits a line to samples at each value; none for fewer than two values.
+    /// Fits a line to samples at each value; `None` for fewer than two values.
     #[must_use]
     pub fn of(points: &[(f64, &[f64])]) -> Option<Self> {
         let medians = |of: &dyn Fn(&[f64]) -> Vec<f64>| -> Vec<[f64; 2]> {
@@ -65,7 +66,8 @@ impl Fit {
         })
     }
 
-    /// Whether the metric does not grow, for all that was seen.
+    /// Whether no growth of the metric was seen: the slope's interval includes zero, or it grows by
+    /// at most 5 % over the sweep.
     #[must_use]
     pub fn is_flat(&self) -> bool {
         let [low, high] = self.ci95;
@@ -77,7 +79,7 @@ impl Fit {
     }
 }
 
-/// Where the least-squares line through the points begins, and its slope.
+/// Returns the intercept and the slope of the least-squares line through the points.
 fn line(points: &[[f64; 2]]) -> Option<(f64, f64)> {
     let n = points.len() as f64;
     let mean = |of: usize| points.iter().filter_map(|point| point.get(of)).sum::<f64>() / n;
@@ -143,7 +145,7 @@ mod tests {
     fn what_does_not_grow_is_flat() {
         let flat = fit(&[1.0, 2.0, 4.0].map(|at| noisy(at, 100.0)));
         assert!(flat.is_flat(), "{flat}");
-        // Certain, but nothing that anyone would notice.
+        // A certain growth, but too small to matter.
         let little = fit(&[1.0, 2.0, 4.0].map(|at| noisy(at, 100_000.0 + 10.0 * at)));
         assert!(little.is_flat(), "{little}");
         let falls = fit(&[1.0, 2.0, 4.0].map(|at| noisy(at, 100.0 - 10.0 * at)));

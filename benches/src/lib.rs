@@ -1,8 +1,8 @@
-//! vmm-bench: what Hearth's steps cost, measured beside the bare ioctls that they consist of.
+//! vmm-bench: measures the cost of Hearth's steps beside the bare ioctls that they consist of.
 //!
 //! A [`scenario`] (the [`suite`] runs all of them) takes samples, interleaved A/B/A/B where it
-//! compares two sides; [`stats`] sums them up and refuses ratios that too few samples would carry;
-//! [`report`] is the JSON and the table, [`page`] its charts; [`compare`] tells two runs apart.
+//! compares two sides. [`stats`] summarises them and refuses ratios of too few samples; [`report`]
+//! is the JSON and the table, [`page`] its charts; [`compare`] compares two runs.
 
 pub mod compare;
 pub mod counts;

@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("vmm-bench: {}", chain(&*error));
-            // 1 is what a comparison says.
+            // A comparison exits with 1.
             ExitCode::from(2)
         }
     }
@@ -105,7 +105,7 @@ fn run(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
 
 /// Runs one scenario at one size.
 fn measure(scenario: &Scenario, report: &mut Report, point: Point) -> Result<(), Box<dyn Error>> {
-    // Scenarios without a guest do without an image, too.
+    // Scenarios without a guest need no image.
     let (kernel, initramfs) = match scenario.image() {
         Some(image) => image.files()?,
         None => Default::default(),

@@ -1,10 +1,10 @@
-//! What a whole machine does meanwhile, host kernel, KVM and guests together: in instructions, on a
-//! machine whose clock counts them.
+//! Measures the activity of a whole machine, host kernel, KVM and guests together: in instructions,
+//! on a machine whose clock counts them.
 //!
 //! Such a machine is QEMU's with one processor and `-icount shift=0,sleep=off`: its clock advances
-//! by 1 ns per instruction, and jumps to the next timer while the processor idles. So what was run
-//! and what was waited for are apart, and what is run repeats to a few thousandths, whatever else
-//! the machine below does.
+//! by 1 ns per instruction, and jumps to the next timer while the processor idles. So instructions
+//! and idle time can be told apart, and the instructions repeat to a few thousandths, whatever else
+//! runs on the host below.
 
 use std::fs;
 use std::io;
@@ -13,20 +13,20 @@ use std::time::{Duration, Instant};
 use crate::cpu;
 use crate::stats::median;
 
-/// Instructions of the loop that is timed to see what the clock counts.
+/// Instructions of the loop whose time shows whether the clock counts instructions.
 const LOOP: u64 = 2_000_000;
-/// How much longer it may take: timers interrupt it.
+/// Relative deviation of the loop's time that is accepted: timers interrupt it.
 const TOLERANCE: f64 = 0.03;
-/// What the scheduler says it ran (`Documentation/scheduler/sched-stats.rst` of Linux).
+/// The scheduler's statistics (`Documentation/scheduler/sched-stats.rst` of Linux).
 const SCHEDULER: &str = "/proc/schedstat";
-/// Times that nothing is measured, to know what measuring costs.
+/// Empty measurements that are made to find the cost of measuring.
 const EMPTY: usize = 21;
 
 /// Why nothing can be counted here.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MeterError {
-    /// The clock is another one.
+    /// The clock does not count instructions.
     #[error(
         "this machine's clock does not count instructions (a loop of {LOOP} takes {0:?}); `.ci/hardware/test 'count/*'` \
          makes one whose does"
@@ -35,7 +35,7 @@ pub enum MeterError {
     /// More than one processor.
     #[error("instructions are counted on a machine with one processor, and this one has {0}")]
     Processors(usize),
-    /// The scheduler says nothing.
+    /// The scheduler's statistics cannot be read.
     #[error("{SCHEDULER} cannot be read: the host's kernel needs CONFIG_SCHEDSTATS")]
     Scheduler(#[source] io::Error),
 }
@@ -43,21 +43,21 @@ pub enum MeterError {
 /// Instructions, in millions.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Spent {
-    /// Run by anybody on the machine.
+    /// Instructions that ran on the machine.
     pub busy: f64,
-    /// That could have been run in the time in which nobody ran.
+    /// Instructions that could have run while the processor was idle.
     pub idle: f64,
 }
 
-/// Measures what the machine does.
+/// Measures the machine's activity.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Meter {
-    /// Millions of instructions that a measurement of nothing says ran.
+    /// Cost of measuring, in millions of instructions: the median of empty measurements.
     own: f64,
 }
 
 impl Meter {
-    /// Sees what the clock counts, and what measuring costs.
+    /// Checks that the clock counts instructions, and finds the cost of measuring.
     ///
     /// # Errors
     /// Where instructions cannot be counted.
@@ -66,7 +66,7 @@ impl Meter {
         if processors > 1 {
             return Err(MeterError::Processors(processors));
         }
-        // The first is not counted: its code is not there yet.
+        // The fastest of three: the first one also takes the page faults of its code.
         let took = (0..3).map(|_| timed_loop()).min().unwrap_or_default();
         let nanoseconds = took.as_nanos() as f64;
         if (nanoseconds / LOOP as f64 - 1.0).abs() > TOLERANCE {
@@ -86,7 +86,7 @@ impl Meter {
     /// Begins a measurement.
     ///
     /// # Errors
-    /// When the scheduler says nothing.
+    /// When the scheduler's statistics cannot be read.
     pub fn start(&self) -> io::Result<Measurement> {
         let ran = ran()?;
         Ok(Measurement {
@@ -99,7 +99,7 @@ impl Meter {
     }
 }
 
-/// A measurement that goes on.
+/// A running measurement.
 #[derive(Debug)]
 pub struct Measurement {
     own: f64,
@@ -109,21 +109,21 @@ pub struct Measurement {
     begin: Instant,
 }
 
-/// What this process ran in each phase, in million instructions, in their order.
+/// Millions of instructions that this process ran in each phase, in order.
 pub type Phases = Vec<(&'static str, f64)>;
 
 impl Measurement {
-    /// A phase ends here.
+    /// Ends a phase.
     pub fn phase(&mut self, name: &'static str) {
         let now = cpu::process();
         self.phases.push((name, millions(now - self.process)));
         self.process = now;
     }
 
-    /// Ends it.
+    /// Ends the measurement.
     ///
     /// # Errors
-    /// When the scheduler says nothing.
+    /// When the scheduler's statistics cannot be read.
     pub fn stop(self) -> io::Result<(Spent, Phases)> {
         let whole = millions(self.begin.elapsed());
         let busy = (millions(ran()? - self.ran) - self.own).max(0.0);
@@ -132,20 +132,20 @@ impl Measurement {
     }
 }
 
-/// Millions of instructions: one takes a nanosecond.
+/// Converts a duration to millions of instructions: one takes a nanosecond.
 pub(crate) fn millions(duration: Duration) -> f64 {
     duration.as_nanos() as f64 / 1e6
 }
 
-/// For how long the processor ran anything but its idle loop. The scheduler adds it up where a
-/// thread makes room: so this one does, for a moment.
+/// Returns for how long the processor has run anything but its idle loop. The scheduler adds this
+/// up at a context switch, so this thread sleeps for a moment first.
 fn ran() -> io::Result<Duration> {
     std::thread::sleep(Duration::from_micros(1));
     ran_by(&fs::read_to_string(SCHEDULER)?)
         .ok_or_else(|| io::Error::other(format!("{SCHEDULER} does not say what cpu0 ran")))
 }
 
-/// Of the nine numbers of the first processor the seventh, in nanoseconds.
+/// Returns the seventh of cpu0's nine numbers: the time spent running tasks, in nanoseconds.
 fn ran_by(text: &str) -> Option<Duration> {
     let numbers = text.lines().find_map(|line| line.strip_prefix("cpu0 "))?;
     let nanoseconds = numbers.split_whitespace().nth(6)?.parse().ok()?;
@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_counts_something_else_is_refused() {
-        // No processor runs these instructions in their number of nanoseconds, but by chance.
+        // Only by chance does a processor run this many instructions in as many nanoseconds.
         match Meter::new() {
             Err(error) => assert!(error.to_string().contains("instructions"), "{error}"),
             Ok(meter) => assert!(meter.own > 0.0),

@@ -1,4 +1,4 @@
-//! What this process holds of the host, as the kernel's files have it.
+//! Resources of the host that this process holds, as the kernel's files report them.
 
 use std::fs;
 use std::io;
@@ -10,25 +10,26 @@ pub struct Held {
     pub threads: usize,
     /// Open descriptors.
     pub fds: usize,
-    /// Mappings of files, of those in memory as well.
+    /// Mappings of files, memory files included.
     pub mappings: usize,
     /// Resident memory of this process in KiB.
     pub rss_kib: u64,
-    /// Memory of this process in KiB, what it shares divided among those who share it (`Pss`).
+    /// Memory of this process in KiB, shared pages divided among the processes that share them
+    /// (`Pss`).
     pub pss_kib: u64,
     /// Memory of the host that could still be used, in KiB (`MemAvailable`).
     pub available_kib: u64,
 }
 
 impl Held {
-    /// Looks now.
+    /// Reads the current values.
     ///
     /// # Errors
-    /// If there is no `/proc` of Linux.
+    /// If there is no Linux `/proc`.
     pub fn now() -> io::Result<Self> {
         Ok(Self {
             threads: count("/proc/self/task")?,
-            // One of them is that of the directory itself.
+            // One of them is the descriptor of the directory itself.
             fds: count("/proc/self/fd")?.saturating_sub(1),
             mappings: mappings()?,
             rss_kib: kib("/proc/self/status", "VmRSS:")?,
@@ -42,7 +43,8 @@ fn count(dir: &str) -> io::Result<usize> {
     Ok(fs::read_dir(dir)?.count())
 }
 
-/// Plain memory is left out: the allocator and the C library map it as they please.
+/// Counts mappings of files. Anonymous memory is left out: the allocator and the C library map it
+/// as they please.
 fn mappings() -> io::Result<usize> {
     let maps = fs::read_to_string("/proc/self/maps")?;
     let names = maps
@@ -51,7 +53,7 @@ fn mappings() -> io::Result<usize> {
     Ok(names.filter(|name| !name.starts_with('[')).count())
 }
 
-/// The figure of the line that begins with `name`.
+/// Returns the figure of the line that begins with `name`.
 fn kib(file: &str, name: &str) -> io::Result<u64> {
     let text = fs::read_to_string(file)?;
     let figure = text.lines().find_map(|line| {
@@ -76,7 +78,7 @@ mod tests {
             .collect();
         let memory = vec![1_u8; 64 << 20];
         let after = Held::now().unwrap();
-        // Other tests run beside this one.
+        // Other tests may run beside this one.
         assert!(after.threads > 1);
         assert!(after.fds >= before.fds + 40, "{before:?} {after:?}");
         assert!(

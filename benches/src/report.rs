@@ -21,7 +21,7 @@ pub struct Row {
     pub metric: String,
     /// Unit of the figures.
     pub unit: String,
-    /// Who was measured: `hearth` or a peer.
+    /// The side that was measured: `hearth` or a peer.
     pub side: String,
     /// The summary.
     #[serde(flatten)]
@@ -35,16 +35,16 @@ pub struct Row {
 pub struct RatioRow {
     /// What was measured.
     pub metric: String,
-    /// The side above the line.
+    /// The side in the numerator.
     pub a: String,
-    /// The side below the line.
+    /// The side in the denominator.
     pub b: String,
     /// The ratio.
     #[serde(flatten)]
     pub ratio: Ratio,
 }
 
-/// Everything that one run found.
+/// All results of one run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     /// Version of this format.
@@ -55,16 +55,16 @@ pub struct Report {
     pub results: Vec<Row>,
     /// Comparisons.
     pub ratios: Vec<RatioRow>,
-    /// Figures beside what they should be.
+    /// Figures beside their targets.
     #[serde(default)]
     pub targets: Vec<Target>,
-    /// How metrics grow with what was swept.
+    /// How metrics grow with the swept parameter.
     #[serde(default)]
     pub fits: Vec<Fit>,
-    /// What is not like for like.
+    /// Differences between the compared sides.
     #[serde(default)]
     pub notes: Vec<String>,
-    /// What could not be measured, and why.
+    /// Metrics that could not be measured, and why.
     pub not_measured: Vec<String>,
 }
 
@@ -101,14 +101,14 @@ impl Report {
         }
     }
 
-    /// Says what a figure of a metric that was added before should be.
+    /// Sets the target for a figure of a metric that was added before.
     pub fn expect(&mut self, metric: &str, side: &str, statistic: Statistic, bound: Bound) {
         let mut rows = self.results.iter();
         let row = rows.find(|row| row.metric == metric && row.side == side);
         let figure = row.and_then(|row| match statistic {
             Statistic::P50 => Some(row.summary.p50),
             Statistic::P99 => Some(row.summary.p99),
-            // Of two sides: see `expect_ratio`.
+            // Compares two sides: see `expect_ratio`.
             Statistic::Ratio => None,
         });
         self.targets.push(Target {
@@ -121,7 +121,7 @@ impl Report {
         });
     }
 
-    /// Says what the ratio of two sides that were compared before should be.
+    /// Sets the target for the ratio of two sides that were compared before.
     pub fn expect_ratio(&mut self, metric: &str, a: &str, b: &str, bound: Bound) {
         let mut ratios = self.ratios.iter();
         let ratio = ratios.find(|row| row.metric == metric && row.a == a && row.b == b);
@@ -135,7 +135,7 @@ impl Report {
         });
     }
 
-    /// Whether a figure is not what it should be, or was not measured.
+    /// Whether a figure misses its target, or was not measured.
     #[must_use]
     pub fn misses(&self) -> bool {
         self.targets.iter().any(|target| !target.is_met())
@@ -143,8 +143,8 @@ impl Report {
 
     /// Compares two sides of a metric that were added before.
     pub fn compare(&mut self, metric: &str, a: &str, b: &str) {
-        // The last: what an earlier scenario of the same run called so was not measured in turns
-        // with this.
+        // The last row: a row of an earlier scenario with the same name was not measured in turns
+        // with the other side.
         let samples = |side: &str| {
             self.results
                 .iter()
@@ -165,7 +165,7 @@ impl Report {
     }
 }
 
-/// A figure with as many digits as say something.
+/// Formats a figure with a sensible number of digits.
 pub(crate) fn figure(value: f64) -> String {
     match value.abs() {
         0.0 => "0".into(),

@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Fewest samples a side that a ratio is made of.
+/// Fewest samples of each side for a ratio.
 pub const MIN_SAMPLES: usize = 10;
-/// A confidence interval whose ends lie further apart than this says nothing: the machine was too
-/// noisy.
+/// A confidence interval whose upper end is more than this many times its lower end is refused: the
+/// machine was too noisy.
 pub const MOST_SPREAD: f64 = 2.0;
 /// Resamples of the bootstrap.
 const RESAMPLES: usize = 2000;
@@ -28,7 +28,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Sums up samples; `None` if there is none.
+    /// Summarises samples; `None` if there are none.
     #[must_use]
     pub fn of(samples: &[f64]) -> Option<Self> {
         let sorted = sorted(samples);
@@ -55,7 +55,7 @@ pub struct Ratio {
 }
 
 impl Ratio {
-    /// The ratio of the medians of `a` and `b`; the reason if it would mean nothing.
+    /// Returns the ratio of the medians of `a` and `b`, or the reason why it would mean nothing.
     ///
     /// # Errors
     /// Fewer than [`MIN_SAMPLES`] on a side, a median of zero, or an interval wider than
@@ -77,7 +77,8 @@ impl Ratio {
         ratios.sort_by(f64::total_cmp);
         let bound = |q| quantile(&ratios, q).unwrap_or(f64::NAN);
         let [low, high] = [bound(0.025), bound(0.975)];
-        // A side of a rate may be zero in a resample: no number, and no ratio either.
+        // A rate may have a median of zero in a resample: then a bound may be zero, infinite or no
+        // number.
         if !(low > 0.0 && high <= low * MOST_SPREAD) {
             return Err(format!(
                 "too noisy: the ratio lies between {low:.3} and {high:.3}"
@@ -91,8 +92,8 @@ impl Ratio {
     }
 }
 
-/// How often chance alone sets the medians of two samples as far apart as they are: a permutation
-/// test, two-sided, over 2,000 ways to deal all samples to the two sides. Between 1/2,001 and 1.
+/// Returns how often chance alone sets the medians of two samples as far apart as they are, between
+/// 1/2,001 and 1: a two-sided permutation test over 2,000 random divisions of all samples.
 #[must_use]
 pub fn chance(a: &[f64], b: &[f64]) -> f64 {
     let apart = |a: &[f64], b: &[f64]| (median(a) - median(b)).abs();
@@ -104,7 +105,7 @@ pub fn chance(a: &[f64], b: &[f64]) -> f64 {
         let (a, b) = all.split_at(a.len());
         apart(a, b) >= seen
     });
-    // The samples as they are, are one of the ways.
+    // The division as measured counts as one of them.
     (as_far.count() + 1) as f64 / (RESAMPLES + 1) as f64
 }
 
@@ -114,12 +115,12 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
     sorted
 }
 
-/// The median; zero of no samples.
+/// Returns the median; zero for no samples.
 pub(crate) fn median(samples: &[f64]) -> f64 {
     quantile(&sorted(samples), 0.5).unwrap_or(0.0)
 }
 
-/// The q-quantile of sorted samples, between neighbours by distance.
+/// Returns the q-quantile of sorted samples, interpolated linearly between neighbours.
 pub(crate) fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
     let last = sorted.len().checked_sub(1)?;
     let at = q * last as f64;
@@ -130,11 +131,11 @@ pub(crate) fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
     Some(low + (high - low) * at.fract())
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): enough randomness to draw samples.
+/// SplitMix64 (Steele, Lea, Flood 2014): random enough for drawing samples.
 pub(crate) struct SplitMix(u64);
 
 impl SplitMix {
-    /// With a fixed seed: the same samples give the same interval.
+    /// Starts from a fixed seed: the same samples give the same interval.
     pub(crate) fn new() -> Self {
         Self(0x9e37_79b9_7f4a_7c15)
     }
@@ -147,14 +148,14 @@ impl SplitMix {
         z ^ (z >> 31)
     }
 
-    /// Fisher and Yates.
+    /// Shuffles the samples (Fisher and Yates).
     fn shuffle(&mut self, samples: &mut [f64]) {
         for last in (1..samples.len()).rev() {
             samples.swap(last, (self.next() % (last as u64 + 1)) as usize);
         }
     }
 
-    /// As many of the samples, drawn with replacement.
+    /// Draws as many samples, with replacement.
     pub(crate) fn resample(&mut self, samples: &[f64]) -> Vec<f64> {
         let n = samples.len() as u64;
         (0..n)
@@ -201,7 +202,7 @@ mod tests {
 
     #[test]
     fn chance_is_fair_where_there_is_no_difference() {
-        // Of 200 pairs from one distribution, about a tenth lies below a tenth.
+        // Of 200 pairs from one distribution, about a tenth have a chance below 0.1.
         let mut random = SplitMix(7);
         let mut draw = || (0..15).map(|_| (random.next() % 10_000) as f64).collect();
         let low = (0..200).filter(|_| {

@@ -1,4 +1,4 @@
-//! Every scenario, one after the other.
+//! Runs every scenario, one after the other.
 
 use std::time::{Duration, Instant};
 
@@ -16,9 +16,9 @@ use crate::scenario::{
 /// How many samples are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effort {
-    /// As few as still say something: all of it takes minutes where ring 0 is emulated.
+    /// As few as are meaningful: the whole suite takes minutes where ring 0 is emulated.
     Quick,
-    /// What each scenario takes by itself.
+    /// The number that each scenario takes when it is run alone.
     Full,
 }
 
@@ -52,7 +52,7 @@ pub enum Step {
 }
 
 impl Step {
-    /// All, those that need no guest image first.
+    /// All steps; those that need no guest image come first.
     pub const ALL: [Self; 14] = [
         Self::Floor,
         Self::Fork,
@@ -70,7 +70,7 @@ impl Step {
         Self::Idle,
     ];
 
-    /// As the command and its results call it.
+    /// Returns the name in the command and its results.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -110,7 +110,7 @@ impl Step {
             Self::Handoff => handoff::run(report, files, n(64, 200)).await,
             Self::Exec => {
                 exec::run(report, files, n(10, 20)).await?;
-                // Node.js takes minutes to get ready where ring 0 is emulated.
+                // Node.js takes minutes to start where ring 0 is emulated.
                 let count = n(2, Language::ALL.len());
                 let languages = [Language::Shell, Language::Python, Language::Javascript];
                 let languages = languages.get(..count).unwrap_or_default();
@@ -134,7 +134,7 @@ impl Step {
     }
 }
 
-/// Runs all scenarios. One that fails counts as not measured, and the next one is run.
+/// Runs all scenarios. A scenario that fails counts as not measured, and the next one is run.
 pub async fn run(
     report: &mut Report,
     files: Files<'_>,
@@ -158,7 +158,7 @@ pub async fn run(
     }
 }
 
-/// An error with all its causes.
+/// Formats an error with all its causes.
 #[must_use]
 pub fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());

@@ -6,7 +6,7 @@ use crate::fit::Fit;
 use crate::report::{Report, Row};
 use crate::scenario::boot::Shape;
 
-/// What is varied.
+/// The swept parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
     /// Memory of a guest in MiB.
@@ -18,7 +18,7 @@ pub enum Key {
 }
 
 impl Key {
-    /// One unit of it.
+    /// Returns the unit of the parameter.
     #[must_use]
     pub fn unit(self) -> &'static str {
         match self {
@@ -29,10 +29,10 @@ impl Key {
     }
 }
 
-/// What is varied, and where: `memory=128,256,512`.
+/// The swept parameter and its values: `memory=128,256,512`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sweep {
-    /// What is varied.
+    /// The swept parameter.
     pub key: Key,
     /// Its values, in the order given.
     pub values: Vec<u32>,
@@ -67,9 +67,9 @@ impl FromStr for Sweep {
 /// Sizes at which a scenario is run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Point {
-    /// Of each guest.
+    /// Size of each guest.
     pub shape: Shape,
-    /// Guests at a time, instead of what was asked for otherwise.
+    /// Guests at a time, instead of the number that was asked for otherwise.
     pub guests: Option<usize>,
 }
 
@@ -86,7 +86,8 @@ impl Point {
 }
 
 impl Sweep {
-    /// Runs `scenario` at each value. Rows carry the value in their side; each metric gets a line.
+    /// Runs `scenario` at each value. The value is added to the side of each row, and a line is
+    /// fitted to each metric.
     ///
     /// # Errors
     /// Those of the scenario.
@@ -124,7 +125,7 @@ impl Sweep {
         Ok(())
     }
 
-    /// A line for each metric of each side.
+    /// Fits a line to each metric of each side.
     fn fits(&self, rows: &[(u32, Row)]) -> Vec<Fit> {
         let same = |a: &Row, b: &Row| {
             (&a.scenario, &a.metric, &a.unit, &a.side) == (&b.scenario, &b.metric, &b.unit, &b.side)

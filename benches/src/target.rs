@@ -1,10 +1,10 @@
-//! What a figure should be, and whether it is.
+//! Targets of figures, and whether they are met.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Which figure of a metric counts.
+/// The figure of a metric that is compared with its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Statistic {
@@ -16,13 +16,13 @@ pub enum Statistic {
     Ratio,
 }
 
-/// On which side of a bound it should be.
+/// The bound of a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bound {
-    /// Not more.
+    /// The figure is not more.
     AtMost(f64),
-    /// Not less.
+    /// The figure is not less.
     AtLeast(f64),
 }
 
@@ -38,22 +38,22 @@ impl Bound {
 /// One figure beside its target.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Target {
-    /// What was measured.
+    /// The metric that was measured.
     pub metric: String,
-    /// Who was measured; of a ratio, both.
+    /// The side that was measured; for a ratio, both.
     pub side: String,
     /// Unit of figure and bound.
     pub unit: String,
-    /// Which figure.
+    /// The figure that is compared.
     pub statistic: Statistic,
-    /// What it should be.
+    /// The target.
     pub bound: Bound,
-    /// What it is; none if it was not measured.
+    /// The measured figure; `None` if it was not measured.
     pub figure: Option<f64>,
 }
 
 impl Target {
-    /// Whether it is as it should be.
+    /// Whether the figure was measured and meets its target.
     #[must_use]
     pub fn is_met(&self) -> bool {
         self.figure.is_some_and(|figure| self.bound.admits(figure))

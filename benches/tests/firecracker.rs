@@ -5,9 +5,8 @@
     clippy::indexing_slicing,
     reason = "a test fails by panicking"
 )]
-//! Firecracker's side of the conversation, played as its documentation has it: the API, the Unix
-//! socket of its vsock device, and the agent in its guest. The process itself is a script that only
-//! lives.
+//! Plays Firecracker's side of the conversation as documented: the API, the Unix socket of its
+//! vsock device, and the agent in its guest. The process itself is a script that only sleeps.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -25,7 +24,7 @@ use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// What is played.
+/// A simulated Firecracker.
 struct Played {
     firecracker: Firecracker,
     /// Method and path of each request, and its body.
@@ -33,17 +32,17 @@ struct Played {
     _dirs: [tempfile::TempDir; 2],
 }
 
-/// What the player does other than it should.
+/// Faults of the simulated Firecracker.
 #[derive(Clone, Copy, PartialEq)]
 enum Fault {
     None,
-    /// Its guest claims to have booted for an hour.
+    /// The guest claims to have booted for an hour.
     LongBoot,
-    /// It refuses this path.
+    /// Refuses requests to this path.
     Refuses(&'static str),
-    /// It has no agent to connect to.
+    /// There is no agent to connect to.
     NoAgent,
-    /// Its guest's program prints something else.
+    /// The guest's program prints something else.
     Miscounts,
 }
 
@@ -53,7 +52,7 @@ async fn played(fault: Fault) -> Played {
         dirs[0].path().join("firecracker"),
         dirs[1].path().to_owned(),
     );
-    // It says with which arguments it was started: the player takes its place then.
+    // The script writes down its first argument; then the player answers in its place.
     let started = dir.join("started");
     let text = format!(
         "#!/bin/sh\nif [ \"$1\" = --version ]; then echo Firecracker v1.9.0; exit; fi\n\
@@ -90,7 +89,7 @@ struct Player {
 }
 
 impl Player {
-    /// Plays each process that is started, until the directory is gone.
+    /// Simulates each process that is started, until the directory is gone.
     fn play(&self, started: &Path) {
         while self.dir.exists() {
             match std::fs::read_to_string(started) {
@@ -106,14 +105,14 @@ impl Player {
         }
     }
 
-    /// The guest's agent dials the host.
+    /// Plays the guest's agent, which connects to the host.
     fn boot(&self) {
         let stream = UnixStream::connect(self.dir.join("vsock_1025")).unwrap();
         let fault = self.fault;
         std::thread::spawn(move || agent(stream, true, fault));
     }
 
-    /// The API: a connection for each request.
+    /// Serves the API: a connection for each request.
     fn serve(&self) {
         let listener = UnixListener::bind(self.dir.join("api")).unwrap();
         loop {
@@ -130,7 +129,7 @@ impl Player {
         }
     }
 
-    /// Answers one request; its path, and whether the process has no more to say.
+    /// Answers one request; returns its path, and whether it is the process's last.
     fn answer(&self, stream: UnixStream) -> (String, bool) {
         let mut reader = BufReader::new(&stream);
         let mut line = String::new();
@@ -167,7 +166,7 @@ impl Player {
         (path, last)
     }
 
-    /// The restored guest's agent is connected to.
+    /// Accepts the connection to the restored guest's agent.
     fn restored(&self) {
         let listener = UnixListener::bind(self.dir.join("vsock")).unwrap();
         let (stream, _) = listener.accept().unwrap();
@@ -183,7 +182,7 @@ impl Player {
     }
 }
 
-/// A path that the player knows.
+/// Returns a known path as a static string.
 fn leaked(path: &str) -> &'static str {
     let known = [
         "/machine-config",
@@ -198,7 +197,7 @@ fn leaked(path: &str) -> &'static str {
     known.into_iter().find(|known| *known == path).unwrap()
 }
 
-/// An agent that greets, and answers pings; not prepared at first if it has just booted.
+/// Plays an agent that greets and answers pings; it is not prepared at first if it has just booted.
 fn agent(stream: UnixStream, booted: bool, fault: Fault) -> Option<()> {
     let mut wire = Vec::new();
     let started_us = if fault == Fault::LongBoot {

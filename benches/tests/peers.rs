@@ -7,7 +7,7 @@
 )]
 //! Peers that crash, hang or lie: each is reported with its reason, and none is measured.
 //!
-//! They are scripts, and greet as the real ones do.
+//! The peers are scripts that print the versions of the real ones.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -20,10 +20,11 @@ use serde_json::Value;
 
 const QEMU: &str = "QEMU emulator version 7.2.22";
 const FIRECRACKER: &str = "Firecracker v1.9.0";
-/// So long may a guest of theirs take.
+/// Time limit of a peer's guest.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// A script that greets, and does something else when it is to run a guest.
+/// Writes a script that prints `greeting` as its version, and does something else when it is to run
+/// a guest.
 fn script(dir: &Path, greeting: &str, does: &str) -> PathBuf {
     let path = dir.join("peer");
     let text =
@@ -45,7 +46,8 @@ fn guest() -> Booted<'static> {
     }
 }
 
-/// A program that was just written may still be held open by a process that another test forks.
+/// Retries while the program, which was just written, is still held open by a process that another
+/// test forks.
 async fn found<T, F: Future<Output = Result<T, PeerError>>>(
     find: impl Fn() -> F,
 ) -> Result<T, PeerError> {
@@ -99,7 +101,7 @@ async fn a_peer_that_crashes_says_why() {
         matches!(&error, PeerError::Ended { said, .. } if said == "no such device"),
         "{error}"
     );
-    // So does one that ends as if all were well, its guest not up.
+    // A peer that exits with success before its guest is up is the same error.
     let error = qemu("exit 0").await.unwrap_err();
     assert!(matches!(error, PeerError::Ended { .. }), "{error}");
     let (boot, restore) = firecracker(crash).await;
@@ -125,7 +127,7 @@ async fn a_peer_that_hangs_is_given_up_and_ended() {
         !Path::new(&format!("/proc/{}", pid.trim())).exists(),
         "it lives on"
     );
-    // One that prints without end is found out at once.
+    // A peer that prints without end is detected at once.
     let error = qemu("while echo nothing; do :; done").await.unwrap_err();
     assert!(matches!(error, PeerError::Lies(_)), "{error}");
     let (boot, restore) = firecracker("exec sleep 1000").await;
@@ -137,7 +139,8 @@ async fn a_peer_that_hangs_is_given_up_and_ended() {
     assert!(begin.elapsed() < Duration::from_secs(60));
 }
 
-/// What connects to the host's socket as a guest's agent would, and speaks otherwise.
+/// Connects to the host's socket as a guest's agent would, and sends bytes that are not the
+/// protocol.
 const BABBLER: &str = r#"
 use Socket;
 my ($config) = $ARGV[2] or die;
@@ -159,7 +162,7 @@ async fn a_peer_whose_guest_is_no_guest_lies() {
     assert!(matches!(error, PeerError::Lies(_)), "{error}");
 }
 
-/// What the command says of a run with this peer.
+/// Returns the command's report of a run with this peer.
 fn reported(peer: &str, does: &str) -> Value {
     let dir = tempfile::tempdir().unwrap();
     let greeting = if peer == "--qemu" { QEMU } else { FIRECRACKER };
@@ -197,7 +200,7 @@ fn a_peer_that_only_prints_as_a_kernel_does_is_found_out() {
     );
     assert_eq!(report["results"].as_array().unwrap().len(), 0);
     let why = report["not_measured"][0].as_str().unwrap();
-    // Over vsock there is nobody to be believed.
+    // Over vsock the script never connects, so there is no answer to check.
     let over_vsock = Path::new("/dev/vhost-vsock").exists();
     let found_out = match over_vsock {
         true => "was not up after",

@@ -5,9 +5,10 @@
     clippy::indexing_slicing,
     reason = "a test fails by panicking"
 )]
-//! What the command prints, beside the schema that the repository promises.
+//! Validates the command's output against the schema that the repository promises.
 //!
-//! The validator knows the part of JSON Schema that ours uses, and refuses a schema that uses more.
+//! The validator supports the part of JSON Schema that ours uses, and refuses a schema that uses
+//! more.
 
 use std::process::Command;
 
@@ -18,7 +19,7 @@ fn schema() -> Value {
     serde_json::from_str(include_str!("../schema.json")).unwrap()
 }
 
-/// The results of one run of the command.
+/// Returns the results of one run of the command.
 fn results(args: &[&str]) -> Value {
     let output = Command::new(env!("CARGO_BIN_EXE_vmm-bench"))
         .args(args)
@@ -29,7 +30,7 @@ fn results(args: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// Says where `value` is not what `schema` asks for.
+/// Collects where `value` violates `schema`.
 fn violations(root: &Value, schema: &Value, value: &Value, at: &str, found: &mut Vec<String>) {
     let mut say = |what: &str| found.push(format!("{at}: {what}: {value}"));
     let mut nested = Vec::new();
@@ -139,7 +140,7 @@ fn what_the_command_prints_is_what_the_schema_says() {
     let sweep = results(&["churn", "-n", "2", "--sweep", "memory=64,128"]);
     assert_eq!(check(&sweep), [""; 0]);
     assert_eq!(len(&sweep["fits"]), 6);
-    // Too few samples for its two ratios: said, and no ratio.
+    // Too few samples for its two ratios: this is reported, and there is no ratio.
     let few = results(&["fork", "-n", "3"]);
     assert_eq!(check(&few), [""; 0]);
     assert_eq!((len(&few["ratios"]), len(&few["not_measured"])), (0, 2));

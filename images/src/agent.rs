@@ -1,6 +1,6 @@
-//! The agent, built as one static program for the guest: of the sources that are part of this crate
-//! (see `build.rs`), in scratch of the build's own. No checkout, no directory of the caller's and
-//! no settings that lie there have a say.
+//! Builds the agent as one static program for the guest, from the sources that are embedded in this
+//! crate (see `build.rs`), in the scratch directory of the build. No checkout, no directory of the
+//! caller, and no cargo settings in it have any influence.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -10,18 +10,18 @@ use crate::cache::{CacheError, Key, io_error};
 use crate::command::{self, CommandError};
 use crate::progress::{Event, Progress, Stage, stage};
 
-/// Names a program to use as the agent instead of building ours.
+/// The environment variable that names a program to use as the agent instead of building ours.
 const OVERRIDE: &str = "HEARTH_AGENT";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROGRAM: &str = "hearth-init";
-/// A workspace that has the agent alone: names and contents of its files.
+/// The names and contents of the files of a workspace that has only the agent.
 const SOURCES: Sources = include!(concat!(env!("OUT_DIR"), "/agent-sources.rs"));
-/// The C library inside the program, and no relocations to process at start.
+/// Links the C library statically, and avoids relocations at start.
 const RUSTFLAGS: &str = "-Ctarget-feature=+crt-static\u{1f}-Crelocation-model=static";
-/// Raised when the way of building changes.
+/// Increased when the way of building changes.
 const BUILDER: &str = "3";
-/// What cargo may know of the caller's environment: where it and its compilers are, and how it
-/// reaches its registry.
+/// Variables of the caller's environment that cargo gets: the locations of cargo and of its
+/// compilers, and how it reaches its registry.
 const CARGO: [&str; 7] = [
     "HOME",
     "CARGO_HOME",
@@ -34,7 +34,7 @@ const CARGO: [&str; 7] = [
 
 type Sources = &'static [(&'static str, &'static [u8])];
 
-/// Why there is no agent.
+/// Why the agent could not be built.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AgentError {
@@ -43,7 +43,7 @@ pub enum AgentError {
     Override {
         /// The path as given.
         path: PathBuf,
-        /// What it should have been.
+        /// The kind of file that is required.
         wanted: &'static str,
     },
     /// cargo is missing or failed.
@@ -57,7 +57,7 @@ pub enum AgentError {
     Cache(#[from] CacheError),
 }
 
-/// Where the agent comes from, and the hash of what it is made of.
+/// The origin of the agent, and the hash of its inputs.
 #[derive(Debug, Clone)]
 pub(crate) struct Agent {
     pub(crate) key: Key,
@@ -70,7 +70,7 @@ enum From {
     Sources(Sources),
 }
 
-/// The agent's program if one is named, else its sources, hashed.
+/// Returns the program that the variable names, or else the embedded sources, with their hash.
 pub(crate) fn find() -> Result<Agent, AgentError> {
     match std::env::var_os(OVERRIDE) {
         Some(path) => ready(PathBuf::from(path)),
@@ -98,7 +98,7 @@ fn ready(path: PathBuf) -> Result<Agent, AgentError> {
     let program = fs::read(&path).map_err(|_| refused("a file that can be read"))?;
     match needs_interpreter(&program) {
         None => Err(refused("an ELF program for x86-64")),
-        // The guest has no file but this one.
+        // The guest has no file but this one, so no dynamic linker.
         Some(true) => Err(refused("statically linked")),
         Some(false) => Ok(Agent {
             key: Key::default().part("ready", &program),
@@ -107,9 +107,8 @@ fn ready(path: PathBuf) -> Result<Agent, AgentError> {
     }
 }
 
-/// Whether another program must load this one: that of a dynamic linker, named by a program header.
-/// `None` if it is no program for this processor. Offsets are those of `Elf64_Ehdr` and
-/// `Elf64_Phdr` (elf.h).
+/// Returns whether the program needs a dynamic linker, which a program header names, or `None` if
+/// it is not a program for x86-64. Offsets are those of `Elf64_Ehdr` and `Elf64_Phdr` (elf.h).
 fn needs_interpreter(program: &[u8]) -> Option<bool> {
     const PT_INTERP: u32 = 3;
     const EM_X86_64: u16 = 62;
@@ -132,13 +131,13 @@ fn needs_interpreter(program: &[u8]) -> Option<bool> {
     Some(false)
 }
 
-/// The agent's program, stripped and statically linked, made in `scratch`, an empty directory.
+/// Builds the agent, stripped and statically linked, in `scratch`, an empty directory.
 pub(crate) fn build(
     scratch: &Path,
     agent: &Agent,
     progress: &dyn Progress,
 ) -> Result<PathBuf, AgentError> {
-    // Cargo names itself so to what it runs.
+    // Cargo sets this variable to its own path for programs that it runs.
     let cargo = std::env::var_os("CARGO").filter(|cargo| Path::new(cargo).is_absolute());
     build_with(
         cargo.as_deref().unwrap_or(OsStr::new("cargo")),
@@ -162,9 +161,9 @@ fn build_with(
     write(sources, &workspace)?;
     let mut cargo = command::fetcher(cargo);
     command::keep(&mut cargo, &CARGO);
-    // Settings are searched from the directory upwards that cargo starts in, which is `/` and not
-    // this one. Not `--locked`: the lock has all that the agent needs, so that nothing else is
-    // taken, and more, which cargo drops from its copy.
+    // Cargo searches for settings from its working directory upwards. That is `/`, and not this
+    // one. `--locked` is not used: the lock contains all that the agent needs, so no other versions
+    // are taken. But it also contains more, which cargo drops from its copy.
     cargo
         .args(["build", "--profile", "guest", "--manifest-path"])
         .arg(workspace.join("Cargo.toml"))
@@ -201,7 +200,7 @@ fn write(sources: Sources, workspace: &Path) -> Result<(), CacheError> {
     Ok(())
 }
 
-/// Crates that a first build of the agent compiles, about.
+/// The approximate number of crates that a first build of the agent compiles.
 const STEPS: u32 = 25;
 
 #[cfg(test)]
@@ -211,7 +210,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::progress::Silent;
 
-    /// An agent that is nowhere, by its key.
+    /// Returns an agent with a key of this name. Its program does not exist.
     pub(crate) fn named(name: &str) -> Agent {
         Agent {
             key: Key::default().part("ready", name.as_bytes()),
@@ -238,7 +237,7 @@ pub(crate) mod tests {
             }
         }
         assert_eq!(others, ["Cargo.lock", "Cargo.toml"]);
-        // With the manifest and the build script.
+        // Plus the manifest and the build script.
         assert_eq!(SOURCES.len(), others.len() + count(&agent.join("src")) + 2);
     }
 
@@ -255,7 +254,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// An agent that says a word, and has no dependencies to fetch.
+    /// An agent that prints a word, and has no dependencies to fetch.
     const SPEAKING: Sources = &[
         (
             "Cargo.toml",
@@ -356,7 +355,7 @@ pub(crate) mod tests {
         }
         fs::copy("/bin/sh", &path).unwrap();
         refused("statically linked");
-        // A header without program headers.
+        // An ELF header without program headers.
         let mut program = vec![0; 64];
         program[..6].copy_from_slice(b"\x7fELF\x02\x01");
         program[18] = 62;

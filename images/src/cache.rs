@@ -1,5 +1,5 @@
-//! The content-addressed cache: entries are directories, published whole by a
-//! rename, never changed afterwards.
+//! The content-addressed cache. Its entries are directories that are published by a rename, as a
+//! whole, and never changed afterwards.
 //!
 //! ```text
 //! <root>/kernel/<version>-<hash>/   an entry: vmlinux, config, manifest
@@ -9,12 +9,12 @@
 //! <root>/lock/<kind>                held while an entry of that kind is built
 //! ```
 //!
-//! A build that is killed leaves only scratch behind, and perhaps programs
-//! that still write there: the lock goes with its process, and the next build
-//! of that kind sweeps what it finds and works in a directory of another name.
+//! A build that is killed leaves only scratch files behind, and perhaps programs that still write
+//! there. Its lock is released with the process. The next build of that kind removes the files and
+//! works in a directory of another name.
 //!
-//! Entries are believed by their names, so nobody but this user and root may
-//! be able to write there.
+//! An entry is trusted because of its name, so only this user and root may be able to write to the
+//! cache.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
@@ -26,7 +26,7 @@ use tempfile::TempDir;
 
 use crate::progress::{Event, Progress, Stage};
 
-/// As many links in one path as Linux follows (path_resolution(7)).
+/// The number of links in one path that Linux follows (path_resolution(7)).
 const MAX_LINKS: u32 = 40;
 
 /// Kinds of entries.
@@ -41,7 +41,7 @@ pub enum CacheError {
         "no place for the image cache: set XDG_CACHE_HOME or HOME, or name a directory explicitly"
     )]
     NoHome,
-    /// Others could put something else in place of what is cached.
+    /// Another user could replace a cached file.
     #[error(
         "{} {who} may write: what guests boot must be this user's alone (chmod go-w it, or set XDG_CACHE_HOME)",
         path.display()
@@ -49,17 +49,17 @@ pub enum CacheError {
     NotPrivate {
         /// The cache, something in it, or a directory that it is in.
         path: PathBuf,
-        /// Who else.
+        /// Which others may write there.
         who: &'static str,
     },
     /// A file operation failed.
     #[error("cannot {action} {}: check permissions and free space", path.display())]
     Io {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
-        /// On what.
+        /// The path of the action.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -76,8 +76,8 @@ pub(crate) fn io_error(
     }
 }
 
-/// A SHA-256 over named parts, each with its length, so that no two lists of
-/// parts run into the same bytes.
+/// A SHA-256 over named parts, each with its length, so that two different lists of parts are never
+/// hashed as the same bytes.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Key(Sha256);
 
@@ -90,7 +90,7 @@ impl Key {
         self
     }
 
-    /// 32 hexadecimal digits: half of the hash, enough for a name.
+    /// Returns 32 hexadecimal digits: half of the hash, enough for a name.
     pub(crate) fn name(self) -> String {
         self.0
             .finalize()
@@ -101,13 +101,13 @@ impl Key {
     }
 }
 
-/// Where entries live.
+/// The directory of entries.
 #[derive(Debug, Clone)]
 pub(crate) struct Cache {
     root: PathBuf,
 }
 
-/// The right to build entries of one kind; gone when dropped.
+/// The right to build entries of one kind, released on drop.
 #[derive(Debug)]
 pub(crate) struct BuildLock {
     kind: String,
@@ -131,8 +131,8 @@ impl Cache {
         &self.root
     }
 
-    /// A directory directly under the root, created if it is not there, for nobody else to look
-    /// into.
+    /// Returns a directory directly under the root. If it does not exist, it is created for this
+    /// user alone (mode 0700).
     pub(crate) fn dir(&self, name: &str) -> Result<PathBuf, CacheError> {
         let dir = self.root.join(name);
         let mut builder = DirBuilder::new();
@@ -141,13 +141,13 @@ impl Cache {
         Ok(dir)
     }
 
-    /// The entry's directory, if it has been published.
+    /// Returns the entry's directory, if it has been published.
     pub(crate) fn entry(&self, kind: &str, name: &str) -> Option<PathBuf> {
         let path = self.root.join(kind).join(name);
         path.is_dir().then_some(path)
     }
 
-    /// The names of all published entries of a kind.
+    /// Returns the names of all published entries of a kind.
     pub(crate) fn names(&self, kind: &str) -> Vec<String> {
         let Ok(entries) = fs::read_dir(self.root.join(kind)) else {
             return Vec::new();
@@ -157,8 +157,8 @@ impl Cache {
             .collect()
     }
 
-    /// Waits until no other process builds this kind of entry. Look for the
-    /// entry again afterwards: it may have been built meanwhile.
+    /// Waits until no other process builds this kind of entry. Look for the entry again afterwards:
+    /// another process may have built it in the meantime.
     pub(crate) fn lock(
         &self,
         kind: &str,
@@ -186,14 +186,15 @@ impl Cache {
         })
     }
 
-    /// An empty directory for the build that holds the lock, gone when dropped. What builds that
-    /// were killed left is swept first.
+    /// Returns an empty directory for the build that holds the lock, removed on drop. First removes
+    /// the files of killed builds.
     pub(crate) fn scratch(&self, lock: &BuildLock) -> Result<TempDir, CacheError> {
         let dir = self.dir("work")?.join(&lock.kind);
         fs::create_dir_all(&dir).map_err(io_error("create", &dir))?;
         for entry in fs::read_dir(&dir).map_err(io_error("read", &dir))? {
             let left = entry.map_err(io_error("read", &dir))?.path();
-            // A program of a killed build may be writing there yet; then the next one sweeps it.
+            // A program of a killed build may still write there, so that this fails; the next build
+            // then removes it.
             let swept = match left.is_dir() && !left.is_symlink() {
                 true => fs::remove_dir_all(&left),
                 false => fs::remove_file(&left),
@@ -205,8 +206,8 @@ impl Cache {
         tempfile::tempdir_in(&dir).map_err(io_error("create a directory in", &dir))
     }
 
-    /// Makes `finished`, a directory on the same file system, the entry of
-    /// that name. If another process was faster, its entry stays.
+    /// Publishes `finished`, a directory on the same file system, as the entry of that name. If the
+    /// entry exists already, it stays.
     pub(crate) fn publish(
         &self,
         kind: &str,
@@ -227,8 +228,8 @@ impl Cache {
     }
 }
 
-/// A rename must not become durable before the files that it publishes, and nobody else may change
-/// them.
+/// Syncs the files of an entry, as its rename must not become durable before them, and takes write
+/// permission from other users.
 fn settle(dir: &Path) -> Result<(), CacheError> {
     let entries = fs::read_dir(dir).map_err(io_error("read", dir))?;
     for path in entries
@@ -247,8 +248,9 @@ fn settle(dir: &Path) -> Result<(), CacheError> {
     Ok(())
 }
 
-/// Refuses a cache that another user could change: itself, what is published in it, or a directory
-/// that it, or a link on the way to it, is in. What does not exist yet is made for this user alone.
+/// Refuses a cache that another user could change. Checks the root, the published entries, and each
+/// directory and link on the way to the root. Directories that do not exist yet will be created for
+/// this user alone.
 fn private(root: &Path) -> Result<(), CacheError> {
     reached(root)?;
     PUBLISHED
@@ -256,8 +258,8 @@ fn private(root: &Path) -> Result<(), CacheError> {
         .try_for_each(|kind| below(&root.join(kind), 2))
 }
 
-/// Goes to what the path names as the kernel does, link by link: it and all on the way is looked
-/// at.
+/// Checks the target of a path, and all directories and links on the way to it. Follows links as
+/// the kernel does.
 fn reached(path: &Path) -> Result<(), CacheError> {
     let mut here = PathBuf::new();
     let mut ahead = path.to_owned();
@@ -269,12 +271,12 @@ fn reached(path: &Path) -> Result<(), CacheError> {
         };
         let rest = names.as_path().to_owned();
         match name {
-            // What is here is no link.
+            // `here` contains no link, so `..` is its parent.
             Component::ParentDir => _ = here.pop(),
             Component::CurDir => {}
             name => here.push(name),
         }
-        // In a sticky directory, such as /tmp, nobody can replace what is another's.
+        // In a sticky directory, such as /tmp, users cannot replace files of others.
         owned(&here, 0o1000)?;
         ahead = match fs::read_link(&here) {
             Ok(_) if links == MAX_LINKS => {
@@ -285,7 +287,7 @@ fn reached(path: &Path) -> Result<(), CacheError> {
                 here.pop();
                 target.join(rest)
             }
-            // No link, or not there.
+            // Not a link, or missing.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => rest,
             Err(error) if error.kind() == io::ErrorKind::NotFound => rest,
             Err(error) => return Err(io_error("look at", here)(error)),
@@ -293,7 +295,8 @@ fn reached(path: &Path) -> Result<(), CacheError> {
     }
 }
 
-/// The directory and what it holds, down to the files of entries.
+/// Checks a directory and its contents. With a depth of 2, these are the entries of a kind and
+/// their files.
 fn below(path: &Path, depth: u32) -> Result<(), CacheError> {
     match path.is_symlink() {
         true => reached(path)?,
@@ -307,13 +310,13 @@ fn below(path: &Path, depth: u32) -> Result<(), CacheError> {
             let entry = entry.map_err(io_error("read", path))?;
             below(&entry.path(), depth - 1)
         }),
-        // Not there, or a file that no entry has.
+        // Missing, or a file where an entry would be a directory.
         Err(_) => Ok(()),
     }
 }
 
-/// Whether the file or directory, if it is there, is for this user and root alone to change. One
-/// that has a bit of `excused` in its mode may be written by others.
+/// Checks that only this user and root can change the file or directory, if it exists. If its mode
+/// has a bit of `excused`, others may write to it.
 fn owned(path: &Path, excused: u32) -> Result<(), CacheError> {
     let data = match path.symlink_metadata() {
         Ok(data) => data,
@@ -327,7 +330,7 @@ fn owned(path: &Path, excused: u32) -> Result<(), CacheError> {
     if data.uid() != 0 && data.uid() != rustix::process::geteuid().as_raw() {
         return refused("belongs to another user, who");
     }
-    // The mode of a link says nothing.
+    // The mode of a link has no meaning.
     if data.is_symlink() || data.mode() & excused != 0 {
         return Ok(());
     }
@@ -339,7 +342,7 @@ fn owned(path: &Path, excused: u32) -> Result<(), CacheError> {
 }
 
 fn default_root(xdg: Option<PathBuf>, home: Option<PathBuf>) -> Result<PathBuf, CacheError> {
-    // The XDG base directory rules: a relative path is ignored.
+    // By the XDG base directory rules, a relative path is ignored.
     xdg.filter(|path| path.is_absolute())
         .or_else(|| {
             home.filter(|path| path.is_absolute())
@@ -401,7 +404,7 @@ mod tests {
         };
         fs::create_dir(killed.join("out")).unwrap();
         fs::write(killed.join("out/vmlinux"), b"half").unwrap();
-        // As earlier versions left them.
+        // Earlier versions left such files.
         fs::write(killed.with_file_name("vmlinux"), b"half").unwrap();
         let lock = cache.lock("kernel", &Silent).unwrap();
         let scratch = cache.scratch(&lock).unwrap();
@@ -409,9 +412,9 @@ mod tests {
         assert_eq!(fs::read_dir(&scratch).unwrap().count(), 0);
         let work = scratch.path().parent().unwrap().to_owned();
         assert_eq!(fs::read_dir(&work).unwrap().count(), 1);
-        // A program of the killed build that is still there writes nowhere.
+        // A program of the killed build that still runs can no longer write there.
         assert!(fs::write(killed.join("out/vmlinux"), b"more").is_err());
-        // A failed build's is gone at once.
+        // The scratch of a failed build is removed at once.
         drop(scratch);
         assert_eq!(fs::read_dir(&work).unwrap().count(), 0);
     }
@@ -450,10 +453,11 @@ mod tests {
                 assert!(refused(path, bits), "{} {bits:o}", path.display());
             }
         }
-        // Sticky: what is in it stays; but anybody could add to the cache itself.
+        // Sticky: others cannot replace its files. But in the cache itself, anybody could add
+        // files.
         assert!(!refused(dir.path(), 0o1002));
         assert!(refused(cache.root(), 0o1002));
-        // By a link that leads there, too.
+        // The same through a link to the directory.
         let link = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink(dir.path(), link.path().join("link")).unwrap();
         let set = |mode| {
@@ -486,13 +490,13 @@ mod tests {
             DirBuilder::new().mode(0o700).create(at(name)).unwrap();
         }
         let link = |to: &str, name| std::os::unix::fs::symlink(to, at(name)).unwrap();
-        // Absolute, relative, and of a directory in the middle.
+        // Absolute, relative, and to a directory in the middle of the path.
         link(at("shared/link").to_str().unwrap(), "first/absolute");
         link("../shared/link", "first/relative");
         link("../last/cache", "shared/link");
         link("../shared", "first/dir");
         link("../last/none", "shared/nowhere");
-        // Of a kind of entries alone.
+        // A link for one kind of entries only.
         link("../first/relative/root", "own/root");
         let ways = [
             "first/absolute",
@@ -581,7 +585,7 @@ mod tests {
         });
         assert_eq!(receiver.recv(), Ok(Event::Begin(Stage::Wait)));
         assert!(receiver.try_recv().is_err(), "the lock was not waited for");
-        // Another kind does not wait.
+        // A build of another kind does not wait.
         drop(cache.lock("base", &Silent).unwrap());
         drop(first);
         assert_eq!(receiver.recv(), Ok(Event::End(Stage::Wait)));

@@ -1,4 +1,4 @@
-//! A root file system of the user's as an image that guests read in place: EROFS, uncompressed.
+//! Makes an image that guests read in place (EROFS, uncompressed) from a user's root file system.
 
 use std::path::{Path, PathBuf};
 
@@ -6,14 +6,14 @@ use crate::cache::{CacheError, io_error};
 use crate::command::{self, CommandError};
 use crate::erofs::{self, ErofsError};
 
-/// Why no image was made. Nothing is left where it was to be.
+/// Why no image was made. No partial image is left at the output path.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImportError {
-    /// There is no such directory or archive.
+    /// The source does not exist, or is not a directory or archive.
     #[error("{}: neither a directory nor a tar archive", .0.display())]
     Source(PathBuf),
-    /// Something has the name already.
+    /// The output path exists already.
     #[error("{} exists; remove it first or choose another name", .0.display())]
     Exists(PathBuf),
     /// The image could not be made.
@@ -27,9 +27,9 @@ pub enum ImportError {
     File(#[from] CacheError),
 }
 
-/// Makes the image `output` of a directory or of a tar archive (compressed or not), such as `docker
-/// export` writes. All files belong to root; an archive's devices are left out, for the guest's
-/// kernel makes them. Needs no root. Blocks.
+/// Makes the image `output` from a directory or from a tar archive (compressed or not), such as
+/// that of `docker export`. All files belong to root. The files in an archive's `dev` are left out,
+/// because the guest's kernel creates devices. Does not need root. Blocks.
 ///
 /// # Errors
 /// [`ImportError`].
@@ -44,7 +44,7 @@ pub fn import(source: &Path, output: &Path) -> Result<(), ImportError> {
         Some(dir) => dir,
         None => Path::new("/"),
     };
-    // Where there is room for the image there is for what it is made of.
+    // The file system that has room for the image most likely has room for its sources, too.
     let scratch = tempfile::tempdir_in(near).map_err(io_error("make a directory in", near))?;
     let tree = if source.is_dir() {
         source.to_owned()
@@ -147,7 +147,7 @@ mod tests {
                 header.set_entry_type(*kind);
                 header.set_mode(0o4777);
                 header.set_size(0);
-                // As they are: the crate's own setters refuse what is tried here.
+                // Written directly: the crate's setters refuse such names.
                 let fields = header.as_gnu_mut().unwrap();
                 fields.name[..name.len()].copy_from_slice(name.as_bytes());
                 fields.linkname[..link.len()].copy_from_slice(link.as_bytes());

@@ -1,11 +1,10 @@
 //! The initramfs: an uncompressed cpio archive that holds the agent as
 //! `/init`.
 //!
-//! It is copied into the memory of every cold guest and unpacked there, entry
-//! by entry, so it holds nothing else: `/dev/console` comes from the archive
-//! that is built into every kernel, and the agent makes its mount points. The
-//! same agent gives the same bytes: no times, no inode numbers of this
-//! machine.
+//! It is copied into the memory of every cold-booted guest and unpacked there, entry by entry, so
+//! it holds nothing else. `/dev/console` comes from the archive that is built into every kernel,
+//! and the agent creates its mount points. The same agent gives the same bytes: times and inode
+//! numbers are fixed.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -19,10 +18,10 @@ use crate::progress::{Progress, Stage, stage};
 
 const KIND: &str = "base";
 const FILE: &str = "initramfs.cpio";
-/// Raised when the archive's content changes for the same agent.
+/// Increased when the archive's content changes for the same agent.
 const LAYOUT: &str = "1";
 
-/// Why there is no initramfs.
+/// Why the initramfs could not be written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum InitramfsError {
@@ -31,10 +30,10 @@ pub enum InitramfsError {
     Agent {
         /// The program.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The archive cannot be written.
+    /// The archive could not be written to the cache.
     #[error("the image cache is not usable")]
     Cache(#[from] CacheError),
 }
@@ -48,8 +47,8 @@ pub(crate) fn cached(cache: &Cache, agent: &Agent) -> Option<PathBuf> {
     file.is_file().then_some(file)
 }
 
-/// The archive for `agent`, from the cache or of the program that `build` builds in the scratch
-/// that it is given.
+/// Returns the archive for `agent`: from the cache, or made from the program that `build` builds in
+/// the scratch directory passed to it.
 pub(crate) fn get<E: From<InitramfsError>>(
     cache: &Cache,
     agent: &Agent,
@@ -61,7 +60,7 @@ pub(crate) fn get<E: From<InitramfsError>>(
     }
     let lock = cache.lock(KIND, progress).map_err(InitramfsError::from)?;
     match cached(cache, agent) {
-        // Another one has built it meanwhile.
+        // Another process or thread has built it in the meantime.
         Some(path) => Ok(path),
         None => {
             let scratch = cache.scratch(&lock).map_err(InitramfsError::from)?;
@@ -163,7 +162,7 @@ mod tests {
 
     #[test]
     fn a_kernel_can_take_it() {
-        // The header's magic without a checksum, and data padded to words.
+        // The header's magic for archives without a checksum, and data padded to 4 bytes.
         assert!(made(b"agent").starts_with(b"070701"));
         assert_eq!(made(b"agent").len() % 4, 0);
     }

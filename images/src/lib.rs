@@ -58,8 +58,8 @@ pub use wheels::WheelsError;
 
 use cache::Cache;
 
-/// What a guest boots from. Words for the kernel's command line are the
-/// monitor's to choose: they depend on the host and on its devices.
+/// The files that a guest boots from. The kernel parameters are up to the VMM: they depend on the
+/// host and on its devices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestImage {
     /// An uncompressed ELF `vmlinux`, or the user's own kernel.
@@ -68,18 +68,18 @@ pub struct GuestImage {
     pub initramfs: PathBuf,
 }
 
-/// What the cache holds of what this version would use.
+/// The images of this version that are in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cached {
     /// The kernel that [`Images::kernel`] would return without building.
     pub kernel: Option<PathBuf>,
     /// The initramfs that [`Images::base`] would return without building.
     pub initramfs: Option<PathBuf>,
-    /// Root file systems by name, those that an earlier version or recipe made among them.
+    /// Root file systems by name, including those of earlier versions or recipes.
     pub roots: Vec<CachedRoot>,
 }
 
-/// Why an image could not be had.
+/// Why an image could not be provided.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImagesError {
@@ -106,12 +106,12 @@ pub enum ImagesError {
     OwnKernel {
         /// The path as given.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 }
 
-/// The guest images of this user: what is cached, and how to build the rest.
+/// The guest images of this user: finds them in the cache, and builds those that are missing.
 #[derive(Debug)]
 pub struct Images {
     cache: Cache,
@@ -123,22 +123,21 @@ impl Images {
     /// creates it, for this user alone.
     ///
     /// # Errors
-    /// [`ImagesError::Cache`] if no place for the cache is known, or if
-    /// another user may write there: whoever does chooses what guests boot.
+    /// [`ImagesError::Cache`] if no place for the cache is known, or if another user may write
+    /// there: that user could choose what guests boot.
     pub fn open(dir: Option<PathBuf>) -> Result<Self, ImagesError> {
         Ok(Self {
             cache: Cache::open(dir)?,
         })
     }
 
-    /// The directory that the cache lives in.
+    /// The directory of the cache.
     #[must_use]
     pub fn cache_dir(&self) -> &Path {
         self.cache.root()
     }
 
-    /// What is there already. Reads the cache; builds nothing and does not use
-    /// the network.
+    /// Returns the images in the cache. Builds nothing and does not use the network.
     #[must_use]
     pub fn cached(&self) -> Cached {
         Cached {
@@ -150,15 +149,15 @@ impl Images {
         }
     }
 
-    /// Programs and headers that a kernel build needs and this machine lacks,
-    /// or `None` if it lacks nothing.
+    /// Returns the Debian packages (of programs and headers) that builds need and this machine
+    /// lacks, or `None` if none is missing.
     #[must_use]
     pub fn missing_tools(&self) -> Option<MissingTools> {
         tools::missing()
     }
 
-    /// Why no recipe that has `commands` can be built here, or `None` if one can: they run in
-    /// namespaces of their own, which some machines permit to nobody but root, or to nobody.
+    /// Returns why recipes with `commands` cannot be built here, or `None` if they can. Commands
+    /// run in namespaces of their own, which some machines permit only to root, or not at all.
     #[must_use]
     pub fn commands_refused(&self) -> Option<CommandError> {
         root::commands_refused()
@@ -181,8 +180,8 @@ impl Images {
     /// `HEARTH_AGENT`.
     ///
     /// # Errors
-    /// As [`Images::kernel`], and [`ImagesError::Agent`] or
-    /// [`ImagesError::Initramfs`] for the other half.
+    /// Those of [`Images::kernel`], and [`ImagesError::Agent`] or [`ImagesError::Initramfs`] for
+    /// the initramfs.
     pub fn base(&self, progress: &dyn Progress) -> Result<GuestImage, ImagesError> {
         let kernel = self.kernel(progress)?;
         Ok(GuestImage {
@@ -191,8 +190,8 @@ impl Images {
         })
     }
 
-    /// As [`Images::base`], with a kernel of the user's own. It must have what
-    /// the guest needs built in; the format is the monitor's to judge.
+    /// Like [`Images::base`], with a kernel of the user's own. All that the guest needs must be
+    /// built into it; the VMM checks its format.
     ///
     /// # Errors
     /// [`ImagesError::OwnKernel`] if the file cannot be read, otherwise as
@@ -221,18 +220,19 @@ impl Images {
         Ok(root::get(&self.cache, recipe, progress)?)
     }
 
-    /// The image that [`Images::root`] would return without building.
+    /// Returns the image that [`Images::root`] would return without building.
     #[must_use]
     pub fn cached_root(&self, recipe: &Recipe) -> Option<PathBuf> {
         root::cached(&self.cache, recipe)
     }
 
-    /// Pins the packages of a recipe to what Debian (and, for Python packages, pip's index) has
-    /// now: writes the lock beside the recipe, and returns its path. For a recipe of this
-    /// crate, by name, recipe and lock are first copied into the working directory.
+    /// Pins the packages of a recipe to the current versions in Debian (and, for Python packages,
+    /// in pip's index). Writes the lock beside the recipe, and returns its path. A built-in recipe,
+    /// given by name, is first copied into the working directory, unless it has a file of that
+    /// name.
     ///
     /// # Errors
-    /// [`ImagesError::Lock`]; the lock is then as it was.
+    /// [`ImagesError::Lock`]; the lock is then unchanged.
     pub fn lock(
         &self,
         name_or_path: &str,

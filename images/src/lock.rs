@@ -1,4 +1,4 @@
-//! The lock of a recipe: each package by version, place in the archive, and hash.
+//! The lock of a recipe: version, path in the archive, and hash of each package.
 
 use std::fs;
 use std::io::{self, Write};
@@ -12,11 +12,11 @@ use crate::recipe::RecipeError;
 
 const HEAD: &str = "# Written by `hearth image lock`: run it again instead of editing this.\n\n";
 
-/// What a recipe's packages were resolved to.
+/// The result of resolving a recipe's packages.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Lock {
-    /// The hash of what the recipe asked for.
+    /// The hash of the recipe's requirements.
     pub(crate) asked: String,
     #[serde(rename = "package")]
     pub(crate) packages: Vec<Package>,
@@ -24,13 +24,13 @@ pub(crate) struct Lock {
     pub(crate) wheels: Vec<Wheel>,
 }
 
-/// A Debian package, in the order of installation.
+/// A Debian package. The lock lists packages in the order of installation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Package {
     pub(crate) name: String,
     pub(crate) version: String,
-    /// In the archive, as it is written in its addresses.
+    /// The path in the archive, escaped as in URLs.
     pub(crate) path: String,
     pub(crate) sha256: String,
 }
@@ -39,7 +39,7 @@ pub(crate) struct Package {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Wheel {
-    /// Its file's name, which says name, version and platform.
+    /// The file name, which contains name, version and platform.
     pub(crate) file: String,
     pub(crate) sha256: String,
 }
@@ -50,7 +50,7 @@ impl Lock {
             what: format!("the lock of {what}"),
             source: Box::new(source),
         })?;
-        // Files are named by them.
+        // The hashes are used as file names.
         let is_hash =
             |text: &str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
         match lock
@@ -66,8 +66,8 @@ impl Lock {
         }
     }
 
-    /// Replaces the file at once. No name that others can foresee is written to: the directory may
-    /// be full of links.
+    /// Replaces the file atomically. Writes to an unpredictable name first, because others could
+    /// place links in the directory.
     pub(crate) fn write(&self, path: &Path) -> Result<(), CacheError> {
         let dir = path.parent().filter(|dir| *dir != Path::new(""));
         let write = || {
@@ -89,7 +89,7 @@ impl Lock {
         })
     }
 
-    /// The version of the Python that is among the packages, such as `3.11`.
+    /// Returns the version of Python among the packages, such as `3.11`.
     pub(crate) fn python(&self) -> Option<&str> {
         self.packages.iter().find_map(|package| {
             let version = package
@@ -126,7 +126,7 @@ mod tests {
         assert_eq!(Lock::parse(&text, "it").unwrap(), lock);
         assert_eq!(lock.python(), Some("3.11"));
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
-        // What a link leads to stays as it is.
+        // The target of a link is not changed.
         let other = dir.path().join("other");
         fs::write(&other, "precious").unwrap();
         fs::remove_file(&path).unwrap();

@@ -1,6 +1,6 @@
-//! What a build tells its caller while it runs. The library prints nothing.
+//! Progress reports of a build to its caller. The library prints nothing.
 
-/// A part of the work that takes long enough to be named.
+/// A part of the work that takes long enough to be reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Stage {
@@ -26,7 +26,7 @@ pub enum Stage {
     Packages,
     /// Python packages are chosen and fetched.
     Wheels,
-    /// Packages are unpacked, and what the recipe changes is changed.
+    /// Packages are unpacked, and the changes of the recipe are applied.
     Tree,
     /// A recipe's commands run.
     Commands,
@@ -35,7 +35,7 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// A few words for a progress line.
+    /// Returns a short text for a progress line.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
@@ -57,33 +57,32 @@ impl Stage {
     }
 }
 
-/// One thing that happened.
+/// A progress event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
     /// A stage began. Stages do not nest.
     Begin(Stage),
-    /// So much of the stage is done. `total` is an estimate; `done` does not
-    /// exceed it.
+    /// A part of the stage is done. `total` is an estimate; `done` does not exceed it.
     Step {
-        /// The stage that goes on.
+        /// The stage in progress.
         stage: Stage,
         /// Steps done, from 1.
         done: u32,
         /// Steps expected.
         total: u32,
     },
-    /// A stage ended well. A stage that fails ends with the error instead.
+    /// A stage succeeded. A failed stage has no `End`: the build returns its error instead.
     End(Stage),
 }
 
-/// Hears what a build does. Called on the thread that builds.
+/// Receives the events of a build, on the thread that builds.
 pub trait Progress {
-    /// Takes note of one event; must not block for long.
+    /// Handles one event; must not block for long.
     fn event(&self, event: Event);
 }
 
-/// Hears nothing.
+/// Ignores all events.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;
 

@@ -1,19 +1,19 @@
-//! What a kernel build needs on the machine, and the command that installs it.
+//! The Debian packages that builds need on this machine, and the command that installs them.
 
 use std::path::{Path, PathBuf};
 
 use crate::command;
 
-/// How the need shows.
+/// The file that shows that a package is installed.
 #[derive(Debug, Clone, Copy)]
 enum Sign {
     /// A program in `PATH`.
     Program(&'static str),
-    /// A header in the compiler's default place.
+    /// A header in one of the compiler's default directories.
     Header(&'static str),
 }
 
-/// Debian package by sign. Order is the order in which they are reported.
+/// The Debian package of each sign. Missing packages are reported in this order.
 const NEEDS: &[(Sign, &str)] = &[
     (Sign::Program("apt-get"), "apt"),
     (Sign::Program("dpkg-deb"), "dpkg"),
@@ -28,20 +28,20 @@ const NEEDS: &[(Sign, &str)] = &[
     (Sign::Program("bison"), "bison"),
     (Sign::Program("bc"), "bc"),
     (Sign::Header("stdio.h"), "libc6-dev"),
-    // objtool checks and fixes every object of an x86 kernel.
+    // For objtool, which checks and fixes every object of an x86 kernel.
     (Sign::Header("gelf.h"), "libelf-dev"),
-    // Not for the kernel, but for root file systems.
+    // Needed for root file systems, not for the kernel.
     (Sign::Program("mkfs.erofs"), "erofs-utils"),
 ];
 
-/// Debian packages that a kernel build needs and this machine lacks.
+/// Debian packages that builds need and this machine lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MissingTools {
     packages: Vec<&'static str>,
 }
 
 impl MissingTools {
-    /// The packages by name; never empty.
+    /// The names of the packages; never empty.
     #[must_use]
     pub fn packages(&self) -> &[&'static str] {
         &self.packages
@@ -57,7 +57,7 @@ impl MissingTools {
     }
 }
 
-/// Looks at `PATH` and at the compiler's include directories.
+/// Looks for missing packages in `PATH` and in the compiler's include directories.
 pub(crate) fn missing() -> Option<MissingTools> {
     let programs: Vec<PathBuf> = std::env::split_paths(&command::search_path()).collect();
     let headers = [
@@ -92,7 +92,7 @@ fn exists(path: &Path) -> bool {
 mod tests {
     use super::*;
 
-    /// Those of the list that no Debian lacks are not installed by the script.
+    /// The script does not install the packages of the list that every Debian system has.
     #[test]
     fn the_script_that_installs_packages_has_the_same_list() {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.ci/packages");

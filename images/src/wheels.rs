@@ -1,7 +1,7 @@
-//! Python packages as wheels: chosen and fetched by this machine's pip, for the image's Python.
+//! Python packages as wheels: this machine's pip selects and fetches them for the image's Python.
 //!
-//! What a set of requirements was resolved to is an entry of the cache, so that the same words mean
-//! the same packages until it is removed.
+//! The wheels of a set of requirements are an entry of the cache, so that the same requirements
+//! give the same packages until the entry is removed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,14 +15,15 @@ use crate::progress::{Progress, Stage, stage};
 use crate::recipe::Recipe;
 
 const KIND: &str = "wheels";
-/// The oldest C library that wheels may be for; Debian's is newer.
+/// The platforms of wheels that may be used. Their C library is older than Debian's.
 const PLATFORMS: [&str; 4] = [
     "manylinux_2_28_x86_64",
     "manylinux_2_17_x86_64",
     "manylinux2014_x86_64",
     "linux_x86_64",
 ];
-/// What pip may know of the caller's environment: where its settings are, and which index it asks.
+/// Variables of the caller's environment that pip gets: the location of its settings, and its
+/// index.
 const PIP: [&str; 8] = [
     "HOME",
     "PIP_CONFIG_FILE",
@@ -34,7 +35,7 @@ const PIP: [&str; 8] = [
     "PIP_PROXY",
 ];
 
-/// Why there are no Python packages.
+/// Why the Python packages could not be provided.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WheelsError {
@@ -49,24 +50,24 @@ pub enum WheelsError {
     /// This machine has no pip.
     #[error("Python packages are fetched by pip: sudo apt-get install -y python3-pip")]
     NoPip(#[source] CommandError),
-    /// It is not the name of a package, perhaps with versions.
+    /// The text is not the name of a package, with optional versions.
     #[error("{0:?}: give a Python package as numpy or numpy==2.2.0")]
     Requirement(String),
-    /// pip did not find wheels that fit together, or could not fetch them.
+    /// pip found no wheels that satisfy all requirements, or could not fetch them.
     #[error("pip found no wheels for {}", requirements.join(" "))]
     Pip {
-        /// What was asked for.
+        /// The requirements.
         requirements: Vec<String>,
-        /// What pip said.
+        /// pip's error.
         source: CommandError,
     },
-    /// A wheel is not what the lock says.
+    /// A wheel differs from the lock.
     #[error("{file} is not the file that the recipe's lock has: run `hearth image lock`")]
     Other {
         /// The wheel's name.
         file: String,
     },
-    /// The cache failed.
+    /// A file operation in the cache failed.
     #[error("the image cache is not usable")]
     Cache(#[from] CacheError),
 }
@@ -83,7 +84,7 @@ impl Wheels {
         &self.paths
     }
 
-    /// Name and hash of each, by name.
+    /// Returns the name and hash of each wheel, sorted by name.
     pub(crate) fn files(&self) -> &[Wheel] {
         &self.files
     }
@@ -110,7 +111,7 @@ impl Wheels {
     }
 }
 
-/// What is to be asked of pip: the lock's versions, and what was asked for besides.
+/// Returns the requirements for pip: the lock's versions, and the additional packages.
 fn requirements(recipe: &Recipe, lock: &Lock) -> Vec<String> {
     let locked = lock.wheels.iter().filter_map(|wheel| {
         let mut parts = wheel.file.split('-');
@@ -127,7 +128,7 @@ fn entry_name(requirements: &[String], python: &str) -> String {
         .name()
 }
 
-/// The recipe's wheels, if they are in the cache or there are none.
+/// Returns the recipe's wheels if they are in the cache, or if the recipe has none.
 pub(crate) fn cached(cache: &Cache, recipe: &Recipe, lock: &Lock) -> Option<Wheels> {
     let wanted = requirements(recipe, lock);
     if wanted.is_empty() {
@@ -137,7 +138,7 @@ pub(crate) fn cached(cache: &Cache, recipe: &Recipe, lock: &Lock) -> Option<Whee
     checked(Wheels::in_dir(&wheels).ok()?, lock).ok()
 }
 
-/// The recipe's wheels, fetched if they are not in the cache.
+/// Returns the recipe's wheels, fetched if they are not in the cache.
 pub(crate) fn get(
     cache: &Cache,
     recipe: &Recipe,
@@ -158,7 +159,7 @@ pub(crate) fn get(
     checked(Wheels::in_dir(&entry)?, lock)
 }
 
-/// What the requirements of the recipe's text mean today.
+/// Resolves the requirements in the recipe's text to the current versions.
 pub(crate) fn resolve(
     recipe: &Recipe,
     lock: &Lock,
@@ -191,7 +192,7 @@ fn checked(wheels: Wheels, lock: &Lock) -> Result<Wheels, WheelsError> {
     Ok(wheels)
 }
 
-/// Fetches what pip chooses into `dir`.
+/// Fetches the wheels that pip selects into `dir`.
 fn fetch(requirements: &[String], python: &str, dir: &Path) -> Result<Wheels, WheelsError> {
     if let Some(wrong) = requirements.iter().find(|text| !is_requirement(text)) {
         return Err(WheelsError::Requirement(wrong.clone()));
@@ -199,7 +200,7 @@ fn fetch(requirements: &[String], python: &str, dir: &Path) -> Result<Wheels, Wh
     let pip = || {
         let mut pip = command::fetcher("python3");
         command::keep(&mut pip, &PIP);
-        // Isolated: modules and settings of neither the directory nor the user's environment.
+        // Isolated mode: no modules of the working directory or the user, and no Python variables.
         pip.args(["-I", "-m", "pip"]);
         pip.args(["--disable-pip-version-check", "--no-input"]);
         pip
@@ -230,7 +231,8 @@ fn fetch(requirements: &[String], python: &str, dir: &Path) -> Result<Wheels, Wh
     Ok(Wheels::in_dir(dir)?)
 }
 
-/// A name, perhaps with extras and versions: no path, no address, no option.
+/// Returns whether the text is a name, with optional extras and versions. Paths, addresses and
+/// options are refused.
 fn is_requirement(text: &str) -> bool {
     let letters = |c: char| c.is_ascii_alphanumeric() || "-_.,[]<>=!~+*".contains(c);
     text.starts_with(|c: char| c.is_ascii_alphanumeric())

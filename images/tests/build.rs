@@ -1,4 +1,4 @@
-//! Builds the real thing. Needs the build packages, apt's lists, and minutes.
+//! Builds a kernel and an initramfs. Needs the build packages, apt's lists, and minutes.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -17,8 +17,8 @@ impl Progress for Stages {
     }
 }
 
-/// The image in this user's cache (built for it if it is not there) and one that is built from
-/// nothing in another place: the same files, and no second build of what is there.
+/// Compares the image in this user's cache (built if it is not there) with one that is built from
+/// scratch in another directory: the files are the same, and existing files are not built again.
 #[test]
 #[ignore = "builds the kernel: 5 minutes"]
 fn a_build_from_nothing_gives_the_cached_files_and_is_not_repeated() {

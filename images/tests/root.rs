@@ -1,6 +1,6 @@
-//! Builds root file systems of our own recipes, of Debian's packages.
+//! Builds root file systems of the built-in recipes from Debian's packages.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-// A test is no build: its programs may know of this machine what they like.
+// Unlike builds, the programs of a test may get this machine's environment.
 #![allow(clippy::disallowed_methods)]
 
 use std::io::Write;
@@ -13,7 +13,7 @@ use hearth_images::{DebianError, Images, ImagesError, Recipe, RootError, Silent}
 mod without_namespaces;
 use without_namespaces::without_namespaces;
 
-/// Names the cache of the process that the test starts.
+/// The environment variable that names the cache directory of the child process.
 const PLACE: &str = "HEARTH_TEST_PLACE";
 
 fn not_measured(reason: &str) {
@@ -28,7 +28,7 @@ fn build_all(images: &Images) -> Result<Vec<PathBuf>, ImagesError> {
         .collect()
 }
 
-/// None, and said to be not measured, where their packages cannot be fetched.
+/// Returns `None`, and reports that it was not measured, if packages cannot be fetched.
 fn built_or_not_measured(images: &Images) -> Option<Vec<PathBuf>> {
     match build_all(images) {
         Ok(paths) => Some(paths),
@@ -40,9 +40,9 @@ fn built_or_not_measured(images: &Images) -> Option<Vec<PathBuf>> {
     }
 }
 
-/// In this user's cache if they are not there, and in another place from the same packages: by
-/// another process, with other permissions for new files, and by an ordinary user if this one is
-/// root.
+/// Builds the recipes in this user's cache if they are not there, and again in another directory
+/// from the same packages: by another process, with another umask, and by an ordinary user if this
+/// one is root.
 #[test]
 #[ignore = "long: builds each recipe twice, of packages that it fetches"]
 fn every_recipe_gives_the_same_bytes_again_without_root() {
@@ -67,7 +67,7 @@ fn every_recipe_gives_the_same_bytes_again_without_root() {
     };
     std::fs::create_dir(&place).unwrap();
     copy(&images.cache_dir().join("source"), &place.join("source"));
-    // Where this was built nobody else may be let in.
+    // Other users may have no access to the directory where this program was built.
     let program = dir.path().join("program");
     copy(&std::env::current_exe().unwrap(), &program);
     let id = Command::new("id").arg("-u").output().unwrap();
@@ -132,8 +132,8 @@ fn every_recipe_gives_the_same_bytes_where_namespaces_are_refused() {
     }
 }
 
-/// Resolved by apt with a state and a source of its own, fetched, built; and what is said when the
-/// archive moved on.
+/// A recipe is resolved by apt with a state and a source of its own, fetched, and built. Then
+/// checks the error for versions that the archive no longer has.
 #[test]
 #[ignore = "long: fetches Debian's index"]
 fn a_recipe_of_one_s_own_is_pinned_and_built() {
@@ -156,7 +156,7 @@ fn a_recipe_of_one_s_own_is_pinned_and_built() {
     let names = pins.lines().filter_map(|line| line.strip_prefix("name = "));
     let mut names: Vec<&str> = names.collect();
     names.sort_unstable();
-    // With what jq needs, but for the C library and what only it needs.
+    // With the dependencies of jq, except the C library and packages that only it needs.
     let wanted = ["busybox-static", "jq", "libjq1", "libonig5"];
     assert_eq!(names, wanted.map(|name| format!("\"{name}\"")));
     assert!(!pins.contains("://"), "{pins}");

@@ -1,5 +1,5 @@
-//! More requests at once than there are warm guests: the first are served at once, the others in
-//! the order in which they came, as the pool refills. `burst [REQUESTS] [WARM]`
+//! Sends more requests at once than there are warm guests: the first are served at once, the others
+//! in the order in which they came, as the pool refills. `burst [REQUESTS] [WARM]`
 
 use std::error::Error;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use hearth_pool::kvm::KvmBackend;
 
 mod base;
 
-/// How long a request is willing to wait.
+/// How long a request waits for a guest.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 #[tokio::main]
@@ -33,7 +33,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Gets a guest, ready or about to be, and hears from it; both times count from the burst's
+/// Gets a guest, ready or about to be, and pings it; both times are measured from the burst's
 /// beginning.
 async fn request(
     pool: Pool<KvmBackend>,

@@ -1,7 +1,7 @@
-//! What `make demo` runs: one program in a guest that a warm pool hands out, and where the time
-//! went.
+//! The program of `make demo`: runs one program in a guest from a warm pool, and prints the time of
+//! each step.
 //!
-//! The guest's kernel and initramfs are built before if they are not cached, which takes minutes.
+//! The guest's kernel and initramfs are built first if they are not cached, which takes minutes.
 
 use std::error::Error;
 use std::time::{Duration, Instant};

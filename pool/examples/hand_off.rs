@@ -1,4 +1,4 @@
-//! The shortest way from a warm pool to a program's output.
+//! The shortest program that takes a guest from a warm pool and prints a program's output.
 
 use std::error::Error;
 

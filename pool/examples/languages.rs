@@ -1,5 +1,5 @@
-//! Code in guests whose interpreters are warm, and the time from asking for a guest to the value of
-//! `6 * 7`.
+//! Runs code in guests whose interpreters are warm, and prints the time from asking for a guest to
+//! the value of `6 * 7`.
 //!
 //! `cargo run --release --example languages [python] [javascript] [shell]`; all three when none is
 //! named. The first time, the images are built (seconds) and an interpreter of each is started for

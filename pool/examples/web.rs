@@ -1,10 +1,11 @@
-//! A web server that runs each request's program in a guest of its own, and throws the guest away.
+//! A web server that runs each request's program in a separate guest, which is destroyed
+//! afterwards.
 //!
 //! ```sh
 //! cargo run --example web -- 127.0.0.1:8080
 //! curl --data 'echo hello' http://127.0.0.1:8080/run
 //! ```
-//! Without an address it asks itself one question and ends.
+//! Without an address it sends itself one request and ends.
 
 use std::error::Error;
 use std::fmt::Display;
@@ -24,7 +25,7 @@ mod base;
 
 /// How long a request waits for a guest when none is ready.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long its program may run.
+/// How long a request's program may run.
 const LIMIT: Duration = Duration::from_secs(30);
 
 #[tokio::main]
@@ -73,14 +74,14 @@ async fn run(
     } else {
         Err(bad(output.status))
     }
-    // The lease ends here, and its guest with it.
+    // The lease is dropped here, and its guest with it.
 }
 
 fn bad(why: impl Display) -> (StatusCode, String) {
     (StatusCode::BAD_REQUEST, format!("{why}\n"))
 }
 
-/// One request by hand.
+/// Sends one HTTP request, written by hand.
 async fn ask(address: std::net::SocketAddr) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(address).await?;
     let body = "echo hello from a guest of my own";

@@ -1,4 +1,4 @@
-//! The ways to a lease: at once, in a burst, or in a queue.
+//! Acquiring leases: one at once, several at once, or by waiting in a queue.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,12 +19,12 @@ use crate::profile::Request;
 use crate::shared::{Kept, Shared, State, Waiter};
 
 impl<B: Backend> Pool<B> {
-    /// A ready VM, now. Never waits for a boot, nor for the pool's tasks: it takes a lock for a
-    /// moment, moves ownership and signals resume.
+    /// Returns a lease on a ready VM at once. Never waits for a boot or for the pool's tasks: it
+    /// holds a lock for a moment, moves ownership of the VM and signals its resume.
     ///
     /// # Errors
     /// [`AcquireError::Exhausted`] if none is ready; [`AcquireError::NotEligible`] if no profile
-    /// serves the request; others as they say.
+    /// serves the request; the other variants as documented there.
     pub fn acquire(&self, request: impl Into<Request>) -> Result<Lease<B>, AcquireError> {
         let now = Instant::now();
         let shared = self.shared();
@@ -42,7 +42,7 @@ impl<B: Backend> Pool<B> {
         Ok(lease)
     }
 
-    /// `count` ready VMs of one profile at once, or none.
+    /// Returns leases on `count` ready VMs of one profile at once, or none.
     ///
     /// # Errors
     /// As [`acquire`](Self::acquire); `Exhausted` if fewer are ready.
@@ -76,14 +76,14 @@ impl<B: Backend> Pool<B> {
         Ok(leases)
     }
 
-    /// A ready VM, or the first that becomes ready within `patience`. Callers are served in the
-    /// order in which they came, before stock is refilled.
+    /// Returns a lease on a ready VM, or on the first that becomes ready within `patience`. Callers
+    /// are served in the order in which they came, before the pool refills.
     ///
     /// # Errors
     /// [`AcquireError::Timeout`] with the reason; others as for [`acquire`](Self::acquire).
     ///
     /// # Cancel safety
-    /// The future may be dropped at any await point: a VM that was meant for it is parked again.
+    /// The future may be dropped at any await point: a VM that was assigned to it is parked again.
     pub async fn acquire_timeout(
         &self,
         request: impl Into<Request>,
@@ -119,15 +119,15 @@ impl Among {
 }
 
 impl<B: Backend> Shared<B> {
-    /// The VM is recorded when there is one.
+    /// Makes the span of an acquire call. Its `vm` field is recorded once a VM is assigned.
     fn acquire_span(&self, among: &Among) -> Span {
         let name = self.profile(among.first).map(|kept| &*kept.name);
-        // Which of several it is, the VM tells.
+        // The name is left out if several profiles match: the VM's number tells which one served.
         let name = name.filter(|_| among.others.is_empty());
         tracing::debug_span!("acquire", profile = name, vm = Empty)
     }
 
-    /// A caller has got its lease.
+    /// Emits the event and records the metrics of a lease that a caller received.
     fn leased(&self, lease: &Lease<B>, measure: impl FnOnce(&Kept)) {
         let profile = lease.profile_id();
         self.emit(Some(profile), Some(lease.id()), EventKind::Leased);
@@ -142,8 +142,8 @@ impl<B: Backend> Shared<B> {
         let mut known = false;
         let mut among: Option<Among> = None;
         for (index, kept) in self.profiles.iter().enumerate() {
-            // Not the name in `spec`: each page that a hand-off touches for the first time after a
-            // rest costs it a fifth of a us.
+            // `Kept::name`, not the name in `spec`: after an idle time, each page that a hand-off
+            // touches for the first time costs it 0.2 us.
             if request.named().is_some_and(|name| name != &*kept.name) {
                 continue;
             }
@@ -184,7 +184,7 @@ impl<B: Backend> Shared<B> {
         among: &Among,
     ) -> Result<Lease<B>, Refusal> {
         let has = |profile: &ProfileId| {
-            // Each round but the last retires a dead VM.
+            // Each iteration but the last retires a dead VM.
             while let Ok(id) = state.ledger.peek(now, *profile) {
                 if state.is_alive(&self.backend, id) {
                     return true;
@@ -279,7 +279,8 @@ impl<B: Backend> Shared<B> {
                 Err(_) => {
                     let why = self.state().ledger.shortage(Instant::now(), profile);
                     drop(waiter);
-                    // Served in the last moment: no reason to refuse it.
+                    // A lease that was sent just before the waiter was removed is used despite the
+                    // timeout.
                     match served.try_recv() {
                         Ok(Ok(lease)) if lease.is_alive() => return Ok(lease.hand_off()),
                         _ => {
@@ -296,7 +297,8 @@ impl<B: Backend> Shared<B> {
             match answer {
                 Ok(Ok(lease)) if lease.is_alive() => return Ok(lease.hand_off()),
                 Ok(Ok(dead)) => {
-                    // It died on its way here: back to the old place in the queue.
+                    // The VM died before it was picked up: wait again, at the old place in the
+                    // queue.
                     let (reply, again) = oneshot::channel();
                     served = again;
                     let mut state = self.state();
@@ -333,8 +335,8 @@ impl<B: Backend> Shared<B> {
     }
 }
 
-/// Takes the waiter out of the queue when it is dropped. If it was served, the lease lies in its
-/// channel and comes home with that.
+/// Drop guard that takes a waiter out of the queue. If the waiter was served already, the lease is
+/// in its channel and is returned to the pool when the channel is dropped.
 struct Waiting<'a, B: Backend> {
     shared: &'a Shared<B>,
     waiter: WaiterId,

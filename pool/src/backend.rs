@@ -1,7 +1,8 @@
-//! What a pool needs from whatever makes its VMs.
+//! The interface between a pool and the implementation that makes its VMs.
 //!
-//! The pool decides *when*; a backend knows *how*. [`crate::fake::FakeBackend`] scripts every
-//! answer for tests, the KVM backend boots or forks real guests.
+//! The pool decides *when* VMs are made, checked and destroyed; a backend knows *how*.
+//! [`crate::fake::FakeBackend`] scripts every answer for tests, the KVM backend boots or forks real
+//! guests.
 
 use std::error::Error;
 use std::future::Future;
@@ -14,7 +15,7 @@ use crate::config::{PoolConfig, Problem};
 use crate::profile::{Demand, Parking, Profile};
 use crate::slot::VmId;
 
-/// Makes, proves, parks and destroys the VMs of a pool.
+/// Makes, probes, parks and destroys the VMs of a pool.
 ///
 /// # Rules for implementors
 /// - Methods that return no future ([`alive`](Self::alive), [`pause`](Self::pause),
@@ -22,13 +23,13 @@ use crate::slot::VmId;
 ///   [`making`](Self::making), [`no_template`](Self::no_template),
 ///   [`private_bytes`](Self::private_bytes), [`Remote::activity`]) and the part of
 ///   [`probe`](Self::probe) and [`ended`](Self::ended) that makes the future run under the pool's
-///   lock: they must not block, and must not call back into the pool, nor run code that may (a log
-///   goes to the program's subscriber). The same holds for [`hand_off`](Self::hand_off), which runs
-///   in the caller of acquire.
+///   lock: they must not block, and must not call back into the pool, nor run code that may
+///   (logging runs the program's subscriber). The same holds for [`hand_off`](Self::hand_off),
+///   which runs on the thread that calls acquire.
 /// - `pause` and `resume` are *requests* and keep their order: the last one wins.
-/// - Dropping any future, or a VM, at any moment is safe and leaves nothing behind.
+/// - It must be safe to drop any future, or a VM, at any moment, and nothing may be left behind.
 pub trait Backend: Send + Sync + 'static {
-    /// One VM. Its owner is the only one: the slot while parked, the lease while out.
+    /// One VM. It has exactly one owner: the slot while it is parked, the lease while it is leased.
     type Vm: Send + Sync + 'static;
     /// A handle that does not keep the VM alive; see [`Remote`].
     type Remote: Remote;
@@ -48,8 +49,7 @@ pub trait Backend: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Self::Vm, Self::Error>> + Send;
 
     /// Resolves when nothing is left of VMs whose [`create`](Self::create) failed or was dropped. A
-    /// boot that came to nothing keeps its place in the limits until then, and a pool that
-    /// stops waits for it.
+    /// failed boot keeps its reservation until then, and a pool that stops waits for it.
     fn settled(&self) -> impl Future<Output = ()> + Send {
         async {}
     }
@@ -58,11 +58,11 @@ pub trait Backend: Send + Sync + 'static {
     /// out, and the probe dropped, at any moment. The pool adds the timeout and the retries.
     fn probe(&self, vm: &Self::Vm) -> BoxFuture<'static, Result<(), ProbeError>>;
 
-    /// Destroys the VM and resolves when nothing of it remains. Runs off every caller's path.
+    /// Destroys the VM and resolves when nothing of it remains. Runs in the pool's tasks, never in
+    /// a caller's.
     fn retire(&self, vm: Self::Vm) -> impl Future<Output = ()> + Send;
 
-    /// Whether a VM that is offered to a pool is what `profile` describes, and nobody has had it
-    /// yet.
+    /// Whether a VM that is offered to a pool matches `profile` and has never been handed out.
     fn fits(&self, _vm: &Self::Vm, _profile: &Profile) -> bool {
         true
     }
@@ -70,36 +70,37 @@ pub trait Backend: Send + Sync + 'static {
     /// Resolves when the VM has ended by itself or was killed, at once if it already has.
     fn ended(&self, vm: &Self::Vm) -> BoxFuture<'static, ()>;
 
-    /// Whether the VM still runs, as far as one can tell without asking it. Called on the acquire
-    /// path: a load, not a system call.
+    /// Whether the VM still runs, as far as is known without asking the guest. Called on the
+    /// acquire path: it should be a memory load, not a system call.
     fn alive(&self, vm: &Self::Vm) -> bool;
 
-    /// The handle by which the pool ends a VM that somebody else owns.
+    /// Returns the handle by which the pool ends a VM that it does not own.
     fn remote(&self, vm: &Self::Vm) -> Self::Remote;
 
-    /// Asks for the vCPUs to stop, because the VM is parked and the policy says paused.
+    /// Requests that the vCPUs stop, because the VM is parked and its profile parks VMs paused.
     fn pause(&self, _vm: &Self::Vm) {}
 
-    /// Asks for the vCPUs to go on, because the VM is about to be checked.
+    /// Requests that the vCPUs run again, because the VM is about to be checked.
     fn resume(&self, vm: &Self::Vm);
 
-    /// Signals that the VM now belongs to a caller: resume, start to deflate, return.
+    /// Signals that the VM now belongs to a caller: resumes the vCPUs, starts to deflate the
+    /// balloon, if any, and returns without waiting.
     fn hand_off(&self, vm: &Self::Vm) {
         self.resume(vm);
     }
 
-    /// What of a pool's configuration contradicts the one that this backend was made with. Nothing,
-    /// unless a backend says otherwise.
+    /// Returns the settings of a pool's configuration that contradict the configuration of this
+    /// backend. None by default.
     fn conflicts(&self, _config: &PoolConfig) -> Vec<Problem> {
         Vec::new()
     }
 
-    /// How VMs of `profile` wait when neither the profile nor the pool's configuration says.
+    /// How VMs of `profile` are parked when neither the profile nor the pool's configuration says.
     fn parking(&self, _profile: &Profile) -> Parking {
         Parking::Running
     }
 
-    /// What one VM of `profile` takes from the host's limits.
+    /// The share of the host's limits that one VM of `profile` takes.
     fn demand(&self, profile: &Profile) -> Demand {
         profile.demand()
     }
@@ -109,15 +110,15 @@ pub trait Backend: Send + Sync + 'static {
         1
     }
 
-    /// How VMs of `profile` come to be, once the profile is prepared (metrics, spans). Asked before
-    /// each [`create`](Self::create), under the pool's lock: it must not block.
+    /// How VMs of `profile` are made once the profile is prepared (for metrics and spans). Called
+    /// before each [`create`](Self::create), under the pool's lock: it must not block.
     fn making(&self, _profile: &Profile) -> Making {
         Making::Boot
     }
 
-    /// Why VMs of `profile` boot from cold although they should be copies of a template: none could
-    /// be made. The backend tries again from time to time; each failure is another value. Asked
-    /// after each preparation and each boot, under the pool's lock: it must not block.
+    /// Why VMs of `profile` boot from cold instead of being forked: the error of making their
+    /// template. The backend retries from time to time; each failure is a new [`Arc`]. Called after
+    /// each preparation and each boot, under the pool's lock: it must not block.
     fn no_template(&self, _profile: &Profile) -> Option<Arc<dyn Error + Send + Sync>> {
         None
     }
@@ -127,13 +128,13 @@ pub trait Backend: Send + Sync + 'static {
         "backend"
     }
 
-    /// Memory in bytes that this VM shares with nobody, if cheap to tell (metrics).
+    /// Memory in bytes that this VM does not share, if that is cheap to find out (metrics).
     fn private_bytes(&self, _vm: &Self::Vm) -> Option<u64> {
         None
     }
 }
 
-/// Several pools may share a backend, and with it what it has prepared.
+/// Several pools may share a backend and all that it has prepared.
 impl<B: Backend> Backend for Arc<B> {
     type Vm = B::Vm;
     type Remote = B::Remote;
@@ -220,48 +221,48 @@ impl<B: Backend> Backend for Arc<B> {
     }
 }
 
-/// How a VM comes to be.
+/// How a VM is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Making {
     /// It boots from cold.
     Boot,
-    /// It is a copy of a template.
+    /// It is a fork: a copy of a template.
     Fork,
 }
 
-/// A weak handle to one VM, wherever it is. A VM that it ends, or has ended already, gives up what
-/// it holds of the host (threads, descriptors, memory): its owner is left with a value that knows
-/// how it ended.
+/// A weak handle to one VM, whether parked or leased. Ending the VM releases its threads,
+/// descriptors and memory, also if it has ended by itself before; its owner keeps the handle of an
+/// ended VM, which knows how it ended.
 pub trait Remote: Send + Sync + 'static {
-    /// Ends the VM, whoever owns it; resolves when nothing of it runs any more. Ending an ended VM
-    /// is fine.
+    /// Ends the VM and resolves when nothing of it runs any more. The VM may have ended already.
     fn kill(&self) -> impl Future<Output = ()> + Send;
 
-    /// A number that changes whenever the VM does something for its owner, and at each reading
-    /// while a request of the owner's is open: silence is not idleness then. The idle limit of
-    /// leases compares two readings. A constant means "cannot tell" and makes every lease idle.
+    /// A number that changes whenever the VM does something for its owner. While a request of the
+    /// owner is open it changes at each reading, because a VM that is silent then is not idle. The
+    /// idle limit of leases compares two readings. A constant means "cannot tell" and makes every
+    /// lease idle.
     fn activity(&self) -> u64;
 }
 
 /// Why a probe did not prove a VM healthy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProbeError {
-    /// No answer, or the connection was lost: may be bad luck, so it is tried again.
+    /// No answer, or the connection was lost: may be transient, so it is retried.
     #[error("the guest did not answer")]
     Lost,
-    /// No answer within the ping timeout (set by the pool): tried again.
+    /// No answer within the ping timeout (set by the pool): retried.
     #[error("the guest did not answer within {0:?}")]
     TimedOut(Duration),
-    /// The guest answered something it must not: not tried again.
+    /// The guest gave a wrong answer: not retried.
     #[error("the guest answered wrongly: {0}")]
     Wrong(&'static str),
-    /// The VM is gone: not tried again.
+    /// The VM has ended: not retried.
     #[error("the guest has ended")]
     Dead,
 }
 
 impl ProbeError {
-    /// Whether another attempt may tell otherwise.
+    /// Whether another attempt may succeed.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {

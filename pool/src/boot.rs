@@ -1,4 +1,4 @@
-//! One boot, as the refill loop and `replenish` share it: create, then a first proof of life.
+//! One boot, for the refill loop and `replenish`: create the VM, then check it for the first time.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -14,10 +14,10 @@ use crate::ledger::ProfileId;
 use crate::shared::Shared;
 use crate::slot::VmId;
 
-/// A boot that added nothing; the VM, if it came so far, is to be destroyed.
+/// A failed boot. If a VM was created, it is to be destroyed.
 pub(crate) struct Failed<B: Backend> {
     pub(crate) why: BootFailure,
-    /// The backend's word for its error.
+    /// The backend's label for its error.
     pub(crate) kind: Option<&'static str>,
     pub(crate) vm: Option<B::Vm>,
 }
@@ -32,7 +32,7 @@ impl<B: Backend> Failed<B> {
     }
 }
 
-/// Never panics; ends soon after `cancelled`.
+/// Creates a VM and checks it. Never panics. Once `cancelled`, it waits at most for [`settled`].
 pub(crate) async fn boot<B: Backend>(
     shared: Arc<Shared<B>>,
     profile: ProfileId,
@@ -40,7 +40,7 @@ pub(crate) async fn boot<B: Backend>(
     cancelled: CancellationToken,
 ) -> Result<B::Vm, Failed<B>> {
     let steps = AssertUnwindSafe(steps(&shared, profile, id, &cancelled));
-    // A VM that the panic met on its way is dropped by it, which is safe.
+    // A panic drops the VM if there is one already, which is safe.
     let booted = steps.catch_unwind().await;
     let booted = booted.unwrap_or_else(|_| Err(Failed::early(BootFailure::Panicked)));
     if matches!(booted, Err(Failed { vm: None, .. })) {
@@ -49,7 +49,8 @@ pub(crate) async fn boot<B: Backend>(
     booted
 }
 
-/// Waits until nothing is left of what the backend gave up; not for ever, and not if it panics.
+/// Waits until nothing is left of failed boots in the backend, at most for the retire timeout. A
+/// panic of the backend ends the wait.
 pub(crate) async fn settled<B: Backend>(shared: &Shared<B>) {
     let settled = async { shared.backend.settled().await };
     let settled = AssertUnwindSafe(settled).catch_unwind();

@@ -1,4 +1,4 @@
-//! What can go wrong, one enum for each operation.
+//! Error types, one for each operation.
 
 use std::error::Error;
 use std::fmt;
@@ -15,12 +15,12 @@ use crate::slot::VmId;
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum AcquireError {
-    /// None is ready; boot one, or wait with `acquire_timeout`.
+    /// No VM is ready; boot one, or wait with `acquire_timeout`.
     #[error("no VM of profile {profile:?} is ready: {why}")]
     Exhausted {
         /// The profile.
         profile: String,
-        /// Why.
+        /// Why none is ready.
         why: Shortage,
     },
     /// No profile serves the request.
@@ -34,14 +34,14 @@ pub enum AcquireError {
         /// All names.
         known: Vec<String>,
     },
-    /// None became ready in time.
+    /// No VM became ready in time.
     #[error("no VM of profile {profile:?} became ready within {waited:?}: {why}")]
     Timeout {
         /// The profile.
         profile: String,
         /// How long the caller waited.
         waited: Duration,
-        /// Why there still is none.
+        /// Why none is ready yet.
         why: Shortage,
     },
     /// The profile is being drained.
@@ -61,7 +61,7 @@ pub enum AcquireError {
 pub struct Ineligible {
     /// The profile.
     pub profile: String,
-    /// All that the request needs and the profile has not.
+    /// Everything that the request needs and the profile lacks.
     pub mismatches: Vec<Mismatch>,
 }
 
@@ -69,21 +69,21 @@ pub struct Ineligible {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum BootFailure {
-    /// The backend could not make it; see [`source`](Error::source).
+    /// The backend could not make the VM; see [`source`](Error::source).
     Backend(Arc<dyn Error + Send + Sync>),
-    /// It took longer than this.
+    /// The boot took longer than this.
     TimedOut(Duration),
-    /// It was made but did not prove healthy.
+    /// The VM was made but failed its first check.
     Unhealthy(ProbeError),
     /// The backend panicked.
     Panicked,
     /// The host's limits are reached.
     Denied(Denial),
-    /// So many boots failed in a row that none is tried for a while.
+    /// This many boots failed in a row, so none is tried for a while.
     BreakerOpen(u32),
-    /// The host is short of memory: no stock is made until it has some again.
+    /// The host is short of memory: until it recovers, only VMs for waiting callers are booted.
     MemoryPressure,
-    /// It was given up: nobody wants it any more.
+    /// The boot was cancelled: its VM is no longer needed.
     Cancelled,
     /// The pool stops.
     Stopping,
@@ -130,22 +130,22 @@ impl Error for BootFailure {
     }
 }
 
-/// What one call of `replenish` did.
+/// Result of one call of `replenish`.
 #[derive(Debug, Clone)]
 pub enum Replenished {
     /// One VM was added.
     Booted(VmId),
-    /// The pool holds as many as it should.
+    /// The profile holds as many VMs as it should.
     Full,
     /// The one boot failed.
     Failed(BootFailure),
 }
 
-/// Why an offered VM was not adopted. The VM comes back with it.
+/// An offered VM that was not adopted, and why.
 pub struct OfferError<V> {
-    /// The VM, unless the runtime ended under the pool.
+    /// The VM; none if the pool's runtime ended before it answered.
     pub vm: Option<V>,
-    /// Why.
+    /// Why it was not adopted.
     pub why: OfferRefusal,
 }
 
@@ -153,19 +153,19 @@ pub struct OfferError<V> {
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum OfferRefusal {
-    /// The pool holds as many as it should.
+    /// The profile holds as many VMs as it should.
     #[error("the pool is full")]
     Full,
-    /// It was made for another profile, or has been handed out before.
+    /// The VM was made for another profile, or has been handed out before.
     #[error("the VM was made for another profile, or has been used")]
     Unfit,
-    /// It did not prove healthy.
+    /// The VM failed its check.
     #[error("the VM did not prove healthy")]
     Unhealthy(#[source] ProbeError),
     /// The host's limits are reached.
     #[error("the host's limits are reached")]
     Denied(#[source] Denial),
-    /// The pool does not run.
+    /// The pool is not running.
     #[error("the pool is stopping or has not been started")]
     Stopping,
     /// There is no such profile.
@@ -193,7 +193,7 @@ impl<V> Error for OfferError<V> {
     }
 }
 
-/// Why a pool did not start. All that was made is destroyed.
+/// Why a pool did not start. All VMs that the start made are destroyed.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
@@ -203,7 +203,7 @@ pub enum StartError {
     /// It is being stopped.
     #[error("the pool is stopping; await stop before starting again")]
     Stopping,
-    /// A profile has not a single VM.
+    /// A profile has no VM at all.
     #[error("no VM at all could be booted for: {}", names(.0))]
     NoVm(StartReport),
     /// There is no tokio runtime to run on.
@@ -223,17 +223,18 @@ pub struct StartReport {
 pub struct ProfileStart {
     /// The profile.
     pub profile: String,
-    /// VMs that the start was to make ready: none while the profile is drained, or with
+    /// VMs that the start had to make ready: 0 while the profile is drained, or with
     /// [`Refill::Manual`](crate::Refill::Manual).
     pub wanted: usize,
-    /// VMs that are ready, whoever made them.
+    /// VMs that are ready, made by this start or otherwise.
     pub booted: usize,
     /// What failed, and why.
     pub failures: Vec<StartFailure>,
 }
 
 impl ProfileStart {
-    /// Whether it keeps the pool from starting: it has not a single VM, and should.
+    /// Whether this profile keeps the pool from starting: it has no VM although some were wanted or
+    /// something failed.
     #[must_use]
     pub fn is_lacking(&self) -> bool {
         self.booted == 0 && (self.wanted > 0 || !self.failures.is_empty())
@@ -243,13 +244,14 @@ impl ProfileStart {
 /// One thing that failed during a start.
 #[derive(Debug, Clone)]
 pub struct StartFailure {
-    /// The VM; none if the backend could not even get ready for the profile.
+    /// The VM whose boot failed; none if the backend could not prepare the profile, or no boot was
+    /// begun.
     pub vm: Option<VmId>,
-    /// Why.
+    /// Why it failed.
     pub why: BootFailure,
 }
 
-/// The profile has no such name.
+/// There is no profile of this name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown profile {name:?}; known are: {}", known.join(", "))]
 pub struct UnknownProfile {
@@ -259,22 +261,22 @@ pub struct UnknownProfile {
     pub known: Vec<String>,
 }
 
-/// Why a profile keeps its size.
+/// Why a profile was not resized.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ResizeError {
     /// There is no such profile.
     #[error(transparent)]
     UnknownProfile(#[from] UnknownProfile),
-    /// All pools full would no longer fit.
+    /// All profiles at their full size would exceed the limits.
     #[error("all pools full would need more than the limits allow")]
     TooLarge(#[source] Denial),
 }
 
-/// The deadline passed first.
+/// Why the wait for a full pool failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotReady {
-    /// Some profile was not full.
+    /// Some profile was not full within this time.
     #[error("the pool was not full within {0:?}")]
     Timeout(Duration),
     /// The pool stops or has not been started.

@@ -1,4 +1,4 @@
-//! What a pool tells those who watch it.
+//! Events that a pool sends to its subscribers.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -13,11 +13,11 @@ use crate::slot::VmId;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct PoolEvent {
-    /// The profile; none if it concerns the pool as a whole.
+    /// The profile; none if the event concerns the pool as a whole.
     pub profile: Option<Arc<str>>,
-    /// The VM, if it concerns one.
+    /// The VM, if the event concerns one.
     pub vm: Option<VmId>,
-    /// What.
+    /// What happened.
     pub kind: EventKind,
 }
 
@@ -25,45 +25,45 @@ pub struct PoolEvent {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum EventKind {
-    /// The pool serves.
+    /// The pool has started and serves callers.
     Started,
-    /// The pool is asked to stop.
+    /// The pool was asked to stop.
     Stopping,
-    /// Nothing of the pool is left.
+    /// The pool has stopped and owns no VM any more.
     Stopped,
     /// A boot began.
     Booting,
-    /// A VM was parked for the first time, so long after its boot began.
+    /// A VM was parked for the first time, this long after its boot began.
     Ready(Duration),
     /// A boot failed.
     BootFailed(BootFailure),
-    /// So many boots in a row failed that the breaker opened.
+    /// The breaker opened because this many boots failed in a row.
     BreakerOpened(u32),
     /// A boot succeeded after the breaker had opened.
     BreakerClosed,
-    /// The profile's template could not be made: VMs boot from cold, and it is tried again.
+    /// The profile's template could not be made: VMs boot from cold until a retry succeeds.
     TemplateFailed(Arc<dyn Error + Send + Sync>),
-    /// The profile has a template after all.
+    /// A retry made the profile's template.
     TemplateMade,
-    /// A VM went to a caller.
+    /// A VM was leased to a caller.
     Leased,
-    /// It came back, used or, if untouched, as good as new.
+    /// A leased VM was returned to the pool.
     Returned {
-        /// Whether it was parked again.
+        /// Whether the VM is unused and was kept for another caller.
         untouched: bool,
     },
-    /// Its caller keeps it.
+    /// A caller took its leased VM out of the pool for good.
     Withdrawn,
     /// A VM ended by itself.
     Ended,
-    /// A VM did not prove healthy.
+    /// A VM failed a health check.
     Unhealthy(ProbeError),
     /// The pool ended the VM of a lease.
     Overdue(Overdue),
     /// A VM was destroyed.
     Destroyed,
-    /// The size was changed, by a call or by demand.
+    /// The number of VMs to keep warm was changed, by a call or by autoscaling.
     Resized(usize),
-    /// Refill stopped (or went on) because of the host's memory.
+    /// Refill stopped (true) or resumed (false) because of the host's memory.
     MemoryPressure(bool),
 }

@@ -1,18 +1,19 @@
-//! Calls into the backend from where a panic would take the pool with it (its loop, and its lock),
-//! and what is to be told of such a call when its thread holds no lock of a pool.
+//! Guarded calls into the backend, from places where a panic would break the pool (its loop, and
+//! code under its lock). Notifications that such calls cause are deferred until the thread holds no
+//! lock of a pool.
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 thread_local! {
-    /// Locks of pools that this thread holds.
+    /// Number of pool locks that this thread holds.
     static HELD: Cell<usize> = const { Cell::new(0) };
-    /// To be told when it holds none.
+    /// Notifications to run when the thread holds no pool lock.
     static LATER: RefCell<Vec<Box<dyn FnOnce()>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What `call` returns; none if the backend panicked in it, which is logged once the pool's lock is
-/// free.
+/// Returns the result of `call`, or none if the backend panicked in it. The panic is logged once
+/// the pool's lock is free.
 pub(crate) fn guarded<T>(what: &'static str, call: impl FnOnce() -> T) -> Option<T> {
     let returned = catch_unwind(AssertUnwindSafe(call));
     if returned.is_err() {
@@ -21,22 +22,23 @@ pub(crate) fn guarded<T>(what: &'static str, call: impl FnOnce() -> T) -> Option
     returned.ok()
 }
 
-/// Has something told (logs, wakers) that is code of the embedder's, and of which a backend comes
-/// to know under the pool's lock: as soon as this thread holds none.
+/// Runs `tell` as soon as this thread holds no pool lock. For logs and wakers that a backend
+/// triggers under the pool's lock: they run code of the embedding program.
 pub(crate) fn later(tell: impl FnOnce() + 'static) {
     if HELD.get() == 0 {
         return quietly(tell);
     }
-    // A thread that ends has no place for it any more.
+    // Fails only if the thread is ending and its list is destroyed already.
     let _ = LATER.try_with(|later| later.borrow_mut().push(Box::new(tell)));
 }
 
-/// This thread has taken the lock of a pool.
+/// Records that this thread has taken the lock of a pool.
 pub(crate) fn hold() {
     HELD.set(HELD.get() + 1);
 }
 
-/// It has released it. Tells what was to be told later.
+/// Records that this thread has released the lock of a pool. If it holds no other, runs the
+/// deferred notifications.
 pub(crate) fn release() {
     HELD.set(HELD.get() - 1);
     if HELD.get() > 0 {
@@ -46,8 +48,8 @@ pub(crate) fn release() {
     told.unwrap_or_default().into_iter().for_each(quietly);
 }
 
-/// Tells, whatever comes of it: a panic has been reported by its hook, and must not cost what is
-/// told next.
+/// Runs `tell` and discards a panic, which the panic hook has reported: it must not prevent the
+/// notifications that follow.
 pub(crate) fn quietly(tell: impl FnOnce()) {
     if let Err(payload) = catch_unwind(AssertUnwindSafe(tell)) {
         // The payload's drop might panic as well.

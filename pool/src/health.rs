@@ -1,4 +1,5 @@
-//! One check of one VM: up to so many probes, with growing, jittered waits between them.
+//! One health check of one VM: a limited number of probes with growing, jittered waits between
+//! them.
 
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
@@ -31,7 +32,8 @@ impl CheckRules {
         }
     }
 
-    /// Between the shortest wait and one that doubles with each attempt.
+    /// Returns a random wait between `backoff_min` and a bound that doubles with each attempt, up
+    /// to `backoff_max`.
     fn wait(&self, attempt: u32, jitter: &mut Jitter) -> Duration {
         jitter.between(
             self.backoff_min,
@@ -40,11 +42,11 @@ impl CheckRules {
     }
 }
 
-/// Probes until one proves the VM healthy, one says that it never will be, or all are used up. Each
-/// call of `probe` begins one; none means that the VM has gone elsewhere. A backend that panics has
-/// not proved anything.
+/// Probes a VM until a probe succeeds, a probe fails for good, or all attempts are used up. Each
+/// call of `probe` begins one; it returns none if the VM is no longer in its slot. A backend that
+/// panics fails the check.
 ///
-/// Returns how long the answered probe took.
+/// Returns how long the successful probe took.
 pub(crate) async fn check<P>(
     rules: CheckRules,
     probe: impl FnMut() -> Option<P>,

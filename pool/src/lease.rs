@@ -1,4 +1,4 @@
-//! A VM that belongs to a caller, until it is dropped.
+//! Leases. A lease gives a VM to a caller until the lease is dropped.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -18,26 +18,27 @@ use crate::slot::VmId;
 
 /// A VM on lease: used once, then destroyed.
 ///
-/// Dereferences to the backend's VM. Dropping it, anywhere and at any moment, gives the VM back:
-/// the drop only puts the VM where it came from, under the lock that acquire takes; the lease is
-/// free for others at once, and destruction happens in the pool's own tasks. Use
-/// [`release`](Self::release) to wait for that, and [`into_inner`](Self::into_inner) to keep the
-/// VM.
+/// Dereferences to the backend's VM. A lease may be dropped anywhere and at any moment, which gives
+/// the VM back: the drop only moves the VM back into its slot, under the lock that acquire takes.
+/// Another caller can take a lease in its place at once; the VM is destroyed in the pool's own
+/// tasks. Use [`release`](Self::release) to wait for that, and [`into_inner`](Self::into_inner) to
+/// keep the VM.
 #[must_use = "dropping a lease destroys its VM"]
 pub struct Lease<B: Backend> {
     shared: Arc<Shared<B>>,
-    /// For a VM that is no longer on the books: the life that it belonged to, if it still goes on.
+    /// Mailbox of the actor of the generation that the VM belongs to; used if the VM has no slot
+    /// any more and that generation still runs.
     home: Home<B>,
     id: VmId,
     profile: ProfileId,
     since: Instant,
     /// Present until the lease is over.
     vm: Option<B::Vm>,
-    /// Whether a caller has it; before that, it goes back as good as new.
+    /// Whether the VM was handed to a caller; before that, it is returned unused.
     touched: bool,
 }
 
-/// Told when the VM of a lease is destroyed.
+/// Notified when the VM of a lease is destroyed; none if nothing waits for that.
 pub(crate) type Released = Option<oneshot::Sender<()>>;
 
 impl<B: Backend> Lease<B> {
@@ -60,7 +61,7 @@ impl<B: Backend> Lease<B> {
         }
     }
 
-    /// From here on the VM is the caller's.
+    /// Hands the VM to the caller.
     pub(crate) fn hand_off(mut self) -> Self {
         self.touched = true;
         if let Some(vm) = &self.vm {
@@ -85,7 +86,7 @@ impl<B: Backend> Lease<B> {
         self.profile
     }
 
-    /// The name of its profile.
+    /// The name of the VM's profile.
     #[must_use]
     pub fn profile(&self) -> &str {
         self.shared
@@ -93,10 +94,10 @@ impl<B: Backend> Lease<B> {
             .map_or("", |profile| &profile.spec.name)
     }
 
-    /// Checks the VM as the pool does: same probes, same retries, same verdict.
+    /// Checks the VM as the pool does, with the same probes, retries and verdict.
     ///
     /// # Errors
-    /// Why it is not healthy.
+    /// Why the VM is not healthy.
     pub async fn ping(&self) -> Result<(), ProbeError> {
         let probe = || self.vm.as_ref().map(|vm| self.shared.backend.probe(vm));
         health::check(self.shared.check_rules, probe)
@@ -105,8 +106,8 @@ impl<B: Backend> Lease<B> {
     }
 
     /// Takes the VM out of the pool for good. The pool refills; the reservation keeps the VM
-    /// counted in the pool's limits and must live as long as the VM. There is none if the pool
-    /// has ended the VM already.
+    /// counted in the pool's limits and must live as long as the VM. There is no reservation if the
+    /// pool has ended the VM already.
     pub fn into_inner(mut self) -> (B::Vm, Option<Reservation>) {
         let Some(vm) = self.vm.take() else {
             // Every method that empties a lease also consumes it.
@@ -136,8 +137,8 @@ impl<B: Backend> Lease<B> {
         match self.shared.take_back(at, vm, !self.touched, done) {
             Ok(()) => {}
             Err(Stray::Late(vm, done)) => {
-                // If nobody listens, the pool has stopped: the VM comes back in the error and is
-                // dropped.
+                // If the mailbox is closed, the pool has stopped: the error returns the VM, which
+                // is dropped.
                 let _ = self.home.send(Message::Stray(Some(self.id), vm, done));
             }
             Err(Stray::Adrift(vm, adrift)) => {

@@ -1,8 +1,8 @@
 //! A pool that keeps microVMs warm, checks them and hands them out.
 //!
 //! A caller never waits for a boot: [`Pool::acquire`] moves a VM that is ready, reseeded and proven
-//! healthy to the caller in microseconds, and the pool makes the next one behind its back. Each VM
-//! is used once.
+//! healthy to the caller in microseconds, and the pool makes its replacement in the background.
+//! Each VM is used once.
 //!
 //! ```
 //! use std::time::Duration;
@@ -27,8 +27,8 @@
 //! # }
 //! ```
 //!
-//! What decides lives in [`ledger`], a value that can be tested without a clock; [`Backend`] is
-//! what makes VMs; the loop between them owns every task.
+//! All decisions are made by the [`ledger`], a value that can be tested without a clock. A
+//! [`Backend`] makes the VMs. An actor between the two owns every task.
 
 #![forbid(unsafe_code)]
 

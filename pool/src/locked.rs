@@ -1,10 +1,11 @@
-//! The lock of a pool, which is not held while subscribers, recorders and wakers run: they are code
-//! of the embedder's, and may call into the pool. The exception is the backend, which may be an
-//! embedder's as well: what [`Backend`] names runs under the lock, and must not call into the pool.
+//! The lock of a pool. It is not held while tracing subscribers, metrics recorders and wakers run:
+//! they are code of the embedding program and may call into the pool. The exception is the backend,
+//! which may also be code of the embedding program: the methods that [`Backend`] names run under
+//! the lock and must not call into the pool.
 //!
-//! What is to be told of what happens under the lock is put into [`State::later`] (by a backend of
-//! ours into [`guard::later`]), and told, in that order, by whoever has released it. A panic there
-//! is not the pool's.
+//! Notifications of what happens under the lock are queued with [`State::later`] (by the backends
+//! of this crate with [`guard::later`]). The thread that releases the lock runs them in the order
+//! in which they were queued. A panic in one of them does not affect the pool.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,14 +14,14 @@ use crate::backend::Backend;
 use crate::guard::{self, quietly};
 use crate::shared::State;
 
-/// Something to tell.
+/// A deferred notification.
 pub(crate) type Later = Box<dyn FnOnce() + Send>;
 
-/// What is to be told.
+/// Queue of deferred notifications.
 #[derive(Default)]
 pub(crate) struct Outbox {
     waiting: Vec<Later>,
-    /// Somebody tells, and goes on until there is nothing left.
+    /// Whether a thread is running notifications; it goes on until the queue is empty.
     told: bool,
 }
 
@@ -29,7 +30,8 @@ impl Outbox {
         self.waiting.push(Box::new(later));
     }
 
-    /// What to tell now; none if that is somebody else's to do, or there is nothing.
+    /// Takes the notifications to run now; none if the queue is empty or they are being run
+    /// already.
     fn begin(&mut self) -> Option<Vec<Later>> {
         if self.told || self.waiting.is_empty() {
             return None;
@@ -47,7 +49,7 @@ impl Outbox {
 /// The state of a pool, locked.
 pub(crate) struct Locked<'a, B: Backend> {
     lock: &'a Mutex<State<B>>,
-    /// Present until it is dropped.
+    /// Present until the drop.
     guard: Option<MutexGuard<'a, State<B>>>,
 }
 
@@ -60,7 +62,7 @@ impl<'a, B: Backend> Locked<'a, B> {
 }
 
 fn take<B: Backend>(lock: &Mutex<State<B>>) -> MutexGuard<'_, State<B>> {
-    // A panic of the backend under the lock leaves the ledger as it was: go on.
+    // A panic of the backend under the lock leaves the ledger unchanged, so poisoning is ignored.
     lock.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

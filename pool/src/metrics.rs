@@ -7,25 +7,25 @@
 //! | `hearth_pool_size` | gauge | VMs to keep warm |
 //! | `hearth_pool_ready` | gauge | parked VMs that are not under check |
 //! | `hearth_pool_checking` | gauge | parked VMs under check |
-//! | `hearth_pool_booting` | gauge | VMs that boot |
-//! | `hearth_pool_leased` | gauge | VMs with callers |
+//! | `hearth_pool_booting` | gauge | VMs that are booting |
+//! | `hearth_pool_leased` | gauge | leased VMs |
 //! | `hearth_pool_retiring` | gauge | VMs being destroyed |
-//! | `hearth_pool_waiting` | gauge | callers that wait |
+//! | `hearth_pool_waiting` | gauge | waiting callers |
 //! | `hearth_pool_breaker_open` | gauge | 1 while the breaker is open |
-//! | `hearth_pool_without_template` | gauge | 1 while VMs boot from cold, for want of a template |
+//! | `hearth_pool_without_template` | gauge | 1 while VMs boot from cold for lack of a template |
 //! | `hearth_pool_template_failures_total` | counter | times that the template could not be made |
 //! | `hearth_pool_hits_total` | counter | callers served |
 //! | `hearth_pool_misses_total` | counter | times a caller found nothing ready |
 //! | `hearth_pool_boots_total` | counter | boots that succeeded |
 //! | `hearth_pool_boot_failures_total` | counter | boots that failed or were refused, by `reason` |
 //! | `hearth_pool_unhealthy_total` | counter | VMs that failed a check; label `reason` |
-//! | `hearth_pool_died_total` | counter | VMs that ended by themselves before anybody had them |
+//! | `hearth_pool_died_total` | counter | VMs that ended by themselves before they were leased |
 //! | `hearth_pool_overdue_total` | counter | leases ended by the pool; label `reason` |
-//! | `hearth_pool_abandoned_total` | counter | destructions that took too long to wait for |
+//! | `hearth_pool_abandoned_total` | counter | destructions that exceeded the retire timeout |
 //! | `hearth_pool_acquire_seconds` | histogram | of `acquire`, to the usable lease |
-//! | `hearth_pool_wait_seconds` | histogram | of the waiting form, to the usable lease |
-//! | `hearth_pool_boot_seconds` | histogram | from reservation to proven VM, booted from cold |
-//! | `hearth_pool_fork_seconds` | histogram | the same of a VM that is a fork |
+//! | `hearth_pool_wait_seconds` | histogram | of `acquire_timeout`, to the usable lease |
+//! | `hearth_pool_boot_seconds` | histogram | from reservation to checked VM, booted from cold |
+//! | `hearth_pool_fork_seconds` | histogram | the same for a fork |
 //! | `hearth_pool_ping_seconds` | histogram | of one answered probe |
 //! | `hearth_pool_destroy_seconds` | histogram | of destroying one VM |
 //! | `hearth_pool_lease_seconds` | histogram | from hand-off to return |
@@ -39,7 +39,7 @@ use crate::backend::{Making, ProbeError};
 use crate::error::BootFailure;
 use crate::ledger::{Counts, Overdue};
 
-/// Handles of one profile, looked up once.
+/// Metric handles of one profile, looked up once.
 pub(crate) struct ProfileMetrics {
     profile: String,
     size: Gauge,
@@ -120,7 +120,7 @@ impl ProfileMetrics {
         }
     }
 
-    /// `kind`: the backend's own word for its error.
+    /// Counts a failed boot. `kind` is the backend's label for its error.
     pub(crate) fn boot_failed(&self, failure: &BootFailure, kind: Option<&'static str>) {
         let reason = match failure {
             BootFailure::Backend(_) => kind.unwrap_or("backend"),

@@ -1,13 +1,13 @@
-//! Admission: what all profiles together may take from the host.
+//! Admission: limits on the host resources that all profiles take together.
 //!
-//! A [`Reservation`] covers the number of VMs, vCPUs and memory in one step, is made before a boot
-//! begins and lives as long as the VM does, wherever the VM goes.
+//! A [`Reservation`] covers the number of VMs, vCPUs and memory in one step. It is made before a
+//! boot begins and lives as long as the VM does, also outside of the pool.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::profile::Demand;
 
-/// Upper bounds on everything that lives, parked VMs included.
+/// Upper bounds on all existing VMs, parked ones included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// VMs.
@@ -18,7 +18,7 @@ pub struct Limits {
     pub memory_mib: u64,
 }
 
-/// What is taken now.
+/// Resources in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Usage {
     /// VMs.
@@ -29,17 +29,17 @@ pub struct Usage {
     pub memory_mib: u64,
 }
 
-/// Which limit said no.
+/// The limit that would be exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Denial {
-    /// On the number of VMs.
+    /// The limit on the number of VMs.
     #[error("limits.vms = {0} are alive; raise it or make pools smaller")]
     Vms(usize),
-    /// On vCPUs.
+    /// The limit on vCPUs.
     #[error("limits.vcpus = {0} would be exceeded; raise it or make pools smaller")]
     Vcpus(u64),
-    /// On memory.
+    /// The limit on guest memory, in MiB.
     #[error(
         "{0} MiB of guest memory would be exceeded; raise limits.memory_mib or \
          limits.memory_overcommit_percent, or make pools smaller"
@@ -48,7 +48,7 @@ pub enum Denial {
 }
 
 impl Usage {
-    /// With so many VMs more, each of which takes `demand`.
+    /// Returns the usage with `vms` more VMs, each of which takes `demand`.
     pub(crate) fn plus(self, vms: usize, demand: Demand) -> Self {
         let many = u64::try_from(vms).unwrap_or(u64::MAX);
         let vcpus = many.saturating_mul(demand.vcpus.into());
@@ -62,7 +62,7 @@ impl Usage {
 }
 
 impl Limits {
-    /// `usage`, or which limit forbids it.
+    /// Returns `usage`, or the limit that it exceeds.
     pub(crate) fn admit(self, usage: Usage) -> Result<Usage, Denial> {
         if usage.vms > self.vms {
             Err(Denial::Vms(self.vms))
@@ -76,7 +76,8 @@ impl Limits {
     }
 }
 
-/// The account of one pool. Its lock is taken last and never held across anything else.
+/// The resource account of one pool. Its lock is taken last, and no code outside of this module
+/// runs under it.
 pub(crate) struct Admission {
     limits: Limits,
     usage: Mutex<Usage>,
@@ -113,7 +114,7 @@ impl Admission {
 
 /// One VM's share of the limits, given back when dropped.
 ///
-/// It comes out of a lease with the VM ([`crate::Lease::into_inner`]): keep it as long as the VM.
+/// [`crate::Lease::into_inner`] returns it with the VM: keep it as long as the VM.
 #[must_use = "dropping it gives the VM's share of the limits back"]
 pub struct Reservation {
     admission: Arc<Admission>,
@@ -121,7 +122,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// What it covers.
+    /// The resources that it covers.
     #[must_use]
     pub fn demand(&self) -> Demand {
         self.demand

@@ -1,4 +1,4 @@
-//! The numbers that a pool goes by unless told otherwise, and how it sizes itself.
+//! Default values and bounds of a pool's settings, and the computation of its sizes.
 
 use std::time::Duration;
 
@@ -6,9 +6,9 @@ use std::time::Duration;
 pub const WARM_POOL_PERCENT: u32 = 25;
 /// Boots at a time per profile, in percent of the pool size.
 pub const CONCURRENT_BOOTS_PERCENT: u32 = 50;
-/// Time between two health passes.
+/// Time between two health-check rounds.
 pub const HEALTH_INTERVAL: Duration = Duration::from_secs(10);
-/// Probes per check before a silent VM is given up.
+/// Probes per check before a VM that does not answer is given up.
 pub const HEALTH_ATTEMPTS: u32 = 3;
 /// Shortest wait between two probes of one check.
 pub const HEALTH_BACKOFF_MIN: Duration = Duration::from_millis(100);
@@ -26,26 +26,26 @@ pub const BOOT_BACKOFF_MIN: Duration = Duration::from_millis(200);
 pub const BOOT_BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// Boots that fail in a row before the breaker opens.
 pub const BREAKER_FAILURES: u32 = 5;
-/// How long an open breaker waits before it lets one boot try; doubles while that fails.
+/// How long an open breaker waits before it permits one boot; doubles each time that boot fails.
 pub const BREAKER_COOLDOWN: Duration = Duration::from_secs(30);
 /// Longest such wait.
 pub const BREAKER_COOLDOWN_MAX: Duration = Duration::from_secs(300);
-/// How soon after its boot the end of a VM that nobody had counts as a boot that failed.
+/// Time after its boot within which the end of a VM that was never leased counts as a failed boot.
 pub const EARLY_DEATH: Duration = Duration::from_secs(2);
-/// Guest memory that an idle, cold-booted VM is left with.
+/// Guest memory to which an idle, cold-booted VM is reduced.
 pub const BALLOON_IDLE_TARGET_MIB: u32 = 64;
 /// Longest balloon operation; scaled by the backend.
 pub const BALLOON_TIMEOUT: Duration = Duration::from_secs(5);
-/// Guest memory that the host may promise, in percent of what it has available.
+/// Guest memory that may be promised to VMs, in percent of the host's available memory.
 pub const MEMORY_OVERCOMMIT_PERCENT: u32 = 100;
 /// Memory stall (`some avg10` of the host's pressure file, percent) above which refill stops.
 pub const PRESSURE_STALL_PERCENT: u32 = 10;
-/// How often a stopped refill looks at the pressure again; also how long one reading counts.
+/// Interval at which a stopped refill reads the pressure again; also how long one reading is valid.
 pub const PRESSURE_RECHECK: Duration = Duration::from_secs(1);
-/// How long a loop that nothing was heard of, and then a nudge of it, may go unanswered before
-/// `stop` takes it for one that nobody drives.
+/// How long `stop` waits for a step of the actor, and then again for its response to a wake-up,
+/// before it concludes that the actor's runtime does not run.
 pub const LOOP_SILENCE: Duration = Duration::from_secs(5);
-/// How long `stop` waits for leases unless told otherwise.
+/// Default time that `stop` waits for leases.
 pub const STOP_DEADLINE: Duration = Duration::from_secs(30);
 /// Longest destruction of one VM before the pool stops waiting for it; scaled by the backend.
 pub const RETIRE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -53,7 +53,7 @@ pub const RETIRE_TIMEOUT: Duration = Duration::from_secs(30);
 pub const MEMORY_MIN_MIB: u32 = 32;
 /// Most vCPUs of one VM.
 pub const VCPUS_MAX: u8 = 32;
-/// Most VMs in one pool: a bound for every table, far above what one host runs.
+/// Most VMs in one pool: a bound on every table, far above what one host runs.
 pub const VMS_MAX: usize = 100_000;
 /// Events that a slow subscriber may fall behind before it loses the oldest.
 pub const EVENT_BACKLOG: usize = 1_024;

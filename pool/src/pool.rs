@@ -1,4 +1,4 @@
-//! The pool, as its users see it.
+//! [`Pool`], the public handle of a pool.
 
 use std::fmt;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ impl<B: Backend> Clone for Pool<B> {
 
 impl<B: Backend> fmt::Debug for Pool<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Without the lock: whoever prints may hold what the pool waits for.
+        // Does not take the pool's lock: the caller may hold a lock that the pool waits for.
         f.debug_struct("Pool")
             .field("profiles", &self.shared().names())
             .finish_non_exhaustive()
@@ -58,16 +58,16 @@ impl<B: Backend> Drop for Owner<B> {
 }
 
 impl<B: Backend> Pool<B> {
-    /// A pool that is not started yet, on this host.
+    /// Creates a pool on this host. It is not started yet.
     ///
     /// # Errors
-    /// Every problem of the configuration, pools that cannot fit into the limits and what the
-    /// backend was made for otherwise included.
+    /// Every problem of the configuration, including pools that do not fit into the limits, and
+    /// settings that contradict those of the backend.
     pub fn new(backend: B, config: PoolConfig) -> Result<Self, ConfigError> {
         Self::with_host(backend, config, ThisHost)
     }
 
-    /// The same with another view of the host's memory.
+    /// Like [`new`](Self::new), with another source of the host's memory figures.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -94,17 +94,17 @@ impl<B: Backend> Pool<B> {
         &self.shared().config
     }
 
-    /// Makes at most one VM, if the profile has room: the step that the refill loop makes too.
-    /// Resolves when that is done, or when others have filled the pool meanwhile. It does not wait
-    /// for the backoff after a failure, but while the breaker is open nothing is tried, and while
-    /// the host is short of memory nothing but for callers who wait
+    /// Makes at most one VM, if the profile has room, as the refill loop does. Resolves when that
+    /// is done, or when the profile has been filled otherwise. It does not wait for the backoff
+    /// after a failure. While the breaker is open, no boot is tried; while the host is short of
+    /// memory, only boots for waiting callers are
     /// ([`BootFailure::MemoryPressure`](crate::BootFailure::MemoryPressure)).
     ///
     /// # Errors
     /// If there is no such profile. A boot that fails is a value, not an error.
     ///
     /// # Cancel safety
-    /// Dropping the future gives the boot up; its VM, if there is one already, is destroyed.
+    /// Dropping the future cancels the boot; its VM, if there is one already, is destroyed.
     pub async fn replenish(&self, profile: &str) -> Result<Replenished, UnknownProfile> {
         let profile = self.find(profile)?;
         let home = self.shared().state().inbox.clone();
@@ -118,7 +118,7 @@ impl<B: Backend> Pool<B> {
         let (reply, answer) = oneshot::channel();
         let ticket = self.shared().state().next_ticket();
         let forget = Forget { home, ticket };
-        // An error shows in the answer: its other end is then dropped.
+        // A failed send drops `reply`, which ends the wait for the answer.
         let _ = home.send(Message::Replenish(profile, ticket, reply));
         let answer = answer.await.unwrap_or_else(|_| Attempt::stopping());
         forget.complete();
@@ -128,7 +128,7 @@ impl<B: Backend> Pool<B> {
     /// Adopts a VM made elsewhere, after a check.
     ///
     /// # Errors
-    /// Why it was refused, and the VM.
+    /// Why the VM was refused, and the VM itself.
     ///
     /// # Cancel safety
     /// Dropping the future destroys the VM, unless it was adopted already.
@@ -167,8 +167,8 @@ impl<B: Backend> Pool<B> {
         answer
     }
 
-    /// Checks at most `most` parked VMs of a profile, those proven longest ago first, in parallel.
-    /// The pool does this for all by itself; a call makes it happen now.
+    /// Checks at most `most` parked VMs of a profile in parallel, those checked longest ago first.
+    /// The pool checks all of them periodically by itself; a call does it now.
     ///
     /// # Errors
     /// If there is no such profile.
@@ -186,14 +186,14 @@ impl<B: Backend> Pool<B> {
         };
         let (reply, answer) = oneshot::channel();
         let abandon = Abandon { home: &home, pass };
-        // An error shows in the answer: its other end is then dropped.
+        // A failed send drops `reply`, which ends the wait for the answer.
         let _ = home.send(Message::Check(profile, most, pass, reply));
         let report = answer.await.unwrap_or_default();
         abandon.complete();
         Ok(report)
     }
 
-    /// All numbers at this moment.
+    /// A consistent snapshot of all numbers.
     #[must_use]
     pub fn status(&self) -> PoolStatus {
         let shared = self.shared();
@@ -216,17 +216,18 @@ impl<B: Backend> Pool<B> {
         }
     }
 
-    /// Everything that happens from now on. A subscriber that falls far behind loses the oldest.
+    /// Subscribes to all events from now on. A subscriber that falls far behind loses the oldest
+    /// events.
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<PoolEvent> {
         self.shared().events.subscribe()
     }
 
-    /// Changes how many VMs are kept warm. Shrinking gives up boots first, then destroys what was
-    /// proven longest ago; leases are left alone.
+    /// Changes how many VMs are kept warm. Shrinking cancels boots first, then destroys the VMs
+    /// that were checked longest ago; leased VMs are not affected.
     ///
     /// # Errors
-    /// If there is no such profile, or all pools full would no longer fit into the limits.
+    /// If there is no such profile, or all profiles at their full size would exceed the limits.
     pub fn resize(&self, profile: &str, size: usize) -> Result<(), ResizeError> {
         let id = self.find(profile)?;
         let shared = self.shared();
@@ -252,7 +253,7 @@ impl<B: Backend> Pool<B> {
     }
 
     /// Empties a profile for maintenance: no new leases, no boots, parked VMs destroyed. Waits up
-    /// to `patience` for leases to come back and returns how many are still out. The profile
+    /// to `patience` for leases to be returned and returns how many are still out. The profile
     /// stays empty until [`undrain`](Self::undrain).
     ///
     /// # Errors
@@ -313,7 +314,7 @@ impl<B: Backend> Pool<B> {
     }
 }
 
-/// Gives up the ticket of a caller that went away.
+/// Drop guard that cancels the request of a caller whose future was dropped.
 struct Forget<'a, B: Backend> {
     home: &'a Home<B>,
     ticket: TicketId,
@@ -327,12 +328,12 @@ impl<B: Backend> Forget<'_, B> {
 
 impl<B: Backend> Drop for Forget<'_, B> {
     fn drop(&mut self) {
-        // If nobody listens, there is nothing to give up.
+        // If the actor has ended, there is nothing to cancel.
         let _ = self.home.send(Message::Forget(self.ticket));
     }
 }
 
-/// Gives up the pass of a caller that went away.
+/// Drop guard that abandons the health-check round of a caller whose future was dropped.
 struct Abandon<'a, B: Backend> {
     home: &'a Home<B>,
     pass: PassId,
@@ -346,7 +347,7 @@ impl<B: Backend> Abandon<'_, B> {
 
 impl<B: Backend> Drop for Abandon<'_, B> {
     fn drop(&mut self) {
-        // If nobody listens, the checks have ended already.
+        // If the actor has ended, so have the checks.
         let _ = self.home.send(Message::AbandonPass(self.pass));
     }
 }

@@ -1,4 +1,4 @@
-//! Profiles: everything that makes a VM what it is; and requests, matched against them.
+//! Profiles, which describe a kind of VM, and requests, which are matched against them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,10 +22,10 @@ pub enum Language {
 }
 
 impl Language {
-    /// All languages, in the order in which they are listed to people.
+    /// All languages, in the order in which messages list them.
     pub const ALL: [Self; 3] = [Self::Python, Self::Javascript, Self::Shell];
 
-    /// The name that [`FromStr`] takes back.
+    /// The language's name, as [`FromStr`] accepts it.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -53,18 +53,18 @@ impl FromStr for Language {
     }
 }
 
-/// The name of no built-in language.
+/// The error for a name that is not a built-in language's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown language {0:?}; known are: {known}", known = Language::ALL.map(Language::as_str).join(", "))]
 pub struct UnknownLanguage(String);
 
-/// How a VM waits for its caller.
+/// How a parked VM waits for its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Parking {
     /// vCPUs run: hand-off costs nothing, the idle guest costs a little CPU.
     Running,
-    /// vCPUs are stopped: no CPU at all, hand-off wakes a thread.
+    /// vCPUs are stopped: the guest costs no CPU at all, hand-off wakes a thread.
     Paused,
 }
 
@@ -72,15 +72,16 @@ pub enum Parking {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Balloon {
-    /// Cold-booted VMs are inflated to the idle target while parked. A template is, once, before it
-    /// is captured, so that its forks are born small; they are left alone.
+    /// The balloons of cold-booted VMs are inflated to the idle target while parked. A template's
+    /// balloon is inflated once, before it is captured, so that its forks start small; the balloons
+    /// of forks are not touched.
     #[default]
     Auto,
-    /// Never touched.
+    /// Balloons are never touched.
     Off,
 }
 
-/// What one VM takes from the host.
+/// The host resources that one VM takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Demand {
     /// Virtual CPUs.
@@ -89,7 +90,7 @@ pub struct Demand {
     pub memory_mib: u64,
 }
 
-/// Everything that makes a VM what it is.
+/// Describes a kind of VM: image, resources, environment and warm-up.
 ///
 /// ```
 /// use hearth_pool::{Language, Profile};
@@ -101,7 +102,7 @@ pub struct Demand {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Profile {
-    /// Its name, unique in a pool; in a file, the key of its table.
+    /// The profile's name, unique in a pool; in a file, the key of its table.
     #[serde(skip)]
     pub name: String,
     /// The image or template that its VMs come from. Empty in a file: the profile's name.
@@ -110,27 +111,27 @@ pub struct Profile {
     pub memory_mib: u32,
     /// Virtual CPUs, 1 to 32.
     pub vcpus: u8,
-    /// Packages that the image holds beyond the base of its language.
+    /// Packages that the image contains beyond the base of its language.
     pub packages: BTreeSet<String>,
-    /// Environment of everything that runs in the guest.
+    /// Environment variables of every program that runs in the guest.
     pub env: BTreeMap<String, String>,
-    /// Run in the guest before it counts as ready; empty: nothing.
+    /// Command that runs in the guest before it counts as ready; empty: none.
     pub warm_up: Vec<String>,
-    /// The language of an interpreter that is kept warm in the guest: it is there, and has run
-    /// code, before the guest counts as ready. Not given: none.
+    /// The language of an interpreter that is kept warm in the guest: it has started and run code
+    /// before the guest counts as ready. Not given: none.
     pub session: Option<Language>,
-    /// Code that the interpreter has run by then (`import numpy`, say); needs a
-    /// [`session`](Self::session). Empty: none. Where guests are forks, it runs once, in their
-    /// template; the guest's clock is a day behind meanwhile, by which OpenSSL in a clone
-    /// knows that its random state is old.
+    /// Code that the interpreter runs before the guest counts as ready (`import numpy`, say);
+    /// needs a [`session`](Self::session). Empty: none. Where guests are forks, it runs once,
+    /// in their template. The template's clock is a day behind meanwhile, by which OpenSSL in
+    /// a clone recognises its random state as old.
     pub prelude: String,
     /// Balloon policy while parked.
     pub balloon: Balloon,
-    /// How its VMs wait; not given: the pool's setting.
+    /// How parked VMs wait; not given: the pool's setting.
     pub park: Option<Parking>,
     /// VMs to keep warm; not given: the pool's setting.
     pub warm_pool_size: Option<usize>,
-    /// Bounds between which demand moves the size; not given: the size is fixed.
+    /// Bounds between which autoscaling moves the size; not given: the size is fixed.
     pub autoscale: Option<Autoscale>,
 }
 
@@ -155,7 +156,7 @@ impl Default for Profile {
 }
 
 impl Profile {
-    /// Guest memory when none is given.
+    /// Guest memory in MiB when none is given.
     pub const DEFAULT_MEMORY_MIB: u32 = 256;
 
     /// A profile called `name` whose VMs come from `image`.
@@ -174,7 +175,7 @@ impl Profile {
     pub fn of(language: Language) -> Self {
         let memory_mib = match language {
             Language::Python | Language::Shell => Self::DEFAULT_MEMORY_MIB,
-            // Node.js reserves more than twice of what CPython needs.
+            // Node.js reserves more than twice as much as CPython needs.
             Language::Javascript => 512,
         };
         Self {
@@ -240,7 +241,7 @@ impl Profile {
         self
     }
 
-    /// Sets how VMs wait.
+    /// Sets how parked VMs wait.
     #[must_use]
     pub fn park(mut self, parking: Parking) -> Self {
         self.park = Some(parking);
@@ -254,14 +255,14 @@ impl Profile {
         self
     }
 
-    /// Lets demand move the size within bounds.
+    /// Lets autoscaling move the size within bounds.
     #[must_use]
     pub fn autoscale(mut self, autoscale: Autoscale) -> Self {
         self.autoscale = Some(autoscale);
         self
     }
 
-    /// What one VM of this profile takes from the host.
+    /// The host resources that one VM of this profile takes.
     #[must_use]
     pub fn demand(&self) -> Demand {
         Demand {
@@ -271,7 +272,8 @@ impl Profile {
     }
 }
 
-/// What a caller needs. Everything that is named must match; what is not named does not matter.
+/// The requirements of a caller. Every requirement that is set must match; the others do not
+/// matter.
 ///
 /// ```
 /// use hearth_pool::{Language, Request};
@@ -290,8 +292,9 @@ pub struct Request {
 }
 
 impl Request {
-    /// Any profile that serves the rest: the first of the configuration's that has a VM ready; who
-    /// waits is served by whichever has one first.
+    /// Any profile that meets the other requirements: the first one, in the order of the
+    /// configuration, that has a VM ready. A waiting caller is served by the first profile that
+    /// gets one.
     #[must_use]
     pub fn any() -> Self {
         Self::default()
@@ -357,7 +360,7 @@ impl Request {
         (image, memory_mib, vcpus) == (&None, &None, &None) && packages.is_empty() && env.is_empty()
     }
 
-    /// Why `profile` cannot serve this; empty if it can.
+    /// Why `profile` cannot serve this request; empty if it can.
     pub(crate) fn mismatches(&self, profile: &Profile) -> Vec<Mismatch> {
         let mut found = Vec::new();
         if self.asks_for_nothing_but_a_name() {
@@ -423,11 +426,11 @@ impl From<Language> for Request {
     }
 }
 
-/// One thing that a request needs and a profile has not.
+/// A requirement of a request that a profile does not meet.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Mismatch {
-    /// Another image.
+    /// The image differs.
     #[error("needs image {want:?}, has {have:?}")]
     Image {
         /// Of the request.
@@ -435,7 +438,7 @@ pub enum Mismatch {
         /// Of the profile.
         have: String,
     },
-    /// Another amount of memory.
+    /// The amount of memory differs.
     #[error("needs {want_mib} MiB of memory, has {have_mib}")]
     Memory {
         /// Of the request.
@@ -443,7 +446,7 @@ pub enum Mismatch {
         /// Of the profile.
         have_mib: u32,
     },
-    /// Another number of vCPUs.
+    /// The number of vCPUs differs.
     #[error("needs {want} vCPUs, has {have}")]
     Vcpus {
         /// Of the request.
@@ -451,10 +454,10 @@ pub enum Mismatch {
         /// Of the profile.
         have: u8,
     },
-    /// A package that the image does not hold.
+    /// A package that the image does not contain.
     #[error("needs package {0:?}")]
     Package(String),
-    /// A variable that is not set, or set otherwise.
+    /// An environment variable that is not set, or has another value.
     #[error("needs environment variable {0:?} set as requested")]
     Env(String),
 }

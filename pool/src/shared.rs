@@ -1,10 +1,10 @@
-//! What the pool's handles, leases and tasks share.
+//! State shared by the pool's handles, leases and tasks.
 //!
-//! Locks: `Shared::state` first, then the account inside [`Admission`]; neither is held across an
-//! await, nor while code of the embedder's runs ([`locked`](crate::locked)), a [`Backend`] of the
-//! embedder's apart: what that trait names runs under `Shared::state`. Whatever the ledger asks for
-//! is done by the actor; others only add to `State::pending` and nudge it. VMs and leases are never
-//! dropped under the lock.
+//! Lock order: `Shared::state` first, then the account inside [`Admission`]. Neither is held across
+//! an await, nor while code of the embedding program runs ([`locked`](crate::locked)). The
+//! exception is a [`Backend`] of the embedding program: the methods that the trait names run under
+//! `Shared::state`. Only the actor carries out the ledger's actions; all others add to
+//! `State::pending` and wake it. VMs and leases are never dropped under the lock.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -49,12 +49,12 @@ pub(crate) struct Shared<B: Backend> {
     pub(crate) host: Box<dyn Host>,
     pub(crate) nudge: Arc<Nudge>,
     pub(crate) events: broadcast::Sender<PoolEvent>,
-    /// Counts the steps of the actor; whoever waits for a condition looks again at each.
+    /// Counts the steps of the actor; a task that waits for a condition checks it again at each.
     pub(crate) step: watch::Sender<u64>,
     state: Mutex<State<B>>,
 }
 
-/// A profile and what goes with it.
+/// A profile with its derived settings and its metrics.
 pub(crate) struct Kept {
     pub(crate) spec: Profile,
     pub(crate) name: Arc<str>,
@@ -64,14 +64,15 @@ pub(crate) struct Kept {
 }
 
 impl Kept {
-    /// The most VMs that may be kept warm if the size is this now.
+    /// The most VMs that may be kept warm: `size`, or the upper bound of autoscaling if that is
+    /// larger.
     pub(crate) fn most(&self, size: usize) -> usize {
         let scale = self.spec.autoscale.as_ref();
         scale.map_or(size, |scale| scale.max.max(size))
     }
 }
 
-/// Bounds on what the backend does, scaled.
+/// Time limits on the backend's operations, multiplied by its time scale.
 pub(crate) struct Times {
     pub(crate) boot: Duration,
     pub(crate) retire: Duration,
@@ -93,7 +94,8 @@ impl Nudge {
         self.notify.notified().await;
     }
 
-    /// Lets go of a loop that nobody drives, so that it takes no nudge from the next one.
+    /// Completes the wait of a loop whose runtime does not run, so that it does not consume a
+    /// wake-up meant for the next one.
     fn release(&self) {
         self.notify.notify_waiters();
     }
@@ -110,9 +112,9 @@ impl Nudge {
 
 pub(crate) type Served<B> = oneshot::Sender<Result<Lease<B>, Refusal>>;
 
-/// A caller that waits.
+/// A waiting caller.
 pub(crate) struct Waiter<B: Backend> {
-    /// All that may serve it, those included that could not when it came.
+    /// All profiles that may serve it, including those that could not when it came.
     pub(crate) profiles: Vec<ProfileId>,
     pub(crate) reply: Served<B>,
 }
@@ -121,15 +123,16 @@ pub(crate) struct State<B: Backend> {
     pub(crate) ledger: Ledger,
     pub(crate) slots: HashMap<VmId, Slot<B>>,
     pub(crate) waiters: HashMap<WaiterId, Waiter<B>>,
-    /// Asked for by the ledger, not yet done.
+    /// Actions of the ledger that are not carried out yet.
     pub(crate) pending: Vec<Action>,
-    /// The way home for leases; present from start until the actor ends.
+    /// The actor's mailbox, which leases keep a sender of; present from start until the actor
+    /// ends.
     pub(crate) inbox: Option<Home<B>>,
-    /// VMs with callers whose life was ended under them.
+    /// Leased VMs whose generation was ended before they were returned.
     pub(crate) adrift: HashMap<VmId, Adrift<B>>,
     /// By profile.
     pub(crate) last_failure: Vec<Option<BootFailure>>,
-    /// By profile, as it was told last.
+    /// By profile, as last reported.
     pub(crate) no_template: Vec<Option<Arc<dyn Error + Send + Sync>>>,
     pub(crate) pressed: bool,
     /// See [`later`](Self::later).
@@ -137,56 +140,56 @@ pub(crate) struct State<B: Backend> {
     next_id: u64,
 }
 
-/// What is kept of a VM whose lease outlives its pool's life.
+/// Data kept for a leased VM whose generation has ended.
 pub(crate) struct Adrift<B: Backend> {
     remote: Option<Arc<B::Remote>>,
-    /// Counts until the lease is over or the VM ended.
+    /// Keeps the VM counted in the limits until the lease is over or the VM has ended.
     reservation: Option<Reservation>,
 }
 
-/// A lease that comes home and finds itself on no book.
+/// A returned VM that has no slot any more (an orphan).
 pub(crate) enum Stray<B: Backend> {
-    /// Its life goes on: the loop destroys the VM.
+    /// Its generation still runs: the actor destroys the VM.
     Late(B::Vm, Released),
-    /// It does not: the VM is dropped, then its share of the limits.
+    /// Its generation has ended: the VM is dropped, then its reservation.
     Adrift(B::Vm, Option<Adrift<B>>),
 }
 
 impl<B: Backend> State<B> {
-    /// Lets the ledger know; the actor does the rest.
+    /// Applies `event` to the ledger; the actor carries out the resulting actions.
     pub(crate) fn tell(&mut self, now: Instant, event: Event) {
         let actions = self.ledger.apply(now, event);
         self.pending.extend(actions);
     }
 
-    /// Lets the ledger know, and leaves it to the actor to make up for what is missing then.
+    /// Applies `event` without scheduling boots; the actor refills on its next step.
     pub(crate) fn note(&mut self, now: Instant, event: Event) {
         let actions = self.ledger.note(now, event);
         self.pending.extend(actions);
     }
 
-    /// Puts a caller into the queues of its profiles; again, under its old number, if what it was
-    /// served proved dead.
+    /// Puts a caller into the queues of its profiles. A caller that was served a dead VM is queued
+    /// again under its old number.
     pub(crate) fn line_up(&mut self, now: Instant, id: WaiterId, waiter: Waiter<B>) {
         let actions = self.ledger.line_up(now, id, &waiter.profiles);
         self.waiters.insert(id, waiter);
         self.pending.extend(actions);
     }
 
-    /// Has something told (logs, metrics, events, answers) as soon as the lock is free: that is
-    /// code of the embedder's.
+    /// Defers `tell` (logs, metrics, events, answers) until the lock is free, because it runs code
+    /// of the embedding program.
     pub(crate) fn later(&mut self, tell: impl FnOnce() + Send + 'static) {
         self.outbox.push(tell);
     }
 
-    /// Whether the life whose inbox this is goes on.
+    /// Whether `home` is the mailbox of the current generation.
     pub(crate) fn lives_at(&self, home: &Home<B>) -> bool {
         self.inbox
             .as_ref()
             .is_some_and(|inbox| inbox.same_channel(home))
     }
 
-    /// Whether that life has begun and not got further.
+    /// Whether that generation is the current one and still starting.
     pub(crate) fn is_starting(&self, home: &Home<B>) -> bool {
         self.lives_at(home) && self.ledger.phase() == Phase::Starting
     }
@@ -219,7 +222,7 @@ impl<B: Backend> State<B> {
         if let Some(check) = slot.job.take() {
             check.cancel();
         }
-        // What the idle limit, if there is one, is first compared with.
+        // The reading with which the idle limit, if there is one, first compares.
         let remote = slot.remote.as_ref();
         let remote = remote.filter(|_| self.ledger.ends_idle_leases());
         slot.activity = remote.and_then(|remote| guarded("activity", || remote.activity()));
@@ -310,14 +313,15 @@ impl<B: Backend> Shared<B> {
             .map(ProfileId)
     }
 
-    /// Tells subscribers, after all that was told before.
+    /// Sends an event to the subscribers, after all events queued before it.
     pub(crate) fn emit(&self, profile: Option<ProfileId>, vm: Option<VmId>, kind: EventKind) {
         if self.events.receiver_count() > 0 {
             self.emit_in(&mut self.state(), profile, vm, kind);
         }
     }
 
-    /// The same under the lock: once it is free.
+    /// Like [`emit`](Self::emit), for a caller that holds the lock: the event is sent once it is
+    /// free.
     pub(crate) fn emit_in(
         &self,
         state: &mut State<B>,
@@ -335,7 +339,7 @@ impl<B: Backend> Shared<B> {
         }
     }
 
-    /// Measures something of a profile once the lock is free.
+    /// Runs `measure` on the metrics of a profile once the lock is free.
     pub(crate) fn measure(
         self: &Arc<Self>,
         state: &mut State<B>,
@@ -350,8 +354,8 @@ impl<B: Backend> Shared<B> {
         });
     }
 
-    /// A VM has ended by itself. Whoever has a lease is told by the VM itself. It is replaced when
-    /// the actor looks next.
+    /// Handles a VM that has ended by itself. The owner of its lease, if any, learns that from the
+    /// VM. The actor replaces the VM on its next step.
     pub(crate) fn ended(self: &Arc<Self>, state: &mut State<B>, now: Instant, id: VmId) {
         let parked = state.slots.get(&id).filter(|slot| slot.vm.is_some());
         if let Some(profile) = parked.map(|slot| slot.profile)
@@ -362,7 +366,7 @@ impl<B: Backend> Shared<B> {
         state.note(now, Event::Ended(id));
     }
 
-    /// A VM has ended before anybody had it.
+    /// Reports a VM that ended before it was handed to a caller.
     pub(crate) fn died(self: &Arc<Self>, state: &mut State<B>, profile: ProfileId, id: VmId) {
         let name = self.profile_name(profile);
         self.measure(state, profile, move |metrics| {
@@ -372,8 +376,8 @@ impl<B: Backend> Shared<B> {
         self.emit_in(state, Some(profile), Some(id), EventKind::Ended);
     }
 
-    /// The VM of a lease comes home. If it is no longer on the books (its pool was stopped since,
-    /// maybe started again), it is handed back: it is to be destroyed all the same.
+    /// Returns the VM of a lease to its slot. If it has none any more (the pool was stopped since,
+    /// and maybe started again), the error hands the VM back: it must be destroyed all the same.
     pub(crate) fn take_back(
         self: &Arc<Self>,
         (home, id): (&Home<B>, VmId),
@@ -412,7 +416,8 @@ impl<B: Backend> Shared<B> {
         Ok(())
     }
 
-    /// The VM of a lease becomes its owner's for good, and with it its share of the limits.
+    /// Takes the VM of a lease out of the pool for good. Returns its reservation, which its owner
+    /// keeps.
     pub(crate) fn withdraw(&self, id: VmId) -> Option<Reservation> {
         let mut state = self.state();
         let Some(slot) = state.slots.get_mut(&id) else {
@@ -429,15 +434,15 @@ impl<B: Backend> Shared<B> {
         reservation
     }
 
-    /// Begins one probe of a parked VM; none if it has gone elsewhere.
+    /// Begins one probe of a parked VM; none if the VM is no longer in its slot.
     pub(crate) fn probe(&self, id: VmId) -> Option<BoxFuture<'static, Result<(), ProbeError>>> {
         let state = self.state();
         let vm = state.slots.get(&id)?.vm.as_ref()?;
         Some(self.backend.probe(vm))
     }
 
-    /// Asks the pool to stop by `by`, if the life at `home` is the present one; from here on
-    /// nothing is handed out.
+    /// Asks the pool to stop, with `by` as the deadline for leases, if the generation of `home` is
+    /// the current one. From then on no VM is handed out.
     pub(crate) fn begin_stop(&self, home: &Home<B>, by: Instant) {
         let mut state = self.state();
         if !state.lives_at(home) || state.ledger.phase() == Phase::Stopped {
@@ -451,12 +456,12 @@ impl<B: Backend> Shared<B> {
         self.nudge.wake();
     }
 
-    /// Resolves when nothing is left of the life at `home`. A loop that nobody drives, or ever
-    /// will, is told by its silence, and its life is ended from here.
+    /// Resolves when the generation of `home` has ended. If its actor does not respond, because its
+    /// runtime does not run, the generation is ended from here.
     pub(crate) async fn life_over(&self, home: &Home<B>) {
         let over = self.wait_for(|state| (!state.lives_at(home)).then_some(()));
         if Handle::try_current().is_err() {
-            // There is no clock to measure silence by.
+            // Without a runtime there is no clock to detect an actor that does not respond.
             return over.await;
         }
         tokio::select! {
@@ -469,7 +474,7 @@ impl<B: Backend> Shared<B> {
         }
     }
 
-    /// Resolves when the loop does not answer a nudge in time.
+    /// Resolves when the actor makes no step within `LOOP_SILENCE` after a wake-up.
     async fn silence(&self) {
         let mut steps = self.step.subscribe();
         for answered in [true, false].into_iter().cycle() {
@@ -484,13 +489,14 @@ impl<B: Backend> Shared<B> {
         }
     }
 
-    /// A step of the loop, or what stands for one: whoever waits for a condition looks again.
+    /// Announces a step of the actor, or an equivalent change: tasks that wait for a condition
+    /// check it again.
     pub(crate) fn stepped(&self) {
         self.step.send_modify(|step| *step = step.wrapping_add(1));
     }
 
-    /// Ends the life at `home`, if it is the present one: all VMs are dropped but those with
-    /// callers.
+    /// Ends the generation of `home`, if it is the current one: all VMs except leased ones are
+    /// dropped.
     pub(crate) fn end_life(&self, home: &Home<B>) {
         let mut state = self.state();
         if !state.lives_at(home) {
@@ -524,7 +530,7 @@ impl<B: Backend> Shared<B> {
         self.emit(None, None, EventKind::Stopped);
     }
 
-    /// Waits until `by` for leases whose life was ended under them, then ends their VMs.
+    /// Waits until `by` for leases whose generation has ended, then ends their VMs.
     pub(crate) async fn see_home(&self, by: Instant) {
         let all_home = self.wait_for(|state| state.adrift.is_empty().then_some(()));
         if self.state().adrift.is_empty() || Handle::try_current().is_err() {
@@ -546,7 +552,7 @@ impl<B: Backend> Shared<B> {
             if !matches!(timeout(limit, kill).await, Ok(Ok(()))) {
                 tracing::error!(vm = %id, "the VM of a lease does not end");
             }
-            // The lease is left with a husk.
+            // The lease keeps the handle of an ended VM.
             let adrift = self.state().adrift.remove(&id);
             drop(adrift);
         });
@@ -554,7 +560,8 @@ impl<B: Backend> Shared<B> {
         self.stepped();
     }
 
-    /// Resolves as soon as `met` says something, looking again after each step of the actor.
+    /// Resolves with the first value that `met` returns; calls it again after each step of the
+    /// actor.
     pub(crate) async fn wait_for<T>(&self, mut met: impl FnMut(&State<B>) -> Option<T>) -> T {
         let mut steps = self.step.subscribe();
         loop {
@@ -562,7 +569,7 @@ impl<B: Backend> Shared<B> {
             if let Some(value) = met(&self.state()) {
                 return value;
             }
-            // The sender lives in `self`: no error.
+            // Never an error: `self` owns the sender.
             if steps.changed().await.is_err() {
                 std::future::pending::<()>().await;
             }

@@ -1,4 +1,4 @@
-//! One VM that the pool keeps account of.
+//! The pool's record of one VM.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use crate::lease::Released;
 use crate::ledger::ProfileId;
 use crate::permit::Reservation;
 
-/// The number of a VM, unique in its pool and never used again.
+/// The number of a VM, unique in its pool and never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VmId(pub u64);
 
@@ -19,22 +19,22 @@ impl fmt::Display for VmId {
     }
 }
 
-/// What belongs to a VM from its reservation to its end. Dropping it releases everything.
+/// The resources of a VM from its reservation to its end. Dropping the slot releases them all.
 pub(crate) struct Slot<B: Backend> {
     pub(crate) profile: ProfileId,
     /// Absent while it boots and while it is leased.
     pub(crate) vm: Option<B::Vm>,
     /// Present from the moment there is a VM.
     pub(crate) remote: Option<std::sync::Arc<B::Remote>>,
-    /// Given back when nothing of the VM is left but, at most, a lease's husk of it.
+    /// Released when nothing of the VM is left except, at most, a lease's handle of the ended VM.
     pub(crate) reservation: Option<Reservation>,
-    /// Ends the boot or the check that is under way.
+    /// Cancels the boot or the check that is under way.
     pub(crate) job: Option<CancellationToken>,
-    /// Ends the task that watches for the VM's end.
+    /// Cancels the task that watches for the VM's end.
     pub(crate) watch: Option<CancellationToken>,
-    /// Told when it is destroyed.
+    /// Notified when the VM is destroyed.
     pub(crate) released: Released,
-    /// What [`crate::backend::Remote::activity`] said last.
+    /// The last reading of [`crate::backend::Remote::activity`].
     pub(crate) activity: Option<u64>,
 }
 

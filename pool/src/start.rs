@@ -1,5 +1,6 @@
-//! The two ends of a pool's life. A pool may have many lives, one after the other, each with an
-//! actor and an inbox of its own; what belongs to one life never touches the next.
+//! Start and stop of a pool. A generation lasts from a start until its stop is complete. A pool may
+//! have many generations, one after the other, each with its own actor and mailbox; no state of one
+//! generation affects the next.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,12 +20,12 @@ use crate::pool::Pool;
 use crate::shared::Shared;
 
 impl<B: Backend> Pool<B> {
-    /// Prepares and boots all profiles in parallel, then serves. Missing VMs are reported and, with
-    /// automatic refill, made up for. A stopped pool can be started again.
+    /// Prepares and boots all profiles in parallel, then serves callers. Missing VMs are reported
+    /// and, with automatic refill, booted later. A stopped pool can be started again.
     ///
     /// # Errors
-    /// If a profile has not a single VM; everything made is then destroyed. A host that is short of
-    /// memory is a reason ([`BootFailure::MemoryPressure`]): start again when it has some.
+    /// If a profile has no VM at all; all VMs made are then destroyed. A host that is short of
+    /// memory is one cause ([`BootFailure::MemoryPressure`]): start again when it has recovered.
     ///
     /// # Cancel safety
     /// Dropping the future stops the pool in the background and destroys everything made.
@@ -91,7 +92,7 @@ impl<B: Backend> Pool<B> {
             failures: Vec::new(),
         };
         let (reply, prepared) = oneshot::channel();
-        // An error shows in the answer: its other end is then dropped.
+        // A failed send drops `reply`, which ends the wait for the answer.
         let _ = home.send(Message::Prepare(id, reply));
         let prepared = prepared.await.unwrap_or(Err(BootFailure::Stopping));
         if let Err(why) = prepared {
@@ -118,15 +119,15 @@ impl<B: Backend> Pool<B> {
             .await;
     }
 
-    /// Ends preparations, boots, checks and waiting callers, destroys every parked VM, waits up to
-    /// `patience` for leases, ends the VMs of those that are still out, and resolves when nothing
-    /// is left. Calling it again, or cancelling it, changes nothing but the deadline: the
-    /// earliest one counts.
+    /// Cancels preparations, boots and checks, refuses waiting callers, destroys every parked VM,
+    /// waits up to `patience` for leases, ends the VMs of those that are still out, and resolves
+    /// when nothing is left. Calling it again changes only the deadline: the earliest one counts.
+    /// Cancelling the future does not cancel the stop.
     ///
-    /// It may be called on another runtime than [`start`](Self::start). If that one is not driven
-    /// any more (within [`LOOP_SILENCE`](crate::policy::LOOP_SILENCE), twice), VMs are dropped
-    /// from here instead. Outside of every runtime there is no clock: the pool's own must then
-    /// be driven.
+    /// It may be called on another runtime than [`start`](Self::start). If the runtime of the start
+    /// does not run any more (no step within twice [`LOOP_SILENCE`](crate::policy::LOOP_SILENCE)),
+    /// VMs are dropped from here instead. Outside of every runtime there is no clock: the runtime
+    /// of the start must then run.
     pub async fn stop_within(&self, patience: Duration) {
         let shared = self.shared();
         let by = deadline::after(Instant::now(), patience);
@@ -139,7 +140,8 @@ impl<B: Backend> Pool<B> {
     }
 }
 
-/// A start that was not completed stops the pool that it has started, and no other.
+/// Drop guard of a start: unless completed, it stops the generation that it has started, and no
+/// other.
 struct Unfinished<'a, B: Backend> {
     shared: &'a Arc<Shared<B>>,
     home: &'a Home<B>,

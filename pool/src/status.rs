@@ -1,4 +1,4 @@
-//! A picture of a pool at one moment.
+//! Snapshot of a pool at one moment.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -7,17 +7,17 @@ use crate::error::BootFailure;
 use crate::ledger::{Counts, Phase};
 use crate::permit::{Limits, Usage};
 
-/// A consistent picture: all numbers are of the same moment.
+/// A consistent snapshot: all numbers are of the same moment.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct PoolStatus {
-    /// Where the pool is in its life.
+    /// The phase of the pool.
     pub phase: Phase,
-    /// Leases out.
+    /// Number of leases out.
     pub leased: usize,
-    /// The bounds on everything that lives.
+    /// The limits on all existing VMs.
     pub limits: Limits,
-    /// What is taken of them.
+    /// The resources in use.
     pub usage: Usage,
     /// Whether refill has stopped because of the host's memory.
     pub memory_pressure: bool,
@@ -25,17 +25,17 @@ pub struct PoolStatus {
     pub profiles: Vec<ProfileStatus>,
 }
 
-/// One profile's part of it.
+/// The state of one profile.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ProfileStatus {
-    /// Its name.
+    /// The profile's name.
     pub name: String,
-    /// Its numbers.
+    /// The profile's counts.
     pub counts: Counts,
-    /// Why the last boot that failed did.
+    /// Why the last failed boot failed.
     pub last_failure: Option<BootFailure>,
-    /// Why its VMs boot from cold although they should be copies of a template.
+    /// Why VMs boot from cold instead of being forked: the error of making the template.
     pub no_template: Option<Arc<dyn Error + Send + Sync>>,
 }
 

@@ -1,4 +1,4 @@
-//! The actor's hands: one function for each thing that the ledger can ask for.
+//! Carries out the ledger's actions: one function of the actor for each.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -21,12 +21,12 @@ use crate::profile::Parking;
 use crate::shared::State;
 use crate::slot::{Slot, VmId};
 
-/// What is known of a VM that is to be destroyed.
+/// Identifies a VM that is to be destroyed.
 #[derive(Clone, Copy)]
 pub(crate) enum Doomed {
-    /// It has a slot.
+    /// A VM with a slot.
     Kept(ProfileId, VmId),
-    /// It has none, or no more. One that was offered and refused has no number either.
+    /// An orphan: a VM without a slot. One that was offered and refused may have no number either.
     Stray(Option<VmId>),
 }
 
@@ -62,7 +62,7 @@ impl<B: Backend> Actor<B> {
         }
     }
 
-    /// Lets the backend get ready for a profile, for as long as the pool starts.
+    /// Lets the backend prepare a profile; cancelled when the start is over.
     pub(crate) fn prepare(&mut self, profile: ProfileId, reply: PreparedReply) {
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let over = self.prepared.clone();
@@ -91,8 +91,9 @@ impl<B: Backend> Actor<B> {
         );
     }
 
-    /// Spawns a task in a span, which is the embedder's to see: it is made by the task, without the
-    /// lock. Boxed first, the task is not copied again on its way.
+    /// Spawns a task in a span. The task makes the span, without the lock, because that runs the
+    /// tracing subscriber of the embedding program. Boxed first, the task is not copied again on
+    /// its way.
     fn spawn_in(
         &mut self,
         span: impl FnOnce() -> Span + Send + 'static,
@@ -103,8 +104,8 @@ impl<B: Backend> Actor<B> {
             .spawn(async move { task.instrument(span()).await });
     }
 
-    /// Reserves for a VM and gives it a slot; returns what gives its boot up. None: the host's
-    /// limits refused it.
+    /// Reserves resources for a VM and creates its slot. Returns the token that cancels its boot,
+    /// or none if the host's limits refused it.
     fn admit(
         &mut self,
         state: &mut State<B>,
@@ -149,7 +150,7 @@ impl<B: Backend> Actor<B> {
         };
         let task = async move {
             let result = boot::boot(shared, profile, id, cancelled).await;
-            // The actor outlives its tasks, save when the runtime itself ends.
+            // The actor outlives its tasks, unless the runtime itself ends.
             let _ = home.send(Message::Booted(id, (how, now), result));
         };
         self.spawn_in(span, task);
@@ -225,7 +226,7 @@ impl<B: Backend> Actor<B> {
                 () = unwatched.cancelled() => {}
                 over = AssertUnwindSafe(ended).catch_unwind() => {
                     if over.is_err() {
-                        // Whose end nobody would see is as good as ended.
+                        // A VM whose end would not be noticed is treated as ended.
                         tracing::error!(what = "ended", "the backend panicked");
                     }
                     let _ = home.send(Message::Ended(id));
@@ -285,7 +286,7 @@ impl<B: Backend> Actor<B> {
         id: VmId,
     ) {
         let Some(waiting) = state.waiters.remove(&waiter) else {
-            // Gone, and its VM never left the slot.
+            // The waiter has gone; its VM never left the slot.
             return state.tell(now, Event::Untouched(id));
         };
         let alive = state.is_alive(&self.shared.backend, id);
@@ -297,7 +298,7 @@ impl<B: Backend> Actor<B> {
         };
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let lease = Lease::untouched(shared, home, id, profile, vm);
-        // If the waiter has gone, the lease comes home.
+        // If the waiter has gone, the lease is dropped and its VM returned.
         state.later(move || drop(waiting.reply.send(Ok(lease))));
     }
 
@@ -315,7 +316,7 @@ impl<B: Backend> Actor<B> {
         }
     }
 
-    /// Destroys a VM; the slot of one that is on the books is told.
+    /// Destroys a VM. Notifies `done`, and the actor if the VM has a slot.
     pub(crate) fn destroy(&mut self, doomed: Doomed, vm: B::Vm, done: Released) {
         let (shared, home) = (Arc::clone(&self.shared), self.home.clone());
         let (known, id) = match doomed {
@@ -347,7 +348,7 @@ impl<B: Backend> Actor<B> {
                 let _ = home.send(Message::Retired(id));
             }
             if let Some(done) = done {
-                // Nobody has to wait for it.
+                // The receiver may have been dropped.
                 let _ = done.send(());
             }
         };
@@ -382,7 +383,7 @@ impl<B: Backend> Actor<B> {
 
 fn reject<B: Backend>(state: &mut State<B>, waiter: WaiterId, refusal: Refusal) {
     if let Some(waiter) = state.waiters.remove(&waiter) {
-        // It may have gone.
+        // The waiter may have gone.
         state.later(move || drop(waiter.reply.send(Err(refusal))));
     }
 }

@@ -1,4 +1,4 @@
-//! Code that `hearth run` runs: its language, its streams, and what is said where the language is
+//! Code that `hearth run` runs: its language, its streams, and the message for a language that is
 //! missing. Each case that needs a guest boots one, so they are few.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use hearth_images::{Images, Recipe};
 use hearth_tests::{kvm, not_measured, shell_root};
 
-/// Runs the command with this stdin; gives exit code, stdout and stderr.
+/// Runs the command with this stdin; returns exit code, stdout and stderr.
 fn hearth(args: &[&str], input: &str) -> (Option<i32>, String, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_hearth"))
         .arg("run")
@@ -19,7 +19,7 @@ fn hearth(args: &[&str], input: &str) -> (Option<i32>, String, String) {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // It may not want it.
+    // The command may exit without reading it.
     let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
     let output = child.wait_with_output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -30,7 +30,7 @@ fn hearth(args: &[&str], input: &str) -> (Option<i32>, String, String) {
     )
 }
 
-/// Whether the image is there; it takes the network to make it.
+/// Whether the image is cached: building it needs the network.
 fn cached(name: &str) -> bool {
     let recipe = Recipe::built_in(name).unwrap();
     let there = Images::open(None).unwrap().cached_root(&recipe).is_some();
@@ -67,7 +67,7 @@ fn what_cannot_be_run_is_said_before_a_guest_is_made() {
         ),
     ] {
         let (code, stdout, stderr) = hearth(args, "");
-        // Where guests cannot run that is said first.
+        // Where guests cannot run, that is reported first.
         if !stderr.contains(wanted) && !kvm() {
             return;
         }
@@ -91,7 +91,7 @@ fn code_of_a_shell_comes_as_stdin_or_file() {
     };
     let root = ["--root", text(&image)];
     let code = "echo $((6 * 7)); read -r line && echo \"<$line>\"; exit 3";
-    // The code took stdin, and nothing is left to read.
+    // The code came from stdin, so nothing is left for it to read.
     let args = [&root[..], &["--lang", "sh"]].concat();
     let (status, stdout, stderr) = hearth(&args, code);
     assert_eq!((status, stdout.as_str()), (Some(3), "42\n"), "{stderr}");
@@ -102,7 +102,7 @@ fn code_of_a_shell_comes_as_stdin_or_file() {
     let (status, stdout, stderr) = hearth(&args, "typed\n");
     let expected = "/tmp/script.sh one two\ntyped\n";
     assert_eq!((status, stdout.as_str()), (Some(0), expected), "{stderr}");
-    // A language that the root file system does not have.
+    // A language that is missing in the root file system.
     let args = [&root[..], &["--lang", "python", "print(1)"]].concat();
     let (status, stdout, stderr) = hearth(&args, "");
     assert_eq!((status, stdout.as_str()), (Some(127), ""), "{stderr}");

@@ -1,4 +1,4 @@
-//! The `hearth` command as a user meets it. Each case that needs a guest boots one, so they are
+//! The `hearth` command from its user's view. Each case that needs a guest boots one, so they are
 //! few.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -11,7 +11,7 @@ use hearth_tests::flat::{Code, elf};
 use hearth_tests::kvm;
 use serde_json::Value;
 
-/// Where kernels of a few instructions are loaded.
+/// Load address of kernels of a few instructions.
 const KERNEL_AT: u64 = 16 << 20;
 
 fn hearth(args: &[&str]) -> Command {
@@ -20,7 +20,7 @@ fn hearth(args: &[&str]) -> Command {
     command
 }
 
-/// Runs to the end and gives exit code, stdout and stderr.
+/// Runs the command to its end; returns exit code, stdout and stderr.
 fn outcome(command: &mut Command) -> (Option<i32>, String, String) {
     text(command.output().unwrap())
 }
@@ -34,7 +34,7 @@ fn text(output: Output) -> (Option<i32>, String, String) {
     )
 }
 
-/// Wrong values, each with what the message must say.
+/// Wrong values, each with a part of the expected message.
 const REFUSED: [(&[&str], &str); 12] = [
     (
         &["run", "--memory", "1.5", "--", "true"],
@@ -86,7 +86,7 @@ fn images_that_are_not_there_are_listed_with_what_builds_them() {
 fn wrong_usage_says_what_would_be_right_and_is_not_taken_for_a_program() {
     for (args, wanted) in REFUSED {
         let (code, stdout, stderr) = outcome(&mut hearth(args));
-        // Where guests cannot run, `run` says that first.
+        // Where guests cannot run, `run` reports that first.
         if args.first() == Some(&"run") && !stderr.contains(wanted) && !kvm() {
             return;
         }
@@ -131,7 +131,7 @@ fn the_doctor_reports_the_same_in_both_forms() {
     for check in checks {
         let name = check["name"].as_str().unwrap();
         assert!(plain.contains(name), "{name} is missing in {plain}");
-        // What is not well comes with what to do.
+        // Every check that is not ok has advice.
         assert_eq!(
             check["verdict"] == "ok",
             check["advice"].is_null(),
@@ -218,8 +218,8 @@ fn files_go_in_before_the_program_and_come_out_after() {
     );
     let mode = std::fs::metadata(at("out")).unwrap().permissions().mode();
     assert_eq!(mode & 0o7777, 0o640);
-    // The second could not be copied: nothing of it is there, and the exit code says that not all
-    // went well.
+    // The second file could not be copied: nothing of it is left, and the exit code reports the
+    // failure.
     assert_eq!(code, Some(125), "{stderr}");
     assert!(stderr.contains("/nothing/here"), "{stderr}");
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
@@ -227,7 +227,7 @@ fn files_go_in_before_the_program_and_come_out_after() {
     let report: Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
     assert!(report["phases_us"]["copy_in"].is_u64(), "{report}");
 
-    // What is not there is said before the program runs.
+    // A missing source is reported before the program runs.
     let copy = ["--copy-in", "/nothing/here:/file", "--", "echo", "ran"];
     let (code, stdout, stderr) = outcome(hearth(&["run"]).args(copy));
     assert_eq!((code, stdout.as_str()), (Some(125), ""), "{stderr}");
@@ -266,7 +266,7 @@ fn directories_go_in_and_come_out_and_nothing_is_written_beside_them() {
     assert!(std::fs::metadata(at("out/inner/empty")).unwrap().is_dir());
     let link = std::fs::read_link(at("out/inner/link")).unwrap();
     assert_eq!(link.to_str(), Some("../file"));
-    // A link that leads out could make whoever uses the copy read or write elsewhere.
+    // A link that leads out of the copy could make its user read or write elsewhere.
     assert_eq!(code, Some(125), "{stderr}");
     assert!(stderr.contains("/srv/bad/inner/link"), "{stderr}");
     let left = std::fs::read_dir(dir.path()).unwrap();
@@ -290,7 +290,7 @@ fn a_time_limit_and_a_signal_end_the_program() {
     ]));
     assert_eq!(code, Some(124), "{stderr}");
 
-    // Signals before the program runs end the guest, later ones reach the program: 143 both ways.
+    // Signals before the program runs end the guest, later ones reach the program: 143 either way.
     let mut child = hearth(&["run", "--", "sleep", "1000"]).spawn().unwrap();
     std::thread::sleep(Duration::from_secs(2));
     let pid = rustix::process::Pid::from_child(&child);
@@ -349,7 +349,7 @@ fn boot_tells_each_end_apart_by_its_exit_code() {
         assert_eq!(code, Some(expected), "{name}: {stderr}");
         assert!(stderr.contains(said), "{name}: {stderr}");
     }
-    // All that a machine may be given, and no end of its own.
+    // All options of a VM, and a guest that does not end by itself.
     let path = kernel("spin", Code::new().print("here").spin());
     let initramfs = dir.path().join("initramfs");
     std::fs::write(&initramfs, b"070701").unwrap();
@@ -391,7 +391,7 @@ fn boot_shows_the_console_and_says_how_the_guest_ended() {
         assert_eq!(code, Some(0), "{stderr}");
         kernel.trim_end().to_owned()
     });
-    // No initramfs: the kernel panics at the end of its boot.
+    // Without an initramfs, the kernel panics at the end of its boot.
     let boot = ["boot", "--kernel", &kernel, "--append", "hearth.test=1"];
     let (code, stdout, stderr) = outcome(&mut hearth(&boot));
     assert_eq!(code, Some(11), "{stderr}");

@@ -1,6 +1,6 @@
-//! The `hearth` command in a directory that is not trusted, which is what people have a sandbox
-//! for: nothing that lies there is run or read unless it is named. The program is a copy far from
-//! the sources that it was built of.
+//! The `hearth` command in an untrusted directory, which is the use of a sandbox: nothing in the
+//! directory is run or read unless it is named. The program is a copy far from the sources that it
+//! was built from.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
@@ -11,7 +11,7 @@ use std::process::{Command, Output, Stdio};
 use hearth_images::{Images, Silent};
 use hearth_tests::{kvm, not_measured};
 
-/// Programs that a build starts, or that those start.
+/// Programs that an image build starts, directly or indirectly.
 const PROGRAMS: [&str; 21] = [
     "apt-get",
     "apt-helper",
@@ -35,7 +35,7 @@ const PROGRAMS: [&str; 21] = [
     "unshare",
     "xz",
 ];
-/// Modules that Python would take from its directory.
+/// Modules that Python would import from its directory.
 const MODULES: [&str; 5] = [
     "compileall.py",
     "pip.py",
@@ -44,22 +44,22 @@ const MODULES: [&str; 5] = [
     "zipfile.py",
 ];
 
-/// This user's own cache; what is not there is built.
+/// Opens this user's own cache; missing images are built.
 fn usual() -> Images {
     Images::open(None).unwrap()
 }
 
-/// A place of its own: the command, a directory full of traps, where those leave marks, and a
-/// cache.
+/// A temporary directory with the command, a directory full of traps, a directory for the marks
+/// that these leave, and a cache.
 struct Place {
     dir: tempfile::TempDir,
-    /// Whether programs are looked for in the working directory, too.
+    /// Whether programs are looked up in the working directory, too.
     dot: bool,
 }
 
 impl Place {
-    /// The cache has a kernel, for that takes minutes to build, and needs none of the programs that
-    /// the rest does not.
+    /// Creates the place. Its cache has a kernel, because building one takes minutes and needs no
+    /// program that the other builds do not need.
     fn new(dot: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let place = Self { dir, dot };
@@ -76,7 +76,7 @@ impl Place {
         self.dir.path().join(name)
     }
 
-    /// Has the entry of the usual cache that a file is of.
+    /// Copies the cache entry of `file` from the user's cache.
     fn keep(&self, file: &Path) {
         let entry = file.parent().unwrap();
         let usual = usual();
@@ -148,7 +148,7 @@ impl Place {
             .env_remove("HEARTH_KERNEL")
             .env("PATH", self.path())
             .stdin(Stdio::null());
-        // Run under cargo, each has a name for it in its environment.
+        // Under cargo, this variable names a program, too.
         command.env_remove("CARGO");
         command
     }
@@ -161,7 +161,7 @@ impl Place {
         }
     }
 
-    /// Runs it to the end; it must succeed and no trap may go off.
+    /// Runs the command to its end; it must succeed, and no trap may be triggered.
     fn works(&self, args: &[&str]) -> Output {
         let output = self.command(args).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
@@ -177,7 +177,7 @@ impl Place {
     }
 }
 
-/// So that a test without marks means something.
+/// Checks that the traps work, so that the absence of marks means something.
 #[test]
 fn the_traps_are_traps() {
     let place = Place::new(true);
@@ -194,12 +194,12 @@ fn the_traps_are_traps() {
 }
 
 fn nothing_is_run_in(place: &Place) {
-    // What it finds wrong with this machine is another matter.
+    // The doctor's findings about this machine do not matter here.
     let doctor = place.command(&["doctor"]).output().unwrap();
     place.unharmed(&["doctor"]);
     assert!(!doctor.stdout.is_empty());
     place.works(&["image", "list"]);
-    // For the agent that it was built with, whatever lies here.
+    // Built for the agent that the command contains, whatever crates are in this directory.
     let built = place.works(&["image", "build", "base"]);
     let built = String::from_utf8(built.stdout).unwrap();
     let cache = place.at("cache");
@@ -217,7 +217,7 @@ fn nothing_is_run_in(place: &Place) {
         .status();
     assert!(tar.unwrap().success());
     for source in ["tree", "tree.tar"] {
-        // Names that are given mean what they mean in the directory.
+        // Paths that are given as arguments are relative to the directory.
         place.works(&["image", "import", source, &format!("{source}.erofs")]);
         assert!(place.at("traps").join(format!("{source}.erofs")).is_file());
     }
@@ -245,7 +245,7 @@ fn nothing_in_the_directory_is_run_while_the_agent_is_built() {
     }
 }
 
-/// Packages of both kinds, and both Pythons: this machine's and the image's.
+/// Both kinds of packages, and both Pythons: this machine's and the image's.
 #[test]
 #[ignore = "long: fetches packages and builds a root file system"]
 fn nothing_in_the_directory_is_run_by_python_or_apt() {

@@ -1,5 +1,5 @@
-//! The `hearth` command under limits of its host: each is an error that says what to raise, the
-//! doctor knows it beforehand, and what the doctor calls enough is enough.
+//! The `hearth` command under limits of its host: exceeding a limit is an error that says what to
+//! raise, the doctor predicts it, and what the doctor calls enough is enough.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::ffi::OsStr;
@@ -14,11 +14,11 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use serde_json::Value;
 
 const HEARTH: &str = env!("CARGO_BIN_EXE_hearth");
-/// Wrong usage and what goes wrong in the command itself.
+/// Exit code of wrong usage and of failures of the command itself.
 const FAILED: i32 = 125;
 
-/// The command under the limits that `prlimit` knows by these words, with no descriptors but the
-/// usual three. One that hangs is killed.
+/// Returns the command under limits in `prlimit`'s format, with no descriptors but the standard
+/// three. The command is killed if it hangs.
 fn limited(limits: &[&str]) -> Command {
     keep_to_itself_what_was_inherited();
     let mut command = Command::new("timeout");
@@ -31,7 +31,7 @@ fn limited(limits: &[&str]) -> Command {
     command
 }
 
-/// The command with so many descriptors more that are open already.
+/// Returns the command with more descriptors already open: their numbers are the digits of `more`.
 fn inheriting(more: &str, limits: &[&str]) -> Command {
     keep_to_itself_what_was_inherited();
     let mut command = Command::new("sh");
@@ -45,8 +45,8 @@ fn inheriting(more: &str, limits: &[&str]) -> Command {
     command
 }
 
-/// Whether a guest runs without a limit, tried once. What it boots from is made by that, so that no
-/// build meets the limits.
+/// Whether guests can run on this host. The first call runs one without a limit, which also builds
+/// the files that it boots from, so that no build runs under a limit.
 fn runs_without_a_limit() -> bool {
     static TRIED: Once = Once::new();
     let can_run = kvm();
@@ -59,7 +59,8 @@ fn runs_without_a_limit() -> bool {
     can_run
 }
 
-/// What the caller of the tests has left open counts against the limits of whatever they start.
+/// Sets close-on-exec on all inherited descriptors: they would count against the limits of the
+/// commands that the tests start.
 fn keep_to_itself_what_was_inherited() {
     for entry in fs::read_dir("/proc/self/fd").unwrap() {
         let number = entry.unwrap().file_name().into_string().unwrap();
@@ -68,7 +69,7 @@ fn keep_to_itself_what_was_inherited() {
             // SAFETY: the number alone is used, for a flag that all other descriptors of a test
             // have anyway.
             let fd = unsafe { BorrowedFd::borrow_raw(number) };
-            // One that another thread has just closed needs none.
+            // A descriptor that another thread has just closed does not need it.
             let _ = fcntl_setfd(fd, FdFlags::CLOEXEC);
         }
     }
@@ -80,7 +81,7 @@ fn outcome(command: &mut Command) -> (Option<i32>, String) {
     (output.status.code(), String::from_utf8(text).unwrap())
 }
 
-/// Exit code of the doctor and its check of this name.
+/// Runs the doctor; returns its exit code and its check of this name.
 fn doctor(mut command: Command, name: &str) -> (Option<i32>, Value) {
     let output = command.args(["doctor", "--json"]).output().unwrap();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -89,7 +90,7 @@ fn doctor(mut command: Command, name: &str) -> (Option<i32>, Value) {
     (output.status.code(), check.clone())
 }
 
-/// Limits too small for any guest: the words of the error and the check that foretells it.
+/// Limits too small for any guest: a part of the error, and the check that predicts it.
 const TOO_SMALL: [(&str, &str, &str); 4] = [
     ("--nofile=8", "Too many open files", "files"),
     ("--nofile=18:18", "ulimit -n", "files"),
@@ -113,8 +114,7 @@ fn a_limit_that_leaves_no_guest_is_an_error_and_foretold_by_the_doctor() {
     }
 }
 
-/// As many as are too few, and one more, in a process that was left some open by whoever started
-/// it.
+/// One descriptor too few, and just enough, in a process that inherited open descriptors.
 #[test]
 fn what_is_inherited_open_counts() {
     if !runs_without_a_limit() {
@@ -130,14 +130,14 @@ fn what_is_inherited_open_counts() {
     assert_eq!(code, Some(0), "{text}");
 }
 
-/// Whatever it is that there is no descriptor for.
+/// For each descriptor that may be the one that cannot be opened.
 #[test]
 fn each_number_of_descriptors_is_enough_or_an_error_that_says_what_to_raise() {
     if !runs_without_a_limit() {
         return;
     }
     let mut enough = false;
-    // Fewer, and the command itself cannot be loaded.
+    // With fewer, the command itself cannot be loaded.
     for number in 6..=20 {
         let limit = format!("--nofile={number}");
         let (code, text) = outcome(limited(&[&limit]).args(["run", "--", "true"]));
@@ -153,7 +153,7 @@ fn each_number_of_descriptors_is_enough_or_an_error_that_says_what_to_raise() {
     assert!(enough, "what the doctor calls enough is not");
 }
 
-/// Whatever it is that there is no address for: a thread's stack, a kernel, a guest.
+/// For each mapping that may be the one that does not fit: a thread's stack, a kernel, a guest.
 #[test]
 fn each_size_of_the_address_space_is_enough_or_an_error_that_says_what_to_raise() {
     if !runs_without_a_limit() {
@@ -163,14 +163,14 @@ fn each_size_of_the_address_space_is_enough_or_an_error_that_says_what_to_raise(
     let boot = ["boot", "--timeout", "0.1", "--kernel"].map(OsStr::new);
     let boot = [boot.as_slice(), &[kernel.as_os_str()]].concat();
     let run = ["run", "--", "true"].map(OsStr::new);
-    // The first is at its threads with little, the second has the kernel in memory before.
+    // `boot` reaches its threads with little memory; `run` reads the kernel into memory before.
     let few = (8..32).map(|mib| (mib, boot.as_slice(), 124));
     let more = [16, 24, 36, 40, 64, 96, 128, 192, 256, 512, 1024];
     let more = more.map(|mib| (mib, run.as_slice(), 0));
     let mut enough = false;
     for (mib, arguments, success) in few.chain(more) {
         let limit = |mib: u64| format!("--as={}", mib << 20);
-        // Less, and the command itself cannot be loaded.
+        // With less, the command itself cannot be loaded.
         if outcome(limited(&[&limit(mib - 1)]).arg("--version")).0 != Some(0) {
             continue;
         }
@@ -184,7 +184,7 @@ fn each_size_of_the_address_space_is_enough_or_an_error_that_says_what_to_raise(
     assert!(enough, "1 GiB is not enough");
 }
 
-/// The guest chooses how large they are.
+/// The guest chooses how large the files are.
 #[test]
 fn files_that_are_too_large_for_the_host_are_an_error_and_no_signal() {
     if !runs_without_a_limit() {
@@ -197,7 +197,7 @@ fn files_that_are_too_large_for_the_host_are_an_error_and_no_signal() {
     let root = root.to_str().unwrap();
     let out = home.path().join("out");
     fs::create_dir(&out).unwrap();
-    // Guest memory is a file, too: no limit is smaller.
+    // Guest memory is a file, too, so no smaller limit is possible.
     let limited = || limited(&["--fsize=33554432"]);
     let run = ["run", "--memory", "32", "--root", root];
     let copy = format!("/tmp/large:{}", out.join("large").display());
@@ -208,7 +208,7 @@ fn files_that_are_too_large_for_the_host_are_an_error_and_no_signal() {
     assert_eq!(code, Some(FAILED), "{text}");
     assert!(text.contains("ulimit -f"), "{text}");
     assert_eq!(fs::read_dir(&out).unwrap().count(), 0, "{text}");
-    // A program's output that nobody takes ends the program, as in a pipe.
+    // A program whose output cannot be written any more is ended, as with a closed pipe.
     let log = File::create(out.join("log")).unwrap();
     log.set_len(32 << 20).unwrap();
     let log = File::options().append(true).open(out.join("log")).unwrap();
@@ -231,7 +231,7 @@ fn what_the_doctor_calls_enough_runs_a_guest() {
     if !runs_without_a_limit() {
         return;
     }
-    // No place for a queued signal is left: a vCPU is stopped all the same.
+    // No signal can be queued any more: a vCPU is stopped all the same.
     for (limits, name) in [
         (["--nofile=20", "--sigpending=0"], "files"),
         (["--fsize=134217728", "--sigpending=0"], "file size"),
@@ -248,7 +248,7 @@ fn a_limit_on_threads_is_an_error_at_every_number_of_them() {
     if !runs_without_a_limit() {
         return;
     }
-    // One is the process itself.
+    // One of them is the process itself.
     let mut enough = None;
     for max in 1..=15 {
         let Some(cgroup) = Cgroup::pids("few", max) else {
@@ -271,9 +271,9 @@ fn a_limit_on_threads_is_an_error_at_every_number_of_them() {
     assert!(enough.is_some(), "what the doctor calls enough is not");
 }
 
-/// A limit that is smaller than the guest is seen beforehand. What fits in it may still meet it:
-/// then the kernel ends the command with SIGKILL, which only the cgroup's `memory.events` or
-/// `memory.oom_control` tells.
+/// A limit that is smaller than the guest is detected beforehand. A guest that fits may still reach
+/// the limit: then the kernel ends the command with SIGKILL, which only the cgroup's
+/// `memory.events` or `memory.oom_control` shows.
 #[test]
 fn a_guest_that_the_memory_of_a_cgroup_cannot_hold_is_an_error_and_foretold_by_the_doctor() {
     if !runs_without_a_limit() {

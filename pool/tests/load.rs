@@ -1,4 +1,4 @@
-//! `hearth pool`: a pool under load, as its user sees it.
+//! `hearth pool`: a pool under load, from its user's view.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::process::{Command, Output, Stdio};
@@ -39,7 +39,7 @@ fn a_pool_is_shown_under_load_and_summed_up_at_a_signal() {
         "x",
     ];
     let mut child = hearth(&args).spawn().unwrap();
-    // It says a line each second; the load has begun when one has times in it.
+    // The command prints a line each second; the load has begun when a line counts a run.
     let stderr = std::io::BufReader::new(child.stderr.take().unwrap());
     let (mut begun, mut lines) = (None, Vec::new());
     for line in std::io::BufRead::lines(stderr) {
@@ -69,7 +69,7 @@ fn a_pool_is_shown_under_load_and_summed_up_at_a_signal() {
         (3, 2, 0),
         "{summary}"
     );
-    // Three tasks and two warm guests: both kinds of wish were there.
+    // With three tasks and two warm guests there are hits and misses.
     assert!(
         number("hits") >= 2 && number("misses") >= 1 && number("runs") >= 2,
         "{summary}"

@@ -1,6 +1,6 @@
-//! Whoever watches a pool may call into it: logs, spans, metrics, events and wakers are code of the
-//! embedder's, and none of it runs under the pool's lock. A program of its own, for it installs a
-//! subscriber and a recorder for the whole process.
+//! Observers of a pool may call into it: the code for logs, spans, metrics, events and wakers is
+//! the embedding program's, and none of it runs under the pool's lock. A test program of its own,
+//! because it installs a subscriber and a recorder for the whole process.
 
 #![allow(
     clippy::field_reassign_with_default,
@@ -34,7 +34,7 @@ use hearth_pool::{Parking, Pool, Profile};
 
 static POOL: OnceLock<Pool<FakeBackend>> = OnceLock::new();
 static CALLS: [AtomicUsize; 3] = [const { AtomicUsize::new(0) }; 3];
-/// What the backend itself has logged.
+/// Number of log events of the backend itself.
 static BY_BACKEND: AtomicUsize = AtomicUsize::new(0);
 
 #[derive(Clone, Copy)]
@@ -44,7 +44,7 @@ enum Watcher {
     Waker,
 }
 
-/// Calls into the pool; a call that comes of that does not again.
+/// Calls into the pool, but not from within such a call.
 fn call(watcher: Watcher) {
     thread_local! {
         static BUSY: Cell<bool> = const { Cell::new(false) };
@@ -54,7 +54,7 @@ fn call(watcher: Watcher) {
         let calls = CALLS[watcher as usize].fetch_add(1, Ordering::Relaxed);
         let _ = pool.status();
         if calls < 20 {
-            // Not each time: it leads to more of the same.
+            // Not each time, because an acquire causes more calls.
             drop(pool.acquire(JS));
         }
         BUSY.set(false);
@@ -127,14 +127,14 @@ impl ArcWake for Woken {
     }
 }
 
-/// Polls once, and is woken by a waker that calls into the pool.
+/// Polls once, with a waker that calls into the pool.
 fn poll_once<F: Future>(future: std::pin::Pin<&mut F>) {
     let waker = waker(Arc::new(Woken));
     let polled = future.poll(&mut std::task::Context::from_waker(&waker));
     assert!(polled.is_pending());
 }
 
-/// Lets a VM end between its check and its parking, of which its backend tells under the pool's
+/// Ends a VM between its check and its parking. The backend logs that, in a call under the pool's
 /// lock.
 async fn parked_when_dead(fake: &FakeBackend, pool: &Pool<FakeBackend>) {
     pool.wait_ready(secs(600)).await.unwrap();
@@ -146,14 +146,14 @@ async fn parked_when_dead(fake: &FakeBackend, pool: &Pool<FakeBackend>) {
     let check = tokio::spawn(async move { checking.check(PY, 1).await });
     gate.held(1).await;
     gate.open();
-    // Before the pool hears of the check.
+    // Before the pool receives the result of the check.
     let kill = tokio::spawn(async move { victims.live().iter().for_each(FakeVmHandle::kill) });
     kill.await.unwrap();
     check.await.unwrap().unwrap();
     assert_eq!(BY_BACKEND.load(Ordering::Relaxed), 1);
 }
 
-/// All that a pool tells of.
+/// Causes everything that a pool reports.
 async fn life() {
     let fake = FakeBackend::new();
     let mut config = config(2).profile(Profile::new(JS, JS).warm_pool_size(1));
@@ -187,7 +187,7 @@ async fn life() {
     drop((waiting, replenishing, offering));
     pool.resize(PY, 1).unwrap();
     pool.wait_ready(secs(600)).await.unwrap();
-    // One is sick, one dies, one stays out for too long, and a backend panics.
+    // One VM fails its check, one dies, one lease exceeds its time limit, and the backend panics.
     for vm in fake.live() {
         vm.script_pings([Ping::Wrong("nonce")]);
     }
@@ -221,7 +221,7 @@ fn whoever_watches_a_pool_may_call_into_it() {
         runtime.block_on(life());
         done.send(()).unwrap();
     });
-    // A deadlock would last for ever.
+    // A deadlock would last for ever, hence the timeout.
     over.recv_timeout(Duration::from_secs(60)).unwrap();
     for calls in &CALLS {
         assert!(calls.load(Ordering::Relaxed) > 0, "{CALLS:?}");

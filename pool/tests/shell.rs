@@ -1,4 +1,4 @@
-//! `hearth shell` as somebody at a terminal meets it: a real terminal pair, a real guest.
+//! `hearth shell` from the view of a user at a terminal: a real terminal pair, a real guest.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::File;
@@ -13,10 +13,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize};
 
-/// Longer than a boot takes anywhere.
+/// Timeout, longer than a boot takes on any host.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Somebody at a terminal, with a command that has it.
+/// A terminal, and the command that runs on it.
 struct Seat {
     keyboard: File,
     terminal: OwnedFd,
@@ -26,8 +26,8 @@ struct Seat {
 }
 
 impl Seat {
-    /// Runs the command as a shell does: it leads a session that the terminal controls. None where
-    /// that cannot be.
+    /// Runs the command as a shell does: it leads a session that the terminal controls. `None`
+    /// where that is not possible.
     fn take(args: &[&str], size: (u16, u16)) -> Option<Self> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let ours = openpt(flags).unwrap();
@@ -71,7 +71,7 @@ impl Seat {
         self.keyboard.write_all(keys.as_bytes()).unwrap();
     }
 
-    /// Waits until the screen shows `text`, since the last keys.
+    /// Waits until the screen shows `text`, since the last keys; returns the screen.
     fn sees(&self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -88,7 +88,7 @@ impl Seat {
         tcgetattr(&self.terminal).unwrap().local_modes
     }
 
-    /// Waits for the command's end, at which the terminal must be as it was.
+    /// Waits for the command's end, at which the terminal must be as it was before.
     fn leaves(&mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         let status = loop {
@@ -138,7 +138,7 @@ fn somebody_types_to_a_shell_in_a_guest() {
         return;
     };
     seat.sees("$ ");
-    // Keys go to the guest as they are.
+    // Keys go to the guest unprocessed.
     assert!(
         !seat
             .modes()
@@ -157,7 +157,7 @@ fn somebody_types_to_a_shell_in_a_guest() {
         }
         assert!(Instant::now() < deadline, "{:?}", seat.screen.lock());
     }
-    // Ctrl-C ends what runs in the guest, and neither the shell nor this command.
+    // Ctrl-C ends the program that runs in the guest, but neither the shell nor this command.
     seat.types("echo be''gun; while :; do :; done\r");
     seat.sees("begun");
     seat.types("\x03");

@@ -1,7 +1,7 @@
-//! Random torture on the fake backend, in real time and on several threads: sixteen tasks acquire,
-//! use, drop and cancel, a saboteur kills, freezes and wedges VMs, an operator resizes, drains,
-//! stops and starts, demand moves the sizes, leases have limits, and a fifth of all boots fails. At
-//! the end nothing is lost, nothing was handed out wrong, and the pool fills up.
+//! Random stress test on the fake backend, in real time and on several threads: sixteen tasks
+//! acquire, use, drop and cancel, a saboteur kills, freezes and wedges VMs, an operator resizes,
+//! drains, stops and starts, demand changes the sizes, leases have time limits, and a fifth of all
+//! boots fails. At the end nothing is lost, no VM was handed out wrongly, and the pool fills up.
 
 #![allow(
     clippy::unwrap_used,
@@ -28,7 +28,7 @@ const TASKS: u64 = 16;
 const SIZE: usize = 6;
 const LARGEST: usize = 8;
 
-/// xorshift: repeatable by seed, as far as threads allow.
+/// A xorshift generator: repeatable by seed, as far as threads allow.
 struct Dice(u64);
 
 impl Dice {
@@ -59,7 +59,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Each VM is used once.
+    /// Records the first use of a VM; each VM is used once.
     fn first_use(&self, id: VmId) {
         assert!(
             self.ids.lock().unwrap().insert(id),
@@ -103,7 +103,7 @@ async fn user(pool: Pool<FakeBackend>, seen: Arc<Seen>, over: Arc<AtomicBool>, s
                     .map(|lease| vec![lease])
             }
             _ => {
-                // Dropped at whatever await point it has come to.
+                // Cancelled at whichever await point it has reached.
                 let acquire = pool.acquire_timeout(profile, Duration::from_secs(5));
                 match timeout(dice.micros(3_000), acquire).await {
                     Ok(result) => result.map(|lease| vec![lease]),
@@ -116,7 +116,7 @@ async fn user(pool: Pool<FakeBackend>, seen: Arc<Seen>, over: Arc<AtomicBool>, s
         };
         let leases = match leases {
             Ok(leases) => leases,
-            // Nothing there, or the operator is at work.
+            // No VM is ready, or the operator has changed the pool.
             Err(
                 AcquireError::Exhausted { .. }
                 | AcquireError::Timeout { .. }
@@ -135,7 +135,7 @@ async fn user(pool: Pool<FakeBackend>, seen: Arc<Seen>, over: Arc<AtomicBool>, s
             match lease.work() {
                 Ok(1) => {}
                 Ok(used) => panic!("{} was used before: {used}", lease.id()),
-                // The saboteur may be faster; the pool must not be the cause.
+                // The saboteur may be faster, but the pool must not be the cause.
                 Err(FakeVmError::Ended | FakeVmError::Stuck) => {
                     assert!(
                         !lease.handle().is_paused(),
@@ -182,8 +182,8 @@ async fn saboteur(fake: FakeBackend, seen: Arc<Seen>, over: Arc<AtomicBool>, see
     }
 }
 
-/// Calls of the operator: by-hand passes and boots, sizes, drains, stops and starts; some of them
-/// given up.
+/// Makes an operator's calls: health-check rounds and boots by hand, sizes, drains, stops and
+/// starts. Some of them are cancelled.
 async fn operator(
     pool: Pool<FakeBackend>,
     fake: FakeBackend,
@@ -221,7 +221,7 @@ async fn operator(
     }
 }
 
-/// Until it runs, some starts given up on the way.
+/// Starts the pool until it runs; some starts are cancelled.
 async fn restart(pool: &Pool<FakeBackend>, dice: &mut Dice) {
     loop {
         let start = if dice.below(2) == 0 {
@@ -239,7 +239,7 @@ async fn restart(pool: &Pool<FakeBackend>, dice: &mut Dice) {
     }
 }
 
-/// Watches the invariant that the contract holds at every moment.
+/// Checks invariants of the contract, which hold at every moment, as long as the test runs.
 async fn auditor(pool: Pool<FakeBackend>, over: Arc<AtomicBool>, looks: Arc<AtomicU64>) {
     while !over.load(Ordering::Relaxed) {
         let status = pool.status();

@@ -1,6 +1,7 @@
-//! What a program of an ordinary user tries in a guest to become more than it is. Built alone and
-//! static, so that it runs in a guest that has no libraries. `attempts WHAT [ARGUMENT...]` prints a
-//! line `TRY NUMBER` for each try: the system's error, 0 if it was let.
+//! A program that an ordinary user runs in a guest to try to gain privileges. It is built without
+//! Cargo packages and statically linked, because the guest has no libraries. `attempts WHAT
+//! [ARGUMENT...]` prints a line `TRY NUMBER` for each try: the system's error number, or 0 if the
+//! try succeeded.
 
 use std::ffi::{CString, c_int, c_long};
 use std::fs::OpenOptions;
@@ -72,7 +73,7 @@ fn main() {
     }
 }
 
-/// The error of a system call, 0 if there was none.
+/// The error number of a system call, 0 if it succeeded.
 macro_rules! error {
     ($($argument:expr),+) => {
         // SAFETY: each call is given what it expects, or fails.
@@ -93,7 +94,7 @@ fn signals(other: c_long) {
         for signal in [0, 1, 9, 10, 15, 17, 18, STOP] {
             told("kill", error!(KILL, process, signal));
         }
-        // -1 is no group, but all processes.
+        // -1 would not be a group, but all processes.
         if process != AGENT {
             told("kill-group", error!(KILL, -process, 9 as c_long));
         }
@@ -242,11 +243,12 @@ fn files() {
             ),
         );
     }
-    // Where dynamic linkers look for libraries, shells for what they do first.
+    // Directories where dynamic linkers look for libraries and where login shells look for scripts.
     for place in ["/lib", "/lib64", "/etc/profile.d"] {
         told(place, code(std::fs::create_dir(place)));
     }
-    // On the same file system, so that this is not what stops it.
+    // The new name is on the same file system, so that a different file system is not the reason
+    // for a failure.
     for place in ["/init", "/etc", "/etc/machine-id", "/tmp/attempts"] {
         told(
             "rename",
@@ -265,8 +267,8 @@ fn set_mode(place: &str) -> std::io::Result<()> {
     std::fs::set_permissions(place, std::fs::Permissions::from_mode(0o777))
 }
 
-/// All files that the kernel would let this user write to, but for links and for what processes
-/// have in `/proc`.
+/// Prints all files that the kernel would let this user write to, except for links and the files of
+/// processes in `/proc`.
 fn writable() {
     let mut places = vec![PathBuf::from("/")];
     while let Some(place) = places.pop() {
@@ -291,7 +293,7 @@ fn writable() {
     }
 }
 
-/// Lays itself, as `id`, where programs are looked for by name.
+/// Copies itself, as `id`, to where programs are looked up by name.
 fn plant() {
     for place in [
         "/usr/local/sbin",
@@ -307,7 +309,7 @@ fn plant() {
     }
 }
 
-/// An address of AF_VSOCK.
+/// Returns an AF_VSOCK address.
 fn address(cid: u32, port: u32) -> [u8; 16] {
     let mut address = [0; 16];
     address[0] = 40;
@@ -324,7 +326,7 @@ fn sockets(own: c_long) {
     const STREAM: c_long = 1;
     const SEQPACKET: c_long = 5;
     let own = u32::try_from(own).unwrap();
-    // As the agent: its port, on each address, and those below.
+    // Acts as the agent: its port, on each address, and ports below it.
     for (cid, port) in [(u32::MAX, 1024), (own, 1024), (u32::MAX, 1023), (own, 80)] {
         for kind in [STREAM, SEQPACKET] {
             let fd = socket(kind);
@@ -335,7 +337,8 @@ fn sockets(own: c_long) {
             }
         }
     }
-    // As the host: its agent, from here. As the agent: the host's ports.
+    // Acts as the host: connects to the agent from inside. Acts as the agent: connects to the
+    // host's ports.
     for (cid, port) in [(1, 1024), (own, 1024), (0, 1024), (2, 1025), (2, 1024)] {
         let fd = socket(STREAM);
         told(
@@ -350,7 +353,7 @@ fn rights() {
     told("setuid", error!(SETUID, NONE));
     let group = 0_u32;
     told("setgroups", error!(SETGROUPS, 1 as c_long, &group));
-    // _LINUX_CAPABILITY_VERSION_3, all of them.
+    // _LINUX_CAPABILITY_VERSION_3, all capabilities.
     let (header, data) = ([0x2008_0522_u32, 0], [u32::MAX; 6]);
     told("capset", error!(CAPSET, &header, &data));
     told(
@@ -393,7 +396,7 @@ fn rights() {
     );
 }
 
-/// All capabilities there are, in namespaces of its own; none of them outside.
+/// Takes all capabilities in new namespaces; they must not work outside of them.
 fn namespaces() {
     const USER_AND_MOUNTS: c_long = 0x1002_0000;
     let made = error!(UNSHARE, USER_AND_MOUNTS);
@@ -443,7 +446,7 @@ fn namespaces() {
         "bind",
         error!(BIND, fd, &address(u32::MAX, 1023), 16 as c_long),
     );
-    // The image again, from its device, without what lies over it.
+    // Mounts the image again, from its device, without the file systems that lie over it.
     let target = c"/tmp".as_ptr();
     told(
         "mount",
@@ -470,7 +473,7 @@ fn namespaces() {
     told("cgroup", write("/sys/fs/cgroup/cgroup.procs"));
 }
 
-/// Another request's terminal.
+/// Uses another request's terminal.
 fn terminal(place: &str) {
     const CONTROL: c_long = 0x540e;
     const TYPE: c_long = 0x5412;
@@ -508,7 +511,7 @@ fn stop_all() {
     }
 }
 
-/// Makes processes until there are no more to be had, and holds them.
+/// Creates processes until no more can be created, and keeps them.
 fn fork() {
     let mut made = 0;
     loop {
@@ -525,13 +528,13 @@ fn fork() {
     std::thread::sleep(std::time::Duration::from_secs(1000));
 }
 
-/// Takes memory until it is killed for that, or there is none.
+/// Allocates memory until it is killed for that, or none is left.
 fn memory() {
     println!("taking");
     let mut chunk = 0_usize;
     loop {
         const ANONYMOUS_PRIVATE_POPULATED: c_long = 0x8022;
-        // SAFETY: a new mapping wherever the kernel likes.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let at = unsafe {
             syscall(
                 MMAP,

@@ -1,25 +1,25 @@
-//! A process for one test.
+//! Runs a test in a process of its own.
 
 use std::process::{Command, Stdio};
 
 use crate::skip::{UNMEASURED, print_past_capture};
 
-/// Set for the process that runs one test.
+/// Environment variable that is set for the process that runs one test.
 const MARK: &str = "HEARTH_TEST_ALONE";
 
-/// Runs the calling test again in a process of its own and gives `false`, or `true` in that
+/// Runs the calling test again in a process of its own and returns `false`, or `true` in that
 /// process.
 ///
-/// What a process holds can only be counted where nothing else runs: a test runner starts threads,
-/// and other tests open descriptors, at any moment.
+/// Descriptors, threads and memory of a process can only be counted where nothing else runs: a test
+/// runner starts threads, and other tests open descriptors, at any moment.
 ///
 /// # Panics
-/// If the test fails in its own process, with all that it printed.
+/// If the test fails in its own process; the message has all that it printed.
 #[must_use]
 pub fn alone() -> bool {
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("main");
-    // A runner that uses one thread calls tests on its own; they are alone already.
+    // A runner that uses one thread calls tests on its main thread: they are alone already.
     if name == "main" || std::env::var_os(MARK).is_some() {
         return true;
     }
@@ -42,7 +42,7 @@ pub fn alone() -> bool {
         if line.starts_with(UNMEASURED) {
             print_past_capture(line);
         } else {
-            // Figures, for those who run with `--nocapture`.
+            // Measurements, shown with `--nocapture`.
             eprintln!("{line}");
         }
     }

@@ -1,4 +1,4 @@
-//! A cgroup of a test's own, of version 2 or 1.
+//! A cgroup for one test, of version 2 or 1.
 
 use std::fmt::Display;
 use std::fs;
@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 /// Where Linux systems mount cgroups (`cgroups(7)`).
 const MOUNTED: &str = "/sys/fs/cgroup";
 
-/// A cgroup with a limit; removed with this value.
+/// A cgroup with a limit. Dropping it removes it.
 #[derive(Debug)]
 pub struct Cgroup {
     dir: PathBuf,
@@ -17,20 +17,21 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// One with so many threads at most, or `max`. None where this user cannot make one.
+    /// Creates a cgroup with at most `most` threads (a number or `max`). `None` if this user cannot
+    /// create one.
     #[must_use]
     pub fn pids(name: &str, most: impl Display) -> Option<Self> {
         Self::new("pids", ["pids.max"; 2], name, most)
     }
 
-    /// One with so many bytes of memory at most. None where this user cannot make one.
+    /// Creates a cgroup with at most `most` bytes of memory. `None` if this user cannot create one.
     #[must_use]
     pub fn memory(name: &str, most: u64) -> Option<Self> {
         let limit_files = ["memory.limit_in_bytes", "memory.max"];
         Self::new("memory", limit_files, name, most)
     }
 
-    /// The files of the limit are those of version 1 and of version 2.
+    /// Takes the names of the limit's file in version 1 and in version 2.
     fn new(
         controller: &str,
         [v1, v2]: [&'static str; 2],
@@ -52,13 +53,13 @@ impl Cgroup {
         Some(cgroup)
     }
 
-    /// The file with the limit.
+    /// Returns the path of the limit's file.
     #[must_use]
     pub fn limit_file(&self) -> PathBuf {
         self.dir.join(self.limit_file)
     }
 
-    /// Another limit.
+    /// Sets another limit.
     ///
     /// # Panics
     /// If the kernel refuses it.
@@ -66,24 +67,24 @@ impl Cgroup {
         fs::write(self.limit_file(), most.to_string()).unwrap();
     }
 
-    /// Lets the threads in it be so many more than they are.
+    /// Sets the limit to `more` threads above the current number.
     ///
     /// # Panics
-    /// If it is not one of [`pids`](Self::pids).
+    /// If the cgroup was not created by [`pids`](Self::pids).
     pub fn leave_threads(&self, more: u64) {
         let used = fs::read_to_string(self.dir.join("pids.current")).unwrap();
         let used: u64 = used.trim().parse().unwrap();
         self.limit(used + more);
     }
 
-    /// Takes this process in until the value is dropped. None where it cannot.
+    /// Moves this process into the cgroup until the value is dropped. `None` if it cannot be moved.
     pub fn join(&mut self) -> Option<()> {
         fs::write(self.dir.join("cgroup.procs"), "0").ok()?;
         self.joined = true;
         Some(())
     }
 
-    /// The program as a member.
+    /// Returns a command that runs `program` in the cgroup.
     #[must_use]
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("sh");

@@ -1,32 +1,32 @@
 //! Guests of a few instructions: machine code that runs at 1 MiB in 64-bit ring 0.
 //!
 //! [`Code`] is just enough of an assembler for a hostile driver: it reaches the virtio-mmio
-//! windows, writes memory, waits for register bits and prints registers on the serial console.
+//! regions, writes memory, waits for register bits and prints registers on the serial console.
 
 use hearth_vmm::cache::TemplateKey;
 use hearth_vmm::{SnapshotError, Template, Vm, VmConfig};
 
-/// The port on which our kernel reports its end.
+/// The port on which our kernel reports how it ended.
 pub const REPORT_PORT: u16 = 0x5f0;
 /// Data register of COM1.
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// Start of the first virtio-mmio window (vsock); the second (balloon) follows at once.
+/// Start of the first virtio-mmio region (vsock); the second (balloon) follows it directly.
 pub const MMIO_BASE: u32 = 0xd000_0000;
-/// Bytes of a window.
+/// Size of a region in bytes.
 pub const MMIO_SIZE: u32 = 0x1000;
 
-/// Machine code under construction. Registers rax, rbx, rcx and rdx are free for use.
+/// Machine code under construction. It may use the registers rax, rbx, rcx and rdx freely.
 #[derive(Clone, Debug, Default)]
 #[must_use]
 pub struct Code(Vec<u8>);
 
 impl Code {
-    /// No instruction yet.
+    /// Starts without an instruction.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// These bytes as they are.
+    /// Appends these bytes unchanged.
     pub fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend_from_slice(bytes);
         self
@@ -45,17 +45,18 @@ impl Code {
             .fold(self, |code, byte| code.out(SERIAL_PORT, byte))
     }
 
-    /// Reports an end as our kernel does: 1 power off, 2 restart, 3 halt, 4 panic.
+    /// Reports an exit as our kernel does: 1 power off, 2 restart, 3 halt, 4 panic.
     pub fn report(self, how: u8) -> Self {
         self.out(REPORT_PORT, how)
     }
 
-    /// `lidt` of an empty table, then an undefined instruction: no handler can be reached.
+    /// Loads an empty table with `lidt`, then runs an undefined instruction: no handler can be
+    /// reached.
     pub fn triple_fault(self) -> Self {
         self.raw(&[0x0f, 0x01, 0x1c, 0x25, 0x00, 0x00, 0x20, 0x00, 0x0f, 0x0b])
     }
 
-    /// Runs on the spot for ever.
+    /// Loops for ever.
     pub fn spin(self) -> Self {
         self.raw(&[0xeb, 0xfe])
     }
@@ -90,8 +91,9 @@ impl Code {
         self.store(address, low).store(address + 4, high)
     }
 
-    /// Makes the virtio-mmio windows reachable and chooses one of them (0 vsock, 1 balloon) for the
-    /// calls below. Once per guest is enough for the first part, so it is done each time.
+    /// Maps the virtio-mmio regions and selects one of them (0 vsock, 1 balloon) for the calls
+    /// below. The mapping is needed once per guest; it is repeated each time because that does no
+    /// harm.
     pub fn device(self, index: u32) -> Self {
         // The boot page tables lie at 0x9000 and map the first GiB; the fourth GiB gets a page
         // directory at 2 MiB with one page of 2 MiB: present, writable, large.
@@ -126,7 +128,7 @@ impl Code {
             .raw(&value.to_le_bytes())
     }
 
-    /// Writes eight bytes, the value sign-extended, from a device register on.
+    /// Writes eight bytes, the value sign-extended, at a device register.
     pub fn write64(self, offset: u64, value: i32) -> Self {
         // mov qword [rbx + offset], value
         self.raw(&[0x48, 0xc7, 0x83])
@@ -134,7 +136,7 @@ impl Code {
             .raw(&value.to_le_bytes())
     }
 
-    /// Prints the byte at an address below 2 GiB on the serial console, as it is.
+    /// Prints the byte at an address below 2 GiB on the serial console, unchanged.
     pub fn print_byte(self, address: u32) -> Self {
         assert!(address < 1 << 31, "an absolute address is sign-extended");
         // mov al, [address]; mov dx, 0x3f8; out dx, al
@@ -143,7 +145,7 @@ impl Code {
             .raw(&[0x66, 0xba, 0xf8, 0x03, 0xee])
     }
 
-    /// Does `body`, which leaves r8 alone, `count` times.
+    /// Runs `body`, which must not change r8, `count` times.
     pub fn repeat(self, count: u32, body: Code) -> Self {
         let body = body.bytes();
         // dec r8d; jnz back to the body: 3 and 6 bytes
@@ -156,7 +158,7 @@ impl Code {
             .raw(&back.to_le_bytes())
     }
 
-    /// Prints the low byte of a device register on the serial console, as it is.
+    /// Prints the low byte of a device register on the serial console, unchanged.
     pub fn print_register(self, offset: u64) -> Self {
         // mov eax, [rbx + offset]; mov dx, 0x3f8; out dx, al
         self.raw(&[0x8b, 0x83])
@@ -183,16 +185,16 @@ impl Code {
             .raw(&[0x74, 0xf4])
     }
 
-    /// The bytes.
+    /// Returns the machine code.
     #[must_use]
     pub fn bytes(self) -> Vec<u8> {
         self.0
     }
 
-    /// Boots it: 32 MiB, one vCPU, a serial console.
+    /// Boots the code in a VM of 32 MiB, one vCPU and a serial console.
     ///
     /// # Panics
-    /// If the VM cannot be made.
+    /// If the VM cannot be created.
     #[must_use]
     pub fn boot(self) -> Vm {
         let config = VmConfig::flat(self.bytes()).memory_mib(32).console(true);
@@ -200,7 +202,8 @@ impl Code {
     }
 }
 
-/// An ELF file with these (address, content) segments, entered at the first one's address.
+/// Returns an ELF file with these (address, content) segments; its entry point is the first one's
+/// address.
 #[must_use]
 pub fn elf(segments: &[(u64, &[u8])]) -> Vec<u8> {
     const HEADER: usize = 64;
@@ -245,33 +248,33 @@ pub fn elf(segments: &[(u64, &[u8])]) -> Vec<u8> {
     file
 }
 
-/// A static program for a guest's Linux: the machine code between two labels, which may change
-/// itself.
+/// Returns a static program for a guest's Linux: the machine code between two labels, which may
+/// modify itself.
 ///
 /// # Safety
-/// From `start` to `end` lie initialized bytes that nothing changes.
+/// The bytes from `start` to `end` must be initialized, and nothing may change them.
 #[must_use]
 pub unsafe fn program(start: *const u8, end: *const u8) -> Vec<u8> {
-    /// As far into a page as the code lies in its file, behind the headers.
+    /// The offset in its page is the offset of the code in its file, behind the headers.
     const ADDRESS: u64 = 0x40_0078;
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     let code = unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) };
     elf(&[(ADDRESS, code)])
 }
 
-/// The key of the template that [`cached_template`] makes for `number`.
+/// Returns the key of the template that [`cached_template`] makes for `number`.
 pub fn flat_key(number: u64) -> TemplateKey {
     TemplateKey::new().part("flat", number.to_le_bytes())
 }
 
-/// A template of a guest that prints its number and powers off, with 4 MiB of memory that is not
-/// zero.
+/// Makes a template of a guest that prints its number and powers off, with 4 MiB of memory that is
+/// not zero.
 ///
 /// # Errors
-/// If the host refuses it.
+/// If the host fails to create it.
 ///
 /// # Panics
-/// If the VM cannot be made.
+/// If the VM cannot be created.
 pub fn cached_template(number: u64) -> Result<Template, SnapshotError> {
     let mut code = Code::new().print(&number.to_string()).report(1).spin();
     code = code.raw(&crate::noise(4 << 20, number + 1));

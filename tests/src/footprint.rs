@@ -1,10 +1,10 @@
-//! What this process holds: descriptors, threads, mappings, resident memory.
+//! Resources of this process: descriptors, threads, mappings, resident memory.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
-/// A count of what this process holds, by name where there are names.
+/// The resources of this process at one moment, counted by name where there are names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Footprint {
     /// Open descriptors by what they refer to (inode numbers left out).
@@ -18,7 +18,7 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// Counts now.
+    /// Counts the resources now.
     ///
     /// # Panics
     /// Without a readable `/proc/self`.
@@ -32,9 +32,9 @@ impl Footprint {
         }
     }
 
-    /// Waits until the process holds no more descriptors, threads and mappings of files than this,
-    /// and at most `slack` mappings of plain memory more (allocators keep some); what dropped
-    /// VMs held is released by a thread of its own.
+    /// Waits until the process has no more descriptors, threads and mappings of files than this,
+    /// and at most `slack` more mappings of anonymous memory (allocators keep some). It has to wait
+    /// because a thread of the library tears dropped VMs down.
     ///
     /// # Panics
     /// With the difference, when `limit` passes first.
@@ -53,7 +53,7 @@ impl Footprint {
         }
     }
 
-    /// What `later` holds beyond this, as lines of text.
+    /// Lists the resources that `later` has beyond this, as lines of text.
     fn grown(&self, later: &Self, slack: usize) -> String {
         let mut text = String::new();
         let mut compare = |kind: &str,
@@ -80,8 +80,8 @@ impl Footprint {
     }
 }
 
-/// Mappings of files apart from those of plain memory, which the allocator and the C library make
-/// as they please. A guest's memory and a vCPU's page are files.
+/// Separates mappings of files from those of anonymous memory, which the allocator and the C
+/// library make as they need. A guest's memory and a vCPU's page are files.
 fn by_name(mappings: &BTreeMap<String, usize>) -> [BTreeMap<String, usize>; 2] {
     let split = mappings.clone().into_iter();
     let (unnamed, files) = split.partition(|(name, _)| name.starts_with('['));
@@ -101,7 +101,7 @@ fn fds() -> BTreeMap<String, usize> {
     count(entries.filter_map(|entry| {
         let target = std::fs::read_link(entry.ok()?.path()).ok()?;
         let target = target.to_string_lossy();
-        // The descriptor of this very listing.
+        // Leaves out the descriptor of this listing.
         (!target.starts_with("/proc/")).then(|| match target.split_once(":[") {
             Some((kind, _)) => kind.to_owned(),
             None => target.into_owned(),
@@ -111,7 +111,7 @@ fn fds() -> BTreeMap<String, usize> {
 
 fn threads() -> BTreeMap<String, usize> {
     let entries = std::fs::read_dir("/proc/self/task").expect("/proc/self/task");
-    // A thread may end between the listing and the reading.
+    // A thread may end after the listing, before its name is read.
     let names = entries.filter_map(|entry| {
         let comm = std::fs::read_to_string(entry.ok()?.path().join("comm")).ok()?;
         Some(comm.trim_end().to_owned())
@@ -134,8 +134,9 @@ fn rss_kib() -> u64 {
         .expect("VmRSS in /proc/self/status")
 }
 
-/// Memory in KiB that this process shares with no other and that is not its guests' (proc(5),
-/// smaps): heap, stacks, what threads and handles cost. Pages of the host's kernel are not in it.
+/// Returns the memory in KiB that is private to this process, without its guests' memory (proc(5),
+/// smaps): heap, stacks, costs of threads and handles. Memory that the host's kernel uses for it is
+/// not counted.
 ///
 /// # Panics
 /// Without a readable `/proc/self`.
@@ -158,8 +159,7 @@ pub fn private_kib() -> u64 {
     sum
 }
 
-/// Memory in KiB that the host could still give to programs (`MemAvailable`), whoever uses the
-/// rest.
+/// Returns the memory in KiB that the host could still give to programs (`MemAvailable`).
 ///
 /// # Panics
 /// Without a readable `/proc/meminfo`.
@@ -186,8 +186,8 @@ mod tests {
         let heap = std::hint::black_box(vec![1_u8; 8 << 20]);
         assert!((8 << 10..9 << 10).contains(&(private_kib() - before)));
         let boot = || crate::flat::Code::new().sleep().raw(&heap).boot();
-        // What the first VM of a process makes for all, and what the C library keeps of copies,
-        // from the second on.
+        // Boots first what would distort the figures: the first VM of a process sets up shared
+        // state, and the C library keeps memory of copies, from the second VM on.
         for _ in 0..3 {
             boot().destroy();
         }
@@ -209,7 +209,7 @@ mod tests {
             .name("hearth-leaked".into())
             .spawn(move || wait.recv().is_ok())
             .unwrap();
-        // The name is set by the new thread itself.
+        // The new thread sets its own name, some time after it starts.
         while !Footprint::now().threads.contains_key("hearth-leaked") {
             std::thread::yield_now();
         }

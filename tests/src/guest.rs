@@ -13,13 +13,13 @@ use tokio::sync::OnceCell;
 
 use crate::skip::within;
 
-/// Environment variable that names a kernel to use instead of ours.
+/// Environment variable with the path of a kernel to use instead of ours.
 const KERNEL_VARIABLE: &str = "HEARTH_KERNEL";
-/// Environment variable that names an initramfs to use instead of ours.
+/// Environment variable with the path of an initramfs to use instead of ours.
 const INITRAMFS_VARIABLE: &str = "HEARTH_INITRAMFS";
 
-/// Seconds on hardware after which a boot counts as stuck, and for each GiB of memory: the kernel
-/// describes its pages one by one.
+/// Seconds on hardware after which a boot counts as stuck, plus the seconds for each GiB of memory:
+/// the kernel initializes the descriptor of each page.
 const BOOT_SECONDS: u64 = 18;
 const BOOT_SECONDS_PER_GIB: u64 = 8;
 
@@ -28,16 +28,16 @@ const BOOT_SECONDS_PER_GIB: u64 = 8;
 pub struct Guest {
     /// The virtual machine.
     pub vm: Vm,
-    /// The connection that the agent dialled (booted) or the harness made (forked).
+    /// The connection that the agent opened (booted guest) or the harness opened (forked guest).
     pub agent: AgentClient<VsockStream>,
     /// The guest's identity.
     pub instance: InstanceId,
 }
 
-/// Where the time of a boot went.
+/// The phases of a boot.
 #[derive(Clone, Copy, Debug)]
 pub struct Phases {
-    /// The monitor's steps.
+    /// The times of the VMM's steps.
     pub create: CreateTimes,
     /// From the first instruction to the agent's `main`, by the guest's clock.
     pub kernel: Duration,
@@ -47,7 +47,7 @@ pub struct Phases {
     pub pong: Duration,
 }
 
-/// Says on stderr what a first run is doing for minutes.
+/// Reports on stderr the stage of a first run, which takes minutes.
 struct Stages;
 
 impl Progress for Stages {
@@ -58,7 +58,7 @@ impl Progress for Stages {
     }
 }
 
-/// Kernel and initramfs.
+/// Returns the paths of kernel and initramfs.
 fn files() -> &'static (PathBuf, PathBuf) {
     static FILES: OnceLock<(PathBuf, PathBuf)> = OnceLock::new();
     FILES.get_or_init(|| {
@@ -77,35 +77,36 @@ fn files() -> &'static (PathBuf, PathBuf) {
     })
 }
 
-/// An error with all its causes.
+/// Formats an error with all its causes.
 #[must_use]
 pub fn error_chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
-/// The kernel that guests here boot: ours (built if it is not cached), or `$HEARTH_KERNEL`.
+/// Returns the kernel that guests here boot: ours (built if it is not cached), or `$HEARTH_KERNEL`.
 #[must_use]
 pub fn kernel_path() -> PathBuf {
     files().0.clone()
 }
 
-/// A configuration that boots our image, to be refined.
+/// Returns a configuration that boots our image; callers may refine it.
 pub fn image() -> VmConfigBuilder {
     let (kernel, initramfs) = files();
     VmConfig::builder(kernel).initramfs(initramfs)
 }
 
 impl Guest {
-    /// Boots a guest, 128 MiB and one vCPU unless refined, up to its first pong.
+    /// Boots a guest, with 128 MiB and one vCPU unless `refine` changes that, and waits for its
+    /// first pong.
     ///
     /// # Panics
-    /// If it does not come up; with its console's end if it has one.
+    /// If it does not come up. The message has the end of its console's text, if it has a console.
     pub async fn boot(refine: impl FnOnce(VmConfigBuilder) -> VmConfigBuilder) -> (Guest, Phases) {
         Self::boot_with(refine(image())).await
     }
 
-    /// As [`Guest::boot`], with another kernel and the usual initramfs.
+    /// As [`Guest::boot`], with another kernel and the default initramfs.
     ///
     /// # Panics
     /// If it does not come up.
@@ -156,22 +157,22 @@ impl Guest {
         )
     }
 
-    /// A guest of its own for a case: a clone of one that was booted once per test binary.
+    /// Returns a guest for one case: a clone of a guest that is booted once per test binary.
     ///
     /// # Panics
-    /// If it cannot be had.
+    /// If the guest cannot be booted or forked.
     pub async fn fork() -> Guest {
         Self::of(Self::template().await).await
     }
 
-    /// The guest that [`Guest::fork`] clones: booted once per test binary, with everything
-    /// prepared.
+    /// Returns the template that [`Guest::fork`] clones: a guest that is booted once per test
+    /// binary and has finished its preparations.
     ///
     /// # Panics
-    /// If it cannot be had.
+    /// If the guest cannot be booted or captured.
     pub async fn template() -> &'static Template {
         static TEMPLATE: OnceCell<Result<Template, ()>> = OnceCell::const_new();
-        // A boot that fails is not tried again by every case of the binary.
+        // A failed boot is not tried again for each case of the binary.
         let make = || async {
             let made = tokio::spawn(async { Self::prepared(|config| config).await.freeze() });
             made.await.map_err(|_| ())
@@ -180,7 +181,7 @@ impl Guest {
         template.expect("a guest to fork (why there is none is above)")
     }
 
-    /// Boots a guest and waits until it has prepared everything: what a template is made of.
+    /// Boots a guest and waits until its agent has prepared everything, as for a template.
     ///
     /// # Panics
     /// As [`Guest::boot`].
@@ -200,7 +201,8 @@ impl Guest {
         guest
     }
 
-    /// Makes the guest a template, at rest if it comes to rest; its connection ends.
+    /// Makes the guest a template, captured when idle if it becomes idle within 5 seconds. Its
+    /// connection ends.
     ///
     /// # Panics
     /// If it cannot be captured.
@@ -213,16 +215,16 @@ impl Guest {
         frozen.unwrap_or_else(|error| panic!("{}", error_chain(&error)))
     }
 
-    /// A running clone of `template` that was made a stranger to its siblings.
+    /// Forks `template` and refreshes the clone, so that it is unique.
     ///
     /// # Panics
-    /// If it cannot be had.
+    /// If the clone cannot be forked or refreshed.
     pub async fn of(template: &Template) -> Guest {
         let vm = template.fork();
         Self::refreshed(vm.unwrap_or_else(|error| panic!("{}", error_chain(&error)))).await
     }
 
-    /// Makes a running clone a stranger to its siblings.
+    /// Refreshes a running clone, so that it is unique after its restore.
     ///
     /// # Panics
     /// If its agent does not answer.
@@ -249,7 +251,7 @@ impl Guest {
         }
     }
 
-    /// A new connection to the agent.
+    /// Opens a new connection to the agent.
     ///
     /// # Panics
     /// If it is not established.
@@ -257,7 +259,7 @@ impl Guest {
         dial_agent(&self.vm).await
     }
 
-    /// Runs a program to its end and keeps its output.
+    /// Runs a program to its end and returns its output.
     ///
     /// # Panics
     /// If it cannot be run.
@@ -265,7 +267,7 @@ impl Guest {
         self.run_with(command, &[]).await
     }
 
-    /// Runs a program with this input.
+    /// Runs a program with this input and returns its output.
     ///
     /// # Panics
     /// If it cannot be run.
@@ -279,7 +281,7 @@ impl Guest {
             .expect("a program that ends")
     }
 
-    /// Waits for the guest's end.
+    /// Waits until the guest ends.
     ///
     /// # Panics
     /// If it does not end.
@@ -288,7 +290,7 @@ impl Guest {
     }
 }
 
-/// The end of what the guest printed.
+/// Returns the last 40 lines of the guest's console.
 fn tail(vm: &Vm) -> String {
     let text = vm.console().text();
     let lines: Vec<&str> = text.lines().rev().take(40).collect();
@@ -301,7 +303,7 @@ async fn greet(stream: VsockStream) -> AgentClient<VsockStream> {
         .expect("a greeting")
 }
 
-/// A connection to the agent of `vm`, which may be a clone that is still like its siblings.
+/// Opens a connection to the agent of `vm`, which may be a clone that is not yet refreshed.
 ///
 /// # Panics
 /// If it is not established.
@@ -311,8 +313,8 @@ pub async fn dial_agent(vm: &Vm) -> AgentClient<VsockStream> {
     greet(stream.unwrap_or_else(|error| panic!("{error}; {:?}", vm.exits()))).await
 }
 
-/// The guest that the cases of one test binary share; it runs until the process ends. Cases must
-/// leave it as they found it.
+/// Returns the guest that the cases of one test binary share. It runs until the process ends. Cases
+/// must leave it unchanged.
 ///
 /// # Panics
 /// If it does not come up, for each caller.
@@ -332,7 +334,7 @@ fn random(len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Bytes without a pattern (xorshift), the same for the same seed.
+/// Returns bytes without a pattern (xorshift); the same seed gives the same bytes.
 #[must_use]
 pub fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;

@@ -1,22 +1,22 @@
-//! A program that reads from a socket of the host's with a low-water mark, which the agent's
-//! programs have no use for.
+//! A program that reads from a vsock connection of the host with a low-water mark (`SO_RCVLOWAT`),
+//! which no program of the agent uses.
 
 use std::arch::global_asm;
 
 use crate::flat::program;
 
-/// The port that it listens on.
+/// The port that the program listens on.
 pub const PORT: u32 = 3900;
-/// What its socket holds.
+/// The size of its socket's receive buffer in bytes.
 pub const BUFFER: usize = 131_072;
-/// How much must be there before it reads.
+/// The low-water mark: the bytes that must be queued before it reads.
 pub const MARK: usize = 65_537;
-/// What it reads first, without a mark.
+/// The bytes that it reads first, without a mark.
 pub const FIRST: usize = 65_536;
 
-/// The program, a static ELF file: listens, says so, takes one connection, waits until its
-/// [`BUFFER`] is full, and until the peer was told that it is; reads [`FIRST`] bytes, waits for
-/// [`MARK`] of them, reads those, and says `whole`.
+/// Returns the program, a static ELF file. It listens, prints `listening`, accepts one connection,
+/// waits until its [`BUFFER`] is full, and for half a second more, so that the peer learns that it
+/// is. It then reads [`FIRST`] bytes, waits for [`MARK`] bytes, reads those, and prints `whole`.
 #[must_use]
 pub fn reader() -> Vec<u8> {
     // SAFETY: two labels around bytes that nothing writes to in this process.
@@ -28,7 +28,7 @@ unsafe extern "C" {
     static hearth_low_water_end: u8;
 }
 
-// r12 the listener, r13 the connection.
+// r12: the listener, r13: the connection.
 global_asm!(
     r#"
 .pushsection .rodata.hearth_low_water, "a", @progbits

@@ -1,5 +1,5 @@
-//! A program that holds all vector registers and sees whether they are still its own: machine code
-//! of ours, for no compiler keeps values in all of them.
+//! A program that fills all vector registers and checks that they keep their values. It is machine
+//! code, because no compiler keeps values in all of them.
 
 use std::arch::global_asm;
 
@@ -9,31 +9,37 @@ use hearth_agent::proto::{ExitStatus, Put};
 use crate::flat::program;
 use crate::{Guest, within};
 
-/// The program, a static ELF file: `registers KIND SEED ROUNDS`. `KIND` is [`AVX`] or [`AVX_512`].
-/// In each round it loads all registers with numbers of its own, then yields, moves to another CPU,
-/// takes a signal whose handler loads others and yields, forks a child that checks what it
-/// inherited and loads others, has such a child execute a program which checks that all are zero,
-/// or computes; and checks them. It prints `wrong=N`, of all checks, and ends with 0 if N is 0.
+/// Returns the program, a static ELF file: `registers KIND SEED ROUNDS`. `KIND` is [`AVX`] or
+/// [`AVX_512`]. In each round it loads all registers with numbers of its own, does one of these
+/// things, and checks the registers:
+///
+/// - it yields, or moves to another CPU
+/// - it takes a signal, whose handler loads other numbers and yields
+/// - it forks a child, which checks what it inherited and loads other numbers
+/// - it forks a child that executes a program, which checks that all registers are zero
+/// - it computes
+///
+/// It prints `wrong=N`, the number of failed checks, and exits with 0 if N is 0.
 #[must_use]
 pub fn keeper() -> Vec<u8> {
     // SAFETY: two labels around bytes that nothing writes to in this process.
     unsafe { program(&raw const hearth_registers, &raw const hearth_registers_end) }
 }
 
-/// 16 registers of 32 bytes.
+/// The kind that uses 16 registers of 32 bytes.
 pub const AVX: &str = "a";
-/// 32 registers of 64 bytes and seven masks.
+/// The kind that uses 32 registers of 64 bytes and seven masks.
 pub const AVX_512: &str = "z";
 
-/// Whether programs have AVX-512: they see the processor that they run on, so that theirs is the
-/// host's.
+/// Returns whether programs in guests have AVX-512. The host's answer holds for them: they see the
+/// processor that they run on.
 #[must_use]
 pub fn has_avx_512() -> bool {
     std::arch::is_x86_feature_detected!("avx512f")
         && std::arch::is_x86_feature_detected!("avx512bw")
 }
 
-/// The kind of program that holds the most.
+/// Returns the kind of program that uses the most registers.
 #[must_use]
 pub fn widest() -> &'static str {
     match has_avx_512() {
@@ -42,7 +48,7 @@ pub fn widest() -> &'static str {
     }
 }
 
-/// Runs so many [`keeper`]s at once in a guest, each for so many rounds.
+/// Runs `programs` [`keeper`]s at once in a guest, each for `rounds` rounds.
 ///
 /// # Panics
 /// If one finds another's numbers in a register.
@@ -76,8 +82,8 @@ unsafe extern "C" {
     static hearth_registers_end: u8;
 }
 
-// Callee-saved registers: ebx kind (99 is c, 122 z), r12 the last number, r13 rounds left, r14 what
-// was wrong.
+// Callee-saved registers: ebx kind (99 is c, 122 z), r12 the last number, r13 rounds left, r14
+// failed checks.
 global_asm!(
     r#"
 .pushsection .rodata.hearth_registers, "a", @progbits

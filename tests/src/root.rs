@@ -1,4 +1,4 @@
-//! A root file system for guests, of programs of this machine.
+//! Root file systems for guests, made of programs of this machine.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,12 +10,12 @@ use tokio::sync::OnceCell;
 use crate::guest::{Guest, error_chain};
 use crate::skip::{kvm, not_measured};
 
-/// Memory of guests with a shell: little, so that it is soon taken.
+/// Memory of guests with a shell: little, so that a program can soon use it up.
 const MEMORY_MIB: u64 = 40;
 
-/// Makes an image in `dir` with this machine's `/bin/sh`, the other `programs` (absolute paths) and
-/// the libraries that they are linked to, and these `files`. Where that is not possible it says so,
-/// and there is none.
+/// Makes an image in `dir` with this machine's `/bin/sh`, the other `programs` (absolute paths),
+/// the libraries that they are linked to, and these `files`. Where that is not possible, reports
+/// the test as skipped and returns `None`.
 #[must_use]
 #[track_caller]
 pub fn shell_root(dir: &Path, programs: &[&str], files: &[(&str, &str)]) -> Option<PathBuf> {
@@ -38,8 +38,9 @@ pub fn shell_root(dir: &Path, programs: &[&str], files: &[(&str, &str)]) -> Opti
     }
 }
 
-/// A guest of its own for a case, with a shell, `cat` and `mkfifo`: a clone of one that was booted
-/// once per test binary. Where that cannot be had it says so, and there is none.
+/// Returns a guest for one case, with a shell, `cat` and `mkfifo`: a clone of a guest that is
+/// booted once per test binary. Where that is not possible, reports the test as skipped and returns
+/// `None`.
 ///
 /// # Panics
 /// As [`Guest::prepared`].

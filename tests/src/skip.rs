@@ -1,4 +1,4 @@
-//! Tests that cannot run here, and how long to wait for those that can.
+//! Skips tests that cannot run here, and scales the time limits of those that can.
 
 use std::future::Future;
 use std::io::Write;
@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use hearth_vmm::Host;
 
-/// Says that a test was skipped, and why. The line goes to the real stderr, past the test runner's
-/// capture, because a runner counts these lines: a test that printed one did not pass, it was
-/// skipped.
+/// Reports that a test is skipped, and why. The line goes to the real stderr, past the test
+/// runner's capture, because a runner counts these lines: a test that printed one was skipped and
+/// did not pass.
 #[track_caller]
 pub fn not_measured(reason: &str) {
     let place = Location::caller();
@@ -20,15 +20,15 @@ pub fn not_measured(reason: &str) {
     ));
 }
 
-/// How the line of a skipped test begins.
+/// The start of the line that reports a skipped test.
 pub(crate) const UNMEASURED: &str = "NOT MEASURED: ";
 
 pub(crate) fn print_past_capture(line: &str) {
     let _ = std::io::stderr().write_all(format!("\n{line}\n").as_bytes());
 }
 
-/// Whether there is a `/dev/kvm` to test on; says so if not. A `/dev/kvm` that does not work is no
-/// reason to skip: the tests then fail.
+/// Returns whether there is a `/dev/kvm` to test on, and reports the test as skipped if not. A
+/// `/dev/kvm` that does not work is no reason to skip: the tests then fail.
 #[must_use]
 #[track_caller]
 pub fn kvm() -> bool {
@@ -39,7 +39,7 @@ pub fn kvm() -> bool {
     there
 }
 
-/// A time that was chosen for hardware, scaled for this host.
+/// Scales a timeout that was chosen for hardware to this host.
 ///
 /// # Panics
 /// If the host cannot run guests.
@@ -49,7 +49,7 @@ pub fn patience(hardware: Duration) -> Duration {
     hardware * host.timeout_factor()
 }
 
-/// Waits for what must happen; fails the test, naming it, after `seconds` on hardware.
+/// Waits for `future`. Fails the test with `what` in the message after `seconds` on hardware.
 ///
 /// # Panics
 /// When the time is over.

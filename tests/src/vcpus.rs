@@ -1,9 +1,10 @@
-//! What the vCPUs of this process have used of the processors.
+//! Processor time of the vCPUs of this process.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Processor time of each vCPU thread that lives, by its name; those of the same name together.
+/// Returns the processor time of each live vCPU thread by its name. Threads of the same name are
+/// added up.
 ///
 /// # Panics
 /// Without a readable `/proc/self`.
@@ -14,7 +15,7 @@ pub fn vcpu_times() -> BTreeMap<String, Duration> {
     let times = threads.filter_map(|thread| {
         let path = thread.ok()?.path();
         let name = std::fs::read_to_string(path.join("comm")).ok()?;
-        // proc(5): nanoseconds on a processor first.
+        // proc(5), schedstat: the first number is the nanoseconds on a processor.
         let spent = std::fs::read_to_string(path.join("schedstat")).ok()?;
         let spent = spent.split(' ').next()?.parse().ok()?;
         let of_vcpu = name.starts_with("hearth-vcpu");

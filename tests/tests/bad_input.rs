@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! What cannot work is refused with a typed error that says what to do, and nothing is started.
+//! Invalid input is refused with a typed error that says what to do, and nothing is started.
 
 use std::path::Path;
 use std::process::Command;
@@ -19,7 +19,7 @@ use hearth_vmm::{
 };
 use tempfile::TempDir;
 
-/// Where the synthetic kernels lie.
+/// The address of the synthetic kernels.
 const KERNEL_AT: u64 = 16 << 20;
 
 /// A directory with files to boot from.
@@ -43,12 +43,13 @@ fn kernel() -> Vec<u8> {
     elf(&[(KERNEL_AT, &code), (KERNEL_AT + 0x20_0000, &[7; 5000])])
 }
 
-/// Makes the lasting parts (event threads, `/dev/kvm`) exist, so that what is compared is a VM's.
+/// Creates the process-wide parts (event threads, `/dev/kvm`), so that footprints compared later
+/// differ only by a VM's resources.
 fn warm_up() {
     Code::new().spin().boot().destroy();
 }
 
-/// The error of booting `config`; nothing may be left of the try.
+/// Returns the error of booting `config`. The attempt must leave nothing behind.
 fn refused(config: VmConfigBuilder) -> BootError {
     static WARM: Once = Once::new();
     WARM.call_once(warm_up);
@@ -231,7 +232,8 @@ fn what_is_no_kernel_is_named_by_its_content_whatever_it_is_called() {
         ),
         "{error:?}"
     );
-    // A program for this machine is an ELF file too, but nothing that lies where a kernel does.
+    // A program for this machine is an ELF file too, but its segments do not lie where a kernel's
+    // do.
     let own = std::env::current_exe().unwrap();
     assert!(matches!(kernel_error(&own), KernelError::Elf(_)));
 }
@@ -252,7 +254,7 @@ fn segments_that_no_guest_could_hold() {
     }
     let none = kernel_error(&files.file("none", &elf(&[])));
     assert!(matches!(none, KernelError::Elf(_)), "{none:?}");
-    // A good file, but memory ends before it.
+    // The file is valid, but the guest's memory ends below its address.
     let far = files.file("far", &elf(&[(1 << 30, b"code")]));
     let error = refused(VmConfig::builder(far));
     assert!(
@@ -368,9 +370,9 @@ fn memory_and_vcpus_out_of_range() {
     before.assert_restored(2, Duration::from_secs(5));
 }
 
-/// Runs the program that tries to boot, as `wrapper` wants it; `None` if the wrapper cannot.
+/// Runs the `try-boot` program by way of `wrapper`; `None` if the wrapper fails.
 fn try_boot(wrapper: &[&str], env: &[(&str, &str)]) -> Option<String> {
-    // Other users need not be able to enter the build directory.
+    // A copy, because other users may be unable to enter the build directory.
     let dir = tempfile::Builder::new()
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
         .tempdir()
@@ -401,7 +403,7 @@ fn try_boot(wrapper: &[&str], env: &[(&str, &str)]) -> Option<String> {
     None
 }
 
-/// The answer is this refusal, and nothing was started for it.
+/// Asserts that the answer is this refusal, and that nothing was started.
 fn assert_refused(answer: &str, variant: &str, hint: &str) {
     assert!(
         answer.starts_with(&format!("refused: {variant}")),
@@ -414,7 +416,7 @@ fn assert_refused(answer: &str, variant: &str, hint: &str) {
 
 #[test]
 fn without_dev_kvm() {
-    // An empty /dev, in a mount namespace of its own; ordinary users may need one for users too.
+    // An empty /dev in a new mount namespace; ordinary users may need a user namespace as well.
     let script = "mount -t tmpfs none /dev && exec \"$0\"";
     let user: &[&str] = &["unshare", "-r", "-m", "sh", "-c", script];
     let root: &[&str] = &["unshare", "-m", "sh", "-c", script];
@@ -461,7 +463,8 @@ fn a_forced_profile_that_does_not_exist() {
     }
 }
 
-/// But for the spare that a process keeps on hosts where `KVM_CREATE_VM` waits.
+/// Returns whether no VM is left, except for the spare that a process keeps on hosts where
+/// `KVM_CREATE_VM` waits.
 fn no_vm_is_left(answer: &str) -> bool {
     let left = |count: u32| answer.contains(&format!("vm descriptors: {count}\n"));
     let may_have_spare = Host::get().is_ok_and(|host| host.profile() == CpuProfile::Native);
@@ -475,9 +478,9 @@ fn with_too_few_descriptors_a_boot_is_refused_not_half_done() {
     }
     let mut refusals = 0;
     for limit in 6..48 {
-        // A soft limit: the program lifts it again before it looks at itself.
+        // A soft limit: the program raises it again before it counts its descriptors.
         let script = format!("ulimit -Sn {limit}; exec \"$0\"");
-        // With fewer, a program cannot even be loaded.
+        // With fewer descriptors a program cannot even be loaded.
         let Some(answer) = try_boot(&["sh", "-c", &script], &[]) else {
             continue;
         };

@@ -4,8 +4,9 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! The balloon of a real guest. Where ring 0 is emulated a MiB takes a tenth of a second, and a
-//! program that writes to it a second: amounts are small, and cases share a guest where they can.
+//! The balloon of a real guest. Where ring 0 is emulated, inflating by a MiB takes a tenth of a
+//! second, and a program that writes to a MiB takes a second: amounts are small, and cases share a
+//! guest where they can.
 
 use std::time::Duration;
 
@@ -14,20 +15,20 @@ use hearth_tests::{Guest, kvm, patience, shared, within};
 use hearth_vmm::{Balloon, BalloonError, VmStatus};
 use tokio::io::AsyncReadExt;
 
-/// What the contract allows the guest to keep of what it was asked for.
+/// The part of a requested amount that the balloon's contract lets the guest keep.
 const SLACK_MIB: u64 = 20;
-/// What the guest is asked for where its memory must fall.
+/// The amount requested from the guest where its memory must fall.
 const ASKED_MIB: u32 = 40;
 const MIB: u64 = 1 << 20;
 
-/// Cases look at this process's memory: one at a time.
+/// Cases measure this process's memory, so they run one at a time.
 static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 fn deadline() -> Duration {
     patience(Duration::from_secs(5))
 }
 
-/// Free memory of the guest in MiB, as it says.
+/// Returns the free memory that the guest reports, in MiB.
 async fn free_mib(guest: &Guest) -> u64 {
     let mut agent = guest.connect().await;
     let pong = within(5, "ping", agent.ping(1)).await.unwrap();
@@ -41,20 +42,20 @@ async fn assert_alive(guest: &Guest) {
     assert_eq!(output.stdout, b"alive\n");
 }
 
-/// Empties the balloon of a guest that others use as well.
+/// Empties the balloon of a guest that other cases use as well.
 async fn emptied(balloon: &Balloon) {
     balloon.resize(0, deadline()).await.unwrap();
     assert_eq!(balloon.actual(), 0);
 }
 
-/// A program that takes `mib` MiB, writes to all of it, and ends.
+/// Runs a program that allocates `mib` MiB, writes to all of it, and ends.
 async fn allocate(guest: &Guest, mib: u64) -> bool {
     let output = guest.run(Command::new("alloc").arg(mib.to_string())).await;
     let pages = (mib * 256).to_string();
     output.status.success() && output.stdout == format!("{pages}\n").as_bytes()
 }
 
-/// Resident KiB of all guest memory in this process.
+/// Returns the resident KiB of all guest memory in this process.
 fn guest_rss_kib() -> u64 {
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut of_guest, mut total) = (false, 0);
@@ -70,7 +71,7 @@ fn guest_rss_kib() -> u64 {
     total
 }
 
-/// So much that the slack is the smaller part.
+/// The amount is large enough that the slack is the smaller part of it.
 #[tokio::test]
 async fn guest_memory_falls_by_what_was_asked_for_and_comes_back() {
     if !kvm() {
@@ -79,7 +80,7 @@ async fn guest_memory_falls_by_what_was_asked_for_and_comes_back() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let guest = Guest::fork().await;
     let balloon = guest.vm.balloon();
-    // It is much for a host that does other things as well.
+    // The amount is large for a host that does other work as well.
     let limit = 2 * deadline();
     let before = free_mib(&guest).await;
     balloon.resize(ASKED_MIB, limit).await.unwrap();
@@ -105,13 +106,13 @@ async fn what_deflating_returns_can_be_used() {
         return;
     }
     let _alone = ONE_AT_A_TIME.lock().await;
-    // A small one, because most of it is written to.
+    // A small guest, because most of its memory is written to.
     let guest = Guest::prepared(|config| config.memory_mib(48)).await;
     let balloon = guest.vm.balloon();
     balloon.resize(24, deadline()).await.unwrap();
     let left = free_mib(&guest).await;
     emptied(balloon).await;
-    // 70 % of what is there, more than there was without what came back.
+    // 70 % of the free memory, which is more than was free before the balloon was emptied.
     let wanted = free_mib(&guest).await * 7 / 10;
     assert!(wanted > left, "{wanted} of {left} MiB");
     assert!(allocate(&guest, wanted).await);
@@ -126,8 +127,9 @@ async fn host_memory_falls_by_what_was_given() {
     }
     let _alone = ONE_AT_A_TIME.lock().await;
     let guest = Guest::fork().await;
-    // Pages that the guest never touched cost nothing and give nothing: touch some first. What is
-    // freed is soon reported as free, so that only what a program holds is sure to be resident.
+    // Inflating by pages that the guest never touched frees nothing on the host: touch some first.
+    // Freed pages are soon reported as free, so only those that a program holds are sure to be
+    // resident.
     let holder = guest.connect().await;
     let hold = Command::new("alloc").args(["64", "5"]);
     let mut holder = holder.exec(hold).await.unwrap();
@@ -146,7 +148,7 @@ async fn host_memory_falls_by_what_was_given() {
         left + ((48 - SLACK_MIB) << 10) <= touched,
         "{touched} KiB resident, {left} after 48 MiB were given"
     );
-    // Given pages come back empty and usable.
+    // Pages that were given to the balloon come back empty and usable.
     guest.vm.balloon().resize(0, deadline()).await.unwrap();
     assert!(allocate(&guest, 32).await);
 }
@@ -204,7 +206,7 @@ async fn three_inflates_in_a_row_and_a_target_of_16_mib() {
     emptied(balloon).await;
 }
 
-/// Inflates while a program has written to so much memory and keeps it.
+/// Inflates the balloon while a program holds `mib` MiB that it has written to.
 async fn inflate_while_a_program_holds(mib: u64) {
     let _alone = ONE_AT_A_TIME.lock().await;
     let guest = Guest::fork().await;
@@ -214,15 +216,15 @@ async fn inflate_while_a_program_holds(mib: u64) {
     let mut said = holder.stdout().unwrap();
     within(30, "memory written", said.read_u8()).await.unwrap();
     let held = free_mib(&guest).await;
-    // Processors had up to a 64th of all memory, free but not counted so, and the program has that
-    // first.
+    // Per-CPU lists held up to a 64th of all memory, which is free but not counted as free; the
+    // program gets that first.
     assert!(
         held + mib <= before + 2,
         "{before} MiB free, {held} beside it"
     );
     guest.vm.balloon().resize(8, deadline()).await.unwrap();
     assert_alive(&guest).await;
-    // The guest took nothing from the program, and did not end it.
+    // The guest took no memory from the program and did not kill it.
     let mut agent = guest.connect().await;
     let pong = within(5, "ping", agent.ping(1)).await.unwrap();
     assert_eq!(pong.execs, 1);
@@ -276,7 +278,7 @@ async fn an_inflate_that_misses_its_deadline_keeps_what_it_reached() {
     let Err(BalloonError::Deadline { asked: 100, actual }) = missed else {
         panic!("{missed:?}");
     };
-    // It does not go on.
+    // The guest does not inflate further.
     assert!(actual < 100);
     let settled = async {
         loop {
@@ -312,7 +314,7 @@ async fn statistics_are_fresh_and_plausible() {
     assert!(free <= total && available <= total, "{stats:?}");
     guest.vm.balloon().resize(24, limit).await.unwrap();
     let later = guest.vm.balloon().stats(limit).await.unwrap();
-    // Stale numbers would not have moved at all.
+    // Stale statistics would not have changed at all.
     let fell = free.saturating_sub(later.free.unwrap()) / MIB;
     assert!(fell >= 16, "free memory fell by {fell} MiB");
     emptied(guest.vm.balloon()).await;

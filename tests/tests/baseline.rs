@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Counts that repeat on any machine, however busy, held against `baseline.txt`: exits, ioctls,
-//! pages, emulated instructions. What costs a twentieth more than is written there fails.
+//! Counts that repeat on any machine, however busy, compared with `baseline.txt`: exits, ioctls,
+//! pages, emulated instructions. A count that exceeds its baseline by more than a twentieth fails.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,24 +17,26 @@ use hearth_tests::flat::Code;
 use hearth_tests::{Guest, kvm, not_measured, within};
 use hearth_vmm::{CpuProfile, Host, Vm, VmConfig};
 
-/// How much more than the baseline is let pass.
+/// Largest allowed ratio of a count to its baseline.
 const SLACK: f64 = 1.05;
-/// Below this part of the baseline, the baseline is to be lowered.
+/// Below this ratio to the baseline, the baseline should be lowered.
 const BETTER: f64 = 0.9;
-/// Clones of which the cheapest counts: a busy machine makes some wait, and ticks pass.
+/// Clones of which the cheapest counts: on a busy machine some of them wait, and timer ticks pass
+/// meanwhile.
 const CLONES: usize = 8;
 const PAGE: u64 = 4096;
-/// Set for the process whose calls are counted: what it makes, and how many of it.
+/// Environment variable that is set for the process whose calls are counted: the kind of VMs that
+/// it makes, and how many.
 const MADE: &str = "HEARTH_BASELINE_MADE";
-/// What such a process makes: VMs of their own, each of which is made a template and forked; clones
-/// of one template; shells that nobody uses.
+/// The kinds: VMs that are each created, made a template and forked; clones of one template;
+/// prepared VMs that are dropped unused.
 const KINDS: [&str; 3] = ["create-and-fork", "fork", "shell"];
 
 /// Measurements, by name.
 type Counts = BTreeMap<&'static str, u64>;
 
-/// Holds them against the committed ones of such hosts. Says what to write there if one is missing
-/// or too high.
+/// Compares the counts with the committed ones. Prints the new count if the committed one is
+/// missing or too high.
 fn compare(counts: &Counts) {
     let committed = include_str!("../baseline.txt");
     let lines = committed.lines().filter(|line| !line.starts_with('#'));
@@ -62,7 +64,7 @@ fn compare(counts: &Counts) {
     assert!(worse.is_empty(), "costs more than before: {worse:?}");
 }
 
-/// The baseline is that of hosts that emulate ring 0; we have none of the other kind.
+/// Returns whether there is a baseline for this host: only hosts that emulate ring 0 were measured.
 fn has_baseline() -> bool {
     if !kvm() {
         return false;
@@ -108,8 +110,8 @@ async fn what_a_guest_costs_is_within_its_baseline() {
     compare(&counts);
 }
 
-/// Exits of a guest. How often registers are saved is a matter of how often its kernel switches
-/// between programs: more often where more ticks pass.
+/// Exits of a guest. How often registers are saved depends on how often the guest's kernel switches
+/// between programs: more often where more timer ticks pass.
 #[derive(Clone, Copy)]
 struct Exits {
     of_devices: u64,
@@ -139,7 +141,7 @@ impl Exits {
         }
     }
 
-    /// The fewest of each kind.
+    /// Returns the lower count of each kind.
     fn min(self, other: Self) -> Self {
         Self {
             of_devices: self.of_devices.min(other.of_devices),
@@ -148,8 +150,8 @@ impl Exits {
     }
 }
 
-/// Waits until a guest sleeps: of an answer that is there, the guest may still have to take the
-/// interrupt that says so, sooner or later by how busy the machine is.
+/// Waits until a guest is idle. After its answer has arrived, the guest may still have to take the
+/// interrupt that acknowledges it; how soon it does depends on how busy the machine is.
 async fn settled(vm: &Vm) {
     let mut exits = vm.exits().total();
     for _ in 0..100 {
@@ -184,7 +186,7 @@ fn calls_per_vm_are_within_their_baseline() {
     ]));
 }
 
-/// Makes so many of this kind.
+/// Makes `count` VMs of this kind.
 fn make(kind: &str, count: usize) {
     let template = || {
         let config = VmConfig::flat(Code::new().sleep().bytes()).memory_mib(32);
@@ -202,8 +204,8 @@ fn make(kind: &str, count: usize) {
     }
 }
 
-/// Ioctls of a process that makes so many, but for those that depend on time: that let a vCPU run,
-/// and that tell a guest which came to run before it was stopped that it is.
+/// Returns the number of ioctls of a process that makes `made` VMs. Left out are those that depend
+/// on time: `KVM_RUN`, and `KVM_KVMCLOCK_CTRL`, which tells a guest that ran that it was stopped.
 fn ioctls(kind: &str, made: usize) -> usize {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("calls");
@@ -220,7 +222,7 @@ fn ioctls(kind: &str, made: usize) -> usize {
         .unwrap();
     assert!(status.success(), "{status}");
     let text = std::fs::read_to_string(&log).unwrap();
-    // The second half of a call that was interrupted by another thread's is a line of its own.
+    // The second half of a call that another thread's call interrupted is on a line of its own.
     let begun = text.lines().filter(|line| line.contains(" ioctl("));
     let depend_on_time =
         |line: &&str| line.contains("KVM_RUN") || line.contains("KVM_KVMCLOCK_CTRL");

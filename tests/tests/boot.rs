@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! From the first instruction to the agent's pong.
+//! A boot from the first instruction to the agent's pong.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ async fn boot_to_pong() {
     let (mut guest, phases) = Guest::boot(|config| config).await;
     println!("{phases:#?}\n{:?}", guest.vm.exits());
     assert_eq!(guest.vm.status(), VmStatus::Running);
-    // The guest's clock and the host's tell the same story.
+    // The guest's clock and the host's agree.
     assert!(phases.kernel > Duration::ZERO && phases.greeted >= phases.kernel);
     assert!(phases.pong >= phases.greeted - phases.kernel);
     let pong = within(5, "pong", guest.agent.ping(0xfeed)).await.unwrap();
@@ -33,7 +33,7 @@ async fn boot_to_pong() {
     );
     assert!(pong.memory.free_bytes < pong.memory.total_bytes);
     assert_eq!(pong.execs, 0);
-    // Our kernel, with the words of the profile in force and no others.
+    // The command line has the kernel parameters of the current CPU profile and no others.
     let version = guest.run(Command::new("uname")).await.stdout;
     assert!(version.starts_with(b"Linux "), "{version:?}");
     let words = guest
@@ -44,6 +44,6 @@ async fn boot_to_pong() {
     let emulated = guest.vm.profile() == CpuProfile::Emulated;
     assert_eq!(words.contains("hearth.emulated"), emulated, "{words}");
     assert_eq!(words.contains("clearcpuid"), emulated, "{words}");
-    // Without a console nothing is printed, and nothing of it costs an exit.
+    // Without a console nothing is printed, so printing costs no exit.
     assert!(guest.vm.console().since(0).bytes.is_empty());
 }

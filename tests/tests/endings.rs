@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! How real guests end, by their own doing and by the host's, and that two of them share nothing.
+//! How real guests end, by themselves and by the host's action; two guests share nothing.
 
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,9 @@ use hearth_tests::{Footprint, Guest, image, kvm, within};
 use hearth_vmm::virtio::vsock::{ConnectError, ListenError};
 use hearth_vmm::{CpuProfile, Exit, Host, Vm, VmStatus, leaked_vms};
 
-/// Makes the guest run this applet, of which it dies.
+/// Runs an applet that ends the guest, and returns the exit.
 async fn run_and_die(guest: &Guest, applet: &str) -> Exit {
-    // The guest may be gone before the program's start is told.
+    // The guest may have ended before the start of the program is reported.
     if let Ok(exec) = guest.connect().await.exec(Command::new(applet)).await {
         let ended = within(6, applet, exec.wait()).await;
         assert!(
@@ -65,13 +65,13 @@ async fn programs_power_off_reboot_halt_and_panic() {
 }
 
 /// `reboot=t` makes the kernel load an empty interrupt table and trap: a triple fault. Where ring 0
-/// is emulated, the trap is an instruction that KVM does not know, and its bytes are told.
+/// is emulated, the trap is an instruction that KVM does not know, and its bytes are reported.
 #[tokio::test]
 async fn a_triple_fault_or_an_unknown_instruction_made_by_the_kernel() {
     if !kvm() {
         return;
     }
-    // Without our report port, which would tell the reboot first.
+    // Without our report port, which would report the reboot first.
     let words = Host::get().unwrap().profile().kernel_words().join(" ");
     let (guest, _) = Guest::boot(|config| {
         let ours = "panic=-1 reboot=t hearth.fast quiet 8250.nr_uarts=0";
@@ -99,7 +99,7 @@ async fn killed_while_it_boots() {
     if !kvm() {
         return;
     }
-    // A moment into the boot, and further in.
+    // Shortly after the start of the boot, and later.
     for after in [5, 500] {
         let vm = Vm::boot(&image().build().unwrap()).unwrap();
         let mut ready = vm.vsock().listen(READY_PORT).unwrap();
@@ -130,7 +130,7 @@ async fn killed_while_it_idles_and_while_a_program_runs() {
         return;
     }
     let idle = Guest::fork().await;
-    // Deep enough in idle for the timer to be off.
+    // Idle for long enough that the timer is off.
     tokio::time::sleep(Duration::from_millis(300)).await;
     idle.vm.kill();
     assert_eq!(idle.exit().await, Exit::Killed);
@@ -155,14 +155,14 @@ async fn two_guests_at_once_share_nothing() {
     }
     let (one, other) = tokio::join!(Guest::fork(), Guest::fork());
     assert_ne!(one.instance, other.instance);
-    // What one writes the other does not read.
+    // One guest does not read what the other writes.
     let echo = async |guest: &Guest, text: &str| {
         let output = guest.run(Command::new("echo").arg(text)).await;
         String::from_utf8(output.stdout).unwrap()
     };
     let (said, heard) = tokio::join!(echo(&one, "one"), echo(&other, "other"));
     assert_eq!((said.as_str(), heard.as_str()), ("one\n", "other\n"));
-    // The same port on both: each dials its own host.
+    // Both listen on the same port: each guest connects to its own host side.
     let ports = (one.vm.vsock().listen(2000), other.vm.vsock().listen(2000));
     let (mut at_one, mut at_other) = (ports.0.unwrap(), ports.1.unwrap());
     let dial = Command::new("vsock-dial").arg("2000");
@@ -178,13 +178,13 @@ async fn two_guests_at_once_share_nothing() {
             .status
             .success()
     );
-    // A program of one is no program of the other.
+    // A program in one guest does not count in the other.
     let sleep = Command::new("sleep").arg("600");
     let _exec = one.connect().await.exec(sleep).await.unwrap();
     let mut agents = (one.connect().await, other.connect().await);
     assert_eq!(agents.0.ping(1).await.unwrap().execs, 1);
     assert_eq!(agents.1.ping(1).await.unwrap().execs, 0);
-    // The end of one is not the end of the other.
+    // The end of one guest does not end the other.
     one.vm.kill();
     assert_eq!(one.exit().await, Exit::Killed);
     assert_eq!(echo(&other, "alive").await, "alive\n");
@@ -196,8 +196,8 @@ async fn a_guest_that_still_boots_is_given_up_without_a_trace() {
     if !kvm() {
         return;
     }
-    // Another test may hold VMs meanwhile, so what is compared is what this guest adds: nothing
-    // named like a second vCPU may stay.
+    // Other tests may run VMs meanwhile, so this one looks only at threads that its own guest adds:
+    // none named like its third vCPU may stay.
     let vm = Vm::boot(&image().vcpus(3).build().unwrap()).unwrap();
     let mut ready = vm.vsock().listen(READY_PORT).unwrap();
     let limit = Duration::from_millis(5);

@@ -4,7 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Programs in a real guest: their output, their end, their input, and what cannot be run.
+//! Programs in a real guest: their output, exit status and input, and the errors of what cannot be
+//! run.
 
 use std::time::Duration;
 
@@ -62,7 +63,7 @@ async fn signals_that_kill_are_told_from_exit_codes() {
         assert_eq!(output.status, ExitStatus::Signal(signal));
         assert!(!output.timed_out);
     }
-    // One that the host sends.
+    // A signal that the host sends.
     let mut exec = guest
         .connect()
         .await
@@ -73,7 +74,7 @@ async fn signals_that_kill_are_told_from_exit_codes() {
     exec.signal(10).await.unwrap();
     let (exited, mut agent) = within(5, "end", exec.finish()).await.unwrap();
     assert_eq!(exited.status, ExitStatus::Signal(10));
-    // The connection is good for more.
+    // The connection can be used again.
     agent.ping(77).await.unwrap();
     let again = agent.exec(applet(&["exit", "3"])).await.unwrap();
     let exited = within(5, "end", again.wait()).await.unwrap();
@@ -159,8 +160,8 @@ async fn a_program_whose_output_nobody_reads_stands_still_and_the_agent_does_not
         "it ended although nobody read: {waiting:?}"
     );
     let mut bytes = Vec::new();
-    // Waiting was given up, which kills the program: what is left of its output is an error, not a
-    // complete file.
+    // Dropping `wait` killed the program: the rest of its output ends with an error, so that it
+    // cannot pass for complete.
     assert!(
         within(5, "rest", stdout.read_to_end(&mut bytes))
             .await
@@ -176,7 +177,7 @@ async fn input_may_end_early_or_be_ignored() {
         return;
     }
     let guest = shared().await;
-    // Interactive: each line comes back before the next is sent.
+    // Interactive: each line is echoed before the next is sent.
     let cat = applet(&["cat"]).stdin(Input::Pipe);
     let mut exec = guest.connect().await.exec(cat).await.unwrap();
     let (mut stdin, mut stdout) = (exec.stdin().unwrap(), exec.stdout().unwrap());
@@ -192,7 +193,7 @@ async fn input_may_end_early_or_be_ignored() {
     stdin.shutdown().await.unwrap();
     let exited = within(5, "end", waiting).await.unwrap().unwrap();
     assert_eq!(exited.status, ExitStatus::Code(0));
-    // A program that reads nothing of 200,000 bytes.
+    // A program that reads none of its 200,000 bytes of input.
     let deaf = applet(&["true"]).stdin(Input::Pipe);
     let output = guest.run_with(deaf, &noise(200_000, 1)).await;
     assert_eq!(output.status, ExitStatus::Code(0));
@@ -218,7 +219,8 @@ async fn environment_and_working_directory() {
     assert!(text.contains("PATH=") && text.contains("HOME="), "{text}");
 }
 
-/// What the kernel keeps, it says; and nothing asks programs to do without it.
+/// The kernel saves all vector registers that the processor has and reports them in
+/// `/proc/cpuinfo`, and no environment variable makes programs avoid them.
 #[tokio::test]
 async fn programs_may_use_the_registers_that_the_processor_has() {
     if !kvm() {
@@ -283,7 +285,7 @@ async fn what_cannot_be_run_says_why() {
     );
     let why = failure(applet(&["echo", "zero\0byte"])).await;
     assert!(matches!(&why, SpawnFailure::BadArgument(_)), "{why:?}");
-    // Too much to ask: refused on this side.
+    // Too long a request: the client refuses it.
     let long = "x".repeat(100_000);
     let refused = guest.connect().await.exec(applet(&["echo", &long])).await;
     assert!(matches!(refused, Err(ExecError::TooLarge { bytes }) if bytes > 100_000));
@@ -300,7 +302,7 @@ async fn a_timeout_ends_a_program_gently_then_not() {
     assert!(output.timed_out);
     assert_eq!(output.status, ExitStatus::Signal(15));
     let deaf = applet(&["ignore-term", "600"])
-        // Long enough for the program to have said that it is deaf.
+        // Long enough for the program to set the signal to ignored.
         .timeout(patience(Duration::from_secs(2)))
         .grace(Duration::from_millis(300));
     let output = guest.run(deaf).await;
@@ -315,7 +317,7 @@ async fn dropping_a_program_kills_it_and_all_that_it_started() {
     if !kvm() {
         return;
     }
-    // A guest of its own: programs are counted.
+    // A guest for this test alone, because it counts programs.
     let mut guest = hearth_tests::Guest::fork().await;
     let exec = guest
         .connect()
@@ -337,7 +339,7 @@ async fn dropping_a_program_kills_it_and_all_that_it_started() {
         }
     };
     within(5, "end of dropped programs", gone).await;
-    // Of the family nobody is left either: PID 1 and this `ls` are all that is there.
+    // No child is left either: only PID 1 and this `ls` exist.
     let listing = guest.run(applet(&["ls", "/proc"])).await;
     let listing = String::from_utf8(listing.stdout).unwrap();
     let own: Vec<&str> = listing
@@ -349,7 +351,7 @@ async fn dropping_a_program_kills_it_and_all_that_it_started() {
         let output = guest
             .run(applet(&["cat", &format!("/proc/{pid}/cmdline")]))
             .await;
-        // Kernel threads have no command line; processes of the listing itself are gone by now.
+        // Kernel threads have no command line; the processes of the listing have ended by now.
         programs += usize::from(output.status.success() && output.stdout.starts_with(b"sleep"));
     }
     assert_eq!(programs, 0, "{listing}");

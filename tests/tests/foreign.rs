@@ -4,9 +4,9 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! A program that is not ours, given to the guest as a file: C with glibc, which uses what the
+//! A foreign program, copied into the guest as a file: C with glibc, which uses features that the
 //! agent's own programs do not (floating point, the C library's choice of vector code, threads,
-//! fork). It must do in a guest what it does here.
+//! fork). It must behave in a guest as it does on the host.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -76,7 +76,8 @@ int main(int argc, char **argv) {
 }
 "#;
 
-/// The program, linked statically: the guest has no libraries. Fails with what the compiler said.
+/// Compiles the program, linked statically because the guest has no libraries. The error is the
+/// compiler's output.
 fn compile(dir: &Path) -> Result<PathBuf, String> {
     let (source, program) = (dir.join("foreign.c"), dir.join("foreign"));
     std::fs::write(&source, SOURCE).unwrap();
@@ -92,10 +93,11 @@ fn compile(dir: &Path) -> Result<PathBuf, String> {
     }
 }
 
-/// Where the program is in the guest.
+/// Path of the program in the guest.
 const THERE: &str = "/tmp/foreign";
 
-/// A guest that was given the program, and the program here; or why not.
+/// Returns a guest with the program in it, and the program's path on the host. Reports the test as
+/// skipped if the program cannot be compiled.
 async fn guest_with_program(dir: &Path) -> Option<(Guest, PathBuf)> {
     let program = match compile(dir) {
         Ok(program) => program,
@@ -108,14 +110,14 @@ async fn guest_with_program(dir: &Path) -> Option<(Guest, PathBuf)> {
     let bytes = std::fs::read(&program).unwrap();
     let put = guest.agent.put(Put::new(THERE).mode(0o755), &bytes);
     within(20, "copy into the guest", put).await.unwrap();
-    // It comes back as it went.
+    // Reads it back unchanged.
     let back = guest.agent.get(THERE, bytes.len());
     let back = within(20, "copy out of the guest", back).await.unwrap();
     assert!(back == bytes);
     Some((guest, program))
 }
 
-/// How far the program has counted.
+/// Returns how far the program has counted.
 async fn count(vm: &Vm) -> u64 {
     let count = dial_agent(vm).await.get("/run/count", 100).await.unwrap();
     String::from_utf8_lossy(&count).parse().unwrap_or(0)
@@ -184,7 +186,7 @@ async fn as_it_does_here(guest: &Guest, program: &Path) {
 async fn stands_still_until_its_clone_is_a_stranger(guest: Guest) {
     let started = guest.run(Command::new(THERE).args(["count"])).await;
     assert_eq!(started.status, ExitStatus::Code(0));
-    // The file is there once it has begun.
+    // The program creates the file when it starts to count.
     let begun = async {
         while guest
             .connect()

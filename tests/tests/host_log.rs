@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! What guests leave in the log of the host's kernel: nothing, whether they are well or write what
-//! they should not.
+//! Guests leave no lines in the log of the host's kernel, whether they behave or write to forbidden
+//! registers.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -15,7 +15,7 @@ use hearth_tests::{Guest, alone, kvm, not_measured, within};
 use hearth_vmm::Exit;
 use rustix::fs::{Mode, OFlags};
 
-/// The log of the host's kernel, from now on; says so if it cannot be read.
+/// Opens the log of the host's kernel at its end; reports the test as skipped if it cannot be read.
 fn log() -> Option<File> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let log = rustix::fs::open("/dev/kmsg", flags, Mode::empty()).map(File::from);
@@ -32,8 +32,9 @@ fn log() -> Option<File> {
     }
 }
 
-/// Lines of KVM's since then; each read gives one (Documentation/ABI/testing/dev-kmsg). Not those
-/// of a paravirtual KVM that records each fault of a guest anyway.
+/// Returns the lines that KVM has logged since then; each read returns one
+/// (Documentation/ABI/testing/dev-kmsg). Leaves out those of a paravirtual KVM that logs each fault
+/// of a guest anyway.
 fn of_kvm(log: &mut File) -> Vec<String> {
     let mut lines = Vec::new();
     let mut line = [0; 8192];
@@ -41,7 +42,7 @@ fn of_kvm(log: &mut File) -> Vec<String> {
         match log.read(&mut line) {
             Ok(0) => break,
             Ok(len) => lines.push(String::from_utf8_lossy(&line[..len]).into_owned()),
-            // Some were overwritten before they could be read.
+            // Some lines were overwritten before they could be read.
             Err(e) if e.kind() == ErrorKind::BrokenPipe => {}
             Err(_) => break,
         }
@@ -51,8 +52,8 @@ fn of_kvm(log: &mut File) -> Vec<String> {
     lines
 }
 
-/// Was, on AMD-V: a line for each boot, on a performance counter, and one or two for each clone, on
-/// debug control.
+/// Regression, on AMD-V: KVM logged a line for each boot, on a performance counter, and one or two
+/// for each clone, on debug control.
 #[tokio::test]
 async fn a_boot_and_a_hundred_clones_leave_nothing_in_the_host_s_log() {
     if !kvm() || !alone() {
@@ -68,8 +69,8 @@ async fn a_boot_and_a_hundred_clones_leave_nothing_in_the_host_s_log() {
     assert!(lines.is_empty(), "{lines:#?}");
 }
 
-/// Each of these is noted by KVM, on one kind of processor or the other, if it gets as far as KVM's
-/// list of MSRs.
+/// KVM logs a write to each of these MSRs, on processors of one vendor or the other, if the write
+/// gets as far as KVM's list of MSRs.
 #[tokio::test]
 async fn a_guest_that_writes_msrs_that_no_guest_has_leaves_nothing_in_the_host_s_log() {
     if !kvm() || !alone() {
@@ -94,7 +95,8 @@ async fn a_guest_that_writes_msrs_that_no_guest_has_leaves_nothing_in_the_host_s
         let write = [
             0xb9, a, b, c, d, 0xb8, 0xff, 0x03, 0, 0, 0x31, 0xd2, 0x0f, 0x30,
         ];
-        // A fault ends it, as it has no handlers; KVM that takes the write lets it go on.
+        // A fault ends the guest, as it has no handlers; where KVM accepts the write, the guest
+        // continues.
         let vm = Code::new().raw(&write).report(1).boot();
         let exit = within(10, "its end", vm.exited()).await;
         assert!(

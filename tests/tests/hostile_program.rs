@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Programs in a real guest that try to become more than they are.
+//! Programs in a real guest that try to gain privileges.
 
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use tokio::io::AsyncReadExt;
 
 const NOBODY: u32 = 65534;
 
-/// Where the kernel takes system calls, read from its code in two ways that must agree: the value
-/// that it loads for the LSTAR register, and what an entry begins with.
+/// Returns the address of the kernel's system call entry, found in its code in two ways that must
+/// agree: the value that it loads into the LSTAR register, and the instructions at the entry.
 fn syscall_entry(kernel: &[u8]) -> Option<u64> {
     /// `mov ecx, MSR_LSTAR`, after `mov rax, entry`.
     const LOAD: [u8; 8] = [0x48, 0xc7, 0xc0, 0, 0, 0, 0, 0xb9];
@@ -41,7 +41,7 @@ fn syscall_entry(kernel: &[u8]) -> Option<u64> {
     Some(loaded)
 }
 
-/// The bytes of an ELF file that are loaded at a virtual address.
+/// Returns the bytes of an ELF file that are loaded at a virtual address.
 fn code_at(elf: &[u8], address: u64) -> Option<&[u8]> {
     let number = |at: usize| Some(u64::from_le_bytes(elf.get(at..at + 8)?.try_into().ok()?));
     let headers = usize::try_from(number(32)?).ok()?;
@@ -54,7 +54,7 @@ fn code_at(elf: &[u8], address: u64) -> Option<&[u8]> {
     })
 }
 
-/// Runs `jump-to` as an ordinary user: it sets up a system call (getpid) with flags that no program
+/// Runs `jump-to` as an ordinary user. It sets up a system call (getpid) with flags that no program
 /// may set, and jumps to the address in ring 3.
 async fn jump(guest: &Guest, address: &str) -> (ExitStatus, String) {
     let user = User {
@@ -80,23 +80,23 @@ async fn a_program_that_jumps_to_the_system_call_entry_gains_nothing() {
         return not_measured("the kernel's system call entry was not found in its code");
     };
     let guest = Guest::fork().await;
-    // A jump that may be made comes back, so that one that does not was stopped by the kernel.
+    // A permitted jump returns, so a jump that does not was stopped by the kernel.
     let (status, said) = jump(&guest, "self").await;
     assert_eq!(status, ExitStatus::Code(0), "{said}");
     assert!(said.starts_with("returned=false flags=0x"), "{said}");
-    // The entry itself, into it, and the kernel's other doors nearby: each is a fault of the
-    // program and of nobody else.
+    // The entry itself, an address inside it, and the kernel's other entries nearby: each must be a
+    // fault of the program alone.
     for address in [entry, entry + 3, entry - 16, entry & !0xfff] {
         let (status, said) = jump(&guest, &format!("{address:#x}")).await;
         assert_eq!(status, ExitStatus::Signal(11), "{address:#x}: {said}");
         assert_eq!(said, "", "{address:#x}");
     }
-    // The guest is none the worse: system calls work, by the path that was attacked.
+    // The guest is unharmed: system calls work, by the path that was attacked.
     let output = guest.run(Command::new("id")).await;
     assert!(output.stdout.starts_with(b"uid=0"), "{output:?}");
     assert_eq!(guest.vm.status(), VmStatus::Running);
-    // Where ring 0 is emulated, this very fault is how system calls come in, so the guarded branch
-    // was reached; on hardware the kernel has no such branch.
+    // Where ring 0 is emulated, system calls arrive by this same fault, so the guarded branch was
+    // reached; on hardware the kernel has no such branch.
     let words = guest
         .run(Command::new("cat").arg("/proc/cmdline"))
         .await
@@ -117,7 +117,8 @@ async fn a_program_of_real_time_priority_does_not_silence_the_agent() {
     let mut exec = hog.exec(Command::new("starve-agent")).await.unwrap();
     let mut said = exec.stdout().unwrap();
     assert_eq!(said.read_u8().await.unwrap(), b's');
-    // It has all of the processor but the twentieth that the kernel keeps for others.
+    // It gets all of the processor except for the twentieth that the kernel reserves for other
+    // programs.
     for nonce in 1..=3 {
         let pong = within(5, "a pong beside it", agent.ping(nonce)).await;
         pong.unwrap();
@@ -125,7 +126,7 @@ async fn a_program_of_real_time_priority_does_not_silence_the_agent() {
     assert_eq!(guest.vm.status(), VmStatus::Running);
 }
 
-/// What an ordinary user tries: `tests/programs/attempts.rs`.
+/// The program that makes an ordinary user's attempts: `tests/programs/attempts.rs`.
 const ATTEMPTS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/attempts"));
 const PLACE: &str = "/tmp/attempts";
 
@@ -147,12 +148,12 @@ fn ordinary_user() -> User {
     }
 }
 
-/// A command that tries something as an ordinary user.
+/// Returns a command that makes one kind of attempt as an ordinary user.
 fn attempt(what: &str) -> Command {
     Command::new(PLACE).arg(what).user(ordinary_user())
 }
 
-/// A guest of its own with the program in it.
+/// Returns a new guest with the program in it.
 async fn guest_with_attempts() -> Guest {
     let guest = Guest::fork().await;
     let put = Put::new(PLACE).mode(0o755);
@@ -161,7 +162,7 @@ async fn guest_with_attempts() -> Guest {
     guest
 }
 
-/// What became of each try.
+/// Returns the name and the error number of each try.
 fn tries(output: &Output) -> Vec<(String, i32)> {
     let said = String::from_utf8(output.stdout.clone()).unwrap();
     assert_eq!(output.status, ExitStatus::Code(0), "{said} {output:?}");
@@ -172,7 +173,7 @@ fn tries(output: &Output) -> Vec<(String, i32)> {
     said.lines().map(line).collect()
 }
 
-/// That the agent answers, does what it is asked, and is nobody else.
+/// Asserts that the agent answers, runs programs, and still has its own identity.
 async fn assert_unharmed(guest: &Guest) {
     let mut agent = guest.connect().await;
     assert_eq!(agent.hello().unwrap().instance, guest.instance);
@@ -198,9 +199,9 @@ async fn an_ordinary_user_can_neither_end_the_guest_nor_reach_its_agent() {
     let other = guest.connect().await;
     let other = other.exec(Command::new("sleep").arg("1000")).await.unwrap();
     let pid = other.pid().to_string();
-    // What our kernel has not is refused, too: `kcmp`, `/proc/1/io`.
+    // Interfaces that our kernel lacks are refused too: `kcmp`, `/proc/1/io`.
     let refused = [EPERM, EACCES, ENOENT, ENOSYS];
-    // (attack, what is tried, how many times at least, what the kernel answers)
+    // (attack, what is tried, how many times at least, allowed errors of the kernel)
     let attacks: [(&str, &str, usize, &[i32]); 7] = [
         (
             "signals to the agent and to a program of root's",
@@ -247,7 +248,7 @@ async fn an_ordinary_user_can_neither_end_the_guest_nor_reach_its_agent() {
         let mut tried = tries(&output);
         eprintln!("{attack}: {tried:?}");
         if what == "namespaces" {
-            // To have them is no gain: what is tried in them would be.
+            // Having them is no gain; using them outside would be.
             assert_eq!(tried.remove(0), ("made".to_owned(), 0));
         }
         assert!(tried.len() >= least, "{attack}: {}", tried.len());
@@ -273,8 +274,8 @@ async fn what_everybody_may_write_to_is_neither_executed_by_root_nor_heeded_by_t
     let said = String::from_utf8(output.stdout).unwrap();
     let mut found: Vec<&str> = said.lines().collect();
     found.sort_unstable();
-    // Places for files of everybody's, from which nothing is deleted or replaced but by its owner,
-    // and devices that only give or take.
+    // Directories for everybody's files, where only a file's owner may delete or replace it, and
+    // devices that only produce or discard data.
     let expected = [
         "/dev/full",
         "/dev/null",
@@ -288,8 +289,8 @@ async fn what_everybody_may_write_to_is_neither_executed_by_root_nor_heeded_by_t
         "/tmp",
     ];
     assert_eq!(found, expected, "every file written to");
-    // So that what root starts by name (`id`, below) is not what a user has laid where names are
-    // looked for.
+    // No user can place a program in the directories where root's programs are looked up by name
+    // (`id`, below).
     let mut planted = tries(&guest.run(attempt("plant")).await);
     assert_eq!(planted.len(), 12, "{planted:?}");
     planted.retain(|(_, error)| ![EACCES, ENOENT].contains(error));
@@ -318,11 +319,12 @@ async fn a_set_user_id_program_gives_no_rights_unless_it_is_let() {
     assert!(said.contains("Uid: 65534 65534 65534 65534"), "{said}");
     assert!(said.contains("CapEff: 0000000000000000"), "{said}");
     assert!(said.contains("NoNewPrivs: 1"), "{said}");
-    // The same file acts as it says where that is wanted: what stopped it was not the file system.
+    // The same file takes effect where new privileges are allowed, so the file system did not stop
+    // it.
     let said = who(program().allow_new_privileges()).await;
     assert!(said.contains("Uid: 65534 0 0 0"), "{said}");
     assert!(said.contains("NoNewPrivs: 0"), "{said}");
-    // Root has all rights anyway, and what it executes may take another user's.
+    // Root has all rights anyway; a program that it executes may change to another user.
     let output = guest.run(program().arg("who")).await;
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.contains("NoNewPrivs: 0"), "{said}");
@@ -336,9 +338,9 @@ async fn a_terminal_of_another_request_is_neither_typed_on_nor_taken_over() {
     let guest = guest_with_attempts().await;
     let size = WindowSize::default();
     for (owner, expected) in [
-        // Of another user: it is not even opened.
+        // A terminal of another user cannot even be opened.
         (None, &[("open", EACCES)][..]),
-        // Of the same user, who may write to it as to any file of the user's.
+        // A terminal of the same user, who may write to it as to any other file of its own.
         (
             Some(ordinary_user()),
             &[("type", EPERM), ("control", EPERM), ("control", EPERM)],
@@ -387,8 +389,8 @@ async fn a_user_that_stops_all_its_processes_does_not_stop_the_guest() {
     let mut said = stopper.stdout().unwrap();
     assert_eq!(said.read_u8().await.unwrap(), b's');
     for round in 0..8 {
-        // Programs of the same user are stopped, before they have begun or after. Their time limit
-        // ends them.
+        // Programs of the same user are stopped before or after they start. Their timeout ends
+        // them.
         let limited = Command::new("true").user(ordinary_user());
         let limited = limited.timeout(Duration::from_millis(100));
         let output = guest.run(limited.grace(Duration::from_millis(50))).await;

@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Guests in pages of 2 MiB: what can be seen on a host as it is. Nothing here sets pages aside.
+//! Guests in pages of 2 MiB, as far as the host's configuration allows. The tests reserve no pages.
 
 use std::time::Duration;
 
@@ -13,8 +13,8 @@ use hearth_tests::{Footprint, Guest, alone, error_chain, flat::Code, image, kvm,
 use hearth_vmm::memory::MemoryError;
 use hearth_vmm::{BootError, HugePages, Vm, VmConfig};
 
-/// Pages of 2 MiB that the host has set aside and that nobody uses, and those that it would add by
-/// itself.
+/// Returns the number of 2 MiB pages that the host has reserved and that are free, and of those
+/// that it would add on demand.
 fn spare_pages() -> (u64, u64) {
     let read = |name| {
         let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}_hugepages");
@@ -47,7 +47,7 @@ fn a_host_with_too_few_pages_set_aside_refuses_with_what_to_do() {
     assert_eq!(pages, wanted);
     assert!(text.contains("sysctl vm.nr_hugepages"), "{text}");
     before.assert_restored(8, Duration::from_secs(10));
-    // The same guest can be had in ordinary pages.
+    // The same guest boots with ordinary pages.
     let config = VmConfig::flat(Code::new().spin().bytes()).memory_mib(32);
     let config = config.huge_pages(HugePages::Transparent);
     Vm::boot(&config.build().unwrap()).unwrap().destroy();
@@ -71,7 +71,7 @@ async fn a_guest_in_reserved_pages_works_and_so_do_its_clones() {
         config.memory_mib(MIB).huge_pages(HugePages::Reserved)
     };
     let guest = Guest::prepared(reserved).await;
-    // All of them at once, though the guest has not touched all.
+    // All pages are taken at once, although the guest has not touched all of them.
     assert_eq!(spare_pages().0, free - MIB / 2);
     let output = guest.run(Command::new("echo").arg("huge")).await;
     assert_eq!(output.stdout, b"huge\n");

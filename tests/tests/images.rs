@@ -5,7 +5,7 @@
     clippy::indexing_slicing,
     reason = "a test fails by panicking"
 )]
-//! Root file systems of our recipes in guests: their programs work, for the user that is in them.
+//! Root file systems of our recipes in guests: their programs work for the image's user.
 
 use std::f64::consts::TAU;
 use std::path::PathBuf;
@@ -15,7 +15,8 @@ use hearth_agent::proto::{ExitStatus, ROOT_WORD, User};
 use hearth_images::{DebianError, Images, ImagesError, Recipe, RootError, Silent, WheelsError};
 use hearth_tests::{Guest, error_chain, kvm, not_measured, registers};
 
-/// The image of a recipe, with Python packages. Says so if it is not cached and cannot be had here.
+/// Returns the image of a recipe with Python packages. Reports the test as skipped if the image is
+/// not cached and cannot be fetched here.
 fn image(recipe: &str, packages: &[&str]) -> Option<PathBuf> {
     let recipe = Recipe::built_in(recipe).unwrap();
     let recipe = packages
@@ -41,7 +42,7 @@ async fn guest(image: &PathBuf, memory_mib: u64) -> Guest {
     Guest::prepared(|config| config.pmem(image).append(ROOT_WORD).memory_mib(memory_mib)).await
 }
 
-/// A program of the image's user.
+/// Returns a command that runs a program as the image's user.
 fn command(program: &str, args: &[&str]) -> Command {
     let user = User {
         uid: 1000,
@@ -53,7 +54,7 @@ fn command(program: &str, args: &[&str]) -> Command {
     command.env("HOME", "/home/user").env("PATH", path)
 }
 
-/// What it printed, if all is well.
+/// Returns the output of a program that must have succeeded without errors.
 fn printed(output: &Output) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert_eq!(text(&output.stderr), "");
@@ -109,7 +110,7 @@ async fn node_runs_as_the_user_of_its_image() {
         return;
     };
     let guest = guest(&image, 512).await;
-    // Each has threads that take turns, with AVX in their registers.
+    // Each has threads that take turns, with data in AVX registers.
     let run = || guest.run(command("node", &["-e", JAVASCRIPT]));
     let others = registers::keep(&guest, registers::widest(), 2, 200);
     let (one, other, ()) = tokio::join!(run(), run(), others);
@@ -149,8 +150,8 @@ async fn bash_and_its_tools_run_as_the_user_of_their_image() {
 const SIZE: u16 = 24;
 const LENGTH: u16 = 64;
 
-/// Prints a product of two matrices of whole numbers, and the spectrum of a signal, after many
-/// rounds that must all give the same.
+/// Prints a product of two matrices of whole numbers and the spectrum of a signal, after many
+/// rounds that must all give the same result.
 const NUMPY: &str = "
 import numpy as np
 i, j = np.indices((24, 24))
@@ -174,7 +175,8 @@ fn product() -> Vec<f64> {
         .collect()
 }
 
-/// By the definition of the discrete Fourier transform; real and imaginary parts in turn.
+/// Computed by the definition of the discrete Fourier transform; real and imaginary parts
+/// alternate.
 fn spectrum() -> Vec<f64> {
     let signal = |k: u16| (f64::from(k) * 0.1).sin() + f64::from((k * k) % 7);
     let line = |n: u16| {
@@ -190,8 +192,8 @@ fn numbers(line: &str) -> Vec<f64> {
     line.split(' ').map(|word| word.parse().unwrap()).collect()
 }
 
-/// Programs compute at once, so that each loses the processor, and with it its registers, in the
-/// middle; beside them others that hold all the registers there are.
+/// Several programs compute at once, so that each is preempted, and its registers are saved, in the
+/// middle of its work; beside them other programs fill all registers.
 #[tokio::test]
 #[ignore = "long: importing numpy takes half a minute where ring 0 is emulated; fetches it"]
 async fn numpy_computes_in_a_guest_what_the_host_does() {
@@ -208,7 +210,7 @@ async fn numpy_computes_in_a_guest_what_the_host_does() {
     for output in [one, two, three, four] {
         let text = printed(&output);
         let (first, second) = text.trim_end().split_once('\n').unwrap();
-        // Whole numbers: exact, in whatever order they are summed.
+        // Whole numbers are exact in whatever order they are summed.
         assert_eq!(numbers(first), product());
         let (said, wanted) = (numbers(second), spectrum());
         assert_eq!(said.len(), wanted.len());
@@ -219,7 +221,7 @@ async fn numpy_computes_in_a_guest_what_the_host_does() {
     let packed = "import msgpack; from msgpack import _cmsgpack; \
                   print(_cmsgpack.Packer().pack([1, 'a', {'b': 2.5}]).hex())";
     let output = guest.run(command("python3", &["-c", packed])).await;
-    // An array of three; 1; a string of one; a map of one, to a double: the MessagePack
-    // specification.
+    // An array of three elements; 1; a string of one byte; a map of one entry, to a double
+    // (MessagePack specification).
     assert_eq!(printed(&output), "9301a16181a162cb4004000000000000\n");
 }

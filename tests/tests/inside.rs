@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! User code that takes all that a guest has, or strikes at all that it can reach: the agent
-//! survives it, and says what became of the program.
+//! User code that uses up all resources of a guest, or attacks all that it can reach: the agent
+//! survives, and reports how the program ended.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ const NOBODY: User = User {
     gid: 65534,
     groups: Vec::new(),
 };
-/// The agent's own program, under a name that is there whatever the root file system is.
+/// The agent's own program, at a path that exists in any root file system.
 const APPLETS: &str = "/proc/1/exe";
 
 fn sh(script: &str) -> Command {
@@ -31,7 +31,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// The processes that are there besides the agent, the kernel's own and the one that looks.
+/// Returns the processes other than the agent, the kernel's own and the one that lists them.
 async fn processes(guest: &Guest) -> Vec<String> {
     let script = "for p in /proc/[0-9]*; do [ -e $p/exe ] && echo ${p#/proc/}; done; echo $$";
     let output = guest.run(sh(script)).await;
@@ -42,13 +42,13 @@ async fn processes(guest: &Guest) -> Vec<String> {
     ids
 }
 
-/// Waits until there are no processes but the agent.
+/// Waits until the agent is the only process.
 async fn calm(guest: &Guest) {
     let gone = async { while !processes(guest).await.is_empty() {} };
     within(20, "end of all programs", gone).await;
 }
 
-/// The agent answers, and runs programs.
+/// Asserts that the agent answers and runs programs.
 async fn is_well(guest: &mut Guest) {
     within(5, "pong", guest.agent.ping(7_000)).await.unwrap();
     let output = guest.run(sh("echo well")).await;
@@ -56,7 +56,7 @@ async fn is_well(guest: &mut Guest) {
     assert_eq!(guest.vm.status(), VmStatus::Running);
 }
 
-/// Runs a program that is to be killed for the memory that it takes; the agent answers meanwhile.
+/// Runs a program that the kernel must kill because of its memory; the agent answers meanwhile.
 async fn is_killed_for_memory(guest: &mut Guest, hog: Command) {
     let mut exec = guest.connect().await.exec(hog).await.unwrap();
     let end = async {
@@ -98,7 +98,7 @@ async fn a_program_that_takes_all_memory_is_killed_and_nobody_else() {
     let Some(mut guest) = shell_guest().await else {
         return;
     };
-    // Nearly as much as there is: more of it is taken.
+    // Nearly all memory, because other programs use some of it.
     let memory = guest.agent.ping(1).await.unwrap().memory;
     let total = (memory.total_bytes >> 20) - 1;
     let hog = Command::new("alloc").arg(total.to_string());
@@ -106,7 +106,7 @@ async fn a_program_that_takes_all_memory_is_killed_and_nobody_else() {
     is_well(&mut guest).await;
 }
 
-/// Forks without end; each child waits for somebody to open the other end.
+/// Forks without end; each child waits for somebody to open the other end of the pipe.
 const FORKS: &str = "mkfifo /tmp/fifo; while :; do : < /tmp/fifo & done";
 
 #[tokio::test]
@@ -123,7 +123,8 @@ async fn a_program_that_forks_without_end_comes_to_its_limit() {
     assert!(!output.status.success(), "{output:?}");
     let left = processes(&guest).await.len();
     assert!((1..=8).contains(&left), "{left}");
-    // Without a limit of its own it has one all the same, which leaves as many for others.
+    // A program without a limit of its own gets half of `threads-max`, which leaves as many for
+    // others.
     let script = "IFS=: read -r number none group < /proc/self/cgroup; read -r most < /sys/fs/cgroup$group/pids.max; \
                   all=$(cat /proc/sys/kernel/threads-max); echo $((all / 2 - most))";
     let output = guest.run(sh(script)).await;
@@ -143,7 +144,7 @@ async fn a_program_that_forks_without_end_leaves_processes_for_others() {
     assert!(left > 20, "{left}");
     is_well(&mut guest).await;
 
-    // The bomb that everybody knows, which is busy besides.
+    // The classic fork bomb, which also keeps the processor busy.
     let bomb = sh("b() { b | b & }; b; read -r line");
     let bomb = bomb.stdin(Input::Pipe).leftover(Leftover::Kill);
     let exec = guest.connect().await.exec(bomb).await.unwrap();
@@ -158,7 +159,7 @@ async fn a_program_that_forks_without_end_leaves_processes_for_others() {
     is_well(&mut guest).await;
 }
 
-/// Fills the file systems, one after the other; all stay full.
+/// Fills the file systems, one after the other; all stay full until the end.
 async fn fills(guest: &mut Guest, places: &[&str]) {
     for place in places {
         let output = guest.run(sh(&format!("cat /dev/zero > {place}"))).await;
@@ -204,7 +205,7 @@ async fn signals_to_everybody_reach_programs_and_not_the_agent() {
     let Some(mut guest) = shell_guest().await else {
         return;
     };
-    // Somebody else's program, as an ordinary user cannot reach it and root can.
+    // A program of another request. An ordinary user cannot signal root's; root can signal all.
     let start = |user: Option<User>| {
         let victim = Command::new("sleep").arg("1000");
         match user {
@@ -234,7 +235,7 @@ async fn signals_to_everybody_reach_programs_and_not_the_agent() {
     assert_eq!(text(&output.stdout), "survived\n", "{output:?}");
     let ended = within(5, "end of root's program", root_s.wait()).await;
     assert_eq!(ended.unwrap().status, ExitStatus::Signal(9));
-    // Every signal there is, to the agent alone.
+    // Sends every signal there is to the agent alone.
     let script =
         "n=1; while [ $n -le 64 ]; do kill -$n 1 2>/dev/null; n=$((n + 1)); done; echo sent";
     for command in [sh(script), sh(script).user(NOBODY)] {
@@ -249,8 +250,8 @@ async fn a_program_inherits_nothing_of_the_agents() {
     let Some(guest) = shell_guest().await else {
         return;
     };
-    // With other programs under way, and connections open: the three, and the one that `ls` looks
-    // with.
+    // Other programs run and connections are open meanwhile. The program has the three standard
+    // descriptors, and the one that `ls` opens.
     let other = Command::new("cat").stdin(Input::Pipe);
     let other = guest.connect().await.exec(other).await.unwrap();
     for command in [
@@ -264,7 +265,7 @@ async fn a_program_inherits_nothing_of_the_agents() {
         let said = text(&output.stdout).replace('\r', "");
         assert_eq!(said, "0\n1\n2\n3\n", "{output:?}");
     }
-    // Nor a signal that is blocked or ignored.
+    // It inherits no blocked or ignored signal either.
     let script = "while read -r name mask; do case $name in Sig[BI]*) echo $name $mask;; esac; done < /proc/self/status";
     let output = guest.run(sh(script)).await;
     let nothing = "SigBlk: 0000000000000000\nSigIgn: 0000000000000000\n";

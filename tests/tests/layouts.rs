@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Guests of every memory layout: the least that is allowed, all that fits below the gap that
-//! devices live in, and a second region above 4 GiB.
+//! Guests of every memory layout: the minimum, all that fits below the gap for devices, and a
+//! second range above 4 GiB.
 
 use std::ops::Range;
 
@@ -14,10 +14,10 @@ use hearth_tests::{Guest, kvm, within};
 use hearth_vmm::MIN_MEMORY_MIB;
 use hearth_vmm::memory::{GAP_START, MIB, ranges};
 
-/// Tests here take much memory, or measure boots: one at a time.
+/// Tests here use much memory or measure boots, so they run one at a time.
 static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// A guest's own view of where its memory lies above 1 MiB (`/proc/iomem`).
+/// Returns the ranges of memory above 1 MiB that the guest sees (`/proc/iomem`).
 async fn system_ram(guest: &Guest) -> Vec<Range<u64>> {
     let output = guest.run(Command::new("cat").arg("/proc/iomem")).await;
     let text = String::from_utf8(output.stdout).unwrap();
@@ -32,8 +32,8 @@ async fn system_ram(guest: &Guest) -> Vec<Range<u64>> {
     stretches.filter(|stretch| stretch.start >= MIB).collect()
 }
 
-/// The guest can use all of its `mib` MiB but for `kernel` MiB and what describes each page (64
-/// bytes of 4096).
+/// Asserts that the guest can use all of its `mib` MiB except for `kernel` MiB and the page
+/// descriptors (64 bytes for each 4096).
 async fn has_its_memory(guest: &mut Guest, mib: u64, kernel: u64) {
     let pong = within(5, "pong", guest.agent.ping(2)).await.unwrap();
     let (total, all) = (pong.memory.total_bytes, mib * MIB);
@@ -48,7 +48,7 @@ async fn has_its_memory(guest: &mut Guest, mib: u64, kernel: u64) {
     assert_eq!(system_ram(guest).await, wanted, "{mib} MiB");
 }
 
-/// Boots a guest, looks at its memory, and at that of a clone, which also writes to it.
+/// Boots a guest and checks its memory, then that of a clone, which also writes to it.
 async fn boots_and_forks(mib: u64) {
     let (mut guest, phases) = Guest::boot(|config| config.memory_mib(mib)).await;
     eprintln!("{mib} MiB: {phases:?}");
@@ -57,7 +57,7 @@ async fn boots_and_forks(mib: u64) {
     assert_eq!(template.memory_bytes(), mib * MIB);
     let mut clone = Guest::of(&template).await;
     has_its_memory(&mut clone, mib, 24).await;
-    // A page each of 16 MiB, from the top of memory down.
+    // Writes 4096 pages, 16 MiB, from the top of memory down.
     let output = clone.run(Command::new("alloc").arg("16")).await;
     assert_eq!(output.stdout, b"4096\n", "{output:?}");
 }

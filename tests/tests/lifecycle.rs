@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! How guests begin and end, without Linux: guests of a few instructions.
+//! How guests start and end, without Linux: guests of a few instructions.
 
 use std::time::{Duration, Instant};
 
@@ -13,11 +13,11 @@ use hearth_tests::{Footprint, alone, kvm, within};
 use hearth_vmm::virtio::vsock::{ConnectError, ListenError};
 use hearth_vmm::{BalloonError, Exit, InternalError, Vm, VmConfig, VmStatus, leaked_vms};
 
-/// A time after which a guest that answers nothing has had its chance.
+/// Time to wait for an answer of a guest that never answers.
 const SHORT: Duration = Duration::from_millis(100);
 
-/// Makes the lasting parts exist (event threads, the thread that takes dropped VMs apart,
-/// `/dev/kvm`), so that what is compared is a VM's.
+/// Creates the process-wide parts (event threads, teardown threads, `/dev/kvm`), so that the
+/// footprints compared later differ only by a VM's resources.
 fn warm_up() {
     Code::new().spin().boot().destroy();
     let idle = Footprint::now();
@@ -44,10 +44,10 @@ async fn every_end_that_a_guest_can_make_is_told_apart() {
         (Code::new().report(4), Exit::Panic),
         (Code::new().out(0x64, 0xfe), Exit::Reboot),
         (Code::new().triple_fault(), Exit::TripleFault),
-        // The first cause wins: a panic that ends in a restart stays a panic.
+        // The first cause wins: a panic that ends in a reboot stays a panic.
         (Code::new().report(4).report(2).out(0x64, 0xfe), Exit::Panic),
         (Code::new().report(1).triple_fault(), Exit::PowerOff),
-        // What is no end is none: unknown reports, other keyboard commands, other ports.
+        // Unknown reports, other keyboard commands and other ports do not end the guest.
         (
             Code::new()
                 .out(REPORT_PORT, 0)
@@ -61,7 +61,7 @@ async fn every_end_that_a_guest_can_make_is_told_apart() {
         let vm = code.spin().boot();
         assert_eq!(exit_of(&vm).await, exit);
         assert_eq!(vm.status(), VmStatus::Ended(exit.clone()));
-        // Ended is final, whatever is tried.
+        // The ended state is final, whatever is called.
         vm.kill();
         assert!(vm.resume().is_err() && vm.pause().is_err());
         assert_eq!(vm.status(), VmStatus::Ended(exit));
@@ -73,7 +73,7 @@ async fn an_instruction_that_kvm_cannot_emulate_is_named() {
     if !kvm() {
         return;
     }
-    // Code that runs in a device window has to be emulated by every KVM, and a window holds none.
+    // Every KVM has to emulate code in a device's MMIO region, and the region holds no code.
     let vm = Code::new().device(0).raw(&[0xff, 0xe3]).boot();
     let exit = exit_of(&vm).await;
     let Exit::InternalError(InternalError { suberror, rip, .. }) = &exit else {
@@ -81,7 +81,7 @@ async fn an_instruction_that_kvm_cannot_emulate_is_named() {
     };
     assert_eq!(*suberror, 1, "{exit}");
     assert_eq!(*rip, u64::from(MMIO_BASE), "{exit}");
-    // One that only the emulated kind does not know: its bytes are told.
+    // An instruction that only an emulated host does not know: its bytes are reported.
     if vm.profile() == hearth_vmm::CpuProfile::Emulated {
         let fwait = [0x9b, 0x90, 0x90];
         let vm = Code::new().raw(&fwait).report(1).spin().boot();
@@ -156,7 +156,7 @@ async fn everyone_who_waits_is_told_also_after_the_vm_is_gone() {
     }
     assert_eq!(within(1, "late waiter", late).await, Exit::Killed);
     assert!(within(1, "console", console.read(0)).await.end);
-    // Handles outlive their VM and say so.
+    // Handles outlive their VM and report that it has ended.
     let connect = within(1, "connect", vsock.connect(1)).await;
     assert_eq!(connect.unwrap_err(), ConnectError::VmEnded);
     assert_eq!(vsock.listen(1).unwrap_err(), ListenError::VmEnded);
@@ -242,7 +242,7 @@ async fn two_vms_at_once_do_not_see_each_other() {
         };
         assert_eq!(within(2, text, printed).await, text);
     }
-    // The same port of both, held at once.
+    // Listens on the same port of both at once.
     let _listeners = (
         one.vsock().listen(5).unwrap(),
         other.vsock().listen(5).unwrap(),
@@ -310,16 +310,16 @@ async fn vms_dropped_at_every_stage_leave_nothing() {
     let before = Footprint::now();
     for _ in 0..15 {
         round().await;
-        // VMs are dropped faster than they are taken apart, and the C library keeps the stacks of
-        // as many threads as once lived at the same time.
+        // VMs are dropped faster than they are torn down, and the C library keeps as many stacks as
+        // there were threads at the same time.
         before.assert_restored(1000, Duration::from_secs(10));
     }
-    // 60 VMs that each left one mapping would be far more.
+    // 60 VMs that each left one mapping would exceed this by far.
     before.assert_restored(24, Duration::from_secs(10));
     assert_eq!(leaked_vms(), 0);
 }
 
-/// Whether the process has a thread or a mapping of a guest.
+/// Returns whether the process has a thread or a mapping of a guest.
 fn remains() -> bool {
     let now = Footprint::now();
     let thread = now.threads.contains_key("hearth-vcpu0");
@@ -335,7 +335,7 @@ async fn a_vm_that_others_own_can_be_taken_apart_and_what_it_carries_goes_last()
     if !kvm() || !alone() {
         return;
     }
-    /// Says at its drop whether anything of the VM was still there.
+    /// Reports at its drop whether anything of the VM was still there.
     struct Last(std::sync::mpsc::Sender<bool>);
     impl Drop for Last {
         fn drop(&mut self) {
@@ -353,11 +353,11 @@ async fn a_vm_that_others_own_can_be_taken_apart_and_what_it_carries_goes_last()
     assert_eq!(remained.try_recv(), Ok(false));
     assert_eq!(owner.status(), VmStatus::Ended(Exit::Killed));
     assert!(owner.snapshot().is_err());
-    // Again is fine; what comes too late is not kept.
+    // A second call is harmless; a drop guard that comes too late is dropped at once.
     owner.teardown();
     owner.on_drop(Last(said.clone()));
     assert_eq!(remained.try_recv(), Ok(false));
-    // Also when it is only dropped.
+    // The guard also goes last when the VM is only dropped.
     let vm = Code::new().spin().boot();
     vm.on_drop(Last(said));
     drop(vm);

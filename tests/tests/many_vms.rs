@@ -4,7 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Many VMs, one after the other and all at once: what they leave, and what each costs.
+//! Many VMs, one after the other and all at once: that they leave nothing behind, and what each
+//! costs.
 //!
 //! `cargo test -p hearth-tests --test many_vms -- --nocapture` prints the figures.
 
@@ -20,7 +21,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// Anonymous mappings that the C library may keep or make: stacks and arenas for threads.
 const ARENAS: usize = 8;
 
-/// A guest that lets its first instruction be seen, an exit, and then sleeps for ever.
+/// A guest whose first instruction causes an exit, so that it can be seen, and which then sleeps
+/// for ever.
 fn sleeper() -> VmConfig {
     let code = Code::new().raw(&[0xe6, 0x80]).sleep(); // out 0x80, al
     let config = VmConfig::flat(code.bytes()).memory_mib(32);
@@ -37,8 +39,8 @@ async fn runs(vm: &Vm) {
     within(5, "first instruction", first).await;
 }
 
-/// Makes `count` VMs one after the other, lets each run, ends it, and lets go of it in one of both
-/// ways.
+/// Boots `count` VMs one after the other, lets each run, kills it, and in turn destroys or drops
+/// it.
 async fn create_start_kill_and_drop(config: &VmConfig, count: usize) {
     for round in 0..count {
         let vm = Vm::boot(config).unwrap();
@@ -51,8 +53,8 @@ async fn create_start_kill_and_drop(config: &VmConfig, count: usize) {
     }
 }
 
-/// What the process holds once nothing is left of the VMs that it dropped: they are taken apart in
-/// turn, and what a VM carries goes last.
+/// Returns the footprint of the process once nothing is left of the VMs that it dropped. They are
+/// torn down in turn, and a VM's drop guards are dropped last.
 fn settled() -> Footprint {
     let (said, gone) = mpsc::channel::<()>();
     let last = Vm::boot(&sleeper()).unwrap();
@@ -66,12 +68,12 @@ fn settled() -> Footprint {
     Footprint::now()
 }
 
-/// So many cycles in `stretches`, after each of which the process holds what it held at first. RSS
-/// may grow by 1 MiB, however many there are: allocators move a little, and 10,000 VMs that each
-/// left 128 bytes would be more.
+/// Runs `stretches` times `each` cycles. After each stretch the process must hold no more than at
+/// first. RSS may grow by 1 MiB in all: allocators move a little, and 10,000 VMs that each left 128
+/// bytes would exceed that.
 async fn cycles_leave_nothing(stretches: usize, each: usize) {
     let config = sleeper();
-    // The first ones make what lasts: event threads, the thread that takes VMs apart, arenas.
+    // The first cycles create the process-wide parts: event threads, teardown threads, arenas.
     create_start_kill_and_drop(&config, 100).await;
     let before = settled();
     for stretch in 1..=stretches {
@@ -103,7 +105,8 @@ async fn ten_thousand_vms_leave_nothing() {
     }
 }
 
-/// Half of them become clones that run, a quarter clones that never run, and a quarter nothing.
+/// Prepares `count` VMs: half of them become clones that run, a quarter become clones that never
+/// run, and a quarter are dropped unused.
 async fn use_shells(template: &Template, count: usize) {
     let shells = (0..count).map(|_| template.prepare().unwrap());
     for (number, shell) in shells.collect::<Vec<_>>().into_iter().enumerate() {
@@ -135,7 +138,7 @@ async fn shells_leave_nothing_whether_they_become_clones_or_not() {
     assert_eq!(leaked_vms(), 0);
 }
 
-/// Boots and forks, in turns, up to `count` VMs that have all run.
+/// Boots and forks, in turns, `count` VMs, and waits until all run.
 async fn crowd(config: &VmConfig, template: &Template, count: usize) -> Vec<Vm> {
     let mut vms = Vec::new();
     for index in 0..count {
@@ -147,7 +150,7 @@ async fn crowd(config: &VmConfig, template: &Template, count: usize) -> Vec<Vm> 
         });
     }
     for (index, vm) in vms.iter().enumerate() {
-        // A clone goes on after that instruction.
+        // A clone continues after that instruction.
         if index.is_multiple_of(2) {
             runs(vm).await;
         }
@@ -156,7 +159,8 @@ async fn crowd(config: &VmConfig, template: &Template, count: usize) -> Vec<Vm> 
     vms
 }
 
-/// A VM takes 16 or so, and the usual limit is that of a process that asks for no more.
+/// Raises the limit to the maximum: a VM takes about 16 descriptors, and the default limit is meant
+/// for processes that need no more.
 fn as_many_descriptors_as_are_allowed() {
     let most = getrlimit(Resource::Nofile).maximum;
     let limit = Rlimit {
@@ -169,11 +173,11 @@ fn as_many_descriptors_as_are_allowed() {
 #[tokio::test]
 async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() {
     const VMS: usize = 200;
-    /// Event threads (`vmm::reactor` starts two at most), two that take VMs apart, the one that
-    /// wakes the program, the one that makes them all, and, where KVM waits for it, the one
-    /// that makes spare VMs.
+    /// Process-wide threads: event threads (`vmm::reactor` starts two at most), two teardown
+    /// threads, the one that wakes tasks of the embedding program, the one that spawns all threads,
+    /// and, where `KVM_CREATE_VM` waits, the one that creates spare VMs.
     const LASTING: usize = 7;
-    /// Threads that are ready for a vCPU (`vmm::vcpu::runner` keeps two at most).
+    /// Idle threads for vCPUs (`vmm::vcpu::thread_pool` keeps two at most).
     const SPARES: usize = 2;
     const KVM_WORKER: &str = "kvm-nx-lpage-re";
     if !kvm() || !alone() {
@@ -184,14 +188,15 @@ async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() 
     let first = Vm::boot(&config).unwrap();
     runs(&first).await;
     let template = first.into_template().unwrap();
-    // As many before: the C library keeps the stacks of threads that ended, up to 40 MiB.
+    // Start the same number first: the C library keeps the stacks of threads that ended, up to 40
+    // MiB.
     drop(crowd(&config, &template, VMS).await);
     let before = settled();
     let vms = crowd(&config, &template, VMS).await;
     let mut threads = Footprint::now().threads;
     assert_eq!(threads.remove("hearth-vcpu0"), Some(VMS));
-    // KVM's own, on hosts whose processors can be stopped by large pages (iTLB multihit): one for
-    // each VM.
+    // Threads of KVM itself, on hosts whose processors are affected by iTLB multihit (large pages
+    // can stop them): one for each VM.
     let of_kvm = threads.remove(KVM_WORKER).unwrap_or(0);
     assert!(of_kvm <= VMS, "{of_kvm}");
     let mut lasting = before.threads.clone();
@@ -202,7 +207,7 @@ async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() 
     }
     let count: usize = lasting.values().sum();
     assert_eq!(threads, lasting, "threads that serve all VMs");
-    // Of these, two are the test's.
+    // Two of these are the test's.
     assert!(count <= LASTING + 2, "{lasting:?}");
     drop(vms);
     before.assert_restored(ARENAS, Duration::from_secs(30));
@@ -210,16 +215,16 @@ async fn two_hundred_vms_live_at_once_with_a_thread_for_each_vcpu_and_no_more() 
 }
 
 /// Makes `count` VMs in a process that has had one, and fails if each costs a MiB or more of the
-/// process's own memory. Says so, and by how much what the host has available fell: both without
-/// guest memory.
+/// process's own memory. Prints that cost, and by how much the host's available memory fell: both
+/// without guest memory.
 async fn cost_less_than_a_mib(count: u64, make: impl AsyncFn() -> Vm) {
-    /// Others use the host's memory meanwhile: the middle one of so many.
+    /// Other processes use the host's memory meanwhile, so the median of this many rounds counts.
     const ROUNDS: usize = 5;
     drop(make().await);
     let (mut private, mut guest, mut fallen) = (0, 0, Vec::new());
     for _ in 0..ROUNDS {
         settled();
-        // The host's kernel gives back a little later.
+        // The host's kernel frees memory a little later.
         tokio::time::sleep(Duration::from_millis(500)).await;
         let (before, available) = (private_kib(), available_kib());
         let mut vms = Vec::new();
@@ -227,7 +232,8 @@ async fn cost_less_than_a_mib(count: u64, make: impl AsyncFn() -> Vm) {
             vms.push(make().await);
         }
         let fall = available.saturating_sub(available_kib()) / count;
-        // The most is that of the first round: what the C library keeps is used again.
+        // The first round has the highest cost, because later ones reuse memory that the C library
+        // keeps.
         private = private.max(private_kib().saturating_sub(before) / count);
         let guests = vms.iter().map(|vm| vm.private_bytes().unwrap() >> 10);
         guest = guests.sum::<u64>() / count;
@@ -262,7 +268,7 @@ async fn a_clone_of_linux_costs_less_than_a_mib_beside_its_memory() {
         return;
     }
     let template = Guest::template().await;
-    // With a connection to its agent that was used.
+    // Each clone has an open connection to its agent that was used.
     let make = async || {
         let Guest { vm, mut agent, .. } = Guest::of(template).await;
         within(5, "pong", agent.ping(1)).await.unwrap();

@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Read-only images in guests: of a few instructions, and real ones.
+//! Read-only pmem files in guests of a few instructions and in real ones.
 
 use std::os::unix::fs::FileExt;
 
@@ -15,9 +15,10 @@ use hearth_vmm::{Exit, StoreError, Template, Vm, VmConfig};
 use tempfile::NamedTempFile;
 
 const GRANULE: usize = 2 << 20;
-/// What a guest reads of each image: the kernel's copies take seconds per MiB where it is emulated.
+/// The bytes that a guest reads of each file: the kernel's copies take seconds per MiB where ring 0
+/// is emulated.
 const READ: usize = 192 << 10;
-/// Where the first image of a small guest lies.
+/// The address of the first pmem file in a small guest.
 const FIRST: u64 = 1 << 32;
 
 fn image(content: &[u8]) -> NamedTempFile {
@@ -26,7 +27,7 @@ fn image(content: &[u8]) -> NamedTempFile {
     file
 }
 
-/// Begins a guest that reaches the first 2 MiB of its first image; `rbx` is the address.
+/// Starts a guest that can reach the first 2 MiB of its first pmem file; `rbx` is the address.
 fn reaching_the_image() -> Code {
     // The boot page tables lie at 0x9000: the fifth GiB gets a page directory at 2 MiB with one
     // page of 2 MiB that is present, writable and large.
@@ -82,8 +83,8 @@ async fn an_image_that_is_cut_short_ends_the_guest_that_touches_it_and_nothing_e
     let vm = Vm::create(&config.pmem(image.path()).build().unwrap()).unwrap();
     image.as_file().set_len(0).unwrap();
     vm.resume().unwrap();
-    // Where KVM runs the guest's instructions itself it answers with zeroes, as for memory that is
-    // not there; elsewhere it gives up on the vCPU.
+    // Where KVM runs the guest's instructions itself, it answers with zeroes, as for memory that
+    // does not exist; elsewhere it gives up on the vCPU.
     match within(5, "end", vm.exited()).await {
         Exit::BusError => assert_eq!(vm.console().text(), ""),
         Exit::PowerOff => assert_eq!(vm.console().text(), "\0"),
@@ -92,7 +93,7 @@ async fn an_image_that_is_cut_short_ends_the_guest_that_touches_it_and_nothing_e
     assert_eq!(other.status(), hearth_vmm::VmStatus::Running);
 }
 
-/// How often this process maps `path`.
+/// Returns how many mappings of `path` this process has.
 fn mappings(path: &std::path::Path) -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let path = path.to_str().unwrap();
@@ -130,7 +131,7 @@ async fn clones_read_the_image_through_one_mapping_that_goes_with_the_last() {
     within(5, "unmapping", gone).await;
 }
 
-/// What the guest finds in a file.
+/// Returns the content that the guest reads from a file.
 async fn read(guest: &Guest, path: &str) -> Vec<u8> {
     let output = guest.run(Command::new("cat").arg(path)).await;
     assert!(output.status.success(), "{path}: {output:?}");
@@ -166,7 +167,7 @@ async fn a_real_guest_finds_its_images_and_so_do_its_clones() {
     let clone = Guest::of(&template).await;
     assert_eq!(checksum(&clone, 1).await, fnv(&contents[1][..READ]));
 
-    // On disk it names its images, and is loaded with them.
+    // A saved template records its pmem files, and loading it needs them.
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path().join("template");
     template.save(&dir).unwrap();
@@ -179,7 +180,7 @@ async fn a_real_guest_finds_its_images_and_so_do_its_clones() {
     assert!(matches!(refused, StoreError::Images { wanted: 2, .. }));
 }
 
-/// The checksum of the guest's n-th image, as the guest reads its beginning.
+/// Returns the checksum of the beginning of the guest's pmem file `index`, computed in the guest.
 async fn checksum(guest: &Guest, index: usize) -> String {
     let command = Command::new("checksum")
         .arg(READ.to_string())
@@ -189,7 +190,7 @@ async fn checksum(guest: &Guest, index: usize) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-/// FNV-1a, 64 bits, as the guest's `checksum` prints it.
+/// Returns the FNV-1a sum, 64 bits, in the format of the guest's `checksum`.
 fn fnv(content: &[u8]) -> String {
     let sum = content.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
         (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)

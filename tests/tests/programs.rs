@@ -4,7 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Programs in a real guest, in numbers: every way to end, many at once, much output.
+//! Programs in a real guest, in numbers: all exit codes and signals, many programs at once, much
+//! output.
 
 use std::time::Duration;
 
@@ -40,7 +41,7 @@ async fn every_signal_that_kills_is_told() {
     }
     let guest = shared().await;
     for signal in 1..=64 {
-        // Stopped or ignored by default: the program survives.
+        // These signals stop the program or are ignored by default: it survives.
         if matches!(signal, 17..=23 | 28) {
             continue;
         }
@@ -49,7 +50,7 @@ async fn every_signal_that_kills_is_told() {
     }
 }
 
-/// So many programs at once, each with input of its own, while the agent answers.
+/// Runs `count` programs at once, each with its own input, while the agent answers pings.
 async fn at_once(count: usize) {
     if !kvm() {
         return;
@@ -97,8 +98,8 @@ async fn fifty_programs_at_once() {
     at_once(50).await;
 }
 
-/// Output whose reader is slow: all of it comes, and it waits in neither the guest's memory nor
-/// ours.
+/// Reads a program's output slowly: all of it arrives, and it accumulates neither in the guest's
+/// memory nor in ours.
 async fn slowly_read(len: usize) {
     if !kvm() {
         return;
@@ -122,7 +123,7 @@ async fn slowly_read(len: usize) {
         for (at, byte) in (total..).zip(&chunk[..count]) {
             assert_eq!(*byte, (at & 0xff) as u8, "at {at}");
         }
-        // It runs by now.
+        // The program is running by now.
         if total < 1 << 20 && total + count >= 1 << 20 {
             before = free(&mut guest, 1).await;
             tokio::time::sleep(patience(Duration::from_millis(200))).await;

@@ -3,7 +3,7 @@
     clippy::expect_used,
     reason = "a test fails by panicking"
 )]
-//! A guest that takes all the processor time that it gets: what it gets, and what is left for its
+//! A guest that uses all the processor time it gets: how much it gets, and how much is left for its
 //! neighbours.
 
 use std::time::{Duration, Instant};
@@ -12,12 +12,12 @@ use hearth_tests::flat::Code;
 use hearth_tests::{Guest, alone, kvm, patience, vcpu_times, within};
 use hearth_vmm::{Exit, Vm, VmConfig, VmStatus};
 
-/// Processor time of this process's vCPU threads.
+/// Returns the processor time of this process's vCPU threads.
 fn vcpu_time() -> Duration {
     vcpu_times().values().sum()
 }
 
-/// How long the only vCPU of this process takes to use `amount` of processor time.
+/// Returns how long the only vCPU of this process takes to use `amount` of processor time.
 async fn time_to_use(amount: Duration) -> Duration {
     let (start, before) = (Instant::now(), vcpu_time());
     let used = async {
@@ -34,7 +34,7 @@ fn boot(code: Code, percent: u32) -> Vm {
     Vm::boot(&config.cpu_quota(percent).build().unwrap()).unwrap()
 }
 
-/// A loop without exits; one that writes to a port; one that rings a device's bell.
+/// A loop without exits, one that writes to a port, and one that notifies a device.
 fn hogs() -> [(&'static str, Code); 3] {
     let start = Code::new().device(0);
     // l: ...; jmp l
@@ -54,7 +54,7 @@ async fn a_guest_that_never_rests_gets_its_share_and_no_more() {
     }
     for (name, code) in hogs() {
         let vm = boot(code, 10);
-        // 10 ms at once and then 10 in each 100, in slices of 5.
+        // The guest gets 10 ms at once and then 10 ms in each 100 ms, in slices of 5 ms.
         let took = time_to_use(Duration::from_millis(70)).await;
         eprintln!("{name}: 70 ms of a processor in {took:?}");
         assert!(took >= Duration::from_millis(450), "{name}: {took:?}");
@@ -85,8 +85,7 @@ async fn a_guest_that_rests_by_quota_can_be_paused_resumed_forked_and_ended() {
     drop(clone);
 }
 
-/// How long pings of `guest` take, each after a rest, so that they fall on all parts of a quota's
-/// period.
+/// Returns how long pings of `guest` take. A pause before each spreads them over a quota's period.
 async fn pings(guest: &mut Guest, count: u64) -> Vec<Duration> {
     let mut times = Vec::new();
     for nonce in 1..=count {
@@ -108,13 +107,13 @@ async fn a_guest_beside_one_that_never_rests_answers_nearly_as_fast_as_alone() {
     if !kvm() || !alone() {
         return;
     }
-    // What a ping may cost beside a hog, in times of one while the hog is paused.
+    // Highest allowed cost of a ping beside a hog, as a multiple of one while the hog is paused.
     const MOST: u32 = 3;
     let mut neighbour = Guest::fork().await;
     pings(&mut neighbour, 10).await;
     for (name, code) in hogs() {
         let hog = boot(code, 10);
-        // In turns, so that whatever else the host does falls on both.
+        // Alternates between both, so that other load on the host affects both.
         let (mut idle, mut busy) = (Vec::new(), Vec::new());
         for _ in 0..6 {
             hog.pause().unwrap();

@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Each program of a guest has its vector registers to itself.
+//! Programs in a guest do not see each other's vector registers.
 
 use std::os::unix::fs::PermissionsExt;
 

@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! A root file system of the user's: programs of this machine, linked dynamically, in a guest.
+//! A root file system from an image: dynamically linked programs of this machine in a guest.
 
 use hearth_agent::client::{Command, ExecError, FileError};
 use hearth_agent::proto::{
@@ -39,15 +39,15 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
     assert_eq!(text(&output.stderr), "");
     assert_eq!(text(&output.stdout), "from the image 42\n");
     assert_eq!(output.status, ExitStatus::Code(0));
-    // What was written is there for the next program, in its template's clones, and not in the
-    // image.
+    // The next program sees what was written, and so do clones of a template of this guest; the
+    // image does not change.
     let output = guest.run(Command::new("cat").arg("/etc/motto")).await;
     assert_eq!(text(&output.stdout), "mine\n");
-    // In place: a page of the image takes none of the guest's memory.
+    // The root is mounted in place: a page of the image takes none of the guest's memory.
     let mounts = guest.run(Command::new("cat").arg("/proc/mounts")).await;
     let mounts = text(&mounts.stdout);
     assert!(mounts.contains("overlay / overlay"), "{mounts}");
-    // The user whom the image is made for has a home, though in an image all files are root's.
+    // The image's user has a home of its own, although all files in an image belong to root.
     let script = "echo $USER $HOME; pwd; echo mine > file; read -r line < file; echo $line";
     let output = guest.run(sh(script).usual_user()).await;
     let expected = "user /home/user\n/home/user\nmine\n";
@@ -60,14 +60,14 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
         let output = guest.run(command).await;
         assert!(text(&output.stdout).starts_with(expected), "{output:?}");
     }
-    // A terminal, whatever the image has in /dev.
+    // A terminal works whatever the image has in /dev.
     let script = "[ -t 0 ] && read -r line && echo \"<$line>\" && echo direct > /dev/tty";
     let terminal = sh(script).terminal(WindowSize::default());
     let output = guest.run_with(terminal, b"typed\n").await;
     assert_eq!(output.status, ExitStatus::Code(0));
     let shown = text(&output.stdout);
     assert!(shown.ends_with("<typed>\r\ndirect\r\n"), "{shown:?}");
-    // Files take as much of it as was said.
+    // Written files take no more memory than the configured limit.
     let big = Put::new("/big");
     let refused = guest.connect().await.put(big, &vec![1; 2 << 20]).await;
     let error = refused.unwrap_err();
@@ -89,7 +89,7 @@ async fn a_guest_runs_programs_of_its_root_and_writes_beside_it() {
     assert!(std::fs::read(&image).unwrap() == before);
 }
 
-/// KiB of the guest's memory that hold copies of files.
+/// Returns the KiB of the guest's memory that hold copies of files.
 async fn cached(guest: &Guest) -> u64 {
     let output = guest.run(Command::new("cat").arg("/proc/meminfo")).await;
     let text = String::from_utf8(output.stdout).unwrap();
@@ -104,16 +104,16 @@ async fn a_file_of_the_root_that_is_read_takes_none_of_the_guests_memory() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    // Its end fills no block: what is not mapped is copied as a whole.
+    // The end of the file does not fill a block: a file that is not mapped is copied as a whole.
     let content = "x".repeat((8 << 20) + 100);
     let Some(image) = shell_root(dir.path(), &["/bin/cat"], &[("big", &content)]) else {
         return;
     };
     let guest = Guest::prepared(|config| config.pmem(&image).append(ROOT_WORD)).await;
-    // The first reader brings what every program brings.
+    // The first program brings in the pages that every program needs.
     cached(&guest).await;
-    // A copy of it shows that such memory is seen here. The kernel counts per processor, and is
-    // some pages off.
+    // A copy of the file shows that such memory is counted here. The kernel counts per processor,
+    // so it is off by some pages.
     for (to, least, most) in [("/dev/null", 0, 256), ("/tmp/copy", 7680, 9216)] {
         let before = cached(&guest).await;
         let output = guest.run(sh(&format!("cat /big > {to}"))).await;

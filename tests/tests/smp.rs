@@ -4,7 +4,7 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Guests with several vCPUs, each of which does its part.
+//! Guests with several vCPUs, all of which do work.
 
 use std::time::{Duration, Instant};
 
@@ -14,13 +14,13 @@ use hearth_tests::{Guest, alone, kvm, vcpu_times, within};
 use hearth_vmm::EntryChoice;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
-/// Rounds of work on each vCPU. A round is a multiplication that needs the one before it: 3 cycles
-/// at least.
+/// Rounds of work on each vCPU. A round is a multiplication that needs the result of the one
+/// before: at least 3 cycles.
 const ROUNDS: u64 = 300_000_000;
-/// Processor time that every processor needs for them.
+/// Processor time that any processor needs at least for these rounds.
 const WORK: Duration = Duration::from_millis(150);
 
-/// What the guest's `work-on` computes.
+/// Returns the result of the guest's `work-on`.
 fn sum(cpu: usize) -> u64 {
     (0..ROUNDS).fold(0xcbf2_9ce4_8422_2325, |sum, _| {
         (sum ^ cpu as u64).wrapping_mul(0x100_0000_01b3)
@@ -32,14 +32,13 @@ async fn text_of(guest: &Guest, path: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Has a program work on each vCPU of the only guest of this process, all at once, and fails unless
-/// each ran on the vCPU that it asked for, came to the right sum, and kept a thread of the host's
-/// busy.
+/// Runs a program on each vCPU of the only guest of this process, all at once. Fails unless each
+/// ran on the vCPU that it asked for, computed the right sum, and kept a thread of the host busy.
 async fn every_vcpu_works(guest: &Guest, vcpus: usize) {
     let cpuinfo = text_of(guest, "/proc/cpuinfo").await;
     let processors = cpuinfo.lines().filter(|l| l.starts_with("processor"));
     assert_eq!(processors.count(), vcpus, "{cpuinfo}");
-    // Cores of one package, not threads of a core.
+    // The vCPUs are cores of one package, not threads of a core.
     for name in ["cpu cores", "siblings"] {
         let line = cpuinfo.lines().find(|line| line.starts_with(name));
         // Kernels without topology code do not print it.
@@ -65,7 +64,7 @@ async fn every_vcpu_works(guest: &Guest, vcpus: usize) {
             .unwrap();
         assert_eq!(line, format!("{cpu}\n"));
     }
-    // All are there and wait for this.
+    // All programs have started and wait for a line.
     let (before, start) = (vcpu_times(), Instant::now());
     for (_, stdin, _) in &mut programs {
         stdin.write_all(b"\n").await.unwrap();
@@ -85,7 +84,7 @@ async fn every_vcpu_works(guest: &Guest, vcpus: usize) {
     assert!(worked.iter().all(|time| *time >= WORK), "{worked:?}");
 }
 
-/// Boots a guest, has every vCPU work, then every vCPU of a clone.
+/// Boots a guest, makes every vCPU work, then every vCPU of a clone.
 async fn all_work_and_those_of_a_clone_too(vcpus: u8) {
     let (guest, phases) = Guest::boot(|config| config.vcpus(vcpus)).await;
     eprintln!("{vcpus} vCPUs: {phases:?}");

@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! The cache of templates, with guests of a few instructions: what is made once, what is made
-//! again, what is thrown away, and what a process that is killed leaves behind.
+//! The cache of templates, with guests of a few instructions: which entries are built once, built
+//! again or evicted, and what a killed process leaves behind.
 
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader};
@@ -20,7 +20,7 @@ use hearth_vmm::cache::{Entry, Found, TemplateCache};
 use hearth_vmm::{Exit, StoreError, Template};
 
 const NO_LIMIT: u64 = u64::MAX;
-/// What an entry takes on disk, about.
+/// Approximate size of an entry on disk in bytes.
 const ENTRY: u64 = 4 << 20;
 
 fn get(cache: &TemplateCache, number: u64) -> (Template, Found) {
@@ -29,14 +29,14 @@ fn get(cache: &TemplateCache, number: u64) -> (Template, Found) {
     (cached.template, cached.found)
 }
 
-/// Fails unless the template is that of `number`.
+/// Fails unless the template is the one for `number`.
 async fn is(template: &Template, number: u64) {
     let vm = template.fork().unwrap();
     assert_eq!(within(5, "end", vm.exited()).await, Exit::PowerOff);
     assert_eq!(vm.console().text(), number.to_string());
 }
 
-/// Another process that uses the cache.
+/// Starts another process that uses the cache.
 fn process(root: &Path, limit: u64, keys: u64, rounds: u64, pause_ms: u64) -> Child {
     Command::new(env!("CARGO_BIN_EXE_template-cache"))
         .arg(root)
@@ -65,7 +65,7 @@ async fn an_entry_is_made_once_and_found_afterwards() {
     assert!(matches!(found, Found::Built));
     is(&other, 2).await;
     assert!(cache.size().unwrap() >= 2 * ENTRY);
-    // Its whole content is the name: every ingredient counts.
+    // An entry's name covers its whole key: every part counts.
     assert_ne!(flat_key(1).name(), flat_key(2).name());
     assert_ne!(
         flat_key(1).part("vcpus", [1]).name(),
@@ -135,9 +135,9 @@ async fn what_cannot_be_used_is_made_again_and_never_run() {
         is(&template, 1).await;
         assert!(matches!(get(&cache, 1).1, Found::There), "{what}");
     }
-    // Whoever had the entry that was replaced still has it.
+    // A template that was returned before its entry was replaced can still be used.
     is(&keep.0, 1).await;
-    // A file in an entry's place.
+    // A file lies in the place of an entry.
     fs::remove_dir_all(&dir).unwrap();
     fs::write(&dir, "").unwrap();
     let (template, found) = get(&cache, 1);
@@ -169,10 +169,10 @@ async fn the_longest_unused_entries_go_but_none_in_use() {
         return;
     }
     let root = tempfile::tempdir().unwrap();
-    // Room for three.
+    // The limit leaves room for three entries.
     let cache = TemplateCache::open(root.path(), 3 * ENTRY + ENTRY / 2).unwrap();
     let there = |number| root.path().join(flat_key(number).name()).exists();
-    // Times in the file system are coarse.
+    // Timestamps in the file system are coarse.
     let tick = || std::thread::sleep(Duration::from_millis(20));
     let (in_use, _) = get(&cache, 0);
     for number in [1, 2] {
@@ -180,18 +180,19 @@ async fn the_longest_unused_entries_go_but_none_in_use() {
         drop(get(&cache, number));
     }
     tick();
-    // Used again: now 2 is the longest unused.
+    // Entry 1 is used again: now 2 is the longest unused.
     drop(get(&cache, 1));
     tick();
     drop(get(&cache, 3));
     assert_eq!([0, 1, 2, 3].map(there), [true, true, false, true]);
-    // A clone of the template that is in use keeps it as well, also in another handle on the cache.
+    // A clone of the template that is in use also keeps the entry, even for another handle on the
+    // cache.
     let clone = in_use.clone();
     drop(in_use);
     let same = TemplateCache::open(root.path(), ENTRY / 2).unwrap();
     let (fourth, found) = get(&same, 4);
     assert!(matches!(found, Found::Built));
-    // What was just made stays although it is too large; 0 is in use, the others are gone.
+    // The newly built entry stays although it exceeds the limit; 0 is in use, the others are gone.
     assert_eq!(
         [0, 1, 2, 3, 4].map(there),
         [true, false, false, false, true]
@@ -222,7 +223,7 @@ async fn a_right_to_make_an_entry_that_is_dropped_goes_to_the_next() {
     let (template, found) = within(10, "next", waiting).await.unwrap();
     assert!(matches!(found, Found::Built));
     is(&template, 1).await;
-    // One that could not be made leaves nothing.
+    // An entry whose build failed leaves nothing behind.
     let failed = cache.get_or_build(&flat_key(2), || Err(std::io::Error::other("no")));
     assert!(failed.is_err());
     assert!(!root.path().join(flat_key(2).name()).exists());
@@ -248,19 +249,19 @@ async fn processes_that_want_the_same_entry_make_it_once() {
     assert_eq!(said, ["Built", "There", "There", "There"]);
 }
 
-/// Kills processes at random moments while they make, load and evict entries; after each, the cache
-/// gives every template, and nothing is left of the process.
+/// Kills processes at random moments while they build, load and evict entries. After each kill the
+/// cache returns every template, and nothing is left of the process.
 async fn killed_at_random(rounds: usize) {
     const KEYS: u64 = 4;
     let root = tempfile::tempdir().unwrap();
-    // Room for two, so that entries come and go.
+    // The limit leaves room for two, so that entries are built and evicted.
     let limit = 2 * ENTRY + ENTRY / 2;
     let moments = noise(rounds * 8, 0xdead);
     let (mut interrupted, mut used) = (0, 0);
     for moment in moments.as_chunks::<8>().0 {
         let mut child = process(root.path(), limit, KEYS, 10_000, 0);
         let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
-        // Its first words, then up to a quarter of a second more.
+        // Kills the process after its first line and up to a quarter of a second more.
         said.next().unwrap().unwrap();
         let wait = u64::from_le_bytes(*moment) % 250_000;
         tokio::time::sleep(Duration::from_micros(wait)).await;
@@ -271,7 +272,7 @@ async fn killed_at_random(rounds: usize) {
         interrupted += fs::read_dir(&work).unwrap().count();
         let cache = TemplateCache::open(root.path(), limit).unwrap();
         for number in 0..KEYS {
-            // Whole, or not there: never something that has to be thrown away.
+            // An entry is whole or missing: never damaged, so that it would have to be rebuilt.
             let (template, found) = get(&cache, number);
             assert!(!matches!(found, Found::Rebuilt(_)), "{found:?}");
             is(&template, number).await;

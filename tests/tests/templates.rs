@@ -4,8 +4,8 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Clones of a real guest: strangers to each other, isolated, and healthy wherever their template
-//! was captured.
+//! Clones of a real guest: unique, isolated from each other, and healthy at whatever moment their
+//! template was captured.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,14 +20,14 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 const MIB: u64 = 1 << 20;
-/// Clones that run at once: where ring 0 is emulated, more than there are processors starve each
+/// Clones that run at once: where ring 0 is emulated, more of them than processors starve each
 /// other.
 const AT_ONCE: usize = 2;
-/// How far a clone's wall clock may be from the host's.
+/// Largest allowed difference in nanoseconds between a clone's wall clock and the host's.
 const CLOCK_SLACK_NS: i128 = 50_000_000;
 
-/// What a balloon is asked for that is captured on its way: so much that it is on its way for a
-/// while, and no more, because the clones go on with it.
+/// Target of a balloon that is captured while it inflates: large enough that this takes a while,
+/// and no larger, because the clones continue to inflate.
 fn balloon_mib() -> u32 {
     match Host::get().unwrap().profile() {
         CpuProfile::Native => 64,
@@ -46,7 +46,7 @@ async fn text_of(guest: &Guest, words: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Runs `case` on so many clones of `template`, a few at a time, and gives what it gave.
+/// Runs `case` on `count` clones of `template`, a few at a time, and returns the results.
 async fn on_clones<T, F>(template: &Template, count: usize, case: fn(Vm) -> F) -> Vec<T>
 where
     T: Send + 'static,
@@ -66,16 +66,16 @@ where
     runs.join_all().await
 }
 
-/// What should differ from clone to clone.
+/// Values that must differ from clone to clone.
 struct Identity {
-    /// 244 bits from the kernel's generator, taken by the first program of the clone.
+    /// 244 bits of the kernel's random numbers, read by the first program in the clone.
     drawn: String,
     boot_id: String,
     machine_id: String,
 }
 
-/// Makes the clone a stranger and takes its identity; fails if it is not the one it was given, or
-/// if its clock is not the host's.
+/// Refreshes the clone and returns its identity. Fails if that is not the one it was given, or if
+/// its clock differs from the host's.
 async fn identity(vm: Vm) -> Identity {
     let mut guest = Guest::refreshed(vm).await;
     let text = text_of(
@@ -96,8 +96,8 @@ async fn identity(vm: Vm) -> Identity {
     };
     assert_ne!(one, other);
     assert_eq!(*machine_id, guest.instance.to_string());
-    // The offset of CLOCK_REALTIME, the second clock, to the monotonic clock. No guest here sleeps,
-    // so that a pong's uptime is the monotonic clock.
+    // The offset of CLOCK_REALTIME, the second clock in the list, to the monotonic clock. No guest
+    // here is suspended, so a pong's uptime is the monotonic clock.
     let mut offsets = timers.iter().filter_map(|line| {
         let rest = line.trim_start().strip_prefix(".offset:")?;
         rest.trim().strip_suffix(" nsecs")?.parse::<i128>().ok()
@@ -138,7 +138,8 @@ async fn clones_are_strangers(count: usize) {
     }
 }
 
-/// The identity that the clone says it has, which is the one that it was given.
+/// Refreshes the clone and returns the identity that it reports, which must be the one it was
+/// given.
 async fn given(vm: Vm) -> InstanceId {
     let mut guest = Guest::refreshed(vm).await;
     let pong = within(5, "pong", guest.agent.ping(1)).await.unwrap();
@@ -146,8 +147,8 @@ async fn given(vm: Vm) -> InstanceId {
     pong.instance
 }
 
-/// What passes at the host between capture and fork does not pass in the clone: else all its timers
-/// would be due at once, and after a restart of the host its time would stand still.
+/// Time that passes on the host between capture and fork does not pass in the clone: otherwise all
+/// its timers would be due at once, and after a restart of the host its time would stand still.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clones_monotonic_clock_goes_on_from_the_capture() {
     if !kvm() {
@@ -161,13 +162,13 @@ async fn a_clones_monotonic_clock_goes_on_from_the_capture() {
         let pong = within(5, "pong", guest.agent.ping(1)).await.unwrap();
         uptimes.push(pong.uptime);
     }
-    // Both took about as long to answer.
+    // Both clones took about as long to answer.
     let apart = uptimes[1].abs_diff(uptimes[0]);
     assert!(apart < Duration::from_secs(10), "{uptimes:?}");
 }
 
-/// Was: the boot puts its timer interrupts a second apart, and the last of these was yet to come in
-/// every clone. Until then nothing that sleeps woke up in time.
+/// Regression: the kernel's boot spaces its timer interrupts a second apart, and the last of them
+/// was still to come in every clone. Until then, sleeping programs woke up late.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clone_has_timers_of_high_resolution_from_its_first_moment() {
     if !kvm() {
@@ -178,7 +179,8 @@ async fn a_clone_has_timers_of_high_resolution_from_its_first_moment() {
     assert!(timers.contains(".hres_active    : 1"), "{timers}");
 }
 
-/// A program in a clone costs seconds where ring 0 is emulated, so only some of the fifty run one.
+/// A program in a clone costs seconds where ring 0 is emulated, so only some of the fifty clones
+/// run one.
 #[tokio::test(flavor = "multi_thread")]
 async fn fifty_clones_have_identities_of_their_own_and_some_run_programs_that_draw() {
     if !kvm() {
@@ -199,10 +201,11 @@ async fn a_thousand_clones_are_strangers_with_the_hosts_time() {
     }
 }
 
-/// Fails unless the clone does all that a guest does.
+/// Fails unless the clone answers, and ends the programs that its template ran.
 async fn is_healthy(vm: Vm) {
     let mut guest = Guest::refreshed(vm).await;
-    // What the template ran for its host ends when the agent learns that the connection is gone.
+    // Programs that the template ran for its host end when the agent sees that the connection is
+    // closed.
     let quiet = async {
         let mut nonce = 10;
         while guest.agent.ping(nonce).await.unwrap().execs > 0 {
@@ -213,7 +216,8 @@ async fn is_healthy(vm: Vm) {
     assert_eq!(guest.vm.status(), VmStatus::Running);
 }
 
-/// As [`is_healthy`], with a program and, where the template's balloon was moving, the balloon.
+/// As [`is_healthy`], and runs a program and uses the balloon, which the template may have been
+/// inflating.
 async fn works(vm: Vm) {
     let guest = Guest::refreshed(vm).await;
     assert_eq!(text_of(&guest, &["echo", "alive"]).await, "alive\n");
@@ -223,7 +227,7 @@ async fn works(vm: Vm) {
     assert_eq!(guest.vm.status(), VmStatus::Running);
 }
 
-/// What goes on in a guest while it is captured.
+/// Activity in a guest while it is captured.
 #[derive(Clone, Copy, Debug)]
 struct Busy {
     traffic: bool,
@@ -231,8 +235,8 @@ struct Busy {
     balloon: bool,
 }
 
-/// Captures a guest in the middle of things: it goes on as if nothing had been, and `forks` clones
-/// of the template are healthy.
+/// Captures a guest while it is busy: it continues undisturbed, and `forks` clones of the template
+/// are healthy.
 async fn captured_while(busy: Busy, forks: usize) {
     let guest = Guest::fork().await;
     let mut stream = None;
@@ -253,7 +257,7 @@ async fn captured_while(busy: Busy, forks: usize) {
         stream = Some(guest.vm.vsock().connect(3000).await.unwrap());
     }
     if busy.program {
-        // Writes as fast as it is read.
+        // Writes as fast as its output is read.
         let fill = applet(&["fill", "200000000"]).stdin(Input::Null);
         let mut fill = guest.connect().await.exec(fill).await.unwrap();
         let mut stdout = fill.stdout().unwrap();
@@ -274,7 +278,8 @@ async fn captured_while(busy: Busy, forks: usize) {
         within(10, "begin of the inflation", begun).await;
     }
     let bytes = noise(400_000, 11);
-    // How far the inflation is right after: while the traffic ends, it goes on.
+    // Reads the balloon's size right after the capture: it goes on inflating while the traffic
+    // ends.
     let captured = || (guest.vm.snapshot().unwrap(), balloon.actual());
     let (template, inflated) = match stream {
         None => captured(),
@@ -283,7 +288,7 @@ async fn captured_while(busy: Busy, forks: usize) {
             let mut back = vec![0; bytes.len()];
             let (captured, (), ()) = within(60, "traffic", async {
                 let (half, rest) = bytes.split_at(bytes.len() / 2);
-                // Half is on its way, nothing of it is read yet.
+                // Half of the bytes are being sent, none of them has been read yet.
                 let begun = tokio::sync::Notify::new();
                 let capture = async {
                     begun.notified().await;
@@ -386,7 +391,7 @@ async fn clones_of_clones_of_clones_inherit_and_do_not_mix() {
     let mut first = Guest::of(root).await;
     let original = name_of(&first).await;
     name(&mut first, "first").await;
-    // Branched while it runs; the branch does not see what its origin does afterwards.
+    // Branched while it runs: later changes in the original do not reach the branch.
     let branched = first.vm.snapshot().unwrap();
     name(&mut first, "later").await;
     let mut second = Guest::of(&branched).await;
@@ -400,7 +405,8 @@ async fn clones_of_clones_of_clones_inherit_and_do_not_mix() {
     assert_eq!(name_of(&sibling).await, "second");
     assert_eq!(name_of(&first).await, "later");
     assert_eq!(name_of(&Guest::of(root).await).await, original);
-    // Each generation holds the pages of its parent and what it wrote, no holes filled on the way.
+    // Each generation holds its parent's pages and those that it wrote; holes are not filled on the
+    // way.
     for template in [&branched, &frozen] {
         let bytes = template.footprint();
         assert!(
@@ -410,8 +416,8 @@ async fn clones_of_clones_of_clones_inherit_and_do_not_mix() {
     }
 }
 
-/// Saved here, loaded by another process, with and without a copy; what clones did meanwhile is not
-/// in it.
+/// A template that is saved here is loaded by another process, with and without a copy. It has none
+/// of the changes that clones made meanwhile.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_saved_template_is_forked_by_another_process() {
     if !kvm() {
@@ -440,7 +446,7 @@ async fn a_saved_template_is_forked_by_another_process() {
         assert!(child.status.success(), "{errors}");
         assert!(machine_ids.insert(child.stdout));
     }
-    // The same bytes, whatever clones have written to their own memory by now.
+    // The saved bytes are the same, although clones have written to their own memory.
     on_clones(template, 2, is_healthy).await;
     template.save(&second).unwrap();
     let manifest = |dir: &std::path::Path| std::fs::read(dir.join("manifest")).unwrap();
@@ -448,7 +454,8 @@ async fn a_saved_template_is_forked_by_another_process() {
         manifest(&first) == manifest(&second),
         "the template changed"
     );
-    // Nothing but the two is left, and they take no more than what is not zero.
+    // The directory holds nothing but the two templates, and only pages that are not zero take
+    // space.
     assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 2);
     let start = Instant::now();
     let loaded = Template::load(&first).unwrap();

@@ -19,7 +19,7 @@ use hearth_tests::{Guest, kvm, low_water, noise, shared, within};
 use hearth_vmm::virtio::vsock::{ConnectError, VsockStream};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 
-/// A program in the guest that listens on `port` and echoes; it lives as long as this value.
+/// Runs a program in the guest that listens on `port` and echoes, until this value is dropped.
 async fn echo_server(guest: &Guest, port: u32) -> Exec<VsockStream> {
     let command = Command::new("vsock-echo").arg(port.to_string());
     let mut exec = guest.connect().await.exec(command).await.unwrap();
@@ -62,7 +62,7 @@ async fn the_host_connects_and_gets_its_bytes_back() {
     }
 }
 
-/// So many MiB to the guest and back, by connections of a MiB each.
+/// Sends `mebibytes` MiB to the guest and back, over connections of a MiB each.
 async fn each_way(mebibytes: u64) {
     if !kvm() {
         return;
@@ -101,7 +101,7 @@ async fn the_guest_connects_and_both_sides_close_by_halves() {
     let (mut stdin, mut stdout) = (exec.stdin().unwrap(), exec.stdout().unwrap());
     let waiting = tokio::spawn(exec.wait());
 
-    // The guest speaks and closes its direction; the host still answers.
+    // The guest sends and closes its direction; the host still answers.
     let question = noise(100_000, 3);
     let ask = async {
         stdin.write_all(&question).await.unwrap();
@@ -152,7 +152,7 @@ async fn a_port_without_a_listener_refuses_at_once_in_both_directions() {
     let _server = echo_server(guest, 5002).await;
     let stream = within(6, "late listener", waiting).await.unwrap().unwrap();
     assert_eq!(echoed(stream, b"late").await, b"late");
-    // And gives up typed.
+    // It gives up with a typed error.
     let soon = tokio::time::Instant::now() + Duration::from_millis(100);
     let given_up = guest.vm.vsock().connect_retry(5003, soon).await;
     assert!(
@@ -169,7 +169,7 @@ async fn two_hundred_connections_at_once() {
     if !kvm() {
         return;
     }
-    // A guest of its own: its memory is filled with sockets and threads.
+    // A guest for this test alone, because its memory fills with sockets and threads.
     let guest = Guest::fork().await;
     let _server = echo_server(&guest, 6000).await;
     let mut connecting = tokio::task::JoinSet::new();
@@ -186,7 +186,7 @@ async fn two_hundred_connections_at_once() {
         let (number, stream) = connected.unwrap();
         streams.push((number, stream.expect("one of 200 connections")));
     }
-    // All are open now: each still has its own bytes.
+    // All connections are open now, and each still gets its own bytes back.
     let mut talking = tokio::task::JoinSet::new();
     for (number, stream) in streams {
         talking.spawn(async move {
@@ -200,7 +200,7 @@ async fn two_hundred_connections_at_once() {
         done += 1;
     }
     assert_eq!(done, 200);
-    // And after them there is room for more.
+    // After them there is room for more connections.
     let stream = guest.vm.vsock().connect(6000).await.unwrap();
     assert_eq!(echoed(stream, b"once more").await, b"once more");
 }
@@ -213,7 +213,7 @@ async fn a_reader_that_stalls_holds_up_its_own_connection_only() {
     let guest = shared().await;
     let _server = echo_server(guest, 7000).await;
     let mut stalled = guest.vm.vsock().connect(7000).await.unwrap();
-    // Write without reading until nothing moves any more: the echo's window is full.
+    // Writes without reading until nothing moves any more: the receive window of the echo is full.
     let chunk = noise(64 << 10, 5);
     let mut sent = 0;
     while sent < 64 << 20 {
@@ -243,7 +243,8 @@ async fn a_peer_that_vanishes_is_an_error_on_the_other_side() {
         .await
         .unwrap();
     drop(server);
-    // The guest's kernel ends the dead program's sockets: end of file or a reset, never a wait.
+    // The guest's kernel closes the dead program's sockets: the result is end of file or a reset,
+    // never a wait.
     let mut rest = Vec::new();
     let end = within(10, "end of a dead peer", stream.read_to_end(&mut rest)).await;
     assert!(
@@ -265,7 +266,7 @@ async fn a_peer_that_vanishes_is_an_error_on_the_other_side() {
     );
 }
 
-/// Listens on a port of a guest's, drops the guest, and says so.
+/// Waker that listens on a port of a guest, drops the guest, and reports whether it could listen.
 struct DropsGuest(Mutex<Option<Guest>>, Mutex<Sender<bool>>);
 
 impl Wake for DropsGuest {
@@ -279,14 +280,14 @@ impl Wake for DropsGuest {
     }
 }
 
-/// Was: the waker ran on the event thread, under the device's lock, which it then waited for: that
-/// thread served nobody any more, and later VMs did not answer.
+/// Regression: the waker ran on the event thread, under the device's lock, and then waited for that
+/// lock. The thread served no VM any more, and later VMs did not answer.
 #[tokio::test]
 async fn a_waker_of_a_streams_reader_may_listen_and_drop_the_vm() {
     if !kvm() {
         return;
     }
-    // More of them than there are event threads.
+    // More rounds than there are event threads.
     for round in 0..3 {
         let guest = Guest::fork().await;
         let _server = echo_server(&guest, 3005).await;
@@ -310,8 +311,8 @@ async fn a_waker_of_a_streams_reader_may_listen_and_drop_the_vm() {
     assert_eq!(hearth_vmm::leaked_vms(), 0);
 }
 
-/// What was read of a packet whose rest is still queued is neither there to be read nor room for
-/// the peer.
+/// Bytes that the guest has read from a packet whose rest is still queued can no longer be read,
+/// but do not yet count as free room for the peer either.
 #[tokio::test]
 async fn a_reader_that_waits_for_more_than_is_queued_gets_it() {
     if !kvm() {

@@ -1,10 +1,10 @@
-//! A byte stream in pieces, as either side would take it: greeting, requests, responses.
+//! A byte stream in pieces, as either side would receive it: greeting, requests, responses.
 #![no_main]
 
 use hearth_agent::proto::{FrameBuffer, Hello, MAX_FRAME, Request, Response, encode};
 use libfuzzer_sys::fuzz_target;
 
-/// What decodes must survive a round trip: the two sides agree on what was said.
+/// Decodes a payload, and returns it encoded again: a decoded message must survive the round trip.
 fn said<'a, T>(payload: &'a [u8], decode: impl Fn(&'a [u8]) -> Option<T>) -> Option<Vec<u8>>
 where
     T: serde::Serialize,

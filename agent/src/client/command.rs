@@ -12,11 +12,11 @@ use crate::proto::{
     Account, Exec, Input, Leftover, Limits, MAX_LINGER_MS, OutputMode, User, WallClock, WindowSize,
 };
 
-/// A program to run in a guest, built as `std::process::Command` is.
+/// A program to run in a guest, built like `std::process::Command`.
 ///
 /// Defaults: environment PATH and HOME, working directory `/`, no stdin, separate outputs, no
-/// timeout, 2 s of grace, 500 ms of linger, the agent's user, no limits, no rights beyond those of
-/// its user.
+/// timeout, 2 s of grace, 500 ms of linger, the agent's user, no limits, no privileges beyond those
+/// of its user.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Command {
@@ -25,7 +25,8 @@ pub struct Command {
 }
 
 impl Command {
-    /// A command that runs `program`, searched in the guest's PATH unless it has a slash.
+    /// Returns a command that runs `program`, which is searched in the guest's PATH unless it has a
+    /// slash.
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         let exec = Exec {
             argv: vec![bytes(program)],
@@ -57,7 +58,8 @@ impl Command {
         self
     }
 
-    /// Sets an environment variable, unless it is set already or the environment is to start empty.
+    /// Sets an environment variable, unless it is set already or [`env_clear`](Self::env_clear) was
+    /// called.
     pub fn env_default(self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         let name = bytes(&key);
         if self.exec.clear_env || self.exec.env.iter().any(|(known, _)| *known == name) {
@@ -79,22 +81,22 @@ impl Command {
         self
     }
 
-    /// Says where stdin comes from.
+    /// Sets where stdin comes from.
     pub fn stdin(mut self, input: Input) -> Self {
         self.exec.stdin = input;
         self
     }
 
-    /// Says whether stdout and stderr are one stream.
+    /// Sets whether stdout and stderr are one stream.
     pub fn output_mode(mut self, mode: OutputMode) -> Self {
         self.exec.output = mode;
         self
     }
 
-    /// Gives the program a terminal of this size, which is its stdin, stdout and stderr; what it
-    /// writes comes as stdout. What is written to its stdin is what somebody types: control
-    /// characters act, and are echoed. The end of input is typed, too. TERM is `xterm` unless
-    /// [`env`](Self::env) sets it.
+    /// Gives the program a terminal of this size as its stdin, stdout and stderr; its output is
+    /// reported as stdout. Bytes written to its stdin count as typed: control characters take
+    /// effect, and input is echoed. The end of input is typed, too. TERM is `xterm` unless
+    /// [`env`](Self::env) sets it or [`env_clear`](Self::env_clear) removes it.
     pub fn terminal(mut self, size: WindowSize) -> Self {
         self.exec.terminal = Some(size);
         self.exec.stdin = Input::Pipe;
@@ -107,8 +109,9 @@ impl Command {
         self
     }
 
-    /// Ends the program after this time: SIGTERM, [`grace`](Self::grace), SIGKILL to all that it
-    /// started. Rounded up to whole milliseconds.
+    /// Ends the program after this time: SIGTERM to its process group, then, after
+    /// [`grace`](Self::grace), SIGKILL to the program and all that it started. Rounded up to whole
+    /// milliseconds.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.exec.timeout_ms =
             Some(u64::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX));
@@ -121,8 +124,8 @@ impl Command {
         self
     }
 
-    /// Sets how long to wait for the end of output that processes hold open which outlive the
-    /// program, up to one minute.
+    /// Sets how long to wait for the end of output while processes that outlive the program hold it
+    /// open, up to one minute.
     pub fn linger(mut self, linger: Duration) -> Self {
         self.exec.linger_ms = u32::try_from(linger.as_millis())
             .unwrap_or(u32::MAX)
@@ -130,7 +133,7 @@ impl Command {
         self
     }
 
-    /// Says what happens to processes that outlive the program.
+    /// Sets what happens to processes that outlive the program.
     pub fn leftover(mut self, leftover: Leftover) -> Self {
         self.exec.leftover = leftover;
         self
@@ -142,12 +145,12 @@ impl Command {
     }
 
     /// Runs the program as the user of this name in the guest's `/etc/passwd`, with HOME, USER and
-    /// LOGNAME, and in the user's home. `root` is there in any case.
+    /// LOGNAME set, and in the user's home directory. `root` always exists.
     pub fn user_name(self, name: impl AsRef<OsStr>) -> Self {
         self.account(Account::Name(bytes(name)))
     }
 
-    /// Runs the program as whom the guest's image is made for: `user`, if its `/etc/passwd` has
+    /// Runs the program as the default user of the guest's image: `user`, if its `/etc/passwd` has
     /// one, and root otherwise.
     pub fn usual_user(self) -> Self {
         self.account(Account::Usual)
@@ -159,9 +162,9 @@ impl Command {
         self
     }
 
-    /// Lets a program of another user than root gain rights by what it executes, as `sudo` does:
-    /// without this, set-user-id programs and such with capabilities of their own run with the
-    /// rights of whoever starts them.
+    /// Lets a program of a user other than root gain privileges by executing a file, as `sudo`
+    /// does. Without this, set-user-id programs and files with capabilities run with the rights of
+    /// the user that starts them.
     pub fn allow_new_privileges(mut self) -> Self {
         self.exec.new_privileges = true;
         self
@@ -173,14 +176,15 @@ impl Command {
         self
     }
 
-    /// Tells the guest what time it is: a wall clock that is wrong, or ahead by more than 2 s, is
-    /// set before the program starts. Times before 1970 are taken as 1970.
+    /// Sends the host's time to the guest. The guest's wall clock is set to it before the program
+    /// starts if the clock is behind, or ahead by more than 2 s. Times before 1970 are sent as
+    /// 1970.
     pub fn wall_clock(mut self, now: SystemTime) -> Self {
         self.exec.wall_clock = Some(now.into());
         self
     }
 
-    /// Sets how late the guest may be with the end of a program that has a
+    /// Sets how late the guest may report the end of a program that has a
     /// [`timeout`](Self::timeout) before the host gives up with
     /// [`Overdue`](super::ExecError::Overdue). Default 30 s.
     pub fn host_margin(mut self, margin: Duration) -> Self {
@@ -188,7 +192,8 @@ impl Command {
         self
     }
 
-    /// When the guest has to be done, counted from the start; none without a timeout.
+    /// Returns the time from the program's start within which the guest must report its end; none
+    /// without a timeout.
     pub(super) fn guest_bound(&self) -> Option<Duration> {
         let timeout = Duration::from_millis(self.exec.timeout_ms?);
         let rest = u64::from(self.exec.grace_ms) + u64::from(self.exec.linger_ms);

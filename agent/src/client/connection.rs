@@ -1,5 +1,5 @@
-//! A stream with the frames that are under way on it. Every method may be cancelled and called
-//! again.
+//! A stream with its partly sent and partly received frames. Every method may be cancelled and
+//! called again.
 
 use std::{
     future::poll_fn,
@@ -17,7 +17,7 @@ pub(super) struct Connection<S> {
     stream: S,
     input: FrameBuffer,
     output: Vec<u8>,
-    /// How much of `output` the stream has taken.
+    /// The number of bytes of `output` that the stream has taken.
     sent: usize,
 }
 
@@ -39,19 +39,19 @@ impl<S> Connection<S> {
         self.stream
     }
 
-    /// Queues a hello; it leaves with the next flush.
+    /// Queues a hello; the next flush sends it.
     pub(super) fn queue_hello(&mut self) -> Result<(), FrameError> {
         Hello::default().encode(&mut self.output)
     }
 
-    /// Queues a request; it leaves with the next flush.
+    /// Queues a request; the next flush sends it.
     pub(super) fn queue(&mut self, request: &Request<'_>) -> Result<(), FrameError> {
         encode(request, &mut self.output)
     }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    /// Writes out what is queued.
+    /// Writes the queued output.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
         while let Some(rest) = self.output.get(self.sent..).filter(|rest| !rest.is_empty()) {
             match ready!(Pin::new(&mut self.stream).poll_write(cx, rest))? {
@@ -79,7 +79,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Reads once if there is something to read now. No whole frame may be waiting to be taken.
+    /// Reads once if data is available now. No complete frame may be buffered.
     pub(super) async fn fill_now(&mut self) -> Result<(), ConnectionError> {
         poll_fn(|cx| match self.poll_fill(cx) {
             Poll::Ready(filled) => Poll::Ready(filled),
@@ -88,12 +88,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         .await
     }
 
-    /// Waits until a whole frame is there, writing out what is queued meanwhile.
+    /// Waits until a complete frame is buffered, writing queued output meanwhile.
     pub(super) async fn frame(&mut self) -> Result<(), ConnectionError> {
         poll_fn(|cx| {
-            // Output that does not move must not keep input from being read: the peer may wait for
-            // the same. Nor must output that failed: what the agent said last explains
-            // the hang-up, and may be still on its way here.
+            // Blocked output must not stop input from being read: the peer may be blocked in the
+            // same way. Neither must failed output: the agent's last message explains why it closed
+            // the connection, and may still be in transit.
             let _ = self.poll_flush(cx);
             loop {
                 if self.input.peek()?.is_some() {
@@ -105,28 +105,28 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         .await
     }
 
-    /// Writes out all that is queued.
+    /// Writes all queued output.
     pub(super) async fn flush(&mut self) -> Result<(), ConnectionError> {
         poll_fn(|cx| self.poll_flush(cx)).await
     }
 
-    /// The payload of the next frame, if a whole one is there.
+    /// Takes the next frame, if it is complete, and returns its payload.
     pub(super) fn take_frame(&mut self) -> Result<Option<&[u8]>, FrameError> {
         self.input.next_frame()
     }
 
-    /// Takes the next response, if a whole one is there.
+    /// Takes the next response, if it is complete.
     pub(super) fn take(&mut self) -> Result<Option<Response<'_>>, ConnectionError> {
         accept(self.input.next_frame()?)
     }
 
-    /// Looks at the next response, if a whole one is there.
+    /// Returns the next response, if it is complete, without taking it.
     pub(super) fn peek(&self) -> Result<Option<Response<'_>>, ConnectionError> {
         accept(self.input.peek()?)
     }
 }
 
-/// Decodes a response; the agent's refusal is an error.
+/// Decodes a response; [`Response::Rejected`] becomes an error.
 fn accept(payload: Option<&[u8]>) -> Result<Option<Response<'_>>, ConnectionError> {
     match payload.map(Response::decode).transpose()? {
         Some(Response::Rejected(reason)) => Err(ConnectionError::Rejected(reason)),

@@ -1,27 +1,27 @@
-//! What can go wrong on the host's side, one error per operation.
+//! Errors of the host's side, one type per operation.
 
 use std::{io, sync::Arc, time::Duration};
 
 use super::files::MAX_ENTRIES;
 use crate::proto::{FileFailure, FrameError, HelloError, MAX_FRAME, Rejection, SpawnFailure};
 
-/// Why a connection to the agent is of no use any more.
+/// Why a connection to the agent can no longer be used.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectionError {
-    /// The agent, or the VM, is gone.
+    /// The agent or the VM has ended.
     #[error("the agent closed the connection: the guest ended or was killed")]
     Closed,
     /// The stream failed.
     #[error("the connection to the agent failed")]
     Io(#[source] Arc<io::Error>),
-    /// The agent sent what the protocol does not allow. Do not trust this guest.
+    /// The agent sent something that the protocol does not allow. Do not trust this guest.
     #[error("the agent broke the protocol: {0}")]
     Protocol(&'static str),
     /// The agent sent a bad frame. Do not trust this guest.
     #[error("the agent sent a bad frame")]
     Frame(#[source] FrameError),
-    /// The agent says that this side broke the protocol.
+    /// The agent reports that this side broke the protocol.
     #[error("the agent refused the connection")]
     Rejected(#[source] Rejection),
 }
@@ -55,11 +55,11 @@ impl From<ConnectionError> for io::Error {
     }
 }
 
-/// Why no client could be made of a stream.
+/// Why no client could be created on a stream.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandshakeError {
-    /// The agent's greeting is not one that this side can go on from.
+    /// This side does not accept the agent's greeting.
     #[error(transparent)]
     Hello(#[from] HelloError),
     /// The connection failed before the greeting was complete.
@@ -67,17 +67,17 @@ pub enum HandshakeError {
     Connection(#[from] ConnectionError),
 }
 
-/// Why a ping has no good answer.
+/// Why a ping failed.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PingError {
-    /// A ping with this nonce still waits for its answer: use another.
+    /// A ping with this nonce is still unanswered: use another nonce.
     #[error("nonce {0} is still unanswered: use another")]
     NonceInUse(u64),
-    /// No ping with this nonce waits for its answer.
+    /// No ping with this nonce is unanswered.
     #[error("no ping with nonce {0} waits for its answer: send one first")]
     NotAsked(u64),
-    /// So many pings went unanswered that another makes no sense.
+    /// Too many pings are unanswered, so no other is sent.
     #[error("{0} pings are unanswered: the agent does not respond")]
     Unanswered(usize),
     /// The connection failed, or the agent broke the protocol.
@@ -86,8 +86,8 @@ pub enum PingError {
 }
 
 impl PingError {
-    /// Whether the agent answered something that no healthy agent answers (a nonce never sent, one
-    /// answered twice, garbage): do not retry.
+    /// Returns whether the agent sent an answer that no healthy agent sends (to a nonce never sent,
+    /// a second one to a nonce, a malformed one): do not retry.
     #[must_use]
     pub fn is_protocol(&self) -> bool {
         matches!(
@@ -97,7 +97,7 @@ impl PingError {
     }
 }
 
-/// Why the programs in a guest do not stand still, or do not go on.
+/// Why the programs in a guest could not be frozen or resumed.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FreezeError {
@@ -106,7 +106,7 @@ pub enum FreezeError {
         "the guest's kernel refused (errno {errno}): it needs cgroups (version 2) to hold programs"
     )]
     Refused {
-        /// EOPNOTSUPP without cgroups.
+        /// The system's error number; EOPNOTSUPP without cgroups.
         errno: i32,
     },
     /// The connection failed, or the agent broke the protocol.
@@ -114,11 +114,11 @@ pub enum FreezeError {
     Connection(#[from] ConnectionError),
 }
 
-/// Why a program could not be run, or its end is not known.
+/// Why a program could not be run, or its end is unknown.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExecError {
-    /// The guest could not start it.
+    /// The guest could not start the program.
     #[error(transparent)]
     Failed(#[from] SpawnFailure),
     /// Arguments and environment do not fit in a frame.
@@ -129,8 +129,8 @@ pub enum ExecError {
         /// Their encoded size.
         bytes: u64,
     },
-    /// The guest did not report the end although the program's timeout, grace and linger time are
-    /// over by this much.
+    /// The guest has not reported the program's end this long after the program's timeout, grace
+    /// and linger time were over.
     #[error("the guest is overdue by {0:?} with the end of a program")]
     Overdue(Duration),
     /// The connection failed, or the agent broke the protocol.
@@ -138,26 +138,26 @@ pub enum ExecError {
     Connection(#[from] ConnectionError),
 }
 
-/// Why something was not done with a file of the guest.
+/// Why an operation on a file of the guest failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FileError {
-    /// The guest did not do it. The connection is good for the next request.
+    /// The guest reported a failure. The connection can be used for the next request.
     #[error("{path}, in the guest")]
     Failed {
-        /// The path as it was given.
+        /// The path as given by the caller.
         path: String,
-        /// Why.
+        /// The reason.
         #[source]
         failure: FileFailure,
     },
-    /// The file is larger than the caller wants it. The connection is good for the next request.
+    /// The file is larger than the caller allows. The connection can be used for the next request.
     #[error("the guest's file has more than {most} bytes: allow more, or copy it with get_into")]
     TooLarge {
-        /// What was allowed.
+        /// The limit that the caller gave.
         most: usize,
     },
-    /// The directory is larger than anybody wants it. Drop the client.
+    /// The directory has more than [`MAX_ENTRIES`] entries. Drop the client.
     #[error(
         "the guest's directory has more than {MAX_ENTRIES} entries: let a program in the guest look at it"
     )]

@@ -22,14 +22,14 @@ use super::{
 };
 use crate::proto::{Exited, MAX_CHUNK, Request, WindowSize};
 
-/// A program that runs in a guest. Dropping it, also in the middle of [`wait`](Self::wait), kills
+/// A program that runs in a guest. Dropping this, also in the middle of [`wait`](Self::wait), kills
 /// the program and all that it started.
 ///
-/// As with a process on the host, a program that writes more than somebody reads stands still: read
-/// both streams at once, or let [`output`](Self::output) do so.
+/// As with a process on the host, a program blocks while its output is not read: read both streams
+/// concurrently, or use [`output`](Self::output).
 #[derive(Debug)]
 pub struct Exec<S> {
-    /// None once [`finish`](Self::finish) took the connection back.
+    /// None once [`finish`](Self::finish) took the connection.
     shared: Option<Arc<Shared<S>>>,
     pid: u32,
     started: Instant,
@@ -67,45 +67,45 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         }
     }
 
-    /// The program's process id in the guest.
+    /// Returns the program's process id in the guest.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Takes the writer of the program's stdin; none the second time. Dropping it ends the input.
+    /// Takes the writer of the program's stdin; none the second time. Dropping the writer ends the
+    /// input.
     pub fn stdin(&mut self) -> Option<ExecStdin<S>> {
         self.stdin.take()
     }
 
-    /// Takes the reader of the program's stdout; none the second time. Dropping it discards what
-    /// comes.
+    /// Takes the reader of the program's stdout; none the second time. Dropping the reader discards
+    /// further output.
     pub fn stdout(&mut self) -> Option<ExecOutput<S>> {
         self.stdout.take()
     }
 
-    /// Takes the reader of the program's stderr; none the second time. Dropping it discards what
-    /// comes.
+    /// Takes the reader of the program's stderr; none the second time. Dropping the reader discards
+    /// further output.
     pub fn stderr(&mut self) -> Option<ExecOutput<S>> {
         self.stderr.take()
     }
 
-    /// Sends a signal (1 to 64) to the program's process group. A program that has ended ignores
-    /// it.
+    /// Sends a signal (1 to 64) to the program's process group; ignored if the program has ended.
     ///
     /// # Errors
-    /// [`ConnectionError`] if the connection is gone.
+    /// [`ConnectionError`] if the connection is closed or failed.
     ///
     /// # Cancel safety
-    /// The signal may or may not be sent, whole in either case.
+    /// The signal may or may not be sent; it is never sent partly.
     pub async fn signal(&mut self, signal: u8) -> Result<(), ConnectionError> {
         self.tell(Request::Signal(signal)).await
     }
 
-    /// Sets the size of the program's terminal, of which it is told by SIGWINCH. One that has no
-    /// terminal ignores it.
+    /// Sets the size of the program's terminal, which sends SIGWINCH to the program. Ignored if it
+    /// has no terminal.
     ///
     /// # Errors
-    /// [`ConnectionError`] if the connection is gone.
+    /// [`ConnectionError`] if the connection is closed or failed.
     ///
     /// # Cancel safety
     /// As [`signal`](Self::signal).
@@ -133,11 +133,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         .await
     }
 
-    /// Waits for the program's end. Input ends, and output is discarded, unless its handle was
-    /// taken and is alive.
+    /// Waits for the program's end. Input ends and output is discarded, except for streams whose
+    /// handles were taken and still exist.
     ///
     /// # Errors
-    /// [`ExecError::Overdue`] if the program has a timeout and the guest does not keep it;
+    /// [`ExecError::Overdue`] if the program has a timeout and the guest does not enforce it;
     /// [`ExecError::Connection`].
     ///
     /// # Cancel safety
@@ -146,8 +146,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         self.ended().await
     }
 
-    /// As [`wait`](Self::wait), and gives the connection back for the next request. Streams that
-    /// are still held read the rest of the output.
+    /// As [`wait`](Self::wait), and returns the connection for the next request. Stream handles
+    /// that still exist can read the rest of the output.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -163,7 +163,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         Ok((exited, client.ok_or(ConnectionError::Closed)?))
     }
 
-    /// Ends the input and collects the output up to `limits`, then waits for the end.
+    /// Ends the input, collects the output up to `limits`, and waits for the end.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -174,8 +174,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         self.output_with(&[], limits).await
     }
 
-    /// Writes `input` to the program's stdin and collects the output up to `limits`, then waits for
-    /// the end. A program that does not read all of its input is no error.
+    /// Writes `input` to the program's stdin, collects the output up to `limits`, and waits for the
+    /// end. A program that does not read all of its input is no error.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -190,7 +190,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         collect(self, input, limits).await
     }
 
-    /// Waits for the end without giving up ownership.
+    /// Waits for the program's end without consuming the handle.
     pub(super) async fn ended(&mut self) -> Result<Exited, ExecError> {
         drop((self.stdin.take(), self.stdout.take(), self.stderr.take()));
         let shared = self.shared()?;
@@ -206,7 +206,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
         };
         tokio::pin!(ended);
         loop {
-            // A guest that still delivers output is not overdue: its reader may be slow.
+            // A guest that still sends output is not overdue: the reader may be slow.
             let heard = shared.change(|state| state.heard);
             let due = self
                 .started
@@ -234,8 +234,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Exec<S> {
 impl<S> Drop for Exec<S> {
     fn drop(&mut self) {
         if let Some(shared) = &self.shared {
-            // Closing the connection is what kills the program, so streams that live on must not
-            // keep it open.
+            // Closing the connection kills the program. Streams that outlive this handle must not
+            // keep the connection open.
             drop(shared.change(|state| state.client.take()));
         }
     }
@@ -244,9 +244,9 @@ impl<S> Drop for Exec<S> {
 /// Writes a program's stdin. [`shutdown`](tokio::io::AsyncWriteExt::shutdown) or dropping it ends
 /// the input.
 ///
-/// A write is accepted when it is on its way; the agent holds at most
-/// [`STDIN_WINDOW`](crate::proto::STDIN_WINDOW) bytes that the program has not read. A program that
-/// closed its stdin makes writes fail with `BrokenPipe`.
+/// A write returns once its data is queued for sending; the agent holds at most
+/// [`STDIN_WINDOW`](crate::proto::STDIN_WINDOW) bytes that the program has not read. Once the
+/// program has closed its stdin, writes fail with `BrokenPipe`.
 #[derive(Debug)]
 pub struct ExecStdin<S> {
     shared: Arc<Shared<S>>,
@@ -268,7 +268,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AsyncWrite for ExecStdin<S> {
             if !state.stdin.open || state.end.is_some() {
                 return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
             }
-            // One chunk at a time: what is queued here is bounded.
+            // One chunk at a time, so that the queued output is bounded.
             ready!(state.poll_flush(cx))?;
             let chunk = bytes
                 .get(..bytes.len().min(state.stdin.window).min(MAX_CHUNK))
@@ -302,13 +302,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AsyncWrite for ExecStdin<S> {
 
 impl<S> Drop for ExecStdin<S> {
     fn drop(&mut self) {
-        // Whoever waits for the program writes the end of input out.
+        // The end of input is sent when another handle of the program is polled.
         self.shared.change(State::queue_end_of_input);
     }
 }
 
-/// Reads a program's stdout or stderr up to its end. If the connection fails before, so does the
-/// read.
+/// Reads a program's stdout or stderr up to its end. Reading fails if the connection fails before
+/// that.
 #[derive(Debug)]
 pub struct ExecOutput<S> {
     shared: Arc<Shared<S>>,
@@ -356,7 +356,8 @@ impl<S> State<S> {
         }
     }
 
-    /// Why the program's streams are of no use any more.
+    /// Returns the error of the program's streams once the connection failed or the program was
+    /// cancelled.
     fn failure(&self) -> Option<io::Error> {
         match &self.end {
             Some(Err(error)) => Some(error.clone().into()),
@@ -377,7 +378,7 @@ impl<S> State<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
-    /// Ends the input and tries at once to say so.
+    /// Ends the input and tries at once to send the end of input.
     fn end_input(&mut self) {
         self.queue_end_of_input();
         let _ = self.poll_flush(&mut Context::from_waker(Waker::noop()));

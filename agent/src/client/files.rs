@@ -1,4 +1,4 @@
-//! Files of the guest, as a client sees them.
+//! The client's operations on files of the guest.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -19,15 +19,15 @@ use crate::proto::{
     PutMode, Request, Response, User,
 };
 
-/// Entries of one directory that a listing takes at most: the guest may make any number.
+/// Most entries of one directory that a listing returns: the guest may send any number.
 pub const MAX_ENTRIES: usize = 100_000;
 
-/// Longest name that a directory of Linux can have (NAME_MAX), in bytes. So a listing holds at most
-/// 25.5 MB of names.
+/// Longest name that a directory of Linux can have (NAME_MAX), in bytes. A listing therefore holds
+/// at most 25.5 MB of names.
 const LONGEST_NAME: usize = 255;
 
 impl Place {
-    /// A path in the guest; a relative one begins at `/`.
+    /// Returns a place for a path in the guest; a relative path starts at `/`.
     #[must_use]
     pub fn new(path: impl AsRef<Path>) -> Self {
         Self {
@@ -37,8 +37,8 @@ impl Place {
         }
     }
 
-    /// A relative path that may not lead out of the directory `beneath`, neither by `..` nor
-    /// through a link.
+    /// Returns a place for a relative path that may not lead out of the directory `beneath`,
+    /// neither by `..` nor through a link.
     #[must_use]
     pub fn beneath(beneath: impl AsRef<Path>, path: impl AsRef<Path>) -> Self {
         Self {
@@ -48,10 +48,11 @@ impl Place {
         }
     }
 
-    /// Says with whose rights the path is followed and what is asked for is done: whatever programs
-    /// of that user lay in the way, links say, leads to nothing that these could not reach.
-    /// What is made there belongs to that user. Otherwise all is done with the agent's rights,
-    /// which are root's: not for places that programs which are not trusted can write to.
+    /// Sets the account whose rights are used to follow the path and carry out the request. Links
+    /// and the like that programs of that user left in the path then lead to nothing that these
+    /// programs could not reach themselves. Files that are made belong to that user. Without this,
+    /// the agent's rights are used, which are root's: do not do that in places that untrusted
+    /// programs can write to.
     #[must_use]
     pub fn by(mut self, account: Account) -> Self {
         self.by = Some(account);
@@ -66,7 +67,7 @@ impl<P: AsRef<Path>> From<P> for Place {
 }
 
 impl Put {
-    /// A file that replaces, once it is complete, what is there.
+    /// Returns a request to write a file, which replaces an existing one once it is complete.
     #[must_use]
     pub fn new(at: impl Into<Place>) -> Self {
         Self {
@@ -75,7 +76,7 @@ impl Put {
         }
     }
 
-    /// Sets what becomes of what is there.
+    /// Sets how an existing file is treated.
     #[must_use]
     pub fn how(mut self, how: PutMode) -> Self {
         self.how = how;
@@ -89,7 +90,7 @@ impl Put {
         self
     }
 
-    /// Sets user and group who write it: see [`account`](Self::account).
+    /// Sets the user and group that write the file: see [`account`](Self::account).
     #[must_use]
     pub fn owner(self, uid: u32, gid: u32) -> Self {
         self.account(Some(Account::Ids(User {
@@ -99,16 +100,16 @@ impl Put {
         })))
     }
 
-    /// Sets who writes it: with whose rights, and to whom a file that is made belongs; none: root.
-    /// As [`Place::by`].
+    /// Sets the account that writes the file: its rights are used, and a newly made file belongs to
+    /// it; none: root. As [`Place::by`].
     #[must_use]
     pub fn account(mut self, account: Option<Account>) -> Self {
         self.at.by = account;
         self
     }
 
-    /// Has a file that is made given to somebody who may not be able to write there. Not for places
-    /// that programs which are not trusted can write to: see [`Place::by`].
+    /// Sets the owner of a newly made file, who may not be able to write there. Do not use it in
+    /// places that untrusted programs can write to: see [`Place::by`].
     #[must_use]
     pub fn given_to(mut self, owner: Account) -> Self {
         self.owner = Some(owner);
@@ -117,7 +118,7 @@ impl Put {
 }
 
 impl DirEntry {
-    /// The entry's name.
+    /// Returns the entry's name.
     #[must_use]
     pub fn name(&self) -> &OsStr {
         OsStr::from_bytes(&self.name)
@@ -128,7 +129,7 @@ pub(super) fn bytes(path: &Path) -> ByteBuf {
     ByteBuf::from(path.as_os_str().as_bytes())
 }
 
-/// Where an answer comes from.
+/// A successful reply about files, as owned data.
 pub(super) enum Reply {
     Stat(Metadata),
     Entries(Vec<DirEntry>),
@@ -136,11 +137,11 @@ pub(super) enum Reply {
     Done,
 }
 
-/// Files. Unless said otherwise, a future that is dropped half-way leaves answers on the connection
-/// that a later request would take for its own: drop the client, too. What was to be put is then
-/// not there, and nothing of it remains.
+/// Files. A future that is dropped half-way leaves answers on the connection that a later request
+/// would take for its own: drop the client, too. The file of a put that did not complete is then
+/// not there and nothing of it remains, except for content that was appended ([`PutMode::Append`]).
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
-    /// What is at `at`; a symbolic link stands for what it points to if `follow`.
+    /// Returns the metadata of the file at `at`; a symbolic link there is followed if `follow`.
     ///
     /// # Errors
     /// [`FileError::Failed`] with the reason; [`FileError::Connection`].
@@ -158,7 +159,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// The entries of a directory, in no order.
+    /// Returns the entries of a directory, in no order.
     ///
     /// # Errors
     /// [`FileError::TooMany`] beyond [`MAX_ENTRIES`]; otherwise as [`stat`](Self::stat).
@@ -182,13 +183,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// The content of a regular file of at most `most` bytes.
+    /// Returns the content of a regular file of at most `most` bytes.
     ///
     /// # Errors
     /// [`FileError::TooLarge`] if it has more; otherwise as [`stat`](Self::stat).
     pub async fn get(&mut self, at: impl Into<Place>, most: usize) -> Result<Vec<u8>, FileError> {
         let mut content = Vec::new();
-        // One more says that there is more.
+        // Asking for one byte more detects a larger file.
         let ask = (most as u64).saturating_add(1);
         let got = self.get_into(at, 0..ask, &mut content).await?;
         match got > most as u64 {
@@ -197,8 +198,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// Copies a part of a regular file, `0..u64::MAX` for all of it, to `writer`, and gives the
-    /// number of bytes. The guest is read no faster than `writer` takes it.
+    /// Copies a part of a regular file, `0..u64::MAX` for all of it, to `writer`, and returns the
+    /// number of bytes. The guest is read no faster than `writer` accepts the data.
     ///
     /// # Errors
     /// [`FileError::Host`] if `writer` fails: drop the client then; otherwise as
@@ -218,7 +219,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
             match self.reply(&path).await? {
                 Reply::Data(bytes) => {
                     copied = copied.saturating_add(bytes.len() as u64);
-                    // A guest that sends more than it was asked for must not fill the host.
+                    // A guest that sends more than requested must not fill the host's storage.
                     if copied > most {
                         return Err(unexpected().into());
                     }
@@ -241,11 +242,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         self.put_from(put, &mut &*content).await.map(drop)
     }
 
-    /// Writes a file with all that `reader` gives, and tells how many bytes these were.
+    /// Writes a file with all that `reader` provides, and returns the number of bytes.
     ///
     /// # Errors
-    /// [`FileError::Host`] if `reader` fails: drop the client then, and the file is not written;
-    /// otherwise as [`stat`](Self::stat).
+    /// [`FileError::Host`] if `reader` fails: drop the client then; the file is not written, except
+    /// for content that was appended. Otherwise as [`stat`](Self::stat).
     pub async fn put_from(
         &mut self,
         put: Put,
@@ -275,8 +276,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// Makes a directory; with `parents` also those on the way, and one that is there is good
-    /// enough.
+    /// Makes a directory. With `parents`, missing parent directories are made, too, and a directory
+    /// that exists is no error.
     ///
     /// # Errors
     /// As [`stat`](Self::stat).
@@ -299,7 +300,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         self.done(&path).await
     }
 
-    /// Makes a symbolic link; what is there is replaced, unless it is a directory.
+    /// Makes a symbolic link; an existing file is replaced, unless it is a directory.
     ///
     /// # Errors
     /// As [`stat`](Self::stat).
@@ -319,7 +320,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         self.done(&path).await
     }
 
-    /// What a symbolic link points to.
+    /// Returns the target of a symbolic link.
     ///
     /// # Errors
     /// As [`stat`](Self::stat).
@@ -337,7 +338,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// Removes a file, a link or a directory, which must be empty unless `recursive`.
     ///
     /// # Errors
-    /// As [`stat`](Self::stat). Of a directory, a part may be gone then.
+    /// As [`stat`](Self::stat). A part of a directory may be removed then.
     pub async fn remove(&mut self, at: impl Into<Place>, recursive: bool) -> Result<(), FileError> {
         let at = at.into();
         let path = at.path.clone();
@@ -345,8 +346,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         self.done(&path).await
     }
 
-    /// Gives a file or directory another place in the same file system; what is there goes only if
-    /// `replace`.
+    /// Moves a file or directory within one file system; an existing file at `to` is replaced only
+    /// if `replace`.
     ///
     /// # Errors
     /// As [`stat`](Self::stat).
@@ -378,7 +379,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// The next answer; a failure is an error.
+    /// Waits for the next reply; [`FileReply::Failed`] becomes an error.
     pub(super) async fn reply(&mut self, path: &[u8]) -> Result<Reply, FileError> {
         let reply = self.answer(|response| match response {
             Response::File(reply) => Some(match reply {
@@ -396,7 +397,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         })
     }
 
-    /// Whether an answer about files is there already.
+    /// Returns whether a reply about files is available now.
     pub(super) async fn has_reply(&mut self) -> Result<bool, ConnectionError> {
         if self.connection.peek()?.is_none() {
             self.connection.fill_now().await?;
@@ -405,8 +406,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         Ok(matches!(next, Some(Response::File(_))))
     }
 
-    /// Whether an answer is there already, which before the end of the content can only be that it
-    /// failed.
+    /// Returns whether a failure was reported. Before the end of the content, a failure is the only
+    /// valid reply.
     async fn has_failed(&mut self) -> Result<bool, ConnectionError> {
         if !self.has_reply().await? {
             return Ok(false);

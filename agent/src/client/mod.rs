@@ -1,12 +1,12 @@
 //! The host's side of a connection to an agent.
 //!
-//! An [`AgentClient`] asks one thing at a time; [`exec`](AgentClient::exec) turns it into an
+//! An [`AgentClient`] sends one request at a time; [`exec`](AgentClient::exec) turns it into an
 //! [`Exec`] for as long as a program runs. Several connections to one agent are independent of each
 //! other: ping on one while programs run on others.
 //!
-//! No task is spawned: whoever awaits drives the connection. Deadlines are the caller's: wrap any
-//! future here in `tokio::time::timeout`. Everything that the guest sends is bounded: frames by the
-//! protocol, output by the readers' pace.
+//! No task is spawned: a connection makes progress only while one of its futures is polled. The
+//! caller sets deadlines by wrapping any future here in `tokio::time::timeout`. Everything that the
+//! guest sends is bounded: frames by the protocol, output by the pace of its readers.
 
 mod command;
 mod connection;
@@ -37,18 +37,19 @@ use crate::proto::{
     ShutdownKind, Standstill,
 };
 
-/// Pause before programs that do not stand still yet are asked for again.
+/// Pause between freeze requests while some programs are not frozen yet.
 const FREEZE_PAUSE: Duration = Duration::from_millis(2);
-/// Pings that may wait for their answers; a healthy agent never comes near.
+/// Most unanswered pings on a connection; a healthy agent stays far below.
 const MAX_UNANSWERED: usize = 64;
 
 /// A connection to an agent, ready for a request.
 #[derive(Debug)]
 pub struct AgentClient<S> {
     connection: Connection<S>,
-    /// None where the greetings were exchanged before this client's time.
+    /// None if the greetings were exchanged before this client was created
+    /// ([`resume`](Self::resume)).
     hello: Option<Hello>,
-    /// Nonces of pings that were given up before their answers came.
+    /// Nonces of pings without an answer yet, including those whose futures were dropped.
     unanswered: Vec<u64>,
 }
 
@@ -62,18 +63,18 @@ pub struct Pong {
     pub uptime: Duration,
     /// The guest's memory.
     pub memory: Memory,
-    /// Programs that run in the guest.
+    /// The number of programs that run in the guest.
     pub execs: u32,
-    /// Whether the guest has set up its file systems: it does so after its first pong.
+    /// Whether the guest has set up its file systems, which it does after its first pong.
     pub prepared: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
-    /// Reads the agent's greeting from a fresh connection and checks its version. This side's
-    /// greeting leaves with the first request.
+    /// Reads the agent's greeting from a new connection and checks its version. This side's
+    /// greeting is sent with the first request.
     ///
     /// # Errors
-    /// [`HandshakeError::Hello`] if the agent has another version or is none;
+    /// [`HandshakeError::Hello`] if the peer has another version or is no agent;
     /// [`HandshakeError::Connection`].
     ///
     /// # Cancel safety
@@ -94,8 +95,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         })
     }
 
-    /// Goes on with a connection on which both sides have greeted and nothing is under way: what a
-    /// clone has of the connection that its template's client left open, all answers taken.
+    /// Returns a client for a connection on which both sides have greeted and nothing is in
+    /// progress: a clone's copy of the connection that its template's client left open, with all
+    /// answers taken.
     pub fn resume(stream: S) -> Self {
         Self {
             connection: Connection::new(stream),
@@ -104,26 +106,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// The agent's greeting: identity and boot times. None of a connection that was
+    /// Returns the agent's greeting: identity and boot times. None for a connection that was
     /// [resumed](Self::resume).
     pub fn hello(&self) -> Option<Hello> {
         self.hello
     }
 
-    /// The stream that carries the connection.
+    /// Returns the stream that carries the connection.
     pub fn stream(&self) -> &S {
         self.connection.stream()
     }
 
-    /// Asks whether the agent is alive. Answers to earlier pings that were given up are discarded.
+    /// Pings the agent. Answers to earlier pings whose futures were dropped are discarded.
     ///
     /// # Errors
     /// [`PingError::NonceInUse`] and [`PingError::Unanswered`] before anything is sent;
-    /// [`PingError::Connection`] with `Protocol` for an answer to a nonce that was never sent
-    /// or was answered before.
+    /// [`PingError::Connection`] with `Protocol` for an answer to a nonce that was never sent or
+    /// was answered before.
     ///
     /// # Cancel safety
-    /// Safe: the client stays usable, the late answer is discarded.
+    /// Safe: the client stays usable, and the late answer is discarded.
     pub async fn ping(&mut self, nonce: u64) -> Result<Pong, PingError> {
         self.queue_ping(nonce)?;
         self.pong(nonce).await
@@ -143,11 +145,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         Ok(())
     }
 
-    /// The answer to a ping that [`refresh_and_ping`](Self::refresh_and_ping) has sent.
+    /// Waits for the answer to a ping that [`refresh_and_ping`](Self::refresh_and_ping) has sent.
     ///
     /// # Errors
-    /// [`PingError::NotAsked`] if no such ping waits for its answer; otherwise as
-    /// [`ping`](Self::ping).
+    /// [`PingError::NotAsked`] if no such ping is unanswered; otherwise as [`ping`](Self::ping).
     ///
     /// # Cancel safety
     /// As [`ping`](Self::ping).
@@ -205,20 +206,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// Makes a clone a stranger to its siblings: entropy, wall clock, identity, host name.
+    /// Makes a clone unique after restore: entropy, wall clock, identity, host name.
     ///
     /// # Errors
-    /// [`ConnectionError`]. What the guest's kernel refused is in the answer, not an error.
+    /// [`ConnectionError`]. Parts that the guest's kernel refused are reported in the answer, not
+    /// as an error.
     ///
     /// # Cancel safety
-    /// Not safe: the answer would be taken for another request's. Drop the client, too.
+    /// Not safe: a later request would take the answer for its own. Drop the client, too.
     pub async fn refresh(&mut self, refresh: Refresh) -> Result<Refreshed, ConnectionError> {
         self.queue_refresh(refresh)?;
         self.refreshed().await
     }
 
-    /// As [`refresh`](Self::refresh), and sends a ping right behind, so that both cost one round
-    /// trip: its answer, which [`pong`](Self::pong) gives, comes from the refreshed guest.
+    /// As [`refresh`](Self::refresh), and sends a ping right behind it, so that both cost one round
+    /// trip. The ping's answer, which [`pong`](Self::pong) returns, comes from the refreshed guest.
     ///
     /// # Errors
     /// As [`refresh`](Self::refresh) and [`ping`](Self::ping).
@@ -249,15 +251,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         .await
     }
 
-    /// Has all programs in the guest, and what they started, stand still, and waits until they do:
-    /// no instruction of theirs runs in a clone of the guest before a
-    /// [`refresh`](Self::refresh) of which every part was applied, or a [`thaw`](Self::thaw).
-    /// Programs that are started meanwhile run. A root user's process that left its cgroup is not
-    /// held.
+    /// Freezes all programs in the guest and what they started, and waits until they are frozen:
+    /// none of their instructions runs in a clone of the guest before a [`refresh`](Self::refresh)
+    /// of which every part was applied, or a [`thaw`](Self::thaw). Programs that are started
+    /// meanwhile run. A root user's process that left its cgroup is not frozen.
     ///
     /// # Errors
-    /// [`FreezeError::Refused`] if the guest's kernel cannot: some may then stand still;
-    /// [`FreezeError::Connection`].
+    /// [`FreezeError::Refused`] if the guest's kernel cannot freeze programs: some may then be
+    /// frozen; [`FreezeError::Connection`].
     ///
     /// # Cancel safety
     /// As [`refresh`](Self::refresh).
@@ -278,7 +279,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// Lets programs that stand still go on.
+    /// Resumes frozen programs.
     ///
     /// # Errors
     /// As [`freeze`](Self::freeze).
@@ -299,7 +300,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// The answer that `wanted` knows, past late pongs.
+    /// Returns the next response, mapped by `wanted`, skipping late pongs. A response that `wanted`
+    /// maps to `None` breaks the protocol.
     async fn answer<T>(
         &mut self,
         wanted: impl Fn(&Response<'_>) -> Option<T>,
@@ -314,7 +316,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         }
     }
 
-    /// Asks the guest to end. Resolves when the request has left; how the VM ends is the answer.
+    /// Asks the guest to end. Resolves when the request was sent; there is no response, the caller
+    /// sees how the VM ends.
     ///
     /// # Errors
     /// [`ConnectionError`] if the request could not be sent.
@@ -340,7 +343,7 @@ impl From<proto::Pong> for Pong {
     }
 }
 
-/// Crosses a nonce off; an answer to one that is not outstanding is no agent's of ours.
+/// Removes a nonce from the unanswered ones. An answer to any other nonce breaks the protocol.
 fn strike(unanswered: &mut Vec<u64>, nonce: u64) -> Result<(), ConnectionError> {
     let known = unanswered.iter().position(|&sent| sent == nonce);
     let place = known.ok_or(ConnectionError::Protocol(

@@ -1,4 +1,4 @@
-//! All of a program's output at once, up to a limit that is said.
+//! Collects a program's output up to a limit.
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::proto::{ExitStatus, Exited, MAX_CHUNK, OutputEnd, Usage};
 
-/// How much output is kept. The rest is read and counted, so that the program is not held up.
+/// How much output is kept. The rest is read and counted, so that the program does not block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutputLimits {
     /// Bytes of stdout.
@@ -38,7 +38,7 @@ pub struct Output {
     pub timed_out: bool,
     /// Whether the guest read its output to the end.
     pub end: OutputEnd,
-    /// What it used.
+    /// The resources it used.
     pub usage: Usage,
     /// The first bytes of stdout, up to the limit.
     pub stdout: Vec<u8>,
@@ -56,14 +56,15 @@ pub(super) async fn collect<S: AsyncRead + AsyncWrite + Unpin + Send>(
     limits: OutputLimits,
 ) -> Result<Output, ExecError> {
     let (stdin, stdout, stderr) = (exec.stdin(), exec.stdout(), exec.stderr());
-    // Only `ended` reports failures: it alone knows how the program ended.
+    // Failures of the streams are ignored: `ended` reports them, with the way the program ended.
     let ((), (stdout, stdout_cut), (stderr, stderr_cut), ended) = tokio::join!(
         feed(stdin, input),
         keep(stdout, limits.stdout_bytes),
         keep(stderr, limits.stderr_bytes),
         async {
             let ended = exec.ended().await;
-            // The guest owes nothing more: let the streams end if they did not by themselves.
+            // No more output will be taken from the guest: dropping this ends streams that are
+            // still open.
             drop(exec);
             ended
         },

@@ -1,7 +1,8 @@
-//! The state that the handles of one running program share, driven by whichever of them is polled.
+//! The state that the handles of one running program share. Polling any handle drives the
+//! connection.
 //!
-//! The stream knows one waker, which wakes every handle that waits: a handle that was dropped in
-//! the middle of a wait never takes the others' wake-up with it.
+//! The stream holds one waker, which wakes every waiting handle. A handle that is dropped while it
+//! waits therefore cannot lose the wake-up of the others.
 
 use std::{
     collections::VecDeque,
@@ -18,10 +19,11 @@ use tokio::{
 use super::{AgentClient, error::ConnectionError, strike, unexpected};
 use crate::proto::{Exited, MAX_CHUNK, Request, Response, STDIN_WINDOW};
 
-/// Output that is held for a reader; above it the connection is not read on.
+/// Most bytes of output that are held for a reader; at this size, reading from the connection
+/// stops.
 const QUEUE: usize = MAX_CHUNK;
 
-/// The handles of a program, as places for their wakers.
+/// The handles of a program, as indices of their wakers.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Handle {
     Stdin,
@@ -42,27 +44,28 @@ impl<S> fmt::Debug for Shared<S> {
     }
 }
 
-/// What the lock guards.
+/// The state behind the lock.
 pub(super) struct State<S> {
-    /// None once the program was cancelled or its connection was handed on.
+    /// None once the program was cancelled or the connection was returned to the caller.
     pub(super) client: Option<AgentClient<S>>,
     pub(super) stdin: StdinState,
     pub(super) stdout: Queue,
     pub(super) stderr: Queue,
-    /// None of a program without a third output.
+    /// None for a program without a third output.
     pub(super) results: Option<Queue>,
-    /// How it all ended.
+    /// How the program ended, or why the connection failed.
     pub(super) end: Option<Result<Exited, ConnectionError>>,
-    /// When the guest was last heard.
+    /// When data last arrived from the guest.
     pub(super) heard: Instant,
 }
 
 /// The host's view of the program's stdin.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct StdinState {
-    /// Neither ended here nor closed by the program.
+    /// Whether neither the host has ended the input nor the program closed its stdin.
     pub(super) open: bool,
-    /// So many bytes may be sent; what is missing was sent and is not reported as taken.
+    /// The number of bytes that may be sent. What is missing from [`STDIN_WINDOW`] was sent and is
+    /// not reported as taken.
     pub(super) window: usize,
 }
 
@@ -70,7 +73,7 @@ pub(super) struct StdinState {
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) bytes: VecDeque<u8>,
-    /// The reader is gone: what comes is dropped.
+    /// Whether the reader was dropped: new output is then discarded.
     pub(super) discard: bool,
 }
 
@@ -92,9 +95,9 @@ impl Queue {
 }
 
 enum Step {
-    /// Something happened; look again.
+    /// Something happened; check again.
     Progress,
-    /// Nothing can happen before the stream or a reader moves.
+    /// Nothing can happen before the stream or a reader makes progress.
     Blocked,
 }
 
@@ -118,7 +121,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Shared<S> {
         })
     }
 
-    /// Moves the connection on until `check` has a result or nothing more can happen now.
+    /// Drives the connection until `check` has a result or no further progress is possible now.
     pub(super) fn poll_until<T>(
         &self,
         handle: Handle,
@@ -142,7 +145,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Shared<S> {
                     Err(error) => {
                         moved = true;
                         state.end.get_or_insert(Err(error));
-                        // `check` sees the end; a check that still waits has nothing to wait for.
+                        // `check` sees `end` now. If it still returns `Pending`, there is nothing
+                        // left to wait for.
                         break check(&mut state, cx);
                     }
                 }
@@ -156,7 +160,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Shared<S> {
 }
 
 impl<S> Shared<S> {
-    /// Changes the state outside of a poll and wakes whoever may have waited for that.
+    /// Changes the state outside of a poll and wakes all waiting handles.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut State<S>) -> T) -> T {
         let result = change(&mut self.lock());
         self.wakers.wake_by_ref_all();
@@ -182,8 +186,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
             unanswered,
             ..
         } = client;
-        // A failed write is not the end yet: what the guest said before it hung up is still to be
-        // read, and the stream may not know yet that it is there.
+        // A failed write is not the end yet: the guest's last messages before it closed the
+        // connection are still to be read, and the stream may not have received them yet.
         let _ = connection.poll_flush(cx);
         let Some(response) = connection.peek()? else {
             return Ok(match connection.poll_fill(cx) {
@@ -243,7 +247,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
         }
     }
 
-    /// Writes out what is queued.
+    /// Writes the queued output.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
         match &mut self.client {
             Some(client) => client.connection.poll_flush(cx),
@@ -267,7 +271,7 @@ impl StdinState {
     }
 }
 
-/// The wakers of all handles that wait, and a waker that wakes them all.
+/// The wakers of all waiting handles, and a waker that wakes them all.
 #[derive(Debug, Default)]
 struct Wakers(Mutex<[Option<Waker>; 4]>);
 

@@ -1,9 +1,9 @@
-//! Files of the guest: what the host asks, and what the agent answers.
+//! Requests and replies about files of the guest.
 //!
-//! A [`FileRequest`] has the connection to itself until its last answer: [`FileReply::Done`],
-//! [`FileReply::Failed`], or the one [`FileReply::Stat`] that was asked for. Content travels in
-//! frames of at most [`MAX_CHUNK`](super::MAX_CHUNK) bytes; the connection itself holds back who is
-//! too fast.
+//! A [`FileRequest`] occupies the connection until its last reply: [`FileReply::Done`],
+//! [`FileReply::Failed`], or the single [`FileReply::Stat`] of a stat request. Content travels in
+//! frames of at most [`MAX_CHUNK`](super::MAX_CHUNK) bytes; the connection's own flow control slows
+//! down a sender that is too fast.
 
 use alloc::vec::Vec;
 
@@ -13,72 +13,73 @@ use serde_bytes::ByteBuf;
 
 use super::Account;
 
-/// Something to do with files.
+/// A request about files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FileRequest {
-    /// What is there: [`FileReply::Stat`].
+    /// Asks for the metadata of a file: [`FileReply::Stat`].
     Stat {
-        /// Where.
+        /// The path.
         at: Place,
-        /// Whether a symbolic link stands for what it points to.
+        /// Whether a symbolic link at the path is followed.
         follow: bool,
     },
-    /// The entries of a directory: any number of [`FileReply::Entries`], then [`FileReply::Done`].
+    /// Lists a directory: any number of [`FileReply::Entries`], then [`FileReply::Done`].
     List {
         /// The directory.
         at: Place,
     },
-    /// The content of a regular file: any number of [`FileReply::Data`], then [`FileReply::Done`].
+    /// Reads a regular file: any number of [`FileReply::Data`], then [`FileReply::Done`].
     Get {
         /// The file.
         at: Place,
-        /// How many bytes of it are left out first.
+        /// The offset of the first byte that is sent.
         offset: u64,
-        /// How many bytes are sent at most.
+        /// The most bytes that are sent.
         most: u64,
     },
-    /// A regular file; its content follows in [`Request::FileData`](super::Request::FileData) and
-    /// ends with [`Request::FileEnd`](super::Request::FileEnd), also if a [`FileReply::Failed`]
-    /// comes before that.
+    /// Writes a regular file. Its content follows in
+    /// [`Request::FileData`](super::Request::FileData) and ends with
+    /// [`Request::FileEnd`](super::Request::FileEnd), which the host must send even if a
+    /// [`FileReply::Failed`] comes before.
     Put(Put),
-    /// A new directory.
+    /// Makes a directory.
     MakeDir {
-        /// Where.
+        /// The path.
         at: Place,
         /// Its permissions (07777).
         mode: u32,
-        /// Make missing directories on the way, and be content with one that is there.
+        /// Whether missing parent directories are made, and a directory that exists is no error.
         parents: bool,
-        /// Whom it is given to, with those on the way that are made; none: it belongs to who made
-        /// it.
+        /// The owner of the directory and of the parents that are made; none: the account of
+        /// [`Place::by`].
         owner: Option<Account>,
     },
-    /// Removes a file, a link, an empty directory.
+    /// Removes a file, a link or an empty directory.
     Remove {
-        /// What.
+        /// What is removed.
         at: Place,
-        /// A directory goes with all that is in it. Links are not followed.
+        /// Whether a directory is removed with its content. Links are not followed.
         recursive: bool,
     },
-    /// Gives a file or directory another place in the same file system.
+    /// Moves a file or directory within one file system.
     Rename {
-        /// What.
+        /// The old path.
         at: Place,
-        /// Where to; resolved as `at` is.
+        /// The new path; resolved as `at` is.
         to: ByteBuf,
-        /// Whether what is there is replaced.
+        /// Whether an existing file at the new path is replaced.
         replace: bool,
     },
-    /// A symbolic link. What is there is replaced, unless it is a directory.
+    /// Makes a symbolic link. An existing file at the path is replaced, unless it is a directory.
     MakeLink {
-        /// Where.
+        /// The path.
         at: Place,
-        /// What it points to.
+        /// The path that the link points to.
         target: ByteBuf,
-        /// Whom it is given to; none: it belongs to who made it.
+        /// The owner of the link; none: the account of [`Place::by`].
         owner: Option<Account>,
     },
-    /// What a symbolic link points to: [`FileReply::Data`], then [`FileReply::Done`].
+    /// Reads the target of a symbolic link: [`FileReply::Data`], then [`FileReply::Done`].
     ReadLink {
         /// The link.
         at: Place,
@@ -86,7 +87,7 @@ pub enum FileRequest {
 }
 
 impl FileRequest {
-    /// What it is about.
+    /// Returns the path that the request is about; of a rename, the old one.
     #[must_use]
     pub fn at(&self) -> &Place {
         match self {
@@ -106,64 +107,65 @@ impl FileRequest {
 /// A path in the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
-    /// A relative one begins at `beneath`, or at `/`.
+    /// The path; a relative one starts at `beneath`, or at `/`.
     pub path: ByteBuf,
-    /// The directory that the path, with all links on its way, may not lead out of. It is found
-    /// once for all requests on a connection that follow each other and name the same: they
-    /// mean that directory, whatever is at its path meanwhile.
+    /// The directory that the path may not leave, neither by `..` nor through links. Consecutive
+    /// requests on a connection that name the same directory and account share one lookup: they
+    /// all use the directory found first, whatever is at its path meanwhile.
     pub beneath: Option<ByteBuf>,
-    /// With whose rights, and no others, the path is followed and the request carried out, and to
-    /// whom what is made belongs; none: the agent's own, which are all.
+    /// The account whose rights, and no others, are used to follow the path and carry out the
+    /// request, and which owns what is made. None: the agent's own rights, which are unrestricted.
     pub by: Option<Account>,
 }
 
 /// A file to be written.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Put {
-    /// Where.
+    /// The path.
     pub at: Place,
-    /// What becomes of what is there.
+    /// How an existing file is treated.
     pub how: PutMode,
     /// Permissions (07777); none: those of the file that is replaced, or 0644. A file that is
     /// appended to keeps its own.
     pub mode: Option<u32>,
-    /// Whom a file that is made is given to; none: it belongs to who made it.
+    /// The owner of a newly made file; none: the account of [`Place::by`].
     pub owner: Option<Account>,
 }
 
-/// What becomes of a file that is there.
+/// How writing treats an existing file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PutMode {
-    /// It is replaced, at once, when the new one is complete. So is a link, not what it points to.
+    /// It is replaced atomically once the new file is complete. A symbolic link is replaced itself,
+    /// not its target.
     #[default]
     Replace,
-    /// It stays, and the request fails.
+    /// It is kept, and the request fails.
     Create,
-    /// The content is written to its end as it comes.
+    /// The content is appended to it as it arrives.
     Append,
 }
 
 /// An answer about files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FileReply<'a> {
-    /// What is there.
+    /// Metadata of the file.
     Stat(Metadata),
-    /// Some entries of a directory.
+    /// Some entries of the directory.
     Entries(Vec<DirEntry>),
-    /// Some content.
+    /// Some of the content, or the target of a link.
     Data(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
-    /// All was done.
+    /// The request was carried out completely.
     Done,
-    /// It was not done, or not to its end.
+    /// The request failed, perhaps after a part of it was carried out.
     Failed(FileFailure),
 }
 
-/// What is known of a file.
+/// Metadata of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metadata {
-    /// What it is.
+    /// The kind of file.
     pub kind: FileKind,
-    /// Bytes.
+    /// The size in bytes.
     pub size: u64,
     /// Permissions (07777).
     pub mode: u32,
@@ -173,11 +175,11 @@ pub struct Metadata {
     pub gid: u32,
     /// When its content last changed, in whole seconds since 1970-01-01 00:00 UTC.
     pub modified_s: i64,
-    /// Nanoseconds on top, below 1,000,000,000.
+    /// The nanoseconds of that time, below 1,000,000,000.
     pub modified_ns: u32,
 }
 
-/// What a directory entry stands for.
+/// The kind of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FileKind {
     /// A regular file.
@@ -186,48 +188,48 @@ pub enum FileKind {
     Dir,
     /// A symbolic link.
     Link,
-    /// A device, pipe or socket; or the file system does not say.
+    /// A device, pipe or socket, or unknown because the file system does not report it.
     Other,
 }
 
-/// An entry of a directory; `.` and `..` are none.
+/// An entry of a directory; `.` and `..` are not listed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirEntry {
     /// Its name.
     pub name: ByteBuf,
-    /// What it is.
+    /// The kind of file.
     pub kind: FileKind,
 }
 
-/// Why something was not done with a file.
+/// Why a request about files failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum FileFailure {
-    /// There is nothing.
+    /// The file does not exist.
     #[error("no such file or directory")]
     NotFound,
-    /// There is something.
+    /// The file exists already.
     #[error("there is a file or directory of this name already")]
     Exists,
-    /// A directory, device, pipe or socket where a regular file is wanted.
+    /// A regular file was expected, and a directory, device, pipe or socket found.
     #[error("not a regular file")]
     NotAFile,
-    /// Something else where a directory is wanted.
+    /// A directory was expected, and something else found.
     #[error("not a directory")]
     NotADirectory,
-    /// A directory that is to be removed has entries.
+    /// The directory to be removed is not empty.
     #[error("the directory is not empty: remove it recursively")]
     NotEmpty,
-    /// The path leads out of the directory that it was to stay beneath.
+    /// The path leads out of the directory that it must stay beneath.
     #[error("the path leads out of the directory that it may not leave")]
     Escapes,
-    /// The path names no entry of a directory (it is empty, or ends in `.` or `..`), or has a NUL
-    /// byte.
+    /// The path names no entry of a directory (it is empty, or ends in `.` or `..`), or contains a
+    /// NUL byte.
     #[error("the path names no file or directory")]
     BadPath,
     /// The file system is full.
     #[error("the guest's file system is full")]
     Full,
-    /// The file system cannot be written to, or the agent may not.
+    /// The file system is read-only, or permission is denied.
     #[error("not permitted (errno {errno}): the file system is read-only, or the file protected")]
     NotPermitted {
         /// EROFS, EACCES or EPERM.
@@ -239,13 +241,13 @@ pub enum FileFailure {
     /// Anything else.
     #[error("the guest's system refused (errno {errno})")]
     Other {
-        /// Why.
+        /// The system's error number.
         errno: i32,
     },
-    /// Something else where a symbolic link is wanted.
+    /// A symbolic link was expected, and something else found.
     #[error("not a symbolic link")]
     NotALink,
-    /// Nobody has the name of the user whom it was to belong to.
+    /// The account named in the request does not exist.
     #[error("no such user in the guest's /etc/passwd")]
     NoUser,
 }
@@ -259,7 +261,7 @@ impl From<Errno> for FileFailure {
             Errno::ISDIR => Self::NotAFile,
             Errno::NOTDIR => Self::NotADirectory,
             Errno::NOTEMPTY => Self::NotEmpty,
-            // What openat2 has for a way out (RESOLVE_BENEATH).
+            // openat2 returns EXDEV for a path that leads out of the directory (RESOLVE_BENEATH).
             Errno::XDEV => Self::Escapes,
             Errno::NOSPC | Errno::DQUOT => Self::Full,
             Errno::ROFS | Errno::ACCESS | Errno::PERM => Self::NotPermitted { errno: number },

@@ -1,4 +1,4 @@
-//! Frames: a length and a payload, and the buffer that cuts them out of a byte stream.
+//! Frames (a length and a payload), and the buffer that splits a byte stream into them.
 
 use alloc::vec::Vec;
 
@@ -7,18 +7,18 @@ use serde::{Serialize, de::Deserialize};
 use super::MAX_FRAME;
 
 const HEADER: usize = 4;
-/// Room for a read while no large frame is expected. One page: what is not touched costs the guest
-/// no fault.
+/// Room for a read while no large frame is expected: one page, because untouched memory costs the
+/// guest no page fault.
 const SMALL: usize = 4096;
 
-/// Why bytes are not a frame of this protocol. The connection cannot go on.
+/// Why bytes are not a frame of this protocol. The connection cannot be used any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FrameError {
     /// The announced length is above [`MAX_FRAME`].
     #[error("frame of {0} bytes, at most {MAX_FRAME} are allowed")]
     TooLong(u64),
-    /// The payload is not a value of the expected type, or has bytes left over.
+    /// The payload is not a value of the expected type, or has trailing bytes.
     #[error("frame does not decode as the expected message")]
     Malformed,
 }
@@ -31,12 +31,12 @@ pub fn encode<T: Serialize>(message: &T, out: &mut Vec<u8>) -> Result<(), FrameE
     encode_with(out, |payload| append(message, payload))
 }
 
-/// Appends `value` as postcard has it.
+/// Appends `value` in postcard's encoding.
 pub(super) fn append<T: Serialize>(value: &T, out: &mut Vec<u8>) -> Result<(), FrameError> {
     postcard::serialize_with_flavor(value, Appender(out)).map_err(|_| FrameError::Malformed)
 }
 
-/// Lets postcard write behind what a buffer already holds.
+/// A postcard flavour that appends to a buffer.
 struct Appender<'a>(&'a mut Vec<u8>);
 
 impl postcard::ser_flavors::Flavor for Appender<'_> {
@@ -57,7 +57,7 @@ impl postcard::ser_flavors::Flavor for Appender<'_> {
     }
 }
 
-/// Appends a frame whose payload `fill` appends.
+/// Appends a frame; `fill` appends its payload.
 pub(super) fn encode_with(
     out: &mut Vec<u8>,
     fill: impl FnOnce(&mut Vec<u8>) -> Result<(), FrameError>,
@@ -81,7 +81,7 @@ pub(super) fn encode_with(
     }
 }
 
-/// Decodes one payload, all of it.
+/// Decodes a payload; trailing bytes are an error.
 pub(super) fn decode<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Result<T, FrameError> {
     match postcard::take_from_bytes(payload) {
         Ok((message, [])) => Ok(message),
@@ -89,8 +89,8 @@ pub(super) fn decode<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Result<T, Fra
     }
 }
 
-/// Cuts frames out of a byte stream: read into [`spare`](Self::spare), report with
-/// [`filled`](Self::filled), take with [`next_frame`](Self::next_frame).
+/// Splits a byte stream into frames: read into [`spare`](Self::spare), report the bytes read with
+/// [`filled`](Self::filled), take frames with [`next_frame`](Self::next_frame).
 ///
 /// Never holds more than one frame of [`MAX_FRAME`] and its header, and grows only after a frame's
 /// length was checked.
@@ -102,22 +102,22 @@ pub struct FrameBuffer {
 }
 
 impl FrameBuffer {
-    /// An empty buffer; allocates on the first read.
+    /// Returns an empty buffer, which allocates on the first read.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Bytes that were read and belong to no frame taken yet.
+    /// Returns the number of bytes that were read and belong to no frame taken yet.
     #[must_use]
     pub fn pending(&self) -> usize {
         self.end.saturating_sub(self.start)
     }
 
-    /// Room to read into; never empty unless a complete frame waits to be taken.
+    /// Returns room to read into; never empty unless a complete frame is ready to be taken.
     ///
     /// # Errors
-    /// [`FrameError::TooLong`] if the frame that is under way is too long.
+    /// [`FrameError::TooLong`] if the frame being received is too long.
     pub fn spare(&mut self) -> Result<&mut [u8], FrameError> {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -134,12 +134,12 @@ impl FrameBuffer {
         Ok(self.bytes.get_mut(self.end..).unwrap_or_default())
     }
 
-    /// Says that the first `count` bytes of [`spare`](Self::spare) now hold data.
+    /// Records that the first `count` bytes of [`spare`](Self::spare) now hold data.
     pub fn filled(&mut self, count: usize) {
         self.end = self.end.saturating_add(count).min(self.bytes.len());
     }
 
-    /// The payload of the next complete frame, without taking it.
+    /// Returns the payload of the next complete frame without taking it.
     ///
     /// # Errors
     /// [`FrameError::TooLong`] as soon as a length above the limit is seen.
@@ -154,7 +154,7 @@ impl FrameBuffer {
             .and_then(|bytes| bytes.get(from..from + length)))
     }
 
-    /// Takes the next complete frame and gives its payload.
+    /// Takes the next complete frame and returns its payload.
     ///
     /// # Errors
     /// As [`peek`](Self::peek).
@@ -171,7 +171,7 @@ impl FrameBuffer {
         Ok(self.bytes.get(from..until))
     }
 
-    /// The checked length of the frame at the front, once its header is there.
+    /// Returns the checked length of the frame at the front, once its header was received.
     fn announced(&self) -> Result<Option<usize>, FrameError> {
         let Some(header) = self
             .bytes

@@ -10,10 +10,10 @@ use super::{
     frame::{FrameError, append, decode, encode_with},
 };
 
-/// What every version's hello starts with.
+/// The first bytes of every version's hello.
 const MAGIC: &[u8; 4] = b"HRTH";
 
-/// Names one running guest: new at each boot, and given anew to each clone.
+/// The identity of one running guest: new at each boot, and replaced in each clone.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct InstanceId(pub [u8; 16]);
 
@@ -29,7 +29,8 @@ impl fmt::Debug for InstanceId {
     }
 }
 
-/// A side's greeting. The magic and the version in front of it are the same in all versions.
+/// The greeting of either side. The magic and the version that precede it are the same in all
+/// versions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The guest's identity; zero in the host's hello.
@@ -42,7 +43,7 @@ pub struct Hello {
     pub greeted_us: u64,
 }
 
-/// Why the first frame is not a hello that this side can go on from.
+/// Why the first frame is not a hello that this side accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum HelloError {
@@ -54,7 +55,7 @@ pub enum HelloError {
         /// The peer's version.
         peer: u16,
     },
-    /// The first frame is none of this protocol's.
+    /// The first frame does not belong to this protocol.
     #[error("first frame is not a hello: the peer is not a Hearth agent or client")]
     NotHello,
     /// The frame itself is bad.
@@ -78,7 +79,8 @@ impl Hello {
     /// Decodes the payload of a first frame.
     ///
     /// # Errors
-    /// [`HelloError::Version`] whenever the peer has another version, whatever the rest looks like.
+    /// [`HelloError::Version`] if the peer has another version, whatever follows the version;
+    /// [`HelloError::NotHello`] and [`HelloError::Frame`].
     pub fn decode(payload: &[u8]) -> Result<Self, HelloError> {
         let rest = payload.strip_prefix(MAGIC).ok_or(HelloError::NotHello)?;
         let (version, body) = rest.split_first_chunk::<2>().ok_or(HelloError::NotHello)?;

@@ -19,11 +19,11 @@
 //!   | -- File --------------------------> |
 //! ```
 //!
-//! - **Flow control.** Output is held back by the connection itself: the agent stops reading a
-//!   program's pipes while the host does not read. Input has a window of [`STDIN_WINDOW`] bytes, so
-//!   that a program that does not read its stdin never keeps the agent from seeing a signal or a
-//!   ping.
-//! - **Cancelling** is closing the connection: its program is killed with all that it started.
+//! - **Flow control.** Output is limited by the connection's own flow control: the agent stops
+//!   reading a program's pipes while the host does not read. Input has a window of [`STDIN_WINDOW`]
+//!   bytes, so that a program that does not read its stdin never keeps the agent from seeing a
+//!   signal or a ping.
+//! - **Cancelling.** Closing the connection kills its program and all that the program started.
 //! - **Versions.** The layout of [`Hello`] up to its version never changes. Any other change to a
 //!   type here changes [`VERSION`]; both sides refuse a peer of another version.
 
@@ -55,30 +55,31 @@ pub const VERSION: u16 = 4;
 /// The vsock port on which the agent listens.
 pub const AGENT_PORT: u32 = 1024;
 
-/// The vsock port of the host (CID 2) that the agent dials when it is ready.
+/// The vsock port of the host (CID 2) that the agent connects to when it is ready.
 pub const READY_PORT: u32 = 1025;
 
 /// Most bytes of a program's input or output in one frame.
 pub const MAX_CHUNK: usize = 64 * 1024;
 
 /// Most bytes of payload in a frame: a chunk and room for its header. Argument lists and
-/// environments must fit, too.
+/// environments must also fit.
 pub const MAX_FRAME: usize = MAX_CHUNK + 1024;
 
 /// Most bytes of input that the host may have sent and the agent not yet reported as taken
 /// ([`Response::StdinTaken`]).
 pub const STDIN_WINDOW: usize = 128 * 1024;
 
-/// Bytes of input that the agent has passed on and need not have reported, so that small writes
-/// cost no message each: fewer than these.
+/// The number of bytes of taken input at which the agent must report; it may keep fewer than these
+/// unreported, so that small writes do not cost a message each.
 pub const STDIN_UNREPORTED: usize = STDIN_WINDOW / 4;
 
-/// The word on a guest's command line that makes its first image the root file system: an EROFS
-/// file system, over which what programs write is kept in the guest's memory.
+/// The kernel parameter that makes the guest's first image the root file system. The image must be
+/// an EROFS file system; what programs write goes to an overlay in the guest's memory.
 pub const ROOT_WORD: &str = "hearth_root=/dev/pmem0";
 
-/// The word beside [`ROOT_WORD`] that limits what programs write over the image to so many MiB of
-/// the guest's memory. Without it, the limit is 60 % of the memory. `/tmp` is a part of that.
+/// Returns the kernel parameter, used beside [`ROOT_WORD`], that limits what programs write over
+/// the image to `mib` MiB of the guest's memory. Without it, the limit is 60 % of the memory.
+/// `/tmp` counts towards the limit.
 #[must_use]
 pub fn layer_word(mib: u64) -> alloc::string::String {
     alloc::format!("hearth_layer={mib}m")
@@ -93,5 +94,5 @@ pub const MIN_ENTROPY: usize = 32;
 /// Most bytes of entropy in a [`Refresh`].
 pub const MAX_ENTROPY: usize = 512;
 
-/// Longest host name, as Linux has it.
+/// Longest host name that Linux accepts, in bytes.
 pub const MAX_HOSTNAME: usize = 64;

@@ -1,4 +1,4 @@
-//! What the host asks of the agent.
+//! Requests of the host to the agent.
 
 use alloc::{boxed::Box, string::String, vec::Vec};
 
@@ -12,33 +12,32 @@ use super::{FileRequest, FrameError, InstanceId, frame::decode};
 pub enum Request<'a> {
     /// Asks for a [`Pong`](super::Pong) with the same nonce.
     Ping {
-        /// Any number; the answer repeats it.
+        /// Any number; the pong repeats it.
         nonce: u64,
     },
     /// Runs a program. At most one at a time on a connection.
     Exec(Box<Exec>),
-    /// Input for the running program; ignored when there is none any more.
+    /// Input for the running program; ignored when no program runs.
     Stdin(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
-    /// The input is complete. On a terminal it is the end-of-file character that says so.
+    /// Marks the end of the input. On a terminal, the agent types the end-of-file character.
     StdinEof,
     /// Sends this signal (1 to 64) to the running program's process group; ignored when it has
     /// ended.
     Signal(u8),
-    /// Makes a clone a stranger to its siblings.
+    /// Makes a clone unique: see [`Refresh`].
     Refresh(Box<Refresh>),
-    /// Ends the guest. There is no answer; how the VM ends is the answer.
+    /// Ends the guest. No response is sent; the host sees how the VM ends.
     Shutdown(ShutdownKind),
-    /// Has all programs, and what they started, stand still until a [`Refresh`] or a
-    /// [`Thaw`](Self::Thaw). The answer says whether they do already: ask again until they do.
+    /// Freezes all programs and what they started until a [`Refresh`] or a [`Thaw`](Self::Thaw).
+    /// The response says whether all are frozen; if not, repeat the request until they are.
     Freeze,
-    /// Lets what stands still go on.
+    /// Resumes frozen programs.
     Thaw,
-    /// Does something with files. One at a time on a connection, and not while a program runs on
-    /// it.
+    /// A request about files. One at a time on a connection, and not while a program runs on it.
     File(Box<FileRequest>),
-    /// Content of the file that is being put.
+    /// Content of the file that is being written ([`FileRequest::Put`]).
     FileData(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
-    /// The content is complete.
+    /// Marks the end of the content.
     FileEnd,
     /// Sets the size of the running program's terminal; ignored when there is none.
     Resize(WindowSize),
@@ -59,19 +58,19 @@ impl<'a> Request<'a> {
 pub struct Exec {
     /// Program and arguments. The program is searched in PATH unless it has a slash.
     pub argv: Vec<ByteBuf>,
-    /// Environment, on top of the agent's defaults (PATH, HOME; for a user who has a name USER and
-    /// LOGNAME) unless [`clear_env`](Self::clear_env).
+    /// Environment variables, added to the agent's defaults (PATH and HOME; also USER and LOGNAME
+    /// for a user with a name) unless [`clear_env`](Self::clear_env).
     pub env: Vec<(ByteBuf, ByteBuf)>,
-    /// Start from an empty environment.
+    /// Whether to start from an empty environment.
     pub clear_env: bool,
-    /// Working directory. If none is given, the home of a user who has a name and one that is
-    /// there; `/` otherwise.
+    /// Working directory; none: the home directory of a user with a name, if it exists, and
+    /// otherwise `/`.
     pub cwd: Option<ByteBuf>,
     /// Where stdin comes from.
     pub stdin: Input,
     /// Where stdout and stderr go.
     pub output: OutputMode,
-    /// Time until the program is told to end (SIGTERM), in milliseconds; none: unlimited.
+    /// Time until SIGTERM is sent to the program, in milliseconds; none: unlimited.
     pub timeout_ms: Option<u64>,
     /// Time from SIGTERM to SIGKILL, in milliseconds.
     pub grace_ms: u32,
@@ -81,25 +80,25 @@ pub struct Exec {
     pub linger_ms: u32,
     /// What happens to processes that outlive the main process.
     pub leftover: Leftover,
-    /// Whom to run as; none: the agent's own user (root).
+    /// The account to run as; none: the agent's own user (root).
     pub user: Option<Account>,
     /// Resource limits.
     pub limits: Limits,
-    /// The time at the host when it sent this: the guest's wall clock is set to it before the
-    /// program starts, unless it is ahead by no more than the 2 s that the message may have
-    /// taken.
+    /// The host's time when it sent this. The guest's wall clock is set to it before the program
+    /// starts, unless the clock is ahead by at most 2 s, which the message may have taken.
     pub wall_clock: Option<WallClock>,
-    /// Gives the program a terminal of this size: its controlling terminal, stdin, stdout and
-    /// stderr, reported as stdout. It needs [`Input::Pipe`] to be typed on, and has TERM set
-    /// unless it is given. Closing the connection hangs it up.
+    /// Gives the program a controlling terminal of this size as its stdin, stdout and stderr; its
+    /// output is reported as stdout. Input needs [`Input::Pipe`]. TERM is set unless
+    /// [`env`](Self::env) sets it or [`clear_env`](Self::clear_env) is true. Closing the
+    /// connection hangs the terminal up.
     pub terminal: Option<WindowSize>,
     /// Gives the program a third output, on descriptor 3, reported as
-    /// [`Response::Results`](super::Response::Results): what it says beside what its users'
-    /// code prints. What it wrote to the other two before is reported before.
+    /// [`Response::Results`](super::Response::Results), which is separate from what the user's
+    /// code prints. What the program wrote to stdout and stderr before is reported before.
     pub results: bool,
-    /// Lets a program of another user than root gain rights by what it executes: set-user-id and
-    /// set-group-id programs, and such with capabilities of their own, act as their files say.
-    /// Otherwise they do not (`no_new_privs`).
+    /// Lets a program of a user other than root gain privileges by executing a file: set-user-id
+    /// and set-group-id programs and files with capabilities take effect. Otherwise they do not
+    /// (`no_new_privs`).
     pub new_privileges: bool,
 }
 
@@ -133,26 +132,27 @@ pub enum OutputMode {
 }
 
 /// What happens to processes that a program leaves behind when its main process exits. A timeout or
-/// a dropped connection kills them in any case.
+/// a closed connection kills them in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Leftover {
-    /// They live on, without their output.
+    /// They keep running; their output is not read any more.
     #[default]
     Keep,
     /// They are killed.
     Kill,
 }
 
-/// Somebody in the guest.
+/// A user account in the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Account {
-    /// Who has these ids.
+    /// The user with these ids.
     Ids(User),
-    /// Whom the guest's `/etc/passwd` has under this name, with the groups of `/etc/group`. `root`
-    /// is there in any case. A home below `/home` is made, and made the user's own.
+    /// The user with this name in the guest's `/etc/passwd`, with the groups of `/etc/group`.
+    /// `root` always exists. A home directory directly below `/home` is made if it is missing, and
+    /// given to the user if it is root's.
     Name(ByteBuf),
-    /// Whom the guest's image is made for: `user` as a [`Name`](Self::Name), and the agent's own
-    /// user (root) if there is none.
+    /// The default user of the guest's image: `user` as a [`Name`](Self::Name) if it exists, and
+    /// otherwise the agent's own user (root).
     Usual,
 }
 
@@ -167,23 +167,23 @@ pub struct User {
     pub groups: Vec<u32>,
 }
 
-/// Resource limits of one program and all that it starts; none: unlimited, but for the number of
+/// Resource limits of one program and all that it starts. None: unlimited, except for the number of
 /// processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Memory of all its processes, in bytes (cgroup `memory.max`).
     pub memory_bytes: Option<u64>,
-    /// Processes and threads (cgroup `pids.max`); none: half of what the guest's kernel makes at
-    /// all, so that a program that forks without end leaves some for others.
+    /// Processes and threads (cgroup `pids.max`); none: half of the guest kernel's own limit, so
+    /// that a program that forks without end leaves some for others.
     pub processes: Option<u32>,
     /// Open files per process (RLIMIT_NOFILE).
     pub open_files: Option<u32>,
-    /// Largest file that it may write, in bytes (RLIMIT_FSIZE).
+    /// Largest file that the program may write, in bytes (RLIMIT_FSIZE).
     pub file_bytes: Option<u64>,
 }
 
 impl Limits {
-    /// Whether a cgroup controller is needed.
+    /// Returns whether a cgroup controller is needed.
     #[must_use]
     pub fn need_controllers(&self) -> bool {
         self.memory_bytes.is_some() || self.processes.is_some()
@@ -197,22 +197,23 @@ pub struct WallClock {
     pub since_epoch_ns: u64,
 }
 
-/// What a clone is given before any user code runs in it. Each part is optional and reported on its
-/// own. Programs that were [frozen](Request::Freeze) go on once all parts that were asked for are
-/// done.
+/// The values that make a clone unique after restore, applied before any user code runs in it. Each
+/// part is optional and reported separately. Programs that were [frozen](Request::Freeze) are
+/// resumed once all requested parts are done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refresh {
-    /// Fresh entropy, 32 to 512 bytes, for the kernel's generator, which is then reseeded. Of 80
-    /// bytes or more the last 16 become the boot id instead. 80 are best: kernels of ours then
-    /// need not hash. Empty: none.
+    /// Fresh entropy, 32 to 512 bytes, for the kernel's random generator, which is then reseeded.
+    /// If there are 80 bytes or more, the last 16 are used for the boot id instead. 80 bytes are
+    /// best: Hearth's kernels then need not hash. Empty: none.
     #[serde(with = "serde_bytes")]
     pub entropy: Vec<u8>,
-    /// The time at the host when it sent this. Our kernel steps the wall clock to the
-    /// hypervisor's, which is not late by the delivery; others, and a time that is more than a
-    /// minute from it, to this.
+    /// The host's time when it sent this. Hearth's kernels step the wall clock to the hypervisor's
+    /// clock, which has no delivery delay. Other kernels set it to this time, and so do Hearth's
+    /// if the hypervisor's clock is more than 60 s ahead of this time or more than 20 ms
+    /// behind it.
     pub wall_clock: Option<WallClock>,
-    /// The new identity: instance id, `/etc/machine-id`; with it the kernel's boot id is drawn
-    /// anew.
+    /// The new identity: instance id and `/etc/machine-id`. The kernel's boot id is renewed with
+    /// it.
     pub instance: Option<InstanceId>,
     /// The new host name, 1 to 64 bytes.
     pub hostname: Option<String>,
@@ -223,6 +224,6 @@ pub struct Refresh {
 pub enum ShutdownKind {
     /// Power off.
     PowerOff,
-    /// Reboot; the monitor sees a reset.
+    /// Reboot; the VMM sees a reset.
     Reboot,
 }

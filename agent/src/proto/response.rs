@@ -1,4 +1,4 @@
-//! What the agent tells the host.
+//! Responses of the agent to the host.
 
 use alloc::string::String;
 
@@ -11,7 +11,7 @@ use super::{ExitStatus, FileReply, FrameError, InstanceId, frame::decode};
 pub enum Response<'a> {
     /// The answer to a ping.
     Pong(Pong),
-    /// The program runs.
+    /// The program was started.
     Started {
         /// Its process id in the guest.
         pid: u32,
@@ -22,15 +22,15 @@ pub enum Response<'a> {
     Stdout(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
     /// Error output.
     Stderr(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
-    /// So many more bytes of input were written to the program: the window opens by as much.
+    /// The number of bytes of input newly written to the program; the window grows by as much.
     StdinTaken(u32),
-    /// The program closed its stdin: what it has not read is lost.
+    /// The program closed its stdin; input that it has not read is lost.
     StdinClosed,
-    /// The program has ended and its output is complete. The connection is free for the next exec.
+    /// The program has ended and no more output follows. The connection is free for the next exec.
     Exited(Exited),
     /// The answer to a refresh.
     Refreshed(Refreshed),
-    /// The request breaks the protocol; the agent closes the connection.
+    /// A request broke the protocol; the agent closes the connection.
     Rejected(Rejection),
     /// The answer to a freeze.
     Frozen(Standstill),
@@ -38,7 +38,7 @@ pub enum Response<'a> {
     Thawed(Applied),
     /// An answer about files.
     File(#[serde(borrow)] FileReply<'a>),
-    /// What the program wrote to descriptor 3.
+    /// Output of the program on descriptor 3.
     Results(#[serde(borrow, with = "serde_bytes")] &'a [u8]),
 }
 
@@ -63,19 +63,19 @@ pub struct Pong {
     pub uptime_us: u64,
     /// The guest's memory.
     pub memory: Memory,
-    /// Programs that run on all connections.
+    /// The number of programs that run, on all connections.
     pub execs: u32,
-    /// Whether file systems and cgroups are set up. The agent does that after its first pong, so
-    /// that a template should be captured only after a pong that says true.
+    /// Whether file systems and cgroups are set up. The agent does that after its first pong, so a
+    /// template should be captured only after a pong with `true` here.
     pub prepared: bool,
 }
 
-/// The guest's memory, as sysinfo(2) has it.
+/// The guest's memory, as reported by sysinfo(2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     /// Memory that the kernel manages, in bytes.
     pub total_bytes: u64,
-    /// Memory that nothing uses, in bytes.
+    /// Unused memory, in bytes.
     pub free_bytes: u64,
 }
 
@@ -85,29 +85,29 @@ pub enum SpawnFailure {
     /// No such program.
     #[error("{program}: no such program in the guest")]
     NotFound {
-        /// As it was asked for.
+        /// As named in the request.
         program: String,
     },
     /// The file is there but cannot be executed: no permission, a directory, or no known format.
     #[error("{program}: not executable (errno {errno})")]
     NotExecutable {
-        /// As it was asked for.
+        /// As named in the request.
         program: String,
         /// EACCES, ENOEXEC and the like.
         errno: i32,
     },
-    /// The file names an interpreter (a `#!` line or an ELF loader) that is not there.
+    /// The file names an interpreter (a `#!` line or an ELF loader) that does not exist.
     #[error("{program}: its interpreter {interpreter} is not in the guest")]
     MissingInterpreter {
-        /// As it was asked for.
+        /// As named in the request.
         program: String,
-        /// What the file names; empty if that could not be found out.
+        /// The interpreter's name; empty if it could not be determined.
         interpreter: String,
     },
     /// The working directory cannot be entered.
     #[error("working directory {cwd} cannot be entered (errno {errno})")]
     MissingCwd {
-        /// As it was asked for.
+        /// As named in the request.
         cwd: String,
         /// ENOENT, ENOTDIR, EACCES and the like.
         errno: i32,
@@ -118,46 +118,46 @@ pub enum SpawnFailure {
     /// The guest is out of a resource.
     #[error("guest is out of {0}")]
     Exhausted(Resource),
-    /// The user or group could not be taken on.
+    /// The program could not take on the user or group.
     #[error("cannot run as the user asked for (errno {errno})")]
     User {
-        /// The system's reason.
+        /// The system's error number.
         errno: i32,
     },
     /// A limit could not be set.
     #[error("cannot set a limit on {limit} (errno {errno})")]
     Limit {
-        /// Which.
+        /// The limit.
         limit: Resource,
-        /// The system's reason.
+        /// The system's error number.
         errno: i32,
     },
-    /// The image that was to be the guest's root file system could not be mounted.
+    /// The image for the guest's root file system could not be mounted.
     #[error(
         "the guest's root file system cannot be mounted (errno {errno}): its first image must be an EROFS file system"
     )]
     NoRoot {
-        /// The system's reason.
+        /// The system's error number.
         errno: i32,
     },
     /// Anything else.
     #[error("cannot start the program (errno {errno})")]
     Other {
-        /// The system's reason.
+        /// The system's error number.
         errno: i32,
     },
-    /// There is no terminal for it.
+    /// No terminal could be made for the program.
     #[error(
         "the guest has no terminal to give (errno {errno}): its kernel needs UNIX98_PTYS, and /dev/pts must be mounted"
     )]
     NoTerminal {
-        /// The system's reason.
+        /// The system's error number.
         errno: i32,
     },
-    /// Nobody has the name of the user whom it was to run as.
+    /// The user to run as does not exist.
     #[error("no user {name} in the guest's /etc/passwd")]
     NoUser {
-        /// As it was asked for.
+        /// As named in the request.
         name: String,
     },
 }
@@ -186,7 +186,7 @@ impl core::fmt::Display for Resource {
     }
 }
 
-/// A program's end.
+/// The end of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exited {
     /// How its main process ended.
@@ -195,21 +195,21 @@ pub struct Exited {
     pub timed_out: bool,
     /// Whether its output was read to the end.
     pub output: OutputEnd,
-    /// What it used.
+    /// The resources it used.
     pub usage: Usage,
 }
 
 /// How a program's output ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OutputEnd {
-    /// Everybody who could write has closed it.
+    /// All writers have closed it.
     Complete,
-    /// All that was written up to the end of the linger time was delivered; a process that outlived
-    /// the main process still held it open.
+    /// A process that outlived the main process still held it open. What was written until the end
+    /// of the linger time was delivered.
     StillOpen,
 }
 
-/// What the main process and the children that it waited for used.
+/// Resources used by the main process and the children that it waited for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Time from start to exit, in microseconds.
@@ -222,21 +222,21 @@ pub struct Usage {
     pub max_rss_kib: u64,
 }
 
-/// Whether the programs stand still.
+/// Whether the programs are frozen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Standstill {
-    /// All of them; or there are none.
+    /// All are frozen, or there are none.
     All,
-    /// Some are still on their way to it, in the kernel.
+    /// Some are not frozen yet: they are still in the kernel.
     NotYet,
-    /// The guest's kernel cannot do it.
+    /// The guest's kernel cannot freeze programs.
     Refused {
-        /// EOPNOTSUPP where it has no cgroups (version 2).
+        /// EOPNOTSUPP if the kernel has no cgroups (version 2).
         errno: i32,
     },
 }
 
-/// What became of each part of a refresh.
+/// The result of each part of a refresh.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refreshed {
     /// The kernel's random generator.
@@ -249,13 +249,12 @@ pub struct Refreshed {
     pub boot_id: Applied,
     /// The host name.
     pub hostname: Applied,
-    /// Programs that stood still go on. Not asked if there are none, nor while another part
-    /// failed.
+    /// Resuming the frozen programs. `NotAsked` if none are frozen or another part failed.
     pub programs: Applied,
 }
 
 impl Refreshed {
-    /// Whether no part failed.
+    /// Returns whether no part failed.
     #[must_use]
     pub fn all_applied(&self) -> bool {
         [
@@ -271,22 +270,22 @@ impl Refreshed {
     }
 }
 
-/// What became of one part.
+/// The result of one part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Applied {
-    /// It was not asked for.
+    /// It was not requested.
     #[default]
     NotAsked,
     /// Done.
     Done,
     /// The system refused.
     Failed {
-        /// Why.
+        /// The system's error number.
         errno: i32,
     },
 }
 
-/// How the host broke the protocol, as the agent sees it.
+/// How the host broke the protocol, in the agent's view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Rejection {
     /// The host speaks another version.
@@ -303,13 +302,13 @@ pub enum Rejection {
     /// A frame was too long or did not decode.
     #[error("frame too long or malformed")]
     Malformed,
-    /// An exec while one runs on the connection.
+    /// An exec while a program runs on the connection.
     #[error("a program already runs on this connection")]
     ExecRunning,
-    /// A request while another one about files is under way on the connection.
+    /// A request about files while another one is in progress on the connection.
     #[error("a file is being transferred on this connection")]
     FileRunning,
-    /// Content for a file that is not being put.
+    /// File content while no file is being written.
     #[error("content for no file")]
     NoFile,
     /// More input than the window allows.
@@ -318,7 +317,7 @@ pub enum Rejection {
     /// A number or size out of range.
     #[error("value out of range")]
     OutOfRange,
-    /// The agent serves as many connections as it can.
+    /// The agent has reached its limit of connections.
     #[error("too many connections to the agent")]
     TooManyConnections,
 }

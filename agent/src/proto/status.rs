@@ -14,13 +14,13 @@ pub enum ExitStatus {
 }
 
 impl ExitStatus {
-    /// Whether it exited with code 0.
+    /// Returns whether it exited with code 0.
     #[must_use]
     pub fn success(self) -> bool {
         self == Self::Code(0)
     }
 
-    /// The code that a shell would report: the exit code, or 128 and the signal.
+    /// Returns the code that a shell would report: the exit code, or 128 plus the signal.
     #[must_use]
     pub fn shell_code(self) -> u8 {
         match self {

@@ -36,7 +36,7 @@ impl Agent {
         Self::start_with(|_| {}, None).await
     }
 
-    /// With a cgroup of its own, where this machine lets us make one.
+    /// Starts an agent with a cgroup of its own; `None` where this machine does not allow one.
     pub async fn start_in_cgroup() -> Option<Self> {
         let mounts = fs::read_to_string("/proc/mounts").ok()?;
         let root = mounts.lines().find_map(|line| {
@@ -54,7 +54,7 @@ impl Agent {
         cgroup: Option<PathBuf>,
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        // The guest's own build of the program, where one is given.
+        // The guest's own build of the program, if one is given.
         let built = env!("CARGO_BIN_EXE_hearth-init").into();
         let mut command = HostCommand::new(std::env::var_os("HEARTH_INIT").unwrap_or(built));
         command
@@ -127,7 +127,7 @@ impl Agent {
             .count()
     }
 
-    /// User and system time used, in clock ticks.
+    /// Returns the user and system time used, in clock ticks.
     pub fn cpu_ticks(&self) -> u64 {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
         let (_, rest) = stat.rsplit_once(')').unwrap();

@@ -1,4 +1,4 @@
-//! Peers that say what a test has them say.
+//! Peers that send what a test scripts.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
 use super::Agent;
 
-/// A greeting and requests, as bytes.
+/// Encodes a greeting and requests.
 pub fn wire(requests: &[Request<'_>]) -> Vec<u8> {
     let mut out = Vec::new();
     Hello::default().encode(&mut out).unwrap();
@@ -20,10 +20,10 @@ pub fn wire(requests: &[Request<'_>]) -> Vec<u8> {
     out
 }
 
-/// Sends bytes and gives the last thing that the agent says before it hangs up.
+/// Sends bytes and returns the last rejection that the agent sends before it closes the connection.
 pub async fn last_word(agent: &Agent, bytes: &[u8]) -> Option<Rejection> {
     let mut stream = agent.stream().await.unwrap();
-    // The agent may hang up before all is written.
+    // The agent may close the connection before everything is written.
     let _ = stream.write_all(bytes).await;
     let mut answer = Vec::new();
     tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer))
@@ -52,7 +52,7 @@ fn greeting() -> Vec<u8> {
     out
 }
 
-/// Responses as bytes.
+/// Encodes responses.
 pub fn say(responses: &[Response<'_>]) -> Vec<u8> {
     let mut out = Vec::new();
     responses
@@ -61,7 +61,7 @@ pub fn say(responses: &[Response<'_>]) -> Vec<u8> {
     out
 }
 
-/// A client of a guest that greets and has answered already; and the guest's end.
+/// Returns a client of a guest that has sent its greeting and these responses, and the guest's end.
 pub async fn scripted(responses: &[Response<'_>]) -> (AgentClient<DuplexStream>, DuplexStream) {
     let (ours, mut guest) = duplex(1 << 20);
     guest

@@ -1,4 +1,4 @@
-//! Frames of the agent's protocol: encoded, cut out of the stream again, decoded.
+//! Frames of the agent's protocol: encoded, cut out of the stream again and decoded.
 
 use hearth_agent::proto::{Exec, FrameBuffer, Request, Response, encode};
 
@@ -43,7 +43,7 @@ pub(super) fn output() -> Walk {
     })
 }
 
-/// Takes one frame off the wire.
+/// Cuts one frame out of the encoded bytes.
 fn cut(frames: &mut FrameBuffer, mut wire: &[u8], look: impl FnOnce(&[u8])) {
     loop {
         if let Some(payload) = frames.next_frame().unwrap() {

@@ -1,5 +1,5 @@
 //! Hot paths that need no guest. `cargo bench --bench paths` times them; `.ci/counts` has valgrind
-//! count their instructions, which repeat where times do not.
+//! count their instructions, which are repeatable where times are not.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -15,10 +15,10 @@ mod state;
 
 use criterion::Criterion;
 
-/// One walk along a path.
+/// Runs a path once.
 type Walk = Box<dyn FnMut()>;
 
-/// A path's name, and what gets it ready.
+/// A path's name, and the function that sets it up.
 type Path = (&'static str, fn() -> Walk);
 
 const PATHS: [Path; 9] = [
@@ -38,7 +38,7 @@ fn main() {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
         ["--names"] => PATHS.iter().for_each(|(name, _)| println!("{name}")),
-        // What setting up costs is the same however often the path is walked.
+        // The cost of setting up does not depend on how often the path is run.
         ["--walk", name, times] => {
             let (_, ready) = PATHS.iter().find(|(known, _)| known == name).unwrap();
             let mut walk = ready();

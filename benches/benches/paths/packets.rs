@@ -11,7 +11,8 @@ use super::Walk;
 const HOST_PORT: u32 = 4000;
 /// One page, less the header that the driver's buffer holds as well.
 const LEN: usize = 4096 - 44;
-/// The guest takes all at once, and says so with each answer.
+/// The guest's receive buffer. The guest consumes each packet at once, and reports that with each
+/// answer.
 const WINDOW: u32 = 256 << 10;
 
 struct Rig {
@@ -35,7 +36,7 @@ impl Rig {
         }
     }
 
-    /// The guest dials, the host accepts.
+    /// The guest connects, the host accepts.
     fn connect(&mut self) -> (Socket, VsockStream) {
         self.ports += 1;
         let mut socket = self.guest.socket(self.ports, HOST_PORT, WINDOW);
@@ -48,7 +49,7 @@ impl Rig {
         (socket, stream)
     }
 
-    /// What the host says of its credit meanwhile.
+    /// Takes the host's credit updates.
     fn hear(&mut self, socket: &mut Socket) {
         while let Some((header, _)) = self.guest.recv() {
             socket.hear(&header);

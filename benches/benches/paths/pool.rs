@@ -1,4 +1,4 @@
-//! The hand-off and the return of a guest that costs nothing to make.
+//! The hand-off and the return of a guest of the fake backend, which costs nothing to make.
 
 use hearth_pool::config::HealthConfig;
 use hearth_pool::fake::FakeBackend;

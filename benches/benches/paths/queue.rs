@@ -1,5 +1,5 @@
 //! A request through a virtqueue and back, at a device that does nothing with it: the balloon,
-//! which is told of pages that the guest took back.
+//! whose deflate queue receives pages that the guest took back.
 
 use hearth_vmm::memory::GuestRam;
 use hearth_vmm::virtio::balloon::BalloonDevice;
@@ -10,7 +10,7 @@ use super::Walk;
 
 const MEMORY_MIB: u32 = 4;
 const DEFLATE: usize = 1;
-/// Where the request lies.
+/// Address of the request's buffer.
 const REQUEST: u64 = 0x20_0000;
 
 pub(super) fn request() -> Walk {

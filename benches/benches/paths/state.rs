@@ -1,4 +1,4 @@
-//! The state of a VM as a template's file has it, and that of open connections.
+//! The state of a VM as a template's file contains it, and that of open connections.
 
 use hearth_vmm::memory::GuestRam;
 use hearth_vmm::testing::{read_template, template_with};
@@ -11,11 +11,11 @@ use hearth_vmm::virtio::{DeviceState, Doorbell, Interrupt, VirtioDevice};
 
 use super::Walk;
 
-/// As in the files that the fuzz target makes.
+/// As in the files that the fuzz target generates.
 const MEMORY_MIB: u32 = 2;
 const CONNECTIONS: u32 = 32;
 
-/// Read, written twice and read again, with its devices restored.
+/// Reads a manifest, writes it, reads and writes that again, and restores the devices.
 pub(super) fn manifest() -> Walk {
     let ram = GuestRam::new(u64::from(MEMORY_MIB) << 20).unwrap();
     let saved = |device: Box<dyn VirtioDevice>, doorbell| {
@@ -37,7 +37,7 @@ pub(super) fn manifest() -> Walk {
     Box::new(move || assert!(read_template(&file)))
 }
 
-/// Saved, written, read and restored.
+/// Saves, writes, reads and restores open connections.
 pub(super) fn sockets() -> Walk {
     let mut guest = Guest::new(Setup::default());
     let mut listener = guest.host.listen(4000).unwrap();

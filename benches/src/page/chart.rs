@@ -10,9 +10,9 @@ const LEFT: f64 = 42.0;
 const BOTTOM: f64 = 26.0;
 const TOP: f64 = 8.0;
 const RIGHT: f64 = 14.0;
-/// Told apart by most eyes (Okabe and Ito 2008).
+/// Colours that most eyes can tell apart (Okabe and Ito 2008).
 const COLOURS: [&str; 5] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"];
-/// From here on, largest to smallest, the axis is logarithmic.
+/// The axis is logarithmic from this ratio of the largest to the smallest value on.
 const WIDE: f64 = 50.0;
 /// Points of a line; more samples are thinned out.
 const POINTS: usize = 400;
@@ -23,7 +23,7 @@ pub(super) struct Series<'a> {
     pub(super) samples: &'a [f64],
 }
 
-/// A value with as many digits as anyone reads.
+/// Formats a value with a sensible number of digits.
 pub(super) fn figure(value: f64) -> String {
     match value.abs() {
         v if v >= 100_000.0 => format!("{:.0}k", value / 1000.0),
@@ -34,7 +34,7 @@ pub(super) fn figure(value: f64) -> String {
     }
 }
 
-/// From a value to a place, and where the ticks are.
+/// Maps values to places on the chart, and places the ticks.
 struct Axis {
     low: f64,
     high: f64,
@@ -46,13 +46,13 @@ impl Axis {
         let log = low > 0.0 && high / low >= WIDE;
         let (low, high) = match high > low {
             true => (low, high),
-            // A single value stands in the middle.
+            // A single value is drawn in the middle.
             false => (low - 1.0, low + 1.0),
         };
         Self { low, high, log }
     }
 
-    /// 0 to 1.
+    /// Returns the place of `value` on the axis, 0 to 1.
     fn share(&self, value: f64) -> f64 {
         if self.log {
             (value / self.low).ln() / (self.high / self.low).ln()
@@ -95,7 +95,7 @@ fn open(height: f64, label: &str) -> String {
     )
 }
 
-/// How many samples of each side were at most so much.
+/// Draws the cumulative distribution of each side's samples.
 pub(super) fn cdf(sides: &[Series<'_>]) -> String {
     let all = || sides.iter().flat_map(|side| side.samples.iter().copied());
     let axis = Axis::of(
@@ -152,7 +152,7 @@ pub(super) fn cdf(sides: &[Series<'_>]) -> String {
     svg + "</svg>"
 }
 
-/// Points, and the line that was fitted to them; both axes begin at zero.
+/// Draws points and the line that was fitted to them; both axes begin at zero.
 pub(super) fn line(points: &[[f64; 2]], base: f64, slope: f64) -> String {
     let most = |of: usize| {
         let values = points.iter().filter_map(|point| point.get(of));
@@ -204,7 +204,7 @@ pub(super) fn line(points: &[[f64; 2]], base: f64, slope: f64) -> String {
     svg + "</svg>"
 }
 
-/// Values as bars from zero, each with its name and figure.
+/// Draws values as bars from zero, each with its name and figure.
 pub(super) fn bars(rows: &[(String, f64)]) -> String {
     const ROW: f64 = 34.0;
     let most = rows.iter().map(|(_, value)| *value).fold(0.0, f64::max);

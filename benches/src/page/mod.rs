@@ -1,4 +1,4 @@
-//! A report as one page with charts: no script, nothing fetched.
+//! A report as one page with charts: without scripts, and without anything to fetch.
 
 mod chart;
 
@@ -12,7 +12,7 @@ table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .7rem;text-alig
 td:first-child,th:first-child,.text{text-align:left}.charts{display:flex;flex-wrap:wrap;gap:1.5rem}\
 figure{margin:0}figcaption{font-weight:600}svg text{font:11px system-ui,sans-serif;fill:#444}.note{color:#a00}";
 
-/// Samples below which a distribution shows nothing that the table does not.
+/// Below so many samples, a distribution shows nothing that the table does not.
 const LEAST: usize = 5;
 
 /// The page, as HTML.
@@ -66,7 +66,7 @@ fn environment(report: &Report) -> String {
     )
 }
 
-/// Scenarios in the order of their first result.
+/// Returns the scenarios in the order of their first result.
 fn scenarios(report: &Report) -> Vec<&str> {
     let mut seen = Vec::new();
     for row in &report.results {
@@ -99,7 +99,7 @@ fn table(rows: &[&Row]) -> String {
     html + "</table>\n"
 }
 
-/// One chart of medians for each unit that several rows share: where the time goes.
+/// Draws a chart of medians for each unit that several rows share.
 fn medians(rows: &[&Row]) -> String {
     let mut html = String::new();
     let mut units: Vec<&str> = rows.iter().map(|row| row.unit.as_str()).collect();
@@ -118,7 +118,7 @@ fn medians(rows: &[&Row]) -> String {
     html
 }
 
-/// One chart for each metric: how many samples were at most so much, a line for each side.
+/// Draws a chart for each metric: its cumulative distribution, a line for each side.
 fn distributions(rows: &[&Row]) -> String {
     let mut html = String::new();
     let mut done: Vec<(&str, &str)> = Vec::new();
@@ -138,7 +138,7 @@ fn distributions(rows: &[&Row]) -> String {
             .collect();
         let first = row.samples.first();
         let mut all = series.iter().flat_map(|side| side.samples);
-        // Of what never changes the table says all.
+        // If all samples are equal, the table tells everything.
         if all.any(|sample| Some(sample) != first) {
             html.push_str(&captioned(&row.metric, &row.unit, &chart::cdf(&series)));
         }
@@ -157,7 +157,7 @@ fn captioned(title: &str, unit: &str, svg: &str) -> String {
     )
 }
 
-/// How metrics grow with what was swept: medians, and the line through them.
+/// Charts how metrics grow with the swept parameter: medians, and the line through them.
 fn growth(report: &Report) -> String {
     if report.fits.is_empty() {
         return String::new();
@@ -176,7 +176,7 @@ fn growth(report: &Report) -> String {
     html + "</ul>\n"
 }
 
-/// Figures beside what they should be.
+/// Lists the figures beside their targets.
 fn targets(report: &Report) -> String {
     let mut html = String::new();
     if !report.targets.is_empty() {
@@ -225,7 +225,7 @@ fn ratios(report: &Report) -> String {
     html
 }
 
-/// Text as HTML: a report is a file, and may say anything.
+/// Escapes text for HTML: a report is a file, and may contain anything.
 fn escape(text: &str) -> String {
     let mut html = String::with_capacity(text.len());
     for c in text.chars() {

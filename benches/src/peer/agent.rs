@@ -1,4 +1,4 @@
-//! The agent in a peer's guest, which is Hearth's own: what it says is the proof that the guest is
+//! The agent in a peer's guest, which is Hearth's own: its answers are the proof that the guest is
 //! up.
 
 use std::time::{Duration, Instant};
@@ -10,10 +10,11 @@ use tokio::process::Child;
 
 use super::{PeerError, ended};
 
-/// By which part of the time a guest's clock may run fast: its kernel measures the frequency by a
-/// timer where no monitor tells it, and where ring 0 is emulated that goes wrong by some per cent.
+/// A guest's clock may run fast by one part in so many: its kernel measures the frequency by a
+/// timer if no monitor reports it, and on an emulated host that measurement is off by some per
+/// cent.
 const DRIFT: u32 = 10;
-/// How long a peer may take to end whose guest hung up.
+/// How long a peer may take to exit after its guest closed the connection.
 const ENDING: Duration = Duration::from_secs(1);
 
 /// A stream to an agent.
@@ -30,7 +31,8 @@ pub(super) async fn handshake<S: Stream>(stream: S) -> Result<AgentClient<S>, Pe
     })
 }
 
-/// The agent of a guest that booted since `begin`, by its own clock as well.
+/// Reads the greeting of a guest's agent; the guest must have booted since `begin` by its own
+/// clock, too.
 pub(super) async fn greeted<S: Stream>(
     stream: S,
     begin: Instant,
@@ -45,7 +47,7 @@ pub(super) async fn greeted<S: Stream>(
     Ok(agent)
 }
 
-/// Whether the guest has prepared everything.
+/// Pings the agent; returns whether the guest has prepared everything.
 pub(super) async fn pinged<S: Stream>(
     agent: &mut AgentClient<S>,
     nonce: u64,
@@ -57,14 +59,14 @@ pub(super) async fn pinged<S: Stream>(
     }
 }
 
-/// Since `begin`, until the agent of a guest that booted since then has answered.
+/// Returns the time from `begin` until the agent of a guest that booted since then has answered.
 pub(super) async fn answered<S: Stream>(stream: S, begin: Instant) -> Result<Duration, PeerError> {
     let mut agent = greeted(stream, begin).await?;
     pinged(&mut agent, 1).await?;
     Ok(begin.elapsed())
 }
 
-/// What comes of `up`, in time and while the process lives; it is gone afterwards.
+/// Awaits `up`, within `limit` and while the process lives; then kills the process.
 pub(super) async fn done<T>(
     child: &mut Child,
     limit: Duration,
@@ -75,13 +77,13 @@ pub(super) async fn done<T>(
         up = up => up.unwrap_or(Err(PeerError::Silent(limit))),
         _ = child.wait() => Err(ended(child).await),
     };
-    // One that ends hangs up before.
+    // A process that exits closes the connection first: the exit is the error to report.
     if matches!(up, Err(PeerError::HungUp))
         && tokio::time::timeout(ENDING, child.wait()).await.is_ok()
     {
         up = Err(ended(child).await);
     }
-    // Gone before the next one is measured.
+    // The process is gone before the next one is measured.
     let _ = child.kill().await;
     up
 }

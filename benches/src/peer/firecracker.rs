@@ -23,22 +23,22 @@ const CID: u32 = 3;
 const ROOT: &str = "root";
 /// Pause between two pings while the guest prepares itself.
 const PREPARE_PAUSE: Duration = Duration::from_millis(20);
-/// Longest line that answers a `CONNECT`.
+/// Longest answer to a `CONNECT`.
 const LINE: usize = 64;
 
 type Agent = AgentClient<UnixStream>;
 
-/// Firecracker, as found, with a directory for its sockets and files.
+/// The Firecracker that was found, with a directory for its sockets and files.
 #[derive(Debug)]
 pub struct Firecracker {
     program: PathBuf,
     dir: PathBuf,
-    /// As it calls itself.
+    /// The version that it reports.
     pub version: String,
 }
 
 impl Firecracker {
-    /// Sees what the program is. `dir` is empty, and no other process uses it.
+    /// Checks the program's version. `dir` is empty, and no other process uses it.
     ///
     /// # Errors
     /// If it is not Firecracker.
@@ -54,10 +54,11 @@ impl Firecracker {
         self.dir.join(name)
     }
 
-    /// Boots a guest to its agent's pong: the time since Firecracker was started.
+    /// Boots a guest until its agent answers a ping; returns the time since Firecracker was
+    /// started.
     ///
     /// # Errors
-    /// If it ends, or is not there in time.
+    /// If Firecracker exits, or the guest is not up in time.
     pub async fn boot_to_pong(&self, guest: Booted<'_>) -> Result<Duration, PeerError> {
         let mut config = json!({
             "boot-source": boot_source(guest),
@@ -65,7 +66,7 @@ impl Firecracker {
             "vsock": self.vsock(),
             "drives": [],
         });
-        // Versions that do not have the device need not know its name.
+        // Not set without a root: older versions do not know the device.
         if let Some(root) = guest.root {
             config["pmem"] = json!([pmem(root)]);
         }
@@ -87,7 +88,7 @@ impl Firecracker {
     /// Boots a guest and leaves its snapshot in the directory.
     ///
     /// # Errors
-    /// As [`Self::boot_to_pong`], and if it refuses a step.
+    /// Those of [`Self::boot_to_pong`], and if Firecracker refuses a step.
     pub async fn snapshot(&self, guest: Booted<'_>) -> Result<(), PeerError> {
         let listener = self.listen()?;
         let (mut child, api) = self.with_api()?;
@@ -120,21 +121,21 @@ impl Firecracker {
         done(&mut child, guest.limit, up).await
     }
 
-    /// Restores the snapshot to its agent's pong on a new connection: the time since Firecracker
-    /// was started.
+    /// Restores the snapshot until the agent answers a ping on a new connection; returns the time
+    /// since Firecracker was started.
     ///
     /// # Errors
-    /// As [`Self::snapshot`].
+    /// Those of [`Self::snapshot`].
     pub async fn restore_to_pong(&self, limit: Duration) -> Result<Duration, PeerError> {
         let asked = async |mut agent: Agent| pinged(&mut agent, 1).await.map(drop);
         self.restore(limit, asked).await
     }
 
-    /// Restores the snapshot to the end of a program, which must print `word`, on a new connection:
-    /// the time since Firecracker was started.
+    /// Restores the snapshot and runs a program, which must print `word`, on a new connection;
+    /// returns the time since Firecracker was started.
     ///
     /// # Errors
-    /// As [`Self::snapshot`], and if the program says anything else.
+    /// Those of [`Self::snapshot`], and if the program prints anything else.
     pub async fn restore_to_result(
         &self,
         program: Command,
@@ -162,7 +163,7 @@ impl Firecracker {
         limit: Duration,
         asked: impl AsyncFnOnce(Agent) -> Result<(), PeerError>,
     ) -> Result<Duration, PeerError> {
-        // It makes the socket itself.
+        // Firecracker creates the socket itself.
         remove(&self.path("vsock"))?;
         let begin = Instant::now();
         let (mut child, api) = self.with_api()?;
@@ -180,7 +181,7 @@ impl Firecracker {
         done(&mut child, limit, up).await
     }
 
-    /// A process that is told by its API what to do.
+    /// Starts a process that is controlled through its API.
     fn with_api(&self) -> Result<(Child, PathBuf), PeerError> {
         let api = self.path("api");
         remove(&api)?;
@@ -194,8 +195,8 @@ impl Firecracker {
         json!({"guest_cid": CID, "uds_path": self.path("vsock")})
     }
 
-    /// Where the guest's agent dials: a connection to a port of the host's goes to a socket with
-    /// its number.
+    /// Listens for the guest's agent: a connection to a port of the host goes to the socket with
+    /// the port's number.
     fn listen(&self) -> Result<UnixListener, PeerError> {
         remove(&self.path("vsock"))?;
         let path = self.path(&format!("vsock_{READY_PORT}"));
@@ -221,7 +222,7 @@ fn machine(guest: Booted<'_>) -> serde_json::Value {
     json!({"vcpu_count": guest.vcpus, "mem_size_mib": guest.memory_mib})
 }
 
-/// A file of an earlier guest's.
+/// Removes a file that an earlier guest left, if it exists.
 fn remove(path: &Path) -> std::io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
@@ -235,7 +236,7 @@ async fn dial(socket: &Path) -> Result<UnixStream, PeerError> {
     let ask = format!("CONNECT {AGENT_PORT}\n");
     stream.write_all(ask.as_bytes()).await?;
     let mut line = Vec::new();
-    // Byte by byte: what follows the line is the agent's.
+    // Byte by byte: the bytes after the line belong to the agent's protocol.
     while line.last() != Some(&b'\n') && line.len() < LINE {
         line.push(stream.read_u8().await?);
     }

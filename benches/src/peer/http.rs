@@ -1,4 +1,4 @@
-//! As much HTTP as Firecracker's API needs.
+//! The part of HTTP that Firecracker's API needs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,12 +8,12 @@ use tokio::net::UnixStream;
 
 use super::PeerError;
 
-/// Pause between two looks whether the socket is there.
+/// Pause between two attempts to connect to the socket.
 const PAUSE: Duration = Duration::from_millis(1);
 /// Longest answer.
 const MOST: usize = 64 << 10;
 
-/// Sends one request; an answer other than success is an error.
+/// Sends one request; any answer but success is an error.
 pub(super) async fn request(
     socket: &Path,
     method: &str,
@@ -39,7 +39,7 @@ pub(super) async fn request(
     }
 }
 
-/// The socket appears some time after the process.
+/// Connects to the socket, which appears some time after the process.
 pub(super) async fn connect(socket: &Path) -> std::io::Result<UnixStream> {
     loop {
         match UnixStream::connect(socket).await {
@@ -50,7 +50,7 @@ pub(super) async fn connect(socket: &Path) -> std::io::Result<UnixStream> {
     }
 }
 
-/// Head and body.
+/// Reads an answer's head and body.
 async fn answer(stream: &mut UnixStream) -> std::io::Result<String> {
     let mut bytes = Vec::new();
     let mut chunk = [0; 4096];

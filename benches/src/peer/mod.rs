@@ -1,9 +1,9 @@
-//! Other monitors, run as their users run them: each guest in a process of its own, whose start
-//! counts.
+//! Other monitors, run as their users run them: each guest has a process of its own, whose start is
+//! included in the time.
 //!
-//! What a peer says is believed only as far as it can be checked. One that crashes, hangs or shows
-//! another guest than the one it was given is an error, and what was measured of it before is
-//! dropped.
+//! The answers of a peer are believed only as far as they can be checked. A peer that crashes,
+//! hangs or shows another guest than the one it was given is an error, and its earlier measurements
+//! are dropped.
 
 mod agent;
 mod firecracker;
@@ -20,12 +20,12 @@ use tokio::process::{Child, ChildStderr, Command};
 pub use firecracker::Firecracker;
 pub use qemu::{Channel, Qemu, SERIAL_WORDS};
 
-/// How long a peer may take to say what it is.
+/// How long a peer may take to print its version.
 const GREETING: Duration = Duration::from_secs(10);
-/// How much of a peer's complaints is told.
+/// Most bytes that are read of a peer's version or error output, from its start.
 const TAIL: u64 = 2000;
 
-/// Where the peers are, if they are to be measured.
+/// Paths of the peers that are to be measured.
 #[derive(Clone, Debug, Default)]
 pub struct Peers {
     /// Firecracker.
@@ -36,22 +36,23 @@ pub struct Peers {
     pub limit: Option<Duration>,
 }
 
-/// What a peer is given to boot: the same as Hearth.
+/// The inputs of a peer's guest: the same as Hearth's.
 #[derive(Clone, Copy, Debug)]
 pub struct Booted<'a> {
     /// Kernel.
     pub kernel: &'a Path,
     /// Initramfs with the agent.
     pub initramfs: &'a Path,
-    /// Image of its root file system, for virtio-pmem, if it has one; the words say so.
+    /// Image of its root file system, for virtio-pmem, if it has one; the kernel parameters name
+    /// it.
     pub root: Option<&'a Path>,
-    /// Words on the kernel's command line.
+    /// Kernel parameters.
     pub words: &'a str,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Processors.
     pub vcpus: u8,
-    /// How long it may take.
+    /// How long the guest may take.
     pub limit: Duration,
 }
 
@@ -68,47 +69,47 @@ pub enum PeerError {
         #[source]
         source: std::io::Error,
     },
-    /// It is something else.
+    /// It is another program.
     #[error("{} does not say that it is {wanted}, but: {said:?}", program.display())]
     Another {
         /// The program.
         program: PathBuf,
-        /// What it should be.
+        /// The expected program.
         wanted: &'static str,
-        /// What it says.
+        /// Its version output.
         said: String,
     },
     /// It ended before its guest was up.
     #[error("it ended before its guest was up ({status}): {said}")]
     Ended {
-        /// How.
+        /// Its exit status.
         status: ExitStatus,
-        /// The end of what it said.
+        /// The first bytes of its error output.
         said: String,
     },
     /// Its guest was not up in time.
     #[error("its guest was not up after {0:?}")]
     Silent(Duration),
-    /// Its guest hung up.
+    /// Its guest closed the connection.
     #[error("its guest closed the connection before it answered")]
     HungUp,
     /// Its guest is not the one that it was given.
     #[error("it does not show the guest that it was given: {0}")]
     Lies(String),
-    /// It refused what it was asked for.
+    /// It refused a request.
     #[error("it refused {what}: {said}")]
     Refused {
-        /// What it was asked.
+        /// The request.
         what: String,
         /// Its answer.
         said: String,
     },
-    /// It could not be reached.
+    /// The connection to it failed.
     #[error("it cannot be talked to")]
     Io(#[from] std::io::Error),
 }
 
-/// The first line of what `program --version` says, which must begin with `wanted`.
+/// Returns the first line of `program --version`, which must begin with `wanted`.
 async fn version(program: &Path, wanted: &'static str) -> Result<String, PeerError> {
     let mut child = start(command(program).arg("--version"), program)?;
     let mut said = Vec::new();
@@ -131,7 +132,7 @@ async fn version(program: &Path, wanted: &'static str) -> Result<String, PeerErr
     }
 }
 
-/// A process of a peer's, which ends with its handle.
+/// Returns the command of a peer's process, which is killed when its handle is dropped.
 fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
     command
@@ -149,7 +150,7 @@ fn start(command: &mut Command, program: &Path) -> Result<Child, PeerError> {
     })
 }
 
-/// The error of a process that ended too early.
+/// Returns the error of a process that ended too early.
 async fn ended(child: &mut Child) -> PeerError {
     let status = match child.wait().await {
         Ok(status) => status,
@@ -162,7 +163,8 @@ async fn ended(child: &mut Child) -> PeerError {
     PeerError::Ended { status, said }
 }
 
-/// The beginning of what a process complained of. What it started may hold its error output open.
+/// Returns the first bytes of a process's error output. Waits for 200 ms at most: a child of the
+/// process may hold the output open.
 async fn tail(stderr: ChildStderr) -> String {
     let mut said = Vec::new();
     let mut stderr = stderr.take(TAIL);

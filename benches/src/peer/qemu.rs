@@ -1,5 +1,5 @@
-//! QEMU's machine for microVMs. The agent speaks over vsock where the host's kernel has a device
-//! for it, which is QEMU's only way to it, else over the serial line.
+//! QEMU's microvm machine. The agent uses vsock if the host's kernel has a device for it, QEMU's
+//! only way to provide it, and the serial line otherwise.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -11,17 +11,17 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 use super::agent::{answered, done};
 use super::{Booted, PeerError, command, start, version};
 
-/// The machine without what our kernel does not use.
+/// The machine without the devices that our kernel does not use.
 const MACHINE: &str = "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off";
-/// What leaves the serial line, on which init is started, to the agent.
+/// Kernel parameter that leaves the serial line, on which init is started, to the agent.
 pub const SERIAL_WORDS: &str = "loglevel=0";
 
-/// Addresses below have meanings or are often given (virtio 1.2, 5.10.4).
+/// Lower addresses have meanings or are often given (virtio 1.2, 5.10.4).
 const FIRST_CID: u32 = 1 << 16;
 /// The host's device for guests' vsock.
 const VHOST: &str = "/dev/vhost-vsock";
 
-/// What the agent in QEMU's guest speaks over.
+/// The channel of the agent in QEMU's guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Channel {
     /// vsock by the host's kernel (vhost-vsock).
@@ -31,7 +31,7 @@ pub enum Channel {
 }
 
 impl Channel {
-    /// The one that this host has.
+    /// Returns the channel that this host supports.
     fn of_host() -> Self {
         match Path::new(VHOST).exists() {
             true => Self::Vsock,
@@ -40,28 +40,29 @@ impl Channel {
     }
 }
 
-/// The host's processor. On one of AMD's without what KVM lists for all processors but no AMD
-/// processor has: QEMU before 10.1 ends when it cannot set that register (MSR 10AH).
+/// Returns QEMU's name of the host's processor. On AMD it is without IA32_ARCH_CAPABILITIES (MSR
+/// 10AH), which KVM lists for all processors although none of AMD's has it: QEMU before 10.1 exits
+/// when it cannot set that register.
 fn processor() -> &'static str {
-    // Leaf 0: the maker's name, its middle in EDX ("AuthenticAMD": AMD APM volume 3, Fn0000_0000).
+    // Leaf 0: the vendor's name, its middle in EDX ("AuthenticAMD": AMD APM volume 3, Fn0000_0000).
     match std::arch::x86_64::__cpuid(0).edx.to_le_bytes() {
         [b'e', b'n', b't', b'i'] => "host,arch-capabilities=off",
         _ => "host",
     }
 }
 
-/// QEMU, as found.
+/// The QEMU that was found.
 #[derive(Clone, Debug)]
 pub struct Qemu {
     program: PathBuf,
-    /// As it calls itself.
+    /// The version that it reports.
     pub version: String,
-    /// What its guest's agent speaks over.
+    /// The channel of its guest's agent.
     pub channel: Channel,
 }
 
 impl Qemu {
-    /// Sees what the program is.
+    /// Checks the program's version.
     ///
     /// # Errors
     /// If it is not QEMU.
@@ -73,11 +74,11 @@ impl Qemu {
         })
     }
 
-    /// Boots a guest to its agent's pong: the time since QEMU was started. Over the serial line the
-    /// kernel must be quiet: [`SERIAL_WORDS`] and a console.
+    /// Boots a guest until its agent answers a ping; returns the time since QEMU was started. Over
+    /// the serial line the kernel must be quiet: [`SERIAL_WORDS`] and a console.
     ///
     /// # Errors
-    /// If it ends, or is not there in time.
+    /// If QEMU exits, or the guest is not up in time.
     pub async fn boot_to_pong(&self, guest: Booted<'_>) -> Result<Duration, PeerError> {
         match self.channel {
             Channel::Vsock => self.over_vsock(guest).await,
@@ -86,7 +87,7 @@ impl Qemu {
     }
 
     async fn over_vsock(&self, guest: Booted<'_>) -> Result<Duration, PeerError> {
-        // Any that no other guest of this host has.
+        // A CID that no other guest of this host has.
         let cid = FIRST_CID + std::process::id();
         let mut listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, READY_PORT))?;
         let begin = Instant::now();
@@ -128,7 +129,7 @@ impl Qemu {
     }
 }
 
-/// The agent that calls from this guest; others are sent away.
+/// Accepts the connection of this guest's agent; those of other guests are closed.
 async fn from_guest(listener: &mut VsockListener, cid: u32) -> Result<VsockStream, PeerError> {
     loop {
         let (stream, from) = listener.accept().await?;

@@ -1,4 +1,4 @@
-//! Reaching a guest's agent without a pool, and a template as a pool makes it.
+//! Connects to a guest's agent without a pool, and makes a template as a pool does.
 
 use std::time::{Duration, SystemTime};
 
@@ -15,18 +15,18 @@ pub(super) type Agent = AgentClient<VsockStream>;
 
 /// Pause between two pings while a template's guest prepares itself.
 const PREPARE_PAUSE: Duration = Duration::from_millis(20);
-/// How often a template's guest goes through a clone's first steps.
+/// How often a template's guest is warmed up with the first steps of a clone.
 const REHEARSALS: u64 = 2;
-/// How long it may then take to come to rest.
+/// How long the guest may then take to become idle.
 const REST: Duration = Duration::from_secs(10);
 
-/// Dials the agent.
+/// Connects to the agent.
 pub(super) async fn dial(vsock: &VsockHost) -> Result<Agent, ScenarioError> {
     let stream = vsock.connect(AGENT_PORT).await;
     greet(stream.map_err(ScenarioError::at("connect"))?).await
 }
 
-/// The agent at the other end.
+/// Performs the handshake with the agent at the other end.
 pub(super) async fn greet(stream: VsockStream) -> Result<Agent, ScenarioError> {
     let agent = AgentClient::handshake(stream).await;
     agent.map_err(ScenarioError::at("handshake"))
@@ -34,7 +34,7 @@ pub(super) async fn greet(stream: VsockStream) -> Result<Agent, ScenarioError> {
 
 /// Waits until the agent has prepared everything, as a pool does before it makes a template.
 async fn prepared(agent: &mut Agent) -> Result<(), ScenarioError> {
-    // The nonce before the first may have been used.
+    // Not from 1: an earlier ping may have used it.
     for nonce in 2.. {
         let pong = agent.ping(nonce).await;
         if pong.map_err(ScenarioError::at("preparation"))?.prepared {
@@ -45,8 +45,8 @@ async fn prepared(agent: &mut Agent) -> Result<(), ScenarioError> {
     Ok(())
 }
 
-/// Makes a guest a template as a pool does: prepared, rehearsed, at rest, and with its connection
-/// to the agent kept for the clones.
+/// Makes a guest a template as a pool does: prepared, warmed up, idle, and with its connection to
+/// the agent kept for the clones.
 pub(super) async fn freeze(vm: Vm, mut agent: Agent) -> Result<Template, ScenarioError> {
     prepared(&mut agent).await?;
     for nonce in 0..REHEARSALS {
@@ -64,7 +64,7 @@ pub(super) async fn template(files: Files<'_>) -> Result<Template, ScenarioError
     template_of(files.config()).await
 }
 
-/// The same of a guest with more than that.
+/// Boots a guest of this configuration and makes it a template.
 pub(super) async fn template_of(config: VmConfigBuilder) -> Result<Template, ScenarioError> {
     let config = config.build();
     let config = config.map_err(ScenarioError::at("configuration"))?;
@@ -77,7 +77,7 @@ pub(super) async fn template_of(config: VmConfigBuilder) -> Result<Template, Sce
     freeze(vm, agent).await
 }
 
-/// The connection that a clone has from its template.
+/// Returns the connection that a clone has from its template.
 pub(super) fn resume(vm: &Vm) -> Result<Agent, ScenarioError> {
     let stream = vm.vsock().reattach_all().pop();
     let stream = stream.ok_or("the clone has no connection of its template");
@@ -85,7 +85,7 @@ pub(super) fn resume(vm: &Vm) -> Result<Agent, ScenarioError> {
     Ok(AgentClient::resume(stream))
 }
 
-/// What a clone goes through before it is parked: a new identity, and a ping, in one round trip.
+/// Refreshes a clone and pings it in one round trip, as is done before it is parked.
 pub(super) async fn renew(agent: &mut Agent, nonce: u64) -> Result<(), ScenarioError> {
     let refreshed = agent.refresh_and_ping(refresh(), nonce).await;
     refreshed.map_err(ScenarioError::at("reseed"))?;
@@ -93,7 +93,7 @@ pub(super) async fn renew(agent: &mut Agent, nonce: u64) -> Result<(), ScenarioE
     pong.map(drop).map_err(ScenarioError::at("ping"))
 }
 
-/// A refresh of the right size; nobody lives on it.
+/// Returns a refresh of the right size. Its entropy is constant: these guests have no use for it.
 pub(super) fn refresh() -> Refresh {
     Refresh {
         entropy: vec![0; 80],

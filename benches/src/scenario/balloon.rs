@@ -1,6 +1,6 @@
-//! Memory that a guest gives back to its host: by its balloon when it is asked, and by reporting
-//! free pages when it is not. Private memory of the host's falls by what was touched before;
-//! untouched pages give nothing.
+//! Memory that a guest gives back to its host: through its balloon on request, and through free
+//! page reporting without one. The private memory of the host falls by what the guest touched
+//! before; untouched pages return nothing.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -15,24 +15,24 @@ use super::boot::Files;
 use super::samples::Samples;
 use crate::report::Report;
 
-/// What the balloon takes and gives at a time, in MiB.
+/// The change of the balloon in one step, in MiB.
 const STEP_MIB: u32 = 4;
-/// What a program touches and leaves behind, in MiB.
+/// Memory that a program touches and frees, in MiB.
 const TOUCHED_MIB: u32 = 16;
-/// A step that takes longer is given up.
+/// Time limit of a step.
 const STUCK: Duration = Duration::from_secs(120);
-/// The guest's kernel waits two seconds before it reports; after twice that without news it has
-/// reported all.
+/// The guest's kernel waits two seconds before it reports; after twice that time without a report
+/// it has reported everything.
 const QUIET: Duration = Duration::from_secs(4);
-/// How often the host looks at what a guest holds.
+/// Interval at which the memory of a guest is measured.
 const LOOK: Duration = Duration::from_millis(20);
 const MIB: f64 = 1048576.0;
 
-/// Inflates and deflates `n` times, and has `touches` programs leave memory behind for each way to
-/// give it back.
+/// Inflates and deflates the balloon `n` times, and has `touches` programs leave freed memory
+/// behind for each way to give it back.
 ///
 /// # Errors
-/// When the guest cannot be made, or does not follow.
+/// When the guest cannot be made, or the balloon does not reach its size.
 pub async fn run(
     report: &mut Report,
     files: Files<'_>,
@@ -56,7 +56,7 @@ pub async fn run(
     Ok(())
 }
 
-/// One step of the balloon, in time and in emulated instructions.
+/// Measures one step of the balloon, in time and in emulated instructions.
 async fn resized(
     vm: &Vm,
     mib: u32,
@@ -79,7 +79,8 @@ async fn resize(vm: &Vm, mib: u32) -> Result<(), ScenarioError> {
     resized.map_err(ScenarioError::at("balloon"))
 }
 
-/// What leaves the host when the balloon takes as much as a program has just left behind.
+/// Measures the memory that returns to the host when the balloon takes as much as a program has
+/// just freed.
 async fn given(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
     let peak = touched(vm).await?;
     resize(vm, TOUCHED_MIB).await?;
@@ -88,9 +89,9 @@ async fn given(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
     resize(vm, 0).await
 }
 
-/// What leaves the host without a word from it.
+/// Measures the memory that returns to the host through page reporting, without a request.
 async fn reported(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
-    // What was freed before is not counted.
+    // Pages that were freed before are not counted.
     all_reported(vm, vm.balloon().reported()).await;
     let first = vm.balloon().reported();
     let peak = touched(vm).await?;
@@ -100,15 +101,15 @@ async fn reported(vm: &Vm, samples: &mut Samples) -> Result<(), ScenarioError> {
     let metric = "returned by page reporting";
     samples.push(metric, "MiB", peak.mib - private_mib(vm)?);
     if let Some(last) = last {
-        // From the moment of the peak, the time that the guest's kernel waits included.
+        // From the moment of the peak, so the time that the guest's kernel waits is included.
         let metric = "page reporting";
         samples.push(metric, "MiB/s", mib / (last - peak.at).as_secs_f64());
     }
     Ok(())
 }
 
-/// Waits until the guest has nothing more to report; when it last reported more than it had, if it
-/// did.
+/// Waits until the guest has nothing more to report. Returns the time of its last report beyond
+/// `had`, if there was one.
 async fn all_reported(vm: &Vm, had: u32) -> Option<Instant> {
     let (mut seen, mut since, mut last) = (had, Instant::now(), None);
     while since.elapsed() < QUIET {
@@ -122,14 +123,14 @@ async fn all_reported(vm: &Vm, had: u32) -> Option<Instant> {
     last
 }
 
-/// The most that a guest held while a program ran.
+/// The most memory that a guest had while a program ran.
 struct Peak {
     mib: f64,
     at: Instant,
 }
 
-/// Has a program write to memory, and end. A guest may report what it frees before the host sees
-/// the end: hence the peak.
+/// Runs a program that writes to memory and exits, and returns the peak: a guest may report freed
+/// memory before the host sees the program's end.
 async fn touched(vm: &Vm) -> Result<Peak, ScenarioError> {
     let command = Command::new("alloc").arg(TOUCHED_MIB.to_string());
     let agent = dial(vm.vsock()).await?;

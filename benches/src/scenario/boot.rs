@@ -1,4 +1,5 @@
-//! A cold boot to the agent's pong, by phase; then a template of that guest, forked to pong.
+//! A cold boot until the agent answers a ping, by phase; then a template of that guest, forked up
+//! to the same point.
 
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
@@ -14,17 +15,17 @@ use crate::report::Report;
 use crate::stats::median;
 use crate::target::{Bound, Statistic};
 
-/// The host's part of it.
+/// Metric of the host's part of a boot.
 const CREATE: &str = "create (to the first KVM_RUN)";
-/// All of it.
+/// Metric of a whole boot.
 const PONG: &str = "cold boot to pong";
-/// From the spawn of Firecracker to the first answer over vsock of a guest that it restored, in ms,
-/// where ring 0 is emulated.
+/// Time from the spawn of Firecracker to the first answer over vsock of a guest that it restored,
+/// in ms, on an emulated host.
 const RECORDED_MS: [f64; 2] = [80.0, 126.0];
 /// How long a boot may take before the run is given up.
 const STUCK: Duration = Duration::from_secs(300);
 
-/// What a guest has.
+/// Size of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// Memory in MiB.
@@ -42,19 +43,19 @@ impl Default for Shape {
     }
 }
 
-/// The files that are booted, and in what.
+/// The files that a guest boots from, and its size.
 #[derive(Clone, Copy, Debug)]
 pub struct Files<'a> {
     /// Kernel.
     pub kernel: &'a Path,
     /// Initramfs with the agent.
     pub initramfs: &'a Path,
-    /// What the guest has.
+    /// Size of the guest.
     pub shape: Shape,
 }
 
 impl Files<'_> {
-    /// A configuration that boots them.
+    /// Returns a configuration that boots these files.
     pub(super) fn config(self) -> VmConfigBuilder {
         VmConfig::builder(self.kernel)
             .initramfs(self.initramfs)
@@ -82,7 +83,7 @@ pub async fn run(
     let mut samples = Samples::default();
     let mut last = None;
     for _ in 0..n {
-        // Before the next one begins, so that none boots beside another.
+        // Drops the last guest before the next one boots, so that none runs beside another.
         drop(last.take());
         last = Some(to_ready(&config, &mut samples).await?);
     }
@@ -97,7 +98,7 @@ pub async fn run(
     fork_to_pong(report, &template, forks).await
 }
 
-/// One boot, by phase.
+/// Boots one guest and measures each phase.
 async fn to_ready(config: &VmConfig, samples: &mut Samples) -> Result<(Vm, Agent), ScenarioError> {
     let start = Instant::now();
     let vm = Vm::create(config).map_err(ScenarioError::at("create"))?;
@@ -173,7 +174,8 @@ async fn fork_to_pong(
     Ok(())
 }
 
-/// The ratio to what Firecracker took once; none where that says nothing.
+/// Compares with the recorded time of Firecracker; `None` on a host of another kind, or without
+/// samples.
 fn beside_recorded(samples: &[f64]) -> Option<String> {
     let is_such = Host::get().is_ok_and(|host| host.profile() == CpuProfile::Emulated);
     (is_such && !samples.is_empty()).then(|| {
@@ -188,8 +190,8 @@ fn beside_recorded(samples: &[f64]) -> Option<String> {
     })
 }
 
-/// One clone: how long its fork took, and all up to its pong, on the connection of its template or
-/// on a new one.
+/// Forks one clone. Returns the time of the fork, and the time until the clone answered a ping, on
+/// the connection of its template or on a new one.
 async fn to_pong(
     template: &Template,
     has_kept: bool,
@@ -204,7 +206,7 @@ async fn to_pong(
     agent.ping(1).await.map_err(ScenarioError::at("ping"))?;
     let answered = start.elapsed();
     drop(agent);
-    // Taken apart here, so that the next is not measured against its clean-up.
+    // Torn down here, so that the next clone is not measured beside its teardown.
     vm.destroy();
     Ok((made, answered))
 }

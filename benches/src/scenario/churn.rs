@@ -1,5 +1,5 @@
-//! VMs that are made, run to their first instruction and are destroyed, one after the other: how
-//! many in a second, and whether anything of them stays.
+//! VMs that are made, run to their first instruction and destroyed, one after the other: how many
+//! per second, and whether they leave anything behind.
 
 use std::time::{Duration, Instant};
 
@@ -15,12 +15,12 @@ use crate::target::{Bound, Statistic};
 
 const SCENARIO: &str = "churn";
 const SIDE: &str = "hearth";
-/// VMs of a batch, of which each gives one sample.
+/// VMs of a batch. Each batch gives one sample.
 const BATCH: usize = 20;
-/// How long the host's kernel may take to let go of what was destroyed.
+/// How long the host's kernel may take to release destroyed VMs.
 const GONE: Duration = Duration::from_secs(2);
 
-/// What may not grow.
+/// Metrics that may not grow.
 const COUNTS: [&str; 3] = [
     "descriptors beyond the first",
     "threads beyond the first",
@@ -41,7 +41,7 @@ pub async fn run(report: &mut Report, shape: Shape, n: usize) -> Result<(), Scen
     let template = vm.into_template().map_err(ScenarioError::at("template"))?;
     let create = || Vm::boot(&config).map_err(ScenarioError::at("boot"));
     let fork = || template.fork().map_err(ScenarioError::at("fork"));
-    // The library's own threads stay, and so does what allocators keep.
+    // A warm-up: the library's own threads stay, and so does memory that allocators keep.
     batch(&create).await?;
     batch(&fork).await?;
     let before = held()?;
@@ -67,7 +67,7 @@ pub async fn run(report: &mut Report, shape: Shape, n: usize) -> Result<(), Scen
     Ok(())
 }
 
-/// VMs per second of one batch.
+/// Runs one batch; returns VMs per second.
 async fn batch(make: &dyn Fn() -> Result<Vm, ScenarioError>) -> Result<f64, ScenarioError> {
     let begin = Instant::now();
     for _ in 0..BATCH {
@@ -82,7 +82,7 @@ fn held() -> Result<Held, ScenarioError> {
     Held::now().map_err(ScenarioError::at("what this process holds"))
 }
 
-/// What is held once it is no more than before, or will not become so.
+/// Waits until no count is above `before`, for [`GONE`] at most; returns what is held then.
 fn settled(before: Held) -> Result<Held, ScenarioError> {
     let deadline = Instant::now() + GONE;
     loop {
@@ -94,7 +94,7 @@ fn settled(before: Held) -> Result<Held, ScenarioError> {
     }
 }
 
-/// By how much each count is above that before.
+/// Returns by how much each count is above `before`.
 fn grown(before: Held, now: Held) -> [f64; 3] {
     let more = |was: usize, is: usize| is as f64 - was as f64;
     [

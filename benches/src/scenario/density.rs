@@ -1,4 +1,5 @@
-//! Many clones of one template alive at once, parked as a pool does it: what each costs the host.
+//! Many clones of one template alive at once, parked as a pool does it: the cost of each to the
+//! host.
 
 use std::time::{Duration, Instant};
 
@@ -17,15 +18,15 @@ use crate::target::{Bound, Statistic};
 
 const SCENARIO: &str = "density";
 const SIDE: &str = "hearth";
-/// Time for what was destroyed to be gone.
+/// How long destroyed clones may take to be gone.
 const GONE: Duration = Duration::from_secs(10);
-/// Private memory of a parked clone, in KiB, that is not to be exceeded.
+/// Most private memory of a parked clone, in KiB.
 const MOST_KIB: f64 = 2048.0;
 
 /// Points of a curve.
 const POINTS: usize = 10;
 
-/// A clone that is a stranger to its siblings, paused.
+/// A paused clone with an identity of its own, unique after restore.
 struct Parked {
     vm: Vm,
     agent: Agent,
@@ -53,7 +54,7 @@ impl Parked {
         Ok(parked)
     }
 
-    /// Takes the answer to a ping, which must be its own.
+    /// Receives the answer to a ping; it must carry the clone's own identity.
     async fn answered(&mut self, nonce: u64) -> Result<(), ScenarioError> {
         let pong = self.agent.pong(nonce).await;
         let pong = pong.map_err(ScenarioError::at("ping"))?;
@@ -63,7 +64,7 @@ impl Parked {
         }
     }
 
-    /// Lets it run for one ping.
+    /// Runs the clone for one ping.
     async fn ping(&mut self) -> Result<(), ScenarioError> {
         self.vm.resume().map_err(ScenarioError::at("resume"))?;
         let pong = self.agent.ping(1).await;
@@ -75,14 +76,14 @@ impl Parked {
     }
 }
 
-/// Makes `n` clones, looks what they hold, has each answer with its own identity, and destroys
+/// Makes `n` clones, measures what they hold, has each answer with its own identity, and destroys
 /// them.
 ///
 /// # Errors
 /// When a clone cannot be made, answers for another, or leaves something behind.
 pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), ScenarioError> {
     let template = template(files).await?;
-    // The library's own threads stay: the first clone starts them.
+    // The first clone starts the library's own threads, which stay.
     Parked::new(&template, 0).await?.vm.destroy();
     let before = held()?;
     let mut clones = Vec::with_capacity(n);
@@ -148,8 +149,8 @@ fn private_kib(clones: &[Parked]) -> Result<Vec<f64>, ScenarioError> {
     all.map_err(ScenarioError::at("private memory"))
 }
 
-/// How what all clones hold grows with their number. Its interval is that of the stretches between
-/// the points.
+/// Fits how a total over all clones grows with their number. The confidence interval comes from the
+/// slopes between neighbouring points.
 fn curve(metric: &str, points: &[(f64, f64)]) -> Option<Fit> {
     let samples: Vec<_> = points.iter().map(|(at, kib)| (*at, [*kib])).collect();
     let samples: Vec<(f64, &[f64])> = samples.iter().map(|(at, kib)| (*at, &kib[..])).collect();
@@ -170,7 +171,7 @@ fn curve(metric: &str, points: &[(f64, f64)]) -> Option<Fit> {
     })
 }
 
-/// What all of them hold, divided among them.
+/// Reports what all clones hold, divided by their number.
 fn costs(report: &mut Report, before: Held, after: Held, n: usize) {
     let each = |all: f64| vec![all / n.max(1) as f64];
     let pss = after.pss_kib as f64 - before.pss_kib as f64;

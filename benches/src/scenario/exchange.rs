@@ -1,5 +1,5 @@
-//! Questions and answers of any size over a byte stream, as the base image's `vsock-exchange`
-//! answers them.
+//! Questions and answers of any size over a byte stream, in the format of the base image's
+//! `vsock-exchange`.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -7,26 +7,26 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// A question's own length and that of its answer, 32 bits each, little-endian.
+/// Length of a question's head: its own length and that of its answer, 32 bits each, little-endian.
 pub(super) const HEAD: usize = 8;
-/// What either side reads or writes at once.
+/// Bytes that either side reads or writes at once.
 const CHUNK: usize = 64 * 1024;
 
-/// How many bytes go each way.
+/// Number of bytes that go each way.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Exchange {
-    /// Of the question, at least [`HEAD`].
+    /// Length of the question, at least [`HEAD`].
     pub(super) asked: u32,
-    /// Of the answer, at least one: without an answer to wait for, the next question would run
-    /// into this one.
+    /// Length of the answer, at least one: without an answer to wait for, the next question would
+    /// run into this one.
     pub(super) answered: u32,
 }
 
 impl Exchange {
-    /// Asks and takes the whole answer; how long that took.
+    /// Sends a question and reads the whole answer; returns the time that took.
     ///
     /// # Errors
-    /// What the stream says, and if it ends within the answer.
+    /// Errors of the stream, and its end within the answer.
     pub(super) async fn on(
         self,
         stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
@@ -40,7 +40,8 @@ impl Exchange {
         while asked > 0 {
             let part = question.get(..asked.min(CHUNK)).unwrap_or_default();
             stream.write_all(part).await?;
-            // The other side looks at the head alone, and only where a question begins.
+            // The other side reads a head only where a question begins, so each part may begin with
+            // one.
             asked -= part.len();
         }
         while answered > 0 {
@@ -54,10 +55,10 @@ impl Exchange {
     }
 }
 
-/// Answers, as the guest's program does, until the stream ends.
+/// Answers questions as the guest's program does, until the stream ends.
 ///
 /// # Errors
-/// What the stream says.
+/// Errors of the stream.
 pub(super) fn serve(mut stream: UnixStream) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     while let Some([asked, mut left]) = head(&mut stream, &mut chunk)? {
@@ -72,8 +73,8 @@ pub(super) fn serve(mut stream: UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads a question's beginning: how much of it is still to come, and the length of its answer.
-/// None at the end.
+/// Reads a question's head. Returns how many bytes of the question are still to come, and the
+/// length of its answer; `None` at the end of the stream.
 fn head(stream: &mut UnixStream, chunk: &mut [u8]) -> io::Result<Option<[usize; 2]>> {
     let mut taken = 0;
     while taken < HEAD {
@@ -107,7 +108,7 @@ mod tests {
                 exchange.on(&mut here).await.unwrap();
             }
         }
-        // Nothing is left over: the end comes at once.
+        // Nothing is left over: the stream ends at once.
         here.shutdown().await.unwrap();
         assert_eq!(here.read(&mut [0; 1]).await.unwrap(), 0);
         server.join().unwrap().unwrap();

@@ -11,17 +11,17 @@ use super::pool::{Guest, PROFILE, backend, config, full, start};
 use super::samples::Samples;
 use crate::report::Report;
 
-/// Guests of the pool.
+/// Size of the pool.
 const SIZE: usize = 2;
-/// For how long nothing happens before a hand-off.
+/// Idle time before a hand-off.
 const REST: Duration = Duration::from_millis(20);
-/// What the program says.
+/// The program's output.
 const WORD: &str = "result";
 
 /// Runs a program in `n` guests, and a second one in each.
 ///
 /// # Errors
-/// When a guest cannot be made, or its program says anything else.
+/// When a guest cannot be made, or its program prints anything else.
 pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), ScenarioError> {
     let backend = backend(files).await?;
     let pool = start(
@@ -58,7 +58,7 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     Ok(())
 }
 
-/// Runs a program to its end; when it was seen to run.
+/// Runs a program to its end; returns when it was seen to have started.
 async fn program(guest: &Guest) -> Result<Instant, ScenarioError> {
     let command = guest.command("echo").arg(WORD);
     let exec = guest.exec(command).await;

@@ -1,12 +1,12 @@
-//! The floor: forking a one-vCPU guest by raw ioctls, with no code of Hearth's.
+//! The baseline: forking a one-vCPU guest by raw ioctls, without any code of Hearth's.
 //!
-//! The list is fixed: a VM, one memory slot over a private mapping of a memory file, interrupt
+//! The steps are fixed: a VM, one memory slot over a private mapping of a memory file, interrupt
 //! controllers, a vCPU with CPUID, the saved state, an irqfd and an ioeventfd for each of two
-//! devices, and `KVM_RUN` to the guest's first OUT. Whatever forks a guest pays at least this.
+//! devices, and `KVM_RUN` to the guest's first OUT. Any fork of a guest costs at least this.
 //!
-//! The guest is in 64-bit mode with page tables that the processor has not marked yet, as the one
-//! that is measured beside it: KVM copies these pages for it, and looks through them, before its
-//! first instruction.
+//! Like the guest that is compared with it, this one is in 64-bit mode with page tables in which
+//! the processor has not set the accessed bits yet: KVM copies these pages for it, and walks them,
+//! before its first instruction.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -24,19 +24,19 @@ use super::ScenarioError;
 
 /// Guest memory in bytes.
 const BYTES: usize = 128 << 20;
-/// Where the code lies.
+/// Address of the code.
 const CODE_AT: u64 = 0x10_0000;
-/// Where its page tables lie, one behind the other: of level 4, 3 and 2.
+/// Address of the page tables, one behind the other: of level 4, 3 and 2.
 const TABLES_AT: u64 = 0x9000;
-/// Bits of their entries: present and writable; a page of 2 MiB.
+/// Flags of their entries: present and writable; `LARGE` is a page of 2 MiB.
 const TABLE: u64 = 3;
 const LARGE: u64 = 0x83;
 /// `l: out 0x80, al; jmp l`.
 const CODE: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
-/// KVM on AMD writes a line to the kernel's log for each write of it (IA32_DEBUGCTL, Intel SDM
-/// volume 4).
+/// IA32_DEBUGCTL (Intel SDM volume 4), which is not restored: KVM on AMD writes a line to the
+/// kernel's log for each write of it.
 const DEBUG_CONTROL: u32 = 0x1d9;
-/// Devices that a Hearth guest has.
+/// Number of devices that a Hearth guest has.
 const DEVICES: u32 = 2;
 
 /// A private mapping of the memory file, unmapped at drop.
@@ -90,7 +90,8 @@ pub struct Floor {
     saved: Saved,
 }
 
-/// A VM without its state: what can be made ahead of demand. Field order is the order of closing.
+/// A VM without its state: the part that can be made ahead of demand. Field order is the order of
+/// closing.
 struct Shell {
     vcpu: VcpuFd,
     vm: VmFd,
@@ -103,7 +104,7 @@ struct Shell {
 pub struct Times {
     /// From nothing to the first OUT.
     pub whole: Duration,
-    /// From a ready shell to the first OUT.
+    /// From a prepared VM to the first OUT.
     pub from_shell: Duration,
 }
 
@@ -154,7 +155,7 @@ impl Floor {
         };
         shell.vcpu.set_regs(&regs).map_err(kvm("KVM_SET_REGS"))?;
         run_to_out(&mut shell.vcpu)?;
-        // Finish the OUT, so that the saved guest's next instruction is a whole one.
+        // Completes the OUT, so that the saved state is at the start of the next instruction.
         shell.vcpu.set_kvm_immediate_exit(1);
         let _ = shell.vcpu.run();
         shell.vcpu.set_kvm_immediate_exit(0);
@@ -185,7 +186,7 @@ impl Floor {
     }
 }
 
-/// The guest's memory: its code, and the first GiB mapped to itself.
+/// Returns the guest's memory: its code, and page tables that map the first GiB to itself.
 fn contents() -> Vec<(u64, Vec<u8>)> {
     let (level3, level2) = (TABLES_AT + 0x1000, TABLES_AT + 0x2000);
     let pages = (0..512u64).flat_map(|n| (n << 21 | LARGE).to_le_bytes());
@@ -197,7 +198,7 @@ fn contents() -> Vec<(u64, Vec<u8>)> {
     ]
 }
 
-/// 64-bit mode with paging (Intel SDM volume 3, section 11.8.5).
+/// Sets 64-bit mode with paging (Intel SDM volume 3, section 11.8.5).
 fn enter_long_mode(sregs: &mut kvm_sregs) {
     let flat = kvm_segment {
         limit: u32::MAX,
@@ -220,7 +221,7 @@ fn enter_long_mode(sregs: &mut kvm_sregs) {
     };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.cr3 = TABLES_AT;
-    // PAE; PE, ET and PG; LME and LMA.
+    // CR4.PAE; CR0.PE, ET and PG; EFER.LME and LMA.
     sregs.cr4 |= 1 << 5;
     sregs.cr0 |= 1 | 1 << 4 | 1 << 31;
     sregs.efer |= 1 << 8 | 1 << 10;
@@ -288,7 +289,7 @@ fn save(shell: &Shell, indices: &[u32]) -> Result<Saved, ScenarioError> {
         };
         let mut list = Msrs::from_entries(&[entry])
             .map_err(|e| ScenarioError::at("MSR list")(format!("{e:?}")))?;
-        // Readable and writable ones only, so that restoring takes one call.
+        // Only MSRs that can be read and written, so that one call restores them all.
         if vcpu.get_msrs(&mut list).is_ok_and(|n| n == 1)
             && vcpu.set_msrs(&list).is_ok_and(|n| n == 1)
         {

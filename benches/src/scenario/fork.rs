@@ -1,5 +1,5 @@
-//! Forking a template, beside the floor, up to the clone's first instruction, with and without a
-//! ready shell.
+//! Forks of a template up to the clone's first instruction, beside the baseline, with and without a
+//! prepared VM.
 
 use std::time::{Duration, Instant};
 
@@ -10,16 +10,17 @@ use super::{ScenarioError, us};
 use crate::report::Report;
 use crate::target::Bound;
 
-/// `out 0x80, al; mov al, 1; mov dx, 0x5f0; out dx, al`: seen, and powered off.
+/// `out 0x80, al; mov al, 1; mov dx, 0x5f0; out dx, al`: the first OUT is measured, the second
+/// powers off.
 pub(super) const CODE: [u8; 9] = [0xe6, 0x80, 0xb0, 1, 0x66, 0xba, 0xf0, 0x05, 0xee];
 /// How long a clone may take to its end before the run is given up.
 const STUCK: Duration = Duration::from_secs(10);
-/// How much of the floor a fork may take.
+/// Target: a fork's time as a multiple of the baseline's.
 const MOST: f64 = 1.15;
 const WHOLE: &str = "fork to first instruction";
 const FROM_SHELL: &str = "shell to first instruction";
 
-/// Measures the floor alone, `n` times.
+/// Measures the baseline alone, `n` times.
 ///
 /// # Errors
 /// When a KVM call fails.
@@ -36,11 +37,11 @@ pub fn floor_only(report: &mut Report, n: usize) -> Result<(), ScenarioError> {
     Ok(())
 }
 
-/// Measures forks of a flat guest and the floor in turns, `n` times each: from nothing, and from a
-/// ready shell.
+/// Measures forks of a flat guest and the baseline in turns, `n` times each: from nothing, and from
+/// a prepared VM.
 ///
-/// A side's time ends when its vCPU's thread sees the guest's first OUT. Whoever forked waits
-/// asleep meanwhile; the floor runs its vCPU itself, and has no one to wake.
+/// A side's time ends when its vCPU's thread sees the guest's first OUT. Hearth's caller sleeps
+/// meanwhile; the baseline runs its vCPU in the measuring thread, and wakes no other.
 ///
 /// # Errors
 /// When a VM cannot be made or does not run.
@@ -86,7 +87,7 @@ async fn fork_once(template: &Template) -> Result<(Duration, CreateTimes), Scena
     let vm = template.fork().map_err(ScenarioError::at("fork"))?;
     let first = first_exit(&vm).await?;
     let times = vm.times();
-    // Taken apart here, so that the other side is not measured against our clean-up.
+    // Torn down here, so that the other side is not measured beside our teardown.
     vm.destroy();
     Ok((first - start, times))
 }
@@ -100,7 +101,7 @@ async fn shell_once(template: &Template) -> Result<Duration, ScenarioError> {
     Ok(first - start)
 }
 
-/// When the guest's first OUT was seen. Waits for the guest's end.
+/// Returns when the guest's first OUT was seen. Waits for the guest's end.
 pub(super) async fn first_exit(vm: &Vm) -> Result<Instant, ScenarioError> {
     let failed = ScenarioError::at("first instruction");
     let ended = tokio::time::timeout(STUCK, vm.exited()).await;

@@ -1,5 +1,5 @@
-//! How long a caller waits for a guest that is ready: the hand-off alone, after a rest, to the
-//! guest's first answer, a burst, and the hand-off while the pool refills.
+//! How long a caller waits for a guest that is ready: the hand-off alone, after idle time, up to
+//! the guest's first answer, in a burst, and while the pool refills.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,15 +19,15 @@ use crate::report::Report;
 use crate::sweep::Key;
 use crate::target::{Bound, Statistic};
 
-/// Guests of a burst.
+/// Sizes of the bursts.
 const BURSTS: [usize; 4] = [1, 8, 32, 128];
-/// Memory in MiB that a guest of a burst takes at the most.
+/// Most memory in MiB that a guest of a burst takes.
 const OWN_MIB: u64 = 8;
-/// Of which this one has a target.
+/// Size of the burst that has a target.
 const TARGET: usize = 32;
-/// Guests of a pool otherwise.
+/// Size of the pool in the other measurements.
 const SIZE: usize = 8;
-/// For how long nothing happens before some hand-offs: caches grow cold, processors go to sleep.
+/// Idle time before some hand-offs: caches become cold, processors sleep.
 const REST: Duration = Duration::from_millis(5);
 /// Pause between hand-offs during a refill.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -57,7 +57,7 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
         }
     }
     report.compare("acquire to first pong", "paused", "running");
-    // Whoever waits here is no worker of the runtime: to wake the pool's task it has to wake one.
+    // This thread is no worker of the runtime: to wake the pool's task it has to wake a worker.
     let (acquired, _) = on_a_full_pool(Arc::clone(&backend), shape, Parking::Paused, n).await?;
     let metric = "acquire from a thread of one's own";
     report.add("handoff", metric, "us", "paused", acquired);
@@ -80,7 +80,7 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     Ok(())
 }
 
-/// Runs as the tasks of a server do.
+/// Runs the measurement as a spawned task, like the tasks of a server.
 async fn task<T: Send + 'static>(
     samples: impl Future<Output = Result<T, ScenarioError>> + Send + 'static,
 ) -> Result<T, ScenarioError> {
@@ -95,7 +95,7 @@ fn side(parking: Parking) -> &'static str {
     }
 }
 
-/// A guest, and how long its hand-off took in us.
+/// Acquires a guest; returns it with the time of the hand-off in us.
 fn acquire(pool: &Guests) -> Result<(Guest, f64), ScenarioError> {
     let begin = Instant::now();
     let guest = pool.acquire(PROFILE);
@@ -103,7 +103,7 @@ fn acquire(pool: &Guests) -> Result<(Guest, f64), ScenarioError> {
     Ok((guest.map_err(ScenarioError::at("acquire"))?, took))
 }
 
-/// Samples of the hand-off, and of the hand-off with the first answer, each of a pool that is full.
+/// Samples the hand-off, and the hand-off with the first answer, each from a full pool.
 async fn on_a_full_pool(
     backend: Arc<KvmBackend>,
     shape: Shape,
@@ -125,8 +125,8 @@ async fn on_a_full_pool(
     Ok((acquired, answered))
 }
 
-/// Samples of the hand-off when nothing has happened for a while, in turns with those of a thread
-/// of nobody's that is woken after the same rest.
+/// Samples the hand-off after idle time, in turns with the wake-up of a plain thread after the same
+/// idle time.
 async fn after_a_rest(
     backend: Arc<KvmBackend>,
     shape: Shape,
@@ -151,7 +151,7 @@ async fn after_a_rest(
     Ok((rested, woken))
 }
 
-/// Samples of the hand-off just after another guest has ended, while the host still clears up after
+/// Samples the hand-off just after another guest has ended, while the host still cleans up after
 /// it.
 async fn after_an_end(
     backend: Arc<KvmBackend>,
@@ -178,14 +178,15 @@ async fn after_an_end(
     Ok(acquired)
 }
 
-/// A burst's size, the times of its callers, and those of one caller that takes all at once.
+/// A burst's size, the times of its callers, and the times of one caller that takes all guests at
+/// once.
 struct Burst {
     size: usize,
     served: Vec<f64>,
     whole: Vec<f64>,
 }
 
-/// How a time grows with the size of the burst.
+/// Fits how a time grows with the size of the burst.
 fn grown<'a>(metric: &str, bursts: impl Iterator<Item = (usize, &'a [f64])>) -> Option<Fit> {
     let points: Vec<(f64, &[f64])> = bursts.map(|(size, times)| (size as f64, times)).collect();
     Some(Fit {
@@ -198,8 +199,8 @@ fn grown<'a>(metric: &str, bursts: impl Iterator<Item = (usize, &'a [f64])>) -> 
     })
 }
 
-/// A full pool is emptied at once by as many tasks; each counts from the burst's beginning. None
-/// where the host has too little memory.
+/// Empties a full pool by as many tasks at once, each of which times its own `acquire`; then by one
+/// `acquire_many`. `None` if the host has too little memory.
 async fn burst(
     report: &mut Report,
     backend: &Arc<KvmBackend>,
@@ -216,7 +217,7 @@ async fn burst(
         return Ok(None);
     }
     let mut config = config(shape, size, Refill::Manual);
-    // Guests that were just handed out use next to nothing of what they are promised.
+    // Guests that were just handed out use almost none of the memory that they are promised.
     let promised = 2 * size as u64 * u64::from(shape.memory_mib);
     let percent = (promised * 100).div_ceil(available.max(1)) + 10;
     config.limits.memory_overcommit_percent = u32::try_from(percent).unwrap_or(100).max(100);
@@ -273,7 +274,7 @@ async fn give_back(guests: Vec<Guest>) {
     }
 }
 
-/// The hand-off while others boot, beside that of an idle pool after the same pause.
+/// Samples the hand-off while others boot, beside that of an idle pool after the same pause.
 async fn refilling(
     backend: Arc<KvmBackend>,
     shape: Shape,
@@ -291,7 +292,7 @@ async fn refilling(
         sleep(PAUSE).await;
         let (first, took) = acquire(&pool)?;
         idle.push(took);
-        // The first one's replacement boots from here on, and soon those of the others.
+        // The first guest's replacement boots from here on, and soon those of the others.
         for _ in 1..SIZE {
             sleep(PAUSE).await;
             let (guest, took) = acquire(&pool)?;

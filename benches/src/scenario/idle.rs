@@ -1,4 +1,4 @@
-//! What a parked pool costs while nothing is asked of it.
+//! The cost of a parked pool that serves no requests.
 
 use std::time::{Duration, Instant};
 
@@ -11,12 +11,12 @@ use crate::cpu;
 use crate::report::Report;
 use crate::target::{Bound, Statistic};
 
-/// Time for what filling the pool has left behind to end.
+/// Time in which the work that filling the pool has left behind ends.
 const SETTLE: Duration = Duration::from_secs(2);
-/// Each of so long gives a sample.
+/// Time over which each sample is taken.
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// Watches `size` parked guests for `time`, for each way to park.
+/// Measures `size` parked guests for `time`, for each way to park.
 ///
 /// # Errors
 /// When a guest cannot be made.

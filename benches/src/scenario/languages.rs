@@ -1,4 +1,4 @@
-//! From asking for a guest whose interpreter is warm to the result of `print(6 * 7)` in it, by
+//! From the request for a guest with a warm interpreter to the result of `print(6 * 7)` in it, by
 //! language; and the same without a pool, and without a template.
 
 use std::path::PathBuf;
@@ -22,10 +22,10 @@ use crate::peer::Peers;
 use crate::report::Report;
 
 pub(super) const SCENARIO: &str = "exec";
-/// What the code prints.
+/// The code's output.
 pub(super) const WORD: &[u8] = b"42\n";
 
-/// How often.
+/// Number of samples.
 #[derive(Clone, Copy, Debug)]
 pub struct Rounds {
     /// Guests from a pool.
@@ -35,7 +35,7 @@ pub struct Rounds {
     pub cold: usize,
 }
 
-/// Measures each language. One whose image or guest cannot be had counts as not measured.
+/// Measures each language. A language whose image or guest cannot be made counts as not measured.
 pub async fn run(
     report: &mut Report,
     files: Files<'_>,
@@ -71,7 +71,7 @@ async fn one(
     restored::run(report, files, (&root, language), peers, rounds.warm).await
 }
 
-/// The language's image, built when it is not there.
+/// Returns the language's image, which is built if it is missing.
 pub(super) async fn root(language: Language) -> Result<PathBuf, ScenarioError> {
     let recipe = Recipe::built_in(language.as_str()).map_err(ScenarioError::at("recipe"))?;
     let root = spawn_blocking(move || Images::open(None)?.root(&recipe, &Silent));
@@ -79,7 +79,7 @@ pub(super) async fn root(language: Language) -> Result<PathBuf, ScenarioError> {
     root.map_err(ScenarioError::at("image"))
 }
 
-/// A pool of one guest that is filled by hand.
+/// Returns a pool of one guest that is filled by hand.
 pub(super) async fn pool(
     image: KvmImage,
     language: Language,
@@ -87,7 +87,7 @@ pub(super) async fn pool(
 ) -> Result<Guests, ScenarioError> {
     let mut profile = Profile::of(language).warm_pool_size(1);
     if source == Source::Boot {
-        // It is not there to be parked.
+        // This guest is not kept parked.
         profile = profile.balloon(Balloon::Off);
     }
     let config = PoolConfig::new(1)
@@ -114,8 +114,8 @@ pub(super) fn acquire(pool: &Guests, language: Language) -> Result<Guest, Scenar
     pool.acquire(language).map_err(ScenarioError::at("acquire"))
 }
 
-/// What is done before the hand-off is measured where it is done, and what of that is hygiene once
-/// more in the guest.
+/// Measures the time before the hand-off, the hand-off and the code; then repeats the parts of the
+/// clone refresh in the guest, to time each.
 async fn warm(
     samples: &mut Samples,
     image: KvmImage,
@@ -164,7 +164,7 @@ async fn warm(
     Ok(())
 }
 
-/// What a parked guest costs the host beside its template.
+/// Measures the private memory of a parked guest.
 async fn parked(
     samples: &mut Samples,
     pool: &Guests,
@@ -202,7 +202,8 @@ async fn cold(
     Ok(())
 }
 
-/// The guest's warm interpreter after its first call; when it had taken the code.
+/// Makes the first call in the guest's warm interpreter; returns the session, and the time just
+/// before the code is sent.
 pub(super) async fn first(
     guest: &Guest,
     language: Language,
@@ -234,7 +235,7 @@ fn code(language: Language) -> &'static str {
     }
 }
 
-/// The same code by an interpreter of its own.
+/// Returns a command that runs the same code in an interpreter of its own.
 pub(super) fn program(language: Language) -> Command {
     let (name, flag) = match language {
         Language::Javascript => ("node", "-e"),

@@ -1,4 +1,4 @@
-//! What is measured.
+//! The scenarios that are measured.
 
 mod agent;
 pub mod balloon;
@@ -47,7 +47,7 @@ impl ScenarioError {
     }
 }
 
-/// Microseconds of a duration.
+/// Converts a duration to microseconds.
 pub(crate) fn us(duration: std::time::Duration) -> f64 {
     duration.as_secs_f64() * 1e6
 }

@@ -1,4 +1,5 @@
-//! Other monitors in turns with Hearth: the same kernel, initramfs, words, memory and processors.
+//! Other monitors in turns with Hearth: the same kernel, initramfs, kernel parameters, memory and
+//! processors.
 
 use std::time::{Duration, Instant};
 
@@ -14,13 +15,13 @@ use crate::suite::chain;
 use crate::target::Bound;
 
 const SCENARIO: &str = "peers";
-/// What a cold boot may take of a peer's with the same files and words.
+/// Target: a cold boot's time as a share of a peer's with the same files and kernel parameters.
 const COLD: f64 = 0.9;
-/// How long a guest may take, if nothing else is said.
+/// How long a guest may take by default.
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
 
-/// Measures Hearth and each peer that is given, in turns, `n` times. A peer that fails is reported,
-/// not measured.
+/// Measures Hearth and each given peer, in turns, `n` times. A peer that fails is reported as not
+/// measured.
 ///
 /// # Errors
 /// When Hearth's own guest does not come up.
@@ -56,7 +57,7 @@ pub(super) fn missing(report: &mut Report, peer: &str, error: &PeerError) {
     report.not_measured.push(why);
 }
 
-/// The host's kind of kernel words.
+/// Returns the kernel parameters for this kind of host.
 pub(super) fn boot_words(config: &VmConfig) -> Result<String, ScenarioError> {
     let host = Host::get().map_err(ScenarioError::at("host"))?;
     Ok(config.boot_words(host.profile()).join(" "))
@@ -81,7 +82,7 @@ async fn beside_qemu(
     n: usize,
     limit: Duration,
 ) -> Result<(), ScenarioError> {
-    // The same words and devices on both sides.
+    // The same kernel parameters and devices on both sides.
     let (config, metric, way) = match qemu.channel {
         Channel::Vsock => (
             files.config(),
@@ -100,7 +101,7 @@ async fn beside_qemu(
     let words = boot_words(&config)?;
     let (mut ours, mut theirs) = (vec![], vec![]);
     for _ in 0..n {
-        // First, so that one that fails costs no boot of ours.
+        // The peer goes first: if it fails, no boot of ours is spent.
         match qemu.boot_to_pong(booted(files, &words, limit)).await {
             Ok(took) => theirs.push(super::us(took)),
             Err(error) => {
@@ -177,7 +178,7 @@ async fn beside_firecracker(
     Ok(())
 }
 
-/// Whose failure it is.
+/// The side that failed, with its error.
 pub(super) enum Side {
     Ours(ScenarioError),
     Theirs(PeerError),

@@ -1,5 +1,5 @@
-//! What talking to an agent costs: on the connection that a clone has from its template, on fresh
-//! ones, and to make the clone a stranger to its siblings.
+//! The cost of requests to an agent: on the connection that a clone has from its template, on new
+//! connections, and for a refresh that makes the clone unique after restore.
 
 use std::time::{Duration, Instant};
 
@@ -10,15 +10,14 @@ use super::boot::Files;
 use super::{ScenarioError, us};
 use crate::report::Report;
 
-/// What both kinds of clones are measured by: those that get their pages one by one, and those that
-/// have them from the start.
+/// Metric of both kinds of clones: those that fault in their pages one by one, and those with
+/// prefetched pages.
 const TO_PONG: &str = "fork to pong, reseeded";
-/// After that a guest that was asked nothing is at rest.
+/// Time after which a guest without requests is idle.
 const REST: Duration = Duration::from_millis(100);
 
-/// Measures `n` exchanges of each kind, in turns, with one clone, and twice `n` clones up to their
-/// first pong: every second one has the pages from the start that another one touched.
-///
+/// Measures `n` exchanges of each kind, in turns, with one clone, and `2 * n` clones up to their
+/// first answer: every second clone has those pages prefetched that another clone touched.
 /// # Errors
 /// When a guest cannot be made or does not answer.
 pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), ScenarioError> {
@@ -61,7 +60,7 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     Ok(())
 }
 
-/// A clone that has given its first answer.
+/// Forks a clone and waits for its first answer.
 async fn first_pong(template: &Template, series: &mut Series) -> Result<Vm, ScenarioError> {
     let start = Instant::now();
     let vm = template.fork().map_err(ScenarioError::at("fork"))?;
@@ -109,7 +108,7 @@ impl Series {
             .extend(instructions.map(|count| count as f64));
     }
 
-    /// Between two exchanges the guest is left to come to rest.
+    /// Measures one exchange, after time for the guest to become idle.
     async fn time(
         &mut self,
         vm: &Vm,

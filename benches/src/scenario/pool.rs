@@ -1,4 +1,4 @@
-//! What the scenarios of the warm pool share: one template, and pools of its forks.
+//! Shared parts of the warm pool's scenarios: one template, and pools of its forks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,13 +17,13 @@ const STUCK: Duration = Duration::from_secs(300);
 
 /// A pool of real guests.
 pub type Guests = Pool<Arc<KvmBackend>>;
-/// One of them.
+/// A leased guest of the pool.
 pub type Guest = Lease<Arc<KvmBackend>>;
 
-/// A backend that has made its template.
+/// Returns a backend that has made its template.
 ///
 /// # Errors
-/// When the host runs no guests, or this one does not come up.
+/// When the host cannot run guests, or this one does not come up.
 pub async fn backend(files: Files<'_>) -> Result<Arc<KvmBackend>, ScenarioError> {
     let config = config(files.shape, 1, Refill::Manual);
     let image = KvmImage::new(files.kernel, files.initramfs);
@@ -36,7 +36,8 @@ pub async fn backend(files: Files<'_>) -> Result<Arc<KvmBackend>, ScenarioError>
     Ok(Arc::new(backend))
 }
 
-/// Pools of `size` guests, which nothing but the scenario disturbs.
+/// Returns the configuration of a pool of `size` guests without health checks, which only the
+/// scenario disturbs.
 #[must_use]
 pub fn config(shape: Shape, size: usize, refill: Refill) -> PoolConfig {
     let health = HealthConfig {
@@ -53,7 +54,7 @@ pub fn config(shape: Shape, size: usize, refill: Refill) -> PoolConfig {
         .refill(refill)
 }
 
-/// A pool that has started; full, unless it is filled by hand.
+/// Starts a pool. It is full then, unless it is filled by hand.
 ///
 /// # Errors
 /// When it does not start.
@@ -80,7 +81,7 @@ pub async fn full(pool: &Guests) -> Result<(), ScenarioError> {
     full.map_err(ScenarioError::at("full pool"))
 }
 
-/// Fills a pool by hand, as many at a time as it allows.
+/// Fills a pool by hand, as many guests at a time as it allows.
 ///
 /// # Errors
 /// When a guest cannot be made.

@@ -1,5 +1,5 @@
-//! How fast an emptied pool fills from a template, what that costs, and where it goes. A guest
-//! counts when it is parked: reseeded, and proven by a ping.
+//! How fast an emptied pool fills from a template, and the cost of each step. A guest counts when
+//! it is parked: refreshed, and proven by a ping.
 
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-/// Wall and processor time of each step, without anything beside it.
+/// Measures wall and processor time of each step, without other work beside it.
 async fn one_by_one(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), ScenarioError> {
     let template = template(files).await?;
     let mut steps = STEPS.map(|step| (step, vec![], vec![]));
@@ -75,10 +75,10 @@ async fn one_by_one(report: &mut Report, files: Files<'_>, n: usize) -> Result<(
     Ok(())
 }
 
-/// What a guest of a pool goes through.
+/// Steps of a pool's guest.
 const STEPS: [&str; 4] = ["fork", "reseed and ping", "park", "destroy"];
 
-/// Wall and processor time of each step of one guest.
+/// Returns wall and processor time of each step of one guest.
 async fn laps(template: &Template) -> Result<[(Duration, Duration); 4], ScenarioError> {
     let now = || (Instant::now(), cpu::process());
     let begin = now();

@@ -13,11 +13,11 @@ use super::victim::{Victims, Way};
 use crate::report::Report;
 use crate::target::{Bound, Statistic};
 
-/// Longest wait for a pong on hardware; what a silent guest costs is this, once.
+/// Longest wait for a pong on hardware, with one attempt: the time to detect a silent guest.
 const PING_TIMEOUT_MS: u64 = 500;
 /// How long a replacement may take before the run is given up.
 const STUCK: Duration = Duration::from_secs(120);
-/// Milliseconds in which the end of a parked guest is noticed, and its replacement begun.
+/// Target in milliseconds from the end of a parked guest until it is noticed.
 const NOTICED_MS: f64 = 50.0;
 
 /// Ends parked guests in every way, `n` times each.
@@ -28,8 +28,8 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     let victims = Victims::new(backend(files).await?);
     let mut config = config(files.shape, 1, Refill::Automatic).park(Parking::Running);
     (config.health.ping_timeout_ms, config.health.attempts) = (PING_TIMEOUT_MS, 1);
-    // A guest that ends soon after its boot makes the pool doubt its image, and some of them open
-    // the circuit breaker. Here they end because we make them.
+    // A guest that ends soon after its boot counts against its image, and several such guests open
+    // the circuit breaker. Here the guests are ended on purpose.
     config.boot.early_death_ms = 0;
     let pool = Pool::new(Arc::clone(&victims), config);
     let pool = pool.map_err(ScenarioError::at("configuration"))?;
@@ -48,7 +48,7 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
             replaced.push(times.replaced);
             forked.push(times.forked);
         }
-        // A guest that has ended is heard of; one that is silent is found by a check.
+        // The end of a guest is reported by an event; a silent guest is found by a check.
         report.add("replace", "end to notice", "ms", side, noticed);
         report.add("replace", "end to replacement", "ms", side, replaced);
         report.add("replace", "the replacement's boot", "ms", side, forked);
@@ -61,7 +61,7 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     Ok(())
 }
 
-/// In milliseconds, the first two from the guest's end.
+/// Times in milliseconds, the first two since the guest's end.
 struct Times {
     noticed: f64,
     replaced: f64,
@@ -100,8 +100,8 @@ async fn replacement(
     })
 }
 
-/// When the end of `victim` was noticed, when another VM was ready, and how long that one's boot
-/// took.
+/// Returns when the end of `victim` was noticed, when another VM was ready, and how long that VM's
+/// boot took.
 async fn told(
     events: &mut Receiver<PoolEvent>,
     victim: VmId,

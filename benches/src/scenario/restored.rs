@@ -1,4 +1,4 @@
-//! `print(6 * 7)` by a new interpreter in a guest that is made on demand from a capture, Hearth in
+//! `print(6 * 7)` in a new interpreter, in a guest that is made on demand from a capture. Hearth in
 //! turns with Firecracker: the same kernel, initramfs, image and agent.
 
 use std::path::Path;
@@ -17,13 +17,13 @@ use super::{ScenarioError, us};
 use crate::peer::{Booted, Firecracker, Peers};
 use crate::report::Report;
 
-/// How long a guest may take, if nothing else is said: a boot is among them.
+/// How long a guest may take by default; this covers a boot.
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// Takes `n` samples of each side. A peer that fails is reported, not measured.
+/// Takes `n` samples of each side. A peer that fails is reported as not measured.
 ///
 /// # Errors
-/// When Hearth's own guest cannot be made, or says anything else.
+/// When Hearth's own guest cannot be made, or prints anything else.
 pub(super) async fn run(
     report: &mut Report,
     files: Files<'_>,
@@ -52,7 +52,7 @@ pub(super) async fn run(
     Ok(())
 }
 
-/// The peer's version, and the samples of both sides.
+/// Returns the peer's version, and the samples of both sides.
 async fn in_turns(
     files: Files<'_>,
     (root, language): (&Path, Language),
@@ -72,7 +72,7 @@ async fn in_turns(
         root: Some(root),
         ..booted(files, &words, limit)
     };
-    // First, so that one that fails costs no boot of ours.
+    // The peer goes first: if it fails, no boot of ours is spent.
     let dir = tempfile::tempdir().map_err(|error| Side::Theirs(error.into()))?;
     let firecracker = Firecracker::find(firecracker, dir.path()).await;
     let firecracker = firecracker.map_err(Side::Theirs)?;

@@ -5,14 +5,14 @@ use std::time::Duration;
 use super::us;
 use crate::report::Report;
 
-/// Samples by metric and unit, in the order of their first.
+/// Samples by metric and unit, in the order of first use.
 #[derive(Debug, Default)]
 pub(super) struct Samples {
     rows: Vec<(&'static str, &'static str, Vec<f64>)>,
 }
 
 impl Samples {
-    /// Takes a sample.
+    /// Adds a sample.
     pub(super) fn push(&mut self, metric: &'static str, unit: &'static str, value: f64) {
         let mut rows = self.rows.iter_mut();
         match rows.find(|row| (row.0, row.1) == (metric, unit)) {
@@ -21,12 +21,12 @@ impl Samples {
         }
     }
 
-    /// Takes a time, in microseconds.
+    /// Adds a time, in microseconds.
     pub(super) fn time(&mut self, metric: &'static str, took: Duration) {
         self.push(metric, "us", us(took));
     }
 
-    /// Hands them over.
+    /// Adds all metrics to the report.
     pub(super) fn report(self, report: &mut Report, scenario: &str, side: &str) {
         for (metric, unit, samples) in self.rows {
             report.add(scenario, metric, unit, side, samples);

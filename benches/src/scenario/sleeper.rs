@@ -1,10 +1,10 @@
-//! The least that a hand-off of a parked guest is: a thread that sleeps is woken. With nothing of
-//! Hearth's.
+//! The wake-up baseline: waking a sleeping thread, the least that the hand-off of a parked guest
+//! can cost. Without any code of Hearth's.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-/// A thread that sleeps. Dropping it ends it.
+/// A sleeping thread. Dropping this value ends the thread.
 pub(super) struct Sleeper {
     state: Arc<(Mutex<State>, Condvar)>,
     thread: Option<JoinHandle<()>>,
@@ -18,7 +18,7 @@ enum State {
 }
 
 impl Sleeper {
-    /// Starts it.
+    /// Starts the thread.
     pub(super) fn start() -> Self {
         let state = Arc::new((Mutex::new(State::Asleep), Condvar::new()));
         let shared = Arc::clone(&state);
@@ -36,7 +36,7 @@ impl Sleeper {
         }
     }
 
-    /// Wakes it. It goes back to sleep.
+    /// Wakes the thread, which goes back to sleep.
     pub(super) fn wake(&self) {
         self.set(State::Woken);
     }

@@ -1,4 +1,5 @@
-//! The KVM backend, with a hand on each of its VMs, so that parked ones can be made to end.
+//! Fault injector: the KVM backend with a handle of each of its VMs, through which parked ones are
+//! made to end.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,40 +15,40 @@ use hearth_vmm::{Exit, VsockHost};
 use super::ScenarioError;
 use super::agent::dial;
 
-/// How a guest ends, or goes silent.
+/// A way for a guest to end, or to fall silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     /// Its VM is ended from outside.
     Kill,
-    /// Its kernel panics.
+    /// The guest's kernel panics.
     Panic,
-    /// It switches itself off.
+    /// The guest powers off.
     PowerOff,
-    /// Its vCPUs stop for ever.
+    /// The guest's vCPUs stop for ever.
     Freeze,
-    /// Its agent stops; all else in it goes on.
+    /// The guest's agent stops; everything else in the guest goes on.
     Wedge,
 }
 
 impl Way {
-    /// Whether the guest lives on and must be asked to be found out.
+    /// Whether the guest lives on, so that only a check finds the fault.
     #[must_use]
     pub fn is_silent(self) -> bool {
         matches!(self, Self::Freeze | Self::Wedge)
     }
 }
 
-/// An agent that does not answer for so long has stopped.
+/// An agent that does not answer for this long has stopped.
 const WEDGED: Duration = Duration::from_millis(500);
 
-/// Makes VMs as [`KvmBackend`] does, and keeps a hand on them.
+/// Makes VMs as [`KvmBackend`] does, and keeps a handle of each for faults.
 pub struct Victims {
     kvm: Arc<KvmBackend>,
     hands: Mutex<HashMap<VmId, Hand>>,
     frozen: Mutex<HashSet<InstanceId>>,
 }
 
-/// A hand on one VM; does not keep it.
+/// A handle of one VM; it does not keep the VM alive.
 struct Hand {
     remote: Arc<GuestRemote>,
     vsock: VsockHost,
@@ -60,7 +61,7 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Victims {
-    /// Of VMs that `kvm` makes.
+    /// Wraps `kvm`, which makes the VMs.
     #[must_use]
     pub fn new(kvm: Arc<KvmBackend>) -> Arc<Self> {
         Arc::new(Self {
@@ -70,21 +71,21 @@ impl Victims {
         })
     }
 
-    /// The youngest VM.
+    /// Returns the youngest VM.
     #[must_use]
     pub fn youngest(&self) -> Option<VmId> {
         lock(&self.hands).keys().max().copied()
     }
 
-    /// Brings `way` about and gives the moment when the guest ended, or was frozen.
+    /// Makes the guest fail in this way; returns when it ended or was frozen.
     ///
     /// # Errors
-    /// When the guest cannot be made to end so.
+    /// When the guest cannot be made to fail in this way.
     pub async fn end(&self, id: VmId, way: Way) -> Result<Instant, ScenarioError> {
         let Some(hand) = lock(&self.hands).remove(&id) else {
             return Err(ScenarioError::at("victim")("it is not there"));
         };
-        // What brings it about takes longer than the guest: a kill waits until nothing of it is
+        // The cause may take longer than the guest's end: a kill waits until nothing of the VM is
         // left.
         let ended = async {
             hand.exited.await;
@@ -118,7 +119,7 @@ impl Victims {
 /// Starts a program that ends its guest.
 async fn run(vsock: &VsockHost, program: &str) -> Result<(), ScenarioError> {
     let agent = dial(vsock).await?;
-    // The guest may be gone before it has said that the program runs.
+    // The guest may be gone before it has reported that the program runs.
     if let Ok(exec) = agent.exec(Command::new(program)).await {
         let _ = exec.wait().await;
     }
@@ -167,7 +168,7 @@ impl Backend for Victims {
 
     fn probe(&self, vm: &Guest) -> BoxFuture<'static, Result<(), ProbeError>> {
         if self.is_frozen(vm) {
-            // Fails only if it has ended, which is no better.
+            // Fails only if the VM has ended, which is a failure of the guest as well.
             let _ = vm.vm().request_pause();
         }
         self.kvm.probe(vm)

@@ -1,5 +1,5 @@
 //! Bytes between the host and a program in a guest, by size, in turns with the same bytes over a
-//! Unix socket pair to a thread of this process. Neither side does anything with them.
+//! Unix socket pair to a thread of this process. Neither side processes the bytes.
 
 use std::io;
 use std::os::unix::net::UnixStream as Socket;
@@ -18,28 +18,28 @@ use super::{ScenarioError, us};
 use crate::report::Report;
 
 const SCENARIO: &str = "vsock";
-/// Where the guest's program listens.
+/// The port on which the guest's program listens.
 const PORT: u32 = 3000;
-/// What it says then.
+/// The program's output when it listens.
 const LISTENING: &[u8] = b"listening\n";
-/// Rounds that are not counted: both ends take memory, and the guest's kernel touches its code for
-/// the first time.
+/// Rounds that are not counted: both ends allocate memory, and the guest's kernel touches its code
+/// for the first time.
 const WARM_UP: usize = 2;
-/// An exchange that takes longer is given up.
+/// Time limit of an exchange.
 const STUCK: Duration = Duration::from_secs(120);
-/// The least that can be asked or answered.
+/// The shortest question and answer.
 const LEAST: u32 = HEAD as u32;
 
-/// What is measured of an exchange.
+/// The measured quantity of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Measure {
     /// Time from the question to its answer's end.
     RoundTrip,
-    /// Bytes by time, with the little that goes the other way.
+    /// Bytes per time; a few bytes go the other way.
     Throughput,
 }
 
-/// One metric: what goes where.
+/// One metric and its exchange.
 struct Kind {
     metric: &'static str,
     measure: Measure,
@@ -88,7 +88,7 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     let vm = template.fork().map_err(ScenarioError::at("fork"))?;
     let mut agent = resume(&vm)?;
     renew(&mut agent, 0).await?;
-    // The program ends with this value.
+    // Dropping this value ends the program.
     let _program = program(&vm).await?;
     let mut guest = connect(&vm).await?;
     let mut unix = unix_pair().map_err(ScenarioError::at("Unix socket pair"))?;
@@ -127,7 +127,7 @@ pub async fn run(report: &mut Report, files: Files<'_>, n: usize) -> Result<(), 
     Ok(())
 }
 
-/// What was measured of one kind.
+/// The samples of one kind.
 #[derive(Default)]
 struct Series {
     guest: Vec<f64>,
@@ -158,7 +158,7 @@ impl Kind {
             let unit = "instructions";
             report.add(SCENARIO, metric, unit, "hearth", series.instructions);
         }
-        // How many times slower, either way.
+        // Either way, the ratio is how many times slower Hearth is.
         match self.measure {
             Measure::RoundTrip => report.compare(metric, "hearth", "unix"),
             Measure::Throughput => report.compare(metric, "unix", "hearth"),
@@ -166,7 +166,7 @@ impl Kind {
     }
 }
 
-/// Starts the guest's side, and waits until it listens.
+/// Starts the guest's program, and waits until it listens.
 pub(super) async fn program(vm: &Vm) -> Result<Exec<VsockStream>, ScenarioError> {
     let command = Command::new("vsock-exchange").arg(PORT.to_string());
     let exec = dial(vm.vsock()).await?.exec(command).await;
@@ -186,7 +186,7 @@ pub(super) async fn connect(vm: &Vm) -> Result<VsockStream, ScenarioError> {
     stream.map_err(ScenarioError::at("connect"))
 }
 
-/// This end of a pair; a thread answers at the other until this one is dropped.
+/// Returns one end of a pair; a thread answers at the other end until this end is dropped.
 fn unix_pair() -> io::Result<UnixStream> {
     let (here, there) = Socket::pair()?;
     std::thread::Builder::new()

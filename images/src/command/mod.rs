@@ -1,6 +1,6 @@
-//! The programs of a build. All are started here: found in absolute directories alone, in an
-//! environment that names what they may know, away from the caller's directory, without a terminal,
-//! their output kept for the error.
+//! Runs the programs of a build. All programs are started here. They are searched for in absolute
+//! directories only, with an environment of selected variables, outside of the caller's directory
+//! and without a terminal. The end of their output is kept for errors.
 
 mod tied;
 
@@ -10,10 +10,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Command, ExitStatus, Stdio};
 
-/// Where programs are looked for if `PATH` names no absolute directory.
+/// The search path if `PATH` has no absolute directory.
 const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// What a program that fetches may know besides: how this machine reaches the network, and whom it
-/// trusts there.
+/// Additional variables for programs that fetch: how this machine reaches the network, and which
+/// certificates it trusts.
 const NETWORK: [&str; 13] = [
     "http_proxy",
     "https_proxy",
@@ -30,38 +30,38 @@ const NETWORK: [&str; 13] = [
     "REQUESTS_CA_BUNDLE",
 ];
 
-/// How many of the last lines an error carries, and how long each may be.
+/// The number of last lines in an error, and the maximum length of a line.
 const TAIL_LINES: usize = 30;
 const LINE_BYTES: u64 = 4096;
 
-/// Why a program of the build did not do its work.
+/// Why a program of the build failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommandError {
-    /// It could not be started.
+    /// The program could not be started.
     #[error("cannot run {program}: is it installed?")]
     Start {
         /// The program's name.
         program: String,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// It ran and failed.
+    /// The program ran and failed.
     #[error("{program} failed ({status}); its last output:\n{tail}")]
     Failed {
         /// The program and its first arguments.
         program: String,
-        /// How it ended.
+        /// The exit status.
         status: ExitStatus,
-        /// The end of what it said.
+        /// The end of its output.
         tail: String,
     },
 }
 
-/// A program of a build. Of the caller's environment it knows where programs and temporary files
-/// are, and nothing else: what comes out must not depend on variables that nobody thought of. It
-/// starts in `/`, where only root can have put anything, so that neither the caller's directory nor
-/// one above it is searched for settings or code.
+/// Returns a command for a program of a build. Of the caller's environment it gets only the search
+/// path and the directory for temporary files, so that the result does not depend on unforeseen
+/// variables. It starts in `/`, where only root can create files, so that neither the caller's
+/// directory nor one above it is searched for settings or code.
 pub(crate) fn tool(program: impl AsRef<OsStr>) -> Command {
     #[allow(clippy::disallowed_methods)]
     let mut command = Command::new(program);
@@ -78,14 +78,15 @@ pub(crate) fn tool(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// A program that fetches something, which also knows of proxies and certificates.
+/// Like `tool`, for a program that fetches: it also gets the variables for proxies and
+/// certificates.
 pub(crate) fn fetcher(program: impl AsRef<OsStr>) -> Command {
     let mut command = tool(program);
     keep(&mut command, &NETWORK);
     command
 }
 
-/// Lets a program know variables of the caller's, too.
+/// Passes these variables of the caller to the program, where they are set.
 pub(crate) fn keep(command: &mut Command, names: &[&str]) {
     let set = names
         .iter()
@@ -93,7 +94,7 @@ pub(crate) fn keep(command: &mut Command, names: &[&str]) {
     command.envs(set);
 }
 
-/// The absolute directories of `PATH`: an empty or relative one means something else in each
+/// Returns the absolute directories of `PATH`. An empty or relative one has another meaning in each
 /// directory.
 pub(crate) fn search_path() -> OsString {
     absolute_part(&std::env::var_os("PATH").unwrap_or_default())
@@ -103,15 +104,15 @@ fn absolute_part(path: &OsStr) -> OsString {
     let dirs: Vec<PathBuf> = std::env::split_paths(path)
         .filter(|dir| dir.is_absolute())
         .collect();
-    // Joining what was split cannot fail.
+    // Joining the parts of a split path cannot fail.
     match std::env::join_paths(dirs) {
         Ok(path) if !path.is_empty() => path,
         _ => USUAL_PATH.into(),
     }
 }
 
-/// Hands its output to `consume`, which need not read all of it: the program runs to its end, but
-/// is killed if `consume` fails before that.
+/// Runs a program and passes its output to `consume`, which need not read all of it. The program
+/// runs to its end, but is killed if `consume` fails before that.
 pub(crate) fn read<T, E>(
     command: &mut Command,
     consume: impl FnOnce(&mut ChildStdout) -> Result<T, E>,
@@ -126,12 +127,12 @@ pub(crate) fn read<T, E>(
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     command.stderr(writer);
     std::thread::scope(|scope| {
-        // A program that nobody hears waits when the pipe is full.
+        // Standard error is read at the same time: the program would block once the pipe is full.
         let said = std::thread::Builder::new();
         let said = said.spawn_scoped(scope, || hear(errors, |_| {}));
         let said = said.map_err(start)?;
         let child = command.spawn();
-        // Our copy of the pipe's end must go, or its end is never seen.
+        // Our copy of the write end must be closed, or the reader never sees the end.
         command.stderr(Stdio::null());
         let mut child = child.map_err(start)?;
         let mut consumed = None;
@@ -139,10 +140,10 @@ pub(crate) fn read<T, E>(
         if let Some(mut output) = child.stdout.take() {
             let result = consume(&mut output);
             if result.is_ok() {
-                // Else it would fail because nobody reads.
+                // Reads the rest: without a reader, the program would fail.
                 let _ = std::io::copy(&mut output, &mut std::io::sink());
             } else if !matches!(output.read(&mut [0]), Ok(0)) {
-                // It had more to say: that it ended was not the reason.
+                // The program had more output, so its own end was not the reason for the failure.
                 killed = child.kill().is_ok();
             }
             consumed = Some(result);
@@ -151,7 +152,7 @@ pub(crate) fn read<T, E>(
         let tail = said.join().unwrap_or_default();
         match consumed {
             Some(consumed) if killed || status.success() => Ok(consumed),
-            // What it says is why its output could not be used.
+            // The program's own error explains why its output could not be used.
             _ => Err(CommandError::Failed {
                 program: describe(command),
                 status,
@@ -161,14 +162,14 @@ pub(crate) fn read<T, E>(
     })
 }
 
-/// Runs to the end and hands each line of output (both streams) to `line`.
+/// Runs a program to its end, and passes each line of output (of both streams) to `line`.
 pub(crate) fn run(command: &mut Command, line: impl FnMut(&str)) -> Result<(), CommandError> {
     let program = command.get_program().to_string_lossy().into_owned();
     let start = |source| CommandError::Start {
         program: program.clone(),
         source,
     };
-    // One pipe for both streams keeps their order, and one reader suffices.
+    // One pipe for both streams keeps their order and needs only one reader.
     let (reader, writer) = std::io::pipe().map_err(start)?;
     let other = writer.try_clone().map_err(start)?;
     tracing::debug!(?command, "run");
@@ -178,7 +179,7 @@ pub(crate) fn run(command: &mut Command, line: impl FnMut(&str)) -> Result<(), C
         .stderr(other)
         .spawn()
         .map_err(start)?;
-    // Our copies of the pipe's end must go, or its end is never seen.
+    // Our copies of the write end must be closed, or the reader never sees the end.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let tail = hear(reader, line);
     let status = child.wait().map_err(start)?;
@@ -192,7 +193,7 @@ pub(crate) fn run(command: &mut Command, line: impl FnMut(&str)) -> Result<(), C
     })
 }
 
-/// Reads to the end, hands each line to `line`, and returns the last ones.
+/// Reads to the end, passes each line to `line`, and returns the last lines.
 fn hear(reader: impl Read, mut line: impl FnMut(&str)) -> String {
     let mut tail = VecDeque::with_capacity(TAIL_LINES);
     let mut reader = BufReader::new(reader);
@@ -214,7 +215,7 @@ fn hear(reader: impl Read, mut line: impl FnMut(&str)) -> String {
     Vec::from(tail).join("\n")
 }
 
-/// Runs to the end and returns all that it said on standard output.
+/// Runs a program to its end, and returns its standard output.
 pub(crate) fn output(command: &mut Command) -> Result<String, CommandError> {
     let program = command.get_program().to_string_lossy().into_owned();
     tracing::debug!(?command, "run");
@@ -248,13 +249,13 @@ pub(crate) mod tests {
 
     const CHILD: &str = "HEARTH_TEST_CHILD";
 
-    /// Whether this is a process that [`again`] started.
+    /// Returns whether [`again`] started this process.
     pub(crate) fn is_child() -> bool {
         std::env::var_os(CHILD).is_some()
     }
 
-    /// This program again for one of its tests, in a process of its own: the environment is one for
-    /// all threads.
+    /// Returns a command that runs one of this program's tests in a process of its own, because all
+    /// threads of a process share its environment.
     pub(crate) fn again(test: &str) -> Command {
         let mut again = tool(std::env::current_exe().unwrap());
         again.args(["--exact", test, "--nocapture"]);
@@ -325,7 +326,7 @@ pub(crate) mod tests {
         let status = format!("/proc/{}/stat", pid.unwrap());
         let lives = || {
             let status = std::fs::read_to_string(&status).unwrap_or_default();
-            // Who inherits it may not have asked how it ended.
+            // Its new parent may not have reaped it yet.
             !status.is_empty() && !status.contains(") Z ")
         };
         assert!(lives());
@@ -372,7 +373,7 @@ pub(crate) mod tests {
             read(tool("sh").args(["-c", script]), consume).map(|read| (read.is_ok(), said))
         };
         assert_eq!(sh("echo word", 4).unwrap(), (true, b"word".to_vec()));
-        // More than is read, and less than is wanted.
+        // More output than is read, and less than is wanted.
         assert!(sh("seq 100000", 1).unwrap().0);
         assert!(!sh("echo word", 6).unwrap().0);
         let error = sh("echo word; echo why >&2; exit 3", 6).unwrap_err();
@@ -386,7 +387,7 @@ pub(crate) mod tests {
     fn a_program_whose_output_is_of_no_use_is_killed() {
         let dir = tempfile::tempdir().unwrap();
         let end = dir.path().join("end");
-        // More than a pipe holds, by what the shell has built in.
+        // Output that exceeds a pipe's capacity, by shell built-ins.
         let script = format!(
             "n=0; while test $n -lt 100000; do echo word; n=$((n+1)); done; : > {}",
             end.display()

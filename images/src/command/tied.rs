@@ -1,4 +1,4 @@
-//! Programs that end with the process that started them. The one unsafe call of this crate.
+//! Ties programs to the process that starts them: they end with it.
 
 use std::io::ErrorKind;
 use std::os::unix::process::CommandExt;
@@ -6,14 +6,15 @@ use std::process::Command;
 
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 
-/// A program of a build that is killed is killed, too, instead of working on for nobody. What it
-/// has started itself finds nobody who reads its output.
+/// Kills the program when the process of the build is killed, as its work is then useless. Children
+/// of the program are not killed, but their output is no longer read.
 pub(super) fn end_with_us(command: &mut Command) {
     let us = getpid();
     let tie = move || {
-        // Sent when the thread ends that started it, which waits for it.
+        // The signal is sent when the thread that started the program ends. That thread
+        // waits for the program.
         set_parent_process_death_signal(Some(Signal::KILL))?;
-        // We may have ended before that.
+        // The process of the build may have ended before this call.
         match getppid() == Some(us) {
             true => Ok(()),
             false => Err(ErrorKind::BrokenPipe.into()),

@@ -1,4 +1,4 @@
-//! The files of locked packages, kept in the cache under their hashes.
+//! Fetches the files of locked packages and keeps them in the cache under their hashes.
 
 use std::fs;
 use std::io;
@@ -12,26 +12,26 @@ use crate::command::{self, CommandError};
 use crate::lock::Package;
 use crate::progress::{Event, Progress, Stage, stage};
 
-/// apt's tool for one file: its ways to the network, and a check of the hash.
+/// apt's tool that downloads single files with apt's network settings, and checks their hashes.
 const HELPER: &str = "/usr/lib/apt/apt-helper";
 
-/// Where packages come from, and where their files are kept.
+/// Settings of a download: where packages come from, and where their files are kept.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Download<'a> {
-    /// Debian's, which says in which archive they are: that of its releases or that of their
+    /// Debian's suite. It decides which archive is used: the one of releases, or the one of
     /// security updates.
     pub(crate) suite: &'a str,
-    /// Keeps files under their hashes.
+    /// The directory that keeps files under their hashes.
     pub(crate) dir: &'a Path,
-    /// For what is half-fetched; on the same file system.
+    /// The directory for partial downloads, on the same file system as `dir`.
     pub(crate) scratch: &'a Path,
-    /// What the work is called to who waits for it.
+    /// The stage that is reported to `Progress`.
     pub(crate) stage: Stage,
 }
 
 impl Download<'_> {
-    /// The file of each package, in their order; those that are not there, or not whole, are
-    /// fetched.
+    /// Returns the file of each package, in the order of `packages`. Files that are missing or
+    /// damaged are fetched.
     pub(crate) fn fetch(
         self,
         packages: &[Package],
@@ -69,7 +69,7 @@ impl Download<'_> {
                 Ok(()) => return Ok(()),
                 Err(error) => {
                     missing.retain(|package| !file_in(self.dir, package).exists());
-                    // What the likeliest mirror says counts.
+                    // The error of the first, most likely mirror is the one to report.
                     failure.get_or_insert(error);
                 }
             }
@@ -88,7 +88,7 @@ impl Download<'_> {
             .tempdir_in(self.scratch)
             .map_err(io_error("create a directory in", self.scratch))?;
         let mut helper = command::fetcher(HELPER);
-        // The user that root's apt would become cannot write here.
+        // As root, apt would switch to its sandbox user, which cannot write here.
         helper.args(["-q", "-o", "APT::Sandbox::User=root", "download-file"]);
         for package in packages {
             helper
@@ -108,7 +108,7 @@ impl Download<'_> {
         let mut lacking = Vec::new();
         for package in packages {
             let (from, to) = (file_in(part.path(), package), file_in(self.dir, package));
-            // apt names a file so only when its hash is right.
+            // apt gives a file this name only if its hash is right.
             match publish(&from, &to) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => lacking.push(*package),
                 result => result.map_err(io_error("publish", &to))?,
@@ -126,7 +126,7 @@ fn file_in(dir: &Path, package: &Package) -> PathBuf {
     dir.join(format!("{}.deb", package.sha256))
 }
 
-/// Whether the file is there. One that is not what its name says is removed.
+/// Returns whether the file is there. A file with another hash is removed.
 fn has(file: &Path, sha256: &str) -> io::Result<bool> {
     let mut hash = Sha256::new();
     match fs::File::open(file) {
@@ -143,7 +143,8 @@ fn has(file: &Path, sha256: &str) -> io::Result<bool> {
     Ok(false)
 }
 
-/// From a mirror that is a directory of this machine apt brings links.
+/// Moves a fetched file into the cache. For a mirror that is a local directory, apt makes a link:
+/// the content is copied then.
 fn publish(from: &Path, to: &Path) -> io::Result<()> {
     if from.symlink_metadata()?.is_symlink() {
         let whole = from.with_extension("copy");
@@ -159,7 +160,7 @@ fn failed(lacking: &[&Package], source: CommandError) -> DebianError {
         CommandError::Start { .. } => "",
     };
     let named = |package: &&Package| format!("{} {}", package.name, package.version);
-    // One line of apt's says which address and why.
+    // One line of apt's output has the address and the reason.
     let lacks = |why: &str| -> Vec<String> {
         let said_of = |package: &&&Package| {
             let mut lines = said.lines();
@@ -186,7 +187,7 @@ mod tests {
     use super::*;
     use crate::Silent;
 
-    /// An archive as a directory: apt takes `file:` addresses.
+    /// Writes a package to a local archive directory: apt takes `file:` addresses.
     fn package(archive: &Path, name: &str, content: &[u8]) -> Package {
         let path = format!("pool/{name}_1%2b2_all.deb");
         fs::create_dir_all(archive.join("pool")).unwrap();
@@ -234,7 +235,7 @@ mod tests {
             package(&archive, "one", b"1"),
             package(&archive, "two", b"2"),
         );
-        // The first mirror is none.
+        // The first mirror does not exist.
         let mirrors = [
             "file:/nowhere".to_owned(),
             format!("file:{}", archive.display()),
@@ -244,7 +245,7 @@ mod tests {
             .fetch_from(&mirrors, &[&one, &two], &Silent)
             .unwrap();
         let packages = [one, two];
-        // No mirror is asked for what is there.
+        // No mirror is asked for cached files.
         let files = download.fetch(&packages, &Silent).unwrap();
         assert_eq!(fs::read(&files[1]).unwrap(), b"2");
         assert_eq!(fs::read_dir(&cache).unwrap().count(), 2);

@@ -1,19 +1,19 @@
-//! Where Debian's archive is for this machine: its own apt knows.
+//! Finds the addresses of Debian's archive for this machine: from apt's own sources.
 
 use super::{DebianError, MIRROR_VARIABLE};
 use crate::command;
 
-/// What is asked of each source: release, component, the archive's label (once its lists were
-/// fetched), address.
+/// The fields that apt prints of each source: release, component, the archive's label (known once
+/// its lists are fetched), address.
 const FORMAT: &str = "$(RELEASE)|$(COMPONENT)|$(LABEL)|$(REPO_URI)";
-/// The labels of Debian's archive and of that of its security updates, whose suites end so and
-/// whose address mostly does, too.
+/// The labels of Debian's archive and of its security archive. The latter's suites end with
+/// `SECURITY`, and so does its address in most cases.
 const LABEL: &str = "Debian";
 const SECURITY_LABEL: &str = "Debian-Security";
 const SECURITY: &str = "-security";
 
-/// Addresses without a slash at the end, the likeliest first. What comes from them is checked by
-/// signature or hash, so that a wrong one costs time only.
+/// Returns addresses without a trailing slash, the most likely first. Downloads are checked by
+/// signature or hash, so a wrong address costs only time.
 pub(super) fn mirrors(suite: &str) -> Result<Vec<String>, DebianError> {
     if let Some(mirror) = std::env::var(MIRROR_VARIABLE)
         .ok()
@@ -40,7 +40,7 @@ fn of_targets(targets: &str, suite: &str) -> Vec<String> {
         return labelled(targets, LABEL, suite);
     };
     let mut found = labelled(targets, SECURITY_LABEL, suite);
-    // A machine without security updates: their archive is mostly beside the other one.
+    // On a machine without security updates, their archive is mostly beside the main one.
     let beside = labelled(targets, LABEL, release).into_iter();
     for uri in beside.map(|uri| format!("{uri}{SECURITY}")) {
         if !found.contains(&uri) {
@@ -57,7 +57,7 @@ fn labelled(targets: &str, wanted: &str, suite: &str) -> Vec<String> {
             let mut fields = line.split('|');
             let (release, component) = (fields.next()?, fields.next()?);
             let (label, uri) = (fields.next()?, fields.next()?);
-            // What apt does not know stays as it was asked for.
+            // apt prints a field that it does not know as its placeholder.
             let known = !label.starts_with("$(") && !label.is_empty();
             let rank = match (label == wanted, known, release == suite) {
                 (true, _, true) => 0,
@@ -68,7 +68,7 @@ fn labelled(targets: &str, wanted: &str, suite: &str) -> Vec<String> {
             (component == "main").then_some((rank, uri.trim_end_matches('/')))
         })
         .collect();
-    // Stable: apt's own order among equals.
+    // The sort is stable: equal ranks keep apt's order.
     found.sort_by_key(|(rank, _)| *rank);
     let mut uris: Vec<String> = Vec::new();
     for (_, uri) in found {
@@ -97,7 +97,7 @@ nodistro|main|$(LABEL)|https://node.example/node/
             of_targets(targets, "bookworm"),
             ["http://mirror.example/debian"]
         );
-        // The pool is one for all suites.
+        // All suites share one pool.
         assert_eq!(
             of_targets(targets, "trixie"),
             ["http://mirror.example/debian"]

@@ -1,5 +1,5 @@
-//! Which packages a recipe needs: apt is asked, with a state and a source of its own, so that
-//! nothing of this machine's packages and sources counts.
+//! Finds out which packages a recipe needs. apt resolves them with a state and a source of its own,
+//! so that the packages and sources of this machine have no influence.
 
 use std::fs;
 use std::path::Path;
@@ -11,15 +11,15 @@ use crate::command;
 use crate::lock::Package;
 use crate::progress::{Progress, Stage, stage};
 
-/// Keys of Debian's archive.
+/// The keys of Debian's archive.
 pub(super) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// Packages whose work is the installation of others, which does not take place here.
+/// Packages that only serve to install others, which is not done here.
 const INSTALLERS: [&str; 3] = ["debconf", "dpkg", "usrmerge"];
 const ARCHITECTURE: &str = "amd64";
 
-/// `packages` and all that they depend on, but for `leave_out` and what only these depend on.
-/// Fetches the archive's index (10 MB), whose signature apt checks; `scratch` is an empty
-/// directory.
+/// Resolves `packages` and all their dependencies, except `leave_out` and packages that only these
+/// depend on. Fetches the archive's index (10 MB), whose signature apt checks. `scratch` is an
+/// empty directory.
 pub(crate) fn resolve(
     packages: &[String],
     leave_out: &[String],
@@ -40,8 +40,8 @@ pub(crate) fn resolve(
     })
 }
 
-/// The newest version of one package that the suite's index has. Fetches the index, whose signature
-/// apt checks; `scratch` is an empty directory.
+/// Returns the newest version of one package in the suite's index. Fetches the index, whose
+/// signature apt checks. `scratch` is an empty directory.
 pub(crate) fn newest(
     package: &str,
     suite: &str,
@@ -56,7 +56,7 @@ pub(crate) fn newest(
     found.ok_or_else(|| DebianError::Answer(package.to_owned()))
 }
 
-/// What one suite has: apt with a state, a source and settings of its own.
+/// The index of one suite, for an apt with a state, a source and settings of its own.
 struct Index<'a> {
     mirror: String,
     scratch: &'a Path,
@@ -81,7 +81,7 @@ impl<'a> Index<'a> {
         apt
     }
 
-    /// The packages that apt would fetch.
+    /// Returns the packages that apt would fetch.
     fn plan(&self, words: &[&str], packages: &[String]) -> Result<Vec<Package>, DebianError> {
         let mut apt = self.apt();
         let plan = command::output(apt.args(words).args(packages));
@@ -89,8 +89,8 @@ impl<'a> Index<'a> {
     }
 }
 
-/// apt's configuration, source, and a machine on which nothing is installed but what is to be left
-/// out.
+/// Writes apt's configuration, its source, and a dpkg status in which only the installers and the
+/// packages of `leave_out` are installed.
 fn prepare(
     scratch: &Path,
     mirror: &str,
@@ -144,8 +144,7 @@ Acquire::ForceHash "SHA256";
     Ok(())
 }
 
-/// The packages in the output of `apt-get install --print-uris`, in the order of their
-/// installation.
+/// Parses the output of `apt-get install --print-uris`: packages in the order of installation.
 fn read_plan(plan: &str, mirror: &str) -> Result<Vec<Package>, DebianError> {
     let lines = plan.lines().filter(|line| line.starts_with('\''));
     let packages = lines
@@ -157,7 +156,7 @@ fn read_plan(plan: &str, mirror: &str) -> Result<Vec<Package>, DebianError> {
     Ok(packages)
 }
 
-/// `'MIRROR/PATH' NAME_VERSION_ARCHITECTURE.deb SIZE SHA256:HASH`
+/// Parses a line `'MIRROR/PATH' NAME_VERSION_ARCHITECTURE.deb SIZE SHA256:HASH`.
 fn read_line(line: &str, mirror: &str) -> Option<Package> {
     let mut words = line.split(' ');
     let uri = words.next()?.strip_prefix('\'')?.strip_suffix('\'')?;
@@ -167,7 +166,7 @@ fn read_line(line: &str, mirror: &str) -> Option<Package> {
     let sha256 = words.nth(1)?.strip_prefix("SHA256:")?;
     Some(Package {
         name: name.to_owned(),
-        // The one character that file names have otherwise.
+        // The colon is the one character that apt escapes in file names.
         version: version.replace("%3a", ":"),
         path: path.to_owned(),
         sha256: sha256.to_owned(),
@@ -194,7 +193,7 @@ mod tests {
             sha256: hash,
         };
         assert_eq!(packages, [wanted]);
-        // From elsewhere, without a hash, or nothing at all.
+        // Another mirror, no hash, or an empty plan.
         for wrong in [
             plan.replace("m.example", "n.example"),
             plan.replace("SHA256", "MD5Sum"),

@@ -1,5 +1,5 @@
-//! The parts of a finished image that builds look at: inodes and directories, as
-//! `fs/erofs/erofs_fs.h` of the kernel has them.
+//! Reads the parts of a finished image that builds need: inodes and directories, as in the kernel's
+//! `fs/erofs/erofs_fs.h`.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -10,12 +10,12 @@ use crate::cache::io_error;
 
 const SUPERBLOCK: u64 = 1024;
 const MAGIC: u32 = 0xE0F5_E1E2;
-/// Bytes of a slot, which inode numbers count.
+/// Bytes of a slot, the unit of inode numbers.
 const SLOT: u64 = 32;
 const DIRENT: usize = 12;
-/// Directories are smaller, by far.
+/// A limit far above the size of real directories.
 const MAX_DIRECTORY: u64 = 16 << 20;
-/// Directories within each other; a longer path cannot be opened.
+/// A limit of nested directories; a longer path cannot be opened.
 const MAX_DEPTH: u32 = 2048;
 const FLAT_PLAIN: u16 = 0;
 const FLAT_INLINE: u16 = 2;
@@ -33,9 +33,9 @@ pub(super) struct Image<'a> {
 }
 
 pub(super) struct Inode {
-    /// Where it is in the image.
+    /// The offset in the image.
     pub(super) at: u64,
-    /// The longer form: 64 bytes, numbers of 32 bits.
+    /// Whether the inode has the extended form: 64 bytes, with 32-bit numbers.
     pub(super) extended: bool,
     layout: u16,
     mode: u16,
@@ -72,7 +72,7 @@ impl<'a> Image<'a> {
         Ok(image)
     }
 
-    /// What is at `path`; a link on the way is none of its directories.
+    /// Returns the inode at `path`. Links are not followed.
     pub(super) fn find(&self, path: &str) -> Result<Inode, ErofsError> {
         let mut inode = self.inode(self.root)?;
         for name in path.split('/').filter(|name| !name.is_empty()) {
@@ -84,10 +84,10 @@ impl<'a> Image<'a> {
         Ok(inode)
     }
 
-    /// Fails unless guests can map each regular file as it lies in the image. The kernel maps those
-    /// whose blocks are whole; the end of a file that is stored beside its inode makes it copy
-    /// the whole file into the guest's memory (`erofs_set_aops` and `erofs_inode_set_dax` want
-    /// `FLAT_PLAIN` or `CHUNK_BASED`).
+    /// Fails unless guests can map each regular file directly from the image. The kernel maps files
+    /// that are stored in whole blocks. If the end of a file is stored beside its inode, the kernel
+    /// copies the file into the guest's memory instead (`erofs_set_aops` and `erofs_inode_set_dax`
+    /// require `FLAT_PLAIN` or `CHUNK_BASED`).
     pub(super) fn check_in_place(&self) -> Result<(), ErofsError> {
         self.check_below(self.root, 0)
     }
@@ -141,7 +141,7 @@ impl<'a> Image<'a> {
         })
     }
 
-    /// The names in a directory, with the numbers of their inodes.
+    /// Returns the names in a directory, with their inode numbers.
     fn entries(&self, directory: &Inode) -> Result<Vec<(Vec<u8>, u64)>, ErofsError> {
         if !directory.is(DIRECTORY) {
             return Err(ErofsError::Layout("directory"));
@@ -162,7 +162,7 @@ impl<'a> Image<'a> {
                 let name = begin
                     .zip(end)
                     .and_then(|(begin, end)| block.get(begin..end))
-                    // The last name of a block may be followed by zeros.
+                    // The last name of a block may be padded with zeros.
                     .and_then(|name| name.split(|byte| *byte == 0).next())
                     .ok_or(ErofsError::Layout("name"))?;
                 all.push((name.to_owned(), number));
@@ -171,7 +171,8 @@ impl<'a> Image<'a> {
         Ok(all)
     }
 
-    /// Whole blocks from one place; if the layout says so, the rest behind the inode.
+    /// Reads a directory: contiguous whole blocks and, in the inline layout, the rest behind the
+    /// inode.
     fn content(&self, inode: &Inode) -> Result<Vec<u8>, ErofsError> {
         if inode.bytes > MAX_DIRECTORY {
             return Err(ErofsError::Layout("directory"));

@@ -1,4 +1,4 @@
-//! Images that guests read in place: EROFS, uncompressed.
+//! Makes images that guests read in place: EROFS, uncompressed.
 
 mod image;
 mod owner;
@@ -12,11 +12,11 @@ use crate::command::{self, CommandError};
 
 pub(crate) use owner::own;
 
-/// Guests plug images in by pieces of this size.
+/// The size of an image is a multiple of this: guests plug images in by units of 2 MiB.
 const GRANULE: u64 = 2 << 20;
-/// The same tree gives the same bytes: no time, no chance, no attributes that this machine gave its
-/// files. No checksum of the first block: owners are written into it later. No end of a file beside
-/// its inode: guests could not map the file.
+/// Options of mkfs.erofs. The same tree gives the same bytes: no times, no random numbers, no
+/// extended attributes of this machine. No superblock checksum: owners are changed later. No end of
+/// a file beside its inode: guests could not map the file.
 const FIXED: [&str; 7] = [
     "-T0",
     "-U00000000-0000-0000-0000-000000000000",
@@ -27,7 +27,7 @@ const FIXED: [&str; 7] = [
     "--quiet",
 ];
 
-/// Why no image was made of a tree.
+/// Why an image could not be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ErofsError {
@@ -36,7 +36,7 @@ pub enum ErofsError {
         "the image was not made; mkfs.erofs is in the package erofs-utils (sudo apt-get install -y erofs-utils)"
     )]
     Mkfs(#[source] CommandError),
-    /// The image has another layout than ours reads.
+    /// The image does not have the expected layout.
     #[error("the image that mkfs.erofs made has no {0} where it should be")]
     Layout(&'static str),
     /// A file operation failed.
@@ -44,14 +44,14 @@ pub enum ErofsError {
     File(#[from] CacheError),
 }
 
-/// Makes `image` of the files in `tree`. All belong to root, and guests can map each as it lies
-/// there.
+/// Makes `image` from the files in `tree`. All files belong to root, and guests can map each of
+/// them directly from the image.
 pub(crate) fn make(tree: &Path, image: &Path) -> Result<(), ErofsError> {
     let mut mkfs = command::tool("mkfs.erofs");
     command::run(mkfs.args(FIXED).arg(image).arg(tree), |_| {}).map_err(ErofsError::Mkfs)?;
     let open = File::options().read(true).write(true).open(image);
     let file = open.map_err(io_error("open", image))?;
-    // Older programs pass over options that they do not know.
+    // Older versions of mkfs.erofs ignore options that they do not know.
     Image::open(&file, image)?.check_in_place()?;
     let whole = || {
         let bytes = file.metadata()?.len();
@@ -72,7 +72,7 @@ mod tests {
     fn every_file_can_be_mapped_as_it_lies_in_the_image() {
         let dir = tempfile::tempdir().unwrap();
         let (tree, image) = (dir.path().join("tree"), dir.path().join("image"));
-        // Less than a block, blocks and a rest, whole blocks, nothing.
+        // Less than a block, blocks and a rest, whole blocks, an empty file.
         fs::create_dir_all(tree.join("in/side")).unwrap();
         for bytes in [100, 9000, 8192, 0] {
             fs::write(tree.join(format!("in/side/{bytes}")), vec![1; bytes]).unwrap();
@@ -89,7 +89,7 @@ mod tests {
             Image::open(&file, &image).unwrap().check_in_place()
         };
         check().unwrap();
-        // As mkfs.erofs has it unless told otherwise.
+        // The default of mkfs.erofs.
         let mut mkfs = command::tool("mkfs.erofs");
         let plain = FIXED.iter().filter(|word| !word.contains("inline"));
         command::run(mkfs.args(plain).arg(&image).arg(&tree), |_| {}).unwrap();

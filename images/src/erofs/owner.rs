@@ -1,8 +1,8 @@
-//! Gives files of a finished image to users.
+//! Changes the owners of files in a finished image.
 //!
-//! `mkfs.erofs` takes owners from the tree, where none but root can make other users' files. So all
-//! belong to root first, and the two numbers are changed in the image: `fs/erofs/erofs_fs.h` of the
-//! kernel has the layout.
+//! `mkfs.erofs` takes owners from the tree, where only root can create files of other users. So all
+//! files belong to root at first, and the two numbers are changed in the image. The layout is that
+//! of the kernel's `fs/erofs/erofs_fs.h`.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -12,8 +12,7 @@ use super::ErofsError;
 use super::image::Image;
 use crate::cache::io_error;
 
-/// Makes the file or directory at `path`, absolute within the image, belong to the user and group
-/// of that number.
+/// Sets the user and group of the file or directory at `path`, absolute within the image, to `id`.
 pub(crate) fn own(image: &Path, path: &str, id: u16) -> Result<(), ErofsError> {
     let file = File::options()
         .read(true)
@@ -36,7 +35,7 @@ mod tests {
 
     use super::*;
 
-    /// What changed between two images: the place of each byte.
+    /// Returns the offsets of the bytes that differ between two images.
     fn changed(before: &[u8], after: &[u8]) -> Vec<usize> {
         assert_eq!(before.len(), after.len());
         let pairs = before.iter().zip(after).enumerate();
@@ -50,7 +49,7 @@ mod tests {
     fn the_owner_of_one_directory_changes_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let (tree, image) = (dir.path().join("tree"), dir.path().join("image"));
-        // Directories of one entry and of several blocks of them.
+        // Directories with one entry, and with several blocks of entries.
         fs::create_dir_all(tree.join("home/user")).unwrap();
         for number in 0..2000 {
             fs::create_dir(tree.join(format!("home/somebody-{number:04}"))).unwrap();
@@ -75,7 +74,7 @@ mod tests {
                 panic!("nothing changed")
             };
             assert_eq!(changed, [first, first + 1, first + 2, first + 3], "{path}");
-            // An inode's slot, and a directory's mode.
+            // The offset within an inode's slot, and the mode of a directory.
             assert_eq!(first % 32, 24, "{path}");
             assert_eq!(after[first - 19] >> 4, 0o4, "{path}");
             own(&image, path, 0).unwrap();

@@ -1,4 +1,4 @@
-//! From a source package to a stripped `vmlinux`.
+//! Builds a stripped `vmlinux` from a source package.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,11 +11,10 @@ use crate::cache::{CacheError, io_error};
 use crate::command;
 use crate::progress::{Event, Progress, Stage, stage};
 
-/// Lines that `make` prints for a build of our configuration, about.
+/// The approximate number of lines that `make` prints for a build of our configuration.
 const STEPS: u32 = 1_250;
 
-/// Builds in `scratch`, an empty directory, and returns the directory that
-/// holds what is to be published.
+/// Builds in `scratch`, an empty directory, and returns the directory to publish.
 pub(super) fn build(
     scratch: &Path,
     package: &Source,
@@ -58,7 +57,7 @@ impl Tree {
     ) -> Result<(), KernelError> {
         let file = scratch.join(name);
         write(&file, text)?;
-        // No fuzz: a patch that fits only roughly may do something else.
+        // No fuzz: a patch that applies only approximately may do something else.
         command::run(
             command::tool("patch")
                 .args([
@@ -83,7 +82,7 @@ impl Tree {
         let file = self.objects.join(".config");
         command::run(self.make().arg("tinyconfig"), |_| {})?;
         let tiny = read(&file)?;
-        // Of two lines about one option, Kconfig takes the later.
+        // If an option has two lines, Kconfig takes the later one.
         write(&file, &format!("{tiny}\n{fragment}"))?;
         command::run(self.make().arg("olddefconfig"), |_| {})?;
         let wrong = config::check(fragment, &read(&file)?);
@@ -124,7 +123,7 @@ impl Tree {
                 .arg(self.objects.join(FILE)),
             |_| {},
         )?;
-        // For people: where a panic's addresses lie, and what is in it.
+        // For people: the symbols for a panic's addresses, and the configuration.
         for name in ["System.map", ".config"] {
             let from = self.objects.join(name);
             let to = finished.join(name.trim_start_matches('.'));
@@ -142,7 +141,8 @@ impl Tree {
         Ok(finished)
     }
 
-    /// `make` for our tree; who built it, where and when leaves no trace.
+    /// Returns `make` for our tree. The user, host and time of the build leave no trace in the
+    /// kernel.
     fn make(&self) -> Command {
         let mut make = command::tool("make");
         make.arg("-C").arg(&self.source);

@@ -1,13 +1,12 @@
-//! Holds the configuration that Kconfig made against the one asked for.
+//! Compares the configuration that Kconfig made with the requested one.
 //!
-//! `olddefconfig` drops what it does not know and what has unmet
-//! dependencies, without a word; a guest without its console or its cgroups
-//! is then found much later.
+//! `olddefconfig` silently drops options that it does not know or that have unmet dependencies.
+//! Without this check, a missing console or missing cgroups would show only much later, in a guest.
 
 use std::collections::HashMap;
 use std::fmt;
 
-/// An option that is not as asked for.
+/// An option with another value than requested.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wrong {
     option: String,
@@ -29,8 +28,8 @@ impl fmt::Display for Wrong {
     }
 }
 
-/// `CONFIG_X=value` gives the value, `# CONFIG_X is not set` gives "n",
-/// everything else is a comment.
+/// Parses a line: `CONFIG_X=value` gives the value, `# CONFIG_X is not set` gives "n". Other lines
+/// are comments.
 fn parse(line: &str) -> Option<(&str, &str)> {
     let line = line.trim();
     if let Some(comment) = line.strip_prefix("# ") {
@@ -43,8 +42,8 @@ fn parse(line: &str) -> Option<(&str, &str)> {
         .filter(|(option, _)| option.starts_with("CONFIG_"))
 }
 
-/// Every option of `asked` that `made` sets differently. An option that
-/// `made` does not mention is off.
+/// Returns every option of `asked` that `made` sets differently. An option that `made` does not
+/// mention is off.
 pub(super) fn check(asked: &str, made: &str) -> Vec<Wrong> {
     let made: HashMap<&str, &str> = made.lines().filter_map(parse).collect();
     asked

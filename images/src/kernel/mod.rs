@@ -1,9 +1,8 @@
 //! The guest kernel: Debian's `linux-source` package, our configuration, our
 //! patches.
 //!
-//! An entry is named `<package version>-<recipe>`, where the recipe is the
-//! hash of everything of ours that goes in. The compiler is not part of the
-//! name: a kernel stays what it is when the machine is upgraded.
+//! An entry is named `<package version>-<recipe>`, where the recipe is the hash of our inputs. The
+//! compiler is not part of the name, so that a kernel remains valid when the machine is upgraded.
 
 mod build;
 mod config;
@@ -19,7 +18,7 @@ use crate::debian::DebianError;
 use crate::progress::Progress;
 use crate::tools::{self, MissingTools};
 
-/// Raised when the way of building changes in a way that inputs do not show.
+/// Increased when the build changes in a way that is not visible in its inputs.
 const BUILDER: &str = "1";
 const KIND: &str = "kernel";
 const FILE: &str = "vmlinux";
@@ -29,7 +28,7 @@ const CONFIG: &str = include_str!("../../kernel/config/guest.config");
 
 macro_rules! patches {
     ($($name:literal),* $(,)?) => {
-        /// Our patches, in order. A test holds the list against the directory.
+        /// Our patches, in order. A test compares the list with the directory.
         const PATCHES: &[(&str, &str)] = &[
             $(($name, include_str!(concat!("../../kernel/patches/", $name)))),*
         ];
@@ -75,22 +74,22 @@ patches![
     "0036-tick-hearth-end-the-long-stride-of-the-boot-with-it.patch",
 ];
 
-/// Why there is no kernel.
+/// Why the kernel could not be built.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
-    /// The machine lacks what a kernel build needs.
+    /// The machine lacks packages that builds need.
     #[error("building the kernel needs more packages; install them with: {}", .0.install_command())]
     Tools(MissingTools),
-    /// The source package cannot be had.
+    /// The source package could not be found or fetched.
     #[error("the kernel's source cannot be had")]
     Source(#[from] DebianError),
-    /// The unpacked package does not hold what it should.
+    /// A file that the package should have is missing.
     #[error("the package linux-source-6.12 {version} holds no {missing}")]
     Package {
         /// Version of the package.
         version: String,
-        /// What was looked for.
+        /// The missing file.
         missing: &'static str,
     },
     /// A patch does not apply to this version of the source.
@@ -100,24 +99,24 @@ pub enum KernelError {
         patch: &'static str,
         /// Version of the package.
         version: String,
-        /// What `patch` said.
+        /// The error of `patch`.
         source: CommandError,
     },
-    /// Kconfig did not take our configuration.
+    /// Some options of our configuration did not take effect.
     #[error("the kernel configuration did not take effect: {}", wrong.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Config {
-        /// Each option that is not as asked for.
+        /// Each option that differs from the requested value.
         wrong: Vec<Wrong>,
     },
     /// A program of the build failed.
     #[error("a build step failed")]
     Command(#[from] CommandError),
-    /// The cache failed.
+    /// A file operation in the cache failed.
     #[error("the image cache is not usable")]
     Cache(#[from] CacheError),
 }
 
-/// The hash of all of ours that goes into a kernel.
+/// Returns the hash of our inputs to a kernel.
 fn recipe(config: &str, patches: &[(&str, &str)]) -> String {
     patches
         .iter()
@@ -134,7 +133,7 @@ fn entry_name(version: &str, recipe: &str) -> String {
     format!("{version}-{recipe}")
 }
 
-/// The kernel from the pinned source, else from any other source version.
+/// Returns the kernel of the pinned source version, or else of another one.
 fn cached_as(cache: &Cache, recipe: &str) -> Option<PathBuf> {
     let file = |name: &str| {
         let file = cache.entry(KIND, name)?.join(FILE);
@@ -172,7 +171,7 @@ pub(crate) fn get(cache: &Cache, progress: &dyn Progress) -> Result<PathBuf, Ker
     Ok(entry.join(FILE))
 }
 
-/// Copies a named text into the entry that is being made.
+/// Writes a text to a file of the build.
 fn write(path: &Path, text: &str) -> Result<(), CacheError> {
     std::fs::write(path, text).map_err(crate::cache::io_error("write", path))
 }

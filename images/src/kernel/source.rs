@@ -11,13 +11,13 @@ use crate::debian::{self, DebianError, Download};
 use crate::lock::Package;
 use crate::progress::{Progress, Stage};
 
-/// The package name; one long-term series, so that a newer version of it
-/// takes our patches or fails to.
+/// The package name. It is that of one long-term series: our patches apply to its newer versions,
+/// or fail to.
 const PACKAGE: &str = "linux-source-6.12";
-/// Where it is: among Debian's security updates.
+/// The suite of the package: Debian's security updates.
 const SUITE: &str = "bookworm-security";
-/// The version that our patches were made on. Others are taken only if the archive no longer has
-/// this one.
+/// The version for which our patches were made. Another one is used only if the archive no longer
+/// has this one.
 pub(super) const PINNED: &str = "6.12.117-1~deb12u1";
 const PATH: &str = "pool/updates/main/l/linux-6.12/linux-source-6.12_6.12.117-1%7edeb12u1_all.deb";
 const SHA256: &str = "e849faf31ca3555757f3a8877cb01af92122f744f75d1f3102734651c4e14703";
@@ -29,8 +29,8 @@ pub(super) struct Source {
     pub(super) file: PathBuf,
 }
 
-/// The pinned version from `dir`, downloaded if it is not there or not whole. If the archive has
-/// dropped it, the newest that the suite's signed index vouches for.
+/// Returns the pinned version from `dir`, downloaded if it is missing or damaged. If the archive
+/// has dropped it, returns the newest version in the suite's signed index.
 pub(super) fn fetch(
     dir: &Path,
     scratch: &Path,
@@ -119,7 +119,7 @@ mod tests {
         assert!(SHA256.bytes().all(|digit| digit.is_ascii_hexdigit()));
     }
 
-    /// What becomes of builds when the archive drops the pin.
+    /// The fallback of builds for the time when the archive drops the pinned version.
     #[test]
     #[ignore = "long: needs the network"]
     fn debian_s_signed_index_names_a_version_of_the_series() {

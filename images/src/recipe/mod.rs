@@ -1,5 +1,5 @@
-//! What a root file system is made of: a recipe, written by hand, and its lock, which pins each
-//! package by its hash.
+//! Recipes of root file systems, which are written by hand, and their locks, which pin each package
+//! by its hash.
 
 mod text;
 
@@ -10,7 +10,7 @@ use crate::lock::Lock;
 
 pub(crate) use text::Text;
 
-/// Recipes that are part of this crate: name, recipe, lock.
+/// Built-in recipes: name, recipe, lock.
 const BUILT_IN: &[(&str, &str, &str)] = &[
     (
         "javascript",
@@ -28,14 +28,14 @@ const BUILT_IN: &[(&str, &str, &str)] = &[
         include_str!("../../recipes/shell.lock"),
     ),
 ];
-/// Recipes and files of recipes larger than this are a mistake.
+/// The size limit of recipes and of their files: more would be a mistake.
 const MAX_BYTES: u64 = 16 << 20;
 
 /// Why a recipe cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RecipeError {
-    /// No recipe of this crate has the name.
+    /// No built-in recipe has the name.
     #[error(
         "no recipe is named {name}; there are {}, and those in files (./NAME.toml)",
         Recipe::built_in_names().collect::<Vec<_>>().join(", ")
@@ -49,23 +49,23 @@ pub enum RecipeError {
     Read {
         /// The recipe, its lock, or a file that it names.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// It is not the TOML of a recipe or lock.
+    /// The file is not valid TOML of a recipe or lock.
     #[error("{what} is not as it should be")]
     Parse {
         /// The recipe or lock.
         what: String,
-        /// Where and why.
+        /// The position and the error.
         source: Box<toml::de::Error>,
     },
-    /// A value does not make sense.
+    /// A value is not valid.
     #[error("recipe {recipe}: {problem}")]
     Invalid {
         /// The recipe's name.
         recipe: String,
-        /// What is wrong, and what would be right.
+        /// What is wrong, and what is valid.
         problem: String,
     },
     /// There is no lock, or it was made for other packages.
@@ -76,14 +76,14 @@ pub enum RecipeError {
     Unlocked {
         /// The recipe's name.
         recipe: String,
-        /// Its file, unless it is part of this crate.
+        /// Its file, unless the recipe is built in.
         file: Option<PathBuf>,
-        /// What is the matter with the lock.
+        /// What is wrong with the lock.
         why: &'static str,
     },
 }
 
-/// A root file system to be: Debian packages, and what is changed in their files.
+/// The description of a root file system: Debian packages, and changes of their files.
 ///
 /// ```toml
 /// name = "tool"
@@ -112,20 +112,20 @@ pub enum RecipeError {
 #[derive(Debug, Clone)]
 pub struct Recipe {
     pub(crate) text: Text,
-    /// The file that it was read from.
+    /// The file that the recipe was read from.
     pub(crate) file: Option<PathBuf>,
     pub(crate) lock: Option<Lock>,
-    /// Python packages that were asked for besides the recipe's.
+    /// Python packages that were requested in addition to the recipe's.
     pub(crate) extra: Vec<String>,
 }
 
 impl Recipe {
-    /// The names of the recipes that are part of this crate.
+    /// Returns the names of the built-in recipes.
     pub fn built_in_names() -> impl Iterator<Item = &'static str> {
         BUILT_IN.iter().map(|(name, ..)| *name)
     }
 
-    /// The recipe of this crate with that name.
+    /// Returns the built-in recipe with that name.
     ///
     /// # Errors
     /// [`RecipeError::Unknown`].
@@ -141,10 +141,10 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// Reads a recipe and, if there is one, its lock.
+    /// Reads a recipe and, if it exists, its lock.
     ///
     /// # Errors
-    /// [`RecipeError`], but for a missing lock, which only a build minds.
+    /// [`RecipeError`]. A missing lock is an error only when the recipe is built.
     pub fn read(file: &Path) -> Result<Self, RecipeError> {
         let shown = file.display().to_string();
         let text = read_text(file)?;
@@ -159,10 +159,10 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// By the name of a recipe of this crate, or by a path: whatever has a slash or the suffix
-    /// `.toml`.
+    /// Finds a built-in recipe by its name, or reads a recipe from a path. An argument with a slash
+    /// or the suffix `.toml` is a path.
     ///
-    /// # Errors
+    /// Those of [`Recipe::built_in`] or [`Recipe::read`].
     /// As [`Recipe::built_in`] or [`Recipe::read`].
     pub fn find(name_or_path: &str) -> Result<Self, RecipeError> {
         if name_or_path.contains('/') || name_or_path.ends_with(".toml") {
@@ -172,8 +172,8 @@ impl Recipe {
         }
     }
 
-    /// Adds a Python package, such as `numpy` or `numpy==2.2.0`, and what it depends on, as wheels.
-    /// Which version a bare name means is settled by the first build and kept by this machine's
+    /// Adds a Python package, such as `numpy` or `numpy==2.2.0`, and its dependencies, as wheels.
+    /// The version of a bare name is chosen by the first build, and then kept by this machine's
     /// cache.
     #[must_use]
     pub fn python_package(mut self, requirement: impl Into<String>) -> Self {
@@ -181,13 +181,13 @@ impl Recipe {
         self
     }
 
-    /// Its name.
+    /// Returns the recipe's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.text.name
     }
 
-    /// The text of a recipe of this crate.
+    /// Returns the text of a built-in recipe.
     pub(crate) fn built_in_text(name: &str) -> Option<&'static str> {
         let found = BUILT_IN.iter().find(|(known, ..)| *known == name)?;
         Some(found.1)
@@ -217,7 +217,7 @@ impl Recipe {
         })
     }
 
-    /// The lock, if it is for what the recipe asks for.
+    /// Returns the lock, if it is for the packages of this recipe.
     pub(crate) fn locked(&self) -> Result<&Lock, RecipeError> {
         let unlocked = |why| RecipeError::Unlocked {
             recipe: self.text.name.clone(),

@@ -1,4 +1,4 @@
-//! A recipe as it is written.
+//! The fields of a recipe as in its file.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -28,7 +28,7 @@ pub(crate) struct Text {
     pub(crate) users: Vec<User>,
 }
 
-/// A file of the recipe's own.
+/// A file that the recipe adds.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct FileText {
@@ -38,7 +38,7 @@ pub(crate) struct FileText {
     pub(crate) link: Option<String>,
     #[serde(default = "readable")]
     pub(crate) mode: u32,
-    /// What `source` names.
+    /// The content of the file that `source` names.
     #[serde(skip)]
     pub(crate) bytes: Vec<u8>,
 }
@@ -47,7 +47,7 @@ fn readable() -> u32 {
     0o644
 }
 
-/// A user besides root, with a group of the same name and number.
+/// A user in addition to root, with a group of the same name and number.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct User {
@@ -68,7 +68,7 @@ impl User {
 }
 
 impl Text {
-    /// The hash of all that decides which packages there are.
+    /// Returns the hash of all fields that decide which packages are used.
     pub(crate) fn asked(&self) -> String {
         let lists = [&self.packages, &self.leave_out, &self.python];
         let key = Key::default().part("suite", self.suite.as_bytes());
@@ -80,7 +80,7 @@ impl Text {
         key.name()
     }
 
-    /// The hash of all that decides what is done with the packages.
+    /// Returns the hash of all fields that decide what is done with the packages.
     pub(crate) fn key(&self) -> Key {
         let key = Key::default()
             .part("name", self.name.as_bytes())
@@ -104,7 +104,7 @@ impl Text {
         })
     }
 
-    /// The first thing that does not make sense.
+    /// Returns the first problem of the recipe.
     pub(super) fn problem(&self) -> Option<String> {
         let is_name = |text: &str| {
             let letters =
@@ -165,7 +165,7 @@ impl Text {
 }
 
 impl FileText {
-    /// What the file is to hold.
+    /// Returns the content to write.
     pub(crate) fn content(&self) -> &[u8] {
         match &self.content {
             Some(content) => content.as_bytes(),
@@ -174,7 +174,8 @@ impl FileText {
     }
 }
 
-/// An absolute path in the image that stays there.
+/// Returns whether the path is absolute, names something below the root, and has no `..`, newline
+/// or colon.
 fn is_path(path: &str) -> bool {
     let mut components = Path::new(path).components();
     components.next() == Some(Component::RootDir)

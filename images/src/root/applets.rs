@@ -1,7 +1,7 @@
-//! Links to busybox for each of its programs that no package has.
+//! Creates links to busybox for its applets that no package provides.
 //!
-//! Which there are is read in the program, which is not run: it has their names in a table, sorted,
-//! each ended by a zero byte.
+//! The applet names are read from the busybox binary, which is not run. It has a sorted table of
+//! names, each terminated by a zero byte.
 
 use std::path::Path;
 
@@ -11,12 +11,12 @@ use crate::recipe::{RecipeError, Text};
 
 const PROGRAM: &str = "/usr/bin/busybox";
 const MAX_BYTES: u64 = 64 << 20;
-/// How the table begins, after another zero byte, and most that it may hold.
+/// The first names of the table, after another zero byte, and the maximum number of names.
 const FIRST: &[u8] = b"\0[\0[[\0";
 const MAX_NAMES: usize = 1024;
-/// Not programs that somebody calls.
+/// Applets that users do not call.
 const LEFT_OUT: [&str; 2] = ["linuxrc", "init"];
-/// Those that are in `/usr/sbin` (`busybox --list-full`).
+/// Applets that belong in `/usr/sbin` (`busybox --list-full`).
 const ADMINISTRATOR_S: &str = "acpid adjtimex arp arping blockdev brctl chroot crond depmod devmem fdisk findfs freeramdisk \
     fsfreeze fstrim getty halt httpd hwclock i2cdetect i2cdump i2cget i2cset i2ctransfer ifconfig ifdown ifup insmod ip \
     ipneigh klogd loadfont loadkmap logread losetup lsmod mdev mim mkdosfs mke2fs mkswap modinfo modprobe nameif nologin \

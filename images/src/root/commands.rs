@@ -1,11 +1,11 @@
-//! Commands of a recipe, run as root of the tree.
+//! Runs the commands of a recipe as root of the tree.
 
 use super::tree_root::TreeRoot;
 use super::{RootError, confine};
 use crate::cache::io_error;
 use crate::command;
 
-/// Says whether this machine can run any, before anything is fetched.
+/// Fails if there are commands and this machine cannot run any. Called before anything is fetched.
 pub(super) fn check(commands: &[String]) -> Result<(), RootError> {
     let wanted = (!commands.is_empty()).then(confine::refused);
     match wanted.flatten() {

@@ -1,9 +1,9 @@
-//! Programs of an image, run while it is built with the tree as their whole world: they are the
-//! packages', and not trusted.
+//! Runs programs of an image while it is built, confined to the tree. They come from packages and
+//! are not trusted.
 //!
-//! In namespaces of their own: there is no file but the tree's, four devices and the processes of
-//! the namespace; no network; nobody to signal. Who started this process is root there, without the
-//! rights that reach beyond files.
+//! They run in namespaces of their own, with the tree's files, four devices and the processes of
+//! the namespace. There is no network, and no process outside to signal. The user of this process
+//! is root there, without capabilities that reach beyond files.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -29,9 +29,9 @@ use super::tree_root::TreeRoot;
 use crate::command::{self, CommandError};
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Bind mounts of this machine's.
+/// Devices of this machine that are bind-mounted.
 const DEVICES: [&str; 4] = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"];
-/// What root in the namespaces may do: all that is about files and owners.
+/// The capabilities of root in the namespaces: those for files and owners.
 const RIGHTS: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
@@ -43,10 +43,10 @@ const NAMESPACES: UnshareFlags = UnshareFlags::NEWNS
     .union(UnshareFlags::NEWNET)
     .union(UnshareFlags::NEWIPC)
     .union(UnshareFlags::NEWUTS);
-/// More than the kernel knows rights.
+/// More than the number of capabilities that the kernel knows.
 const RIGHTS_BITS: u32 = 64;
 
-/// Why programs cannot be confined here, if they cannot.
+/// Returns why programs cannot be confined on this machine, or `None` if they can.
 pub(crate) fn refused() -> Option<CommandError> {
     let ids = Ids::new();
     let mut probe = command::tool("true");
@@ -54,7 +54,7 @@ pub(crate) fn refused() -> Option<CommandError> {
     unsafe {
         probe.pre_exec(move || {
             isolate(&ids)?;
-            // Some systems let everybody have namespaces and nobody do anything in them.
+            // Some systems permit namespaces to all users, but no mounts in them.
             Ok(mount_change("/", PRIVATE)?)
         });
     }
@@ -64,7 +64,7 @@ pub(crate) fn refused() -> Option<CommandError> {
 const PRIVATE: MountPropagationFlags =
     MountPropagationFlags::PRIVATE.union(MountPropagationFlags::REC);
 
-/// A command for a program of the tree, named by its path there.
+/// Returns a command for a program of the tree, given by its path in the tree.
 pub(super) fn command(tree: &TreeRoot, program: &str) -> Result<Command, io::Error> {
     let (ids, dir) = (Ids::new(), tree.dir().try_clone_to_owned()?);
     let mut command = command::tool(program);
@@ -81,7 +81,8 @@ pub(super) fn command(tree: &TreeRoot, program: &str) -> Result<Command, io::Err
     Ok(command)
 }
 
-/// Who this process is in the new user namespace: made before the fork, for it takes memory.
+/// The mappings of this process's user and group for the new user namespace. Made before the fork,
+/// because they need allocations.
 struct Ids {
     user: String,
     group: String,
@@ -99,9 +100,10 @@ impl Ids {
     }
 }
 
-/// In the child, before it becomes the program.
+/// Confines the child before it executes the program.
 fn enter(tree: BorrowedFd<'_>, ids: &Ids) -> io::Result<()> {
-    // A descriptor names the mount of the old namespace; the directory that one is in moves along.
+    // The descriptor refers to a mount of the old namespace, but the working directory is carried
+    // over into the new one.
     fchdir(tree)?;
     isolate(ids)?;
     become_init()?;
@@ -114,8 +116,7 @@ fn enter(tree: BorrowedFd<'_>, ids: &Ids) -> io::Result<()> {
 }
 
 fn isolate(ids: &Ids) -> io::Result<()> {
-    // SAFETY: this is a child of one thread, and shares no descriptors that somebody else counts
-    // on.
+    // SAFETY: this is a child with one thread, and no other code relies on its descriptors.
     let with_user = unsafe { unshare_unsafe(NAMESPACES | UnshareFlags::NEWUSER) };
     match with_user {
         Ok(()) => {
@@ -124,9 +125,9 @@ fn isolate(ids: &Ids) -> io::Result<()> {
             write("/proc/self/gid_map", &ids.group)?;
             Ok(())
         }
-        // Root needs none.
+        // Root can do without a user namespace.
         Err(_) if ids.is_root => {
-            // SAFETY: as above; and an empty list is no pointer.
+            // SAFETY: as above; a list of length 0 needs no pointer.
             unsafe {
                 unshare_unsafe(NAMESPACES)?;
                 check(libc::setgroups(0, std::ptr::null()).into())
@@ -141,8 +142,9 @@ fn write(path: &str, text: &str) -> io::Result<()> {
     File::from(file).write_all(text.as_bytes())
 }
 
-/// Goes on in a child, the first process of the new namespace, with which all others there end.
-/// This one waits for it, ends as it did, and takes it along if it is itself killed.
+/// Forks and returns in the child, the first process of the new PID namespace: when it ends, the
+/// kernel kills all others there. The parent waits for the child and exits with its status. If the
+/// parent is killed, so is the child.
 fn become_init() -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // SAFETY: one thread, and both sides only make system calls.
@@ -153,8 +155,8 @@ fn become_init() -> io::Result<()> {
             // SAFETY: what is closed is not used again; `status` is written before it is read;
             // `_exit` runs no code of this process's.
             unsafe {
-                // The caller waits until nobody has the end of a pipe that says whether the program
-                // could be started.
+                // `Command::spawn` waits until all copies of a pipe's end are closed, to learn
+                // whether the program could be started. This process must not keep one.
                 libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0);
                 let mut status = 0;
                 while libc::waitpid(child, &raw mut status, 0) == -1 && Errno::INTR == last() {}
@@ -172,7 +174,7 @@ fn last() -> Errno {
     Errno::from_raw_os_error(errno.unwrap_or(0))
 }
 
-/// Makes this process's directory the root of all that it sees.
+/// Makes the working directory the root of all files that this process can see.
 fn see_only_this_directory() -> io::Result<()> {
     mount_change("/", PRIVATE)?;
     let here = fstatvfs(open(".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)?.f_flag;
@@ -185,7 +187,7 @@ fn see_only_this_directory() -> io::Result<()> {
     let world = open_tree(CWD, ".", clone)?;
     attach(&world, ".")?;
     fchdir(&world)?;
-    // The old root is laid over the new one, and taken away.
+    // This mounts the old root over the new one; it is then unmounted.
     pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;
     chdir("/")?;
@@ -213,15 +215,16 @@ fn see_only_this_directory() -> io::Result<()> {
             attach(device, path)?;
         }
     }
-    // Where it cannot be had, programs do without.
+    // Programs can do without `/proc` where it cannot be mounted.
     if let Ok(processes) = processes {
         attach(&processes, "/proc")?;
     }
     Ok(())
 }
 
-/// A `/proc` of the namespace's processes that has nothing of the machine's. The kernel gives it to
-/// those alone who see another one, so it is made before the old root is gone.
+/// Makes a `/proc` with the processes of the namespace only, without files about this machine. The
+/// kernel permits this only while another `/proc` is visible, so it is made before the old root is
+/// gone.
 fn processes() -> Result<OwnedFd, Errno> {
     let proc = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&proc, "subset", "pid")?;
@@ -243,7 +246,7 @@ fn attach(mount: &OwnedFd, path: &str) -> io::Result<()> {
     )?)
 }
 
-/// Flags that the mount has, which an ordinary user may not take from it.
+/// Returns the mount flags that are set and that an ordinary user may not clear.
 fn kept(has: StatVfsMountFlags) -> MountFlags {
     let pairs = [
         (StatVfsMountFlags::RDONLY, MountFlags::RDONLY),
@@ -256,11 +259,11 @@ fn kept(has: StatVfsMountFlags) -> MountFlags {
     kept.fold(MountFlags::empty(), |all, (_, flag)| all | *flag)
 }
 
-/// Neither a set-id bit nor being root gives back what is dropped here.
+/// Drops capabilities for good: neither a set-id bit nor being root restores them.
 fn drop_rights() -> io::Result<()> {
     set_no_new_privs(true)?;
     for right in (0..RIGHTS_BITS).filter(|right| RIGHTS.bits() & (1 << right) == 0) {
-        // SAFETY: numbers alone.
+        // SAFETY: only numbers are passed.
         match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(right), 0, 0, 0) } {
             0 => {}
             _ if last() == Errno::INVAL => break,
@@ -270,9 +273,9 @@ fn drop_rights() -> io::Result<()> {
     Ok(())
 }
 
-/// Descriptors of the program that builds are not the image's.
+/// Marks all descriptors from 3 up as close-on-exec, so that no program of the image inherits them.
 pub(super) fn close_on_exec() -> io::Result<()> {
-    // SAFETY: numbers alone; no descriptor is closed before the program is another.
+    // SAFETY: only numbers are passed; descriptors are closed at exec and not before.
     check(unsafe {
         libc::syscall(
             libc::SYS_close_range,

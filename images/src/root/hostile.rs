@@ -1,5 +1,5 @@
-//! Packages, programs and commands that want more than their tree. A witness outside of it stays as
-//! it is.
+//! Packages, programs and commands that try to reach beyond their tree. Files outside of it, the
+//! witness, must not change.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
@@ -30,7 +30,7 @@ name = "user"
 uid = 1000
 "#;
 
-/// A directory with a file of its own, as names that a script can use.
+/// A directory with a file, whose path scripts can use.
 struct Witness(PathBuf);
 
 impl Witness {
@@ -49,8 +49,8 @@ impl Witness {
     }
 }
 
-/// A package whose directories are links out of its tree, and another that has files in them; each
-/// program that a build might run is one that says in `outside` that it ran.
+/// Builds a package whose directories are links out of its tree, and another that has files in
+/// them. Each program that a build might run is a script that leaves a mark in `outside`.
 fn hostile_packages(dir: &Path, outside: &Path) -> Option<[PathBuf; 2]> {
     let at = |package: &str, path: &str| {
         let path = dir.join(package).join(path);
@@ -79,7 +79,7 @@ fn hostile_packages(dir: &Path, outside: &Path) -> Option<[PathBuf; 2]> {
         fs::write(at("second", program), &script).unwrap();
         fs::set_permissions(at("second", program), fs::Permissions::from_mode(0o6755)).unwrap();
     }
-    // The table of applets, after what runs.
+    // The table of applets follows the script.
     let busybox = [script.as_bytes(), b"exit\n\0[\0[[\0ash\0\0"].concat();
     fs::write(at("second", "usr/bin/busybox"), busybox).unwrap();
     fs::set_permissions(
@@ -102,14 +102,14 @@ fn a_hostile_package_changes_nothing_on_this_machine() {
     let Some((recipe, cache)) = prepared_of(dir.path(), RECIPE, &packages) else {
         return not_measured("no mkfs.erofs");
     };
-    // Whether such an image can be built is of no interest.
+    // Whether such an image can be built does not matter.
     let _ = get(&cache, &recipe, &Silent);
     witness.check();
     let _ = without_namespaces(|| get(&cache, &recipe, &Silent));
     witness.check();
 }
 
-/// The tree of a recipe with this machine's shell, and where its libraries are.
+/// Builds the tree of a recipe with this machine's shell and its libraries.
 fn shell_tree(dir: &Path) -> Option<TreeRoot> {
     let recipe = super::tests::RECIPE;
     let (recipe, cache) = super::tests::prepared(dir, recipe)?;
@@ -121,8 +121,8 @@ fn shell_tree(dir: &Path) -> Option<TreeRoot> {
     Some(tree)
 }
 
-/// Ways to a directory, by what a shell has built in: each writes a line to `$got` if it leads
-/// there.
+/// Scripts of shell built-ins that try to reach a directory. Each writes a line to `$got` if it
+/// succeeds.
 fn ways(outside: &Path) -> [String; 8] {
     let (out, here) = (outside.display(), std::process::id());
     [
@@ -147,7 +147,7 @@ fn a_command_reaches_nothing_but_its_tree() {
     if let Some(refused) = commands_refused() {
         return not_measured(&refused.to_string());
     }
-    // What has the same name in the tree.
+    // A file of the same name in the tree.
     let own = witness.0.join("file");
     tree.write(&own, &b"tree's\n"[..], 0o644).unwrap();
     let more = [
@@ -162,7 +162,7 @@ fn a_command_reaches_nothing_but_its_tree() {
     let got = fs::read_to_string(tree.path().join("got")).unwrap();
     assert_eq!(got, "write\nmake\nread\nenter\nroot\nabove\n");
     assert_eq!(tree.read(&own, 100).unwrap(), b"mine\n");
-    // It is root, but has no rights beyond files, and no way to more.
+    // The command runs as root, but has capabilities for files only, and cannot get more.
     let status = "while read -r name value; do case $name in CapBnd:|CapEff:|NoNewPrivs:|NSpid:) \
                   echo $name $value;; esac; done < /proc/self/status > /status";
     let proc =
@@ -180,7 +180,7 @@ fn a_command_reaches_nothing_but_its_tree() {
     assert_eq!(status, wanted);
 }
 
-/// A program of the tree that is confined by rules.
+/// Returns a command for a program of the tree that is confined by rules.
 fn by_rules(tree: &TreeRoot, program: &str, args: &[&str]) -> Result<Command, String> {
     let linker = "lib64/ld-linux-x86-64.so.2";
     let mut command = rules::command(tree, linker).map_err(|error| error.to_string())?;
@@ -215,11 +215,11 @@ fn a_program_confined_by_rules_reaches_nothing_but_its_tree() {
     }
     witness.check();
     assert!(!got.exists(), "{}", fs::read_to_string(&got).unwrap());
-    // No program of this machine's, and no process of its own.
+    // The shell can start no program of this machine, and no process.
     for script in ["exec /bin/true", "exec /usr/bin/env", "(:)"] {
         run(script).unwrap().unwrap_err();
     }
-    // The same ways lead to what is in the tree, but for a change of directory.
+    // Inside the tree the same scripts succeed, except for changing the directory.
     let inside = tree.path().join("inside");
     fs::create_dir(&inside).unwrap();
     fs::write(inside.join("file"), "tree's\n").unwrap();
@@ -228,8 +228,8 @@ fn a_program_confined_by_rules_reaches_nothing_but_its_tree() {
     assert_eq!(got, "write\nmake\nread\nroot\nabove\n");
 }
 
-/// What makes the kernel, or asks it to, send SIGKILL to a process when somebody reads what the
-/// program writes; in Perl, which needs no module for system calls. Numbers are those of fcntl.h,
+/// Ways to make the kernel send SIGKILL to a process, directly or when the program's output is
+/// read. They are in Perl, which needs no module for system calls. Numbers are those of fcntl.h,
 /// asm-generic/ioctls.h and unistd_64.h.
 fn signals(other: u32) -> [(&'static str, String); 9] {
     [
@@ -239,7 +239,7 @@ fn signals(other: u32) -> [(&'static str, String); 9] {
             "F_SETOWN_EX",
             format!("fcntl(STDOUT, 15, my $owner = pack('ii', 1, {other}))"),
         ),
-        // The kernel does not look at the upper half.
+        // The kernel ignores the upper half.
         (
             "F_SETOWN by another number",
             format!("syscall(72, 1, 0x100000008, {other}) == 0"),
@@ -271,12 +271,12 @@ fn a_program_confined_by_rules_has_no_signal_sent() {
     }
     let mut other = command::tool("sleep").arg("1000").spawn().unwrap();
     let ways = signals(other.id()).into_iter();
-    // One that is no attack, to see that it runs.
+    // A harmless call, to see that the script runs.
     let ways = ways.chain([("F_GETFD", "fcntl(STDOUT, 1, 0)".to_owned())]);
     let script: String = ways
         .map(|(name, way)| format!("print \"{name}\\n\" if {way};"))
         .collect();
-    // One that it is given as a word it begins by opening /dev/null.
+    // The script is a file: for a script given as an argument, Perl first opens /dev/null.
     let file = Path::new("script");
     let script = format!("$| = 1; {script}");
     tree.write(file, script.as_bytes(), 0o644).unwrap();
@@ -301,7 +301,7 @@ fn a_program_confined_by_rules_has_no_rights_of_root_s() {
     let Some(tree) = shell_tree(dir.path()) else {
         return not_measured("no dpkg-deb, ldd or mkfs.erofs");
     };
-    // It is there as long as nobody reads what does not fit into a pipe.
+    // The process lives until its output, which does not fit into a pipe, is read.
     let script = "echo $$; n=0; while test $n -lt 100000; do echo word; n=$((n+1)); done";
     let mut shell = match by_rules(&tree, "bin/sh", &["-c", script]) {
         Ok(shell) => shell,
@@ -347,7 +347,7 @@ fn a_command_that_is_killed_is_told_as_a_shell_tells_it() {
     if let Some(refused) = commands_refused() {
         return not_measured(&refused.to_string());
     }
-    // The first process of a namespace is not killed by itself.
+    // The first process of a PID namespace cannot kill itself by a signal.
     let error = commands::run(&tree, &["ulimit -t 0; while :; do :; done".to_owned()]);
     let RootError::Command {
         source: command::CommandError::Failed { status, .. },

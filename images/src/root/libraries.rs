@@ -1,8 +1,8 @@
-//! The list by which programs find their libraries (`/etc/ld.so.cache`), written once instead of
-//! searched for at each start.
+//! Writes `/etc/ld.so.cache`, the list of libraries that the dynamic linker uses, so that programs
+//! do not search directories at each start.
 //!
-//! `ldconfig` would write it, but the image's own is a program of the image's, and this machine's
-//! is another version. The layout is that of glibc's `sysdeps/generic/dl-cache.h`, since 2.2.
+//! `ldconfig` could write it, but the image's own is an untrusted program, and this machine's is
+//! another version. The layout is that of glibc's `sysdeps/generic/dl-cache.h`, since 2.2.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ use crate::cache::CacheError;
 
 const CACHE: &str = "/etc/ld.so.cache";
 const SETTINGS: &str = "/etc/ld.so.conf";
-/// Where programs look without being told.
+/// The linker's default directories.
 const USUAL: [&str; 4] = [
     "/lib/x86_64-linux-gnu",
     "/usr/lib/x86_64-linux-gnu",
@@ -25,16 +25,16 @@ const MAGIC: &[u8] = b"glibc-ld.so.cache1.1";
 const HEADER_BYTES: usize = 48;
 const ENTRY_BYTES: usize = 24;
 const LITTLE_ENDIAN: u32 = 2;
-/// For glibc on x86-64.
+/// The flags of an entry: for glibc on x86-64.
 const KIND: u32 = 0x0303;
-/// Settings beyond these are a mistake.
+/// The limits of settings and libraries: more would be a mistake.
 const MAX_SETTINGS_BYTES: u64 = 64 << 10;
 const MAX_DIRECTORIES: usize = 256;
 const MAX_LIBRARIES: usize = 16 << 10;
-/// Of an ELF file's head: class, and type and machine.
+/// The bytes of an ELF header up to and including class, type and machine.
 const ELF_BYTES: u64 = 20;
 
-/// Writes the list, if the image has glibc's linker to read it.
+/// Writes the list, if the image has glibc's dynamic linker.
 pub(super) fn index(tree: &TreeRoot) -> Result<(), CacheError> {
     if !tree.has(Path::new("/lib64/ld-linux-x86-64.so.2")) {
         return Ok(());
@@ -53,7 +53,7 @@ pub(super) fn index(tree: &TreeRoot) -> Result<(), CacheError> {
     tree.write(Path::new(CACHE), &*layout(&found), 0o644)
 }
 
-/// Those of the settings, then the usual ones.
+/// Returns the directories of the settings, then the default ones.
 fn directories(tree: &TreeRoot) -> Result<Vec<PathBuf>, CacheError> {
     let mut dirs = Vec::new();
     for line in lines(tree, Path::new(SETTINGS))? {
@@ -99,12 +99,12 @@ fn is_library(tree: &TreeRoot, path: &Path) -> bool {
     let Ok(head) = tree.read(path, ELF_BYTES) else {
         return false;
     };
-    // ELF, of 64 bits, little-endian; a shared object, for x86-64 (the ELF specification's e_ident,
+    // ELF, 64 bits, little-endian; a shared object for x86-64 (the ELF specification's e_ident,
     // e_type, e_machine).
     head.starts_with(b"\x7fELF\x02\x01") && head.ends_with(&[3, 0, 62, 0])
 }
 
-/// The name of a library, in the list's order.
+/// The name of a library. Names are ordered as in the list.
 #[derive(Debug, PartialEq, Eq)]
 struct Name(Vec<u8>);
 
@@ -113,7 +113,7 @@ impl Name {
         let name = file.into_encoded_bytes();
         let named = name.starts_with(b"lib") || name.starts_with(b"ld-");
         let plain = |byte: &u8| byte.is_ascii_graphic();
-        // Numbers that the linker's own comparison would overflow are no versions.
+        // Numbers that would overflow in the linker's comparison are not versions.
         let mut numbers = name.split(|byte| !byte.is_ascii_digit());
         let taken = named
             && name.windows(3).any(|part| part == b".so")
@@ -130,7 +130,7 @@ impl PartialOrd for Name {
 }
 
 impl Ord for Name {
-    /// That of glibc's `_dl_cache_libcmp`: numbers by value, and after all else.
+    /// Compares like glibc's `_dl_cache_libcmp`: numbers by value, and after all other characters.
     fn cmp(&self, other: &Self) -> Ordering {
         let (mut one, mut two) = (&*self.0, &*other.0);
         loop {
@@ -155,7 +155,7 @@ impl Ord for Name {
     }
 }
 
-/// Takes the number that the text begins with.
+/// Removes the number at the start of the text, and returns it.
 fn number(text: &mut &[u8]) -> u64 {
     let digits = text.iter().take_while(|byte| byte.is_ascii_digit()).count();
     let (number, rest) = text.split_at(digits);
@@ -164,8 +164,7 @@ fn number(text: &mut &[u8]) -> u64 {
     number.iter().fold(0, value)
 }
 
-/// The file: a header, entries from the greatest name to the least, and the strings that they point
-/// to.
+/// Returns the file: a header, entries from the greatest name to the least, and their strings.
 fn layout(found: &BTreeMap<Name, Vec<u8>>) -> Vec<u8> {
     let mut strings = Vec::new();
     let mut entries = Vec::new();
@@ -178,14 +177,14 @@ fn layout(found: &BTreeMap<Name, Vec<u8>>) -> Vec<u8> {
     };
     for (name, path) in found.iter().rev() {
         let (key, value) = (place(&name.0), place(path));
-        // The last two: no kernel is too old, no processor too plain.
+        // The rest is zero: any kernel version (`osversion`) and any processor (`hwcap`) will do.
         for word in [KIND, key, value, 0, 0, 0] {
             entries.extend(word.to_le_bytes());
         }
     }
     let mut file = MAGIC.to_vec();
     let sizes = [number_of(found.len()), number_of(strings.len())];
-    // Then no extension, and three words that nobody uses.
+    // Then the byte order, no extension, and three unused words.
     for word in sizes.into_iter().chain([LITTLE_ENDIAN, 0, 0, 0, 0]) {
         file.extend(word.to_le_bytes());
     }
@@ -194,7 +193,7 @@ fn layout(found: &BTreeMap<Name, Vec<u8>>) -> Vec<u8> {
     file
 }
 
-/// What the bounds above keep far below 4 GiB.
+/// Converts an offset or size, which the limits above keep far below 4 GiB.
 fn number_of(bytes: usize) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }
@@ -218,7 +217,7 @@ mod tests {
         let mut names = sorted.map(name);
         names.reverse();
         names.sort();
-        // A digit is greater than any other sign.
+        // A digit sorts after any other character.
         assert_eq!(
             names,
             [
@@ -236,7 +235,7 @@ mod tests {
         }
     }
 
-    /// What this machine's `ldconfig` reads in the list.
+    /// Reads the list with this machine's `ldconfig`.
     #[test]
     fn the_list_has_each_library_once_from_the_first_directory() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,6 @@
-//! Root file systems of recipes: packages are fetched, unpacked without running any of their
-//! scripts, changed as the recipe says, and written as an image that guests read in place.
+//! Root file systems of recipes. Packages are fetched and unpacked without running any of their
+//! scripts. The recipe's changes are applied, and the tree is written as an image that guests read
+//! in place.
 
 mod applets;
 mod commands;
@@ -33,20 +34,20 @@ use self::tree_root::TreeRoot;
 
 const KIND: &str = "root";
 const FILE: &str = "root.erofs";
-/// Raised when the same recipe and packages give another image.
+/// Increased when the same recipe and packages give another image.
 const BUILDER: &str = "2";
 
-/// Why there is no root file system.
+/// Why a root file system could not be built.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RootError {
     /// The recipe or its lock cannot be used.
     #[error(transparent)]
     Recipe(#[from] RecipeError),
-    /// The Debian packages cannot be had.
+    /// The Debian packages could not be resolved or fetched.
     #[error(transparent)]
     Debian(#[from] DebianError),
-    /// The Python packages cannot be had.
+    /// The Python packages could not be resolved or fetched.
     #[error(transparent)]
     Wheels(#[from] WheelsError),
     /// Packages could not be unpacked.
@@ -55,28 +56,28 @@ pub enum RootError {
     /// A package or wheel is damaged.
     #[error("a package is no whole archive: remove it from the image cache's `source` or `wheels`")]
     Archive(#[source] std::io::Error),
-    /// A package holds a file for a place outside of the image.
+    /// A package has a file whose path leads out of the image.
     #[error("a package has a file {name:?}, which leads out of the image: it is not to be trusted")]
     Member {
         /// The file's name in the package.
         name: String,
     },
-    /// A program of the image's failed on its files.
+    /// A program of the image failed.
     #[error("the image's {tool} failed")]
     Tool {
         /// The program's name.
         tool: &'static str,
-        /// What it said.
+        /// Its exit status and the end of its output.
         source: CommandError,
     },
-    /// This machine does not let an ordinary user run commands in a tree of files.
+    /// This machine does not permit an ordinary user to run commands in a tree of files.
     #[error(
         "the recipe has commands, and this machine permits no user namespaces to run them in: \
          sudo sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=1000 (on Ubuntu \
          kernel.apparmor_restrict_unprivileged_userns=0), or build without commands"
     )]
     NoNamespaces(#[source] CommandError),
-    /// This machine has nothing to confine a program of the image's with.
+    /// This machine can confine a program of the image neither by namespaces nor by Landlock.
     #[error(
         "the image's Python compiles its library, and this machine can confine it neither by namespaces nor by Landlock: \
          sudo sysctl user.max_user_namespaces=1000, or build on another"
@@ -85,15 +86,15 @@ pub enum RootError {
     /// A command of the recipe failed.
     #[error("the recipe's command `{command}` failed")]
     Command {
-        /// As the recipe has it.
+        /// The command as in the recipe.
         command: String,
-        /// What it said.
+        /// Its exit status and the end of its output.
         source: CommandError,
     },
     /// The image could not be written.
     #[error(transparent)]
     Erofs(#[from] ErofsError),
-    /// The cache failed.
+    /// A file operation in the cache failed.
     #[error("the image cache is not usable")]
     Cache(#[from] CacheError),
 }
@@ -101,15 +102,15 @@ pub enum RootError {
 /// A root file system in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CachedRoot {
-    /// The recipe's name, and after a `+` each Python package that was asked for besides.
+    /// The recipe's name, and after a `+` each Python package that was requested in addition.
     pub name: String,
     /// The image.
     pub path: PathBuf,
-    /// Its size.
+    /// Its size in bytes.
     pub bytes: u64,
 }
 
-/// Name of the cache's entry: what it is, and the hash of all that decides its content.
+/// Returns the name of the cache entry: a readable label, and the hash of all inputs.
 fn entry_name(recipe: &Recipe, lock: &Lock, wheels: &Wheels) -> String {
     let key = recipe.text.key().part("builder", BUILDER.as_bytes());
     let key = wheels
@@ -145,7 +146,7 @@ pub(crate) fn cached(cache: &Cache, recipe: &Recipe) -> Option<PathBuf> {
     file.is_file().then_some(file)
 }
 
-/// All that are cached, by name.
+/// Returns all cached root file systems, sorted by name.
 pub(crate) fn all(cache: &Cache) -> Vec<CachedRoot> {
     let of = |entry: String| {
         let path = cache.entry(KIND, &entry)?.join(FILE);
@@ -224,7 +225,7 @@ pub(crate) fn lock(
         None => (PathBuf::from(name_or_path), None),
     };
     if let Some(text) = new.filter(|_| !file.exists()) {
-        // Not through a link.
+        // Fails if the name is taken, so that no link is followed.
         let made = fs::File::create_new(&file).and_then(|mut made| made.write_all(text.as_bytes()));
         made.map_err(io_error("write", &file))?;
     }

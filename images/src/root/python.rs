@@ -1,4 +1,4 @@
-//! The image's Python: its packages, and its library compiled by its own program.
+//! The image's Python: installs its packages, and compiles its library with its own program.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,16 +8,16 @@ use super::{RootError, confine, rules, unpack};
 use crate::cache::io_error;
 use crate::command::{self, CommandError};
 
-/// The file itself: the name that programs know is a link to it from the root, which is another
-/// here.
+/// The dynamic linker's own file. The name in programs is a link with an absolute path, which does
+/// not lead into the tree here.
 const LINKER: &str = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 
-/// Where Debian's Python looks for packages that are not Debian's.
+/// Returns the directory where Debian's Python looks for packages from elsewhere.
 fn packages_in(version: &str) -> PathBuf {
     PathBuf::from(format!("/usr/local/lib/python{version}/dist-packages"))
 }
 
-/// Unpacks Python packages where the image's Python finds them.
+/// Unpacks Python packages into the directory where the image's Python looks for them.
 pub(super) fn install(
     tree: &TreeRoot,
     version: Option<&str>,
@@ -32,8 +32,8 @@ pub(super) fn install(
         .try_for_each(|wheel| unpack::wheel(wheel, tree, &packages))
 }
 
-/// Compiles all modules, so that no guest has to. Their sources are not looked at again: they do
-/// not change.
+/// Compiles all modules, so that no guest has to. Python does not check compiled modules against
+/// their sources, which do not change.
 pub(super) fn compile(tree: &TreeRoot, version: Option<&str>) -> Result<(), RootError> {
     let Some(version) = version else {
         return Ok(());
@@ -56,7 +56,7 @@ pub(super) fn compile(tree: &TreeRoot, version: Option<&str>) -> Result<(), Root
         return Ok(());
     }
     match modules(&packages)? {
-        // Packages carry files for other versions of Python; those stay as they are.
+        // Packages contain files for other versions of Python, which are not compiled.
         Ok(()) | Err(CommandError::Failed { .. }) => Ok(()),
         Err(error) => Err(failed(error)),
     }
@@ -70,7 +70,8 @@ fn in_namespaces(tree: &TreeRoot, version: &str, dir: &Path) -> Result<Command, 
     Ok(python)
 }
 
-/// It sees the tree where the tree is on this machine. What it writes is the same.
+/// Runs Python confined by rules. It sees the tree at its path on this machine, but its output is
+/// the same as in namespaces.
 fn by_rules(tree: &TreeRoot, version: &str, dir: &Path) -> Result<Command, RootError> {
     let at = |path: &str| tree.path().join(path);
     let mut python =
@@ -81,18 +82,19 @@ fn by_rules(tree: &TreeRoot, version: &str, dir: &Path) -> Result<Command, RootE
         .arg(at(&format!("usr/bin/python{version}")));
     settle(&mut python, &at("usr"));
     let dir = dir.strip_prefix("/").unwrap_or(dir);
-    // Tracebacks name files as the guest does.
+    // Tracebacks name files by their path in the guest.
     python.args(["-p", "/", "-s"]).arg(tree.path());
     python.arg(tree.path().join(dir));
     Ok(python)
 }
 
-/// It is led by nothing but its own library, and not by chance.
+/// Adds options that exclude influences from outside of Python's own library, and randomness.
 fn settle(python: &mut Command, home: &Path) {
     python
         .args(["-B", "-S", "-s", "-m", "compileall", "-q", "-f"])
         .arg("--invalidation-mode=unchecked-hash")
-        // Modules are its own alone. As a variable, for Pythons before 3.11 have no such option.
+        // Modules come from its own library only. Set as a variable, because Python before 3.11 has
+        // no such option.
         .env("PYTHONSAFEPATH", "1")
         .env("PYTHONHOME", home)
         .env("PYTHONHASHSEED", "0");

@@ -1,6 +1,6 @@
-//! The image's Python where this machine's users may have no namespaces: by Landlock it sees the
-//! tree's files alone, and by seccomp it makes no system calls but those that reading, computing
-//! and writing take. That is too narrow for commands.
+//! Confines the image's Python on machines where users may have no namespaces. Landlock limits it
+//! to the files of the tree, and seccomp to the system calls for reading, computing and writing.
+//! That is too narrow for commands.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -22,8 +22,9 @@ use super::confine;
 use super::tree_root::TreeRoot;
 use crate::command;
 
-/// None of them changes a file by its path but `mkdir`, `rename` and `unlink`, which Landlock
-/// judges; none reaches another process or a network.
+/// The permitted system calls. Of these, only `open`, `mkdir`, `rename` and `unlink` (with their
+/// `at` variants) change files by path, and Landlock checks them. None reaches another process or a
+/// network.
 const CALLS: [i64; 59] = [
     libc::SYS_access,
     libc::SYS_arch_prctl,
@@ -86,8 +87,8 @@ const CALLS: [i64; 59] = [
     libc::SYS_writev,
 ];
 
-/// What `fcntl` does for them. Others of its commands make the kernel send a signal of their choice
-/// to any process of the user's (`F_SETSIG`, `F_SETOWN` and `F_SETFL` with `O_ASYNC`).
+/// The permitted commands of `fcntl`. Others make the kernel send a signal that the program chooses
+/// to any process of the user (`F_SETSIG`, `F_SETOWN`, and `F_SETFL` with `O_ASYNC`).
 const FCNTL: [i32; 5] = [
     libc::F_DUPFD,
     libc::F_DUPFD_CLOEXEC,
@@ -102,7 +103,7 @@ const NO_RIGHTS: CapabilitySets = CapabilitySets {
     inheritable: CapabilitySet::empty(),
 };
 
-/// Why programs cannot be confined like this here.
+/// Why programs cannot be confined by rules on this machine.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RulesError {
     #[error("this kernel has no Landlock")]
@@ -113,12 +114,12 @@ pub(super) enum RulesError {
     File(#[from] io::Error),
 }
 
-/// A command for a program of the tree, named by its path there; its own view is this machine's,
-/// and all but the tree is shut.
+/// Returns a command for a program of the tree, given by its path in the tree. The program sees
+/// this machine's paths, but can access files of the tree only.
 pub(super) fn command(tree: &TreeRoot, program: &str) -> Result<Command, RulesError> {
     let mut rules = Some(rules(tree)?);
     let filter = filter()?;
-    // What is behind a link that leads out of the tree cannot be started either.
+    // If the path is a link that leads out of the tree, its target cannot be started either.
     let mut command = command::tool(tree.path().join(program));
     command.env_clear();
     // SAFETY: the closure takes no lock: it makes system calls, and frees what was allocated
@@ -134,8 +135,9 @@ pub(super) fn command(tree: &TreeRoot, program: &str) -> Result<Command, RulesEr
             if status.ruleset == RulesetStatus::NotEnforced {
                 return Err(io::ErrorKind::Unsupported.into());
             }
-            // Root's as well, for whom `madvise` takes memory from others. `restrict_self` has seen
-            // to it that nothing gives them back (`no_new_privs`).
+            // This matters for root: with root's capabilities, `madvise` can take memory from other
+            // processes. `restrict_self` has set `no_new_privs`, so that exec does not restore
+            // them.
             rustix::thread::set_capabilities(None, NO_RIGHTS)?;
             apply_filter(&filter).map_err(|_| io::ErrorKind::Unsupported.into())
         });
@@ -144,7 +146,8 @@ pub(super) fn command(tree: &TreeRoot, program: &str) -> Result<Command, RulesEr
 }
 
 fn rules(tree: &TreeRoot) -> Result<RulesetCreated, RulesetError> {
-    // What the first version cannot do is not needed; what later ones can is taken along.
+    // Landlock's first version is required and suffices; restrictions of later versions are used
+    // where the kernel has them.
     let needed = AccessFs::from_all(ABI::V1);
     let within = AccessFs::from_read(ABI::V1)
         | AccessFs::WriteFile
@@ -171,7 +174,7 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     SeccompFilter::new(allowed, refuse, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
 
-/// Allows one command of `fcntl`, of which the kernel reads 32 bits.
+/// Allows one command of `fcntl`. The kernel reads its lower 32 bits only.
 fn fcntl(command: i32) -> Result<SeccompRule, seccompiler::BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(
         1,

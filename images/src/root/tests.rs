@@ -1,4 +1,4 @@
-//! Root file systems of packages that are made here: no network.
+//! Root file systems of packages that are built here: no network is needed.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -37,8 +37,8 @@ pub(super) fn not_measured(reason: &str) {
     let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
-/// A package with a program in a directory that others have a link for, and with this machine's
-/// shell.
+/// Builds a package that has a program in a directory that is a link in the tree, and this
+/// machine's shell.
 fn package(dir: &Path) -> Option<PathBuf> {
     let tree = dir.join("package");
     let write = |path: &str, mode: u32| {
@@ -60,7 +60,7 @@ fn package(dir: &Path) -> Option<PathBuf> {
     built(dir, "package")
 }
 
-/// A program of this machine, and its libraries.
+/// Returns the paths of a program of this machine and of its libraries.
 pub(super) fn with_libraries(program: &str) -> Option<Vec<String>> {
     let libraries = command::output(command::tool("ldd").arg(program)).ok()?;
     let libraries = libraries.split_whitespace();
@@ -68,7 +68,7 @@ pub(super) fn with_libraries(program: &str) -> Option<Vec<String>> {
     Some(libraries.chain([program]).map(str::to_owned).collect())
 }
 
-/// The package of the files in that directory.
+/// Builds a package of the files in the directory `name`.
 pub(super) fn built(dir: &Path, name: &str) -> Option<PathBuf> {
     let tree = dir.join(name);
     let control = format!(
@@ -85,12 +85,12 @@ pub(super) fn built(dir: &Path, name: &str) -> Option<PathBuf> {
     Some(file)
 }
 
-/// The recipe, and a cache that has its package.
+/// Returns the recipe, and a cache that has its package.
 pub(super) fn prepared(dir: &Path, text: &str) -> Option<(Recipe, Cache)> {
     prepared_of(dir, text, &[package(dir)?])
 }
 
-/// The same with these packages.
+/// Like `prepared`, with these packages.
 pub(super) fn prepared_of(dir: &Path, text: &str, files: &[PathBuf]) -> Option<(Recipe, Cache)> {
     command::output(command::tool("mkfs.erofs").arg("--help")).ok()?;
     let cache = Cache::open(Some(dir.join("cache"))).ok()?;
@@ -164,7 +164,7 @@ fn a_tree_is_its_packages_as_the_recipe_changes_them() {
     );
 }
 
-/// Counts images that are written.
+/// Counts the images that are written.
 #[derive(Default)]
 struct Written(AtomicU32);
 
@@ -185,7 +185,7 @@ fn it_is_built_once_and_is_the_same_wherever_it_is_built() {
     assert_eq!(cached(&cache, &recipe), None);
     let (written, first) = (Written::default(), cache.root().to_owned());
     let paths = std::thread::scope(|scope| {
-        // Each with its own locks, like a process of its own.
+        // Each build has its own locks, like a separate process.
         let builds = [(); 4].map(|()| {
             scope.spawn(|| {
                 let cache = Cache::open(Some(first.clone())).unwrap();
@@ -218,8 +218,8 @@ fn it_is_built_once_and_is_the_same_wherever_it_is_built() {
     assert!(fs::read(path).unwrap() == fs::read(other).unwrap());
 }
 
-/// What programs of a build would heed: of tar, mkfs.erofs, dpkg, xz, Python, the C library and the
-/// shell.
+/// Variables that programs of a build would obey: tar, mkfs.erofs, dpkg, xz, Python, the C library
+/// and the shell.
 const HOSTILE: [(&str, &str); 12] = [
     ("TAR_OPTIONS", "--exclude=*tool"),
     ("TAPE", "/dev/null"),
@@ -239,7 +239,8 @@ const HOSTILE: [(&str, &str); 12] = [
 fn the_environment_changes_neither_a_key_nor_an_image() {
     let test = "root::tests::the_environment_changes_neither_a_key_nor_an_image";
     if command::tests::is_child() {
-        // In the directory that it was started in, as a hostile one would be.
+        // The child was started in the directory of the recipe, which a hostile user could write
+        // to.
         let recipe = Recipe::read(Path::new("tool.toml")).unwrap();
         let cache = Cache::open(Some("elsewhere".into())).unwrap();
         get(&cache, &recipe, &Silent).unwrap();

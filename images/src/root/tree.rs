@@ -1,5 +1,5 @@
-//! The files of a root file system, in a directory: what packages bring, and what their scripts
-//! would have made.
+//! Builds the directory tree of a root file system: the files of packages, and those that their
+//! scripts would create.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use crate::cache::CacheError;
 use crate::progress::{Event, Progress, Stage};
 use crate::recipe::Text;
 
-/// The first of these has its files in the second.
+/// Links of the merged `/usr`: each name and its target.
 const MERGED: [(&str, &str); 4] = [
     ("bin", "usr/bin"),
     ("sbin", "usr/sbin"),
@@ -32,7 +32,7 @@ const DIRECTORIES: [(&str, u32); 11] = [
 ];
 const HOST_NAME: &str = "hearth";
 
-/// Fills the tree, which is empty.
+/// Fills an empty tree.
 pub(super) fn fill(
     tree: &TreeRoot,
     packages: &[PathBuf],
@@ -49,7 +49,7 @@ pub(super) fn fill(
         let stage = Stage::Tree;
         progress.event(Event::Step { stage, done, total });
     }
-    // Whatever packages say of it.
+    // Overrides the mode that packages give to the root.
     tree.make_dir(Path::new("/"), 0o755)?;
     for (dir, mode) in DIRECTORIES {
         tree.make_dir(Path::new(dir), mode)?;
@@ -72,7 +72,7 @@ pub(super) fn fill(
     Ok(())
 }
 
-/// Users, groups, names.
+/// Writes the files of users, groups and host names.
 fn accounts(tree: &TreeRoot, recipe: &Text) -> Result<(), CacheError> {
     let mut passwd = "root:*:0:0:root:/root:/bin/sh\nnobody:*:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n".to_owned();
     let mut group = "root:*:0:\ntty:*:5:\nnogroup:*:65534:\n".to_owned();
@@ -88,7 +88,7 @@ fn accounts(tree: &TreeRoot, recipe: &Text) -> Result<(), CacheError> {
         ("etc/group", group),
         ("etc/hostname", format!("{HOST_NAME}\n")),
         ("etc/hosts", hosts),
-        // There is no network to ask.
+        // There is no network for other lookups.
         (
             "etc/nsswitch.conf",
             "passwd: files\ngroup: files\nhosts: files\n".to_owned(),

@@ -1,9 +1,9 @@
-//! The directory that becomes an image's root, for a builder who trusts none of its files.
+//! The directory that becomes an image's root. Its files are not trusted.
 //!
-//! Each path is the image's own: the kernel resolves it with the directory as its root
-//! (`RESOLVE_IN_ROOT` of openat2(2)), so that neither `..` nor an absolute link leads out of it,
-//! and what is done is done to a name within a descriptor. No path of this machine is ever joined
-//! with one of the image's.
+//! Each path belongs to the image: the kernel resolves it with the directory as its root
+//! (`RESOLVE_IN_ROOT` of openat2(2)), so that neither `..` nor an absolute link leads out of it.
+//! Operations apply to a name relative to a directory descriptor. This module never opens
+//! a path of this machine that is joined with one of the image.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -20,21 +20,22 @@ use rustix::io::Errno;
 
 use crate::cache::{CacheError, io_error};
 
-/// The kernel may ask for another try where something is renamed meanwhile.
+/// Tries of a lookup: the kernel may return EAGAIN when files are renamed at the same time.
 const TRIES: u32 = 32;
-/// Directories within each other that are removed; a longer path cannot be opened.
+/// The limit of nested directories that are removed; a longer path cannot be opened.
 const MAX_DEPTH: u32 = 2048;
 
 #[derive(Debug)]
 pub(super) struct TreeRoot {
     dir: OwnedFd,
-    /// Where it is on this machine: for messages, and for programs of this machine's that read it.
+    /// The path on this machine: for messages, and for programs of this machine that read the
+    /// tree.
     path: PathBuf,
 }
 
 impl TreeRoot {
-    /// Makes `path`, which must not exist, a directory that nobody else may enter, and the tree's
-    /// root in it: what it holds may have set-id bits.
+    /// Creates `path`, which must not exist, as a directory that only this user may enter, since
+    /// its files may have set-id bits. The tree's root is a directory in it.
     pub(super) fn create(path: &Path) -> Result<Self, CacheError> {
         let root = path.join("root");
         let make = || {
@@ -55,20 +56,20 @@ impl TreeRoot {
         self.dir.as_fd()
     }
 
-    /// The directory and those that it is in, if they are not there.
+    /// Creates the directory and its parents, if they do not exist.
     pub(super) fn make_dirs(&self, path: &Path) -> Result<(), CacheError> {
         self.made(path)
             .map(drop)
             .map_err(self.failed("create", path))
     }
 
-    /// The same, and its mode.
+    /// Like `make_dirs`, and sets the directory's mode.
     pub(super) fn make_dir(&self, path: &Path, mode: u32) -> Result<(), CacheError> {
         let make = || fchmod(&self.made(path)?, Mode::from_raw_mode(mode));
         make().map_err(self.failed("create", path))
     }
 
-    /// A file with that content, in place of what has the name, unless that is a directory.
+    /// Writes a file with this content. Replaces an existing file, but not a directory.
     pub(super) fn write(
         &self,
         path: &Path,
@@ -86,7 +87,7 @@ impl TreeRoot {
         write().map_err(self.io_failed("write", path))
     }
 
-    /// A link with that text, in place of what has the name, unless that is a directory.
+    /// Creates a symbolic link with this text. Replaces an existing file, but not a directory.
     pub(super) fn symlink(
         &self,
         text: impl rustix::path::Arg,
@@ -99,7 +100,7 @@ impl TreeRoot {
         link().map_err(self.failed("create", path))
     }
 
-    /// Another name for a file.
+    /// Creates a hard link to a file.
     pub(super) fn hard_link(&self, file: &Path, path: &Path) -> Result<(), CacheError> {
         let link = || {
             let (from, known) = self.parent_of(file)?;
@@ -109,7 +110,7 @@ impl TreeRoot {
         link().map_err(self.failed("create", path))
     }
 
-    /// Whatever it is, and all that is in it; it need not be there.
+    /// Removes the file, or the directory with its contents, if it exists.
     pub(super) fn remove(&self, path: &Path) -> Result<(), CacheError> {
         let remove = || {
             let (dir, name) = self.parent_of(path)?;
@@ -121,7 +122,7 @@ impl TreeRoot {
         }
     }
 
-    /// Whether the name is taken, if only by a link that leads nowhere.
+    /// Returns whether the name exists, even as a dangling link.
     pub(super) fn has(&self, path: &Path) -> bool {
         let found = || {
             let (dir, name) = self.parent_of(path)?;
@@ -134,7 +135,7 @@ impl TreeRoot {
         self.directory(path).is_ok()
     }
 
-    /// The names in a directory, sorted; none if it is not there.
+    /// Returns the names in a directory, sorted, or `None` if it does not exist.
     pub(super) fn names(&self, path: &Path) -> Result<Option<Vec<OsString>>, CacheError> {
         let read = || {
             let mut names = Vec::new();
@@ -152,10 +153,10 @@ impl TreeRoot {
         }
     }
 
-    /// At most `limit` bytes of a regular file, which may be behind links.
+    /// Reads at most `limit` bytes of a regular file. Links are followed.
     pub(super) fn read(&self, path: &Path, limit: u64) -> Result<Vec<u8>, CacheError> {
         let read = || {
-            // A pipe would wait for its other end.
+            // Without `NONBLOCK`, opening a pipe would wait for its other end.
             let file = File::from(self.resolve(path, OFlags::RDONLY | OFlags::NONBLOCK)?);
             if !file.metadata()?.is_file() {
                 return Err(Errno::INVAL.into());
@@ -187,13 +188,13 @@ impl TreeRoot {
         self.resolve(path, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
-    /// The directory that a path names something in, and the name.
+    /// Returns the opened parent directory of a path, and the last name of the path.
     fn parent_of<'p>(&self, path: &'p Path) -> Result<(OwnedFd, &'p OsStr), Errno> {
         let (dir, name) = split(path)?;
         Ok((self.directory(dir)?, name))
     }
 
-    /// The same, where the directory is made if need be and the name is free.
+    /// Like `parent_of`, but creates the directory if needed and removes a file of that name.
     fn place_for<'p>(&self, path: &'p Path) -> Result<(OwnedFd, &'p OsStr), Errno> {
         let (dir, name) = split(path)?;
         let dir = self.made(dir)?;
@@ -222,7 +223,7 @@ impl TreeRoot {
                     mkdirat(&dir, name, Mode::RWXU)?;
                     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                     let new = openat(&dir, name, flags, Mode::empty())?;
-                    // Whatever this process's files are like.
+                    // The mode does not depend on this process's umask.
                     fchmod(&new, Mode::from_raw_mode(0o755))?;
                     Ok(new)
                 }
@@ -239,13 +240,13 @@ impl TreeRoot {
     }
 
     fn io_failed(&self, action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CacheError {
-        // For people to read: nothing is opened by it.
+        // The path is for messages only: nothing is opened by it.
         let shown = path.strip_prefix("/").unwrap_or(path);
         io_error(action, self.path.join(shown))
     }
 }
 
-/// The last name of a path, and what is before it.
+/// Splits a path into its parent and its last name.
 fn split(path: &Path) -> Result<(&Path, &OsStr), Errno> {
     let name = path.file_name().ok_or(Errno::INVAL)?;
     Ok((path.parent().unwrap_or(Path::new("")), name))
@@ -281,8 +282,8 @@ mod tests {
 
     use super::*;
 
-    /// A tree in which every name leads out of it, and what it would lead to: a directory with a
-    /// file.
+    /// Returns a tree in which every name leads out of it, and the target of these names: a
+    /// directory with a file.
     fn hostile() -> (tempfile::TempDir, TreeRoot, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let outside = dir.path().join("outside");
@@ -307,7 +308,7 @@ mod tests {
         for way in ways.into_iter().chain([far, magic, outside.clone()]) {
             for name in ["file", "new", "deep/new"] {
                 let path = way.join(name);
-                // Whether it is done within the tree or refused is the same to this machine.
+                // Whether it is done within the tree or refused does not matter for this machine.
                 let _ = tree.remove(&path);
                 let _ = tree.write(&path, &b"mine"[..], 0o4777);
                 let _ = tree.make_dir(&path, 0o777);

@@ -1,4 +1,4 @@
-//! What packages hold, put into a tree member by member: each path is the tree's, and devices,
+//! Unpacks packages into a tree, member by member. Each path is resolved within the tree; devices,
 //! pipes and sockets are left out.
 
 use std::cell::Cell;
@@ -15,7 +15,7 @@ use super::tree_root::TreeRoot;
 use crate::cache::io_error;
 use crate::command;
 
-/// Files that programs do without: texts for people, translations, notes of Debian's tools.
+/// Files that programs do not need: documentation, translations, data of Debian's tools.
 const UNWANTED: [&str; 9] = [
     "usr/share/doc",
     "usr/share/doc-base",
@@ -27,16 +27,16 @@ const UNWANTED: [&str; 9] = [
     "usr/share/menu",
     "usr/share/gdb",
 ];
-/// Most bytes that one package or wheel may put into a tree, or may be when it is unpacked: both
-/// may hold more than they weigh.
+/// The limit of bytes that one package or wheel may write into a tree, and of its unpacked archive:
+/// a small compressed file can expand to much more.
 const MAX_BYTES: u64 = 8 << 30;
-/// The least that a member counts for beside its content: so a package has at most two million.
+/// The minimum that a member counts beside its content: it limits a package to two million members.
 const MEMBER_BYTES: u64 = 4096;
-/// Most bytes of one member's headers, which are held in memory: long names, attributes, and where
-/// the parts of a sparse file are.
+/// The limit of bytes of one member's headers, which are held in memory: long names, attributes,
+/// and the map of a sparse file.
 const MAX_HEADERS: u64 = 1 << 20;
 
-/// Unpacks a Debian package; none of its scripts is run.
+/// Unpacks a Debian package. None of its scripts is run.
 pub(super) fn package(package: &Path, tree: &TreeRoot) -> Result<(), RootError> {
     let mut deb = command::tool("dpkg-deb");
     deb.arg("--fsys-tarfile").arg(package);
@@ -47,7 +47,7 @@ pub(super) fn package(package: &Path, tree: &TreeRoot) -> Result<(), RootError> 
 
 fn members(archive: impl Read, tree: &TreeRoot, most: u64) -> Result<(), RootError> {
     let left = Cell::new(most);
-    // What may be read of the archive itself.
+    // The bytes that may still be read from the archive for the next member's headers.
     let next = Cell::new(MAX_HEADERS);
     let mut archive = tar::Archive::new(Counted(archive, &next));
     let entries = archive.entries().map_err(RootError::Archive)?;
@@ -55,15 +55,16 @@ fn members(archive: impl Read, tree: &TreeRoot, most: u64) -> Result<(), RootErr
         let entry = entry.map_err(RootError::Archive)?;
         let headers = MAX_HEADERS - next.get();
         charge(&left, headers.max(MEMBER_BYTES)).map_err(RootError::Archive)?;
-        // Of content, `left` counts what comes out, which may be more: holes.
+        // For content, `left` counts the bytes that are returned. A sparse file returns more than
+        // is read.
         next.set(u64::MAX);
         let mut entry = Counted(entry, &left);
         member(&mut entry, tree)?;
-        // What is left out counts as well, and not as headers of the next.
+        // Content that is not written counts as well, but not as headers of the next member.
         io::copy(&mut entry, &mut io::sink()).map_err(RootError::Archive)?;
         next.set(MAX_HEADERS);
     }
-    // As does what is behind the end.
+    // Data behind the end of the archive counts, too.
     let mut rest = Counted(archive.into_inner().0, &left);
     io::copy(&mut rest, &mut io::sink()).map_err(RootError::Archive)?;
     Ok(())
@@ -81,7 +82,7 @@ fn member<R: Read>(
     let target = entry.0.link_name_bytes().map(|target| target.into_owned());
     let target = || target.ok_or_else(|| RootError::Archive(io::ErrorKind::InvalidData.into()));
     match entry.0.header().entry_type() {
-        // Packages that were made for separate directories follow the links of merged ones.
+        // The path may be a link of the merged `/usr`, such as `bin`, which is followed.
         EntryType::Directory => tree.make_dir(&path, mode)?,
         EntryType::Symlink => tree.symlink(&*target()?, &path)?,
         EntryType::Link => tree.hard_link(&within(&target()?)?, &path)?,
@@ -93,8 +94,8 @@ fn member<R: Read>(
     Ok(())
 }
 
-/// Unpacks a wheel into a directory of the tree. Parts for several places come in a directory
-/// `NAME.data`: those for this place are taken from there, others (programs, headers) are dropped.
+/// Unpacks a wheel into a directory of the tree. Its directory `NAME.data` has files for several
+/// places: libraries are unpacked, others (programs, headers) are dropped.
 pub(super) fn wheel(wheel: &Path, tree: &TreeRoot, dir: &Path) -> Result<(), RootError> {
     let file = File::open(wheel).map_err(io_error("open", wheel))?;
     let invalid = |error: zip::result::ZipError| RootError::Archive(error.into());
@@ -117,7 +118,7 @@ pub(super) fn wheel(wheel: &Path, tree: &TreeRoot, dir: &Path) -> Result<(), Roo
     Ok(())
 }
 
-/// A reader that fails when more bytes come than are left.
+/// A reader that fails when more bytes are read than are left.
 struct Counted<'l, R>(R, &'l Cell<u64>);
 
 impl<R: Read> Read for Counted<'_, R> {
@@ -138,7 +139,7 @@ fn charge(left: &Cell<u64>, bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Where a file of a wheel belongs.
+/// Returns the path for a file of a wheel, or `None` if the file is dropped.
 fn placed(path: &Path) -> Option<PathBuf> {
     let mut names = path.components();
     let first = Path::new(names.next()?.as_os_str());
@@ -150,7 +151,7 @@ fn placed(path: &Path) -> Option<PathBuf> {
     (taken && !names.as_path().as_os_str().is_empty()).then(|| names.as_path().to_owned())
 }
 
-/// A member's name as a path of the image.
+/// Converts a member's name to a path in the image.
 fn within(name: &[u8]) -> Result<PathBuf, RootError> {
     let path = Path::new(OsStr::from_bytes(name));
     let mut clean = PathBuf::new();
@@ -175,14 +176,14 @@ mod tests {
     use super::*;
     use crate::cache::CacheError;
 
-    /// A tar archive of these members: name, kind, and content or what a link says.
+    /// Makes a tar archive of these members: name, kind, and content or link target.
     fn archive(members: &[(&str, EntryType, &str)]) -> Vec<u8> {
         let mut archive = tar::Builder::new(Vec::new());
         for (name, kind, text) in members {
             let mut header = tar::Header::new_gnu();
             header.set_entry_type(*kind);
             header.set_mode(0o4755);
-            // As it is: the crate's own setters refuse what is tried here.
+            // Written directly: the crate's setters refuse such names.
             let field = &mut header.as_gnu_mut().unwrap().name;
             field[..name.len()].copy_from_slice(name.as_bytes());
             let content = match kind {
@@ -227,7 +228,7 @@ mod tests {
         ];
         for (number, attack) in attacks.into_iter().enumerate() {
             let tree = TreeRoot::create(&dir.path().join(format!("tree{number}"))).unwrap();
-            // Refused or done within the tree: the same to this machine.
+            // Whether it is refused or done within the tree does not matter for this machine.
             let _ = members(&*archive(attack), &tree, MAX_BYTES);
             assert_eq!(
                 fs::read(outside.join("file")).unwrap(),
@@ -317,7 +318,7 @@ mod tests {
         let plain = archive(&[("file", EntryType::Regular, &content)]);
         unpack(&plain, 60_000).unwrap();
         too_large(unpack(&plain, 49_999));
-        // Many that hold nothing.
+        // Many empty members.
         let names: Vec<_> = (0..100).map(|number| number.to_string()).collect();
         let empty: Vec<_> = names
             .iter()
@@ -325,11 +326,11 @@ mod tests {
             .collect();
         unpack(&archive(&empty), 101 * MEMBER_BYTES).unwrap();
         too_large(unpack(&archive(&empty), 99 * MEMBER_BYTES));
-        // What is behind the end.
+        // Data behind the end.
         let behind = [archive(&[]), vec![0; 50_000]].concat();
         unpack(&behind, 60_000).unwrap();
         too_large(unpack(&behind, 50_000));
-        // A file that is all holes: 4 GiB in a kilobyte.
+        // A file that is one hole: 4 GiB in a kilobyte.
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(EntryType::GNUSparse);
         header.set_path("holes").unwrap();
@@ -359,7 +360,7 @@ mod tests {
             let mut builder = tar::Builder::new(Vec::new());
             builder.append(&header, content).unwrap();
             let mut archive = builder.into_inner().unwrap();
-            // Without its end.
+            // Without its end marker.
             archive.truncate(archive.len() - 1024);
             archive.extend(self::archive(&[("file", EntryType::Regular, "text")]));
             let read = Cell::new(u64::MAX);
@@ -381,7 +382,7 @@ mod tests {
             assert!(read < 2 * MAX_HEADERS, "{kind:?}: {read}");
         }
         with_header(EntryType::GNULongLink, 500_000).0.unwrap();
-        // The parts of a sparse file: 21 empty ones in each further block.
+        // The map of a sparse file: 21 empty entries in each extension block.
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(EntryType::GNUSparse);
         header.set_path("sparse").unwrap();

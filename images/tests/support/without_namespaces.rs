@@ -1,9 +1,9 @@
-//! Namespaces are refused in many containers, and on systems that permit them to programs that they
-//! know.
+//! Refuses namespaces, as many containers do, and systems that permit them only to certain
+//! programs.
 
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
-/// Does the work on a thread that namespaces are refused to.
+/// Runs `work` on a thread that may not create or enter namespaces.
 pub(crate) fn without_namespaces<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     let refused = [libc::SYS_unshare, libc::SYS_setns].map(|call| (call, Vec::new()));
     let filter: BpfProgram = SeccompFilter::new(
@@ -15,7 +15,7 @@ pub(crate) fn without_namespaces<T: Send>(work: impl FnOnce() -> T + Send) -> T 
     .unwrap()
     .try_into()
     .unwrap();
-    // Of one thread, and of the processes that it starts.
+    // The filter applies to one thread, and to the processes that it starts.
     std::thread::scope(|scope| {
         let refused = scope.spawn(|| {
             apply_filter(&filter).unwrap();

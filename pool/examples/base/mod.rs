@@ -1,4 +1,4 @@
-//! What the examples share: a pool of guests of the base image.
+//! Shared by the examples: a pool of guests of the base image.
 //!
 //! The first run builds the guest's kernel, which takes minutes.
 
@@ -11,7 +11,7 @@ use hearth_pool::{Pool, PoolConfig, Profile};
 /// The profile of the pool.
 pub(crate) const BASE: &str = "base";
 
-/// A pool that keeps `warm` guests, started and full.
+/// Returns a pool that keeps `warm` guests, started and full.
 pub(crate) async fn pool(warm: usize) -> Result<Pool<KvmBackend>, Box<dyn Error>> {
     let image = tokio::task::spawn_blocking(|| Images::open(None)?.base(&Silent)).await??;
     let profile = Profile::new(BASE, BASE)

@@ -1,8 +1,9 @@
-//! The loop that does what the ledger asks for.
+//! The actor: the loop that carries out the ledger's actions.
 //!
-//! One task per started pool. It owns all other tasks (boots, checks, destructions, watches), takes
-//! in their results and the leases that come home, and never waits for anything but its inbox, a
-//! nudge, or the time that the ledger names: no profile can hold up another.
+//! One task per started pool. It owns all other tasks (boots, checks, destructions, watches) and
+//! receives their results, requests of callers, and orphans (VMs that are returned without having a
+//! slot any more). It waits only for its mailbox, a wake-up, or the time that the ledger names, so
+//! that no profile can delay another.
 
 mod replies;
 mod results;
@@ -28,10 +29,10 @@ use crate::shared::{Shared, State};
 use crate::slot::{Slot, VmId};
 use crate::tasks::Doomed;
 
-/// The way to the actor of one life.
+/// Mailbox of the actor of one generation (one run of the pool, from its start to its stop).
 pub(crate) type Home<B> = mpsc::UnboundedSender<Message<B>>;
 
-/// What the actor is sent. Everything that owns a VM travels by value.
+/// Messages to the actor. VMs are moved by value.
 pub(crate) enum Message<B: Backend> {
     Booted(VmId, (Making, Instant), Result<B::Vm, Failed<B>>),
     Joined(VmId, Result<(), OfferRefusal>),
@@ -39,8 +40,7 @@ pub(crate) enum Message<B: Backend> {
     Ended(VmId),
     Retired(VmId),
     Killed(VmId),
-    /// A lease comes home that is on no book any more; or a VM that was offered, and whose owner
-    /// has gone.
+    /// An orphan: a returned VM that has no slot any more, or an offered VM whose owner has gone.
     Stray(Option<VmId>, B::Vm, Released),
     Prepare(ProfileId, PreparedReply),
     Prepared(ProfileId, Result<(), BootFailure>, PreparedReply),
@@ -55,7 +55,7 @@ pub(crate) type OfferReply<B> = oneshot::Sender<Result<VmId, OfferError<<B as Ba
 
 pub(crate) type PreparedReply = oneshot::Sender<Result<(), BootFailure>>;
 
-/// How one check went.
+/// Result of one check.
 pub(crate) enum Verdict {
     Healthy(std::time::Duration),
     Unhealthy(ProbeError),
@@ -63,14 +63,14 @@ pub(crate) enum Verdict {
     Dropped,
 }
 
-/// How one health pass went.
+/// Result of one health-check round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CheckReport {
-    /// VMs that proved healthy and are parked again.
+    /// VMs that passed their check and are parked again.
     pub healthy: usize,
-    /// VMs that did not and were destroyed.
+    /// VMs that failed their check and were destroyed.
     pub unhealthy: usize,
-    /// VMs that were handed out or destroyed in the middle of their check.
+    /// VMs that were handed out or destroyed during their check.
     pub dropped: usize,
 }
 
@@ -78,25 +78,25 @@ pub(crate) struct Actor<B: Backend> {
     pub(crate) shared: Arc<Shared<B>>,
     pub(crate) home: Home<B>,
     pub(crate) tasks: JoinSet<()>,
-    /// Ends preparations; the start that asked for them is over then.
+    /// Cancels preparations; cancelled when the start that asked for them is over.
     pub(crate) prepared: CancellationToken,
     tickets: HashMap<TicketId, oneshot::Sender<Attempt>>,
     offers: HashMap<TicketId, Offered<B>>,
     passes: HashMap<PassId, Pass>,
-    /// Why the boot or offer that was taken in last failed.
+    /// Why the boot (`failure`) or offer (`refusal`) that was processed last failed.
     failure: Option<BootFailure>,
     refusal: Option<OfferRefusal>,
-    /// Which limit refused last.
+    /// The limit that refused a reservation last.
     pub(crate) denial: Option<Denial>,
     pressure_read: Option<Instant>,
-    /// By profile: whether the breaker was open when that was told last.
+    /// By profile: whether the breaker was open when last reported.
     breakers: Vec<bool>,
-    /// Dropped when the lock is no longer held.
+    /// Slots to drop once the lock is no longer held.
     trash: Vec<Slot<B>>,
     stopped: bool,
 }
 
-/// Messages taken in before the loop looks at the clock again.
+/// Messages processed before the loop reads the clock again.
 const BATCH: usize = 64;
 
 impl<B: Backend> Actor<B> {
@@ -133,7 +133,7 @@ impl<B: Backend> Actor<B> {
             self.read_pressure();
             self.step(message, &mut inbox);
         }
-        // Late leases still come home; what they hold is destroyed like the rest.
+        // Messages may still arrive late; the VMs in them are destroyed like the rest.
         inbox.close();
         while let Ok(message) = inbox.try_recv() {
             self.receive_late(message);
@@ -142,7 +142,7 @@ impl<B: Backend> Actor<B> {
             let lives = shared.state().lives_at(&self.home);
             tokio::select! {
                 joined = self.tasks.join_next() => if joined.is_none() { break },
-                // Whoever waits for the end wants to know whether the loop is driven.
+                // This answer tells a waiting `stop` that the loop still runs.
                 () = shared.nudge.woken(), if lives => shared.stepped(),
             }
         }
@@ -163,7 +163,7 @@ impl<B: Backend> Actor<B> {
         std::time::Duration::from_millis(self.shared.config.pressure.recheck_ms)
     }
 
-    /// Looks at the host's memory before anything is booted, at most once per `recheck_ms`.
+    /// Reads the host's memory pressure before anything is booted, at most once per `recheck_ms`.
     fn read_pressure(&mut self) {
         let limit = self.shared.config.pressure.stall_percent;
         let now = Instant::now();
@@ -197,7 +197,7 @@ impl<B: Backend> Actor<B> {
         let now = Instant::now();
         let mut state = shared.state();
         if !state.lives_at(&self.home) {
-            // Given up by whoever stopped the pool, while this loop was not driven.
+            // A `stop` has ended this generation because this loop did not run.
             drop(state);
             self.stopped = true;
             return first
@@ -255,14 +255,14 @@ impl<B: Backend> Actor<B> {
                     .emit_in(state, profile, Some(id), EventKind::Destroyed);
                 state.tell(now, Event::Retired(id));
                 if let Some(released) = released {
-                    // Nobody has to wait for it.
+                    // The receiver may have been dropped.
                     state.later(move || {
                         let _ = released.send(());
                     });
                 }
             }
             Message::Killed(id) => {
-                // The lease is left with a husk.
+                // The lease keeps the handle of an ended VM.
                 if let Some(slot) = state.slots.get_mut(&id) {
                     slot.reservation = None;
                 }
@@ -270,13 +270,13 @@ impl<B: Backend> Actor<B> {
             }
             Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(id), vm, done),
             Message::Prepare(_, reply) if state.pressed => {
-                // The start may have been given up.
+                // The start may have been cancelled.
                 state.later(move || drop(reply.send(Err(BootFailure::MemoryPressure))));
             }
             Message::Prepare(profile, reply) => self.prepare(profile, reply),
             Message::Prepared(profile, result, reply) => {
                 self.show_template(state, profile);
-                // The start may have been given up.
+                // The start may have been cancelled.
                 state.later(move || drop(reply.send(result)));
             }
             Message::Replenish(profile, ticket, reply) => {
@@ -326,7 +326,7 @@ impl<B: Backend> Actor<B> {
         state.tell(now, Event::Tick);
     }
 
-    /// Does all that the ledger has asked for, and what that leads to.
+    /// Carries out all pending actions of the ledger, and those that result from them.
     pub(crate) fn perform(&mut self, state: &mut State<B>, now: Instant) {
         let mut todo = VecDeque::from(std::mem::take(&mut state.pending));
         while let Some(action) = todo.pop_front() {
@@ -335,7 +335,7 @@ impl<B: Backend> Actor<B> {
         }
     }
 
-    /// The host's limits refused `id`.
+    /// Handles the refusal of `id` by the host's limits.
     pub(crate) fn deny(
         &mut self,
         state: &mut State<B>,
@@ -357,7 +357,7 @@ impl<B: Backend> Actor<B> {
 
     pub(crate) fn discard(&mut self, id: VmId, slot: Option<Slot<B>>) {
         let Some(mut slot) = slot else { return };
-        // A lease that comes home in the moment in which the pool gives it up.
+        // The lease was returned at the moment in which the pool gave up its VM.
         if let Some(vm) = slot.vm.take() {
             let released = slot.released.take();
             self.destroy(Doomed::Stray(Some(id)), vm, released);
@@ -378,7 +378,8 @@ async fn at(time: Option<Instant>) {
     }
 }
 
-/// Leaves a stopped pool behind, also when the runtime drops the actor in the middle of its work.
+/// Drop guard that ends the generation, also when the runtime drops the actor in the middle of its
+/// work.
 struct Ending<B: Backend>(Arc<Shared<B>>, Home<B>);
 
 impl<B: Backend> Drop for Ending<B> {

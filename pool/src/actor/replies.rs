@@ -1,4 +1,4 @@
-//! Those who asked for a boot, a check or an adoption, and what they are told.
+//! Requests for a boot, a check or an adoption, and the replies to them.
 
 use tokio::sync::oneshot;
 
@@ -10,10 +10,10 @@ use crate::shared::State;
 use crate::slot::VmId;
 use crate::tasks::Doomed;
 
-/// What became of one request for a boot.
+/// Outcome of one request for a boot.
 pub(crate) struct Attempt {
     pub(crate) did: Replenished,
-    /// Whose boot failed, if one did.
+    /// The VM whose boot failed, if one did.
     pub(crate) failed: Option<VmId>,
 }
 
@@ -52,7 +52,7 @@ impl<B: Backend> Actor<B> {
         if self.passes.get(&id).is_some_and(|pass| pass.left == 0)
             && let Some(pass) = self.passes.remove(&id)
         {
-            // The one who asked may have gone.
+            // The caller may have gone.
             state.later(move || {
                 let _ = pass.reply.send(pass.report);
             });
@@ -81,7 +81,7 @@ impl<B: Backend> Actor<B> {
                 Outcome::Failed(id) | Outcome::Denied(id) => Some(id),
                 _ => None,
             };
-            // The one who asked may have gone.
+            // The caller may have gone.
             let did = answer;
             state.later(move || drop(reply.send(Attempt { did, failed })));
         }
@@ -90,7 +90,7 @@ impl<B: Backend> Actor<B> {
         };
         let answer = match outcome {
             Outcome::Booted(id) => Ok(id),
-            // An offer is no boot: neither the breaker nor the host's memory says anything about
+            // An offer is not a boot: the breaker and the host's memory pressure do not apply to
             // it.
             Outcome::Full | Outcome::BreakerOpen(_) | Outcome::Pressed => Err(OfferRefusal::Full),
             Outcome::Stopping => Err(OfferRefusal::Stopping),
@@ -101,9 +101,9 @@ impl<B: Backend> Actor<B> {
         state.later(move || {
             let Offered { vm, id, reply } = offer;
             let answer = answer.map_err(|why| OfferError { vm, why });
-            // One that was adopted is, though nobody hears of it.
+            // A VM that was adopted stays adopted even if the caller has gone.
             if let Err(Err(OfferError { vm: Some(vm), .. })) = reply.send(answer) {
-                // If nobody listens any more, it comes back in the error and is dropped.
+                // If the actor has ended, the error returns the VM, which is dropped.
                 let _ = home.send(Message::Stray(id, vm, None));
             }
         });
@@ -115,7 +115,8 @@ impl<B: Backend> Actor<B> {
         offer.vm.take()
     }
 
-    /// After the end: only leases are of interest.
+    /// Handles a message that arrives after the end: destroys orphans, refuses offers and requests
+    /// for boots, and drops the rest.
     pub(super) fn receive_late(&mut self, message: Message<B>) {
         match message {
             Message::Stray(id, vm, done) => self.destroy(Doomed::Stray(id), vm, done),
@@ -129,7 +130,7 @@ impl<B: Backend> Actor<B> {
                 }
             }
             Message::Replenish(.., reply) => {
-                // The one who asked may have gone.
+                // The caller may have gone.
                 let _ = reply.send(Attempt::stopping());
             }
             _ => {}

@@ -1,4 +1,4 @@
-//! What the tasks report: how boots and checks went, and leases that come home.
+//! Results that tasks report to the actor: of boots, adoptions and checks.
 
 use std::sync::Arc;
 
@@ -25,7 +25,8 @@ impl<B: Backend> Actor<B> {
         result: Result<B::Vm, Failed<B>>,
     ) {
         let Some(slot) = state.slots.get_mut(&id) else {
-            // The ledger keeps the slot of a boot until it is answered; do not lose the VM if not.
+            // A boot's slot is kept until its result arrives. If it is missing all the same, do not
+            // lose the VM.
             if let Some(vm) = result.map_or_else(|failed| failed.vm, Some) {
                 self.destroy(Doomed::Stray(Some(id)), vm, None);
             }
@@ -34,7 +35,7 @@ impl<B: Backend> Actor<B> {
         let profile = slot.profile;
         slot.job = None;
         if !state.ledger.is_booting(id) {
-            // It was given up, however it went.
+            // The boot was cancelled: its result no longer matters.
             let (Ok(vm) | Err(Failed { vm, .. })) = result.map(Some);
             let has_vm = vm.is_some();
             slot.vm = vm;
@@ -72,7 +73,8 @@ impl<B: Backend> Actor<B> {
         }
     }
 
-    /// A fresh VM moves into its slot; how many KiB it has to itself, if that is known.
+    /// Moves a fresh VM into its slot. Returns how many KiB of memory it does not share, if that is
+    /// known.
     fn take_up(&self, slot: &mut Slot<B>, vm: B::Vm) -> Result<Option<u32>, Failed<B>> {
         let backend = &self.shared.backend;
         let Some(remote) = guarded("remote", || backend.remote(&vm)) else {
@@ -90,7 +92,7 @@ impl<B: Backend> Actor<B> {
         Ok(private.and_then(|bytes| u32::try_from(bytes / 1024).ok()))
     }
 
-    /// Tells of breakers that opened or closed since the last time.
+    /// Reports breakers that opened or closed since the last call.
     pub(super) fn show_breakers(&mut self, state: &mut State<B>) {
         for (index, was_open) in self.breakers.iter_mut().enumerate() {
             let profile = ProfileId(index);
@@ -113,7 +115,8 @@ impl<B: Backend> Actor<B> {
         }
     }
 
-    /// Tells if the profile's template could not be made, or could after all, since the last time.
+    /// Reports if the profile's template could not be made, or was made by a retry, since the last
+    /// call.
     pub(super) fn show_template(&self, state: &mut State<B>, profile: ProfileId) {
         let (Some(kept), Some(last)) = (
             self.shared.profile(profile),
@@ -176,7 +179,7 @@ impl<B: Backend> Actor<B> {
             return;
         };
         slot.job = None;
-        // It may have been given up after its check had passed.
+        // The adoption may have been cancelled after the check had passed.
         let wanted = state.ledger.is_booting(id);
         match result.and(wanted.then_some(()).ok_or(OfferRefusal::Full)) {
             Ok(()) => state.tell(now, Event::Booted(id)),
@@ -184,7 +187,7 @@ impl<B: Backend> Actor<B> {
                 let owner = self.offers.values_mut().find(|offer| offer.id == Some(id));
                 let back = owner.filter(|offer| !offer.reply.is_closed());
                 let has_vm = match back {
-                    // The one who offered it still wants it.
+                    // The caller that offered the VM still waits for it.
                     Some(offer) => {
                         offer.vm = slot.vm.take();
                         false

@@ -1,4 +1,4 @@
-//! How a configuration lies in a file: a table for each profile.
+//! How a configuration is written in a file: one table for each profile.
 
 /// `Vec<Profile>` as `[profiles.NAME]` tables.
 pub(super) mod by_name {

@@ -33,7 +33,7 @@ pub use validate::{ConfigError, Problem};
 use crate::policy;
 use crate::profile::{Parking, Profile};
 
-/// What a pool is to be. Names carry their units; 0 means what the field says it means.
+/// The configuration of a pool. Names carry their units; each field documents what 0 means.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
@@ -48,7 +48,7 @@ pub struct PoolConfig {
     pub concurrent_boots_percent: u32,
     /// When the pool boots by itself.
     pub refill: Refill,
-    /// How parked VMs wait; not given: as the backend finds best.
+    /// How parked VMs wait; not given: the backend's choice.
     pub park: Option<Parking>,
     /// Health checks.
     pub health: HealthConfig,
@@ -56,7 +56,7 @@ pub struct PoolConfig {
     pub boot: BootConfig,
     /// Balloons of parked VMs.
     pub balloon: BalloonConfig,
-    /// Bounds on everything that lives.
+    /// Limits on all existing VMs.
     pub limits: LimitsConfig,
     /// What to do when the host runs short of memory.
     pub pressure: PressureConfig,
@@ -64,7 +64,7 @@ pub struct PoolConfig {
     pub lease: LeaseConfig,
     /// How long `stop` waits for leases, in milliseconds.
     pub stop_deadline_ms: u64,
-    /// Longest destruction of one VM before it is no longer waited for, in milliseconds.
+    /// Longest time to wait for the destruction of one VM, in milliseconds.
     pub retire_timeout_ms: u64,
     /// The profiles, in order; names are unique.
     #[serde(with = "file::by_name")]
@@ -94,7 +94,8 @@ impl Default for PoolConfig {
 }
 
 impl PoolConfig {
-    /// A pool that leases at most `max_concurrent_vms` VMs at a time; add profiles to it.
+    /// The configuration of a pool that leases at most `max_concurrent_vms` VMs at a time; add
+    /// profiles to it.
     #[must_use]
     pub fn new(max_concurrent_vms: usize) -> Self {
         Self {
@@ -106,11 +107,11 @@ impl PoolConfig {
     /// Reads and validates a TOML file's text.
     ///
     /// # Errors
-    /// Text that is no TOML; else every problem at once, values of a wrong type included.
+    /// If the text is not TOML; else all problems at once, including values of a wrong type.
     pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
         let (config, mut problems) = read::read(text)?;
         if let Err(error) = config.validate() {
-            // What stands in for a value of a wrong type is not the file's fault.
+            // Values of a wrong type were replaced by defaults: do not report problems with these.
             let wrong = std::mem::take(&mut problems);
             let own = error.problems().iter().cloned();
             let own = own.filter(|found| !wrong.iter().any(|wrong| wrong.covers(found)));
@@ -166,7 +167,7 @@ impl PoolConfig {
         self
     }
 
-    /// Sets the bounds on everything that lives.
+    /// Sets the limits on all existing VMs.
     #[must_use]
     pub fn limits(mut self, limits: LimitsConfig) -> Self {
         self.limits = limits;
@@ -187,7 +188,7 @@ impl PoolConfig {
         self
     }
 
-    /// VMs that are kept warm for `profile`.
+    /// The number of VMs that are kept warm for `profile`.
     #[must_use]
     pub fn size_of(&self, profile: &Profile) -> usize {
         match profile.warm_pool_size.unwrap_or(self.warm_pool_size) {
@@ -196,7 +197,7 @@ impl PoolConfig {
         }
     }
 
-    /// Boots at a time for `profile`.
+    /// The number of boots at a time for `profile`.
     #[must_use]
     pub fn concurrent_boots_of(&self, profile: &Profile) -> usize {
         policy::concurrent_boots(self.size_of(profile), self.concurrent_boots_percent)

@@ -8,7 +8,8 @@ use toml::de::{DeTable, DeValue, Deserializer};
 
 use super::{ConfigError, PoolConfig, Problem};
 
-/// The configuration without what is wrong with it by itself, and what that is.
+/// Returns the configuration without its unknown keys and values of a wrong type, and these as
+/// problems.
 pub(super) fn read(text: &str) -> Result<(PoolConfig, Vec<Problem>), ConfigError> {
     let mut table = DeTable::parse(text).map_err(ConfigError::from_toml)?;
     let mut wrong = Vec::new();
@@ -28,11 +29,12 @@ pub(super) fn read(text: &str) -> Result<(PoolConfig, Vec<Problem>), ConfigError
     }
 }
 
-/// Takes the innermost value around `span`, or whose key is, out of the table; its path.
+/// Removes from the table the innermost entry whose value or key contains `span`, and returns its
+/// path.
 fn cut(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<String> {
     let mut found = None;
     for (key, value) in table.iter_mut() {
-        // The span of a table is its header: what is in it need not lie within.
+        // A table's span is its header: its entries need not lie within it.
         let inner = match value.get_mut() {
             DeValue::Table(inner) => cut(inner, span),
             _ => None,

@@ -1,5 +1,5 @@
-//! The tables of the configuration. Name what is not as usual and take the rest from `Default`, so
-//! that a field that is new does not concern you:
+//! The tables of the configuration. Set the fields that differ from the default and take the rest
+//! from `Default`, so that a new field does not break your code:
 //!
 //! ```
 //! use hearth_pool::config::HealthConfig;
@@ -36,9 +36,9 @@ pub enum Refill {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HealthConfig {
-    /// Milliseconds between two passes; 0: none by itself.
+    /// Milliseconds between two health-check rounds; 0: no periodic rounds.
     pub interval_ms: u64,
-    /// Probes before a silent VM is given up (1 to 100).
+    /// Probes before a VM that does not answer is given up (1 to 100).
     pub attempts: u32,
     /// Shortest wait between two probes, in milliseconds.
     pub backoff_min_ms: u64,
@@ -60,7 +60,7 @@ impl Default for HealthConfig {
     }
 }
 
-/// Boots, and what follows when they fail.
+/// Boots, and the handling of boots that fail.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BootConfig {
@@ -74,12 +74,13 @@ pub struct BootConfig {
     pub backoff_max_ms: u64,
     /// Failures in a row that open the breaker (at least 1).
     pub breaker_failures: u32,
-    /// How long it then waits before one boot may try, in milliseconds; doubles while that fails.
+    /// How long an open breaker waits before it permits one boot, in milliseconds; doubles each
+    /// time that boot fails.
     pub breaker_cooldown_ms: u64,
     /// Longest such wait, in milliseconds.
     pub breaker_cooldown_max_ms: u64,
-    /// A VM that nobody had and that ends, or proves unhealthy, so soon after its boot (in
-    /// milliseconds) counts as a failure, too; 0: it does not.
+    /// Time after its boot, in milliseconds, within which the end or a failed check of a VM that
+    /// was never leased counts as a failed boot; 0: it does not.
     pub early_death_ms: u64,
 }
 
@@ -102,9 +103,9 @@ impl Default for BootConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BalloonConfig {
-    /// Guest memory in MiB that an idle, cold-booted VM is left with.
+    /// Guest memory in MiB to which an idle, cold-booted VM is reduced.
     pub idle_target_mib: u32,
-    /// Longest operation, in milliseconds; scaled by the backend.
+    /// Longest balloon operation, in milliseconds; scaled by the backend.
     pub timeout_ms: u64,
 }
 
@@ -117,18 +118,18 @@ impl Default for BalloonConfig {
     }
 }
 
-/// Bounds on everything that lives, parked VMs included, over all profiles.
+/// Limits on all existing VMs, parked ones included, over all profiles.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
-    /// Most VMs; 0: no limit of its own.
+    /// Most VMs; 0: [`VMS_MAX`](crate::policy::VMS_MAX).
     pub vms: usize,
-    /// Most vCPUs; 0: no limit of its own.
+    /// Most vCPUs; 0: no limit.
     pub vcpus: u64,
     /// Most guest memory in MiB; 0: what the host has available, times the overcommit.
     pub memory_mib: u64,
-    /// Guest memory to promise, in percent of what the host has available when the pool is made;
-    /// more than 100 is a choice to make.
+    /// Guest memory that may be promised to VMs, in percent of the memory that the host has
+    /// available when the pool is made; more than 100 overcommits it.
     pub memory_overcommit_percent: u32,
 }
 
@@ -148,9 +149,9 @@ impl Default for LimitsConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct PressureConfig {
     /// Memory stall of the host, in percent of the last ten seconds, above which refill stops, and
-    /// starts and calls of `replenish` are refused; 0: do not look.
+    /// starts and calls of `replenish` are refused; 0: the stall is ignored.
     pub stall_percent: u32,
-    /// How often a stopped refill looks again, in milliseconds.
+    /// Interval at which a stopped refill reads the stall again, in milliseconds.
     pub recheck_ms: u64,
 }
 
@@ -167,12 +168,12 @@ impl Default for PressureConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LeaseConfig {
-    /// Longest lease in milliseconds, then its VM is ended; 0: none.
+    /// Longest lease in milliseconds, after which its VM is ended; 0: no limit.
     pub deadline_ms: u64,
-    /// Longest time in milliseconds without activity of the VM; 0: none. On KVM, a program that
-    /// was started and whose handle is held, and whoever waits for an answer on a stream of
-    /// the guest's, are activity. Once in each such time those who wait are woken: one that
-    /// does not read again before the next has given up.
+    /// Longest time in milliseconds without activity of the VM; 0: no limit. On KVM, a started
+    /// program whose handle is held, and a task that waits for an answer on a stream of the guest,
+    /// count as activity. Once in each such period the waiting tasks are woken: one that does not
+    /// read again before the next wake-up no longer counts.
     pub idle_ms: u64,
 }
 
@@ -188,7 +189,7 @@ pub struct Autoscale {
     pub min: usize,
     /// Largest size.
     pub max: usize,
-    /// How long demand is watched before the size moves, in milliseconds.
+    /// How long demand is observed before the size moves, in milliseconds.
     #[serde(default = "default_window")]
     pub window_ms: u64,
 }

@@ -1,4 +1,4 @@
-//! Finds every problem of a configuration in one go.
+//! Finds all problems of a configuration at once.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -8,17 +8,18 @@ use crate::permit::{Limits, Usage};
 use crate::policy;
 use crate::profile::{Demand, Profile};
 
-/// One thing to put right.
+/// One problem of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Where: the path of the field in a file.
+    /// The path of the field in a file.
     pub field: String,
-    /// What, and what would be right.
+    /// What is wrong, and what would be right.
     pub what: String,
 }
 
 impl Problem {
-    /// Whether the other may be for no other reason than that this value is missing.
+    /// Whether `other` may be caused only by this field's missing value: one path contains the
+    /// other.
     pub(super) fn covers(&self, other: &Self) -> bool {
         let within = |inner: &str, outer: &str| {
             let rest = inner.strip_prefix(outer);
@@ -34,14 +35,14 @@ impl fmt::Display for Problem {
     }
 }
 
-/// A configuration that no pool can be made of.
+/// The error for an invalid configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// The file's text.
+    /// The file's text cannot be read.
     #[error("the configuration cannot be read: {0}")]
     Syntax(String),
-    /// Everything that is wrong with its values.
+    /// All problems with its values.
     #[error("the configuration has {} problem(s):{}", .0.len(), lines(.0))]
     Invalid(Vec<Problem>),
 }
@@ -58,7 +59,7 @@ impl ConfigError {
         Self::Syntax(error.to_string())
     }
 
-    /// The problems; empty if the text could not even be read.
+    /// The problems; empty if the text could not be read.
     #[must_use]
     pub fn problems(&self) -> &[Problem] {
         match self {
@@ -93,7 +94,7 @@ impl Findings {
     }
 }
 
-/// A day: longer waits are taken for a mistake in the unit.
+/// One day. Longer times are considered a mistake in the unit.
 const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 
 impl PoolConfig {
@@ -112,7 +113,8 @@ impl PoolConfig {
         }
     }
 
-    /// The limits in force on a host with so much memory available, if the pools fit in.
+    /// Returns the limits in force on a host with `available_mib` of memory available, if all
+    /// profiles fit in at their full size.
     ///
     /// # Errors
     /// All problems found, those of [`validate`](Self::validate) included.
@@ -142,7 +144,8 @@ impl PoolConfig {
         };
         let mut total = Usage::default();
         for profile in &self.profiles {
-            // A size above the bound is a problem of its own; do not count to it.
+            // A size above `VMS_MAX` is reported as a problem of its own; here it counts as
+            // `VMS_MAX`.
             let size = self.largest(profile).min(policy::VMS_MAX);
             total = total.plus(size, demand(profile));
         }

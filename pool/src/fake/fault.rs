@@ -1,8 +1,8 @@
-//! Panics of a backend, at a call that the test chooses.
+//! Panics of the fake backend, at calls that a test chooses.
 
 use std::collections::HashSet;
 
-/// Where a backend panics.
+/// The call in which the fake backend panics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Method {
@@ -26,7 +26,7 @@ pub enum Method {
     Watch,
 }
 
-/// Those that panic when they are called next.
+/// The methods whose next call panics.
 #[derive(Default)]
 pub(super) struct Faults(HashSet<Method>);
 

@@ -1,11 +1,11 @@
-//! Holds tasks up until a test lets them through.
+//! A gate that holds tasks until a test lets them through.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{Semaphore, watch};
 
-/// A gate that lets through as many as it is told. Clones are the same gate.
+/// Holds tasks until a test lets a number of them through. Clones are the same gate.
 #[derive(Debug, Clone)]
 pub struct Gate(Arc<Inner>);
 
@@ -33,23 +33,23 @@ impl Gate {
         }))
     }
 
-    /// Lets `count` through, those that wait first.
+    /// Lets `count` tasks through, waiting ones first.
     pub fn admit(&self, count: usize) {
         self.0.passes.add_permits(count);
     }
 
-    /// Lets all through, now and later.
+    /// Lets all tasks through, now and later.
     pub fn open(&self) {
         self.0.passes.close();
     }
 
-    /// How many wait.
+    /// The number of tasks that wait.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.0.waiting.load(Ordering::SeqCst)
     }
 
-    /// Resolves when at least `count` wait.
+    /// Resolves when at least `count` tasks wait.
     pub async fn held(&self, count: usize) {
         let mut changed = self.0.changed.subscribe();
         while self.waiting() < count {
@@ -62,7 +62,7 @@ impl Gate {
 
     pub(super) async fn pass(&self) {
         let _held = Held::new(&self.0);
-        // An error means that the gate stands open.
+        // An error means that the gate is open for all.
         if let Ok(pass) = self.0.passes.acquire().await {
             pass.forget();
         }

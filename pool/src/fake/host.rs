@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::host::Host;
 
-/// A host whose memory is what a test says.
+/// A host whose memory figures are set by a test.
 #[derive(Debug, Clone, Default)]
 pub struct FakeHost {
     available_mib: Option<u64>,
@@ -12,7 +12,7 @@ pub struct FakeHost {
 }
 
 impl FakeHost {
-    /// A host with so much memory available; none: not known.
+    /// A host with this much memory available; none: unknown.
     #[must_use]
     pub fn new(available_mib: Option<u64>) -> Self {
         Self {

@@ -33,7 +33,7 @@ use crate::guard;
 use crate::profile::{Parking, Profile};
 use crate::slot::VmId;
 
-/// What every fake VM says of its memory.
+/// The private memory that every fake VM reports.
 const PRIVATE_BYTES: u64 = 1 << 20;
 
 /// The error of [`Boot::Fail`].
@@ -41,7 +41,7 @@ const PRIVATE_BYTES: u64 = 1 << 20;
 #[error("{0}")]
 pub struct FakeError(pub &'static str);
 
-/// How often things happened, for one profile.
+/// Counters of one profile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Tally {
     /// Boots begun.
@@ -56,7 +56,7 @@ pub struct Tally {
     pub retired: usize,
     /// VMs that were dropped otherwise.
     pub dropped: usize,
-    /// VMs that exist now, with callers or without.
+    /// VMs that exist now, leased or not.
     pub live: usize,
 }
 
@@ -67,12 +67,12 @@ struct World {
     defaults: HashMap<String, Boot>,
     prepare: HashMap<String, VecDeque<Boot>>,
     pings: HashMap<String, VecDeque<Ping>>,
-    /// Percent of boots that fail, and the state of the generator that draws them.
+    /// Percent of boots that fail, and the state of the random generator that picks them.
     failing: (u64, u64),
     retire: Option<Gate>,
     settle: Option<Gate>,
     faults: Faults,
-    /// Why profiles have no template.
+    /// Template errors, by profile.
     refused: HashMap<String, Arc<FakeError>>,
     vms: BTreeMap<VmId, Weak<Life>>,
 }
@@ -87,27 +87,27 @@ pub struct FakeBackend {
 }
 
 impl FakeBackend {
-    /// Every boot succeeds at once, every ping is answered.
+    /// A backend whose boots all succeed at once and whose pings are all answered.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How VMs wait unless configured.
+    /// Sets how parked VMs wait unless configured.
     #[must_use]
     pub fn with_parking(mut self, parking: Parking) -> Self {
         self.parking = Some(parking);
         self
     }
 
-    /// How it says that its VMs come to be; boots, unless set.
+    /// Sets how the backend says that its VMs are made; [`Making::Boot`] unless set.
     #[must_use]
     pub fn with_making(mut self, making: Making) -> Self {
         self.making = Some(making);
         self
     }
 
-    /// The factor on every timeout that it asks for.
+    /// Sets the factor on every timeout that the backend asks for.
     #[must_use]
     pub fn with_time_scale(mut self, factor: u32) -> Self {
         self.time_scale = Some(factor);
@@ -118,7 +118,7 @@ impl FakeBackend {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next boots of `profile`, in order.
+    /// Scripts the next boots of `profile`, in order.
     pub fn script(&self, profile: &str, boots: impl IntoIterator<Item = Boot>) {
         self.world()
             .scripts
@@ -127,17 +127,17 @@ impl FakeBackend {
             .extend(boots);
     }
 
-    /// Forgets the scripted boots of `profile` that have not begun.
+    /// Removes the scripted boots of `profile` that have not begun.
     pub fn unscript(&self, profile: &str) {
         self.world().scripts.remove(profile);
     }
 
-    /// All boots of `profile` that are not scripted.
+    /// Sets how boots of `profile` go that are not scripted.
     pub fn by_default(&self, profile: &str, boot: Boot) {
         self.world().defaults.insert(profile.to_owned(), boot);
     }
 
-    /// The next preparations of `profile`, in order.
+    /// Scripts the next preparations of `profile`, in order.
     pub fn script_prepare(&self, profile: &str, steps: impl IntoIterator<Item = Boot>) {
         self.world()
             .prepare
@@ -146,30 +146,31 @@ impl FakeBackend {
             .extend(steps);
     }
 
-    /// The first pings of all VMs of `profile` that are made from now on.
+    /// Scripts the first pings of all VMs of `profile` that are made from now on.
     pub fn script_pings(&self, profile: &str, pings: impl IntoIterator<Item = Ping>) {
         self.world()
             .pings
             .insert(profile.to_owned(), pings.into_iter().collect());
     }
 
-    /// Lets so many percent of the boots that are not scripted fail, drawn from `seed`.
+    /// Makes this percentage of the boots that are not scripted fail, drawn from `seed`.
     pub fn fail_percent(&self, percent: u64, seed: u64) {
         self.world().failing = (percent, seed | 1);
     }
 
-    /// Every destruction waits for this gate.
+    /// Makes every destruction wait for `gate`.
     pub fn gate_retire(&self, gate: Option<Gate>) {
         self.world().retire = gate;
     }
 
-    /// What is left of a boot or a preparation that was given up is gone when this gate says so.
+    /// Makes [`Backend::settled`] wait for `gate`, as if something were left of a cancelled boot or
+    /// preparation until then.
     pub fn gate_settle(&self, gate: Option<Gate>) {
         self.world().settle = gate;
     }
 
-    /// Says that no template of `profile` can be made, and why; none: it can. Each call is a
-    /// failure, or a success, of its own.
+    /// Makes the template of `profile` fail with the error `why`; none: it succeeds. Each call with
+    /// an error is a new failure.
     pub fn refuse_template(&self, profile: &str, why: Option<&'static str>) {
         let refused = &mut self.world().refused;
         match why {
@@ -178,7 +179,7 @@ impl FakeBackend {
         };
     }
 
-    /// Lets the next call of a method panic.
+    /// Makes the next call of a method panic.
     pub fn panic_in(&self, method: Method) {
         self.world().faults.arm(method);
     }
@@ -190,7 +191,7 @@ impl FakeBackend {
         }
     }
 
-    /// How often things happened.
+    /// Returns the counters of `profile`.
     #[must_use]
     pub fn tally(&self, profile: &str) -> Tally {
         self.world()
@@ -225,7 +226,7 @@ impl FakeBackend {
     /// Makes a VM outside of any pool, to offer it to one.
     #[must_use]
     pub fn make(&self, profile: &str) -> FakeVm {
-        // Numbers from the far end, so that they meet none of a pool's.
+        // Numbers from the top of the range, so that they do not collide with those of a pool.
         let others = u64::try_from(self.world().vms.len()).unwrap_or(0);
         self.make_as(profile, VmId(u64::MAX - others))
     }
@@ -277,7 +278,7 @@ impl FakeBackend {
     }
 }
 
-/// Counts a boot as under way, however it ends.
+/// Drop guard that counts a boot as under way, however it ends.
 struct UnderWay<'a>(&'a FakeBackend, &'a str);
 
 impl<'a> UnderWay<'a> {

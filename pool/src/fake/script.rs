@@ -1,4 +1,4 @@
-//! What a fake backend and its VMs can be told to do.
+//! Scripted behaviour of a fake backend and its VMs.
 
 use std::time::Duration;
 
@@ -8,15 +8,15 @@ use super::Gate;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Boot {
-    /// At once.
+    /// It succeeds at once.
     Fine,
-    /// After so long.
+    /// It succeeds after this time.
     After(Duration),
-    /// As soon as the gate lets it through.
+    /// It succeeds as soon as the gate lets it through.
     Gate(Gate),
     /// It fails.
     Fail(&'static str),
-    /// It fails after so long.
+    /// It fails after this time.
     FailAfter(Duration, &'static str),
     /// It never ends.
     Hang,
@@ -34,7 +34,7 @@ pub enum Boot {
 pub enum Ping {
     /// Answered.
     Pong,
-    /// Answered after so long.
+    /// Answered after this time.
     After(Duration),
     /// Answered as soon as the gate lets it through.
     Gate(Gate),
@@ -42,9 +42,9 @@ pub enum Ping {
     Lost,
     /// Never answered.
     Silence,
-    /// Answered in a way that no healthy guest answers.
+    /// Answered wrongly, as no healthy guest does.
     Wrong(&'static str),
-    /// The VM ends while it is asked.
+    /// The VM ends during the probe.
     Dies,
     /// The backend panics.
     Panic,

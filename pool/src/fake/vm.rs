@@ -14,7 +14,7 @@ use super::{FakeBackend, Ping};
 use crate::backend::{ProbeError, Remote};
 use crate::slot::VmId;
 
-/// What the VM, its handles and its probes share.
+/// State shared by the VM, its handles and its probes.
 #[derive(Debug)]
 pub(super) struct Life {
     pub(super) id: VmId,
@@ -29,7 +29,7 @@ pub(super) struct Life {
 #[derive(Debug, Clone, Copy, Default)]
 struct Now {
     ended: bool,
-    /// Nothing of it is left but the value.
+    /// The VM holds no resources any more; only the value is left.
     hollow: bool,
     frozen: bool,
     paused: bool,
@@ -77,12 +77,12 @@ impl Life {
     pub(super) fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut state = self.state.subscribe();
         async move {
-            // An error means that the VM was destroyed: an end, too.
+            // An error means that the VM was destroyed, which is an end, too.
             let _ = state.wait_for(|now| now.ended).await.map(|_| ());
         }
     }
 
-    /// A frozen or paused guest answers when it runs again.
+    /// Resolves when the guest is neither frozen nor paused: it answers only then.
     async fn runs(&self) {
         let mut state = self.state.subscribe();
         if state
@@ -140,19 +140,19 @@ pub struct FakeVm {
 }
 
 impl FakeVm {
-    /// The name of the profile that it was made for.
+    /// The name of the profile that the VM was made for.
     #[must_use]
     pub fn made_for(&self) -> &str {
         &self.life.profile
     }
 
-    /// A handle to see and disturb it.
+    /// Returns a handle to inspect and disturb the VM.
     #[must_use]
     pub fn handle(&self) -> FakeVmHandle {
         FakeVmHandle::new(Arc::clone(&self.life))
     }
 
-    /// Does something for its owner.
+    /// Does one piece of work for the VM's owner. Returns how many it has done so far.
     ///
     /// # Errors
     /// If the VM has ended or cannot answer.
@@ -168,13 +168,13 @@ impl FakeVm {
     }
 }
 
-/// Why a fake VM did not work.
+/// Why [`FakeVm::work`] failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FakeVmError {
-    /// It has ended.
+    /// The VM has ended.
     #[error("the VM has ended")]
     Ended,
-    /// Its vCPUs do not run.
+    /// The vCPUs do not run.
     #[error("the VM does not run")]
     Stuck,
 }
@@ -192,7 +192,7 @@ impl fmt::Debug for FakeVm {
     }
 }
 
-/// Sees and disturbs a VM, whoever owns it.
+/// A handle that inspects and disturbs a VM without owning it.
 #[derive(Debug, Clone)]
 pub struct FakeVmHandle(Arc<Life>);
 
@@ -201,23 +201,23 @@ impl FakeVmHandle {
         Self(life)
     }
 
-    /// The number that it was made under.
+    /// The VM's number.
     #[must_use]
     pub fn id(&self) -> VmId {
         self.0.id
     }
 
-    /// Ends it, as a panic, a power-off or a kill would.
+    /// Ends the VM, as a panic, a power-off or a kill would.
     pub fn kill(&self) {
         self.0.end();
     }
 
-    /// Freezes its vCPUs; resuming does not help.
+    /// Freezes the vCPUs; resuming does not help.
     pub fn freeze(&self) {
         self.0.state.send_modify(|now| now.frozen = true);
     }
 
-    /// Says how its next pings go, in order.
+    /// Scripts the VM's next pings, in order.
     pub fn script_pings(&self, pings: impl IntoIterator<Item = Ping>) {
         self.0
             .pings
@@ -226,31 +226,31 @@ impl FakeVmHandle {
             .extend(pings);
     }
 
-    /// Whether it has not ended.
+    /// Whether the VM has not ended.
     #[must_use]
     pub fn is_alive(&self) -> bool {
         self.0.is_alive()
     }
 
-    /// Whether it holds memory of the host: until the pool ends it, or it is dropped.
+    /// Whether the VM holds memory of the host: until the pool ends it, or it is dropped.
     #[must_use]
     pub fn holds_memory(&self) -> bool {
         !self.0.state.borrow().hollow
     }
 
-    /// Whether its vCPUs are paused.
+    /// Whether the vCPUs are paused.
     #[must_use]
     pub fn is_paused(&self) -> bool {
         self.0.state.borrow().paused
     }
 
-    /// How often it was probed.
+    /// How often the VM was probed.
     #[must_use]
     pub fn probes(&self) -> usize {
         self.0.probes.load(Ordering::SeqCst)
     }
 
-    /// How often it was handed out.
+    /// How often the VM was handed out.
     #[must_use]
     pub fn hand_offs(&self) -> usize {
         self.0.hand_offs.load(Ordering::SeqCst)

@@ -1,6 +1,6 @@
 //! The cgroups that this process is in, of version 2 or 1, and what their limits leave.
 //!
-//! A limit holds for all that is below it, so each cgroup from the process's own up to the root
+//! A limit applies to all cgroups below it, so each cgroup from the process's own up to the root
 //! counts.
 
 use std::fs;
@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 
 /// Where Linux systems mount cgroups (`cgroups(7)`).
 const MOUNTED: &str = "/sys/fs/cgroup";
-/// Levels that are looked at.
+/// Maximum number of levels that are read.
 const MAX_DEPTH: usize = 64;
 
-/// The files of a controller, by the version of cgroups that has it.
+/// The files of a controller, by cgroup version.
 pub(super) struct Controller {
     pub(super) name: &'static str,
     pub(super) v2: Files,
     pub(super) v1: Files,
 }
 
-/// Names in the directory of a cgroup.
+/// File names in the directory of a cgroup.
 pub(super) struct Files {
     pub(super) limit: &'static str,
     pub(super) used: &'static str,
@@ -32,7 +32,7 @@ pub(super) struct Limited {
     pub(super) used: u64,
 }
 
-/// Each cgroup above this process that has a limit of this kind, its own first.
+/// Returns each cgroup from this process's own up to the root that has a limit of this kind.
 pub(super) fn limits(controller: &Controller) -> Vec<Limited> {
     let Ok(membership) = fs::read_to_string("/proc/self/cgroup") else {
         return Vec::new();
@@ -55,7 +55,8 @@ pub(super) fn limits_in(mounted: &Path, membership: &str, controller: &Controlle
         } else {
             continue;
         };
-        // In a container the path may be the host's, which is not mounted: the root's limits count.
+        // In a container the path may be the host's, which is not mounted: then the root's limits
+        // count.
         let own = root.join(path.trim_start_matches('/'));
         let levels = own.ancestors().take_while(|dir| dir.starts_with(&root));
         for dir in levels.take(MAX_DEPTH) {
@@ -73,7 +74,7 @@ pub(super) fn limits_in(mounted: &Path, membership: &str, controller: &Controlle
     found
 }
 
-/// The number that is all of a file; none for the word `max`.
+/// The number that a file consists of; `None` for anything else, such as `max`.
 pub(super) fn number(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }

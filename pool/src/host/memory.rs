@@ -17,20 +17,20 @@ const CONTROLLER: Controller = Controller {
     },
 };
 
-/// What version 1 has instead of the word `max`: the largest number of bytes in whole pages.
+/// What version 1 has instead of `max`: the largest number of bytes in whole pages.
 const NO_LIMIT: u64 = i64::MAX as u64 & !0xfff;
 
 /// A limit on memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryLimit {
-    /// What to raise: a file of a cgroup.
+    /// The file of a cgroup in which to raise it.
     pub name: String,
-    /// MiB that may be used under it, and are in part.
+    /// The limit in MiB, part of which is already used.
     pub mib: u64,
 }
 
-/// The smallest limit of the cgroups that this process is in; none if they have none.
+/// The smallest limit of the cgroups that this process is in; `None` if they have none.
 #[must_use]
 pub fn memory_limit() -> Option<MemoryLimit> {
     smallest(limits(&CONTROLLER))
@@ -46,7 +46,7 @@ fn smallest(limits: Vec<Limited>) -> Option<MemoryLimit> {
     })
 }
 
-/// In MiB; none if not even the machine's is known.
+/// In MiB; `None` if the machine's available memory is not known.
 pub(super) fn available_mib() -> Option<u64> {
     let machine = available_kib(&fs::read_to_string("/proc/meminfo").ok()?)?;
     let cgroups = limits(&CONTROLLER);
@@ -54,8 +54,7 @@ pub(super) fn available_mib() -> Option<u64> {
     Some(least.unwrap_or(u64::MAX).min(machine) >> 10)
 }
 
-/// Bytes that a cgroup leaves. Page cache that has not been used lately counts as used and is given
-/// up at need.
+/// Bytes that a cgroup leaves. Inactive page cache counts as used there, but is reclaimed at need.
 fn left(limited: &Limited) -> u64 {
     let stat = fs::read_to_string(limited.dir.join("memory.stat")).unwrap_or_default();
     let cache = ["total_inactive_file ", "inactive_file "]
@@ -91,7 +90,7 @@ mod tests {
         }
     }
 
-    /// A tree of cgroups as files, by path and content.
+    /// Creates a tree of cgroups as files, by path and content.
     fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (path, content) in files {

@@ -1,4 +1,4 @@
-//! What the pool asks about the host: memory, and threads.
+//! What the pool reads about the host: memory and threads.
 
 mod cgroup;
 mod memory;
@@ -9,17 +9,18 @@ use std::fs;
 pub use memory::{MemoryLimit, memory_limit};
 pub use threads::{ThreadLimit, thread_limit};
 
-/// The host's memory, as the pool needs to know it. Called seldom: a small file read is fine.
+/// The host's memory, as the pool needs to know it. Called rarely: reading a small file is fine.
 pub trait Host: Send + Sync + 'static {
     /// Memory in MiB that programs could still get, read once when a pool is made.
     fn memory_available_mib(&self) -> Option<u64>;
 
-    /// Percentage of the last ten seconds in which some task stalled for memory; none: not known.
+    /// Percentage of the last ten seconds in which some task stalled for memory; `None` if not
+    /// known.
     fn memory_stall_percent(&self) -> Option<f64>;
 }
 
-/// The machine that this runs on, by `/proc/meminfo`, the limits of the cgroups that this process
-/// is in, and `/proc/pressure/memory`.
+/// The machine that this process runs on, as read from `/proc/meminfo`, the limits of this
+/// process's cgroups, and `/proc/pressure/memory`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ThisHost;
 

@@ -1,4 +1,4 @@
-//! How many threads this process may still start, by the tightest of the limits that it is under.
+//! How many threads this process may still start, by the tightest of its limits.
 
 use std::fs;
 use std::path::Path;
@@ -27,11 +27,11 @@ pub struct ThreadLimit {
     pub left: u64,
 }
 
-/// The limit that leaves this process the fewest threads, as far as `/proc` tells; none if it tells
-/// of none.
+/// Returns the limit that leaves this process the fewest threads, as far as `/proc` shows; `None`
+/// if it shows none.
 ///
 /// Reads the status of every process of the machine where `ulimit -u` is set, so it is for checks
-/// beforehand and not for each start of a thread.
+/// beforehand, not for each start of a thread.
 #[must_use]
 pub fn thread_limit() -> Option<ThreadLimit> {
     let cgroups = limits(&CONTROLLER).into_iter().map(|limited| ThreadLimit {
@@ -55,8 +55,7 @@ fn of_the_machine() -> Option<ThreadLimit> {
     })
 }
 
-/// `ulimit -u` counts the threads of all processes of a user (`getrlimit(2)`). Root is not held to
-/// it.
+/// `ulimit -u` counts the threads of all processes of a user (`getrlimit(2)`). Root is exempt.
 fn of_the_user() -> Option<ThreadLimit> {
     let limits = fs::read_to_string("/proc/self/limits").ok()?;
     let max: u64 = word(&limits, "Max processes")?.parse().ok()?;

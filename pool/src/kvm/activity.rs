@@ -1,8 +1,8 @@
-//! What a guest does for its owner, so that the pool can tell an idle lease.
+//! Tracks what a guest does for its owner, so that the pool can tell when a lease is idle.
 //!
-//! Who reads on a stream of the owner's and finds nothing waits for an answer: that is activity.
-//! Who gives the read up need not say so, and keeps the stream. So each reading asks those who wait
-//! again, by waking them: the next reading counts those who have come back meanwhile.
+//! A task that reads on a stream of the owner's and finds nothing waits for an answer: that counts
+//! as activity. A task that gives up the read and keeps the stream does not say so. So each reading
+//! wakes the waiting tasks, and the next reading counts those that have polled again since.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -11,51 +11,51 @@ use std::task::Waker;
 
 use crate::guard;
 
-/// Of one guest, over all its streams.
+/// The activity of one guest, over all its streams.
 #[derive(Debug, Default)]
 pub(super) struct Activity {
     moves: AtomicU64,
-    /// Programs of the owner's whose streams are there.
+    /// Programs of the owner's whose streams are open.
     running: AtomicUsize,
-    /// Who has found nothing to read since the last reading, by the number of its stream.
+    /// The tasks that found nothing to read since the last reading, by the number of the stream.
     waiting: Mutex<HashMap<u64, Waker>>,
     streams: AtomicU64,
 }
 
 impl Activity {
-    /// Bytes have moved.
+    /// Counts that bytes have moved.
     pub(super) fn moved(&self) {
         self.moves.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A number that changes when bytes moved, and at each call while a request is open.
+    /// Returns a number that changes when bytes moved, and at each call while a request is open.
     pub(super) fn reading(&self) -> u64 {
         let waiting = std::mem::take(&mut *self.waiting());
         if !waiting.is_empty() || self.running.load(Ordering::Relaxed) > 0 {
             self.moved();
         }
         for waker in waiting.into_values() {
-            // The pool reads under its lock.
+            // The pool calls this under its lock.
             guard::later(move || waker.wake());
         }
         self.moves.load(Ordering::Relaxed)
     }
 
-    /// Holds the lock; no waker is cloned or dropped meanwhile, for that is code of the embedder's.
+    /// No waker may be cloned or dropped under this lock: that is code of the embedding program's.
     fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Waker>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// One stream's part in it.
+/// The activity of one stream.
 #[derive(Debug)]
 pub(super) struct Part {
     guest: Arc<Activity>,
     stream: u64,
-    /// The owner's, not the pool's: who reads on it waits for an answer.
+    /// The stream is the owner's, not the pool's: a reader on it waits for an answer.
     owned: AtomicBool,
     waits: bool,
-    /// A program, which is a request for as long as its stream is there.
+    /// The stream runs a program, which counts as a request for as long as the stream is open.
     runs: AtomicBool,
 }
 
@@ -80,13 +80,13 @@ impl Part {
         }
     }
 
-    /// Somebody has read something, or that there is no more.
+    /// A read returned bytes or the end of the stream.
     pub(super) fn read(&mut self) {
         self.guest.moved();
         self.wait_no_more();
     }
 
-    /// Somebody has found nothing to read, and waits for more to come.
+    /// A read found nothing, and its task waits for more to come.
     pub(super) fn found_nothing(&mut self, waker: &Waker) {
         if self.owned.load(Ordering::Relaxed) {
             self.waits = true;
@@ -123,7 +123,7 @@ mod tests {
 
     use super::*;
 
-    /// A task, by how often it was woken.
+    /// A task that counts how often it was woken.
     #[derive(Default)]
     struct Task(AtomicUsize);
 
@@ -159,7 +159,7 @@ mod tests {
         part.set_owned();
         let mut last = guest.reading();
         for woken in 1..4 {
-            // Polled for the first time, and each time that it is woken.
+            // A task polls first, and then each time that it is woken.
             part.found_nothing(&waker);
             part.found_nothing(&waker);
             let next = guest.reading();
@@ -177,7 +177,7 @@ mod tests {
         assert_eq!(task.woken(), 3);
     }
 
-    /// Was: it counted for as long as the stream was there.
+    /// Regression: it counted for as long as the stream was open.
     #[test]
     fn a_read_that_was_given_up_is_activity_for_one_reading_though_its_stream_is_kept() {
         let guest = Arc::new(Activity::default());
@@ -187,7 +187,7 @@ mod tests {
         given_up.found_nothing(&of_gone);
         let before = guest.reading();
         assert_eq!(gone.woken(), 1);
-        // Whoever it was does something else when it is woken.
+        // The woken task does something else and does not read again.
         assert_eq!(guest.reading(), before);
         waits.set_owned();
         waits.found_nothing(&of_here);
@@ -198,7 +198,7 @@ mod tests {
         drop((given_up, waits));
     }
 
-    /// A waker is code of the embedder's.
+    /// A waker is code of the embedding program's.
     #[test]
     fn whoever_waits_is_woken_when_no_lock_of_a_pool_is_held() {
         let guest = Arc::new(Activity::default());

@@ -1,7 +1,8 @@
-//! Who still holds a part of a VM, from before it is made until nothing of it is left.
+//! Tracks VMs from before they are made until nothing of them is left.
 //!
-//! Making a VM is the work of other threads, and so is taking one apart: both go on when the future
-//! that waited for them is dropped. [`Births`] knows when what was given up is gone.
+//! VMs are made and torn down on other threads, which go on when the future that waits for them is
+//! dropped. [`Births`] counts the VMs that were given up in this way, so that a caller can wait for
+//! their teardown.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -9,13 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 
-/// The VMs of a backend that nobody waits for any more and of which something is left.
+/// Counts the VMs of a backend that were given up and are not gone yet.
 #[derive(Default)]
 pub(super) struct Births {
     given_up: watch::Sender<usize>,
 }
 
-/// A VM in the making. Dropping this gives it up.
+/// A VM being made. Dropping this gives it up, unless [`done`](Birth::done) was called.
 pub(super) struct Birth {
     life: Life,
     has_owner: bool,
@@ -26,13 +27,13 @@ pub(super) struct Birth {
 pub(super) struct Life(Arc<Inner>);
 
 struct Inner {
-    /// Dropped, and so seen as closed, with the last part.
+    /// Dropped with the last part, which closes the channel.
     end: watch::Sender<()>,
     is_given_up: AtomicBool,
     given_up: watch::Sender<usize>,
 }
 
-/// Resolves when nothing of the VM is left; keeps nothing of it.
+/// Resolves when nothing of the VM is left; keeps no part of it alive.
 #[derive(Clone)]
 pub(super) struct Gone(watch::Receiver<()>);
 
@@ -47,18 +48,18 @@ impl Births {
         Birth { life, has_owner }
     }
 
-    /// Resolves when nothing is left of what was given up.
+    /// Resolves when nothing is left of the VMs that were given up.
     pub(super) fn settled(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut given_up = self.given_up.subscribe();
         async move {
-            // An error means that the backend is gone, and all that was counted.
+            // An error means that the backend and all VMs that were counted are gone.
             let _ = given_up.wait_for(|left| *left == 0).await;
         }
     }
 }
 
 impl Birth {
-    /// To be kept by whoever works on the VM.
+    /// To be held by the code that works on the VM.
     pub(super) fn life(&self) -> Life {
         self.life.clone()
     }
@@ -67,7 +68,7 @@ impl Birth {
         Gone(self.life.0.end.subscribe())
     }
 
-    /// The VM has an owner.
+    /// The VM has an owner now, and is not given up.
     pub(super) fn done(mut self) {
         self.has_owner = true;
     }
@@ -76,7 +77,7 @@ impl Birth {
 impl Drop for Birth {
     fn drop(&mut self) {
         if !self.has_owner {
-            // Counted before this part goes.
+            // Counted before this part is dropped.
             let Life(inner) = &self.life;
             inner.given_up.send_modify(|left| *left += 1);
             inner.is_given_up.store(true, Ordering::SeqCst);
@@ -94,7 +95,7 @@ impl Drop for Inner {
 
 impl Gone {
     pub(super) async fn wait(mut self) {
-        // Nothing is ever sent.
+        // No value is ever sent: this resolves when the channel closes.
         let _ = self.0.changed().await;
     }
 }

@@ -1,4 +1,4 @@
-//! How a template comes to be: a guest is booted, warmed up, rehearsed and frozen.
+//! Makes templates: a guest is booted, warmed up, taken through a clone's first steps and frozen.
 
 use std::ops::RangeFrom;
 use std::time::Duration;
@@ -20,25 +20,24 @@ use super::templates::Unmade;
 use super::workers::{WorkError, blocking};
 use crate::profile::{Balloon, Profile};
 
-/// Memory in bytes that a template's guest may hold without use; less is not worth the balloon's
-/// time. What is held is some 7 MiB more than it seems: a guest also counts as used what it has
-/// never touched.
+/// Unused memory in bytes that a template's guest may hold on the host; less is not worth the
+/// balloon's time. The real amount is some 7 MiB more than measured: the guest also counts as used
+/// memory that it has never touched.
 const WORTH_SQUEEZING: u64 = 4 << 20;
-/// Where ring 0 is emulated, a MiB takes the balloon 0.3 s both ways: it is worth a share of what
-/// goes through it.
+/// On an emulated host the balloon takes 0.3 s per MiB to inflate and deflate again, so it has to
+/// gain at least this fraction (1/32) of what goes through it.
 const WORTH_A_SHARE: u64 = 32;
-/// How often a template's guest goes through a clone's first steps.
+/// How many times a template's guest goes through a clone's first steps.
 const REHEARSALS: usize = 2;
-/// How long a template's guest may take to come to rest before it is frozen.
+/// How long to wait for a template's guest to become idle before it is frozen.
 const REST: Duration = Duration::from_secs(10);
 /// Pause between two pings while a template's guest prepares itself.
 const PREPARE_PAUSE: Duration = Duration::from_millis(20);
 
-/// Pause between two looks at a template that another process makes: it takes seconds.
+/// Pause between two attempts to lock a template that another process makes, which takes seconds.
 const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
-/// The connection to the agent of a guest that becomes a template, and the nonces not used on it
-/// yet.
+/// The agent connection of a guest that becomes a template, and the nonces not yet used on it.
 struct Line {
     agent: AgentClient<GuestStream>,
     nonces: RangeFrom<u64>,
@@ -49,8 +48,8 @@ fn panicked(error: WorkError) -> Unmade<CreateError> {
 }
 
 impl KvmBackend {
-    /// The stored template of the profile, or one that is made and stored. A store that fails costs
-    /// time, nothing else.
+    /// Returns the stored template of the profile, or makes and stores one. A store that fails
+    /// costs time, nothing else.
     pub(super) async fn find_or_make_template(
         &self,
         profile: &Profile,
@@ -108,8 +107,8 @@ impl KvmBackend {
         }
     }
 
-    /// The entry, or the right to make it; none if somebody else still makes it after the time that
-    /// a boot may take. Cancel-safe: nothing waits for the lock but this future.
+    /// Returns the entry, or the right to make it; `None` if another process still makes it after
+    /// the time that a boot may take. Cancel-safe: only this future waits for the lock.
     async fn enter(
         &self,
         store: Store,
@@ -137,7 +136,7 @@ impl KvmBackend {
         let guest = guest.map_err(Unmade::NoGuest)?;
         let line = self.prepared(&guest).await.map_err(Unmade::Refused)?;
         warm_up(&guest, profile).await.map_err(Unmade::NoGuest)?;
-        // Before the connection that clones have spare, so that it is known by its place.
+        // Before the clones' spare connection is opened, so that the order tells the two apart.
         let session = self.start_session(&guest, profile, true).await;
         let session = session.map_err(Unmade::NoGuest)?;
         let frozen = self.freeze(guest, line, session, profile).await;
@@ -146,9 +145,9 @@ impl KvmBackend {
         Ok(template)
     }
 
-    /// Waits until the agent has prepared all that clones begin with.
+    /// Waits until the agent has prepared everything that clones begin with.
     async fn prepared(&self, guest: &Guest) -> Result<Line, CreateError> {
-        // Nobody probes a guest that becomes a template.
+        // The pool does not probe a guest that becomes a template.
         let agent = guest.control().take().await;
         let mut agent = agent.ok_or(ConnectionError::Closed)?;
         let mut nonces = 1..;
@@ -167,7 +166,7 @@ impl KvmBackend {
         Ok(Line { agent, nonces })
     }
 
-    /// From the guest that is warm to its template.
+    /// Turns a warm guest into its template.
     async fn freeze(
         &self,
         mut guest: Guest,
@@ -185,7 +184,7 @@ impl KvmBackend {
         }
         let spare = self.rehearse(&guest, &mut agent, nonces).await?;
         if let Some(session) = &mut session {
-            // What a clone does first, is done; what it does next, too.
+            // The steps that a clone's interpreter takes first, and next.
             self.reseed(session).await?;
             session.run("").await?;
             self.reseed(session).await?;
@@ -195,7 +194,7 @@ impl KvmBackend {
         for line in [&agent, &spare] {
             line.stream().mark_durable();
         }
-        // Only this task knows the guest: nobody else can hold its VM.
+        // Only this task knows the guest, so no other one can hold its VM.
         let vm = guest.into_vm().ok_or(CreateError::Ended(Exit::Killed))?;
         let freeze = move || {
             if !vm.pause_at_rest(REST)? {
@@ -206,9 +205,8 @@ impl KvmBackend {
         Ok(blocking(freeze).await??)
     }
 
-    /// Does to a template's guest what each clone will go through, so that what the first time
-    /// takes (pages, caches) is part of the template. Gives the connection that a clone keeps
-    /// for its owner.
+    /// Takes a template's guest through the steps of each clone, so that the one-time costs (pages,
+    /// caches) are in the template. Returns the connection that a clone keeps for its owner.
     async fn rehearse(
         &self,
         guest: &Guest,
@@ -221,7 +219,7 @@ impl KvmBackend {
                 agent.pong(nonce).await?;
             }
             let mut spare = guest.agent().await?;
-            // The agent reads this side's greeting with it.
+            // With the ping, the agent also reads the host's greeting.
             spare.ping(FIRST_NONCE).await?;
             Ok(spare)
         };
@@ -230,8 +228,7 @@ impl KvmBackend {
         rehearsed.map_err(|_| CreateError::Late(limit))?
     }
 
-    /// Has what the warm-up left running stand still: a clone lets it go on once it is a stranger
-    /// to its siblings.
+    /// Freezes the processes that the warm-up left running: a clone thaws them once it is unique.
     async fn hold(
         &self,
         agent: &mut AgentClient<GuestStream>,
@@ -244,7 +241,7 @@ impl KvmBackend {
         let held = timeout(limit, agent.freeze()).await;
         match held.map_err(|_| CreateError::Late(limit))? {
             Err(FreezeError::Connection(error)) => Err(error.into()),
-            // A kernel of the user's own.
+            // Possible with a kernel that the user built.
             Err(error) => {
                 let name = &profile.name;
                 tracing::warn!(profile = name, %error, "what the warm-up left runs in clones at once");
@@ -254,11 +251,11 @@ impl KvmBackend {
         }
     }
 
-    /// Takes from a template's guest what its start touched and let go of, so that the template
-    /// does not hold it for ever; best effort, bounded. The guest gets its memory back,
-    /// untouched, before it is frozen: a clone then has all of it and nothing to do at its
-    /// hand-off, where deflating costs each of them processor time, and memory of its own for
-    /// the kernel's records.
+    /// Reclaims memory that the template's guest touched and freed while it started, so that the
+    /// template does not hold it for ever; best effort, within time limits. The balloon is deflated
+    /// again before the guest is frozen: a clone then has all its memory, untouched, and nothing to
+    /// do at its hand-off, where deflating would cost each clone processor time, and private memory
+    /// for the kernel's records.
     async fn squeeze(&self, guest: &mut Guest, memory: Memory, profile: &Profile) {
         let in_use = memory.total_bytes.saturating_sub(memory.free_bytes);
         guest.weigh().await;
@@ -278,7 +275,7 @@ impl KvmBackend {
             return;
         }
         let balloon = guest.vm().balloon();
-        // What is not deflated here, every clone would have to.
+        // The balloon that is not deflated here has to be deflated in every clone.
         for (target, limit) in [(target, self.balloon_timeout), (0, self.boot_timeout)] {
             if let Err(error) = balloon.resize(target, limit).await {
                 tracing::debug!(%error, "a template keeps more memory than it should");

@@ -1,4 +1,4 @@
-//! What the backend makes guests from.
+//! The configuration of the backend, and the files that it makes guests from.
 
 use std::collections::HashMap;
 use std::io;
@@ -17,13 +17,13 @@ use super::store::{DEFAULT_LIMIT, Store};
 use super::templates::{Retry, Templates};
 use crate::config::PoolConfig;
 
-/// How guests come to be.
+/// How guests are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Source {
     /// One boot per profile becomes a template at the start; VMs are its forks. If the guest boots
-    /// and cannot be made a template (the host refuses, or is out of memory), VMs boot from
-    /// cold, and the next boot after `boot.breaker_cooldown_ms`, which doubles up to
-    /// `boot.breaker_cooldown_max_ms`, tries it again.
+    /// and cannot be made a template (the host refuses, or is out of memory), VMs boot from cold.
+    /// The first boot after `boot.breaker_cooldown_ms`, which doubles up to
+    /// `boot.breaker_cooldown_max_ms`, tries the template again.
     #[default]
     Fork,
     /// Every VM boots from cold.
@@ -34,23 +34,23 @@ pub enum Source {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KvmImage {
-    /// An uncompressed ELF kernel (or what the monitor else takes).
+    /// An uncompressed ELF kernel (or another format that the monitor takes).
     pub kernel: PathBuf,
     /// The initramfs; its `/init` is the agent.
     pub initramfs: PathBuf,
-    /// An EROFS file system that becomes the guest's root (see `hearth image import`); without one
-    /// a guest has the agent's few built-in programs alone. All guests read one copy in the
-    /// host's memory; what they write is their own.
+    /// An EROFS file system that becomes the guest's root (see `hearth image import`); without it
+    /// a guest has only the agent's few built-in programs. All guests share one copy in the
+    /// host's memory; each one's writes are its own.
     pub root: Option<PathBuf>,
     /// How much of a guest's memory its programs may fill with what they write over the root file
-    /// system, in MiB. Not given: 60 % of it.
+    /// system, in MiB. The default is 60 % of it.
     pub layer_mib: Option<u32>,
-    /// Words for the kernel's command line.
+    /// Extra kernel parameters.
     pub append: String,
 }
 
 impl KvmImage {
-    /// A guest of this kernel and this initramfs.
+    /// An image of this kernel and this initramfs, without a root file system.
     pub fn new(kernel: impl Into<PathBuf>, initramfs: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -68,7 +68,7 @@ impl KvmImage {
         self
     }
 
-    /// Limits what programs write over the root file system.
+    /// Limits how much programs write over the root file system, in MiB.
     #[must_use]
     pub fn layer_mib(mut self, mib: u32) -> Self {
         self.layer_mib = Some(mib);
@@ -76,9 +76,9 @@ impl KvmImage {
     }
 }
 
-/// How many clones are made at a time. Up to its first pong a clone needs a processor, most of all
-/// where its kernel is emulated: more of them at once would only be slowed down by each other's
-/// timer ticks.
+/// How many clones are made at a time. Until its first pong a clone needs a processor, most of all
+/// on an emulated host: more of them at once would only slow each other down with their timer
+/// ticks.
 fn forks_at_once(cpu: CpuProfile) -> usize {
     let processors = available_parallelism().map_or(1, NonZero::get);
     match cpu {
@@ -87,7 +87,7 @@ fn forks_at_once(cpu: CpuProfile) -> usize {
     }
 }
 
-/// Collects a [`KvmBackend`].
+/// Builds a [`KvmBackend`].
 #[derive(Debug)]
 #[must_use]
 pub struct KvmBackendBuilder(KvmBackend);
@@ -117,25 +117,25 @@ impl KvmBackendBuilder {
         })
     }
 
-    /// Says what profiles mean by the image `name`.
+    /// Sets the image that profiles call `name`.
     pub fn image(mut self, name: impl Into<String>, image: KvmImage) -> Self {
         self.0.images.insert(name.into(), image);
         self
     }
 
-    /// Says how guests come to be.
+    /// Sets how guests are made.
     pub fn source(mut self, source: Source) -> Self {
         self.0.source = source;
         self
     }
 
-    /// Keeps templates in `dir`, at most `limit` bytes of them, so that they outlast the process: 4
-    /// GiB in `$XDG_CACHE_HOME/hearth/templates` unless said otherwise. An entry is the memory
-    /// of a booted guest, and so holds what the profile's warm-up command left there; only this
-    /// user can read it.
+    /// Keeps templates in `dir`, at most `limit` bytes of them, so that they outlast the process.
+    /// The default is 4 GiB in `$XDG_CACHE_HOME/hearth/templates`. An entry is the memory of a
+    /// booted guest, including what the profile's warm-up command left there; only this user can
+    /// read it.
     ///
-    /// A cache that cannot be used is no error: what cannot be read is made again, what cannot be
-    /// written is logged.
+    /// A cache that cannot be used is no error: an unreadable entry is made again, a failed write
+    /// is logged.
     pub fn template_cache(mut self, dir: impl Into<PathBuf>, limit: u64) -> Self {
         self.0.store = Some(Store::new(dir.into(), limit));
         self
@@ -143,7 +143,7 @@ impl KvmBackendBuilder {
 
     /// Has `place` decide where the vCPU threads of all guests run (see
     /// [`VmConfigBuilder::place_vcpus`](hearth_vmm::VmConfigBuilder::place_vcpus)): on which
-    /// processors, in which control group, beside whom. A guest whose threads it does not place
+    /// processors, in which control group, beside which other threads. If `place` fails, the guest
     /// is not made. It is called on threads of the backend's.
     pub fn place_vcpus(
         mut self,
@@ -153,13 +153,13 @@ impl KvmBackendBuilder {
         self
     }
 
-    /// Makes templates anew in each process.
+    /// Disables the template cache: each process makes its templates anew.
     pub fn no_template_cache(mut self) -> Self {
         self.0.store = None;
         self
     }
 
-    /// The backend.
+    /// Returns the backend.
     #[must_use]
     pub fn build(self) -> KvmBackend {
         self.0

@@ -1,4 +1,4 @@
-//! The persistent connection to a guest's agent, on which the pool asks whether it is well.
+//! The persistent connection to a guest's agent, on which the pool checks the guest's health.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,8 +11,8 @@ use tokio::sync::Mutex;
 
 use crate::backend::ProbeError;
 
-/// One at a time may ask; each with a nonce of its own, so that a late answer is told from a false
-/// one by the client.
+/// One probe runs at a time. Each ping has its own nonce, so that the client can tell a late answer
+/// from a false one.
 pub(super) struct Control<S> {
     line: Mutex<Line<S>>,
     nonce: AtomicU64,
@@ -20,14 +20,14 @@ pub(super) struct Control<S> {
 }
 
 struct Line<S> {
-    /// None after the connection was lost: the next to ask dials again.
+    /// `None` after the connection was lost: the next probe connects again.
     client: Option<AgentClient<S>>,
-    /// The nonce of a ping that was sent already, for the next to ask.
+    /// The nonce of a ping that was already sent, whose answer the next probe waits for.
     asked: Option<u64>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Control<S> {
-    /// No ping was sent on this connection but for the one with the nonce `asked`.
+    /// The only ping sent on this connection so far, if any, had the nonce `asked`.
     pub(super) fn new(client: AgentClient<S>, instance: InstanceId, asked: Option<u64>) -> Self {
         let client = Some(client);
         Self {
@@ -37,12 +37,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Control<S> {
         }
     }
 
-    /// Takes the connection away, with what may be under way on it.
+    /// Takes the connection away, including any unanswered pings.
     pub(super) async fn take(&self) -> Option<AgentClient<S>> {
         self.line.lock().await.client.take()
     }
 
-    /// One ping. Dropping the future is fine: its answer, when it comes, is discarded.
+    /// Sends one ping. Cancel-safe: if the future is dropped, a late answer is discarded.
     pub(super) async fn probe(
         &self,
         dial: impl Future<Output = Option<AgentClient<S>>>,
@@ -71,8 +71,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Control<S> {
             Err(PingError::Connection(_)) => {
                 Err(ProbeError::Wrong("it does not speak the protocol"))
             }
-            // So many unanswered (those who asked have gone) that this connection tells nothing any
-            // more.
+            // Too many pings are unanswered (their probes were dropped) to trust this connection.
             Err(_) => {
                 *client = None;
                 Err(ProbeError::Lost)
@@ -91,14 +90,14 @@ mod tests {
 
     use super::*;
 
-    /// The guest's end, played by hand.
+    /// The guest's end of the connection, driven by the test.
     struct Agent(DuplexStream, FrameBuffer);
 
     impl Agent {
         async fn pinged(&mut self) -> u64 {
             loop {
                 while let Some(payload) = self.1.next_frame().unwrap() {
-                    // The host's hello comes first and is no request.
+                    // The host's hello comes first and is not a request.
                     if let Ok(Request::Ping { nonce }) = Request::decode(payload) {
                         return nonce;
                     }
@@ -142,7 +141,7 @@ mod tests {
         None
     }
 
-    /// The next to ask dials, and is answered.
+    /// The next probe connects again, and succeeds.
     async fn is_well_when_dialled_again(control: &Control<DuplexStream>) {
         let (fresh, mut agent) = connected().await;
         let client = fresh.take().await;

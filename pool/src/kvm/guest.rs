@@ -1,4 +1,4 @@
-//! A guest with an agent: what a lease gives.
+//! A guest with an agent, which a lease gives access to.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -27,23 +27,23 @@ use super::templates::Ingredients;
 use super::workers::blocking;
 use crate::profile::{Language, Profile};
 
-/// Why a guest could not be talked to.
+/// Why a request to the guest failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuestError {
     /// No connection to a port of the guest.
     #[error("no connection to the guest")]
     Connect(#[from] ConnectError),
-    /// The agent did not greet as it should.
+    /// The peer did not greet as an agent does.
     #[error("the agent did not answer as an agent does")]
     Handshake(#[from] HandshakeError),
-    /// The agent did not greet in time.
+    /// The agent did not greet within this time.
     #[error("the agent did not greet within {0:?}")]
     Silent(Duration),
     /// The program could not be run.
     #[error("the program could not be run")]
     Exec(#[from] ExecError),
-    /// Something could not be done with a file.
+    /// A file in the guest could not be read, written or changed.
     #[error("a file in the guest could not be read or written")]
     File(#[from] FileError),
     /// The guest's profile has no session.
@@ -51,7 +51,7 @@ pub enum GuestError {
         "no interpreter is kept warm in this guest: give its profile a session, or ask for one by language"
     )]
     NoSession,
-    /// There is no interpreter, or it cannot go on.
+    /// An interpreter did not start, or cannot go on.
     #[error("the guest's interpreter cannot be used")]
     Session(#[from] SessionError),
     /// A tree of files could not be copied.
@@ -59,15 +59,16 @@ pub enum GuestError {
     Tree(#[from] TreeError),
 }
 
-/// A guest that runs, with its agent. Dropping it ends the guest.
+/// A running guest with its agent. Dropping it ends the guest.
 pub struct Guest {
-    /// Shared with nobody for longer than it takes to end the guest.
+    /// Shared only while the guest is being ended.
     vm: Arc<Vm>,
     gone: Gone,
     control: Arc<Control<GuestStream>>,
-    /// A connection that a clone has from its template, for the first that asks for one.
+    /// A connection that a clone inherits from its template, for the first caller that asks for
+    /// one.
     spare: Mutex<Option<AgentClient<GuestStream>>>,
-    /// The interpreter of the profile, for the first that asks for it.
+    /// The interpreter of the profile, for the first caller that asks for it.
     session: Mutex<Option<Session>>,
     instance: InstanceId,
     activity: Arc<Activity>,
@@ -102,19 +103,19 @@ impl Guest {
         }
     }
 
-    /// Remembers what it was made for.
+    /// Remembers the profile's inputs.
     pub(super) fn made_for(mut self, profile: &Profile) -> Self {
         self.made_of = Some(profile.into());
         self
     }
 
-    /// Whether it is what `profile` describes, and nobody has had it.
+    /// Whether it was made from the same inputs as `profile`'s, and never handed out.
     pub(super) fn fits(&self, profile: &Profile) -> bool {
         let unused = !self.handed_out.load(Ordering::Acquire);
         unused && self.made_of == Some(profile.into())
     }
 
-    /// Somebody has it from here on.
+    /// Marks the guest as handed out.
     pub(super) fn set_handed_out(&self) {
         self.handed_out.store(true, Ordering::Release);
     }
@@ -138,7 +139,8 @@ impl Guest {
         self.made_of.as_ref()?.session
     }
 
-    /// With the environment of the guest's profile, as far as the command does not say otherwise.
+    /// Adds the environment of the guest's profile, except for variables that the command sets
+    /// itself.
     pub(super) fn in_environment(&self, command: Command) -> Command {
         let of_profile = self.made_of.iter().flat_map(|made_of| &made_of.env);
         of_profile.fold(command, |command, (name, value)| {
@@ -154,7 +156,7 @@ impl Guest {
         self.inflated
     }
 
-    /// Looks how much memory it has to itself now.
+    /// Measures the private memory of the VM.
     pub(super) async fn weigh(&mut self) {
         let vm = Arc::clone(&self.vm);
         let weighed = blocking(move || vm.private_bytes().ok());
@@ -171,7 +173,7 @@ impl Guest {
         &self.vm
     }
 
-    /// The guest's identity, drawn anew for each.
+    /// The guest's identity, random for each guest.
     #[must_use]
     pub fn instance(&self) -> InstanceId {
         self.instance
@@ -182,7 +184,7 @@ impl Guest {
         exit_of(&self.vm)
     }
 
-    /// A stream to a port that a program in the guest listens on.
+    /// Connects to a port that a program in the guest listens on.
     ///
     /// # Errors
     /// [`GuestError::Connect`].
@@ -192,10 +194,10 @@ impl Guest {
         Ok(stream)
     }
 
-    /// A connection to the agent of its own, for everything that the agent can do.
+    /// Returns a separate connection to the agent, for everything that the agent can do.
     ///
     /// # Errors
-    /// Why there is none.
+    /// The reason why there is none.
     pub async fn agent(&self) -> Result<AgentClient<GuestStream>, GuestError> {
         let spare = self
             .spare
@@ -210,19 +212,19 @@ impl Guest {
         Ok(agent)
     }
 
-    /// A command; refine it and give it to [`exec`](Self::exec). It runs as the user whom the
-    /// guest's image is made for, unless it is refined by [`user_name`](Command::user_name)
-    /// (`root`, say).
+    /// Returns a command; refine it and give it to [`exec`](Self::exec). It runs as the default
+    /// user of the guest's image, unless [`user_name`](Command::user_name) says otherwise (`root`,
+    /// say).
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         Command::new(program).usual_user()
     }
 
-    /// Starts a program, at the present time and with the environment of the guest's profile, as
-    /// far as the command does not say otherwise. What goes to the agent by another way has
-    /// neither.
+    /// Starts a program, with the present time and the environment of the guest's profile, except
+    /// for variables that the command sets itself; a command that clears the environment gets none
+    /// of the profile's. Requests that go to the agent by another way get neither.
     ///
     /// # Errors
-    /// Why it did not start.
+    /// The reason why it did not start.
     pub async fn exec(&self, command: Command) -> Result<Exec<GuestStream>, GuestError> {
         let command = self.in_environment(command.wall_clock(SystemTime::now()));
         let agent = self.agent().await?;
@@ -230,11 +232,10 @@ impl Guest {
         Ok(agent.exec(command).await?)
     }
 
-    /// Writes a file in the guest, as the user whom the guest's image is made for unless `put`
-    /// names another (root, say, where that user may not write): with that user's rights. What
-    /// is there is replaced once the new one is complete; `put` says otherwise where that is
-    /// not wanted. For more (streams, directories, paths that may not lead out) ask the
-    /// [`agent`](Self::agent).
+    /// Writes a file in the guest, with the rights of the default user of the guest's image unless
+    /// `put` names another (root, say, where the default user may not write). An existing file is
+    /// replaced once the new one is complete, unless `put` says otherwise. For more (streams,
+    /// directories, paths that may not lead out) use the [`agent`](Self::agent).
     ///
     /// # Errors
     /// [`GuestError::File`] with the guest's reason.
@@ -247,18 +248,18 @@ impl Guest {
             .await?)
     }
 
-    /// The content of a file of at most `most` bytes in the guest, if the user whom the guest's
-    /// image is made for may read it.
+    /// Reads a file of at most `most` bytes in the guest, with the rights of the default user of
+    /// the guest's image.
     ///
     /// # Errors
-    /// [`GuestError::File`] with the guest's reason, or if it is larger.
+    /// [`GuestError::File`] with the guest's reason, or if the file is larger.
     pub async fn get(&self, at: impl AsRef<Path>, most: usize) -> Result<Vec<u8>, GuestError> {
         let at = Place::new(at).by(Account::Usual);
         Ok(self.agent().await?.get(at, most).await?)
     }
 
-    /// Unpacks a tar archive into a directory of the guest, for the user whom the guest's image is
-    /// made for, as [`AgentClient::put_tree`] does.
+    /// Unpacks a tar archive into a directory of the guest, for the default user of the guest's
+    /// image, as [`AgentClient::put_tree`] does.
     ///
     /// # Errors
     /// [`GuestError::Tree`].
@@ -271,8 +272,8 @@ impl Guest {
         Ok(self.agent().await?.put_tree(dir, owner, archive).await?)
     }
 
-    /// Packs a directory of the guest into a tar archive, as [`AgentClient::get_tree`] does, as far
-    /// as the user whom the guest's image is made for may read it.
+    /// Packs a directory of the guest into a tar archive, as [`AgentClient::get_tree`] does, with
+    /// the rights of the default user of the guest's image.
     ///
     /// # Errors
     /// [`GuestError::Tree`].
@@ -286,14 +287,14 @@ impl Guest {
         Ok(self.agent().await?.get_tree(dir, limits, archive).await?)
     }
 
-    /// The VM alone; the connection to the agent ends. None if its end is being brought about this
-    /// very moment.
+    /// Returns the VM alone; the connection to the agent ends. `None` if the guest is being ended
+    /// at the same time.
     #[must_use]
     pub fn into_vm(self) -> Option<Vm> {
         Arc::try_unwrap(self.vm).ok()
     }
 
-    /// How to end the guest, whoever owns it.
+    /// Returns a handle that can end the guest without owning it.
     pub(super) fn end(&self) -> End {
         End {
             vm: Arc::downgrade(&self.vm),
@@ -319,27 +320,27 @@ impl Guest {
     }
 }
 
-/// A hand on a guest that can end it, and does not keep it.
+/// A handle that can end a guest, and does not keep it alive.
 pub(super) struct End {
     vm: Weak<Vm>,
     gone: Gone,
 }
 
 impl End {
-    /// Ends the guest and resolves when nothing of it is left, though a value that stands for it
-    /// may be. Cancel-safe: it ends all the same.
+    /// Ends the guest and resolves when nothing of it is left, though a [`Guest`] value may still
+    /// exist. Cancel-safe: the guest ends even if the future is dropped.
     pub(super) async fn bring_about(&self) {
         if let Some(vm) = self.vm.upgrade() {
             vm.kill();
-            // Without a thread, or if it panics, the VM is dropped: a teardown thread takes it
-            // apart.
+            // If there is no thread, or the work panics, the VM is dropped: a teardown thread tears
+            // it down.
             let _ = blocking(move || vm.teardown()).await;
         }
         self.gone.clone().wait().await;
     }
 }
 
-/// Boxed, so that its type does not name the borrow, which the future does not hold.
+/// Boxed, so that the type does not capture the borrow, which the future does not hold.
 pub(super) fn exit_of(vm: &Vm) -> BoxFuture<'static, Exit> {
     Box::pin(vm.exited())
 }
@@ -352,18 +353,18 @@ impl fmt::Debug for Guest {
     }
 }
 
-/// Connects to a guest without keeping it.
+/// Connects to a guest without keeping it alive.
 pub(super) struct Dialler {
     pub(super) vsock: VsockHost,
     pub(super) timeout: Duration,
     pub(super) activity: Arc<Activity>,
 }
 
-/// The connections that a clone begins with.
+/// The agent connections that a clone begins with.
 pub(super) struct Lines {
     pub(super) control: AgentClient<GuestStream>,
     pub(super) spare: Option<AgentClient<GuestStream>>,
-    /// The interpreter's.
+    /// The connection of the interpreter.
     pub(super) session: Option<GuestStream>,
 }
 
@@ -377,12 +378,12 @@ impl Dialler {
         self.greet(self.connect(AGENT_PORT).await?).await
     }
 
-    /// What a clone has of its template's connections; one more if the template had a session.
+    /// Reattaches the connections that a clone inherits; one more if the template had a session.
     pub(super) async fn resume(&self, with_session: bool) -> Result<Lines, GuestError> {
         let mut streams = self.vsock.reattach_all();
         // In the order in which they were made.
         streams.sort_by_key(VsockStream::host_port);
-        // The agent dialled the one, the pool the others.
+        // The agent opened the control connection, the pool opened the others.
         let (ours, theirs): (Vec<_>, Vec<_>) = streams
             .into_iter()
             .partition(|stream| stream.guest_port() == AGENT_PORT);
@@ -414,7 +415,7 @@ impl Dialler {
         Ok(greeting.map_err(|_| GuestError::Silent(self.timeout))??)
     }
 
-    /// For the control connection: why it failed, the verdict says.
+    /// Connects for a probe, which only reports the connection as lost, not the reason.
     pub(super) async fn dial(self) -> Option<AgentClient<GuestStream>> {
         self.agent().await.ok()
     }

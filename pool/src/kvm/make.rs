@@ -1,4 +1,4 @@
-//! How a guest comes to be: booted, or forked from one that was.
+//! Makes guests: boots them, or forks them from the template of one that was booted.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -27,24 +27,24 @@ use crate::slot::VmId;
 
 /// Bytes of host randomness for a clone: 64 for its kernel's generator, 16 for its boot id.
 const ENTROPY: usize = 80;
-/// Nonce of the ping that proves a clone alive.
+/// Nonce of the ping that proves that a clone is alive.
 pub(super) const FIRST_NONCE: u64 = 1;
-/// Why a guest could not be made. Nothing is left behind.
+/// Why a guest could not be made. Nothing of it is left behind.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CreateError {
     /// The profile names an image that the backend was not given.
     #[error("there is no image {image:?}; the backend has: {}", known.join(", "))]
     NoImage {
-        /// The profile's.
+        /// The image that the profile names.
         image: String,
-        /// All names.
+        /// The names of all images that the backend has.
         known: Vec<String>,
     },
-    /// The profile asks for an impossible machine.
+    /// The profile asks for an impossible VM.
     #[error("the profile's machine is not possible")]
     Config(#[from] ConfigError),
-    /// Kernel or initramfs.
+    /// The kernel or the initramfs cannot be loaded.
     #[error("the image cannot be loaded")]
     Load(#[from] LoadError),
     /// The monitor could not make the VM.
@@ -53,7 +53,7 @@ pub enum CreateError {
     /// The VM could not run.
     #[error("the VM does not run")]
     Pause(#[from] PauseError),
-    /// The host's end of the agent's port.
+    /// The host could not listen on the agent's port.
     #[error("the host cannot wait for the agent")]
     Listen(#[from] ListenError),
     /// The guest ended before its agent was ready.
@@ -62,7 +62,7 @@ pub enum CreateError {
     /// The agent did not get ready in time.
     #[error("the agent was not ready within {0:?}")]
     Late(Duration),
-    /// The agent was reached, but not as it should be.
+    /// The connection to the agent, or a request to it, failed.
     #[error("the agent cannot be talked to")]
     Agent(#[from] GuestError),
     /// The agent did not answer a ping.
@@ -71,16 +71,16 @@ pub enum CreateError {
     /// The agent did not take up the clone's new identity.
     #[error("the clone could not be made a stranger to its siblings")]
     Refresh(#[from] ConnectionError),
-    /// Parts of the clone's new identity were refused by its kernel.
+    /// The clone's kernel refused parts of its new identity.
     #[error("the clone's kernel refused a part of its new identity: {0}")]
     Hygiene(String),
     /// The host gave no randomness for the clone.
     #[error("the host gives no randomness")]
     Random(#[from] Errno),
-    /// The warm-up command.
+    /// The warm-up command or the prelude failed.
     #[error("the warm-up command failed: {0}")]
     WarmUp(String),
-    /// The interpreter that is to be kept warm.
+    /// The profile's interpreter did not start or work.
     #[error("the guest's interpreter is not to be had")]
     Session(#[from] SessionError),
     /// A clone does not have the interpreter that its template had.
@@ -89,7 +89,7 @@ pub enum CreateError {
     /// The booted guest could not be made a template.
     #[error("the guest could not be made a template")]
     Snapshot(#[from] SnapshotError),
-    /// There was no thread to make it on, or it panicked there.
+    /// There was no thread to make it on, or the work panicked.
     #[error("the backend could not do its work")]
     Work(#[from] WorkError),
 }
@@ -147,7 +147,7 @@ impl KvmBackend {
         Ok(blocking(move || config.preload()).await??)
     }
 
-    /// A cold boot, to the guest that is warm and, if the profile says so, small.
+    /// Boots a guest from cold, warms it up and, if the profile says so, inflates its balloon.
     pub(super) async fn boot(
         &self,
         profile: &Profile,
@@ -163,7 +163,7 @@ impl KvmBackend {
         Ok(guest)
     }
 
-    /// Boots up to the agent's greeting, on the connection that the agent dials.
+    /// Boots a guest up to the agent's greeting, on the connection that the agent opens.
     pub(super) async fn boot_bare(
         &self,
         profile: &Profile,
@@ -191,7 +191,7 @@ impl KvmBackend {
         Ok(guest.made_for(profile))
     }
 
-    /// A clone that is a stranger to its siblings.
+    /// Forks a clone and makes it unique.
     pub(super) async fn fork(
         &self,
         profile: &Profile,
@@ -199,7 +199,7 @@ impl KvmBackend {
         template: Template,
         birth: &Birth,
     ) -> Result<Guest, CreateError> {
-        // Never closed: there is always a turn to come.
+        // Never fails: the semaphore is never closed.
         let _turn = self.turns.acquire().await;
         let template = match self.place.clone() {
             Some(place) => template.place_vcpus(move |thread| place(thread)),
@@ -208,11 +208,11 @@ impl KvmBackend {
         let vm = alive(birth, move || template.fork()).await?;
         let exited = vm.exited();
         let settled = self.settle(vm, profile, id, birth).await;
-        // What is wrong with a clone that has ended is that.
+        // If the clone has ended, that is the error to report.
         settled.map_err(|error| exited.now_or_never().map_or(error, CreateError::Ended))
     }
 
-    /// Gives a clone that runs its own identity.
+    /// Gives a running clone its own identity.
     async fn settle(
         &self,
         vm: Vm,
@@ -237,7 +237,7 @@ impl KvmBackend {
             guest = guest.with_session(Some(session));
         }
         if guest.vm().balloon().actual() > 0 {
-            // Its template's balloon did not deflate in time.
+            // The template's balloon did not deflate in time.
             guest.set_inflated();
         }
         Ok(guest)
@@ -252,13 +252,13 @@ impl KvmBackend {
         }
     }
 
-    /// Guest memory that a guest at rest is not left with.
+    /// Balloon target in MiB: the guest memory beyond what an idle guest keeps.
     pub(super) fn spare_mib(&self, profile: &Profile) -> u32 {
         let left = self.balloon_idle_mib.max(FLOOR_MIB);
         profile.memory_mib.saturating_sub(left)
     }
 
-    /// Best effort, bounded: what was reached in time is kept.
+    /// Best effort, within a time limit: the size reached by then is kept.
     async fn inflate(&self, guest: &mut Guest, profile: &Profile) {
         let target = self.spare_mib(profile);
         if target == 0 {
@@ -276,8 +276,8 @@ impl KvmBackend {
     }
 }
 
-/// Makes a VM off the runtime. It shares the life of its birth, also when nobody waits for it any
-/// more.
+/// Makes a VM on a worker thread. The VM holds a part of `birth` until it is torn down,
+/// even if the future is dropped.
 async fn alive(
     birth: &Birth,
     make: impl FnOnce() -> Result<Vm, BootError> + Send + 'static,
@@ -287,7 +287,7 @@ async fn alive(
     Ok(blocking(make).await??)
 }
 
-/// Gives a clone its new identity, and sends a ping behind.
+/// Gives a clone its new identity, and sends a ping behind it without waiting for the answer.
 pub(super) async fn refresh(
     agent: &mut AgentClient<GuestStream>,
     hostname: String,
@@ -314,7 +314,7 @@ pub(super) async fn refresh(
     Ok(identity)
 }
 
-/// Host randomness.
+/// Fills `bytes` with randomness from the host.
 pub(super) fn fill(bytes: &mut [u8]) -> Result<(), Errno> {
     let mut filled = 0;
     while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {

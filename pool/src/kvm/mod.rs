@@ -48,7 +48,7 @@ type Place = dyn Fn(&VcpuThread) -> io::Result<()> + Send + Sync;
 /// Makes guests from images. Build one with [`KvmBackend::builder`].
 pub struct KvmBackend {
     images: HashMap<String, KvmImage>,
-    /// What it took from the configuration that it was built with.
+    /// The parts of the configuration that the backend was built with.
     made_for: (BootConfig, BalloonConfig),
     source: Source,
     cpu: CpuProfile,
@@ -60,10 +60,10 @@ pub struct KvmBackend {
     balloon_timeout: Duration,
     balloon_idle_mib: u32,
     templates: Templates<Template, CreateError>,
-    /// Where templates outlast the process.
+    /// The on-disk cache in which templates outlast the process.
     store: Option<Store>,
     births: Births,
-    /// One for each clone that may be in the making.
+    /// Limits how many clones are made at a time.
     turns: Semaphore,
 }
 
@@ -78,12 +78,12 @@ impl fmt::Debug for KvmBackend {
 }
 
 impl KvmBackend {
-    /// A backend for this host, and for pools of this configuration:
-    /// [`Pool::new`](crate::Pool::new) refuses another one whose times and balloons are not the
-    /// same.
+    /// Returns a builder of a backend for this host, and for pools of this configuration:
+    /// [`Pool::new`](crate::Pool::new) refuses a configuration whose timeouts or balloon settings
+    /// differ.
     ///
     /// # Errors
-    /// Why KVM cannot be used, and what to do about it.
+    /// The reason why KVM cannot be used, and what to do about it.
     pub fn builder(config: &PoolConfig) -> Result<KvmBackendBuilder, HostError> {
         Ok(KvmBackendBuilder::new(config, Host::get()?))
     }
@@ -99,7 +99,7 @@ impl KvmBackend {
         })
     }
 
-    /// None: there is none, and VMs boot from cold for now.
+    /// Returns `None` if there is no template, and VMs boot from cold for now.
     async fn template(&self, profile: &Profile) -> Result<Option<Template>, CreateError> {
         let make = || self.find_or_make_template(profile);
         self.templates.get_or_make(profile.into(), make).await
@@ -185,7 +185,7 @@ impl Backend for KvmBackend {
     }
 
     fn resume(&self, vm: &Guest) {
-        // Fails only if the VM has ended, which the probe that follows will see.
+        // Fails only if the VM has ended, which the following probe detects.
         let _ = vm.vm().resume();
     }
 
@@ -197,7 +197,7 @@ impl Backend for KvmBackend {
         vm.set_handed_out();
         self.resume(vm);
         if vm.is_inflated() {
-            // The guest deflates while its owner goes on; a target of 0 is always possible.
+            // The guest deflates in the background, under its owner; a target of 0 is always valid.
             let _ = vm.vm().balloon().set_target(0);
         }
     }
@@ -244,8 +244,7 @@ impl Backend for KvmBackend {
         found.into_iter().flatten().collect()
     }
 
-    /// A guest whose kernel is emulated costs a percent or two of a core when idle: it waits
-    /// paused.
+    /// Parks guests of emulated hosts paused: an idle one costs a percent or two of a core.
     fn parking(&self, _profile: &Profile) -> Parking {
         match self.cpu {
             CpuProfile::Native => Parking::Running,
@@ -278,7 +277,7 @@ impl Backend for KvmBackend {
     }
 }
 
-/// Ends a guest that somebody else owns.
+/// Ends a guest that the holder of this handle does not own, and reads its activity.
 pub struct GuestRemote {
     end: End,
     activity: Arc<Activity>,

@@ -15,12 +15,12 @@ use crate::profile::{Language, Profile};
 /// An interpreter in a guest.
 pub type Session = client::Session<GuestStream>;
 
-/// How far behind a template's clock is while its interpreter starts. OpenSSL takes new random
-/// state when its own is older than an hour, and has no other way to learn that it is in a clone;
-/// there it sees the right time.
+/// How far a template's clock is set back while its interpreter starts. OpenSSL reseeds its random
+/// state when that is older than an hour, and has no other way to learn that it is in a clone; a
+/// clone's clock is right, so the state looks old there.
 const IN_THE_PAST: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The language as the guest has it.
+/// The agent protocol's name for the language.
 pub(super) fn in_guest(language: Language) -> client::Language {
     match language {
         Language::Python => client::Language::Python,
@@ -29,7 +29,7 @@ pub(super) fn in_guest(language: Language) -> client::Language {
     }
 }
 
-/// Code that prints, and leaves nothing behind.
+/// Code that prints, and leaves nothing behind in the interpreter.
 fn rehearsal(language: Language) -> &'static str {
     match language {
         Language::Python => "print(6 * 7)",
@@ -39,8 +39,8 @@ fn rehearsal(language: Language) -> &'static str {
 }
 
 impl Guest {
-    /// The interpreter of the guest's profile, with what its prelude left: warm the first time, a
-    /// new one, without the prelude, from then on.
+    /// Returns the interpreter of the guest's profile. The first call returns the warm one, in the
+    /// state that the prelude left; later calls start a new one, without the prelude.
     ///
     /// # Errors
     /// [`GuestError::NoSession`] if the profile has none; [`GuestError::Session`] if a new one does
@@ -54,7 +54,7 @@ impl Guest {
         self.session_in(language).await
     }
 
-    /// A new interpreter of any language that the guest's image has.
+    /// Starts a new interpreter of any language that the guest's image has.
     ///
     /// # Errors
     /// [`GuestError::Session`].
@@ -69,7 +69,7 @@ impl Guest {
 }
 
 impl KvmBackend {
-    /// Starts the profile's interpreter in a guest that becomes a template, if `is_template`, or
+    /// Starts the profile's interpreter in a guest that becomes a template (`is_template`), or that
     /// will be handed out itself.
     pub(super) async fn start_session(
         &self,
@@ -87,8 +87,8 @@ impl KvmBackend {
         }
         let started = async {
             let mut session = Session::start(guest.agent().await?, command).await?;
-            // What code does first takes twice as long as ever after. Before the prelude: it finds
-            // everything as it was.
+            // The first run takes twice as long as later ones. This one leaves nothing behind, so
+            // the prelude still finds a fresh interpreter.
             session.run(rehearsal(language)).await?;
             let outcome = session.run(Call::new(&*profile.prelude)).await?;
             match outcome.end {
@@ -107,7 +107,7 @@ impl KvmBackend {
         Ok(Some(session.map_err(|_| CreateError::Late(limit))??))
     }
 
-    /// Makes the random state of a clone's interpreter its own.
+    /// Gives the interpreter of a clone its own random state.
     pub(super) async fn reseed(&self, session: &mut Session) -> Result<(), CreateError> {
         let mut seed = [0; SEED_BYTES];
         fill(&mut seed)?;

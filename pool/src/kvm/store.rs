@@ -1,4 +1,4 @@
-//! Templates that outlast the process: the cache on disk, and what names a profile's entry in it.
+//! Templates that outlast the process: the cache on disk, and the key of a profile's entry in it.
 
 use std::path::{Path, PathBuf};
 
@@ -10,9 +10,9 @@ use super::templates::Ingredients;
 use super::{KvmImage, session};
 use crate::profile::Balloon;
 
-/// What templates take on disk at most, in bytes, when nothing else is said.
+/// Default limit of the space that templates take on disk, in bytes.
 pub(super) const DEFAULT_LIMIT: u64 = 4 << 30;
-/// Raised when templates are made by other steps from the same ingredients.
+/// Raised when templates are made by other steps from the same inputs.
 const RECIPE: u32 = 7;
 
 /// Where templates are kept.
@@ -27,7 +27,8 @@ impl Store {
         Self { dir, limit }
     }
 
-    /// `$XDG_CACHE_HOME/hearth/templates`, or the same in `~/.cache`; None if neither is to be had.
+    /// `$XDG_CACHE_HOME/hearth/templates`, or the same in `~/.cache`; `None` if neither
+    /// `XDG_CACHE_HOME` nor `HOME` is an absolute path.
     pub(super) fn default_dir() -> Option<PathBuf> {
         let absolute = |name| {
             let dir = PathBuf::from(std::env::var_os(name)?);
@@ -38,27 +39,27 @@ impl Store {
         Some(cache?.join("hearth").join("templates"))
     }
 
-    /// The entry, or the right to make it; none while somebody else makes it. Blocks for the disk
-    /// only.
+    /// Returns the entry, or the right to make it; `None` while another process makes it. Blocks
+    /// for the disk only.
     pub(super) fn try_enter(&self, made_of: &Named) -> Result<Option<Entry>, StoreError> {
         let images: Vec<&Path> = made_of.root.iter().map(PathBuf::as_path).collect();
         TemplateCache::open(&self.dir, self.limit)?.try_enter_with(&made_of.key, &images)
     }
 }
 
-/// All that a template depends on; the files count by their content.
+/// All inputs of a template; files count by their content.
 #[derive(Clone, Debug)]
 pub(super) struct MadeOf {
     pub(super) image: KvmImage,
     pub(super) ingredients: Ingredients,
     pub(super) cpu: CpuProfile,
-    /// On the kernel's command line, the monitor's own and the image's.
+    /// The kernel parameters, the monitor's own and the image's.
     pub(super) boot_words: Vec<String>,
-    /// Guest memory that inflating leaves.
+    /// Guest memory in MiB that an inflated balloon leaves.
     pub(super) idle_mib: u32,
 }
 
-/// The name of an entry, and what of a guest is not in it.
+/// The key of an entry, and the root file system, which is not stored in the entry.
 #[derive(Clone, Debug)]
 pub(super) struct Named {
     key: TemplateKey,
@@ -66,7 +67,7 @@ pub(super) struct Named {
 }
 
 impl MadeOf {
-    /// Blocks: reads the files.
+    /// Computes the key. Blocks: it reads the files.
     pub(super) fn name(self) -> Result<Named, StoreError> {
         let key = self.key()?;
         let root = self.image.root;
@@ -74,7 +75,7 @@ impl MadeOf {
     }
 
     fn key(&self) -> Result<TemplateKey, StoreError> {
-        // Field by field: whoever adds one has to say here whether it counts.
+        // Field by field, so that each new field has to be considered here.
         let Self {
             image,
             ingredients,
@@ -83,7 +84,7 @@ impl MadeOf {
             idle_mib,
         } = self;
         let Ingredients {
-            // Its files count, not what this backend calls it.
+            // The image's files count, not its name in this backend.
             image: _,
             memory_mib,
             vcpus,
@@ -98,7 +99,7 @@ impl MadeOf {
             kernel,
             initramfs,
             root,
-            // Among the boot words.
+            // Both are in `boot_words`.
             layer_mib: _,
             append: _,
         } = image;

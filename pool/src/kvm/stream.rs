@@ -1,4 +1,4 @@
-//! A vsock stream that tells what goes on on it, so that the pool can tell an idle lease.
+//! A vsock stream that reports its activity, so that the pool can tell when a lease is idle.
 
 use std::io;
 use std::pin::Pin;
@@ -12,8 +12,8 @@ use super::activity::{Activity, Part};
 
 /// A stream to a port of a guest.
 ///
-/// Whoever reads on it, and waits for more to come, keeps its lease from being ended at the idle
-/// limit ([`LeaseConfig::idle_ms`](crate::config::LeaseConfig::idle_ms)), for as long as its task
+/// A task that reads on it, and waits for more to come, keeps its lease from being ended at the
+/// idle limit ([`LeaseConfig::idle_ms`](crate::config::LeaseConfig::idle_ms)), as long as the task
 /// reads again when it is woken.
 #[derive(Debug)]
 pub struct GuestStream {
@@ -27,17 +27,18 @@ impl GuestStream {
         Self { stream, part }
     }
 
-    /// It is the owner's of the lease from here on.
+    /// Marks the stream as used by the owner of the lease.
     pub(super) fn mark_owned(&self) {
         self.part.set_owned();
     }
 
-    /// A program of the owner's runs on it.
+    /// Marks that a program of the owner's runs on the stream.
     pub(super) fn mark_running(&self) {
         self.part.set_runs();
     }
 
-    /// Lets the connection survive in the clones of a template that is now made of its guest.
+    /// Lets the connection persist in the clones of a template that is about to be made of its
+    /// guest.
     pub(super) fn mark_durable(&self) {
         self.stream.mark_durable();
     }

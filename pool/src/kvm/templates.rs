@@ -1,5 +1,5 @@
-//! The templates of a backend, by what they are made of. Each is made once, however many pools ask
-//! for it at a time; one that cannot be made is done without, and tried again from time to time.
+//! The templates of a backend, by their inputs. Each is made once, however many pools ask for it at
+//! a time. Where one cannot be made, VMs boot from cold, and it is tried again from time to time.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use crate::ledger::breaker::doubled;
 use crate::profile::{Balloon, Language, Profile};
 
-/// Everything of a profile that makes its template what it is. Its name does not: pools that share
-/// a backend may mean different guests by one name.
+/// The fields of a profile that determine its template. The name is not among them: pools that
+/// share a backend may use one name for different guests.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Ingredients {
     pub(super) image: String,
@@ -29,7 +29,7 @@ pub(super) struct Ingredients {
 
 impl From<&Profile> for Ingredients {
     fn from(profile: &Profile) -> Self {
-        // Field by field: whoever adds one has to say here whether it counts.
+        // Field by field, so that each new field has to be considered here.
         let Profile {
             name: _,
             image,
@@ -59,23 +59,23 @@ impl From<&Profile> for Ingredients {
     }
 }
 
-/// Why there is nothing to copy.
+/// Why there is no template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unmade<E> {
-    /// There was no guest to make it of: a boot from cold would fare no better.
+    /// No guest could be booted and warmed up for it; a boot from cold would fail as well.
     NoGuest(E),
-    /// The guest was well, but could not be made a template of: a boot from cold will do.
+    /// The guest was fine, but could not be made a template; a boot from cold works.
     Refused(E),
 }
 
-/// How long what was refused is not tried again: at first, and at most; doubled each time.
+/// Delays before a refused template is tried again: the first and the longest; doubled each time.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Retry {
     pub(super) first: Duration,
     pub(super) longest: Duration,
 }
 
-/// What was made, by its ingredients.
+/// The templates that were made or refused, by their inputs.
 pub(super) struct Templates<T, E> {
     retry: Retry,
     places: Mutex<HashMap<Ingredients, Arc<Place<T, E>>>>,
@@ -92,14 +92,14 @@ struct Setback<E> {
     again: Instant,
 }
 
-/// Whose turn it is to make something.
+/// Which caller may make a template.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
-    /// Nobody has tried: whoever comes waits for the one who does.
+    /// Never refused: callers wait for the one that makes it.
     InLine,
-    /// It was refused, long enough ago: one tries again, and nobody waits.
+    /// Refused long enough ago: one caller tries again, and the others do not wait.
     Again,
-    /// It was refused.
+    /// Refused, and not due to be tried again.
     Nobodys,
 }
 
@@ -114,7 +114,7 @@ impl<T, E> Place<T, E> {
             None => Turn::InLine,
             Some(setback) if now < setback.again => Turn::Nobodys,
             Some(setback) => {
-                // Also if this try is given up half-way.
+                // Set before the try, so that it also holds if the try is cancelled.
                 setback.again = now + retry.after(setback.times);
                 Turn::Again
             }
@@ -144,9 +144,9 @@ impl<T: Clone, E> Templates<T, E> {
         Self { retry, places }
     }
 
-    /// What is made of `ingredients`; made by `make` if nobody has yet. Who asks meanwhile waits
-    /// for it; if it fails or is cancelled, the next one tries. None: it was refused, and is
-    /// tried again later.
+    /// Returns the template for `ingredients`, made by `make` if there is none yet. Callers wait
+    /// while another one makes it; if that fails or is cancelled, the next one tries. `None` if it
+    /// was refused and will be tried again later.
     ///
     /// # Errors
     /// If there was no guest to make it of.
@@ -168,7 +168,7 @@ impl<T: Clone, E> Templates<T, E> {
         }
         let make = || async {
             if turn == Turn::InLine && place.setback().is_some() {
-                // The one who was waited for was refused.
+                // The try that this caller waited for was refused.
                 return Err(None);
             }
             match make().await {
@@ -190,7 +190,7 @@ impl<T: Clone, E> Templates<T, E> {
         }
     }
 
-    /// Why nothing is made of `ingredients`, if it was refused last.
+    /// Returns the reason why there is no template for `ingredients`, if it was refused last.
     pub(super) fn setback(&self, ingredients: Ingredients) -> Option<Arc<E>> {
         let place = self.place(ingredients);
         let setback = place.setback();
@@ -273,7 +273,7 @@ mod tests {
             (Ok(Some(0)), Ok(Some(0)), Ok(Some(0)))
         );
         assert_eq!(three().await, Ok(Some(0)));
-        // Another guest under the same name is another guest.
+        // The same name with other inputs is another template.
         let other = || profile().env("A", "1");
         let cancelled = timeout(Duration::from_secs(1), ask(other(), Ok(()))).await;
         assert!(cancelled.is_err());
@@ -306,7 +306,7 @@ mod tests {
                 .map(|why| *why)
         };
         let refused = || ask(|number| Err(Unmade::Refused(number)));
-        // Both wait for the first try; the second makes none of its own.
+        // Both wait for the first try; the second caller does not try itself.
         assert_eq!(tokio::join!(refused(), refused()), (Ok(None), Ok(None)));
         assert_eq!((tries.load(Ordering::Relaxed), why()), (1, Some(0)));
         for (number, wait) in [(1, 30), (2, 60), (3, 100), (4, 100)] {
@@ -327,7 +327,7 @@ mod tests {
                 (number + 1, Some(number))
             );
         }
-        // One that is given up, or has no guest, leaves it to the next in time.
+        // After a try that is cancelled, or has no guest, the next one is made when it is due.
         sleep(Duration::from_secs(100)).await;
         let given_up = timeout(Duration::from_millis(500), refused()).await;
         assert!(given_up.is_err());

@@ -1,9 +1,9 @@
-//! Threads for what blocks: making and taking apart VMs, reading and writing templates.
+//! Threads for blocking work: making and tearing down VMs, reading and writing templates.
 //!
-//! tokio's own panic where the host gives no thread (a limit on tasks, say), and a runtime waits
-//! for them when it is dropped. These are made when they are needed, go when they are not, and
-//! their absence is an error. They take no signals, and have nothing of the thread that happened to
-//! need them.
+//! tokio's blocking pool panics where the host refuses a thread (a limit on tasks, say), and a
+//! runtime that is dropped waits for its threads. The threads here are started on demand and end
+//! when idle, and a failure to start one is an error. They take no signals, and inherit nothing
+//! from the thread that happens to start them.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,24 +15,24 @@ use futures::future::BoxFuture;
 use hearth_vmm::spawn_neutral;
 use tokio::sync::oneshot;
 
-/// Most threads of the process for this.
+/// Most threads for blocking work in the process.
 const MOST: usize = 64;
-/// How long a thread waits for more to do.
+/// How long an idle thread waits for another job before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// Why something that blocks was not done.
+/// Why blocking work was not done.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkError {
-    /// The host gives no thread.
+    /// The host refuses to start a thread.
     #[error("the host gives this process no thread; check ulimit -u, TasksMax or pids.max")]
     NoThread(#[source] io::Error),
-    /// It panicked.
+    /// The work panicked.
     #[error("a task of the backend panicked")]
     Panicked,
 }
 
-/// Called on a thread, or with the reason why there is none.
+/// Called on a worker thread, or with the error if none can be started.
 type Job = Box<dyn FnOnce(io::Result<()>) + Send>;
 type Spawn = fn(Arc<Workers>) -> io::Result<()>;
 
@@ -50,7 +50,7 @@ struct State {
     idle: usize,
 }
 
-/// Does `work` on a thread of its own, also if the future is dropped meanwhile.
+/// Runs `work` on a worker thread, to its end even if the future is dropped.
 pub(super) fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> BoxFuture<'static, Result<T, WorkError>> {
@@ -76,7 +76,7 @@ impl Workers {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begun at once, not when the future is polled.
+    /// Queues the work at once, not when the future is polled.
     fn run<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce() -> T + Send + 'static,
@@ -86,7 +86,7 @@ impl Workers {
             let result = thread.map_err(WorkError::NoThread).and_then(|()| {
                 catch_unwind(AssertUnwindSafe(work)).map_err(|_| WorkError::Panicked)
             });
-            // Whoever waited may have gone.
+            // The receiver may have been dropped.
             let _ = done.send(result);
         }));
         async move { result.await.unwrap_or(Err(WorkError::Panicked)) }
@@ -107,10 +107,10 @@ impl Workers {
         let mut state = self.state();
         state.threads -= 1;
         if state.threads > 0 {
-            // Those that there are come to it.
+            // The threads that exist take the job.
             return self.more.notify_one();
         }
-        // Others may have counted on the thread that is not there.
+        // Other jobs may have counted on the refused thread.
         let given_up = std::mem::take(&mut state.jobs);
         drop(state);
         for job in given_up {
@@ -123,7 +123,8 @@ impl Workers {
         loop {
             if let Some(job) = state.jobs.pop_front() {
                 drop(state);
-                // What nobody waits for any more is dropped there, and may panic as well.
+                // A result without a receiver is dropped in the job, and its drop may panic as
+                // well.
                 let _ = catch_unwind(AssertUnwindSafe(|| job(Ok(()))));
                 state = self.state();
                 continue;
@@ -141,7 +142,7 @@ impl Workers {
     }
 }
 
-/// Several jobs may be given up for one reason.
+/// Copies an error: several jobs may fail for one reason.
 fn same(error: &io::Error) -> io::Error {
     let code = error.raw_os_error().map(io::Error::from_raw_os_error);
     code.unwrap_or_else(|| error.kind().into())
@@ -162,7 +163,7 @@ mod tests {
         Err(io::Error::from_raw_os_error(11))
     }
 
-    /// The first thread, and no more.
+    /// Starts the first thread, and refuses all others.
     fn one(workers: Arc<Workers>) -> io::Result<()> {
         if workers.state().threads > 1 {
             return none(workers);
@@ -204,7 +205,7 @@ mod tests {
             workers.run(move || {
                 let now = NOW.fetch_add(1, Ordering::SeqCst) + 1;
                 MOST_AT_ONCE.fetch_max(now, Ordering::SeqCst);
-                // Three at a time, or none would go on.
+                // Each job waits for two others, so fewer than three threads would hang.
                 meet.wait();
                 NOW.fetch_sub(1, Ordering::SeqCst);
             })
@@ -214,7 +215,7 @@ mod tests {
         assert_eq!(MOST_AT_ONCE.load(Ordering::SeqCst), 3);
     }
 
-    /// A line of the calling thread's status in /proc.
+    /// The field `name` of the calling thread's status in /proc.
     fn of_this_thread(name: &str) -> String {
         let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -243,7 +244,7 @@ mod tests {
         for signal in [1, 2, 10, 15, 17] {
             assert_ne!(blocked & (1 << (signal - 1)), 0, "{signal}: {blocked:x}");
         }
-        // SIGSEGV: what a thread causes itself.
+        // SIGSEGV is not blocked: a thread causes it itself.
         assert_eq!(blocked & (1 << 10), 0, "{blocked:x}");
     }
 
@@ -275,7 +276,7 @@ mod tests {
     fn work_that_counted_on_a_thread_that_is_refused_is_told_why() {
         static FIRST: Mutex<Option<Arc<Workers>>> = Mutex::new(None);
         static SECOND: Mutex<Vec<mpsc::Receiver<bool>>> = Mutex::new(Vec::new());
-        /// While the first thread is being refused, more is to be done.
+        /// Queues more work while the first thread is being refused.
         fn refuse(workers: Arc<Workers>) -> io::Result<()> {
             if FIRST
                 .lock()

@@ -2,14 +2,15 @@
 //!
 //! The rule, applied at the end of each window:
 //! - callers missed `m > 0` VMs that were not ready: grow by `m`, at most to twice the size;
-//! - nobody missed and at least `l > 0` VMs were ready all the time: shrink by half of `l`, rounded
-//!   up;
+//! - no caller missed any and at least `l > 0` VMs were ready all the time: shrink by half of `l`,
+//!   rounded up;
 //! - otherwise: stay.
 //!
-//! A caller that more warm VMs would not have helped (the limit on leases, the host's limits, a
-//! profile that is drained, a pool that does not run) is no demand.
+//! Callers that more warm VMs would not have helped do not count as demand (the limit on leases,
+//! the host's limits, a profile that is drained, a pool that does not run).
 //!
-//! So it grows with the burst that hurt, and gives back slowly what nobody needed.
+//! The size thus grows at once with a burst that exceeded it, and shrinks slowly when VMs are not
+//! needed.
 
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ pub struct ScaleRules {
     pub min: usize,
     /// Largest size.
     pub max: usize,
-    /// How long demand is watched before the size moves.
+    /// How long demand is observed before the size moves.
     pub window: Duration,
 }
 
@@ -44,7 +45,7 @@ impl Scale {
         }
     }
 
-    /// Begins to watch, with `ready` VMs.
+    /// Begins a window with `ready` VMs.
     pub(crate) fn begin(&mut self, now: Instant, ready: usize) {
         self.ends = Some(now + self.rules.window);
         self.misses = 0;
@@ -63,7 +64,7 @@ impl Scale {
         self.low = self.low.min(ready);
     }
 
-    /// The new size, if the window is over; begins the next one.
+    /// Returns the new size, if the window is over, and begins the next window.
     pub(crate) fn decide(&mut self, now: Instant, size: usize, ready: usize) -> Option<usize> {
         if self.ends.is_none_or(|ends| now < ends) {
             return None;

@@ -1,4 +1,4 @@
-//! What the ledger keeps about one profile.
+//! The ledger's record of one profile.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -11,7 +11,7 @@ use super::{Origin, Stage, TicketId, WaiterId};
 use crate::policy;
 use crate::slot::VmId;
 
-/// What one profile goes by.
+/// The rules of one profile.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Rules {
     /// VMs to keep warm.
@@ -22,9 +22,9 @@ pub struct Rules {
     pub refill: bool,
     /// Backoff and breaker.
     pub breaker: BreakerRules,
-    /// Bounds for demand to move the size in.
+    /// Bounds of autoscaling; none: the size is fixed.
     pub scale: Option<ScaleRules>,
-    /// Where this profile's retries begin to differ from another's.
+    /// Seed of the jitter that keeps this profile's retries apart from another's.
     pub seed: u64,
 }
 
@@ -34,13 +34,13 @@ pub(super) struct Book {
     pub(super) boots_percent: u32,
     pub(super) refill: bool,
     pub(super) draining: bool,
-    /// The host's limits said no; until something is given back.
+    /// The host's limits refused a boot; set until capacity is freed.
     pub(super) denied: bool,
-    /// Longest parked (or longest since its last check) first.
+    /// Longest parked, or longest since its last check, first.
     pub(super) ready: VecDeque<VmId>,
     pub(super) checking: BTreeMap<VmId, u64>,
     pub(super) booting: BTreeMap<VmId, Origin>,
-    /// Boots told to end that have not yet: they hold their permit.
+    /// Cancelled boots that have not ended yet: they hold their permit.
     pub(super) cancelling: usize,
     pub(super) leased: usize,
     pub(super) retiring: usize,
@@ -91,7 +91,7 @@ impl Book {
         self.ready.len() + self.checking.len()
     }
 
-    /// Never more than the target.
+    /// VMs that are parked or booting; never more than the target.
     pub(super) fn occupied(&self) -> usize {
         self.parked() + self.booting.len()
     }
@@ -104,7 +104,8 @@ impl Book {
         policy::concurrent_boots(self.size, self.boots_percent)
     }
 
-    /// The same for boots that are asked for: they do not wait for a backoff.
+    /// The permits for requested boots, which do not wait for a backoff: one while the breaker is
+    /// open.
     pub(super) fn permits_by_hand(&self) -> usize {
         let permits = self.permits();
         if self.breaker.is_open() {
@@ -132,12 +133,12 @@ impl Book {
             && self.boots_running() < self.breaker.permits(now, self.permits())
     }
 
-    /// Whether more callers wait than VMs are on their way.
+    /// Whether more callers wait than VMs are booting.
     pub(super) fn is_owed(&self) -> bool {
         self.waiters.len() > self.booting.len()
     }
 
-    /// Next to hand out: the one last proven, else one under check.
+    /// The VM to hand out next: the ready one that was checked last, else one under check.
     pub(super) fn best(&self) -> Option<VmId> {
         self.ready
             .back()
@@ -185,7 +186,7 @@ impl Book {
                 self.booting.remove(&id);
             }
             Stage::Ready => {
-                // Callers take the last, checks and shrinking the first.
+                // Callers take the last VM, checks and shrinking the first.
                 if self.ready.back() == Some(&id) {
                     self.ready.pop_back();
                 } else if self.ready.front() == Some(&id) {
@@ -209,7 +210,7 @@ impl Book {
         }
     }
 
-    /// Why nothing is ready, the reason that lasts longest first.
+    /// Why no VM is ready. Of several reasons, returns the one that lasts longest.
     pub(super) fn shortage(&self, now: Instant, pressed: bool) -> Shortage {
         let waits = self.breaker.waits_until(now).is_some();
         let booting = self.booting.len();

@@ -1,4 +1,4 @@
-//! When boots that fail may be tried again: backoff first, then a circuit breaker.
+//! When failed boots may be retried: backoff first, then a circuit breaker.
 //!
 //! ```text
 //!            failure                     failures in a row reach the limit
@@ -9,29 +9,30 @@
 //!                                                                   (one boot) ------+ as long
 //! ```
 //!
-//! A boot that succeeds has not proved much if its VM ends right away. Such an early death counts
-//! as a failure (without a wait: the VM is replaced at once), and from the first on a boot is a
-//! success only when its VM has outlived that time or was used. A half-open breaker waits for this
-//! after its boot.
+//! A boot is no success if its VM ends right away. Such an early death counts as a failure (without
+//! a wait: the VM is replaced at once). From the first early death on, a boot is a success only
+//! when its VM has outlived that time or was used. A half-open breaker waits for this after its
+//! boot.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The limits that the circuit breaker of a pool goes by.
+/// The limits of a profile's backoff and circuit breaker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BreakerRules {
     /// Shortest wait after a failure.
     pub backoff_min: Duration,
     /// Longest wait while closed.
     pub backoff_max: Duration,
-    /// Failures in a row that open it.
+    /// Failures in a row that open the breaker.
     pub failures: u32,
     /// First wait of an open breaker; doubles with each failure that follows.
     pub cooldown: Duration,
     /// Longest wait.
     pub cooldown_max: Duration,
-    /// How soon after its boot the end of a VM that nobody had is an early death; zero: never.
+    /// Time after its boot within which the end of a VM that was never leased is an early death;
+    /// zero: never.
     pub early: Duration,
 }
 
@@ -41,12 +42,12 @@ pub(crate) struct Breaker {
     rules: BreakerRules,
     /// Failures since the last success.
     failures: u32,
-    /// Times that it opened since the last success.
+    /// Times that the breaker opened since the last success.
     trips: u32,
     until: Option<Instant>,
-    /// When the first of the early deaths since the last success happened.
+    /// Time of the first early death since the last success.
     suspect: Option<Instant>,
-    /// Whether the wait is for the VM of a half-open breaker's boot to prove itself.
+    /// Whether a half-open breaker waits for the VM of its boot to prove itself.
     on_trial: bool,
     jitter: Jitter,
 }
@@ -72,12 +73,12 @@ impl Breaker {
         self.trips > 0
     }
 
-    /// When the wait ends, if one is on.
+    /// When the present wait ends; none if there is no wait.
     pub(crate) fn waits_until(&self, now: Instant) -> Option<Instant> {
         self.until.filter(|until| now < *until)
     }
 
-    /// How many boots may run, of the `normal` number.
+    /// How many boots may run: `normal`, or fewer while the breaker is open or waits.
     pub(crate) fn permits(&self, now: Instant, normal: usize) -> usize {
         if self.waits_until(now).is_some() {
             0
@@ -96,7 +97,7 @@ impl Breaker {
         self.on_trial = false;
     }
 
-    /// A boot came to its end and made a VM.
+    /// Records that a boot ended and made a VM.
     pub(crate) fn booted(&mut self, now: Instant) {
         if self.suspect.is_none() {
             self.succeeded();
@@ -106,25 +107,26 @@ impl Breaker {
         }
     }
 
-    /// A VM made at `born` was used, or lives.
+    /// Records that a VM made at `born` was used, or has lived long enough.
     pub(crate) fn proved(&mut self, born: Instant) {
         if self.suspect.is_some_and(|since| since <= born) {
             self.succeeded();
         }
     }
 
-    /// Whether early deaths are to be disproved.
+    /// Whether there were early deaths since the last success.
     pub(crate) fn is_suspect(&self) -> bool {
         self.suspect.is_some()
     }
 
-    /// When a VM made at `born` proves something by having lived until then.
+    /// When a VM made at `born` has lived long enough to count as a success; none if there were no
+    /// early deaths before `born`.
     pub(crate) fn proves_at(&self, born: Instant) -> Option<Instant> {
         let suspect = self.suspect.filter(|since| *since <= born);
         suspect.map(|_| born + self.rules.early)
     }
 
-    /// A VM made at `born` that nobody had has ended, or is no good.
+    /// Records that a VM made at `born` ended, or failed a check, before it was used.
     pub(crate) fn died(&mut self, now: Instant, born: Instant) {
         if now < born + self.rules.early {
             self.suspect.get_or_insert(now);
@@ -139,7 +141,7 @@ impl Breaker {
     fn count(&mut self, now: Instant, backs_off: bool) {
         self.failures = self.failures.saturating_add(1);
         if self.is_open() && self.waits_until(now).is_some() && !self.on_trial {
-            // Began before it opened: says nothing new.
+            // The boot began before the breaker opened: its failure does not extend the wait.
             return;
         }
         self.on_trial = false;
@@ -164,7 +166,7 @@ pub(crate) fn doubled(base: Duration, times: u32, max: Duration) -> Duration {
     base.saturating_mul(factor).min(max)
 }
 
-/// A small generator (xorshift64*): spreads retries, decides nothing that matters.
+/// A small random generator (xorshift64*): it spreads retries and decides nothing that matters.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Jitter(u64);
 
@@ -173,7 +175,7 @@ impl Jitter {
         Self(seed | 1)
     }
 
-    /// Uniform between `low` and `high`, both included; `low` if they are the wrong way round.
+    /// Uniform between `low` and `high`, both included; `low` if `high` is smaller.
     pub(crate) fn between(&mut self, low: Duration, high: Duration) -> Duration {
         let span = high.saturating_sub(low).as_micros();
         self.0 ^= self.0 >> 12;

@@ -1,5 +1,5 @@
-//! When which lease is looked at. Setting and forgetting take O(log n) steps for n leases: both
-//! happen under the lock that callers need.
+//! Times at which the limits of leases are due. Setting and forgetting them takes O(log n) steps
+//! for n leases: both happen under the lock that callers need.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,11 +19,11 @@ pub(super) struct Dues {
     of_lease: BTreeMap<(Key, Limit), Instant>,
 }
 
-/// What is due, by time first.
+/// A limit of a lease that is due; ordered by time first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Due(Instant, Key, Limit);
 
-/// A VM's number, wherever it is compared here.
+/// A VM's number, as the key of these maps; tests count its comparisons.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key(VmId);
 
@@ -42,7 +42,7 @@ impl PartialOrd for Key {
 }
 
 impl Dues {
-    /// Instead of what was set before for this lease and this limit.
+    /// Sets when `limit` of a lease is due. Replaces an earlier time.
     pub(super) fn set(&mut self, id: VmId, limit: Limit, at: Instant) {
         let key = Key(id);
         if let Some(before) = self.of_lease.insert((key, limit), at) {
@@ -59,12 +59,12 @@ impl Dues {
         }
     }
 
-    /// When the next is due.
+    /// When the next limit is due.
     pub(super) fn first(&self) -> Option<Instant> {
         self.in_order.first().map(|Due(at, ..)| *at)
     }
 
-    /// Takes what has been due longest.
+    /// Takes the limit that has been due longest, if any is due.
     pub(super) fn pop(&mut self, now: Instant) -> Option<(VmId, Limit)> {
         let Due(_, key, limit) = *self.in_order.first().filter(|Due(at, ..)| *at <= now)?;
         self.in_order.pop_first();
@@ -90,7 +90,7 @@ mod tests {
         pub(super) static STEPS: Cell<u64> = const { Cell::new(0) };
     }
 
-    /// A ledger with so many leases out.
+    /// A ledger with `count` leases out.
     fn leased(count: usize) -> (Ledger, Vec<VmId>) {
         let breaker = BreakerRules {
             backoff_min: Duration::from_secs(1),
@@ -148,7 +148,7 @@ mod tests {
                 }
             });
             assert!(ledger.dues.in_order.is_empty() && ledger.dues.of_lease.is_empty());
-            // Two limits in two trees, each of at most 2^14 keys and 11 keys a node.
+            // Two limits in two trees, each of at most 2^14 keys and 11 keys per node.
             let most = 4 * 8_000 * 11 * 5;
             assert!((8_000..most).contains(&steps), "{steps}");
         }

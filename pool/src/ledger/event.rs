@@ -1,4 +1,4 @@
-//! What the ledger is told and what it asks for.
+//! Events that the ledger receives, and actions that it asks for.
 
 use tokio::time::Instant;
 
@@ -8,108 +8,108 @@ use crate::slot::VmId;
 /// Something that happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// The pool is asked to start: boots for tickets only.
+    /// The pool is asked to start: only requested boots are begun.
     Start,
-    /// The start is complete: callers are served, stock is refilled.
+    /// The start is complete: callers are served, missing VMs are refilled.
     Run,
-    /// The pool is asked to stop, leases to be back by then.
+    /// The pool is asked to stop; leases must be returned by this time.
     Stop(Instant),
-    /// Someone asks for at most one boot.
+    /// A caller requests at most one boot.
     Replenish(ProfileId, TicketId),
-    /// Someone brings a VM of their own.
+    /// A caller offers a VM of its own.
     Offer(ProfileId, TicketId),
-    /// The owner of a ticket has gone.
+    /// The caller of a request has gone.
     Forget(TicketId),
     /// A boot (or the check of an offered VM) succeeded.
     Booted(VmId),
-    /// It failed; whether there is a VM to destroy.
+    /// A boot (or check) failed; the flag says whether there is a VM to destroy.
     BootFailed(VmId, bool),
-    /// It never began: the host's limits are reached.
+    /// A boot never began: the host's limits are reached.
     Denied(VmId),
-    /// Something was given back to the host's limits.
+    /// Capacity within the host's limits was freed.
     CapacityFreed,
-    /// A caller that waited no longer does.
+    /// A waiting caller has gone.
     Leave(WaiterId),
     /// A lease is over; the VM was used, or is dead.
     Returned(VmId),
-    /// A VM that was served was never picked up and, unless it has ended, is as good as new.
+    /// A VM that was assigned to a waiter was never picked up; unless it has ended, it is unused.
     Untouched(VmId),
     /// The owner of a lease keeps the VM for good.
     Withdrawn(VmId),
     /// A VM ended by itself.
     Ended(VmId),
-    /// At most so many VMs are to be checked, oldest first.
+    /// At most this many VMs are to be checked, those checked longest ago first.
     BeginCheck(ProfileId, usize, PassId),
-    /// A check is over.
+    /// The check with this number is over; the flag says whether the VM is healthy.
     Checked(VmId, u64, bool),
-    /// The owner of a pass has gone.
+    /// The caller of a health-check round has gone.
     AbandonPass(PassId),
-    /// A VM is no more.
+    /// A VM was destroyed.
     Retired(VmId),
     /// A leased VM was ended by the pool.
     Killed(VmId),
-    /// A lease that was asked about is in use.
+    /// Answer to [`Action::AskIdle`]: the lease is in use.
     Active(VmId),
-    /// A lease that was asked about is not.
+    /// Answer to [`Action::AskIdle`]: the lease is not in use.
     Idle(VmId),
-    /// Another size.
+    /// The profile gets another size.
     Resize(ProfileId, usize),
     /// Empty the profile and keep it empty.
     Drain(ProfileId),
-    /// Fill it again.
+    /// Fill the profile again.
     Undrain(ProfileId),
     /// Whether the host is short of memory.
     Pressure(bool),
-    /// Time went by.
+    /// Time has passed.
     Tick,
 }
 
-/// Something to do.
+/// An action that the ledger asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// Reserve and boot; answer `Booted`, `BootFailed` or `Denied`.
+    /// Reserve resources and boot; answer `Booted`, `BootFailed` or `Denied`.
     Boot(ProfileId, VmId),
-    /// Reserve for and check the VM of this offer; answer as for a boot.
+    /// Reserve resources for the VM of this offer and check it; answer as for a boot.
     Join(ProfileId, VmId, TicketId),
-    /// End that boot; still answer.
+    /// Cancel the boot; it is still to be answered.
     CancelBoot(VmId),
-    /// The VM is ready: park it as the policy says, watch for its end.
+    /// The VM is ready: park it as configured and watch for its end.
     Park(VmId),
-    /// Check it under this number; answer `Checked`.
+    /// Check the VM under this number; answer `Checked`.
     Check(ProfileId, VmId, u64, PassId),
-    /// Hand the VM to the waiter; answer `Ended` and `Untouched`, and line the waiter up again, if
-    /// the VM is dead; `Untouched` if nobody came.
+    /// Hand the VM to the waiter. If the VM is dead, answer `Ended` and `Untouched`, and queue the
+    /// waiter again; if the waiter has gone, answer `Untouched`.
     Serve(ProfileId, WaiterId, VmId),
-    /// Turn the waiter away.
+    /// Refuse the waiter.
     Reject(WaiterId, Refusal),
-    /// Answer the ticket.
+    /// Answer the request.
     Settle(TicketId, Outcome),
-    /// Destroy; answer `Retired`.
+    /// Destroy the VM; answer `Retired`.
     Retire(VmId),
-    /// The VM is no more, or no longer the pool's: drop what is kept about it.
+    /// The VM was destroyed, or is no longer the pool's: drop its slot.
     Drop(VmId),
     /// End the VM of a lease; answer `Killed`.
     Kill(VmId, Overdue),
-    /// Tell whether the lease is in use; answer `Active` or `Idle`.
+    /// Find out whether the lease is in use; answer `Active` or `Idle`.
     AskIdle(VmId),
-    /// The size has changed by itself.
+    /// Autoscaling has changed the size.
     Resized(ProfileId, usize),
-    /// Nothing is left.
+    /// The pool has stopped: no VM is left.
     Stopped,
 }
 
 /// Why a lease is ended by the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Overdue {
-    /// It was out for too long.
+    /// The lease was out for too long.
     Deadline,
-    /// It was not used for too long.
+    /// The lease was not used for too long.
     Idle,
     /// The pool stops.
     Stopping,
 }
 
-/// What became of a ticket.
+/// Outcome of a request for a boot or of an offer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// One VM was added.
@@ -120,7 +120,7 @@ pub enum Outcome {
     Failed(VmId),
     /// The host's limits refused this VM.
     Denied(VmId),
-    /// So many boots failed in a row that none is tried for a while.
+    /// This many boots failed in a row, so none is tried for a while.
     BreakerOpen(u32),
     /// The host is short of memory.
     Pressed,
@@ -137,12 +137,12 @@ pub enum Refusal {
     Stopping,
     /// The profile is being drained.
     Draining,
-    /// None is ready.
+    /// No VM is ready.
     Exhausted(Shortage),
 }
 
 impl Refusal {
-    /// Whether a caller found nothing ready, rather than was not to be served at all.
+    /// Whether the refusal is a miss: no VM was ready, for another reason than the limit on leases.
     pub(crate) fn is_miss(self) -> bool {
         matches!(self, Self::Exhausted(why) if !matches!(why, Shortage::LeaseLimit(_)))
     }
@@ -153,20 +153,20 @@ impl Refusal {
     }
 }
 
-/// Why none is ready.
+/// Why no VM is ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Shortage {
     /// As many leases are out as `max_concurrent_vms` allows.
     #[error("all {0} concurrent VMs are leased; return one or raise max_concurrent_vms")]
     LeaseLimit(usize),
-    /// Others came first.
+    /// This many callers wait already.
     #[error("{0} callers wait already")]
     Queue(usize),
-    /// Boots fail and are not tried for a while.
+    /// This many boots failed in a row and the breaker is open.
     #[error("the last {0} boots failed and the breaker is open; see the profile's last failure")]
     BreakerOpen(u32),
-    /// A boot failed and is tried again soon.
+    /// This many boots failed in a row; the next is tried soon.
     #[error("the last {0} boots failed, the next is about to be tried")]
     BackingOff(u32),
     /// The host's limits are reached.
@@ -175,16 +175,16 @@ pub enum Shortage {
     /// The host is short of memory.
     #[error("the host is short of memory, so nothing is booted")]
     MemoryPressure,
-    /// The profile was resized to nothing.
+    /// The profile was resized to 0.
     #[error("the profile keeps no VMs: resize it")]
     NoSize,
-    /// So many are booting.
+    /// This many VMs are booting.
     #[error("{0} are booting")]
     Booting(usize),
     /// Automatic refill is off.
     #[error("none is ready and automatic refill is off; call replenish")]
     RefillOff,
-    /// None is ready yet.
+    /// No VM is ready yet.
     #[error("none is ready yet")]
     Empty,
 }

@@ -1,4 +1,4 @@
-//! The policy of a pool, as a value: it is told what happened and says what to do.
+//! The policy of a pool as a value: it receives events and returns the actions to carry out.
 //!
 //! It never reads a clock, spawns, waits or logs, so every rule of the pool can be tested by
 //! calling it: at random against its invariants, and exhaustively for small cases.
@@ -17,10 +17,11 @@
 //! - ready + checking + booting <= size (0 while draining);
 //! - boots that hold a permit <= the permits of the size, cancelled ones that have not ended
 //!   included;
-//! - nobody waits while a VM is ready and a lease is free; waiters are served in order of arrival;
+//! - no caller waits while a VM is ready and a lease is free; waiters are served in order of
+//!   arrival;
 //! - leases <= the limit;
-//! - a VM is in one state, and leaves `Leased` for nothing but `Retiring`, the caller's ownership,
-//!   or, untouched, `Ready`.
+//! - a VM is in exactly one state, and leaves `Leased` only for `Retiring`, for the caller's
+//!   ownership or, if untouched, for `Ready`.
 
 mod autoscale;
 mod book;
@@ -55,7 +56,7 @@ use crate::slot::VmId;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProfileId(pub usize);
 
-/// A caller that waits; smaller came earlier.
+/// A waiting caller; a smaller number came earlier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WaiterId(pub u64);
 
@@ -63,21 +64,21 @@ pub struct WaiterId(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TicketId(pub u64);
 
-/// A health pass.
+/// A health-check round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PassId(pub u64);
 
 impl PassId {
-    /// The pass that the loop makes by itself.
+    /// The periodic round, which the pool makes by itself.
     pub const PERIODIC: Self = Self(0);
 }
 
-/// Where the pool is in its life.
+/// The phase of the pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Nothing runs.
     Stopped,
-    /// First boots; nobody is served yet.
+    /// First boots; no caller is served yet.
     Starting,
     /// In service.
     Running,
@@ -115,12 +116,12 @@ enum Stage {
     Retiring,
 }
 
-/// What holds of a lease.
+/// Sub-state of a leased VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Hold {
     /// The VM is the caller's.
     Held,
-    /// The VM has ended by itself: it comes home to be destroyed, picked up or not.
+    /// The VM has ended by itself: it is destroyed when it is returned, picked up or not.
     Dead,
     /// The pool is ending the VM.
     Ending,
@@ -132,16 +133,16 @@ enum Hold {
 struct Entry {
     profile: ProfileId,
     stage: Stage,
-    /// When it was booted; none if it was offered, or boots yet.
+    /// When the VM was booted; none if it was offered or is still booting.
     born: Option<Instant>,
 }
 
-/// What holds for the pool as a whole.
+/// Rules of the pool as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PoolRules {
     /// Most leases at a time.
     pub lease_limit: usize,
-    /// Time between health passes; none: no passes by itself.
+    /// Time between health-check rounds; none: no periodic rounds.
     pub health_interval: Option<Duration>,
     /// Longest lease.
     pub lease_deadline: Option<Duration>,
@@ -158,24 +159,25 @@ pub struct Ledger {
     entries: BTreeMap<VmId, Entry>,
     leased: usize,
     pressed: bool,
-    /// Where the round over profiles begins next.
+    /// The profile at which the next refill begins.
     turn: usize,
     next_vm: u64,
     next_check: u64,
     next_pass_at: Option<Instant>,
     stop_at: Option<Instant>,
-    /// The deadline of the stop has passed: leases are ended, and not waited for when they are.
+    /// Whether the deadline of the stop has passed: leases are then ended, and not waited for once
+    /// their VMs have ended.
     past_stop: bool,
-    /// Whether there was a start, ever.
+    /// Whether the pool was ever started.
     started: bool,
     dues: Dues,
-    /// Became ready in this step.
+    /// VMs that became ready in this step.
     fresh: Vec<VmId>,
     out: Vec<Action>,
 }
 
 impl Ledger {
-    /// A stopped pool of these profiles, in this order.
+    /// The ledger of a stopped pool with these profiles, in this order.
     #[must_use]
     pub fn new(rules: PoolRules, profiles: impl IntoIterator<Item = Rules>) -> Self {
         Self {
@@ -198,7 +200,7 @@ impl Ledger {
         }
     }
 
-    /// Takes in an event and returns all that is to be done now, in order.
+    /// Applies an event and returns all actions to carry out now, in order.
     #[must_use]
     pub fn apply(&mut self, now: Instant, event: Event) -> Vec<Action> {
         self.take_in(now, event);
@@ -206,22 +208,23 @@ impl Ledger {
         std::mem::take(&mut self.out)
     }
 
-    /// Takes in an event, serves those who wait and returns what is to be done; VMs that are
-    /// missing then are made up for by the next [`apply`](Self::apply). For those who must not
-    /// decide on boots: whoever does, looks at the host's memory first.
+    /// Applies an event without scheduling boots: serves waiting callers and returns the actions to
+    /// carry out. Missing VMs are refilled by the next [`apply`](Self::apply). For callers other
+    /// than the actor: only the actor decides on boots, after it has read the host's memory
+    /// pressure.
     #[must_use]
     pub fn note(&mut self, now: Instant, event: Event) -> Vec<Action> {
         self.take_in(now, event);
         if self.phase == Phase::Running {
-            // At once: between a return and the next `apply`, newcomers may come.
+            // Now, because new callers may come between a return and the next `apply`.
             self.serve_waiters(now);
         }
         std::mem::take(&mut self.out)
     }
 
-    /// A caller waits, in the queue of each of `profiles` that may serve it, until one does; again,
-    /// under its old number and so in its old place, if what it was served proved dead before it
-    /// was picked up. Returns what is to be done, as [`apply`](Self::apply) does.
+    /// Puts a waiting caller into the queue of each of `profiles` that may serve it. A caller whose
+    /// VM died before it was picked up is queued again under its old number, and so in its old
+    /// place. Returns the actions to carry out, as [`apply`](Self::apply) does.
     #[must_use]
     pub fn line_up(
         &mut self,
@@ -234,7 +237,7 @@ impl Ledger {
         std::mem::take(&mut self.out)
     }
 
-    /// The VM that [`take`](Self::take) would take.
+    /// Returns the VM that [`take`](Self::take) would take.
     ///
     /// # Errors
     /// Why there is none.
@@ -294,7 +297,7 @@ impl Ledger {
         Ok(taken)
     }
 
-    /// Forgets all VMs, callers and tickets: whoever acted for the ledger has ended.
+    /// Removes all VMs, waiting callers and requests, because the actor has ended.
     pub fn abort(&mut self) {
         self.phase = Phase::Stopped;
         self.stop_at = None;
@@ -334,7 +337,7 @@ impl Ledger {
             .ok_or_else(|| Refusal::Exhausted(book.shortage(now, self.pressed)))
     }
 
-    /// Why no caller of `profile` would be served however long it waits; none: one may be.
+    /// Why no caller of `profile` would be served however long it waits; none if it may be served.
     #[must_use]
     pub fn hopeless(&self, profile: ProfileId) -> Option<Refusal> {
         let of_book = || match self.books.get(profile.0) {
@@ -345,7 +348,7 @@ impl Ledger {
         self.closed().or_else(of_book)
     }
 
-    /// Whether [`take_many`](Self::take_many) would take so many.
+    /// Whether [`take_many`](Self::take_many) would take `count` VMs.
     #[must_use]
     pub fn has(&self, now: Instant, profile: ProfileId, count: usize) -> bool {
         let parked = self.books.get(profile.0).map_or(0, Book::parked);
@@ -353,7 +356,7 @@ impl Ledger {
         self.takeable(now, profile).is_ok() && count <= parked.min(free)
     }
 
-    /// Why nobody is served, whatever there is.
+    /// Why the pool serves no caller in its present phase; none if it serves.
     fn closed(&self) -> Option<Refusal> {
         match self.phase {
             Phase::Running => None,
@@ -363,7 +366,7 @@ impl Ledger {
         }
     }
 
-    /// A caller was refused for want of `vms` VMs.
+    /// Records that a caller was refused for lack of `vms` VMs.
     fn missed(&mut self, profile: ProfileId, refusal: Refusal, vms: usize) {
         let Some(book) = self.books.get_mut(profile.0) else {
             return;
@@ -399,7 +402,7 @@ impl Ledger {
         self.entries.get(&id).map(|entry| entry.stage)
     }
 
-    /// The one place where a VM changes its state; `None`: it is gone.
+    /// The only place where a VM changes its state; `None` removes the VM.
     fn shift(&mut self, id: VmId, to: Option<Stage>) {
         let Some(entry) = self.entries.get_mut(&id) else {
             return;

@@ -1,4 +1,4 @@
-//! What is done about the difference between what is and what should be.
+//! Reconciles the actual state of the pool with the desired one.
 
 use tokio::time::Instant;
 
@@ -6,7 +6,7 @@ use super::event::{Action, Outcome, Overdue};
 use super::{Hold, Ledger, Origin, Phase, ProfileId, Stage};
 
 impl Ledger {
-    /// Level-triggered: looks at what is, not at what happened.
+    /// Level-triggered: acts on the present state, not on the event that led to it.
     pub(super) fn reconcile(&mut self, now: Instant) {
         match self.phase {
             Phase::Stopped => {}
@@ -30,7 +30,8 @@ impl Ledger {
             let served = self.books.iter().enumerate().filter_map(|(index, book)| {
                 Some((*book.waiters.first()?, ProfileId(index), book.best()?))
             });
-            // Over all profiles: a lease that came free goes to whoever waits longest.
+            // Over all profiles: a lease that became free goes to the caller that has waited
+            // longest.
             let Some((waiter, profile, id)) = served.min() else {
                 return;
             };
@@ -53,7 +54,7 @@ impl Ledger {
                     book.tickets.pop_front();
                     self.out.push(Action::Settle(ticket, outcome));
                 } else if self.pressed && !book.is_owed() {
-                    // A boot for a caller who waits is no stock.
+                    // Only boots for waiting callers are allowed under memory pressure.
                     book.tickets.pop_front();
                     self.out.push(Action::Settle(ticket, Outcome::Pressed));
                 } else if book.has_room() && book.boots_running() < book.permits_by_hand() {
@@ -84,7 +85,7 @@ impl Ledger {
         }
     }
 
-    /// Stops when all is gone; at the deadline ends the leases that are still out.
+    /// Stops when no VM is left; at the deadline ends the leases that are still out.
     fn finish(&mut self, now: Instant) {
         if !self.past_stop && self.stop_at.is_some_and(|at| at <= now) {
             self.past_stop = true;
@@ -93,7 +94,7 @@ impl Ledger {
                     Some(Stage::Leased(Hold::Held | Hold::Dead)) => {
                         self.kill(id, Overdue::Stopping);
                     }
-                    // The lease keeps a dead VM; the pool waits for it no longer.
+                    // The lease keeps the handle of an ended VM; the pool no longer waits for it.
                     Some(Stage::Leased(Hold::Ended)) => self.shift(id, None),
                     _ => {}
                 }

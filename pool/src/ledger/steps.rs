@@ -1,4 +1,4 @@
-//! What each event changes.
+//! How each event changes the ledger.
 
 use tokio::time::Instant;
 
@@ -15,7 +15,7 @@ impl Ledger {
                     self.started = true;
                     self.stop_at = None;
                     self.past_stop = false;
-                    // Somebody wants it tried again.
+                    // A new start retries boots, whatever failed before.
                     self.books
                         .iter_mut()
                         .for_each(|book| book.breaker.succeeded());
@@ -53,8 +53,8 @@ impl Ledger {
             }
             Event::Killed(id) => {
                 if self.stage(id) == Some(Stage::Leased(Hold::Ending)) {
-                    // At the end of a stop the lease keeps a dead VM that the pool no longer waits
-                    // for.
+                    // After the deadline of a stop the lease keeps the handle of an ended VM that
+                    // the pool no longer waits for.
                     let husk = Stage::Leased(Hold::Ended);
                     self.shift(id, (!self.past_stop).then_some(husk));
                 }
@@ -73,7 +73,7 @@ impl Ledger {
                 }
                 self.shrink(profile);
                 if size == 0 {
-                    // Nobody would ever serve them.
+                    // With size 0 the waiting callers would never be served.
                     self.reject_all(profile, Refusal::Exhausted(Shortage::NoSize));
                 }
             }
@@ -246,13 +246,13 @@ impl Ledger {
             let refused = u64::from(origin.holds_permit());
             book.boot_failures = book.boot_failures.saturating_add(refused);
         }
-        // Whoever was refused is first to ask when something is given back.
+        // The refused profile is the first to boot when capacity is freed.
         self.turn = self.entries.get(&id).map_or(0, |entry| entry.profile.0);
         self.settle(origin, Outcome::Denied(id));
         self.shift(id, None);
     }
 
-    /// What the ticket of a cancelled boot is told.
+    /// The outcome for the request of a cancelled boot.
     fn given_up(&self) -> Outcome {
         if self.phase == Phase::Stopping {
             Outcome::Stopping
@@ -267,8 +267,8 @@ impl Ledger {
         }
     }
 
-    /// Into the queues of those that may serve it; it is turned away, as the first would, if none
-    /// may.
+    /// Puts a waiter into the queues of the profiles that may serve it. If none may, it is refused
+    /// for the reason of the first.
     pub(super) fn wait(&mut self, waiter: WaiterId, profiles: &[ProfileId]) {
         let mut refusal = None;
         for profile in profiles {
@@ -288,7 +288,7 @@ impl Ledger {
         }
     }
 
-    /// Turns a caller away, unless another profile may still serve it.
+    /// Refuses a caller, unless another profile may still serve it.
     fn reject(&mut self, waiter: WaiterId, refusal: Refusal) {
         if !self.books.iter().any(|book| book.waiters.contains(&waiter)) {
             self.out.push(Action::Reject(waiter, refusal));
@@ -316,7 +316,7 @@ impl Ledger {
         self.retire(id);
     }
 
-    /// A VM that nobody had has ended, or is no good.
+    /// Handles a VM that ended, or failed a check, before it was used.
     fn died(&mut self, now: Instant, id: VmId) {
         if let Some(entry) = self.entries.get(&id)
             && let (Some(born), Some(book)) = (entry.born, self.books.get_mut(entry.profile.0))
@@ -328,7 +328,7 @@ impl Ledger {
 
     fn untouched(&mut self, now: Instant, id: VmId) {
         if let (Some(Stage::Leased(_)), Some(book)) = (self.stage(id), self.book_of(id)) {
-            // Nobody was served after all.
+            // The caller was not served after all.
             book.hits = book.hits.saturating_sub(1);
         }
         match self.stage(id) {
@@ -344,7 +344,7 @@ impl Ledger {
         };
         let serving = self.phase == Phase::Running && !book.draining;
         if serving && !book.has_room() {
-            // Its place is being filled: a VM in the hand is worth more than one that boots.
+            // Its place is being refilled: an existing VM is preferred to one that boots.
             self.give_up_a_boot(profile);
         }
         if serving && self.books.get(profile.0).is_some_and(super::Book::has_room) {
@@ -354,8 +354,9 @@ impl Ledger {
         }
     }
 
-    /// Cancels the youngest boot, one of our own if there is any. Its ticket is told `Full` in
-    /// time.
+    /// Cancels the youngest boot, preferably one of the refill's. If it was requested, its request
+    /// goes back to the head of the queue; if it is an offer, it is answered `Full` (or `Stopping`)
+    /// when it ends.
     fn give_up_a_boot(&mut self, profile: ProfileId) -> bool {
         let Some(book) = self.books.get(profile.0) else {
             return false;
@@ -369,7 +370,7 @@ impl Ledger {
         };
         let (id, origin) = (*id, *origin);
         if let Origin::Ticket(ticket) = origin {
-            // The boot is no longer the ticket's: the ticket goes back to the head of its queue.
+            // The boot no longer belongs to the request, which goes back to the head of its queue.
             self.shift(
                 id,
                 Some(Stage::Booting {
@@ -390,7 +391,7 @@ impl Ledger {
         self.empty(profile, target);
     }
 
-    /// Leaves at most `target` VMs: gives up boots first, then what was proven longest ago.
+    /// Leaves at most `target` VMs: cancels boots first, then retires the VMs checked longest ago.
     fn empty(&mut self, profile: ProfileId, target: usize) {
         while let Some(book) = self.books.get(profile.0)
             && book.occupied() > target
@@ -437,7 +438,7 @@ impl Ledger {
                     self.died(now, id);
                 }
             }
-            // Handed out or destroyed since: the answer is about the past.
+            // The VM was handed out or destroyed since: the verdict is outdated.
             _ => {}
         }
     }

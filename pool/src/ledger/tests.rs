@@ -7,15 +7,15 @@ use proptest::prelude::*;
 use super::ProfileId;
 use super::world::{Case, Step, World};
 
-/// What an exploration came by.
+/// Counters of an exploration.
 #[derive(Debug, Default)]
 struct Visited {
     states: usize,
     /// Steps that took several VMs at once.
     bursts: usize,
-    /// States in which the loop's own health pass held a VM.
+    /// States in which the periodic health-check round held a VM.
     passes: usize,
-    /// Steps in which time moved a size.
+    /// Steps in which time changed a size.
     resizes: usize,
 }
 
@@ -53,7 +53,7 @@ impl Visited {
     }
 }
 
-/// 64 bits are enough to tell a million states apart, and spare their memory.
+/// A hash of 64 bits: enough to tell a million states apart, and it saves their memory.
 fn fingerprint(world: &World) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
@@ -129,7 +129,7 @@ fn with_passes_while_demand_moves_the_size(depth: usize) -> Visited {
     visited
 }
 
-/// The number of states says that the explorer has been somewhere.
+/// Asserts that the exploration has visited more than `least` states.
 fn at_least(least: usize, visited: Visited) {
     eprintln!("{visited:?}");
     assert!(visited.states > least, "{visited:?}");

@@ -1,4 +1,4 @@
-//! What the passing of time brings about: limits of leases, health passes, proofs, sizes.
+//! Changes that time causes: limits of leases, health-check rounds, breaker proofs, autoscaling.
 
 use tokio::time::Instant;
 
@@ -46,7 +46,8 @@ impl Ledger {
         }
     }
 
-    /// A parked VM that has lived long enough to say that boots are good again.
+    /// Finds a parked VM that has lived long enough to prove that boots succeed again; returns its
+    /// profile and when it was booted.
     fn proof(&self, now: Instant) -> Option<(ProfileId, Instant)> {
         let mut proofs = self.proofs();
         proofs.find_map(|(at, profile, born)| (at <= now).then_some((profile, born)))

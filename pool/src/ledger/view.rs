@@ -1,4 +1,4 @@
-//! What there is to see of a ledger; nothing here changes anything.
+//! Read-only views of a ledger.
 
 use tokio::time::Instant;
 
@@ -20,11 +20,11 @@ pub struct Counts {
     pub leased: usize,
     /// Being destroyed.
     pub retiring: usize,
-    /// Callers that wait.
+    /// Waiting callers.
     pub waiting: usize,
-    /// Callers served, ever; not those that went away before they looked.
+    /// Callers served, ever, without those that went away before they took their VM.
     pub hits: u64,
-    /// Times a caller found nothing, ever.
+    /// Times a caller found no VM ready, ever.
     pub misses: u64,
     /// Boots that succeeded, ever.
     pub boots: u64,
@@ -59,13 +59,13 @@ impl Ledger {
         books.flat_map(|book| book.ready.iter().chain(book.checking.keys()).copied())
     }
 
-    /// Where the pool is in its life.
+    /// The phase of the pool.
     #[must_use]
     pub fn phase(&self) -> Phase {
         self.phase
     }
 
-    /// When the next event must come at the latest (a tick if there is no other).
+    /// When the next event must be applied at the latest (a tick if there is no other).
     #[must_use]
     pub fn wake_at(&self, now: Instant) -> Option<Instant> {
         if self.phase == Phase::Stopped {
@@ -77,7 +77,7 @@ impl Ledger {
                 .breaker
                 .waits_until(now)
                 .filter(|_| book.refill && book.has_room());
-            // Demand says nothing while the profile is drained.
+            // Demand is not measured while the profile is drained.
             let scale = book.scale.as_ref().filter(|_| !book.draining);
             [retry, scale.and_then(autoscale::Scale::ends)]
         });
@@ -90,7 +90,8 @@ impl Ledger {
         [limit, books, pass, stop].into_iter().flatten().min()
     }
 
-    /// When which parked VMs prove that boots are good again.
+    /// Parked VMs that will prove that boots succeed again: at which time, their profile, and when
+    /// they were booted.
     pub(super) fn proofs(&self) -> impl Iterator<Item = (Instant, ProfileId, Instant)> + '_ {
         let suspect = self.books.iter().any(|book| book.breaker.is_suspect());
         let entries = self.entries.values().filter(move |_| suspect);
@@ -114,13 +115,13 @@ impl Ledger {
         self.books.iter().all(|book| book.parked() >= book.target())
     }
 
-    /// Leases out.
+    /// Number of leases out.
     #[must_use]
     pub fn leased(&self) -> usize {
         self.leased
     }
 
-    /// Why a caller of `profile` would find nothing.
+    /// Why a caller of `profile` would find no VM ready.
     #[must_use]
     pub fn shortage(&self, now: Instant, profile: ProfileId) -> Shortage {
         if self.leased >= self.rules.lease_limit {
@@ -154,13 +155,14 @@ impl Ledger {
             })
     }
 
-    /// Whether nothing of the profile is left, boots and destructions that have not ended included.
+    /// Whether the profile has no VM in any state, boots and destructions that have not ended
+    /// included.
     #[must_use]
     pub fn is_vacant(&self, profile: ProfileId) -> bool {
         self.books.get(profile.0).is_none_or(|book| book.vms == 0)
     }
 
-    /// Whether the VM boots (or, offered, is under its first check) and has not been given up.
+    /// Whether the VM boots (or, offered, is under its first check) and was not cancelled.
     #[must_use]
     pub fn is_booting(&self, id: VmId) -> bool {
         let stage = self.stage(id);
@@ -187,7 +189,7 @@ impl Ledger {
         self.is_parked(id) || matches!(self.stage(id), Some(Stage::Leased(_)))
     }
 
-    /// Whether leases end that are idle for long.
+    /// Whether the pool ends leases that are idle for long.
     #[must_use]
     pub fn ends_idle_leases(&self) -> bool {
         self.rules.lease_idle.is_some()
@@ -199,7 +201,7 @@ impl Ledger {
         matches!(self.stage(id), Some(Stage::Leased(hold)) if hold != Hold::Ended)
     }
 
-    /// Whether the VM is under that check.
+    /// Whether the VM is under the check with this number.
     #[must_use]
     pub fn is_checking(&self, id: VmId, check: u64) -> bool {
         matches!(self.stage(id), Some(Stage::Checking { check: current, .. }) if current == check)

@@ -70,7 +70,7 @@ async fn a_request_that_the_profile_cannot_serve_is_not_served_a_wrong_vm() {
     refused(Request::profile(PY).image("debian"));
     refused(Request::profile(PY).vcpus(2));
     refused(Request::profile(PY).env("A", "b"));
-    // No profile named: all are looked at, and all are told.
+    // Without a profile's name, all profiles are tried, and the mismatch of each is reported.
     assert_eq!(refused(Request::any().package("pandas")).len(), 2);
     assert_eq!(
         pool.acquire(Request::any().package("numpy"))
@@ -94,7 +94,7 @@ async fn a_vm_that_died_while_parked_is_never_handed_out() {
         pool.replenish(PY).await.unwrap();
     }
     let vms = parked(&fake);
-    // No task runs between death and acquire: only acquire itself can notice.
+    // No task runs between death and acquire, so only acquire itself can notice.
     vms[2].kill();
     vms[1].kill();
     let lease = pool.acquire(PY).unwrap();
@@ -144,7 +144,7 @@ async fn what_a_fresh_vm_needs_is_done_when_it_is_parked_acquire_only_moves_and_
 
 #[tokio::test(start_paused = true)]
 async fn cancelling_an_acquire_at_any_await_point_loses_no_vm() {
-    // Before it is served.
+    // Cancelled before it is served.
     let fake = FakeBackend::new();
     let pool = running(&fake, config(1)).await;
     let gate = gated(&fake, PY);
@@ -156,7 +156,7 @@ async fn cancelling_an_acquire_at_any_await_point_loses_no_vm() {
     gate.open();
     pool.wait_ready(secs(1)).await.unwrap();
 
-    // After it is served, before it looks.
+    // Cancelled after it is served, before its next poll.
     fake.by_default(PY, Boot::Fine);
     let other = pool.acquire(PY).unwrap();
     let gate = gated(&fake, PY);
@@ -199,7 +199,7 @@ async fn cancelling_an_acquire_at_any_await_point_loses_no_vm() {
     assert_eq!(tally.created, tally.retired + tally.dropped);
 }
 
-/// Polled so often, served before the so-manieth poll, then dropped.
+/// Polls an acquire `polls` times, serves it before poll `served_before`, then drops it.
 #[tokio::test(start_paused = true)]
 async fn an_acquire_that_is_dropped_after_any_number_of_polls_leaves_the_counts_right() {
     for polls in 0..5 {
@@ -221,7 +221,8 @@ async fn an_acquire_that_is_dropped_after_any_number_of_polls_leaves_the_counts_
             let served = lease.is_some();
             assert_eq!(served, served_before < polls, "{polls}, {served_before}");
             if !served {
-                // It lies in its channel, or is parked if nobody has waited yet.
+                // The VM is in the waiter's channel, or parked if the acquire has never been
+                // polled.
                 pool.replenish(PY).await.unwrap();
             }
             drop((waiter, lease));
@@ -250,7 +251,7 @@ async fn waiters_are_served_in_the_order_in_which_they_came_and_nobody_overtakes
         }));
         settle().await;
     }
-    // A waiter in the middle goes away.
+    // A waiter in the middle is cancelled.
     waiters.remove(1).abort();
     gate.open();
     for _ in 0..3 {
@@ -302,7 +303,7 @@ async fn a_vm_that_dies_on_its_way_to_a_waiter_that_goes_away_is_not_parked() {
     let lease = pool.acquire(PY).unwrap();
     pool.wait_ready(secs(1)).await.unwrap();
     let parked_vm = parked(&fake).remove(1);
-    // It waits for the one lease, beside a parked VM.
+    // It waits for the one lease to end, although a VM is parked.
     let waiting = pool.clone();
     let mut waiter = Box::pin(async move { waiting.acquire_timeout(PY, secs(9)).await.map(drop) });
     assert!(futures::poll!(&mut waiter).is_pending());
@@ -343,7 +344,7 @@ async fn waiters_whose_vms_die_on_the_way_keep_their_order() {
     parked(&fake)
         .iter()
         .for_each(hearth_pool::fake::FakeVmHandle::kill);
-    // Each finds that its own is dead and waits again; neither goes to the head of the queue.
+    // Each finds its own VM dead and waits again; neither moves to the head of the queue.
     assert!(futures::poll!(&mut first).is_pending());
     assert!(futures::poll!(&mut second).is_pending());
     settle().await;
@@ -426,7 +427,7 @@ async fn max_concurrent_vms_bounds_leases_over_all_profiles() {
         }
     ));
     assert_eq!(counts(&pool, PY).ready + counts(&pool, PY).booting, 1);
-    // A lease that comes free goes to whoever waits longest, of either profile.
+    // A lease that becomes free goes to the longest waiter, of either profile.
     let waiting = pool.clone();
     let first = tokio::spawn(async move { waiting.acquire_timeout(JS, secs(9)).await });
     settle().await;
@@ -491,7 +492,7 @@ async fn at_the_lease_limit_who_waits_is_served_before_newcomers_of_other_profil
         settle().await;
         assert_eq!(counts(&pool, JS).waiting, 1);
         drop(held);
-        // The pool's loop has not run since.
+        // The pool's loop has not run since then.
         let newcomer = pool.acquire(PY).map(|lease| lease.id());
         let full = Shortage::LeaseLimit(1);
         assert!(

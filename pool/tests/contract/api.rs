@@ -1,4 +1,4 @@
-//! What a program that uses the crate writes: it compiles from outside.
+//! The API as an embedding program uses it: this compiles outside of the crate.
 
 use std::error::Error;
 use std::fmt::Debug;
@@ -124,7 +124,7 @@ async fn a_request_for_any_profile_is_served_by_whichever_has_a_vm() {
         (counts(&pool, PY).waiting, counts(&pool, JS).waiting),
         (1, 1)
     );
-    // One of them is emptied: the other may still serve.
+    // One of the two profiles is emptied: the other may still serve.
     pool.resize(PY, 0).unwrap();
     settle().await;
     gate.open();
@@ -138,7 +138,8 @@ async fn a_request_for_any_profile_is_served_by_whichever_has_a_vm() {
     stop_clean(pool, &fake).await;
 }
 
-/// Was: it waited on in one profile only, and was turned away when that was drained.
+/// Regression: the request went on waiting in one profile only, and was refused when that was
+/// drained.
 #[tokio::test(start_paused = true)]
 async fn who_waits_for_any_profile_still_does_when_what_it_is_served_proves_dead() {
     let fake = FakeBackend::new();
@@ -150,7 +151,7 @@ async fn who_waits_for_any_profile_still_does_when_what_it_is_served_proves_dead
     let waiting =
         tokio::spawn(async move { waiting.acquire_timeout(Request::any(), secs(60)).await });
     settle().await;
-    // Whether the VM that it is to have is alive cannot be told.
+    // The check whether the VM for this request is alive panics.
     fake.panic_in(Method::Alive);
     first.admit(1);
     settle().await;

@@ -18,7 +18,7 @@ async fn a_panic_of_the_backend_in_any_method_costs_at_most_one_vm() {
         let fake = FakeBackend::new();
         let pool = running(&fake, config(2).park(Parking::Paused)).await;
         fake.panic_in(method);
-        // Every method is called on the way: checks, a hand-off, a return, a refill.
+        // These steps call every method: checks, a hand-off, a return, a refill.
         let _ = pool.check(PY, 1).await.unwrap();
         drop(pool.acquire(PY));
         pool.wait_ready(secs(5))

@@ -11,7 +11,7 @@ fn ids(vms: &[FakeVmHandle]) -> Vec<VmId> {
 }
 
 fn probed(vms: &[FakeVmHandle]) -> Vec<bool> {
-    // The first probe is the proof of life before parking.
+    // The first probe proves that the VM is alive before it is parked.
     vms.iter().map(|vm| vm.probes() > 1).collect()
 }
 
@@ -295,7 +295,7 @@ async fn repeated_passes_happen_every_interval_and_a_parked_death_needs_none() {
     assert_eq!(vm.probes(), 2);
     sleep(secs(30)).await;
     assert_eq!(vm.probes(), 5);
-    // Dead while parked: an event, acted on at once.
+    // A VM that dies while parked is an event, handled at once.
     let mut events = pool.subscribe();
     let died = Instant::now();
     vm.kill();
@@ -310,7 +310,7 @@ async fn repeated_passes_happen_every_interval_and_a_parked_death_needs_none() {
     stop_clean(pool, &fake).await;
 }
 
-/// How often the runtime went to sleep in an hour: once for each time that anything woke it.
+/// Returns how often the runtime parked in an hour: once for each wake-up.
 async fn wake_ups_in_an_hour(health: HealthConfig) -> u64 {
     let fake = FakeBackend::new();
     let scale = hearth_pool::Autoscale::between(3, 9).window(secs(7_200));
@@ -337,7 +337,7 @@ async fn wake_ups_in_an_hour(health: HealthConfig) -> u64 {
 async fn between_checks_nothing_wakes_up() {
     let parks = wake_ups_in_an_hour(quiet()).await;
     assert!(parks <= 4, "something of the pool wakes up: {parks}");
-    // And this is how something that does would look.
+    // For comparison: with health checks it does wake up.
     let parks = wake_ups_in_an_hour(HealthConfig::default()).await;
     assert!(parks >= 360, "{parks}");
 }

@@ -1,4 +1,4 @@
-//! What holds of a lease from its hand-off to its end.
+//! Leases, from the hand-off to their end.
 
 use crate::support::*;
 use hearth_pool::config::LeaseConfig;

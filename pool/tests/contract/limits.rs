@@ -1,4 +1,4 @@
-//! What all profiles together may take from the host.
+//! Limits on the resources of the host that all profiles take together.
 
 use crate::support::*;
 use hearth_pool::fake::{Boot, FakeBackend, FakeHost};
@@ -131,7 +131,7 @@ async fn memory_pressure_refuses_replenish_by_hand_but_not_for_waiting_callers()
     let now = counts(&pool, PY);
     assert_eq!((now.boots, now.boot_failures, now.booting), (1, 0, 0));
     assert!(!now.breaker_open, "nothing was tried");
-    // What exists is served, adopted and checked as ever.
+    // Existing VMs are served, adopted and checked as usual.
     pool.offer(PY, fake.make(PY)).await.unwrap();
     assert_eq!(pool.check(PY, 2).await.unwrap().healthy, 2);
     assert!(matches!(replenish().await, Replenished::Full));
@@ -166,14 +166,14 @@ async fn memory_pressure_refuses_a_start_before_it_makes_anything() {
         assert_eq!(fake.tally(PY).boots, 0);
         fake.script_prepare(PY, [Boot::Fine]);
         host.stall(0.0);
-        // Not even its preparation was begun: the panic is still to come.
+        // Not even the preparation was begun: its panic comes only now.
         assert!(pool.start().await.is_err());
         pool.start().await.unwrap();
         stop_clean(pool, &fake).await;
     }
 }
 
-/// What came before it is kept, the rest comes after it.
+/// VMs from before the pressure are kept; the rest are booted after it.
 #[tokio::test(start_paused = true)]
 async fn memory_pressure_in_the_middle_of_a_start_holds_what_is_left_of_it() {
     let fake = FakeBackend::new();

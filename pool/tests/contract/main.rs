@@ -1,5 +1,5 @@
 //! The contract of the warm pool, row by row: each test is named after its row. Rows that need a
-//! real guest are elsewhere; here a fake backend and paused time make every interleaving
+//! real guest are tested elsewhere; here a fake backend and paused time make every interleaving
 //! repeatable.
 
 #![allow(

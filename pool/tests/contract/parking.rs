@@ -1,4 +1,4 @@
-//! How VMs wait, and who says so.
+//! How VMs are parked, and which setting decides.
 
 use crate::support::*;
 use hearth_pool::Parking::{self, Paused, Running};
@@ -26,7 +26,7 @@ async fn a_profiles_parking_comes_before_the_pools_and_that_before_the_hosts() {
         let pool = running(&fake, config).await;
         let is_paused = parked(&fake)[0].is_paused();
         assert_eq!(is_paused, expected == Paused, "{host:?}, {profile:?}");
-        // However it waited, its caller has it running.
+        // However it was parked, its caller receives it running.
         assert!(!pool.acquire(PY).unwrap().handle().is_paused());
         stop_clean(pool, &fake).await;
     }
@@ -41,7 +41,7 @@ async fn profiles_of_one_pool_wait_each_in_their_own_way() {
         let vms = fake.live();
         let lease = pool.acquire(profile).unwrap();
         let vm = vms.iter().find(|vm| vm.id() == lease.id()).unwrap();
-        // It was resumed for its lease; its neighbour shows how it waits.
+        // This VM was resumed for its lease; its replacement shows how the profile parks.
         drop(lease);
         pool.wait_ready(secs(1)).await.unwrap();
         assert!(fake.vm(vm.id()).is_none());

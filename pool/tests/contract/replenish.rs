@@ -122,7 +122,7 @@ async fn a_pool_filled_by_someone_else_while_waiting_for_the_permit_no_boot() {
     let other = pool.clone();
     let second = tokio::spawn(async move { other.replenish(PY).await });
     settle().await;
-    // Size 2, one permit: the second waits; meanwhile a VM comes in from outside.
+    // Size 2, one permit: the second call waits; meanwhile a VM is offered from outside.
     pool.offer(PY, fake.make(PY)).await.unwrap();
     gate.open();
     assert!(matches!(
@@ -157,7 +157,8 @@ async fn sequential_calls_fill_an_empty_pool_of_size_n_in_n_boots() {
 
 #[tokio::test(start_paused = true)]
 async fn profiles_never_block_one_another() {
-    // Each one's boot waits until the other's has begun, and one's until the other's is over.
+    // The boot of `other` is held until both have begun, and that of `one` until that of `other` is
+    // over.
     for [one, other] in [[PY, JS], [JS, PY]] {
         let fake = FakeBackend::new();
         let (waits, goes) = (gated(&fake, one), gated(&fake, other));
@@ -331,7 +332,7 @@ async fn vms_that_boot_well_and_die_soon_do_not_make_the_pool_boot_without_end()
     let in_an_hour = fake.tally(PY).boots - boots;
     assert!((10..=16).contains(&in_an_hour), "{in_an_hour}");
     saboteur.abort();
-    // The next one lives; when it has proved that, the others follow.
+    // The next VM lives; once it has proved that, the others follow.
     pool.wait_ready(secs(303)).await.unwrap();
     assert!(!counts(&pool, PY).breaker_open);
     stop_clean(pool, &fake).await;
@@ -384,7 +385,7 @@ async fn dropping_a_replenish_future_releases_its_permit() {
         pool.replenish(PY).await.unwrap(),
         Replenished::Booted(_)
     ));
-    // One that still queues for the permit.
+    // A call that still queues for the permit is cancelled.
     let lease = pool.acquire(PY).unwrap();
     let gate = gated(&fake, PY);
     let other = pool.clone();

@@ -1,4 +1,4 @@
-//! Sizes that move while a pool runs: by a call, by a drain, by demand.
+//! Sizes that change while a pool runs: by a call, by a drain, by demand.
 
 use crate::support::*;
 use hearth_pool::fake::{FakeBackend, Gate, Ping};
@@ -17,7 +17,7 @@ async fn a_resize_takes_effect_at_once_and_never_over_boots() {
     assert_eq!(ready(&pool), 1);
     settle().await;
     assert_eq!(parked(&fake)[0].id(), proven_last);
-    // Shrinking gives up boots.
+    // Shrinking cancels boots.
     let gate = gated(&fake, PY);
     pool.resize(PY, 4).unwrap();
     gate.held(2).await;
@@ -79,7 +79,7 @@ async fn a_drained_profile_is_empty_until_it_is_undrained() {
 async fn a_drain_waits_for_boots_that_were_given_up() {
     let fake = FakeBackend::new();
     let gate = Gate::new();
-    // The boot is given up while its VM is being proved, and that VM takes long to destroy.
+    // The boot is cancelled while its VM is being proved, and the VM takes long to destroy.
     fake.script_pings(PY, [Ping::Gate(Gate::new())]);
     fake.gate_retire(Some(gate.clone()));
     let pool = by_hand(&fake, config(1)).await;
@@ -142,7 +142,7 @@ async fn demand_moves_the_size_between_its_bounds() {
     let pool = running(&fake, PoolConfig::new(100).profile(profile).health(quiet())).await;
     let lease = pool.acquire(PY).unwrap();
     for _ in 0..3 {
-        // Nothing runs in between: all three miss.
+        // No task runs in between, so all three miss.
         assert!(pool.acquire(PY).is_err());
     }
     sleep(secs(11)).await;

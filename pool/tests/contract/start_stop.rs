@@ -80,7 +80,7 @@ async fn start_fails_if_no_vm_at_all_could_be_booted_for_a_profile() {
         (pool.status().phase, pool.status().usage.vms),
         (Phase::Stopped, 0)
     );
-    // And once it works, it starts.
+    // Once the profile works, the pool starts.
     fake.by_default(JS, Boot::Fine);
     pool.start().await.unwrap();
     stop_clean(pool, &fake).await;
@@ -302,7 +302,7 @@ async fn leases_still_out_are_awaited_up_to_the_deadline_then_destroyed() {
     );
     assert_eq!(pool.status().phase, Phase::Stopped);
     assert_eq!(pool.status().usage.vms, 0, "and holds nothing");
-    // A new life of the pool is not confused by a lease of the old one.
+    // A new run of the pool is not confused by a lease of the old one.
     pool.start().await.unwrap();
     drop(late);
     settle().await;
@@ -413,7 +413,7 @@ async fn wait_ready_does_not_poll() {
     settle().await;
     let metrics = tokio::runtime::Handle::current().metrics();
     let before = metrics.worker_park_count(0);
-    // Less than a boot may take here.
+    // Less than the time limit of a boot.
     sleep(secs(3_600)).await;
     let parks = metrics.worker_park_count(0) - before;
     assert!(parks <= 4, "{parks} wake-ups in an hour");
@@ -460,7 +460,7 @@ fn a_runtime_that_ends_under_a_pool_takes_everything_with_it() {
     drop(lease);
     assert!(fake.live().is_empty());
     assert_eq!(pool.status().usage.vms, 0);
-    // And it can be started on another.
+    // The pool can be started on another runtime.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -543,7 +543,7 @@ async fn the_event_stream_tells_the_life_of_a_vm() {
     assert_eq!(names, expected);
 }
 
-/// A runtime that a test drives when it wants to, and its clock is the real one's.
+/// A runtime that runs only while the test drives it, with a paused clock or a real one.
 fn own_runtime(paused: bool) -> tokio::runtime::Runtime {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_all().start_paused(paused).build().unwrap()
@@ -556,7 +556,7 @@ fn stop_ends_a_pool_whose_runtime_is_not_driven_any_more() {
     let undriven = own_runtime(false);
     undriven.block_on(pool.start()).unwrap();
     let [late, early] = [pool.acquire(PY).unwrap(), pool.acquire(PY).unwrap()];
-    // What it boots for them now never comes to its end.
+    // The boots that replace the two leased VMs never end now.
     own_runtime(true).block_on(async {
         let stopping = pool.clone();
         let stop = tokio::spawn(async move { stopping.stop_within(secs(60)).await });
@@ -571,7 +571,7 @@ fn stop_ends_a_pool_whose_runtime_is_not_driven_any_more() {
     assert_eq!((status.phase, status.usage.vms), (Phase::Stopped, 0));
     drop(late);
     assert!(fake.live().is_empty());
-    // It starts again elsewhere, and the old loop, driven after all, leaves it alone.
+    // The pool starts again elsewhere, and its old loop, when driven after all, leaves it alone.
     own_runtime(true).block_on(async {
         pool.start().await.unwrap();
         undriven.block_on_elsewhere(settle);
@@ -585,7 +585,7 @@ trait BlockOnElsewhere {
 }
 
 impl BlockOnElsewhere for tokio::runtime::Runtime {
-    /// On a thread of its own: one thread drives one runtime at a time.
+    /// Runs on a thread of its own: one thread drives one runtime at a time.
     fn block_on_elsewhere<F: Future<Output = ()>>(&self, run: fn() -> F) {
         std::thread::scope(|scope| {
             scope.spawn(|| self.block_on(run()));
@@ -630,7 +630,7 @@ async fn a_backend_that_panics_in_settled_hangs_neither_start_nor_stop() {
     fake.panic_in(Method::Settled);
     let start = timeout(secs(600), pool.start()).await.expect("ends");
     assert!(matches!(start, Err(StartError::NoVm(_))));
-    // While a preparation is given up, too.
+    // Also while a preparation is being cancelled.
     fake.script_prepare(PY, [Boot::Hang]);
     fake.panic_in(Method::Settled);
     let starting = pool.clone();
@@ -639,7 +639,7 @@ async fn a_backend_that_panics_in_settled_hangs_neither_start_nor_stop() {
     timeout(secs(600), pool.stop()).await.expect("ends");
     assert!(start.await.unwrap().is_err());
     assert!(pool.start().await.is_ok());
-    // And while a boot is.
+    // And while a boot is being cancelled.
     fake.by_default(PY, Boot::Hang);
     drop(pool.acquire(PY).unwrap());
     settle().await;

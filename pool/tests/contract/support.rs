@@ -1,4 +1,4 @@
-//! What the contract tests share: pools on a fake backend, driven by hand or by themselves.
+//! Helpers of the contract tests: pools on a fake backend, refilled by hand or automatically.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ pub(crate) fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// One profile of this size, no health passes by itself.
+/// Returns a configuration of one profile of this size, without automatic health checks.
 pub(crate) fn config(size: usize) -> PoolConfig {
     PoolConfig::new(100)
         .profile(Profile::new(PY, PY).warm_pool_size(size))
@@ -34,19 +34,19 @@ pub(crate) fn make(fake: &FakeBackend, config: PoolConfig) -> Pool<FakeBackend> 
     Pool::with_host(fake.clone(), config, FakeHost::new(None)).expect("a valid configuration")
 }
 
-/// Started, refills by itself.
+/// Returns a started pool that refills automatically.
 pub(crate) async fn running(fake: &FakeBackend, config: PoolConfig) -> Pool<FakeBackend> {
     let pool = make(fake, config);
     pool.start().await.expect("starts");
     pool
 }
 
-/// Started, empty, every boot is a call of `replenish`.
+/// Returns a started, empty pool, in which every boot is a call of `replenish`.
 pub(crate) async fn by_hand(fake: &FakeBackend, config: PoolConfig) -> Pool<FakeBackend> {
     running(fake, config.refill(Refill::Manual)).await
 }
 
-/// Lets every task do what it can without time going by.
+/// Lets every task run as far as it can without time passing.
 pub(crate) async fn settle() {
     for _ in 0..200 {
         tokio::task::yield_now().await;
@@ -61,19 +61,19 @@ pub(crate) fn ready(pool: &Pool<FakeBackend>) -> usize {
     counts(pool, PY).ready
 }
 
-/// In the order in which they were made.
+/// Returns the live VMs in the order in which they were made.
 pub(crate) fn parked(fake: &FakeBackend) -> Vec<FakeVmHandle> {
     fake.live()
 }
 
-/// A boot that waits, and its gate.
+/// Makes the profile's boots wait at a gate, and returns the gate.
 pub(crate) fn gated(fake: &FakeBackend, profile: &str) -> Gate {
     let gate = Gate::new();
     fake.by_default(profile, Boot::Gate(gate.clone()));
     gate
 }
 
-/// Stops the pool and sees to it that nothing is left of it.
+/// Stops the pool and checks that nothing is left of it.
 pub(crate) async fn stop_clean(pool: Pool<FakeBackend>, fake: &FakeBackend) {
     pool.stop().await;
     let status = pool.status();
@@ -92,8 +92,8 @@ pub(crate) async fn stop_clean(pool: Pool<FakeBackend>, fake: &FakeBackend) {
     }
 }
 
-/// Opens the gate before a boot's first answer, and wants no VM any more when the answer is there
-/// and the pool does not know yet.
+/// Opens the gate at a boot's first answer, and resizes the profile to zero when the answer is
+/// there but the pool has not received it yet.
 pub(crate) async fn shrunk_behind_the_answer(pool: &Pool<FakeBackend>, gate: Gate) {
     gate.held(1).await;
     gate.open();

@@ -1,4 +1,4 @@
-//! What a pool tells of profiles whose template cannot be made.
+//! What a pool reports of profiles whose template cannot be made.
 
 use crate::support::*;
 use hearth_pool::fake::FakeBackend;
@@ -30,7 +30,7 @@ async fn a_profile_whose_template_cannot_be_made_boots_cold_and_says_so_until_it
     assert_eq!(ready(&pool), 2);
     assert_eq!(told(), ["the host is out of memory"], "once");
     assert_eq!(why(&pool).unwrap(), "the host is out of memory");
-    // Another try fails.
+    // Another attempt fails.
     fake.refuse_template(PY, Some("it still is"));
     drop(pool.acquire(PY).unwrap());
     pool.wait_ready(secs(1)).await.unwrap();

@@ -1,4 +1,4 @@
-//! A profile whose guest cannot be made a template of.
+//! A profile whose guest cannot be made a template.
 
 use std::fs::OpenOptions;
 use std::sync::Arc;
@@ -11,11 +11,11 @@ use tokio::sync::broadcast::Receiver;
 
 use crate::rig::{BASE, Rig, alone_in_a_runtime, builder, config, full, run, stop};
 
-/// Files smaller than this hold a kernel that is about to be sealed, and no guest's memory.
+/// Smaller files hold a kernel that is about to be sealed, not a guest's memory.
 const GUEST_BYTES: u64 = 64 << 20;
 
-/// Lets no more seals be put on the memory of any guest of this process, so that it cannot be
-/// frozen. Gives how many there were.
+/// Prevents further seals on the memory of any guest of this process, so that it cannot become a
+/// template. Returns how many files it changed.
 fn lock_seals() -> usize {
     let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
     let memory = fds.filter(|fd| {
@@ -71,7 +71,7 @@ async fn refused_and_made_later() {
     let output = run(&guest, guest.command("echo").arg("cold")).await;
     assert_eq!(output.stdout, b"cold\n");
     drop(guest);
-    // Its replacement may have come too early; the next one has not.
+    // The replacement may have been made before the retry was due; the one after it is not.
     full(&pool).await;
     tokio::time::sleep(retry * 2).await;
     drop(pool.acquire(BASE).unwrap());

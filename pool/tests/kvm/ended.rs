@@ -1,4 +1,4 @@
-//! Guests that end or freeze while they are parked, in every way: never handed out, and replaced.
+//! Guests that end or freeze while parked, in every way, are never handed out, and are replaced.
 
 use std::time::{Duration, Instant};
 
@@ -9,8 +9,7 @@ use tokio::sync::broadcast::Receiver;
 
 use crate::rig::{BASE, Rig, config, counts, full, impatient, stop, verdict_on};
 
-/// Waits until the pool says that this VM has ended, and gives the time of the next one's
-/// readiness.
+/// Waits until the pool notices the end of this VM and the next one is ready; returns both times.
 async fn replaced(events: &mut Receiver<PoolEvent>, id: VmId) -> [Duration; 2] {
     let began = Instant::now();
     let mut noticed = None;
@@ -29,7 +28,7 @@ async fn replaced(events: &mut Receiver<PoolEvent>, id: VmId) -> [Duration; 2] {
     }
 }
 
-/// Never the dead one.
+/// Acquires a guest, and asserts that it is not the dead one.
 fn take(pool: &Pool<Rig>, dead: VmId) {
     let guest = pool.acquire(BASE).unwrap();
     assert_ne!(guest.id(), dead);
@@ -52,7 +51,7 @@ async fn killed_panicked_and_powered_off_guests_and_such_whose_agent_dies_are_re
                 program => victim.die_of(program).await,
             }
         };
-        // No health pass is due: its end alone must be heard of.
+        // No health-check round is due: the pool must be notified of the end itself.
         let ((), [noticed, ready]) = tokio::join!(dies, replaced(&mut events, victim.id));
         eprintln!("{way}: noticed after {noticed:?}, replaced after {ready:?}");
         full(&pool).await;
@@ -73,7 +72,7 @@ async fn a_killed_paused_guest_is_replaced_at_once() {
     let victim = rig.all().pop().unwrap();
     let began = Instant::now();
     victim.kill().await;
-    // The one that is left, or its replacement, but never the dead one.
+    // Gets the remaining guest or the replacement, but never the dead one.
     take(&pool, victim.id);
     let [noticed, ready] = replaced(&mut events, victim.id).await;
     let killed = began.elapsed();
@@ -109,7 +108,7 @@ async fn a_frozen_guest_is_found_by_the_next_check_and_replaced() {
     tokio::join!(found(Parking::Paused), found(Parking::Running));
 }
 
-/// All else in it goes on: only asking tells.
+/// All else in the guest goes on: only a check can find this.
 #[tokio::test]
 async fn a_guest_whose_agent_stands_still_is_found_by_a_check_and_replaced() {
     if !kvm() {
@@ -122,7 +121,7 @@ async fn a_guest_whose_agent_stands_still_is_found_by_a_check_and_replaced() {
     let wedged = victim.wedge();
     let mut verdicts = pool.subscribe();
     let check = async {
-        // Until the program has done its work, the guest is well.
+        // Until the program has stopped the agent, the guest is healthy.
         for _ in 0..100 {
             let report = within(10, "check", pool.check(BASE, 2)).await.unwrap();
             if report.unhealthy > 0 {

@@ -1,4 +1,4 @@
-//! What a lease gets.
+//! The guest that a lease gets.
 
 use std::collections::HashSet;
 
@@ -27,7 +27,7 @@ async fn a_parked_guest_is_handed_out_answers_and_runs_programs_paused_or_runnin
     }
 }
 
-/// Where its kernel is emulated a guest that runs costs processor time though it does nothing.
+/// On an emulated host a running guest costs processor time even when idle.
 #[tokio::test]
 async fn a_guest_waits_as_suits_the_kind_of_host_unless_it_is_told_how() {
     if !kvm() {
@@ -91,7 +91,7 @@ async fn forks_are_strangers_and_what_one_does_the_other_does_not_see() {
         let own = format!(" {} ", guest.id());
         assert!(text.contains(&own), "{text:?} without {own:?}");
     }
-    // A program in one does not show in the other, nor does its end.
+    // A program in one guest does not show in the other, nor does the end of that guest.
     let asleep = one.exec(one.command("sleep").arg("1000")).await.unwrap();
     let programs = async |guest: &hearth_pool::kvm::Guest| {
         let mut agent = guest.agent().await.unwrap();

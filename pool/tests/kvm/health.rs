@@ -1,4 +1,4 @@
-//! Checks of real guests.
+//! Health checks of real guests.
 
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ async fn a_paused_guest_is_paused_again_after_its_check_which_opens_no_connectio
     }
     let guest = pool.acquire(BASE).unwrap();
     assert_eq!(rig.found(&guest), VmStatus::Paused);
-    // A lease asks on the same connection as the pool.
+    // A lease pings on the same connection as the pool.
     let victim = rig.vm(guest.id());
     let before = victim.port().await;
     for _ in 0..3 {
@@ -52,7 +52,7 @@ async fn a_paused_guest_is_paused_again_after_its_check_which_opens_no_connectio
     stop(pool).await;
 }
 
-/// Its end is not told here, as when the telling itself is at fault.
+/// The pool is not notified of the end here, as if that notification failed.
 #[tokio::test]
 async fn a_check_finds_a_guest_that_was_killed_panicked_went_off_or_lost_its_agent() {
     if !kvm() {
@@ -121,7 +121,8 @@ async fn a_guest_in_the_middle_of_a_balloon_operation_passes_its_check() {
     stop(pool).await;
 }
 
-/// At whatever moment it dies: the check says healthy or unhealthy, and the pool goes on.
+/// At whichever moment the guest dies, the check reports healthy, unhealthy or dropped, and the
+/// pool goes on.
 #[tokio::test]
 async fn a_guest_that_dies_in_the_middle_of_its_check() {
     if !kvm() {
@@ -138,7 +139,7 @@ async fn a_guest_that_dies_in_the_middle_of_its_check() {
         let (report, ()) = tokio::join!(pool.check(BASE, 1), dies);
         let report = report.unwrap();
         assert_eq!(report.healthy + report.unhealthy + report.dropped, 1);
-        // The check may have come before the death, of which the pool hears a moment later.
+        // The check may have come before the death, which the pool learns of a moment later.
         let replaced = async {
             while rig.all().pop().is_none_or(|vm| vm.id == victim.id) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
@@ -166,7 +167,7 @@ async fn of_a_live_and_a_killed_guest_that_are_offered_the_live_one_is_adopted()
     dead.vm().kill();
     let adopted = within(6, "offer", pool.offer(BASE, live)).await.unwrap();
     for _ in 0..2 {
-        // Every time that it is asked.
+        // Each probe gives the same verdict.
         let verdict = within(6, "probe", rig.probe(&dead)).await;
         assert_eq!(verdict, Err(ProbeError::Dead));
     }
@@ -185,7 +186,7 @@ async fn of_a_live_and_a_killed_guest_that_are_offered_the_live_one_is_adopted()
     let guest = pool.acquire(BASE).unwrap();
     assert_eq!(guest.id(), adopted);
     within(6, "ping", guest.ping()).await.unwrap();
-    // Whoever has had a guest cannot pass it on as new.
+    // A guest that was handed out cannot be offered as new.
     let (used, share) = guest.into_inner();
     let refused = within(6, "offer", pool.offer(BASE, used))
         .await

@@ -1,4 +1,4 @@
-//! What parked guests cost while nothing is asked of them.
+//! What parked guests cost while they are not used.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -15,25 +15,25 @@ const SIZE: usize = 20;
 const PAUSED: f64 = 1.0;
 /// Percent of a core that a running guest may use.
 const RUNNING: f64 = 2.0;
-/// What it is watched in pieces of, and how many they are.
+/// Length and number of the measured intervals.
 const WATCHED: Duration = Duration::from_secs(5);
 const TIMES: u32 = 6;
 
-/// Processor time of this process so far, of all its threads, in the kernel and out of it: what
-/// `getrusage` gives, to the nanosecond. The vCPUs are threads of this process.
+/// Processor time of this process so far, of all its threads, in the kernel and out of it: the same
+/// as `getrusage` reports, but in nanoseconds. The vCPUs are threads of this process.
 fn spent() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// Percent of a core that this process used in `time`.
+/// Percent of a core that this process uses during `time`.
 async fn share(time: Duration) -> f64 {
     let (begin, before) = (Instant::now(), spent());
     tokio::time::sleep(time).await;
     100.0 * (spent() - before).as_secs_f64() / begin.elapsed().as_secs_f64()
 }
 
-/// How often each thread of this process gave up its processor by itself: each is a wake-up.
+/// How often each thread of this process gave up its processor voluntarily: each is a wake-up.
 fn wake_ups() -> BTreeMap<OsString, u64> {
     let threads = std::fs::read_dir("/proc/self/task").unwrap().flatten();
     let counts = threads.filter_map(|thread| {
@@ -45,7 +45,7 @@ fn wake_ups() -> BTreeMap<OsString, u64> {
     counts.collect()
 }
 
-/// Wake-ups since `before`, of threads that are still there.
+/// Wake-ups since `before`, of threads that still exist.
 fn woken_since(before: &BTreeMap<OsString, u64>) -> u64 {
     let now = wake_ups().into_iter();
     let grown = now.map(|(thread, count)| count - before.get(&thread).copied().unwrap_or(0));
@@ -55,7 +55,7 @@ fn woken_since(before: &BTreeMap<OsString, u64>) -> u64 {
 async fn idle() {
     for parking in [Parking::Paused, Parking::Running] {
         let pool = Rig::new().await.pool(config(SIZE).park(parking)).await;
-        // What filling the pool has left behind ends.
+        // Waits until the work that filling the pool left behind is over.
         tokio::time::sleep(WATCHED).await;
         let mut shares = vec![];
         let (begin, before, woken) = (Instant::now(), spent(), wake_ups());
@@ -65,7 +65,7 @@ async fn idle() {
         let watched = begin.elapsed().as_secs_f64();
         let whole = 100.0 * (spent() - before).as_secs_f64() / watched;
         let woken = woken_since(&woken) as f64 / watched;
-        // Guests do what little they do in bursts: the mean is more than the median, which the
+        // Guests do what little they do in bursts, so the mean is above the median, which the
         // contract bounds.
         let each = whole / SIZE as f64;
         eprintln!(
@@ -75,7 +75,7 @@ async fn idle() {
         match parking {
             Parking::Paused => {
                 assert!(whole < PAUSED, "{whole} % of a core, {shares:.2?}");
-                // This very test wakes once for each sleep, and the count costs a few.
+                // This test itself wakes once for each sleep, and the measurement costs a few more.
                 assert!(woken < 3.0, "{woken:.1} wake-ups a second");
             }
             Parking::Running => assert!(each < RUNNING, "{each} % each, {shares:.2?}"),

@@ -1,4 +1,4 @@
-//! What a lease is good for, and when it ends by itself.
+//! What a lease can do, and when the pool ends it.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -36,7 +36,7 @@ async fn a_lease_has_streams_to_programs_of_its_guest() {
     let echo = stream.read_to_string(&mut back);
     within(5, "echo", echo).await.unwrap();
     assert_eq!(back, "there and back");
-    // Nobody listens there.
+    // No program listens on this port.
     assert!(within(6, "refusal", guest.connect(3001)).await.is_err());
     drop(guest);
     stop(pool).await;
@@ -80,7 +80,7 @@ async fn a_connection_to_a_guest_that_does_not_answer_fails_after_the_connect_ti
     let backend = builder(&config).await.build();
     let profile = &config.profiles[0];
     let guest = backend.create(profile, VmId(1)).await.unwrap();
-    // The connection that it has from its template is there already.
+    // The connection that it inherits from its template is already open.
     let mut kept = guest.agent().await.unwrap();
     within(6, "ping", kept.ping(1)).await.unwrap();
     guest.vm().pause().unwrap();
@@ -102,9 +102,9 @@ async fn a_connection_to_a_guest_that_does_not_answer_fails_after_the_connect_ti
     guest.vm().resume().unwrap();
     within(6, "ping", kept.ping(2)).await.unwrap();
 
-    // Its kernel takes connections, and its agent, which stands still, greets nobody.
+    // The guest's kernel accepts connections, but its agent is stopped and does not greet.
     let wedges = async {
-        // It may be stopped before it tells that the program has started.
+        // The agent may be stopped before it reports that the program has started.
         let wedged = kept.exec(guest.command("wedge-agent")).await;
         std::future::pending::<()>().await;
         drop(wedged);
@@ -130,7 +130,7 @@ async fn a_connection_to_a_guest_that_does_not_answer_fails_after_the_connect_ti
     backend.retire(guest).await;
 }
 
-/// One that its template left it; the next ones open their own.
+/// It uses the one inherited from its template; the next programs open their own.
 #[tokio::test]
 async fn the_first_program_of_a_clone_needs_no_new_connection() {
     if !kvm() {
@@ -171,7 +171,7 @@ async fn every_clone_has_a_boot_id_of_its_own() {
     stop(pool).await;
 }
 
-/// The guest's clock is an hour behind; the first program of the lease sees the right time.
+/// The guest's clock is set back an hour; the first program of the lease sees the right time.
 #[tokio::test]
 async fn the_first_request_sets_the_clock_before_its_program_runs() {
     if !kvm() {
@@ -185,7 +185,7 @@ async fn the_first_request_sets_the_clock_before_its_program_runs() {
     let guest = pool.acquire(BASE).unwrap();
     let since_epoch = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let before = since_epoch();
-    // When the guest booted, by its clock, and how long ago that was.
+    // Reads when the guest booted, by its clock, and how long ago that was.
     let words = ["/proc/stat", "/proc/uptime"];
     let output = run(&guest, guest.command("cat").args(words)).await;
     let took = since_epoch() - before;
@@ -200,14 +200,14 @@ async fn the_first_request_sets_the_clock_before_its_program_runs() {
     stop(pool).await;
 }
 
-/// A pool of two guests whose leases may be idle so long.
+/// Starts a pool of two guests with the idle limit `idle` for leases.
 async fn pool_with_idle_limit(rig: &Rig, idle: Duration) -> Pool<Rig> {
     let mut config = config(2).refill(Refill::AtStart);
     config.lease.idle_ms = idle.as_millis() as u64;
     rig.pool(config).await
 }
 
-/// The next lease that the pool ends, and why.
+/// Returns the next lease that the pool ends, and the reason.
 async fn overdue(events: &mut Receiver<PoolEvent>) -> (Option<VmId>, Overdue) {
     loop {
         let event = events.recv().await.unwrap();
@@ -245,7 +245,7 @@ async fn a_lease_that_does_nothing_is_ended_and_one_that_works_is_not() {
     stop(pool).await;
 }
 
-/// Was: a read that was given up counted for as long as its stream was there.
+/// Regression: a read that was given up counted for as long as its stream was open.
 #[tokio::test]
 async fn a_lease_whose_reader_has_given_up_is_idle_and_one_whose_reader_waits_is_not() {
     if !kvm() {
@@ -258,7 +258,7 @@ async fn a_lease_whose_reader_has_given_up_is_idle_and_one_whose_reader_waits_is
     let leases = pool.acquire_many(BASE, 2).unwrap();
     let mut lines = Vec::new();
     for guest in &leases {
-        // The agent says nothing more unless it is asked.
+        // The agent sends nothing more unless it gets a request.
         let mut line = within(5, "connect", guest.connect(AGENT_PORT))
             .await
             .unwrap();
@@ -277,7 +277,7 @@ async fn a_lease_whose_reader_has_given_up_is_idle_and_one_whose_reader_waits_is
     stop(pool).await;
 }
 
-/// The pool tells a recorder how much memory each parked VM has to itself.
+/// The pool reports the private memory of each parked VM to a recorder.
 #[tokio::test]
 async fn a_fork_has_little_memory_of_its_own() {
     if !kvm() {
@@ -313,12 +313,12 @@ async fn a_lease_whose_program_is_silent_is_not_idle() {
     let silence = || format!("{}", (idle * 4).as_secs_f64().ceil());
     let held = holds.command("sleep").arg(silence());
     let held = holds.exec(held).await.unwrap();
-    // A program that says nothing for four idle limits, and ends well.
+    // A program that prints nothing for four idle limits, and then succeeds.
     run(&waits, waits.command("sleep").arg(silence())).await;
     while let Ok(event) = events.try_recv() {
         assert!(!matches!(event.kind, EventKind::Overdue(_)), "{event:?}");
     }
-    // What is no request any more is no activity.
+    // A request that was dropped is no activity.
     drop(held);
     let (_, why) = within(6, "the idle limit", overdue(&mut events)).await;
     assert_eq!(why, Overdue::Idle);

@@ -1,4 +1,4 @@
-//! A program that has no more threads to give is told so by its pools, and loses nothing else.
+//! Where no more threads can be started, pools report an error, and nothing else is lost.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::rig::{BASE, builder, config};
 
 static PANICS: AtomicUsize = AtomicUsize::new(0);
 
-/// How many more threads the first guest takes; each number below is an error.
+/// Returns how many more threads the first guest takes; with fewer, it is an error.
 async fn first_guest(pids: &Cgroup, backend: &KvmBackend, config: &PoolConfig) -> u64 {
     let profile = &config.profiles[0];
     for more in 0..16 {
@@ -75,7 +75,7 @@ fn a_limit_on_threads_is_an_error_of_the_vm_and_never_a_panic() {
         PANICS.fetch_add(1, Ordering::Relaxed);
         hook(panic);
     }));
-    // No thread of tokio's.
+    // A runtime without worker threads.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().build().unwrap();
     runtime.block_on(steps(&pids));

@@ -1,5 +1,5 @@
-//! The rows of the pool's contract that need real guests. One guest is booted for the whole binary,
-//! or found in the cache of templates; every VM here is a fork of it.
+//! The parts of the pool's contract that need real guests. One guest is booted for the whole
+//! binary, or found in the template cache; most VMs here are forks of it.
 
 #![allow(
     clippy::field_reassign_with_default,

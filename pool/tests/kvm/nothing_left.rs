@@ -1,4 +1,4 @@
-//! A pool that is gone has left nothing in the process: no thread, descriptor or mapping.
+//! A pool that is gone leaves nothing in the process: no thread, descriptor or mapping.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use hearth_vmm::leaked_vms;
 
 use crate::rig::{BASE, Rig, alone_in_a_runtime, config, stop};
 
-/// Mappings of plain memory that the allocator may keep.
+/// Anonymous mappings that the allocator may keep.
 const SLACK: usize = 24;
 
-/// No guest has a thread or memory; the template, which does not run, has neither.
+/// Asserts that no guest has a thread or memory; a template does not run and has neither.
 fn assert_no_guest(when: &str) {
     let now = Footprint::now();
     let threads = now
@@ -25,7 +25,7 @@ fn assert_no_guest(when: &str) {
     assert!(!threads && !memory, "{when}: {now:#?}");
 }
 
-/// What is destroyed is destroyed, though the caller still has a value that stands for it.
+/// Stopping destroys guests even if the caller still holds leases of them.
 async fn stopped_with_leases_out() {
     let pool = Rig::new().await.pool(config(2)).await;
     let leases = pool.acquire_many(BASE, 1).unwrap();
@@ -57,7 +57,7 @@ async fn stopped_during_boot_and_twice() {
     stop(pool).await;
 }
 
-/// A boot that is cancelled at whatever step is over when the pool says that it has stopped.
+/// A boot that is cancelled at any step is over when the pool reports that it has stopped.
 async fn stopped_in_the_middle_of_a_boot() {
     for micros in [0, 500, 2_000, 8_000] {
         let pool = Rig::new().await.pool(config(1)).await;
@@ -72,7 +72,7 @@ async fn stopped_in_the_middle_of_a_boot() {
     }
 }
 
-/// Who releases a guest that is being killed waits for its end like any other.
+/// The release of a guest that is being killed waits for its end like any other.
 async fn released_while_it_is_killed() {
     let rig = Rig::new().await;
     let pool = rig.pool(config(1).refill(Refill::AtStart)).await;
@@ -86,7 +86,7 @@ async fn released_while_it_is_killed() {
     stop(pool).await;
 }
 
-/// A guest that is only dropped: a thread of the library, which stays, takes it apart.
+/// A guest that is only dropped is torn down by a thread of the library, which stays.
 async fn dropped() {
     let pool = Rig::new()
         .await
@@ -114,7 +114,7 @@ fn nothing_is_left_of_a_pool_however_it_ends() {
     if !kvm() || !alone() {
         return;
     }
-    // The template stays, as do the library's own threads and what it has found out about the host.
+    // The template stays, as do the library's own threads and its data about the host.
     alone_in_a_runtime(dropped());
     alone_in_a_runtime(stopped_with_leases_out());
     let before = Footprint::now();

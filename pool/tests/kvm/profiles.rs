@@ -1,4 +1,4 @@
-//! What a profile makes of its guests.
+//! The effects of a profile on its guests.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -37,7 +37,7 @@ async fn programs_have_the_environment_of_the_profile_as_far_as_they_do_not_say_
     stop(pool).await;
 }
 
-/// It fails as a boot does: no template, no cold boot instead, nothing left behind.
+/// It fails like a boot: no template, no cold boot instead, nothing left behind.
 #[tokio::test]
 async fn a_warm_up_command_that_fails_fails_the_start_and_says_how() {
     if !kvm() {

@@ -1,4 +1,4 @@
-//! A backend of real guests that can be disturbed while they are parked.
+//! A backend of real guests in which tests can inject faults while guests are parked.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::error::Error;
@@ -26,7 +26,7 @@ use tokio::sync::broadcast::Receiver;
 
 pub(crate) const BASE: &str = "base";
 
-/// For backends of the base image.
+/// Returns a builder for backends of the base image.
 pub(crate) async fn builder(config: &PoolConfig) -> KvmBackendBuilder {
     let image = tokio::task::spawn_blocking(|| Images::open(None)?.base(&Silent));
     let image = image.await.unwrap().expect("the base image");
@@ -35,8 +35,8 @@ pub(crate) async fn builder(config: &PoolConfig) -> KvmBackendBuilder {
     builder.image(BASE, image)
 }
 
-/// What all pools of this binary make their VMs with; holds the one template, which is stored for
-/// the next run and for tests in processes of their own.
+/// The backend that makes the VMs of most pools of this binary. It holds the one template, which is
+/// stored for the next run and for tests in separate processes.
 async fn shared_backend() -> Arc<KvmBackend> {
     static BACKEND: OnceCell<Arc<KvmBackend>> = OnceCell::const_new();
     let make = || async {
@@ -51,7 +51,7 @@ async fn shared_backend() -> Arc<KvmBackend> {
     Arc::clone(BACKEND.get_or_init(make).await)
 }
 
-/// One profile of so many VMs; no health passes by itself.
+/// A configuration of one profile with `size` VMs, without periodic health checks.
 pub(crate) fn config(size: usize) -> PoolConfig {
     let mut health = HealthConfig::default();
     health.interval_ms = 0;
@@ -72,30 +72,30 @@ pub(crate) fn config(size: usize) -> PoolConfig {
         .boot(boot)
 }
 
-/// The same, but gives up on a guest that is silent for half a second on hardware.
+/// The same, but a guest that is silent for half a second (on hardware) is unhealthy.
 pub(crate) fn impatient(size: usize) -> PoolConfig {
     let mut config = config(size);
     (config.health.ping_timeout_ms, config.health.attempts) = (500, 1);
     config
 }
 
-/// Hands on everything to the real backend and keeps a hand on each VM of one pool.
+/// Forwards everything to the real backend and keeps a handle of each VM that it made.
 #[derive(Clone)]
 pub(crate) struct Rig {
     kvm: Arc<KvmBackend>,
     vms: Arc<Mutex<BTreeMap<VmId, Victim>>>,
-    /// Guests whose vCPUs are stopped and stay so, whatever the pool asks for.
+    /// Guests whose vCPUs are paused and stay so, even if the pool resumes them.
     frozen: Arc<Mutex<HashSet<InstanceId>>>,
     /// Every n-th boot fails; 0: none.
     failing: Arc<AtomicU64>,
     boots: Arc<AtomicU64>,
-    /// Ends are not told any more.
+    /// The pool is no longer notified of the ends of VMs.
     deaf: Arc<AtomicBool>,
-    /// How each VM was found when it was last looked at, before anything was asked of it.
+    /// The status of each VM when the pool last checked that it was alive, before it was resumed.
     found: Arc<Mutex<HashMap<InstanceId, VmStatus>>>,
 }
 
-/// A hand on one VM, wherever it is.
+/// A handle of one VM, parked or leased.
 #[derive(Clone)]
 pub(crate) struct Victim {
     pub(crate) id: VmId,
@@ -122,17 +122,17 @@ impl Rig {
         }
     }
 
-    /// From now on no end of a guest that is parked then is told: only a check can find it.
+    /// From now on the pool is not notified when a parked guest ends: only a check can find it.
     pub(crate) fn deafen(&self) {
         self.deaf.store(true, Ordering::Relaxed);
     }
 
-    /// How the pool found the VM of a lease when it took it out of the stock.
+    /// The status of a leased VM when the pool took it out of the stock.
     pub(crate) fn found(&self, vm: &Guest) -> VmStatus {
         self.found.lock().unwrap()[&vm.instance()].clone()
     }
 
-    /// A running pool, full.
+    /// Starts a pool and waits until it is full.
     pub(crate) async fn pool(&self, config: PoolConfig) -> Pool<Rig> {
         let manual = config.refill == Refill::Manual;
         let pool = Pool::new(self.clone(), config).unwrap();
@@ -145,7 +145,7 @@ impl Rig {
         pool
     }
 
-    /// All VMs that have been made, the oldest first.
+    /// Returns all VMs that were made, the oldest first.
     pub(crate) fn all(&self) -> Vec<Victim> {
         self.vms.lock().unwrap().values().cloned().collect()
     }
@@ -154,7 +154,8 @@ impl Rig {
         self.vms.lock().unwrap()[&id].clone()
     }
 
-    /// Stops the vCPUs for good: at once while it is parked paused, else at its next check.
+    /// Pauses the vCPUs for good: a VM that is parked paused stays so, another is paused at its
+    /// next check.
     pub(crate) fn freeze(&self, vm: &Victim) {
         self.frozen.lock().unwrap().insert(vm.instance);
     }
@@ -180,25 +181,25 @@ impl Rig {
     }
 }
 
-/// A connection to a guest's agent that the pool knows nothing of.
+/// Opens a connection to a guest's agent, bypassing the pool.
 async fn agent_of(vsock: &VsockHost) -> AgentClient<VsockStream> {
     let stream = within(5, "connect", vsock.connect(AGENT_PORT)).await;
     AgentClient::handshake(stream.unwrap()).await.unwrap()
 }
 
 impl Victim {
-    /// Resolves when the guest runs no more.
+    /// Ends the guest, and resolves when it has ended.
     pub(crate) async fn kill(&self) {
         self.remote.kill().await;
     }
 
-    /// The host's port of a new connection to the agent: they are given out in order.
+    /// Returns the host's port of a new connection to the agent: ports are assigned in order.
     pub(crate) async fn port(&self) -> u32 {
         let stream = within(5, "connect", self.vsock.connect(AGENT_PORT)).await;
         stream.unwrap().host_port()
     }
 
-    /// Sets the guest's clock behind the pool's back.
+    /// Sets the guest's clock, bypassing the pool.
     pub(crate) async fn set_clock(&self, time: SystemTime) {
         let mut agent = agent_of(&self.vsock).await;
         let wrong = Refresh {
@@ -210,20 +211,20 @@ impl Victim {
         within(5, "clock", agent.refresh(wrong)).await.unwrap();
     }
 
-    /// Has the guest's agent stopped by a program, soon.
+    /// Starts a program that soon stops the guest's agent.
     pub(crate) fn wedge(&self) -> tokio::task::JoinHandle<()> {
         let vsock = self.vsock.clone();
         tokio::spawn(async move {
             let agent = agent_of(&vsock).await;
-            // It may be stopped before it tells that the program has started.
+            // The agent may be stopped before it reports that the program has started.
             if let Ok(exec) = agent.exec(Command::new("wedge-agent")).await {
                 let _ = exec.wait().await;
             }
         })
     }
 
-    /// Lets the guest run a program behind the pool's back, if it still can; for as long as both go
-    /// on.
+    /// Runs a program in the guest, bypassing the pool, if the guest still can; resolves when
+    /// either ends.
     pub(crate) async fn run_if_it_can(&self, program: &str) {
         let Ok(stream) = self.vsock.connect(AGENT_PORT).await else {
             return;
@@ -236,10 +237,10 @@ impl Victim {
         }
     }
 
-    /// Lets the guest run a program behind the pool's back; it ends the guest.
+    /// Runs a program that ends the guest, bypassing the pool.
     pub(crate) async fn die_of(&self, program: &str) {
         let agent = agent_of(&self.vsock).await;
-        // The guest may be gone before the program's start is told.
+        // The guest may be gone before it reports that the program has started.
         if let Ok(exec) = agent.exec(Command::new(program)).await {
             let ended = within(6, program, exec.wait()).await;
             assert!(ended.is_err(), "{program} ended, the guest did not");
@@ -272,7 +273,7 @@ impl Backend for Rig {
 
     fn probe(&self, vm: &Guest) -> BoxFuture<'static, Result<(), ProbeError>> {
         if self.is_frozen(vm) {
-            // Fails only if it has ended, which is no worse.
+            // Fails only if the VM has ended, which the probe reports.
             let _ = vm.vm().pause();
         }
         self.kvm.probe(vm)
@@ -359,7 +360,7 @@ pub(crate) async fn full(pool: &Pool<Rig>) {
         .unwrap_or_else(|error| panic!("{error}: {:?}", pool.status()));
 }
 
-/// What a check of this VM has found, or will find.
+/// Returns the reason of this VM's next, or last, failed check.
 pub(crate) async fn verdict_on(events: &mut Receiver<PoolEvent>, id: VmId) -> ProbeError {
     loop {
         let event = within(10, "a verdict", events.recv()).await.unwrap();
@@ -384,7 +385,7 @@ pub(crate) async fn stop(pool: Pool<Rig>) {
     assert_eq!((status.phase, status.usage.vms), (Phase::Stopped, 0));
 }
 
-/// Runs the steps in a runtime of their own, whose threads end with it.
+/// Runs the steps in a separate runtime, whose threads end with it.
 pub(crate) fn alone_in_a_runtime(steps: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -1,4 +1,4 @@
-//! Interpreters that are warm in every guest of a pool, and strangers to each other.
+//! Interpreters that are warm in every guest of a pool, and have different random state.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use hearth_pool::kvm::{Guest, KvmBackend, KvmImage, Session};
 use hearth_pool::{Language, Pool, PoolConfig, Profile};
 use hearth_tests::{error_chain, kvm, not_measured, patience, within};
 
-/// The language's image; says so where it cannot be had.
+/// Returns the language's image; `None`, with a note, if Debian's mirror cannot be reached.
 async fn image(language: Language) -> Option<KvmImage> {
     let found = tokio::task::spawn_blocking(move || {
         let images = Images::open(None)?;
@@ -32,7 +32,7 @@ async fn image(language: Language) -> Option<KvmImage> {
     }
 }
 
-/// A pool of so many guests of the language's built-in profile.
+/// Starts a pool of `size` guests of the language's built-in profile.
 async fn pool(language: Language, prelude: &str, size: usize) -> Option<Pool<Arc<KvmBackend>>> {
     if !kvm() {
         return None;
@@ -59,7 +59,7 @@ async fn value(session: &mut Session, code: &str) -> String {
     }
 }
 
-/// What each of so many guests draws in its turn, with each of the expressions.
+/// Returns the value of each expression in each of `guests` guests, which are used one by one.
 async fn drawn(
     pool: &Pool<Arc<KvmBackend>>,
     language: Language,
@@ -82,7 +82,7 @@ async fn drawn(
     all
 }
 
-/// No two guests, and none and its template, have drawn the same.
+/// Asserts that each draw has a different value in every guest, and in the template.
 fn all_differ(drawn: &[Vec<String>]) {
     for (index, of_first) in drawn[0].iter().enumerate() {
         let values: BTreeSet<_> = drawn.iter().map(|values| &values[index]).collect();
@@ -117,7 +117,7 @@ async fn python_is_warm_in_every_guest_and_draws_what_nobody_else_does() {
         b"hello\n"
     );
     assert_eq!(value(&mut session, "6 * 7").await, "42");
-    // Once more than in the template's rehearsals.
+    // Two reseeds in the template, and one in the clone.
     assert_eq!(value(&mut session, "hooked").await, "3");
     let outcome = run(
         &mut session,

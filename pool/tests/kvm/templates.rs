@@ -1,4 +1,4 @@
-//! Where templates come from and what they hold.
+//! Where templates come from, and what they contain.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -26,18 +26,18 @@ async fn is_healthy(backend: &KvmBackend, config: &PoolConfig) -> Guest {
     guest
 }
 
-/// Many processes need the template of these tests; one of them boots it.
+/// Many test processes need this template; one of them boots it and stores it.
 #[tokio::test]
 async fn a_template_that_another_process_has_stored_is_found() {
     if !kvm() {
         return;
     }
     let config = config(1);
-    // Stores it unless it is there.
+    // Stores the template unless it is stored already.
     drop(Rig::new().await);
     let backend = builder(&config).await.build();
     let took = prepared(&backend, &config).await;
-    // A boot takes longer on any host; so does what a loaded one makes of this.
+    // A boot takes longer than this on any host; on a loaded host so does this, hence `patience`.
     assert!(took < patience(Duration::from_millis(500)), "{took:?}");
     backend.retire(is_healthy(&backend, &config).await).await;
 }
@@ -79,20 +79,20 @@ async fn a_stored_template_is_found_a_broken_one_made_again_and_no_cache_is_no_e
     let found = prepared(&backend(&root).await, &config).await;
     assert!(found < booted / 2, "{booted:?} booted, {found:?} found");
 
-    // Another guest has another entry.
+    // A profile with another environment has another entry.
     let mut other = config.clone();
     other.profiles[0] = other.profiles[0].clone().env("A", "1");
     prepared(&backend(&root).await, &other).await;
     assert_eq!(entries().len(), 2);
 
-    // Nowhere to keep it: there is a file in the way, which not even root can write into.
+    // The cache cannot be created: a file is in the way, and not even root can write into that.
     fs::write(dir.path().join("file"), "").unwrap();
     let nowhere = backend(&dir.path().join("file")).await;
     prepared(&nowhere, &config).await;
     nowhere.retire(is_healthy(&nowhere, &config).await).await;
 }
 
-/// It stands still in the template, and in a clone until that is a stranger to its siblings.
+/// The program is frozen in the template, and in a clone until that is unique.
 #[tokio::test]
 async fn what_the_warm_up_left_running_goes_on_in_each_clone() {
     if !kvm() {
@@ -117,7 +117,7 @@ async fn what_the_warm_up_left_running_goes_on_in_each_clone() {
     }
 }
 
-/// A backend whose guests have the root file system `root`, and its templates in `cache`.
+/// Returns a backend whose guests have the root file system `root`, with its templates in `cache`.
 async fn rooted(config: &PoolConfig, root: &Path, cache: &Path) -> KvmBackend {
     let base = tokio::task::spawn_blocking(|| Images::open(None)?.base(&Silent));
     let base = base.await.unwrap().expect("the base image");
@@ -153,7 +153,7 @@ async fn guests_with_a_root_of_their_own_are_forked_from_a_template_that_is_foun
     second.retire(guest).await;
 }
 
-/// Memory of all guests and templates of this process in KiB, by its file.
+/// The memory of all guests and templates of this process in KiB, by inode.
 fn memory_files() -> BTreeMap<u64, u64> {
     let fds = fs::read_dir("/proc/self/fd").unwrap().flatten();
     let memory = fds.filter_map(|fd| {
@@ -187,7 +187,7 @@ async fn squeezed() {
         let guest = is_healthy(&backend, &config).await;
         let own = backend.private_bytes(&guest).unwrap() >> 10;
         eprintln!("{balloon:?}: made in {took:?}, holds {size} KiB, {own} KiB of each fork");
-        // All of its memory is the guest's at once.
+        // The guest has all of its memory at once.
         assert_eq!(guest.vm().balloon().actual(), 0);
         let mut agent = guest.agent().await.unwrap();
         let memory = agent.ping(1).await.unwrap().memory;
@@ -202,7 +202,7 @@ async fn squeezed() {
         backend.retire(guest).await;
         sizes.push(size);
     }
-    // Of the 12 MiB that the command let go of, most.
+    // The balloon gave back at least 8 of the 12 MiB that the command freed.
     assert!(
         sizes[1] + (8 << 10) <= sizes[0].max(20 << 10),
         "{sizes:?} KiB"
@@ -217,7 +217,8 @@ fn a_template_does_not_hold_what_its_warm_up_let_go_of() {
     }
 }
 
-/// Without a template: every VM boots, is inflated to its idle target, and deflates with its owner.
+/// Without a template, every VM boots, is inflated to its idle target, and deflates under its
+/// owner.
 #[tokio::test]
 #[ignore = "long: a cold boot, and a balloon where ring 0 is emulated"]
 async fn a_guest_booted_cold_is_small_while_parked_and_whole_when_used() {
@@ -231,7 +232,8 @@ async fn a_guest_booted_cold_is_small_while_parked_and_whole_when_used() {
     let rig = Rig::of(Arc::new(backend));
     let pool = rig.pool(config).await;
     let victim = rig.all().pop().unwrap();
-    // Of what was asked for in the bounded time, most was reached; what was not, is not waited for.
+    // Inflation has a time limit: it came within 20 MiB of the target, and the rest is not waited
+    // for.
     let inflated = victim.balloon.actual();
     assert!(
         inflated + 20 >= spare && inflated <= spare,
@@ -277,7 +279,7 @@ fn a_start_that_waits_for_another_processs_template_can_be_given_up_and_its_runt
     alone_in_a_runtime(async {
         prepared(&backend().await, &config).await;
     });
-    // The entry is gone, and somebody else is making it.
+    // Simulates another process that makes the entry.
     let lock = fs::read_dir(cache.join("lock")).unwrap().flatten().next();
     let lock = lock.unwrap();
     fs::remove_dir_all(cache.join(lock.file_name())).unwrap();
@@ -296,7 +298,7 @@ fn a_start_that_waits_for_another_processs_template_can_be_given_up_and_its_runt
             over.send(()).unwrap();
         });
         let ended = ended.recv_timeout(patience(Duration::from_secs(10)));
-        // Lets a thread that still waits go, so that the test ends.
+        // Lets a thread that still waits continue, so that the test ends.
         other.unlock().unwrap();
         assert!(ended.is_ok(), "the runtime does not end");
     });

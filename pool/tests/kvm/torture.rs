@@ -1,6 +1,6 @@
-//! Random torture on real guests: tasks acquire, use, drop and cancel, guests are killed, frozen,
-//! panic, switch themselves off, lose their agent or have it stopped or starved, and every fifth
-//! boot fails. Nothing is handed out wrong, and the pool heals.
+//! Random torture on real guests: tasks acquire, use, drop and cancel; guests are killed, frozen,
+//! panic, power off, or have their agent crashed, stopped or starved; and every fifth boot fails.
+//! No guest is handed out twice or broken, and the pool heals.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -21,31 +21,31 @@ use crate::rig::{BASE, Rig, Victim, alone_in_a_runtime, impatient, stop};
 
 const TASKS: u64 = 16;
 const SIZE: usize = 3;
-/// Most leases at a time.
+/// Most concurrent leases.
 const LEASES: usize = 4;
-/// Mappings of plain memory that the C library may keep: 40 MiB of stacks of threads that have
-/// ended, 20 of 2 MiB with a guard page each, and an arena for each of as many threads as were
-/// there at once. What is leaked with each VM is far more: hundreds are made here.
+/// Anonymous mappings that the C library may keep: 40 MiB of stacks of threads that have ended, 20
+/// of 2 MiB with a guard page each, and an arena for each of as many threads as existed at once. A
+/// leak with each VM would be far more: hundreds are made here.
 const SLACK: usize = 80;
-/// Leases without which it was no torture.
+/// Fewest leases that make the test meaningful.
 const ENOUGH: usize = 10;
-/// How long the pool may take to fill once the last bad guest is found, where a fork takes no
-/// longer than [`FORK`].
+/// How long the pool may take to fill once the last bad guest is found, on a host where a fork
+/// takes no longer than [`FORK`].
 const REFILL: Duration = Duration::from_secs(5);
-/// From the begin of a fork to its first pong: 26 ms on two idle processors where ring 0 is
-/// emulated, less on hardware.
+/// From the beginning of a fork to its first pong: 26 ms on two idle processors of an emulated
+/// host, less on hardware.
 const FORK: Duration = Duration::from_millis(50);
 
-/// How long callers come as fast as they can, before they hold back for twice as long as it takes
-/// to find a silent guest.
+/// How long callers acquire as fast as they can, before they hold back for twice the time that it
+/// takes to find a silent guest.
 const RUSH: Duration = Duration::from_secs(3);
 
-/// What is done to a guest, wherever it is.
+/// The fault that is injected in a guest, parked or leased.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Way {
     Kill,
     Freeze,
-    /// It runs a program that ends it, or silences its agent.
+    /// Runs a program in the guest that ends it, or silences its agent.
     Run(&'static str),
 }
 
@@ -59,7 +59,7 @@ const WAYS: [Way; 7] = [
     Way::Run("starve-agent"),
 ];
 
-/// xorshift: repeatable by seed, as far as threads allow.
+/// xorshift: repeatable by seed, apart from the threads' timing.
 struct Dice(u64);
 
 impl Dice {
@@ -82,13 +82,13 @@ struct Seen {
     answered: AtomicUsize,
     dead: AtomicUsize,
     sabotaged: Mutex<HashSet<VmId>>,
-    /// How often each way was gone.
+    /// How often each fault was injected.
     ways: Mutex<BTreeMap<Way, usize>>,
-    /// Parked guests whose end the pool noticed, and such that it found silent.
+    /// Parked guests whose end the pool noticed, and (below) those that it found silent.
     ended: AtomicUsize,
     silent: AtomicUsize,
-    /// Whether callers hold back. While they do not, whatever is parked is handed out at once, and
-    /// nothing that happens to parked guests is ever seen.
+    /// Whether callers hold back. While they do not, every parked guest is handed out at once, and
+    /// faults of parked guests are never seen.
     calm: AtomicBool,
     forks: Mutex<Vec<Duration>>,
 }
@@ -109,7 +109,7 @@ impl Seen {
     }
 }
 
-/// Counts what the pool tells, for as long as there is a pool.
+/// Counts events of the pool until the pool is gone.
 async fn watcher(mut events: Receiver<PoolEvent>, seen: Arc<Seen>) {
     loop {
         let kind = match events.recv().await {
@@ -141,7 +141,7 @@ async fn user(pool: Pool<Rig>, seen: Arc<Seen>, over: Arc<AtomicBool>, seed: u64
             0 => pool.acquire(BASE),
             1 => pool.acquire_timeout(BASE, dice.millis(500)).await,
             _ => {
-                // Dropped at whatever await point it has come to.
+                // Dropped at any await point.
                 let acquire = pool.acquire_timeout(BASE, Duration::from_secs(60));
                 match timeout(dice.millis(300), acquire).await {
                     Ok(lease) => lease,
@@ -165,12 +165,12 @@ async fn user(pool: Pool<Rig>, seen: Arc<Seen>, over: Arc<AtomicBool>, seed: u64
         match dice.below(4) {
             0 => {}
             1 => {
-                // Cancelled in the middle of its ping.
+                // Cancelled during its ping.
                 let _ = timeout(dice.millis(10), lease.ping()).await;
             }
             2 => {
-                // A guest that was frozen meanwhile never answers: how long to wait is the caller's
-                // to say.
+                // A guest that was frozen meanwhile never answers: the caller has to set a time
+                // limit.
                 let exec = lease.exec(lease.command("panic"));
                 let _ = timeout(patience(Duration::from_secs(1)), exec).await;
             }
@@ -183,7 +183,7 @@ async fn user(pool: Pool<Rig>, seen: Arc<Seen>, over: Arc<AtomicBool>, seed: u64
                     if disturbed {
                         seen.dead.fetch_add(1, Ordering::Relaxed);
                     } else {
-                        // The host may be busy: slow is not wrong, silent is.
+                        // The host may be busy: a slow guest is fine, a silent one is not.
                         let what = format!("{id} was handed out and does not answer: {why}");
                         let answers = async { while lease.ping().await.is_err() {} };
                         within(5, &what, answers).await;
@@ -201,7 +201,7 @@ struct Saboteur {
     rig: Rig,
     seen: Arc<Seen>,
     dice: Dice,
-    /// Ended with the torture.
+    /// Programs in guests; aborted when the torture ends.
     programs: JoinSet<()>,
 }
 
@@ -223,7 +223,7 @@ impl Saboteur {
         WAYS[self.dice.below(WAYS.len() as u64) as usize]
     }
 
-    /// While guests come and go: now and then one of the youngest, those that still live.
+    /// While guests come and go: sometimes injects a fault in one of the four youngest.
     async fn in_the_rush(&mut self) {
         sleep(self.dice.millis(400)).await;
         let nth = self.dice.below(4) as usize;
@@ -233,7 +233,8 @@ impl Saboteur {
         }
     }
 
-    /// Each of the parked once, one of them so that only a check finds it.
+    /// Injects a fault in each of the youngest `SIZE` VMs, the parked ones; one of them is a
+    /// freeze, which only a check finds.
     async fn in_the_calm(&mut self) {
         let parked = self.rig.all().into_iter().rev().take(SIZE);
         for (index, victim) in parked.enumerate() {
@@ -269,8 +270,8 @@ async fn sabotage(rig: Rig, pool: Pool<Rig>, seen: Arc<Seen>, over: Arc<AtomicBo
     }
 }
 
-/// How long a parked guest that is dead or silent can go unnoticed: until the next pass, and
-/// through all of its check.
+/// Longest time for which a dead or silent parked guest goes unnoticed: until the next health-check
+/// round, and through all of its check.
 fn detection(config: &PoolConfig, scale: u32) -> Duration {
     let (health, ms) = (&config.health, Duration::from_millis);
     let pings = ms(health.ping_timeout_ms) * scale * health.attempts;
@@ -278,7 +279,7 @@ fn detection(config: &PoolConfig, scale: u32) -> Duration {
     ms(health.interval_ms) + pings + pauses
 }
 
-/// Resolves when the pool is full of guests that all have just answered.
+/// Resolves when the pool is full of guests that have all just answered.
 async fn proven_full(pool: &Pool<Rig>) {
     loop {
         pool.wait_ready(Duration::MAX).await.unwrap();
@@ -342,9 +343,8 @@ async fn torture(time: Duration, parking: Parking) {
     while let Some(ended) = tasks.join_next().await {
         ended.expect("a task of the torture");
     }
-    // The 5 s are for forks that take milliseconds. Where they take longer, because other programs
-    // need the processors, refilling takes longer in proportion, and says nothing about the
-    // pool.
+    // The 5 s are for forks that take milliseconds. Where forks take longer, because other programs
+    // need the processors, refilling takes longer in proportion, and that is no fault of the pool.
     let fork = seen.median_fork();
     let slower = (fork.as_secs_f64() / FORK.as_secs_f64()).max(1.0);
     let bound = detection + REFILL.mul_f64(slower);
@@ -370,19 +370,19 @@ async fn torture(time: Duration, parking: Parking) {
     assert_eq!(leaked_vms(), 0);
 }
 
-/// In a process of its own, of which nothing is left but the template.
+/// Runs the torture in a separate process, of which only the template may be left.
 fn alone_for(time: Duration) {
     if !kvm() || !alone() {
         return;
     }
-    // The library's own threads stay; a guest that is dropped starts the last of them.
+    // The library's own threads stay; dropping a guest starts the last of them.
     alone_in_a_runtime(async {
         let pool = Rig::new().await.pool(impatient(1)).await;
         drop(pool.acquire(BASE).unwrap().into_inner());
         stop(pool).await;
     });
     let before = Footprint::now();
-    // Programs run in guests that wait running, and hardly ever in such that wait paused.
+    // Programs run in guests that are parked running, and rarely in those that are parked paused.
     for parking in [Parking::Running, Parking::Paused] {
         alone_in_a_runtime(torture(time / 2, parking));
     }

@@ -1,5 +1,5 @@
-//! What watchers see: every documented metric is recorded, every span carries its VM, and what goes
-//! wrong is logged. A program of its own, because it installs a subscriber for the whole process.
+//! Observability: every documented metric is recorded, every span carries its VM, and failures are
+//! logged. A test program of its own, because it installs a subscriber for the whole process.
 
 #![allow(
     clippy::field_reassign_with_default,
@@ -26,7 +26,7 @@ use hearth_pool::fake::{Boot, FakeBackend, Gate, Ping};
 use hearth_pool::{Autoscale, Making, PoolConfig, Profile};
 use tokio::time::sleep;
 
-/// Name and kind, from the table in the module's documentation.
+/// Returns name and kind of each metric, from the table in the module's documentation.
 fn documented() -> BTreeMap<String, Kind> {
     let rows = include_str!("../../src/metrics.rs").lines();
     let rows = rows.filter_map(|line| line.strip_prefix("//! | `"));
@@ -43,7 +43,7 @@ fn documented() -> BTreeMap<String, Kind> {
     rows.map(row).collect()
 }
 
-/// Runs a pool's whole life under a recorder, on paused time.
+/// Runs a pool from start to stop under a recorder, with paused time.
 fn recorded(life: impl AsyncFnOnce()) -> Recorder {
     Trace::begin();
     let recorder = Recorder::default();
@@ -65,12 +65,12 @@ fn every_documented_metric_is_recorded_and_no_other() {
     });
     let seen: BTreeMap<_, _> = recorder.kinds().into_iter().collect();
     assert_eq!(seen, documented());
-    // One failure each time, made good for.
+    // One failure for each way of making VMs, later made up for.
     assert_eq!(recorder.sum("hearth_pool_template_failures_total"), 2.0);
     assert_eq!(recorder.sum("hearth_pool_without_template"), 0.0);
 }
 
-/// All that can be measured, once at least.
+/// Causes every event that is measured, at least once.
 async fn everything_happens(fake: &FakeBackend) {
     let mut leases = LeaseConfig::default();
     leases.deadline_ms = 60_000;
@@ -112,7 +112,7 @@ fn boot_failures_are_counted_by_reason_as_the_status_counts_them() {
         }
         let leases = pool.acquire_many(PY, 2).unwrap();
         pool.replenish(PY).await.unwrap();
-        // Given up: no failure.
+        // A cancelled boot is no failure.
         fake.by_default(PY, Boot::Hang);
         drop(leases);
         settle().await;
@@ -197,7 +197,7 @@ async fn the_destruction_of_a_vm_that_is_on_no_book_any_more_names_it_too() {
     let lease = pool.acquire(PY).unwrap();
     let stopping = pool.clone();
     let stop = tokio::spawn(async move { stopping.stop_within(secs(1)).await });
-    // The pool has ended it and waits for it no longer, only for the parked ones.
+    // The pool has ended the leased VM and waits only for the parked ones.
     sleep(secs(2)).await;
     assert_eq!(counts(&pool, PY).leased, 0);
     let trace = Trace::begin();

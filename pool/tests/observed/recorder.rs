@@ -15,7 +15,7 @@ pub(crate) enum Kind {
     Histogram,
 }
 
-/// One metric with one set of labels; none until something was recorded.
+/// One metric with one set of labels; its value is `None` until something was recorded.
 #[derive(Debug)]
 struct Cell {
     key: Key,
@@ -91,7 +91,7 @@ impl Recorder {
         cell
     }
 
-    /// Names and kinds of all that was recorded.
+    /// Returns names and kinds of all recorded metrics.
     pub(crate) fn kinds(&self) -> Vec<(String, Kind)> {
         let cells = self.cells();
         let recorded = cells.iter().filter(|cell| cell.value().is_some());
@@ -100,7 +100,7 @@ impl Recorder {
             .collect()
     }
 
-    /// The values of a metric by one of its labels.
+    /// Returns the values of a metric by one of its labels.
     pub(crate) fn by_label(&self, name: &str, label: &str) -> BTreeMap<String, f64> {
         let cells = self.cells();
         let named = cells.iter().filter(|cell| cell.key.name() == name);
@@ -112,7 +112,7 @@ impl Recorder {
         labelled.collect()
     }
 
-    /// The sum of a metric over all labels.
+    /// Returns the sum of a metric over all labels.
     pub(crate) fn sum(&self, name: &str) -> f64 {
         let cells = self.cells();
         let named = cells.iter().filter(|cell| cell.key.name() == name);

@@ -1,4 +1,4 @@
-//! A subscriber of spans and log events that tests can read, each its own.
+//! A subscriber whose spans and log events tests can read, each test its own.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -31,23 +31,23 @@ impl Visit for Seen {
 #[derive(Debug, Default)]
 struct Book {
     spans: BTreeMap<u64, Seen>,
-    /// Those that are closed; the registry gives their numbers to others.
+    /// Closed spans; the registry reuses their numbers.
     closed: Vec<Seen>,
     events: Vec<Seen>,
 }
 
 thread_local! {
-    /// Each test has a thread, and each pool in it runs there.
+    /// Each test has a thread, on which its pools run.
     static HERE: RefCell<Book> = RefCell::default();
 }
 
-/// What this thread has seen since it began to look.
+/// The spans and events of this thread since [`Trace::begin`].
 #[derive(Debug)]
 pub(crate) struct Trace(());
 
 impl Trace {
-    /// The subscriber is the whole process's: one for a thread alone can miss what another thread
-    /// has come by before.
+    /// Begins a trace. The subscriber is installed for the whole process: one for a single thread
+    /// can miss callsites that another thread has reached before.
     pub(crate) fn begin() -> Self {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {

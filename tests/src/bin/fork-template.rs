@@ -1,5 +1,6 @@
-//! Loads the template in the directory that is its argument, forks it, and says on stdout what a
-//! program in the clone says: what a process does that did not make the template.
+//! Loads the template in the directory that is its argument, forks it, and prints on stdout the
+//! output of a program in the clone. It shows that a process can fork a template that another
+//! process made.
 #![allow(
     clippy::expect_used,
     clippy::panic,

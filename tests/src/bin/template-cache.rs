@@ -1,6 +1,7 @@
-//! Uses a cache of templates until it is killed, or a number of rounds: `template-cache ROOT LIMIT
-//! KEYS ROUNDS MILLISECONDS`. Each round takes the next of so many keys; a template that is not
-//! there takes so long to make. Says in one line each how it came by it.
+//! Uses a cache of templates for a number of rounds, or until it is killed: `template-cache ROOT
+//! LIMIT KEYS ROUNDS MILLISECONDS`. Each round takes the next of `KEYS` keys; building a template
+//! that is not cached first sleeps for `MILLISECONDS`. Prints one line per round that says how the
+//! template was found.
 #![allow(
     clippy::expect_used,
     clippy::panic,

@@ -1,6 +1,6 @@
-//! Tries to boot a guest of one instruction and prints what came of it, in one line each: the
-//! outcome, the error with its causes, and what threads and descriptors of a VM are left.
-//! For tests that need a process in a bad place: no `/dev/kvm`, no permission, no descriptors.
+//! Tries to boot a guest of one instruction and prints the result, in one line each: the outcome,
+//! the error with its causes, and how many threads and descriptors of a VM are left. For tests of a
+//! process that lacks something: `/dev/kvm`, permission or free descriptors.
 
 use std::fmt::Write;
 
@@ -22,7 +22,7 @@ fn main() {
             text.push_str("booted\n");
         }
         Err(error) => {
-            // Without a free descriptor one cannot look.
+            // The footprint cannot be read without a free descriptor.
             let lifted = Rlimit {
                 current: limit.maximum,
                 ..limit
@@ -31,7 +31,7 @@ fn main() {
             let after = Footprint::now();
             let _ = writeln!(text, "refused: {error:?}");
             let _ = writeln!(text, "text: {}", error_chain(&error));
-            // The library may keep its event threads and /dev/kvm; a VM leaves nothing.
+            // The library may keep its event threads and /dev/kvm; nothing of a VM may be left.
             let of_vm = |name: &&String| name.starts_with("hearth-vcpu");
             let threads = after.threads.keys().filter(of_vm).count();
             let _ = writeln!(text, "threads of a vm: {threads}");

@@ -15,7 +15,7 @@ async fn an_honest_driver_gets_its_buffers_back() {
     if !kvm() {
         return;
     }
-    // The balloon takes a page number; without this the attacks below prove nothing.
+    // The balloon accepts a page number; without this the attacks below would prove nothing.
     let code = live(BALLOON).store(BUFFER, 0x500);
     assert_served("none", offer_one(code, (BUFFER.into(), 4), 0, 0)).await;
 }
@@ -88,7 +88,7 @@ async fn a_page_given_to_the_balloon_is_zeroed_here_and_nowhere_else() {
         return;
     }
     const PAGE: u32 = 0x50_0000;
-    // A neighbour keeps a mark in the page of the same number, and prints it without end (jmp
+    // A neighbour writes a mark into the page of the same number and prints it without end (jmp
     // back).
     let neighbour = Code::new().store(PAGE, 0x4e).print_byte(PAGE);
     let neighbour = neighbour.raw(&[0xeb, 0xf2]).boot();
@@ -104,8 +104,8 @@ async fn a_page_given_to_the_balloon_is_zeroed_here_and_nowhere_else() {
     assert!(later.bytes.iter().all(|byte| *byte == 0x4e));
 }
 
-/// Two guests, so that each event thread has one, report 2.5 GiB in each of eight chains, and offer
-/// each again as soon as they have it back.
+/// Two guests, one for each event thread, report 2.5 GiB in each of eight chains, and offer each
+/// chain again as soon as it comes back.
 #[tokio::test]
 async fn reports_of_gigabytes_hold_neither_a_neighbour_nor_the_host() {
     if !kvm() {

@@ -1,4 +1,4 @@
-//! Drivers of a few instructions, and what became of the device that they drove.
+//! Drivers of a few instructions, and checks of the device that they drove.
 
 use std::path::Path;
 
@@ -9,16 +9,17 @@ use hearth_vmm::{DeviceFaults, Exit, Vm, VmConfig};
 
 pub(crate) const VSOCK: u32 = 0;
 pub(crate) const BALLOON: u32 = 1;
-/// The first image, of a guest that has one.
+/// The first pmem device, of a guest that has one.
 pub(crate) const IMAGE: u32 = 2;
-/// Where the test drivers put their queues: descriptors, then the driver's, then the device's ring.
+/// Where the test drivers put their queues: descriptors, then the driver ring, then the device
+/// ring.
 const RINGS: u32 = 0x30_0000;
 const RING: u32 = 0x1000;
 /// A buffer of the driver.
 pub(crate) const BUFFER: u32 = 0x40_0000;
 /// End of the guest's memory.
 pub(crate) const END: u64 = 32 << 20;
-/// Entries of a queue: as many as the socket device's event queue can have.
+/// Entries of a queue: the maximum for the socket device's event queue.
 pub(crate) const SIZE: u16 = 8;
 pub(crate) const VERSION_1: u32 = 1;
 pub(crate) const NEXT: u16 = 1;
@@ -28,7 +29,8 @@ pub(crate) const UP: u8 =
     (status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK) as u8;
 const NEEDS_RESET: u8 = status::NEEDS_RESET as u8;
 
-/// Up to the moment at which queues are configured; `features` are the low 32 bits.
+/// Negotiates features, up to the point at which queues are configured; `features` are the low 32
+/// bits.
 pub(crate) fn negotiated_with(device: u32, features: u32) -> Code {
     use status::{ACKNOWLEDGE, DRIVER, FEATURES_OK};
     Code::new()
@@ -46,7 +48,7 @@ pub(crate) fn negotiated(device: u32) -> Code {
     negotiated_with(device, 0)
 }
 
-/// Where queue `index` has its descriptors, driver ring and device ring.
+/// Returns the addresses of the descriptors, driver ring and device ring of queue `index`.
 pub(crate) fn rings(index: u32) -> [u32; 3] {
     let base = RINGS + index * 0x1_0000;
     [base, base + RING, base + 2 * RING]
@@ -66,12 +68,12 @@ pub(crate) fn queue(code: Code, index: u32, size: u32, [desc, driver, device]: [
         .write(register::QUEUE_READY, 1)
 }
 
-/// A queue where it belongs.
+/// Configures a valid queue.
 pub(crate) fn good_queue(code: Code, index: u32) -> Code {
     queue(code, index, SIZE.into(), rings(index).map(u64::from))
 }
 
-/// Queues that a device cannot do without.
+/// Returns the number of queues that a device needs.
 pub(crate) fn queues_of(device: u32) -> u32 {
     match device {
         VSOCK => 3,
@@ -80,12 +82,12 @@ pub(crate) fn queues_of(device: u32) -> u32 {
     }
 }
 
-/// A device that serves its first `queues` queues.
+/// Starts a device that serves its first `queues` queues.
 pub(crate) fn live_with(device: u32, features: u32, queues: u32) -> Code {
     start((0..queues).fold(negotiated_with(device, features), good_queue))
 }
 
-/// A device that serves.
+/// Starts a device with the queues that it needs.
 pub(crate) fn live(device: u32) -> Code {
     live_with(device, 0, queues_of(device))
 }
@@ -94,7 +96,7 @@ pub(crate) fn start(code: Code) -> Code {
     code.write(register::STATUS, UP.into())
 }
 
-/// A descriptor of a queue.
+/// Writes a descriptor of a queue.
 pub(crate) fn descriptor(
     code: Code,
     queue: u32,
@@ -106,7 +108,7 @@ pub(crate) fn descriptor(
     descriptor_at(code, rings(queue)[0] + 16 * index, place, flags, next)
 }
 
-/// A descriptor anywhere.
+/// Writes a descriptor at any address.
 pub(crate) fn descriptor_at(
     code: Code,
     at: u32,
@@ -120,7 +122,7 @@ pub(crate) fn descriptor_at(
         .store16(at + 14, next)
 }
 
-/// Makes chain `head` available as the first of a queue and says so.
+/// Makes chain `head` available as the first of a queue and notifies the device.
 pub(crate) fn offer(code: Code, queue: u32, head: u16, idx: u16) -> Code {
     let driver = rings(queue)[1];
     code.store16(driver + 4, head)
@@ -128,7 +130,7 @@ pub(crate) fn offer(code: Code, queue: u32, head: u16, idx: u16) -> Code {
         .write(register::QUEUE_NOTIFY, queue)
 }
 
-/// The first descriptor of the first queue, offered.
+/// Offers one descriptor as the first of the first queue.
 pub(crate) fn offer_one(code: Code, place: (u64, u32), flags: u16, next: u16) -> Code {
     offer(descriptor(code, 0, 0, place, flags, next), 0, 0, 1)
 }
@@ -149,7 +151,7 @@ pub(crate) fn expect_served(code: Code, queue: u32) -> Code {
         .spin()
 }
 
-/// A VM with this code that does not run yet.
+/// Creates a VM with this code. It does not run yet.
 pub(crate) fn create(code: Code, image: Option<&Path>) -> Vm {
     let mut config = VmConfig::flat(code.bytes()).memory_mib(32).console(true);
     if let Some(image) = image {
@@ -165,7 +167,7 @@ pub(crate) async fn printed(code: Code) -> (Vec<u8>, Vm) {
     (said, vm)
 }
 
-/// Lets a VM run until its guest powers off. Returns what it printed.
+/// Resumes a VM and waits until its guest powers off. Returns what it printed.
 pub(crate) async fn run(vm: &Vm) -> Vec<u8> {
     vm.resume().unwrap();
     let exit = within(2, "end of the hostile guest", vm.exited()).await;
@@ -174,8 +176,8 @@ pub(crate) async fn run(vm: &Vm) -> Vec<u8> {
     said
 }
 
-/// The guest's attack ends with a device that wants a reset, by the branch with these words; no
-/// other device is any the worse.
+/// Asserts that the attack puts its device into the needs-reset state, by the branch whose message
+/// contains `why`, and that no other device has a fault.
 pub(crate) async fn assert_reset(attack: &str, device: u32, code: Code, why: &str) {
     let (said, vm) = printed(expect_reset(code)).await;
     let [state] = said[..] else {
@@ -185,7 +187,7 @@ pub(crate) async fn assert_reset(attack: &str, device: u32, code: Code, why: &st
     assert_fault(attack, &vm, device, why);
 }
 
-/// The one fault of the VM's devices has these words.
+/// Asserts that the VM's devices had one fault, in `device`, whose message contains `why`.
 #[track_caller]
 pub(crate) fn assert_fault(attack: &str, vm: &Vm, device: u32, why: &str) {
     for (index, faults) in (0u32..).zip(vm.device_faults()) {
@@ -200,7 +202,7 @@ pub(crate) fn assert_fault(attack: &str, vm: &Vm, device: u32, why: &str) {
     }
 }
 
-/// No device found a fault with its driver.
+/// Asserts that no device found a fault with its driver.
 #[track_caller]
 pub(crate) fn assert_no_fault(attack: &str, vm: &Vm) {
     let faults = vm.device_faults();
@@ -210,7 +212,7 @@ pub(crate) fn assert_no_fault(attack: &str, vm: &Vm) {
     );
 }
 
-/// The guest gets its chain back from a device that took no offence.
+/// Asserts that the guest gets its chain back and that no device found a fault.
 pub(crate) async fn assert_served(attack: &str, code: Code) {
     let (said, vm) = printed(expect_served(code, 0)).await;
     assert_eq!(said, [UP], "{attack}");

@@ -1,4 +1,4 @@
-//! Attacks on a read-only image by the requests of its device. Writes to the image itself are in
+//! Attacks on a read-only pmem file by requests to its device. Writes to the file's memory are in
 //! `tests/pmem.rs`.
 
 use hearth_tests::flat::Code;
@@ -7,7 +7,7 @@ use tempfile::NamedTempFile;
 
 use crate::driver::*;
 
-/// Where the image lies.
+/// The address of the pmem file in the guest.
 const AT: u64 = 1 << 32;
 
 fn image() -> NamedTempFile {
@@ -16,7 +16,7 @@ fn image() -> NamedTempFile {
     file
 }
 
-/// A request of these two buffers, in a device that serves.
+/// Offers a request of these two buffers to a device that serves.
 fn ask(kind: (u64, u32), result: (u64, u32)) -> Code {
     let code = descriptor(live(IMAGE), 0, 0, kind, NEXT, 1);
     offer(descriptor(code, 0, 1, result, WRITE, 0), 0, 0, 1)
@@ -63,7 +63,7 @@ async fn a_request_of_a_type_that_does_not_exist_is_refused() {
     if !kvm() {
         return;
     }
-    // A flush first: else the answer to the others proves nothing.
+    // A flush first: without it the answers to the others would prove nothing.
     for (kind, answer) in [(0, 0), (1, 0xff), (u32::MAX, 0xff)] {
         let code = Code::new()
             .store(BUFFER, kind)

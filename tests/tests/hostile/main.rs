@@ -4,12 +4,12 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! The hostile suite, by real guests: a few instructions on a real vCPU that do to devices, ports
-//! and processor what no guest may. `tests/HOSTILE.md` lists its attacks beside those that are
-//! played.
+//! The hostile suite with real guests: a few instructions on a real vCPU that misuse devices, ports
+//! and the processor. `tests/HOSTILE.md` lists these attacks, and those that are played without a
+//! guest.
 //!
-//! Each attack says which branch must catch it and what becomes of the VM; none may reach anything
-//! beyond its own VM.
+//! Each attack names the branch that must catch it and what becomes of the VM; none may affect
+//! anything beyond its own VM.
 
 mod chains;
 mod driver;

@@ -10,11 +10,11 @@ use crate::driver::*;
 
 const RX: u32 = 0;
 const TX: u32 = 1;
-/// Where packets to the guest go, a page each.
+/// Where packets to the guest are written, a page each.
 const INBOX: u32 = 0x48_0000;
 /// Port of the host's listener.
 const PORT: u32 = 5;
-/// Bytes that the host buffers for a connection.
+/// Size of the host's receive buffer for a connection.
 const WINDOW: usize = 256 << 10;
 
 /// A packet's header (virtio 1.2 section 5.10.6).
@@ -52,7 +52,7 @@ impl Header {
     }
 }
 
-/// A socket device that serves, with two buffers for packets to the guest.
+/// Starts a socket device with two buffers for packets to the guest.
 fn listening() -> Code {
     let [_, driver, _] = rings(RX);
     let code = (0..2).fold(live(VSOCK), |code, index| {
@@ -62,7 +62,7 @@ fn listening() -> Code {
     code.store(driver + 4, 1 << 16).store16(driver + 2, 2)
 }
 
-/// Waits for packet number `count` (from 0) and prints its operation and the port that it is for.
+/// Waits for packet number `count` (from 0) and prints its operation and its destination port.
 fn hear(code: Code, count: u16) -> Code {
     let at = INBOX + 0x1000 * u32::from(count);
     code.await_change16(rings(RX)[2] + 2, count)
@@ -131,7 +131,7 @@ async fn packets_that_lie_are_answered_with_a_reset_of_their_connection() {
     }
 }
 
-/// It is not answered; the one that is follows it.
+/// The forged packet gets no answer; the valid one that follows it does.
 #[tokio::test]
 async fn a_packet_in_another_guests_name_reaches_nobody() {
     if !kvm() {
@@ -167,7 +167,7 @@ async fn more_data_than_credit_resets_its_connection() {
     let payload = (u64::from(BUFFER) + 0x1000, 0x1_0000);
     let code = descriptor(code, TX, 0, (BUFFER.into(), 44), NEXT, 1);
     let code = hear(offer(descriptor(code, TX, 1, payload, 0, 0), TX, 0, 1), 0);
-    // Four times 64 KiB are promised; the fifth is too much. One chain serves for all.
+    // The host granted credit for four times 64 KiB; the fifth exceeds it. All use the same chain.
     let code = code
         .store(BUFFER + 24, 0x1_0000)
         .store16(BUFFER + 30, Op::Data.to_wire())

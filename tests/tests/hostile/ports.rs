@@ -1,4 +1,4 @@
-//! Attacks on ports: the serial console, the keyboard controller, the report of an end, and all the
+//! Attacks on ports: the serial console, the keyboard controller, the debug-exit port, and all
 //! others.
 
 use std::sync::atomic::Ordering;
@@ -17,11 +17,11 @@ const DIVISOR: u8 = 0x80;
 const I8042_DATA: u16 = 0x60;
 const I8042_COMMAND: u16 = 0x64;
 
-/// Where a kernel that cannot save registers has them saved and loaded, by addresses in units of 64
-/// bytes.
+/// Ports on which a kernel that cannot save registers has them saved and loaded. The value written
+/// is an address in units of 64 bytes.
 const SAVE: u16 = 0x5f4;
 const LOAD: u16 = 0x5f8;
-/// MXCSR and XSTATE_BV of a buffer (Intel SDM volume 1, 13.4).
+/// Offsets of MXCSR and XSTATE_BV in a buffer (Intel SDM volume 1, 13.4).
 const MXCSR: u32 = 24;
 const XSTATE_BV: u32 = 512;
 
@@ -35,7 +35,7 @@ fn out32(code: Code, port: u16, value: u32) -> Code {
         .raw(&[0xef])
 }
 
-/// Guests have those ports only where they need them.
+/// Returns whether guests have those ports: only hosts that emulate ring 0 offer them.
 fn keeps_registers() -> bool {
     if !kvm() {
         return false;
@@ -47,7 +47,7 @@ fn keeps_registers() -> bool {
     emulated
 }
 
-/// How a guest ends that does so, while another runs on.
+/// Returns the reason for which a guest with this code fails; another guest must be unaffected.
 async fn ended(code: Code) -> String {
     let vm = create(code.spin(), None);
     vm.resume().unwrap();
@@ -62,7 +62,7 @@ async fn ended(code: Code) -> String {
     why
 }
 
-/// The serial port prints again, whatever was done to it.
+/// Prints on the serial port, which must work again after anything done to it.
 fn done(code: Code) -> Code {
     code.out(LCR, 3).out(MCR, 0).print("done").report(1).spin()
 }
@@ -76,9 +76,9 @@ async fn garbage_in_every_port_ends_nothing() {
     if !kvm() {
         return;
     }
-    // Every port up to 0x3ff but the keyboard controller's command, among them those of the
-    // interrupt controllers and the timer; then every seventh, which are not the report's:
-    // mov eax, edx; out dx, al; in al, dx; add edx, step; cmp edx, end; jb
+    // Writes and reads every port up to 0x3ff except the keyboard controller's command port, among
+    // them those of the interrupt controllers and the timer; then every seventh, which miss the
+    // debug-exit port: mov eax, edx; out dx, al; in al, dx; add edx, step; cmp edx, end; jb
     let sweep = |code: Code, from: u32, step: u8, end: u32| {
         code.raw(&[0xba])
             .raw(&from.to_le_bytes())
@@ -127,7 +127,8 @@ async fn a_flood_of_strings_reaches_the_console_whole() {
     assert_no_fault("a flood of strings", &vm);
 }
 
-/// What is sent to itself is not output, and more of it than the port has room for is dropped.
+/// Bytes sent in loopback are not output, and those that do not fit into the port's buffer are
+/// dropped.
 #[tokio::test]
 async fn a_serial_port_in_loopback_holds_what_fits_and_prints_none_of_it() {
     if !kvm() {
@@ -136,7 +137,7 @@ async fn a_serial_port_in_loopback_holds_what_fits_and_prints_none_of_it() {
     let code = Code::new()
         .out(MCR, LOOPBACK)
         .repeat(1000, Code::new().out(SERIAL_PORT, b'x'))
-        // in al, dx; mov ah, al: the first of them comes back.
+        // in al, dx; mov ah, al: the first byte comes back.
         .raw(&[0xec, 0x88, 0xc4])
         .out(MCR, 0)
         // mov al, ah; mov dx, 0x3f8; out dx, al
@@ -171,7 +172,7 @@ async fn commands_of_the_keyboard_controller_but_the_reset_do_nothing() {
     let (said, vm) = printed(done(code)).await;
     assert_eq!(said, b"done");
     assert!(port_exits(&vm) >= 256 + 4);
-    // The one that is meant, for comparison.
+    // The reset command itself, for comparison.
     let vm = create(Code::new().out(I8042_COMMAND, 0xfe).spin(), None);
     vm.resume().unwrap();
     let exit = hearth_tests::within(2, "the reset", vm.exited()).await;
@@ -190,7 +191,8 @@ async fn reports_of_ends_that_do_not_exist_end_nothing() {
     for how in (0..=0xff).filter(|how| !(1..=4).contains(how)) {
         code = code.out(REPORT_PORT, how);
     }
-    // Its neighbours, and wider: mov eax, 0x01010100; mov dx, port; out dx, ax; out dx, eax
+    // Neighbouring ports, and wider accesses: mov eax, 0x01010100; mov dx, port; out dx, ax; out
+    // dx, eax
     code = code.out(REPORT_PORT - 1, 1).out(REPORT_PORT + 1, 1);
     let wide = [0xb8, 0, 1, 1, 1, 0x66, 0xba, 0xf0, 0x05, 0x66, 0xef, 0xef];
     let (said, vm) = printed(done(code.raw(&wide))).await;
@@ -203,8 +205,9 @@ async fn wide_accesses_to_narrow_ports_are_answered() {
     if !kvm() {
         return;
     }
-    // Word and double word in and out of the serial port's data, the keyboard's and the last port
-    // there is: mov dx, port; in ax, dx; in eax, dx; then eax = "okay", written as both.
+    // Word and double word accesses to the serial port's data, the keyboard's data and the last
+    // port there is: mov dx, port; in ax, dx; in eax, dx; then eax = "okay", written in both
+    // widths.
     let mut code = Code::new();
     for port in [SERIAL_PORT, I8042_DATA, u16::MAX] {
         let [low, high] = port.to_le_bytes();
@@ -251,13 +254,14 @@ async fn registers_without_end_and_of_any_width_hold_nobody_up() {
         return;
     }
     const ROUNDS: u32 = 2000;
-    // A byte and two bytes name no buffer: mov dx, port; out dx, ax
+    // Writes of one and two bytes name no buffer: mov dx, port; out dx, ax
     let narrow = |code: Code, port: u16| {
         let code = code.out(port, 0xff).raw(&[0x66, 0xba]);
         code.raw(&port.to_le_bytes()).raw(&[0x66, 0xef])
     };
     let code = narrow(narrow(Code::new(), SAVE), LOAD);
-    // Any room, and any components, are as good as those that there are.
+    // Unknown components are ignored, both in the mask that the buffer has room for and in those
+    // that are present.
     let code = code
         .store64(BUFFER + 464, u64::MAX)
         .store64(BUFFER + XSTATE_BV, u64::MAX);

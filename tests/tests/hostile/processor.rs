@@ -1,5 +1,5 @@
-//! Attacks by what a processor can do: registers of the model, hypercalls, code and tables where
-//! there is no memory. What KVM cannot go on with ends that VM, told apart; a neighbour goes on.
+//! Attacks by means of the processor: MSRs, hypercalls, code and tables where there is no memory.
+//! If KVM cannot continue, the exit of that VM tells the cause; a neighbour continues.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use hearth_vmm::{Exit, Vm, VmStatus};
 
 use crate::driver::*;
 
-/// Runs a guest that may end as it likes.
+/// Runs a guest that may end in any way.
 async fn end(code: Code) -> (Exit, Vm) {
     let vm = create(code, None);
     vm.resume().unwrap();
@@ -31,7 +31,7 @@ async fn a_triple_fault_ends_its_guest_and_no_other() {
     assert_eq!(neighbour.status(), VmStatus::Running);
 }
 
-/// Without a handler for the fault that the processor answers with, it is a triple fault.
+/// The processor answers with a fault; without a handler it becomes a triple fault.
 #[tokio::test]
 async fn model_registers_that_do_not_exist_are_the_guests_fault() {
     if !kvm() {
@@ -60,7 +60,7 @@ async fn questions_about_the_processor_without_end_are_answered() {
     if !kvm() {
         return;
     }
-    // mov eax, r8d; mov ecx, eax; cpuid: leaves that exist and many that do not; rbx is lost.
+    // mov eax, r8d; mov ecx, eax; cpuid: existing leaves and many that do not exist; rbx is lost.
     let ask = Code::new().raw(&[0x44, 0x89, 0xc0, 0x89, 0xc1, 0x0f, 0xa2]);
     let (said, vm) = printed(Code::new().repeat(1000, ask).print("done").report(1).spin()).await;
     assert_eq!(said, b"done");
@@ -72,7 +72,8 @@ async fn memory_that_is_not_there_reads_zero_and_takes_nothing() {
     if !kvm() {
         return;
     }
-    // Behind the end of memory, and at the end of the first GiB, which the page tables map.
+    // Addresses behind the end of memory, and at the end of the first GiB, which the page tables
+    // map.
     let mut code = Code::new();
     for address in [32 << 20, 64 << 20, (1 << 30) - 8] {
         code = code.store64(address, u64::MAX).print_byte(address);
@@ -102,7 +103,7 @@ async fn code_in_a_devices_registers_ends_its_guest() {
     assert_no_fault("code in registers", &vm);
 }
 
-/// Each push is eight bytes to a register of four.
+/// Each push writes eight bytes to a register of four.
 #[tokio::test]
 async fn a_stack_in_a_devices_registers_is_a_fault_of_the_driver() {
     if !kvm() {
@@ -137,8 +138,8 @@ async fn page_tables_in_a_devices_registers_end_their_guest() {
     assert_eq!(vm.console().text(), "");
 }
 
-/// Known and unknown hypercalls: answered on hardware; where ring 0 is emulated some never come
-/// back. Those guests can be ended like any other.
+/// Known and unknown hypercalls: answered on hardware; where ring 0 is emulated some never return.
+/// Those guests can be killed like any other.
 #[tokio::test]
 async fn hypercalls_harm_nobody_else() {
     if !kvm() {

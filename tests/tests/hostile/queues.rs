@@ -1,4 +1,4 @@
-//! Attacks on queues: where their rings lie, and what their indices say.
+//! Attacks on queues: by the addresses of their rings and by their indices.
 
 use hearth_tests::flat::MMIO_BASE;
 use hearth_tests::kvm;
@@ -84,8 +84,9 @@ async fn queues_that_cannot_be_are_refused_at_activation() {
     }
 }
 
-/// The device's switch for notifications is the driver's index. Held the event thread for ever
-/// once; then this guest, and every other of its thread, would get no answer.
+/// The ring is laid out so that the field by which the device turns notifications on and off is the
+/// driver's index. Regression: it held the event thread for ever, and this guest and all others of
+/// that thread got no answer.
 #[tokio::test]
 async fn a_notification_switch_laid_over_the_index_does_not_hold_the_event_thread() {
     if !kvm() {
@@ -98,13 +99,13 @@ async fn a_notification_switch_laid_over_the_index_does_not_hold_the_event_threa
         let odd = [desc, driver + 2, driver + 4];
         let code = start(queue(code, index, SIZE.into(), odd));
         let code = descriptor(code, index, 0, (BUFFER.into(), 44), 0, 0);
-        // The index of the ring that was moved by two bytes.
+        // The available index of the ring that was moved by two bytes.
         let code = code
             .store(rings(index)[1] + 4, 1)
             .write(register::QUEUE_NOTIFY, index);
-        // The device may come upon the ring before the guest has written all of it: which fault it
-        // finds then is a race (played alone, it is the overlap). That it finds one, and
-        // ends its run, is what counts.
+        // The device may see the ring before the guest has written all of it, so which fault it
+        // finds is a race (played alone, it is the overlap). The test requires only that it finds
+        // one and stops.
         assert_reset("notification switch over the index", device, code, "").await;
     }
 }
@@ -135,7 +136,7 @@ async fn indices_that_jump_need_a_reset() {
     .await;
 }
 
-/// The rings are gone under the device: their index is zero again.
+/// The balloon discards the rings' memory while the device uses them: their index is zero again.
 #[tokio::test]
 async fn rings_that_their_driver_gives_away_need_a_reset() {
     if !kvm() {

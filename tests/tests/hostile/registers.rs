@@ -128,13 +128,13 @@ async fn features_that_do_not_exist_are_not_taken() {
     }
 }
 
-/// KVM takes such an access apart: each device sees its own part.
+/// KVM splits such an access: each device sees its own part.
 #[tokio::test]
 async fn an_access_over_two_devices_is_the_fault_of_the_one_whose_register_it_hits() {
     if !kvm() {
         return;
     }
-    // Four bytes, two of them at the start of the balloon's registers; then as many reads.
+    // Writes four bytes, two of them at the start of the balloon's registers; then reads as many.
     let code = Code::new()
         .device(VSOCK)
         .write(0xffe, 0)
@@ -151,7 +151,7 @@ async fn registers_of_no_device_read_zero_and_take_nothing() {
     if !kvm() {
         return;
     }
-    // Behind the last of this VM's two windows, and at the end of the page.
+    // Offsets behind the last of this VM's two MMIO regions, and at the end of the page.
     let mut code = Code::new().device(VSOCK);
     for offset in [0x2000, 0x2070, 0x3000, 0x1f_fff8] {
         code = code
@@ -185,7 +185,7 @@ async fn config_space_answers_at_every_offset_and_width() {
                 code = code.raw(read).raw(&at);
             }
             code = code.write8(offset.into(), 0);
-            // What goes beyond the window is the next device's register.
+            // Bytes beyond the region are the next device's registers.
             if offset + 8 <= 0x1000 {
                 code = code.write64(offset.into(), 0);
             }
@@ -212,7 +212,7 @@ async fn notifications_without_end_and_in_every_state_hold_nobody_up() {
     for vm in &storms {
         vm.resume().unwrap();
     }
-    // A third VM, on one of the event threads of the first two, is served meanwhile.
+    // Meanwhile a third VM, on one of the event threads of the first two, is served.
     let page = (BUFFER.into(), 4);
     assert_served(
         "beside a storm",

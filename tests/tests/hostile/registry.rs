@@ -1,5 +1,5 @@
-//! `tests/HOSTILE.md` is true: what it names is there, and what is there is named. So is
-//! `tests/FAULTS.md`, as far as it goes.
+//! Checks that `tests/HOSTILE.md` and the tests agree: each attack that it lists exists, and each
+//! hostile test is listed. For `tests/FAULTS.md`, checks only that the listed tests exist.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,8 @@ fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-/// The rows: attack, device, by, test, what catches it, what becomes of it. Under each heading the
-/// file of the tests below it.
+/// Returns the rows: attack, device, by, test, what catches it, result. A heading names the file of
+/// the tests below it.
 fn attacks() -> Vec<Attack> {
     let table = std::fs::read_to_string(repository().join("tests/HOSTILE.md")).unwrap();
     let mut file = PathBuf::new();
@@ -45,7 +45,7 @@ fn attacks() -> Vec<Attack> {
     attacks
 }
 
-/// The names of a file's tests.
+/// Returns the names of a file's tests.
 fn tests_of(source: &str) -> BTreeSet<String> {
     let mut tests = BTreeSet::new();
     let mut marked = false;
@@ -71,7 +71,7 @@ fn every_attack_of_the_table_is_in_the_test_that_it_names() {
         let place = format!("{}: {}", attack.file.display(), attack.name);
         let test = &attack.test;
         assert!(tests_of(&source).contains(test), "{place}: no test {test}");
-        // A test of many attacks names each; a test of one is named after it.
+        // A test of many attacks contains the name of each; a test of one attack is named after it.
         let (_, body) = source.split_once(&format!("fn {test}(")).unwrap();
         let body = body.split_once("\n}\n").unwrap().0;
         let named = body.contains(&format!("\"{}\"", attack.name));
@@ -96,7 +96,7 @@ fn every_hostile_test_is_in_the_table() {
         let entries = std::fs::read_dir(repository().join(directory)).unwrap();
         files.extend(entries.map(|entry| entry.unwrap().path()));
     }
-    // This file's tests are none of guests.
+    // The tests in this file are not about guests.
     files.retain(|file| !file.ends_with("registry.rs"));
     for file in files {
         for test in tests_of(&std::fs::read_to_string(&file).unwrap()) {
@@ -138,14 +138,14 @@ fn every_fault_of_others_has_the_test_that_is_named() {
         assert!(tests_of(&source).contains(test), "{file}: no test {test}");
         count += 1;
     }
-    // One for each row between the heads of the tables.
+    // Every row counts except the head rows of the tables.
     let listed = table.lines().filter(|line| line.starts_with("| ")).count();
     let heads = table.matches("| report |").count();
     assert_eq!(count, listed - heads);
     assert!(count > 60, "{count}");
 }
 
-/// `SECURITY.md` promises bounds, and names what holds each.
+/// `SECURITY.md` promises bounds and names the test or file that enforces each.
 #[test]
 fn every_bound_that_is_promised_is_held_by_a_test_that_is_there() {
     let text = std::fs::read_to_string(repository().join("SECURITY.md")).unwrap();
@@ -171,7 +171,7 @@ fn every_bound_that_is_promised_is_held_by_a_test_that_is_there() {
     assert!(rows.len() > 20, "{}", rows.len());
 }
 
-/// The names of the tests of all files in and under a directory.
+/// Adds the names of the tests of all files in and below a directory.
 fn tests_below(dir: &Path, tests: &mut BTreeSet<String>) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();

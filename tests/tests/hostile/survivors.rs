@@ -1,4 +1,4 @@
-//! What the host process holds after it ran hostile guests.
+//! The host process's footprint after it ran hostile guests.
 
 use std::time::Duration;
 
@@ -8,7 +8,8 @@ use hearth_vmm::virtio::mmio::register;
 
 use crate::driver::*;
 
-/// One of each kind: faults of devices, of the processor, floods, and guests that never end.
+/// One guest of each kind: faults of devices, faults of the processor, floods, and guests that
+/// never end.
 fn hostile() -> Vec<Code> {
     let page = (u64::from(BUFFER), 4);
     let [desc, driver, _] = rings(0).map(u64::from);
@@ -36,15 +37,15 @@ fn hostile() -> Vec<Code> {
     ]
 }
 
-/// Runs them all at once.
+/// Runs all of them at once.
 async fn round() {
     let vms: Vec<_> = hostile().into_iter().map(Code::boot).collect();
     for vm in &vms {
-        // Ended by itself, or seen to run for a while.
+        // Waits until the guest ends by itself, or lets it run for a while.
         let _ = tokio::time::timeout(Duration::from_millis(200), vm.exited()).await;
     }
     for (index, vm) in vms.into_iter().enumerate() {
-        // Every other one is dropped.
+        // Every other one is only dropped.
         if index % 2 == 0 {
             vm.destroy();
         }
@@ -56,11 +57,11 @@ async fn hostile_guests_leave_nothing_behind() {
     if !kvm() || !alone() {
         return;
     }
-    // What the library starts once per process, and the allocator for as many threads, is not
-    // theirs.
+    // The first round creates what belongs to the process: the library's process-wide threads and
+    // the allocator's arenas for as many threads.
     round().await;
     let limit = patience(Duration::from_secs(2));
-    // The dropped ones are taken apart by a thread of its own.
+    // A teardown thread tears the dropped VMs down.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let before = Footprint::now();
     for _ in 0..3 {

@@ -4,9 +4,9 @@
     clippy::panic,
     reason = "a test fails by panicking"
 )]
-//! Linux's own tests of stream sockets over vsock, between a guest and this host. The suite is in
-//! the package that the guests' kernel is built from; `programs/vsock_suite.c` is what its two
-//! programs are linked with.
+//! Linux's own tests of stream sockets over vsock, between a guest and this host. The suite comes
+//! from the source package that the guests' kernel is built from; `programs/vsock_suite.c` is
+//! linked into both of its programs.
 
 mod relay;
 
@@ -23,9 +23,9 @@ use hearth_tests::{Guest, kvm, not_measured, patience, within};
 use hearth_vmm::virtio::vsock::unix::UnixBridge;
 
 const SHIM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/programs/vsock_suite.c");
-/// Where the suite is in the kernel's source.
+/// Path of the suite in the kernel's source.
 const SUITE: &str = "tools/testing/vsock";
-/// `vsock_test`'s, by the suite's Makefile.
+/// The sources of `vsock_test`, as in the suite's Makefile.
 const SOURCES: [&str; 6] = [
     "vsock_test.c",
     "vsock_test_zerocopy.c",
@@ -36,37 +36,35 @@ const SOURCES: [&str; 6] = [
 ];
 const BOTH_WRAP: &[&str] = &["getaddrinfo", "freeaddrinfo", "alarm", "connect"];
 const HOST_WRAPS: &[&str] = &["socket", "bind", "accept", "send", "recv", "epoll_wait"];
-/// How the names of the tests of streams begin.
+/// Prefix of the names of stream tests.
 const STREAM: &str = "SOCK_STREAM ";
-/// How many of them there are.
+/// Number of stream tests.
 const STREAMS: usize = 17;
-/// The client's end of these is about its own socket, which is no vsock socket but a Unix socket
-/// where the host has it: that one knows no SO_RCVLOWAT in poll(), and neither SO_ZEROCOPY nor
-/// MSG_ERRQUEUE.
+/// Tests whose client examines its own socket. On the host that is a Unix socket instead of a vsock
+/// socket, which has no SO_RCVLOWAT in poll(), and neither SO_ZEROCOPY nor MSG_ERRQUEUE.
 const CLIENTS_OWN: &[&str] = &[
     "SOCK_STREAM poll() + SO_RCVLOWAT",
     "SOCK_STREAM MSG_ZEROCOPY",
     "SOCK_STREAM MSG_ZEROCOPY empty MSG_ERRQUEUE",
 ];
-/// The server's end of these is, in the same way: it sets the size of its vsock socket's buffer,
-/// and SO_RCVLOWAT.
+/// Tests whose server does the same: it sets the buffer size of its vsock socket, and SO_RCVLOWAT.
 const SERVERS_OWN: &[&str] = &[
     "SOCK_STREAM virtio credit update + SO_RCVLOWAT",
     "SOCK_STREAM virtio credit update + low rx_bytes",
 ];
-/// Seconds on hardware that a run may take.
+/// Longest time of a run, in seconds on hardware.
 const LIMIT: u64 = 60;
 
-/// The suite, built for each end.
+/// The suite, built for the host and for the guest.
 #[derive(Debug)]
 struct Suite {
     host: PathBuf,
     guest: PathBuf,
-    /// The names of its tests; a test's number is its place.
+    /// The names of its tests; the index is the test's number.
     tests: Vec<String>,
 }
 
-/// The suite; where it cannot be had it says so, and there is none.
+/// Returns the suite. Where it cannot be built, reports the test as skipped and returns `None`.
 #[track_caller]
 fn suite() -> Option<&'static Suite> {
     static SUITE: OnceLock<Result<Suite, String>> = OnceLock::new();
@@ -82,7 +80,7 @@ fn suite() -> Option<&'static Suite> {
     }
 }
 
-/// Builds the suite, or says what is missing for it.
+/// Builds the suite. The error says what is missing for it.
 fn build() -> Result<Suite, String> {
     for tool in ["gcc", "dpkg-deb", "tar", "xz", "timeout"] {
         let found = Command::new(tool).arg("--version").output();
@@ -120,7 +118,7 @@ fn build() -> Result<Suite, String> {
     Ok(Suite { host, guest, tests })
 }
 
-/// The kernel's source package that the image build left, under a name that is its hash.
+/// Returns the kernel's source package from the image cache, where its file name is a hash.
 fn package() -> Option<PathBuf> {
     let cache = Images::open(None).ok()?.cache_dir().join("source");
     files(&cache, "", ".deb").into_iter().find(|file| {
@@ -133,7 +131,7 @@ fn package() -> Option<PathBuf> {
     })
 }
 
-/// The files of a directory whose names begin and end so, by name.
+/// Returns the files of a directory whose names begin and end like this, sorted by name.
 fn files(dir: &Path, begin: &str, end: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let mut files: Vec<PathBuf> = entries
@@ -152,7 +150,7 @@ fn compile(sources: &Path, to: &Path, defines: &[&str], wraps: &[&str]) {
     let factor = patience(Duration::from_secs(1)).as_secs();
     let gcc = Command::new("gcc")
         .current_dir(sources)
-        // As the suite's Makefile has it, and static: a guest has no libraries.
+        // The flags of the suite's Makefile, and static: a guest has no libraries.
         .args([
             "-O2",
             "-fno-strict-overflow",
@@ -180,9 +178,9 @@ fn succeeded(output: Output, what: &str) {
     assert!(output.status.success(), "{what}: {output:?}");
 }
 
-/// The names of the suite's tests, by number.
+/// Returns the names of the suite's tests, in the order of their numbers.
 fn list(program: &Path) -> Vec<String> {
-    // `--list` ends with a failure.
+    // `--list` exits with a failure code.
     let output = Command::new(program).arg("--list").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let lines = text
@@ -195,14 +193,14 @@ fn list(program: &Path) -> Vec<String> {
     tests
 }
 
-/// Which end the guest has.
+/// The role of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guests {
     Server,
     Client,
 }
 
-/// Runs the suite between a guest and the Unix sockets at `path` of this host, but for the tests in
+/// Runs the suite between a guest and the Unix sockets at `path` on this host, without the tests in
 /// `skipped`.
 async fn run(suite: &Suite, guest: &Guest, path: &Path, role: Guests, skipped: &[&str]) {
     let (host_mode, guest_mode) = match role {
@@ -316,7 +314,7 @@ async fn the_kernels_tests_pass_over_streams_with_the_guest_as_server() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: builds the kernel's tests of vsock, and waits as they do"]
 async fn the_kernels_tests_pass_over_streams_with_the_guest_as_client() {
-    // A stream of the host's cannot take no more and still be open.
+    // A stream of the host cannot stop receiving and still be open.
     let skipped = [SERVERS_OWN, &["SOCK_STREAM SHUT_RD"]].concat();
     over_the_streams(Guests::Client, &skipped).await;
 }

@@ -1,4 +1,4 @@
-//! Carries the host's Unix sockets over streams, as a host program would.
+//! Relays the host's Unix sockets over vsock streams, as a host program would.
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -9,8 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
-/// Speaks as the bridge does at `path`, with what a host program has: streams that it reads,
-/// writes, shuts and drops.
+/// Speaks the bridge's protocol at `path`, with the means of a host program: streams that it reads,
+/// writes, shuts down and drops.
 pub(super) async fn serve(host: VsockHost, path: PathBuf) {
     let from_host = UnixListener::bind(&path).unwrap();
     let mut from_guest = host.listen_any().unwrap();
@@ -22,7 +22,7 @@ pub(super) async fn serve(host: VsockHost, path: PathBuf) {
             incoming = from_guest.next() => {
                 let Ok(incoming) = incoming else { return };
                 let port = incoming.host_port();
-                // Without a server it is dropped, and so refused.
+                // Without a server the connection is dropped, and so refused.
                 let server = UnixStream::connect(format!("{}_{port}", path.display()));
                 if let Ok(server) = server.await {
                     tokio::spawn(relay(server, incoming.accept()));
@@ -32,9 +32,9 @@ pub(super) async fn serve(host: VsockHost, path: PathBuf) {
     }
 }
 
-/// Connects a client where it asks to; one that is refused is hung up on.
+/// Connects a client to the port that it names; if that is refused, closes the client's socket.
 async fn to_guest(client: UnixStream, host: VsockHost) {
-    // The client says nothing more before it is answered.
+    // The client sends nothing more before it gets an answer.
     let mut client = BufReader::new(client);
     let mut line = String::new();
     client.read_line(&mut line).await.unwrap();
@@ -47,8 +47,8 @@ async fn to_guest(client: UnixStream, host: VsockHost) {
     relay(client, stream).await;
 }
 
-/// Moves bytes both ways. The end of one direction is told by a shutdown, that of the whole socket
-/// by a drop.
+/// Moves bytes both ways. The end of one direction becomes a shutdown, that of the whole socket a
+/// drop.
 async fn relay(mut socket: UnixStream, stream: VsockStream) {
     let end = socket.as_fd().try_clone_to_owned().unwrap();
     let (mut from_socket, mut to_socket) = socket.split();
@@ -56,7 +56,7 @@ async fn relay(mut socket: UnixStream, stream: VsockStream) {
     let outward = async {
         tokio::select! {
             _ = tokio::io::copy(&mut from_socket, &mut to_guest) => {}
-            // What is on its way from the guest still arrives.
+            // Bytes already on their way from the guest still arrive.
             () = broken(&stream) => {
                 let _ = rustix::net::shutdown(&end, rustix::net::Shutdown::Read);
                 return Ok(());
@@ -77,7 +77,7 @@ async fn relay(mut socket: UnixStream, stream: VsockStream) {
     let _ = tokio::try_join!(outward, inward);
 }
 
-/// Resolves once the guest takes no more: a write of nothing says so.
+/// Resolves when the guest no longer accepts bytes; an empty write shows it.
 async fn broken(stream: &VsockStream) {
     let mut stream = stream;
     while stream.write(&[]).await.is_ok() {

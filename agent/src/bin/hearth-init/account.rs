@@ -1,4 +1,4 @@
-//! Who somebody is in the guest, by `/etc/passwd` and `/etc/group`.
+//! The guest's users, by `/etc/passwd` and `/etc/group`.
 
 use alloc::{borrow::ToOwned, vec, vec::Vec};
 
@@ -8,35 +8,35 @@ use rustix::{
     io::{Errno, read},
 };
 
-/// The user whom an image is made for.
+/// The name of an image's default user.
 const USUAL: &[u8] = b"user";
-/// What is read of either file.
+/// Bytes that are read of either file.
 const MOST_BYTES: usize = 256 * 1024;
-/// Groups that somebody is in at most.
+/// Most supplementary groups of a user.
 const MOST_GROUPS: usize = 64;
-/// Where the homes are that are made for their users.
+/// The directory below which missing homes are created.
 const HOMES: &[u8] = b"/home/";
 
-/// Somebody.
+/// A user's credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Person {
     pub(crate) ids: User,
-    /// What only a name leads to.
+    /// The entry in `/etc/passwd`, if the user was given by name.
     pub(crate) entry: Option<Entry>,
 }
 
-/// What else there is about somebody.
+/// A user's name and home directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) name: Vec<u8>,
     pub(crate) home: Vec<u8>,
 }
 
-/// Nobody has that name.
+/// No user has that name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unknown;
 
-/// Who that is; none: the agent's own user.
+/// Returns the user of an account; `None`: the agent's own user.
 pub(crate) fn person(account: Option<&Account>) -> Result<Option<Person>, Unknown> {
     let (name, needed) = match account {
         None => return Ok(None),
@@ -55,13 +55,13 @@ pub(crate) fn person(account: Option<&Account>) -> Result<Option<Person>, Unknow
     }
 }
 
-/// Whom something is to belong to; none: whom it belongs to anyway.
+/// Returns the owner for an account; `None`: the owner is left as it is.
 pub(crate) fn owner(account: Option<&Account>) -> Result<Option<(Uid, Gid)>, Unknown> {
     let person = person(account)?;
     Ok(person.map(|person| (Uid::from_raw(person.ids.uid), Gid::from_raw(person.ids.gid))))
 }
 
-/// Finds a name. Root is there in any case.
+/// Looks up a name. Root exists in any case.
 fn look_up(name: &[u8], passwd: &[u8], group: impl FnOnce() -> Vec<u8>) -> Option<Person> {
     let mut lines = passwd.split(|&byte| byte == b'\n');
     let found = lines.find_map(|line| {
@@ -100,7 +100,7 @@ fn groups_of(name: &[u8], group: &[u8]) -> Vec<u32> {
         .collect()
 }
 
-/// The first fields of a line; none if it has fewer.
+/// Returns the first fields of a line; `None` if it has fewer.
 fn fields<const N: usize>(line: &[u8]) -> Option<[&[u8]; N]> {
     let mut all = line.split(|&byte| byte == b':');
     let mut fields = [&b""[..]; N];
@@ -114,7 +114,7 @@ fn number(field: &[u8]) -> Option<u32> {
     core::str::from_utf8(field).ok()?.parse().ok()
 }
 
-/// A file's beginning; nothing of one that cannot be read.
+/// Returns the beginning of a file; empty if it cannot be read.
 fn content(path: &core::ffi::CStr) -> Vec<u8> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let Ok(file) = open(path, flags, Mode::empty()) else {
@@ -130,8 +130,9 @@ fn content(path: &core::ffi::CStr) -> Vec<u8> {
 }
 
 impl Entry {
-    /// Sees to it that the home is there and the person's own: in an image all files are root's.
-    /// What other homes system users have (`/usr/sbin`, say) is not theirs to have.
+    /// Creates the home directory if it is missing, and gives it to the user if it is root's, as
+    /// all files of an image are. Only homes right below `/home` are touched: those of system users
+    /// (`/usr/sbin`, say) must not become theirs.
     pub(crate) fn settle_home(&self, ids: &User) -> Result<(), Errno> {
         let name = self.home.strip_prefix(HOMES).unwrap_or_default();
         if ids.uid == 0 || matches!(name, b"" | b"." | b"..") || name.contains(&b'/') {
@@ -182,7 +183,7 @@ mod tests {
         for name in ["", "bad", "huge", "x", "use", "user:x"] {
             assert_eq!(find(name), None, "{name}");
         }
-        // Without any files there is root.
+        // Without any files, root exists.
         let root = look_up(b"root", b"", Vec::new).unwrap();
         assert_eq!((root.ids.uid, root.ids.gid), (0, 0));
         assert_eq!(look_up(b"user", b"", Vec::new), None);

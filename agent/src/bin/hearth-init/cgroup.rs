@@ -1,9 +1,9 @@
-//! One cgroup per program, so that killing reaches all that it started, whatever session that moved
-//! to.
+//! One cgroup per program, so that killing it reaches all processes that it started, whatever
+//! session they moved to.
 //!
-//! Making a cgroup costs the kernel some forty files. So the first is made ahead of need, and an
-//! empty one is used again unless it had limits or was killed: there are kernels (6.18 is one) that
-//! kill whatever is born into a cgroup that was ever killed, because they compare its count of
+//! Creating a cgroup costs the kernel some forty files. So the first is created in advance, and an
+//! empty one is reused unless it had limits or was killed: there are kernels (6.18 is one) that
+//! kill every process born into a cgroup that was ever killed, because they compare its count of
 //! kills with that of the parent's cgroup.
 
 use alloc::{
@@ -20,26 +20,28 @@ use rustix::{
     io::{Errno, read, write},
 };
 
-/// Cgroups that exist at most; beyond that processes that programs left behind fill them all.
+/// Most cgroups that exist at once. Beyond that, all are populated by processes that programs left
+/// behind.
 const MOST: usize = 512;
 
-/// All cgroups of ours.
+/// All cgroups that the agent created.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
     root: Option<OwnedFd>,
-    /// Empty: no cgroups.
+    /// The path of the parent cgroup; empty: no cgroups.
     path: Vec<u8>,
-    /// Programs have ended in these; processes that they left may live on in them.
+    /// Cgroups that no program uses now; processes that programs left behind may still run in
+    /// them.
     used: Vec<Cgroup>,
-    /// Numbers given out, which are never given out again.
+    /// The next number; none is given out twice.
     made: u32,
-    /// Numbers of those that exist.
+    /// Numbers of existing cgroups.
     alive: Vec<u32>,
-    /// Numbers of those that were told to stand still.
+    /// Numbers of cgroups that were ordered to freeze.
     frozen: Vec<u32>,
     controllers: bool,
-    /// Processes that one program may have if it was given no number of its own; none: the kernel
-    /// cannot count them.
+    /// The `pids.max` of a program without a limit of its own; `None` if the kernel cannot count
+    /// processes.
     share: Option<u32>,
 }
 
@@ -48,17 +50,17 @@ pub(crate) struct Cgroups {
 pub(crate) struct Cgroup {
     dir: OwnedFd,
     number: u32,
-    /// Never to be used again.
+    /// Never to be reused.
     spent: bool,
 }
 
 impl Cgroups {
-    /// At the place where the agent mounts the file system.
+    /// Uses the place where the agent mounts the cgroup file system.
     pub(crate) fn at_usual_place() -> Self {
         Self::at(crate::mounts::CGROUP_ROOT.as_bytes())
     }
 
-    /// Below an existing cgroup.
+    /// Creates cgroups below an existing one.
     pub(crate) fn at(path: &[u8]) -> Self {
         Self {
             root: None,
@@ -72,19 +74,19 @@ impl Cgroups {
         }
     }
 
-    /// None: programs are killed by process group and descent.
+    /// Uses no cgroups: programs are killed by process group, session and descent.
     pub(crate) fn none() -> Self {
         Self::at(b"")
     }
 
-    /// Opens the root, and makes the first cgroup ahead of need. Without cgroups in the kernel
-    /// there are none.
+    /// Opens the root and creates the first cgroup in advance. Without cgroups in the kernel there
+    /// are none.
     pub(crate) fn prepare(&mut self) {
         if self.path.is_empty() || self.root.is_some() {
             return;
         }
         self.root = open(self.path.as_slice(), DIRECTORY, Mode::empty()).ok();
-        // On anything else than cgroup2 that file is missing.
+        // Only cgroup2 has this file.
         let usable = self
             .root
             .as_ref()
@@ -103,11 +105,11 @@ impl Cgroups {
         }
     }
 
-    /// A cgroup with these limits for one program; none if the kernel has none and no limit needs
-    /// one.
+    /// Returns a cgroup with these limits for one program; `None` if the kernel has no cgroups and
+    /// no limit needs one.
     ///
     /// # Errors
-    /// [`SpawnFailure::Limit`] if a limit cannot be set.
+    /// [`SpawnFailure::Limit`] if a limit cannot be set; another if no cgroup can be created.
     pub(crate) fn acquire(&mut self, limits: &Limits) -> Result<Option<Cgroup>, SpawnFailure> {
         let empty = self.used.iter().position(|group| !group.is_populated());
         let group = match empty.map(|index| self.used.swap_remove(index)) {
@@ -153,22 +155,23 @@ impl Cgroups {
                 });
             }
         }
-        // Without this one a program whose memory is limited would swap instead; there is no swap,
-        // so it may be missing.
+        // A program with a memory limit would swap instead. There is no swap, so the file may be
+        // missing.
         let _ = group.put("memory.swap.max", "0");
         Ok(Some(group))
     }
 
-    /// Takes back the cgroup of a program that has ended.
+    /// Takes back the cgroup of a program.
     pub(crate) fn release(&mut self, group: Option<Cgroup>) {
         self.used.extend(group);
     }
 
-    /// Has all processes in them stand still, and says whether they do: what is in the kernel takes
-    /// until it leaves it. Empty ones stay as they are, for the programs to come.
+    /// Freezes all processes in the cgroups. Returns whether all are frozen: a process in the
+    /// kernel freezes only when it leaves it. Empty cgroups are left alone, for programs to come.
     ///
     /// # Errors
-    /// EOPNOTSUPP without cgroups; otherwise why one was not told.
+    /// EOPNOTSUPP without cgroups; otherwise the error of the first cgroup that could not be
+    /// frozen.
     pub(crate) fn freeze(&mut self) -> Result<bool, Errno> {
         let root = self.root.as_ref().ok_or(Errno::OPNOTSUPP)?;
         let mut still = true;
@@ -185,15 +188,16 @@ impl Cgroups {
         Ok(still)
     }
 
-    /// Whether any were told to stand still.
+    /// Whether any cgroup was ordered to freeze.
     pub(crate) fn are_frozen(&self) -> bool {
         !self.frozen.is_empty()
     }
 
-    /// Lets all of them go on.
+    /// Thaws all frozen cgroups.
     ///
     /// # Errors
-    /// Why the first that refused did; it counts as frozen.
+    /// The error of the first cgroup that could not be thawed; it and those not yet tried stay
+    /// frozen.
     pub(crate) fn thaw(&mut self) -> Result<(), Errno> {
         let Some(root) = &self.root else {
             return Ok(());
@@ -260,8 +264,8 @@ impl Cgroups {
             && let Some(root) = &self.root
         {
             self.controllers = true;
-            // One by one: a kernel may have only one of them. What is missing shows when the limit
-            // is set.
+            // One by one: a kernel may have only one of them. A missing controller shows when the
+            // limit is set.
             for controller in ["+memory", "+pids"] {
                 let _ = put(root.as_fd(), CONTROL, controller);
             }
@@ -270,12 +274,12 @@ impl Cgroups {
 }
 
 impl Cgroup {
-    /// The directory, for a child to be born in.
+    /// Returns the directory, for CLONE_INTO_CGROUP.
     pub(crate) fn dir(&self) -> BorrowedFd<'_> {
         self.dir.as_fd()
     }
 
-    /// Kills all processes in it; false if the kernel cannot.
+    /// Kills all processes in the cgroup; returns false if the kernel cannot.
     pub(crate) fn kill(&mut self) -> bool {
         self.spent = true;
         self.put("cgroup.kill", "1").is_ok()
@@ -296,7 +300,7 @@ const FREEZE: &str = "cgroup.freeze";
 const CONTROL: &str = "cgroup.subtree_control";
 const PROCESSES: &str = "pids.max";
 
-/// Half of all that the kernel would make: who takes all of that leaves others as many.
+/// Returns half of the kernel's maximum: a program that uses all of it leaves others as many.
 fn share_of_processes() -> Option<u32> {
     let file = open("/proc/sys/kernel/threads-max", READ, Mode::empty()).ok()?;
     let mut text = [0; 16];
@@ -310,14 +314,15 @@ fn name(number: u32) -> String {
     format!("exec-{number}")
 }
 
-/// What the kernel says of a cgroup (`cgroup.events`).
+/// The state of a cgroup (`cgroup.events`).
 #[derive(Clone, Copy, Debug)]
 struct Events {
     populated: bool,
     frozen: bool,
 }
 
-/// Unreadable counts as in use and on the move: it is then never used again.
+/// Reads `cgroup.events`. An unreadable one counts as populated and not frozen; the cgroup is then
+/// never reused.
 fn events(dir: BorrowedFd<'_>) -> Events {
     let mut text = [0; 128];
     let file = openat(dir, "cgroup.events", READ, Mode::empty());

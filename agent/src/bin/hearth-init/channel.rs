@@ -1,4 +1,4 @@
-//! A connection's socket, or serial line, with what is under way in both directions.
+//! A connection's socket or serial line, with its buffers in both directions.
 
 use alloc::vec::Vec;
 
@@ -9,11 +9,11 @@ use rustix::{
     net::{RecvFlags, SendFlags, recv, send, sockopt::socket_error},
 };
 
-/// Unsent output above which nothing more is made: the peer does not read.
+/// Bytes of unsent output from which no more is produced: the peer does not read.
 const HIGH_WATER: usize = 64 * 1024;
 
-/// A socket and its buffers. Bounded: input by the longest frame, output by [`HIGH_WATER`] and one
-/// frame.
+/// A socket and its buffers. They are bounded: input by the longest frame, output by [`HIGH_WATER`]
+/// and one frame.
 #[derive(Debug)]
 pub(crate) struct Channel {
     socket: OwnedFd,
@@ -21,14 +21,14 @@ pub(crate) struct Channel {
     pub(crate) output: Output,
 }
 
-/// What is to be sent.
+/// The bytes to be sent.
 #[derive(Debug, Default)]
 pub(crate) struct Output {
     bytes: Vec<u8>,
     sent: usize,
 }
 
-/// The connection is no more: its peer closed it (no number) or the system says why.
+/// The connection has ended: its peer closed it (`None`), or it failed with an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Lost(pub(crate) Option<Errno>);
 
@@ -45,16 +45,16 @@ impl Channel {
         self.socket.as_fd()
     }
 
-    /// How an attempt to connect ended, once the socket is writable.
+    /// Returns how the attempt to connect ended, once the socket is writable.
     pub(crate) fn connected(&self) -> Result<(), Lost> {
         match socket_error(&self.socket).and_then(|result| result) {
-            // A line is there from the beginning.
+            // A serial line needs no connecting.
             Ok(()) | Err(Errno::NOTSOCK) => Ok(()),
             Err(errno) => Err(Lost(Some(errno))),
         }
     }
 
-    /// Reads once; false if there was nothing.
+    /// Reads once; returns false if there was nothing to read or no room for it.
     pub(crate) fn read(&mut self) -> Result<bool, Lost> {
         let room = self.input.spare().map_err(|_| Lost(None))?;
         if room.is_empty() {
@@ -71,14 +71,14 @@ impl Channel {
         }
     }
 
-    /// Sends what can be sent.
+    /// Sends as much as the socket takes.
     pub(crate) fn flush(&mut self) -> Result<(), Lost> {
         let Output { bytes, sent } = &mut self.output;
         while let Some(rest) = bytes.get(*sent..).filter(|rest| !rest.is_empty()) {
             match transmit(&self.socket, rest) {
                 Ok(count) => *sent += count,
                 Err(Errno::INTR) => {}
-                // Nothing more now: the kernel has no room.
+                // The kernel has no room for more now.
                 Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) => return Ok(()),
                 Err(errno) => return Err(Lost(Some(errno))),
             }
@@ -107,7 +107,7 @@ fn transmit(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
 }
 
 impl Output {
-    /// Whether more may be made.
+    /// Whether more output may be produced.
     pub(crate) fn has_room(&self) -> bool {
         self.unsent() < HIGH_WATER
     }

@@ -1,10 +1,10 @@
-//! What the clocks show.
+//! The guest's clocks.
 
 use core::time::Duration;
 
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-/// A moment of CLOCK_MONOTONIC.
+/// A time of CLOCK_MONOTONIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Instant(Duration);
 
@@ -22,17 +22,17 @@ impl Instant {
     }
 }
 
-/// The wall clock: CLOCK_REALTIME, since 1970.
+/// Returns the wall clock: CLOCK_REALTIME, since 1970.
 pub(crate) fn since_epoch() -> Duration {
     duration(clock_gettime(ClockId::Realtime))
 }
 
-/// CLOCK_BOOTTIME in microseconds.
+/// Returns CLOCK_BOOTTIME in microseconds.
 pub(crate) fn uptime_us() -> u64 {
     u64::try_from(duration(clock_gettime(ClockId::Boottime)).as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Sleeps.
+/// Sleeps for `time`, also across interrupting signals.
 pub(crate) fn sleep(time: Duration) {
     let Ok(mut left) = Timespec::try_from(time) else {
         return;

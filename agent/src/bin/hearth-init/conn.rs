@@ -25,9 +25,9 @@ pub(crate) struct Conn {
     pub(crate) channel: Channel,
     phase: Phase,
     program: Option<Program>,
-    /// What is under way with files; never beside a program.
+    /// The file request in progress; never together with a program.
     task: Option<Task>,
-    /// Where the requests about files are.
+    /// The base directory of file requests.
     base: Base,
     dialled: bool,
     greeted: bool,
@@ -35,42 +35,42 @@ pub(crate) struct Conn {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// We dialled, and wait for the host to answer.
+    /// The agent is connecting and waits for the host to accept.
     Connecting,
-    /// The host has not said its hello.
+    /// The host has not sent its hello.
     Greeting,
     Ready,
     /// To be dropped.
     Over(Lost),
 }
 
-/// How a dialled connection ended.
+/// How a connection that the agent made has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hangup {
-    /// The host did not take the call.
+    /// The host did not accept the connection.
     NotTaken(Errno),
-    /// It broke under a host that had greeted, as it does when the guest becomes a clone.
+    /// The connection failed after the host had greeted, as it does when the guest becomes a clone.
     Broken,
-    /// The host hung up.
+    /// The host closed the connection.
     Wanted,
 }
 
-/// Why the connection cannot go on; a bad frame is one reason.
+/// The reason why the connection cannot go on, such as a malformed frame.
 #[derive(Clone, Copy, Debug)]
 struct Refused(Rejection);
 
-/// A pipe of the program's on which something happened.
+/// A pipe of the program on which an event occurred.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Pipe {
     Stdin,
     Output { which: Which, hung_up: bool },
 }
 
-/// What a connection asks of the loop.
+/// The actions that a connection requests of the event loop.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Asked {
     pub(crate) shutdown: Option<ShutdownKind>,
-    /// A pong was made.
+    /// A pong was queued.
     pub(crate) ponged: bool,
 }
 
@@ -87,7 +87,7 @@ impl From<Rejection> for Refused {
 }
 
 impl Conn {
-    /// A connection that the host made.
+    /// Creates a connection that the host opened.
     pub(crate) fn accepted(socket: OwnedFd, guest: &Guest) -> Self {
         let mut conn = Self {
             channel: Channel::new(socket),
@@ -102,7 +102,7 @@ impl Conn {
         conn
     }
 
-    /// A connection that is being made to the host.
+    /// Creates a connection that the agent is opening to the host.
     pub(crate) fn dialled(socket: OwnedFd) -> Self {
         Self {
             channel: Channel::new(socket),
@@ -119,7 +119,7 @@ impl Conn {
         self.phase == Phase::Connecting
     }
 
-    /// How the connection ended, if it has.
+    /// Returns how the connection ended, if it has.
     pub(crate) fn over(&self) -> Option<Lost> {
         if let Phase::Over(lost) = self.phase {
             Some(lost)
@@ -128,7 +128,7 @@ impl Conn {
         }
     }
 
-    /// How it ended, if it has and is one that we dialled.
+    /// Returns how it ended, if it has and the agent opened it.
     pub(crate) fn hangup(&self) -> Option<Hangup> {
         let lost = self.over().filter(|_| self.dialled)?;
         Some(match lost.0 {
@@ -138,7 +138,7 @@ impl Conn {
         })
     }
 
-    /// Whether requests are read: not while the host does not read the answers.
+    /// Whether requests are read. They are not while the host does not read the answers.
     pub(crate) fn wants_input(&self) -> bool {
         self.channel.output.has_room()
     }
@@ -154,7 +154,7 @@ impl Conn {
         self.lose(Lost(None));
     }
 
-    /// The attempt to connect has ended.
+    /// Handles the end of the attempt to connect.
     pub(crate) fn connected(&mut self, guest: &Guest) {
         match self.channel.connected() {
             Ok(()) => {
@@ -176,7 +176,7 @@ impl Conn {
         }
     }
 
-    /// Moves input, or output, of the program.
+    /// Moves input or output of the program.
     pub(crate) fn pump(&mut self, pipe: Pipe, scratch: &mut Vec<u8>) {
         let Self {
             channel: Channel { output, .. },
@@ -195,7 +195,7 @@ impl Conn {
         }
     }
 
-    /// The program runs now, or does not.
+    /// Reports that the program has started, or why it did not.
     pub(crate) fn started(&mut self, guest: &mut Guest) {
         let Some(running) = self.program.as_mut().and_then(Program::runs) else {
             return;
@@ -215,7 +215,7 @@ impl Conn {
         }
     }
 
-    /// Tells the program of a death, if it is its own.
+    /// Passes a death on to the program, if it is its main process; returns whether it is.
     pub(crate) fn reaped(
         &mut self,
         dead: &Reaped,
@@ -226,12 +226,11 @@ impl Conn {
         if !self.program.as_ref().is_some_and(|it| it.is_main(dead.pid)) {
             return false;
         }
-        // That it ran, or why it did not, was not noticed yet.
+        // The start, or its failure, may not have been reported yet.
         self.started(guest);
         if let Some(program) = &mut self.program {
             program.reaped(dead, now);
-            // The end of the output has mostly come by now; seeing it here saves a turn of the
-            // loop.
+            // The output has mostly ended by now; reading its end here saves a turn of the loop.
             for which in Which::ALL {
                 let hung_up = true;
                 self.pump(Pipe::Output { which, hung_up }, scratch);
@@ -240,7 +239,7 @@ impl Conn {
         true
     }
 
-    /// Does all that can be done now: requests that have come, what is due, what is to be sent.
+    /// Does all that can be done now: serves the received requests, handles what is due, and sends.
     pub(crate) fn settle(
         &mut self,
         guest: &mut Guest,
@@ -265,7 +264,8 @@ impl Conn {
                 self.lose(lost);
                 break;
             }
-            // A request that waited for room is announced by no event: it is here already.
+            // A request that waited for room in the output is in the buffer already: no event
+            // announces it.
             let waits = !matches!(self.channel.input.peek(), Ok(None));
             if !(waits && self.channel.output.has_room()) {
                 break;
@@ -278,14 +278,14 @@ impl Conn {
         asked
     }
 
-    /// Whether there is something to do without any event.
+    /// Whether there is work that needs no event.
     pub(crate) fn is_busy(&self) -> bool {
         self.phase == Phase::Ready
             && self.task.as_ref().is_some_and(Task::is_active)
             && self.channel.output.has_room()
     }
 
-    /// One step of what is under way with files: others have their turn, too.
+    /// Does one step of the file request in progress, so that other connections have their turn.
     fn step(&mut self, scratch: &mut Vec<u8>) {
         let Some(task) = &mut self.task else {
             return;
@@ -303,7 +303,7 @@ impl Conn {
         }
     }
 
-    /// Serves the requests that have come, as long as there is room for answers.
+    /// Serves the received requests as long as there is room for answers.
     fn serve(&mut self, guest: &mut Guest, asked: &mut Asked) -> Result<(), Refused> {
         let Self {
             channel: Channel { input, output, .. },
@@ -349,7 +349,7 @@ impl Conn {
         }
     }
 
-    /// Lets go of the program of a connection that is over.
+    /// Kills and releases the program of a connection that is over.
     fn retire(&mut self, guest: &mut Guest) {
         if self.over().is_some()
             && let Some(mut program) = self.program.take()

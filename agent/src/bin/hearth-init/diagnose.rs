@@ -1,5 +1,5 @@
-//! Why a program did not start, found out after the fact: the system's error alone does not say
-//! what is missing.
+//! Finds out why a program did not start, after the fact: the errno alone does not tell what is
+//! missing.
 
 use alloc::{string::String, vec::Vec};
 use core::ffi::CStr;
@@ -17,7 +17,7 @@ use crate::{
     spawn::{Refusal, Step},
 };
 
-/// Names the failure.
+/// Returns the failure that a refusal stands for.
 pub(crate) fn failure((plan, refusal): &(Plan, Refusal)) -> SpawnFailure {
     let errno = refusal.errno.raw_os_error();
     match (refusal.step, refusal.errno) {
@@ -55,8 +55,8 @@ pub(crate) fn failure((plan, refusal): &(Plan, Refusal)) -> SpawnFailure {
     }
 }
 
-/// No file, or a file whose interpreter is none: the kernel says ENOENT to both. Looked at with the
-/// rights that it was to be executed with.
+/// Tells a missing program from one whose interpreter is missing, as the kernel returns ENOENT for
+/// both. The file is opened with the rights that it was to be executed with.
 fn missing(plan: &Plan) -> SpawnFailure {
     let program = plan.program();
     let rights = Rights::of(plan.user.clone());
@@ -85,7 +85,7 @@ fn absolute(cwd: &CStr, path: &CStr) -> Vec<u8> {
     }
 }
 
-/// The interpreter that a script or a 64-bit ELF file names.
+/// Returns the interpreter that a script or a 64-bit ELF file names.
 fn interpreter(read: impl Fn(&mut [u8], u64) -> usize) -> Option<String> {
     const LONGEST: usize = 256;
     const PT_INTERP: [u8; 4] = 3_u32.to_le_bytes();

@@ -1,6 +1,6 @@
-//! What a C library and the standard library would do for a program, for the agent in a guest: the
-//! way in, the heap, the panic, and the few functions that compiled code calls by name. One thread
-//! only.
+//! What the C library and the standard library do for a program otherwise, for the agent in a
+//! guest: the entry point, the heap, the panic handler, and the few functions that compiled code
+//! calls by name. For a single thread only.
 
 use alloc::vec::Vec;
 use core::{
@@ -38,19 +38,20 @@ extern "C" fn enter(stack: *mut usize) -> ! {
     sys::exit(crate::start())
 }
 
-/// This program's arguments.
+/// Returns this program's arguments.
 pub(crate) fn args() -> Vec<Vec<u8>> {
     strings(1)
 }
 
-/// This program's environment, as `KEY=value`.
+/// Returns this program's environment, as `KEY=value`.
 pub(crate) fn environment() -> Vec<Vec<u8>> {
     // SAFETY: the kernel put the argument count there.
     let count = unsafe { *STACK.load(Ordering::Relaxed) };
     strings(count + 2)
 }
 
-/// The strings of a list that begins so many words above the stack's start and ends with a null.
+/// Returns the strings of a null-terminated list that begins `skip` words above the start of the
+/// stack.
 fn strings(skip: usize) -> Vec<Vec<u8>> {
     let list = STACK.load(Ordering::Relaxed).cast::<*const c_char>();
     (skip..)
@@ -65,7 +66,7 @@ fn strings(skip: usize) -> Vec<Vec<u8>> {
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
     let _ = writeln!(Stderr, "hearth-init: {info}");
-    // Of PID 1, the kernel makes a panic, which the monitor reports.
+    // When PID 1 exits, the kernel panics, which the monitor reports.
     sys::exit(101)
 }
 
@@ -159,7 +160,7 @@ unsafe impl dlmalloc::Allocator for Pages {
 // SAFETY: C's contract is the caller's.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
-    // SAFETY: as above; the direction flag is clear, as the ABI has it.
+    // SAFETY: as above; the direction flag is clear, as the ABI requires.
     unsafe {
         asm!("rep movsb", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _,
             options(nostack, preserves_flags));
@@ -211,7 +212,7 @@ unsafe extern "C" fn memcmp(one: *const u8, other: *const u8, count: usize) -> i
     i32::from(above) - i32::from(below)
 }
 
-/// Like memcmp, of which only zero or not matters.
+/// Like memcmp, but only whether the result is zero matters.
 // SAFETY: C's contract is the caller's.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn bcmp(one: *const u8, other: *const u8, count: usize) -> i32 {
@@ -232,11 +233,11 @@ unsafe extern "C" fn strlen(string: *const u8) -> usize {
     end.addr() - string.addr() - 1
 }
 
-/// The core library was compiled for unwinding and names these two; nothing unwinds here.
+/// Referenced by the core library, which was compiled for unwinding; nothing unwinds here.
 #[unsafe(no_mangle)]
 extern "C" fn rust_eh_personality() {}
 
-/// See above.
+/// Referenced like `rust_eh_personality`.
 #[unsafe(no_mangle)]
 extern "C" fn _Unwind_Resume() -> ! {
     sys::exit(101)

@@ -1,4 +1,4 @@
-//! What the agent knows of the guest, and does for all connections alike.
+//! The state of the guest that all connections share.
 
 use alloc::{boxed::Box, string::String, vec::Vec};
 use core::fmt::Write;
@@ -38,16 +38,16 @@ use crate::{
 pub(crate) struct Guest {
     instance: InstanceId,
     started_us: u64,
-    /// Whether this process is PID 1, and so may change the machine.
+    /// Whether this process is PID 1 and may therefore change the system.
     init: bool,
     prepared: bool,
-    /// Why the root file system that was asked for is not there.
+    /// The error of switching to the root file system that was asked for.
     no_root: Option<Errno>,
     hygiene: Hygiene,
     pub(crate) cgroups: Cgroups,
-    /// Programs that run.
+    /// The number of running programs.
     pub(crate) programs: u32,
-    /// Children that were killed before they had become programs, and are not dead yet.
+    /// Children that were killed before they executed their program and are not reaped yet.
     abandoned: Vec<Start>,
 }
 
@@ -90,7 +90,7 @@ impl Guest {
         }
     }
 
-    /// Sets up what programs need, once.
+    /// Sets up mounts, sysctls and cgroups for programs, once.
     pub(crate) fn prepare(&mut self) {
         if self.prepared {
             return;
@@ -104,7 +104,8 @@ impl Guest {
             let failed = mounts::prepare();
             mounts::bound();
             quiet::settle();
-            // The console costs an exit per byte: silent unless the boot words say `hearth_log=1`.
+            // The console costs an exit per byte: silent unless the kernel parameters set
+            // `hearth_log`.
             if environment
                 .iter()
                 .any(|word| word.starts_with(b"hearth_log="))
@@ -121,14 +122,14 @@ impl Guest {
         self.prepare();
         self.instance = refresh.instance.unwrap_or(self.instance);
         let mut done = self.hygiene.refresh(refresh, self.init);
-        // No program sees the template's identity.
+        // Programs are thawed only when every part was applied: none sees the template's identity.
         if self.cgroups.are_frozen() && done.all_applied() {
             done.programs = self.thaw();
         }
         done
     }
 
-    /// Has all programs stand still.
+    /// Freezes all programs.
     pub(crate) fn freeze(&mut self) -> Standstill {
         self.prepare();
         match self.cgroups.freeze() {
@@ -140,7 +141,7 @@ impl Guest {
         }
     }
 
-    /// Lets programs that stand still go on.
+    /// Thaws the frozen programs.
     pub(crate) fn thaw(&mut self) -> Applied {
         match self.cgroups.thaw() {
             Ok(()) => Applied::Done,
@@ -154,7 +155,7 @@ impl Guest {
     pub(crate) fn start(&mut self, exec: &Exec) -> Result<Program, SpawnFailure> {
         self.prepare();
         if let Some(errno) = self.no_root {
-            // Programs of another root are not what was asked for.
+            // The programs of another root are not those that were asked for.
             return Err(SpawnFailure::NoRoot {
                 errno: errno.raw_os_error(),
             });
@@ -187,16 +188,17 @@ impl Guest {
         }
     }
 
-    /// With whose rights files are worked on for an account.
+    /// Returns the rights with which files are accessed for an account.
     pub(crate) fn rights(&self, account: Option<&Account>) -> Result<Rights, FileFailure> {
         let person = self.person(account)?;
-        // Root's rights are the agent's.
+        // Root's rights are the agent's own.
         let person = person.filter(|person| (person.ids.uid, person.ids.gid) != (0, 0));
         let ids = person.map(|person| plan::ids(&person.ids)).transpose();
         Ok(Rights::of(ids.map_err(|_| FileFailure::NoUser)?))
     }
 
-    /// Who an account is, whose home is there then; none: our own user.
+    /// Looks up an account and creates its home directory if need be. `None` is the agent's own
+    /// user.
     fn person(&self, account: Option<&Account>) -> Result<Option<Person>, Unknown> {
         let person = account::person(account)?;
         if let Some(Person {
@@ -205,13 +207,13 @@ impl Guest {
         }) = &person
             && self.init
         {
-            // What is missing then shows when the program needs it.
+            // A missing home shows when the program needs it.
             let _ = entry.settle_home(ids);
         }
         Ok(person)
     }
 
-    /// Takes note of a program's end, or of the end of all interest in it.
+    /// Releases a program that has ended or that no connection waits for any longer.
     pub(crate) fn ended(&mut self, program: Program) {
         self.programs = self.programs.saturating_sub(1);
         let (start, cgroup) = program.into_parts();
@@ -219,7 +221,7 @@ impl Guest {
         self.cgroups.release(cgroup);
     }
 
-    /// Takes note of the death of a child that no connection asks for.
+    /// Handles the death of a child that belongs to no connection.
     pub(crate) fn reaped(&mut self, pid: i32) {
         let dead = |start: &mut Start| start.pid().as_raw_pid() == pid;
         for mut start in self.abandoned.extract_if(.., dead) {
@@ -229,7 +231,7 @@ impl Guest {
     }
 }
 
-/// Makes the child that is to become the program, and the pipes between it and us.
+/// Starts the child that becomes the program, with the pipes between it and the agent.
 fn launch(exec: &Exec, plan: Plan, cgroup: Option<&Cgroup>) -> Result<(Start, Pipes), NotStarted> {
     let launched = match exec.terminal {
         Some(size) => on_terminal(exec, size, &plan),
@@ -253,9 +255,9 @@ fn launch(exec: &Exec, plan: Plan, cgroup: Option<&Cgroup>) -> Result<(Start, Pi
 /// The program's ends of its pipes, or of its terminal.
 struct Theirs {
     stdin: OwnedFd,
-    /// None: as stdin.
+    /// `None`: the same as stdin.
     stdout: Option<OwnedFd>,
-    /// None: as stdout.
+    /// `None`: the same as stdout.
     stderr: Option<OwnedFd>,
     results: Option<OwnedFd>,
 }
@@ -303,8 +305,8 @@ fn on_pipes(exec: &Exec, plan: &Plan) -> Result<(Theirs, Pipes), Refusal> {
         results,
     };
     if let Some((uid, gid, _)) = plan.user.as_ref().filter(|(uid, ..)| !uid.is_root()) {
-        // So that the user can open them by name, as /dev/stderr. What that fails of, the program
-        // sees when it tries.
+        // The user may then open them by name, as /dev/stderr. If this fails, the program gets the
+        // error when it opens them.
         let [stdin, outputs @ ..] = theirs.stdio();
         let stdin = (exec.stdin == Input::Pipe).then_some(stdin);
         let results = theirs.results.as_ref().map(AsFd::as_fd);
@@ -353,7 +355,8 @@ fn refused_at(step: Step) -> impl Fn(Errno) -> Refusal + Copy {
     move |errno| Refusal { step, errno }
 }
 
-/// Only our end must never block: the program's end is its own open file.
+/// Makes the agent's end non-blocking. The program's end is a separate open file and stays as it
+/// is.
 fn our_end_first((ours, theirs): (OwnedFd, OwnedFd)) -> Result<(OwnedFd, OwnedFd), Errno> {
     fcntl_setfl(&ours, OFlags::NONBLOCK)?;
     Ok((ours, theirs))
@@ -364,7 +367,7 @@ fn our_end_last((theirs, ours): (OwnedFd, OwnedFd)) -> Result<(OwnedFd, OwnedFd)
     Ok((theirs, ours))
 }
 
-/// An empty input. Without a /dev/null, a pipe that nobody writes to serves.
+/// Opens an empty input. Without a /dev/null, it is a pipe that has no writer.
 fn null() -> Result<OwnedFd, Errno> {
     open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .or_else(|_| pipe_with(PipeFlags::CLOEXEC).map(|(reader, _)| reader))

@@ -1,6 +1,6 @@
-//! The agent on the standard library, for tests: arguments, environment and the way in. The
-//! standard library's own set-up is left out as in a guest: it would hand ignored signals down to
-//! programs.
+//! The agent's runtime on the standard library, for tests: arguments, environment and `main`. As in
+//! a guest, the standard library's own set-up is left out: programs would inherit the signals that
+//! it ignores.
 
 use alloc::vec::Vec;
 use std::os::unix::ffi::OsStringExt;
@@ -13,12 +13,12 @@ extern "C" fn main() -> i32 {
     crate::start().into()
 }
 
-/// This program's arguments.
+/// Returns this program's arguments.
 pub(crate) fn args() -> Vec<Vec<u8>> {
     std::env::args_os().map(OsStringExt::into_vec).collect()
 }
 
-/// This program's environment, as `KEY=value`.
+/// Returns this program's environment, as `KEY=value`.
 pub(crate) fn environment() -> Vec<Vec<u8>> {
     let joined = |(key, value): (std::ffi::OsString, std::ffi::OsString)| {
         [key.into_vec(), value.into_vec()].join(&b'=')

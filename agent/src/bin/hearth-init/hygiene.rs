@@ -1,4 +1,4 @@
-//! What makes a clone a stranger to its siblings: random state, time, names.
+//! Makes a clone unique after restore: random state, time and names.
 
 use alloc::{format, string::String};
 use core::time::Duration;
@@ -17,25 +17,27 @@ use rustix::{
 use crate::{kept::Kept, sys};
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-/// Covers the kernel's boot id where that cannot be written.
+/// Bind-mounted over the kernel's boot id, where that cannot be written.
 const BOOT_ID_COVER: &str = "/run/boot_id";
-/// Steps the wall clock to the hypervisor's, in kernels of ours.
+/// Steps the wall clock to the hypervisor's; a file of Hearth's kernels.
 const STEP_CLOCK: &str = "/proc/sys/kernel/step_wall_clock";
-/// A message that is older is not late: its sender wants another time than the hypervisor's.
+/// A message whose time is off by more is not just late: its sender wants another time than the
+/// hypervisor's.
 const FROM_THE_HOST: Duration = Duration::from_secs(60);
-/// Two readings of one host's clock may differ by that much.
+/// Two readings of one host's clock may differ by this much.
 const SLACK_NS: i128 = 20_000_000;
-/// How long the host's message may have taken.
+/// The time that the delivery of the host's message may have taken.
 const A_DELIVERY: Duration = Duration::from_secs(2);
-/// Adds fresh bytes to the generator's key, in kernels of ours, and takes a new boot id with them.
+/// Adds fresh bytes to the random generator's key, and sets a new boot id with them; a file of
+/// Hearth's kernels.
 const REKEY: &str = "/proc/sys/kernel/random/rekey";
-/// Bytes that it takes for the generator.
+/// Bytes of a rekey that are for the generator; a boot id may follow.
 const REKEY_BYTES: usize = 64;
 /// Bytes of a boot id.
 const UUID_BYTES: usize = 16;
 const MACHINE_ID: &str = "/etc/machine-id";
 
-/// What is changed in a clone, with its files.
+/// The cached files that are rewritten in a clone.
 #[derive(Debug)]
 pub(crate) struct Hygiene {
     rekey: Kept,
@@ -45,8 +47,8 @@ pub(crate) struct Hygiene {
     boot_id_cover: Kept,
 }
 
-/// Random bytes for a name. Never waits for entropy: a guest that has none yet must come up all the
-/// same, and its host gives it another name before it matters.
+/// Draws random bytes for an id. Never waits for entropy: a guest that has none yet must boot all
+/// the same, and its host gives it another id before it matters.
 fn draw() -> [u8; 16] {
     let mut bytes = [0; 16];
     if getrandom(&mut bytes, GetRandomFlags::INSECURE).is_err() {
@@ -55,7 +57,7 @@ fn draw() -> [u8; 16] {
     bytes
 }
 
-/// An instance id for a guest that was just booted.
+/// Draws an instance id for a guest that has just booted.
 pub(crate) fn draw_instance() -> InstanceId {
     InstanceId(draw())
 }
@@ -79,8 +81,8 @@ impl Hygiene {
         }
     }
 
-    /// Does what was asked for, each part on its own. An ordinary process does not touch the
-    /// machine that it runs on.
+    /// Applies each requested part by itself. An ordinary process (not PID 1) does not change the
+    /// system that it runs on.
     pub(crate) fn refresh(&mut self, refresh: &Refresh, init: bool) -> Refreshed {
         let part = |asked: bool, run: &mut dyn FnMut() -> Result<(), Errno>| match (asked, init) {
             (false, _) => Applied::NotAsked,
@@ -94,8 +96,7 @@ impl Hygiene {
                 },
             },
         };
-        // Drawing the boot id here would cost more than to have it sent, with what the generator
-        // needs.
+        // The host sends the boot id with the entropy: drawing it here would cost more.
         let entropy = refresh.entropy.as_slice();
         let (seed, id) = match entropy.split_last_chunk::<UUID_BYTES>() {
             Some((seed, id)) if seed.len() >= REKEY_BYTES => (seed, Some(*id)),
@@ -103,7 +104,7 @@ impl Hygiene {
         };
         let named =
             init && id.is_some() && refresh.instance.is_some() && self.rekey.put(entropy).is_ok();
-        // Entropy first: what follows may be drawn from it.
+        // Entropy comes first: later parts may be drawn from it.
         Refreshed {
             entropy: part(!entropy.is_empty(), &mut || match named {
                 true => Ok(()),
@@ -127,7 +128,7 @@ impl Hygiene {
         }
     }
 
-    /// Kernels of ours take a new key at once; others hash their pool for it.
+    /// Hearth's kernels take a new key at once; others hash their pool for it.
     fn reseed(&mut self, seed: &[u8]) -> Result<(), Errno> {
         if seed.len() == REKEY_BYTES && self.rekey.put(seed).is_ok() {
             return Ok(());
@@ -135,8 +136,8 @@ impl Hygiene {
         sys::reseed(seed)
     }
 
-    /// The wall clock of a clone. What the host sent is late by the delivery of the message;
-    /// kernels of ours take the time from the hypervisor at the moment of the step.
+    /// Sets the wall clock of a clone. The time that the host sent is late by the delivery of the
+    /// message; Hearth's kernels take the time from the hypervisor at the moment of the step.
     fn step_clock(&mut self, sent: WallClock) -> Result<(), Errno> {
         if self.step_clock.put(b"1\n").is_ok() && is_plausible(lead(sent), FROM_THE_HOST) {
             return Ok(());
@@ -144,9 +145,9 @@ impl Hygiene {
         set_clock(sent)
     }
 
-    /// Kernels of ours take a new boot id; others keep theirs, and a file of ours covers it.
+    /// Hearth's kernels take a new boot id; others keep theirs, and a file is bind-mounted over it.
     fn renew_boot_id(&mut self, id: &str) -> Result<(), Errno> {
-        // Where the file covers it already, this writes to the file.
+        // Where the file is mounted over it already, this writes to that file.
         if self.boot_id.put(id.as_bytes()).is_ok() {
             return Ok(());
         }
@@ -155,8 +156,8 @@ impl Hygiene {
     }
 }
 
-/// Sets the wall clock, unless it leads what was sent by no more than a delivery may take: to set
-/// it then would make a right clock wrong, and turn it back under the programs that run.
+/// Sets the wall clock, unless it is ahead of the sent time by no more than a delivery may take:
+/// setting it would then make a correct clock wrong, and turn it back under running programs.
 pub(crate) fn correct_clock(sent: WallClock) -> Result<(), Errno> {
     if is_plausible(lead(sent), A_DELIVERY) {
         return Ok(());
@@ -164,13 +165,13 @@ pub(crate) fn correct_clock(sent: WallClock) -> Result<(), Errno> {
     set_clock(sent)
 }
 
-/// By how many nanoseconds the wall clock is ahead of `sent`.
+/// Returns by how many nanoseconds the wall clock is ahead of `sent`.
 fn lead(sent: WallClock) -> i128 {
     let now = crate::clock::since_epoch().as_nanos();
     i128::try_from(now).unwrap_or_default() - i128::from(sent.since_epoch_ns)
 }
 
-/// Whether a clock that leads a message by that much is right if the message took at most
+/// Whether a clock that is ahead of a message by `lead` is correct, if the message took at most
 /// `delivery`.
 fn is_plausible(lead: i128, delivery: Duration) -> bool {
     let most = i128::try_from(delivery.as_nanos()).unwrap_or(i128::MAX);
@@ -183,7 +184,7 @@ fn set_clock(time: WallClock) -> Result<(), Errno> {
     clock_settime(ClockId::Realtime, time)
 }
 
-/// A random (version 4) UUID and a newline, as the kernel writes it.
+/// Returns a random (version 4) UUID and a newline, as the kernel writes it.
 fn uuid(bytes: [u8; 16]) -> String {
     const VERSION: u128 = 0x4 << 76;
     const VARIANT: u128 = 0x2 << 62;

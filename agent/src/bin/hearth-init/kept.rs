@@ -1,5 +1,5 @@
-//! Files that every clone writes anew. They are opened once, in the template: where ring 0 is
-//! emulated, finding and opening a file costs more than all else that is done with it.
+//! Files that every clone rewrites. They are opened once, in the template: where ring 0 is
+//! emulated, looking up and opening a file costs more than everything else done with it.
 
 use rustix::{
     fd::OwnedFd,
@@ -7,17 +7,17 @@ use rustix::{
     io::{Errno, pwrite},
 };
 
-/// A file that is written as a whole, again and again.
+/// A file that is written as a whole, repeatedly, through a cached descriptor.
 #[derive(Debug)]
 pub(crate) struct Kept {
     path: &'static str,
-    /// Of the kernel's, or one of ours that is made if it is not there.
+    /// Whether it is a file of the kernel; otherwise it is an ordinary file, created if missing.
     is_kernels: bool,
     fd: Option<OwnedFd>,
 }
 
 impl Kept {
-    /// A file of the kernel's, which takes each write for itself.
+    /// A kernel file (procfs, sysfs), for which each write stands alone.
     pub(crate) const fn of_kernel(path: &'static str) -> Self {
         Self {
             path,
@@ -26,7 +26,7 @@ impl Kept {
         }
     }
 
-    /// A file like any other, readable by all.
+    /// An ordinary file, readable by all.
     pub(crate) const fn plain(path: &'static str) -> Self {
         Self {
             path,
@@ -35,7 +35,7 @@ impl Kept {
         }
     }
 
-    /// Makes `content` the file's content.
+    /// Replaces the file's content by `content`.
     pub(crate) fn put(&mut self, content: &[u8]) -> Result<(), Errno> {
         if let Some(fd) = self.fd.take_if(|fd| self.is_kernels || fits(fd, content))
             && put(&fd, content).is_ok()
@@ -56,8 +56,8 @@ impl Kept {
     }
 }
 
-/// Whether it is still the file at its path, as far as one can tell, and `content` covers all that
-/// it holds.
+/// Whether the descriptor is still, as far as can be seen, the file at its path, and `content`
+/// covers all that it holds.
 fn fits(fd: &OwnedFd, content: &[u8]) -> bool {
     fstat(fd).is_ok_and(|stat| {
         stat.st_nlink > 0 && u64::try_from(stat.st_size) == Ok(content.len() as u64)
@@ -92,7 +92,7 @@ mod tests {
         put("two");
         put("shorter");
         put("x");
-        // Somebody else's file is at the place now, or none.
+        // Another file is at the path now, or none.
         fs::rename(&path, dir.join("moved")).unwrap();
         fs::remove_file(dir.join("moved")).unwrap();
         put("y");

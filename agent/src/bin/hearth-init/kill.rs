@@ -1,5 +1,5 @@
-//! Killing all that a program started, where no cgroup knows: its process group, its session, and
-//! its descendants.
+//! Kills all processes that a program started where there is no cgroup: its process group, its
+//! session and its descendants.
 
 use alloc::{collections::BTreeSet, format, vec, vec::Vec};
 
@@ -11,9 +11,9 @@ use rustix::{
 
 use crate::sys;
 
-/// Processes looked at in one pass.
+/// Most processes looked at in one round.
 const MOST: usize = 65_536;
-/// Passes before giving up on a program that forks as fast as it is killed.
+/// Rounds before giving up on a program that forks as fast as it is killed.
 const PASSES: usize = 16;
 
 const STOP: u8 = 19;
@@ -22,10 +22,10 @@ pub(crate) const KILL: u8 = 9;
 /// SIGTERM.
 pub(crate) const TERM: u8 = 15;
 
-/// Kills a program, its process group and session, and whatever still descends from it. What left
-/// the session and lost its parent is out of reach; that is what cgroups are for.
+/// Kills a program, its process group and session, and its remaining descendants. Processes that
+/// left the session and lost their parent are not found; cgroups are needed for these.
 ///
-/// All are stopped before any is killed: a dead parent's children are nobody's descendants.
+/// All are stopped before any is killed: the children of a dead parent are reparented.
 pub(crate) fn kill_tree(main: Pid) {
     sys::kill_group(main, STOP);
     let mut known = BTreeSet::from([main.as_raw_pid()]);
@@ -76,7 +76,7 @@ fn processes() -> Vec<Process> {
         .collect()
 }
 
-/// The first part of a process's status, all fields that count here.
+/// Reads the beginning of `/proc/<pid>/stat`, which has all fields needed here.
 fn stat(pid: i32) -> Result<Vec<u8>, Errno> {
     let file = open(
         format!("/proc/{pid}/stat"),

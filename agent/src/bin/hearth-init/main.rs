@@ -1,11 +1,11 @@
-//! The guest's PID 1, in boot order.
+//! The guest's PID 1; see `init` for the boot order.
 //!
-//! On hosts that emulate ring 0 each system call, page fault and context switch costs up to
-//! milliseconds, and each KiB of this program a thousand instructions before it runs. So the way to
-//! the first pong has as few of them as possible: one thread, no runtime, no library that the
-//! program does not need, nothing mounted before the host has its answer.
+//! On a host that emulates ring 0, each system call, page fault and context switch costs up to
+//! milliseconds, and each KiB of this program costs a thousand instructions before it runs. So the
+//! path to the first pong avoids them: one thread, no runtime, no library that the program does not
+//! need, and nothing is mounted before the host has its answer.
 //!
-//! Started by anybody else than the kernel it is one of the [`applets`], or with `--serve-unix
+//! If not started by the kernel, this program is one of the [`applets`], or with `--serve-unix
 //! PATH` the same server as an ordinary process, for tests without a VM.
 #![no_std]
 #![cfg_attr(not(test), no_main)]
@@ -68,7 +68,7 @@ use rustix::{
 
 use crate::{cgroup::Cgroups, guest::Guest, reaper::Reaper, serve::Server, transport::Transport};
 
-/// Runs the program; gives its exit code.
+/// Runs the program and returns its exit code.
 fn start() -> u8 {
     let started_us = clock::uptime_us();
     if getpid().is_init() {
@@ -78,24 +78,24 @@ fn start() -> u8 {
     }
 }
 
-/// The boot order. Never returns but by ending the guest.
+/// Boots as PID 1, in order, and serves until the guest ends. Returns only if `reboot` fails.
 fn init(started_us: u64) -> u8 {
     sys::occupy_standard_fds();
     let end = Reaper::start().map(|reaper| {
         let guest = Guest::booted(started_us, true, Cgroups::at_usual_place());
         let mut server = Server::new(guest, reaper, Transport::vsock());
-        // Dial first: the host learns as early as possible that the guest is ready.
+        // Connect before listening: the host learns as early as possible that the guest is ready.
         server.dial();
         server.listen();
         server.run()
     });
     rustix::fs::sync();
-    // Returning would panic the kernel; so does staying when nothing serves, only later.
+    // The kernel panics if PID 1 exits, so the guest is ended here. Without a server it powers off.
     let _ = reboot(end.map_or(RebootCommand::PowerOff, serve::End::reboot_command));
     1
 }
 
-/// What the binary is for everybody but the kernel.
+/// Runs as an ordinary process: a server on a Unix socket, or an applet.
 fn ordinary(started_us: u64, args: &[Vec<u8>]) -> u8 {
     let words: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
     match words.get(1..).unwrap_or_default() {
@@ -108,7 +108,7 @@ fn ordinary(started_us: u64, args: &[Vec<u8>]) -> u8 {
 fn serve_unix(started_us: u64, path: &[u8], cgroups: Cgroups) -> u8 {
     sys::occupy_standard_fds();
     sys::close_inherited_on_exec();
-    // Orphans come here, as they do to PID 1.
+    // Orphans are reparented to this process, as they are to PID 1.
     let _ = rustix::process::set_child_subreaper(Some(getpid()));
     let Ok(reaper) = Reaper::start() else {
         return 1;

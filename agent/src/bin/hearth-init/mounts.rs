@@ -1,5 +1,5 @@
-//! The guest's file systems. `/tmp` is a part of the root, so that one bound holds for both. None
-//! is needed to answer a ping, so they come after the first pong.
+//! The guest's file systems. `/tmp` is part of the root, so that one size limit holds for both. No
+//! file system is needed to answer a ping, so they are mounted after the first pong.
 
 use alloc::vec::Vec;
 
@@ -12,7 +12,7 @@ use rustix::{
 /// Where the cgroup file system is mounted.
 pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
-/// Type, place, whether it holds devices or programs, options.
+/// Type, place, flags (whether it may hold devices or programs), options.
 type Entry = (
     &'static core::ffi::CStr,
     &'static str,
@@ -25,13 +25,13 @@ const SAFE: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NOEXEC);
 const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
-/// How much of the memory files may take: all of them together leave some, or else the kernel would
-/// find nobody to kill but programs, one after the other, for memory that only files have.
+/// The share of memory that files may take. All tmpfs together leave some memory free: otherwise
+/// the kernel would kill one program after the other for memory that only files hold.
 pub(crate) const ROOT_SHARE: &core::ffi::CStr = c"mode=0755,size=60%";
 const SHARED_MEMORY: &core::ffi::CStr = c"mode=1777,size=10%";
 const DEVICES: &core::ffi::CStr = c"mode=0755,size=1m";
 
-/// In order: some lie inside others.
+/// Mounted in this order: some lie inside others.
 const TABLE: [Entry; 6] = [
     (c"devtmpfs", "/dev", MountFlags::NOSUID, Some(DEVICES)),
     (c"proc", "/proc", SAFE, None),
@@ -46,7 +46,7 @@ const TABLE: [Entry; 6] = [
     (c"tmpfs", "/dev/shm", PLAIN, Some(SHARED_MEMORY)),
 ];
 
-/// Directories that programs expect; they lie in the root file system.
+/// Directories that programs expect, in the root file system.
 const DIRECTORIES: [(&str, u32); 5] = [
     ("/tmp", 0o1777),
     ("/run", 0o755),
@@ -55,7 +55,7 @@ const DIRECTORIES: [(&str, u32); 5] = [
     ("/var", 0o755),
 ];
 
-/// What devtmpfs leaves to user space.
+/// Links in `/dev` that devtmpfs leaves to user space.
 const LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd", "/dev/fd"),
     ("/proc/self/fd/0", "/dev/stdin"),
@@ -63,14 +63,14 @@ const LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
-/// Mounts everything; gives what failed. A kernel without one of them, or a root that is read-only,
-/// is no reason to stop: what needs the missing part says so itself.
+/// Mounts everything and returns what failed. A kernel without one of the file systems, or a
+/// read-only root, is no reason to stop: programs that need the missing part report it themselves.
 pub(crate) fn prepare() -> Vec<(&'static str, Errno)> {
     let mut failed = Vec::new();
     for (kind, place, flags, options) in TABLE {
         make_dir(place, 0o755);
         match mount(kind, place, kind, flags, options) {
-            // Already there: the kernel or an image has mounted it.
+            // EBUSY: the kernel or an image has mounted it already.
             Ok(()) | Err(Errno::BUSY) => {}
             Err(errno) => failed.push((place, errno)),
         }
@@ -81,15 +81,15 @@ pub(crate) fn prepare() -> Vec<(&'static str, Errno)> {
     for (target, place) in LINKS {
         let _ = symlink(target, place);
     }
-    // Whatever the mask, the kernel or an image says: the kernel makes its root for everybody to
-    // write to, and what anybody then calls `/usr/bin/id` would be what root starts as `id`.
+    // Regardless of the umask, the kernel or an image: the kernel makes its root writable for all,
+    // and a `/usr/bin/id` that any user puts there would be what root runs as `id`.
     for (place, mode) in [("/", 0o755), ("/tmp", 0o1777)] {
         let _ = chmod(place, Mode::from_raw_mode(mode));
     }
     failed
 }
 
-/// Bounds what the kernel mounted before there was an agent: its root, and the devices' directory.
+/// Limits the size of what the kernel mounted before the agent started: its root and `/dev`.
 pub(crate) fn bound() {
     let _ = mount_remount("/", MountFlags::empty(), ROOT_SHARE);
     let _ = mount_remount("/dev", MountFlags::NOSUID, DEVICES);

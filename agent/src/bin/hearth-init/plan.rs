@@ -1,4 +1,4 @@
-//! From a request to what the child needs: checked strings, the environment, the paths to try.
+//! Checks a request and prepares the child's input: strings, the environment, the paths to try.
 
 use alloc::{borrow::ToOwned, collections::BTreeMap, ffi::CString, string::String, vec, vec::Vec};
 use core::ffi::CStr;
@@ -9,7 +9,7 @@ use rustix::{fs::FileType, process::Resource};
 use crate::{account::Person, applets};
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Directories of PATH that are searched.
+/// Most directories of PATH that are searched.
 const MAX_PATH_ENTRIES: usize = 64;
 
 /// A checked command.
@@ -21,7 +21,7 @@ pub(crate) struct Plan {
     pub(crate) cwd: CString,
     pub(crate) limits: Vec<(Resource, u64)>,
     pub(crate) user: Option<Ids>,
-    /// Whether it is kept from rights that its user does not have (prctl(2), PR_SET_NO_NEW_PRIVS).
+    /// Whether it is kept from gaining privileges (prctl(2), PR_SET_NO_NEW_PRIVS).
     pub(crate) no_new_privs: bool,
 }
 
@@ -36,7 +36,7 @@ impl Plan {
     /// Checks a request.
     ///
     /// # Errors
-    /// [`SpawnFailure::BadArgument`] that says which part is bad.
+    /// [`SpawnFailure::BadArgument`], which names the invalid part.
     pub(crate) fn new(exec: &Exec, person: Option<&Person>) -> Result<Self, SpawnFailure> {
         let argv = exec
             .argv
@@ -80,7 +80,7 @@ impl Plan {
         let cwd = text(
             match (&exec.cwd, entry) {
                 (Some(cwd), _) => cwd.as_slice(),
-                // Some users' homes are nowhere.
+                // The home directories of some users do not exist.
                 (None, Some(entry)) if is_dir(&entry.home) => &entry.home,
                 (None, _) => b"/",
             },
@@ -107,7 +107,7 @@ impl Plan {
         })
     }
 
-    /// The program as it was asked for, for messages.
+    /// Returns the program as it was requested, for messages.
     pub(crate) fn program(&self) -> String {
         self.argv
             .first()
@@ -116,8 +116,8 @@ impl Plan {
     }
 }
 
-/// The paths to try for `program`, as `execvp` does; after them, the agent itself if the name is an
-/// applet's.
+/// Returns the paths to try for `program`, as `execvp` does; then the agent itself, if the name is
+/// that of an applet.
 fn candidates(program: &CStr, path: &[u8]) -> Result<Vec<CString>, SpawnFailure> {
     let name = program.to_bytes();
     if name.is_empty() {
@@ -145,7 +145,7 @@ fn is_dir(path: &[u8]) -> bool {
 
 pub(crate) fn ids(user: &hearth_agent::proto::User) -> Result<Ids, SpawnFailure> {
     use rustix::process::{Gid, Uid};
-    // All ones means "leave as it is" to the system calls.
+    // To the system calls, all ones means "leave unchanged".
     let ids = [user.uid, user.gid];
     if ids.iter().chain(&user.groups).any(|&id| id == u32::MAX) {
         return Err(bad("user or group id 4294967295"));
@@ -165,7 +165,7 @@ pub(crate) fn bad(reason: &str) -> SpawnFailure {
     SpawnFailure::BadArgument(reason.to_owned())
 }
 
-/// Text for a message.
+/// Converts a string to text for a message.
 pub(crate) fn lossy(text: &CStr) -> String {
     text.to_string_lossy().into_owned()
 }

@@ -1,4 +1,5 @@
-//! The one place where children are waited for, ours and the orphans that PID 1 inherits.
+//! The only place where children are waited for: the agent's own and the orphans that PID 1
+//! inherits.
 
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -11,27 +12,27 @@ use rustix::{
 
 use crate::{kill::KILL, sys};
 
-/// Children reaped before other events have their turn.
+/// Most children reaped before other events are handled.
 const BATCH: usize = 256;
 
-/// Whether this process may have children. It has none until it makes one, and orphans are children
-/// of children.
+/// Whether this process may have children. It has none until it starts one; orphans descend from
+/// its children.
 static EXPECTED: AtomicBool = AtomicBool::new(true);
 
-/// A child is about to be made.
+/// To be called before a child is started.
 pub(crate) fn expect_children() {
     EXPECTED.store(true, Ordering::Relaxed);
 }
 
-/// Knows when a child has died.
+/// Reaps children, and has a descriptor that tells when one has died.
 #[derive(Debug)]
 pub(crate) struct Reaper {
     signals: OwnedFd,
-    /// The last batch was full: more may be dead without another signal.
+    /// The last batch was full: more children may be dead without another signal.
     more: bool,
 }
 
-/// A child's end.
+/// A child that was reaped.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reaped {
     pub(crate) pid: i32,
@@ -47,14 +48,14 @@ impl Reaper {
             signals: sys::child_signals()?,
             more: false,
         };
-        // There is none yet, which this finds out.
+        // Finds out that there is no child yet.
         reaper.reap();
         Ok(reaper)
     }
 
-    /// Readable when a child has died; `None` while there is no child that could. The kernel looks
-    /// at each signal to answer, twice for each wait, which is a tenth of what a ping costs
-    /// where ring 0 is emulated.
+    /// Returns a descriptor that is readable when a child has died; `None` while there is no child.
+    /// Polling it makes the kernel check each signal twice per wait, which is a tenth of the cost
+    /// of a ping where ring 0 is emulated.
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         EXPECTED
             .load(Ordering::Relaxed)
@@ -66,9 +67,9 @@ impl Reaper {
         self.more
     }
 
-    /// Reaps what is dead.
+    /// Reaps dead children, at most `BATCH`.
     pub(crate) fn reap(&mut self) -> Vec<Reaped> {
-        // One pending SIGCHLD stands for any number of deaths; taking it before the waits loses
+        // One pending SIGCHLD stands for any number of deaths; reading it before the waits loses
         // none.
         let _ = rustix::io::read(&self.signals, &mut [0; size_of::<libc::signalfd_siginfo>()]);
         let mut dead = Vec::new();
@@ -88,7 +89,7 @@ impl Reaper {
 }
 
 impl Reaped {
-    /// One that was killed, and of which no more is known.
+    /// Returns the record of a child that was killed and could not be reaped.
     pub(crate) fn killed(pid: i32) -> Self {
         Self {
             pid,

@@ -1,6 +1,6 @@
-//! With whose rights files are worked on. What a user's programs lay in the way of the agent (a
-//! link, a directory that is another one the next moment) then leads to nothing that they could not
-//! reach themselves.
+//! The rights with which files are accessed. With a user's rights, a trap that the user's programs
+//! set for the agent (a link, a directory that is replaced by another) leads only to what they
+//! could access themselves.
 
 use alloc::vec::Vec;
 
@@ -12,7 +12,7 @@ use rustix::{
 
 use crate::{plan::Ids, sys};
 
-/// Somebody's rights; none: the agent's own.
+/// The rights of a user; `None`: the agent's own.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Rights(Option<Ids>);
 
@@ -21,12 +21,12 @@ impl Rights {
         Self(ids)
     }
 
-    /// Does some work with these rights: the user and group that file systems see, and the groups;
-    /// without the capabilities that go past permissions, which the kernel takes and gives back
-    /// with that user (setfsuid(2)).
+    /// Does `work` with these rights: the filesystem user and group ids and the supplementary
+    /// groups, and without the capabilities that override permissions, which the kernel drops and
+    /// restores with the filesystem user id (setfsuid(2)).
     ///
     /// # Errors
-    /// EPERM, before anything is done, if the agent may not take them on.
+    /// EPERM, without doing `work`, if the agent may not take on these rights.
     pub(crate) fn with<T>(&self, work: impl FnOnce() -> T) -> Result<T, Errno> {
         let Some((uid, gid, groups)) = &self.0 else {
             return Ok(work());
@@ -36,11 +36,11 @@ impl Rights {
     }
 }
 
-/// Gives the agent its own rights back.
+/// Restores the agent's own rights on drop.
 struct Back {
     uid: u32,
     gid: u32,
-    /// None: they were not changed.
+    /// `None` if they were not changed.
     groups: Option<Vec<Gid>>,
 }
 
@@ -51,14 +51,14 @@ impl Back {
         if differ {
             set_thread_groups(groups)?;
         }
-        // From here on all is given back on every way out. The group first: it takes a right of the
-        // agent's to change it.
+        // From here on every return restores the rights. The group is set first, while the agent
+        // still has all its capabilities.
         let back = Self {
             gid: sys::set_fs_gid(gid.as_raw()),
             uid: sys::set_fs_uid(uid.as_raw()),
             groups: differ.then_some(own),
         };
-        // These calls do not say whether they did it.
+        // setfsuid and setfsgid do not report failure.
         match (sys::fs_uid(), sys::fs_gid()) == (uid.as_raw(), gid.as_raw()) {
             true => Ok(back),
             false => Err(Errno::PERM),

@@ -1,5 +1,5 @@
-//! A root file system of the user's: an EROFS image in persistent memory, read in place, and over
-//! it a layer in the guest's memory that takes what is written.
+//! The user's root file system: an EROFS image in persistent memory, read in place, below a layer
+//! in the guest's memory that takes all writes.
 
 use alloc::{ffi::CString, vec::Vec};
 use core::time::Duration;
@@ -13,29 +13,29 @@ use rustix::{
 
 use crate::{clock, mounts::ROOT_SHARE};
 
-/// The boot words, as the kernel hands them on in the environment: the image's device, and the size
-/// of the layer.
+/// The kernel parameters, which the kernel passes on in the environment: the image's device, and
+/// the size of the layer.
 const ROOT_WORD: &[u8] = b"hearth_root=";
 const LAYER_WORD: &[u8] = b"hearth_layer=";
-/// How long the image's device may take to come up, large as it is and slow as the host may be; and
-/// between two looks.
+/// How long the image's device may take to appear, as it may be large and the host slow; and the
+/// pause between two attempts.
 const PATIENCE: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(5);
 const IMAGE: &str = "/.image";
 const LAYER: &str = "/.layer";
 const ROOT: &str = "/.root";
-/// What becomes `/tmp`.
+/// The directory that becomes `/tmp`.
 const TEMPORARY: &str = "/.layer/tmp";
 
-/// What the boot words say of the root.
+/// The kernel parameters of the root file system.
 pub(crate) struct Root<'a> {
     device: &'a [u8],
-    /// As tmpfs has it: bytes, or with k, m, g or %.
+    /// In tmpfs syntax: bytes, or with k, m, g or %.
     layer: Option<&'a [u8]>,
 }
 
 impl<'a> Root<'a> {
-    /// If the boot words name a device.
+    /// Returns the parameters, if they name a device.
     pub(crate) fn named(environment: &'a [Vec<u8>]) -> Option<Self> {
         let value = |name: &[u8]| environment.iter().find_map(|word| word.strip_prefix(name));
         Some(Self {
@@ -45,8 +45,8 @@ impl<'a> Root<'a> {
     }
 }
 
-/// Makes the image's files the root of this process and all that it starts. What was the root, with
-/// this program, stays in memory and has no name any more.
+/// Makes the image's files the root of this process and of all that it starts. The former root,
+/// with this program, stays in memory but has no path any more.
 pub(crate) fn switch_to(root: &Root) -> Result<(), Errno> {
     for place in ["/dev", IMAGE, LAYER, ROOT] {
         make_dir(place)?;
@@ -70,7 +70,7 @@ pub(crate) fn switch_to(root: &Root) -> Result<(), Errno> {
     make_dir(TEMPORARY)?;
     let layers = c"lowerdir=/.image,upperdir=/.layer/upper,workdir=/.layer/work";
     mount(c"overlay", ROOT, c"overlay", MountFlags::NODEV, layers)?;
-    // In the layer itself: nothing of the image is to be looked for there.
+    // `/tmp` lies in the layer itself: nothing of the image is to be looked up there.
     make_dir("/.root/tmp")?;
     mount_bind(TEMPORARY, "/.root/tmp")?;
     chdir(ROOT)?;
@@ -86,13 +86,13 @@ fn layer_options(size: Option<&[u8]>) -> Result<CString, Errno> {
     CString::new([b"mode=0755,size=", size].concat()).map_err(|_| Errno::INVAL)
 }
 
-/// Mounts the image once it is there: the kernel looks for it beside all else.
+/// Mounts the image once its device is there: the kernel probes it in parallel.
 fn mount_image(device: &[u8]) -> Result<(), Errno> {
     let flags = MountFlags::RDONLY | MountFlags::NODEV;
     let mut waited = Duration::ZERO;
     loop {
-        // In place if the kernel can: then no page of the image takes guest memory. A device that
-        // is not there yet says nothing of that, and may be there a moment later.
+        // In place (DAX) if the kernel can: then no page of the image takes guest memory. A device
+        // that is not there yet may appear a moment later; its errors say nothing about DAX.
         match mount(device, IMAGE, c"erofs", flags, c"dax=always") {
             Err(Errno::NXIO | Errno::NOENT | Errno::NODEV) if waited < PATIENCE => {
                 clock::sleep(PAUSE);

@@ -1,6 +1,6 @@
-//! The event loop: one thread, one poll, everything else is called from here.
+//! The event loop: one thread and one poll, from which everything else is called.
 //!
-//! What to wait for is computed afresh each time, so that nothing is armed which cannot make
+//! The set of descriptors to wait for is computed anew each time: none is polled that cannot make
 //! progress, and no event is lost.
 
 use alloc::{vec, vec::Vec};
@@ -23,17 +23,17 @@ use crate::{
     transport::Transport,
 };
 
-/// Connections at once.
+/// Most connections at once.
 const MAX_CONNECTIONS: usize = 128;
-/// Connections accepted before other events have their turn.
+/// Connections accepted in one turn of the loop, before other events are handled.
 const ACCEPTS: usize = 8;
-/// Pause after the guest ran out of what a new connection needs.
+/// Pause after the guest ran out of memory or descriptors for a new connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
-/// First pause before the host is dialled again; doubles each time.
+/// First pause before the next attempt to connect to the host; it doubles each time.
 const REDIAL_PAUSE: Duration = Duration::from_millis(100);
-/// Dials in a row that fail for another reason than a refusal.
+/// Most attempts in a row that fail for another reason than a refusal.
 const REDIALS: u32 = 8;
-/// What a read takes at first: one page.
+/// Initial size of the read buffer: one page.
 const SMALL_READ: usize = 4096;
 
 /// Why the loop ended.
@@ -57,15 +57,15 @@ pub(crate) struct Server {
     transport: Transport,
     listener: Option<OwnedFd>,
     conns: Vec<Conn>,
-    /// Not before then is the listener looked at.
+    /// Until then the listener is not polled.
     accept_at: Option<Instant>,
-    /// When to dial, and to listen if that failed, again.
+    /// When to connect again, and to listen if that failed.
     redial_at: Option<Instant>,
     failed_dials: u32,
     scratch: Vec<u8>,
 }
 
-/// What a descriptor is waited for.
+/// What a polled descriptor stands for.
 #[derive(Clone, Copy, Debug)]
 enum Source {
     Children,
@@ -92,7 +92,7 @@ impl Server {
         }
     }
 
-    /// Dials the host. If there is no way to it yet, the loop tries again.
+    /// Connects to the host. If it cannot be reached yet, the loop tries again.
     pub(crate) fn dial(&mut self) {
         match self.transport.dial() {
             Ok(socket) => self.conns.extend(socket.map(Conn::dialled)),
@@ -100,7 +100,7 @@ impl Server {
         }
     }
 
-    /// Listens for connections. Failing that, the loop tries again when it dials again.
+    /// Listens for connections. If that fails, the loop tries again when it next connects.
     pub(crate) fn listen(&mut self) {
         match self.transport.listen() {
             Ok(socket) => self.listener = Some(socket),
@@ -108,7 +108,8 @@ impl Server {
         }
     }
 
-    /// A host that refuses is there and does not listen: it will connect when it wants to.
+    /// Schedules another attempt. A host that refuses is there but does not listen: it will connect
+    /// by itself.
     fn dial_failed(&mut self, errno: Errno) {
         if matches!(errno, Errno::CONNREFUSED | Errno::CONNRESET) || self.failed_dials >= REDIALS {
             return;
@@ -134,7 +135,7 @@ impl Server {
         }
     }
 
-    /// Waits for events or for what is due next.
+    /// Waits for events or until the next deadline.
     fn wait(&self, now: Instant) -> Vec<(Source, PollFlags)> {
         let (mut sources, mut fds) = (Vec::new(), Vec::new());
         if let Some(deaths) = self.reaper.fd() {
@@ -176,8 +177,8 @@ impl Server {
         match poll(&mut fds, self.time_to_wait(now).as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Vec::new(),
-            // Out of memory, or more descriptors than allowed: try again when something has ended,
-            // do not spin.
+            // Out of memory, or more descriptors than allowed: pause instead of spinning, then
+            // reap, as ended children may have freed some.
             Err(_) => {
                 clock::sleep(ACCEPT_PAUSE);
                 return vec![(Source::Children, PollFlags::IN)];
@@ -190,7 +191,7 @@ impl Server {
             .collect()
     }
 
-    /// Time until something is due; none: wait for events alone.
+    /// Returns the time until the next deadline; `None` if there is none.
     fn time_to_wait(&self, now: Instant) -> Option<Timespec> {
         if self.reaper.has_more() || self.conns.iter().any(Conn::is_busy) {
             return Some(Timespec {
@@ -252,13 +253,13 @@ impl Server {
         }
     }
 
-    /// Reaps the dead and tells their connections.
+    /// Reaps dead children and notifies their connections.
     fn reap(&mut self) {
         let dead = self.reaper.reap();
         let now = Instant::now();
         for dead in &dead {
-            // Nobody's: an orphan, a child that could not execute its program, a program of a
-            // connection that is gone.
+            // It belongs to no connection if it is an orphan, a child that could not execute its
+            // program, or the program of a closed connection.
             let known = self
                 .conns
                 .iter_mut()
@@ -285,7 +286,7 @@ impl Server {
                 }
                 Ok(None) | Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(Errno::AGAIN) => break,
-                // Out of descriptors or memory: the connection stays in the queue, looking at it
+                // Out of descriptors or memory: the connection stays in the queue, and accepting
                 // again at once would spin.
                 Err(_) => {
                     self.accept_at = Instant::now().checked_add(ACCEPT_PAUSE);
@@ -295,7 +296,7 @@ impl Server {
         }
     }
 
-    /// Lets every connection do what it can, then what is due.
+    /// Lets every connection do what it can, then handles what is due.
     fn settle(&mut self) -> Option<End> {
         let now = Instant::now();
         let (mut shutdown, mut ponged, mut hangup) = (None, false, None);
@@ -315,7 +316,7 @@ impl Server {
             return Some(End(kind));
         }
         if ponged {
-            // The host has its answer: now is the time for what programs will need.
+            // The host has its answer: now set up what programs will need.
             self.failed_dials = 0;
             self.guest.prepare();
         }

@@ -1,10 +1,10 @@
-//! Starting a program without copying the agent: a child that shares its memory until it has
-//! executed the program.
+//! Starts a program without copying the agent: the child shares its memory until it has executed
+//! the program.
 //!
-//! The agent does not wait for it: a child that has taken on its user can be stopped by whatever
-//! else that user runs, and would stop the agent with it. What the child works with stays as it is
-//! until a pipe closes that only the child holds open, which it does when it has executed the
-//! program or is dead. What failed, it writes down before.
+//! The agent does not wait for the child: once it has taken on its user's id, it can be stopped by
+//! other processes of that user, and would stop the agent with it. The child's data stay unchanged
+//! until a pipe closes that only the child holds open: it does so when it has executed the program
+//! or is dead. If a step fails, the child records that first.
 //!
 //! Neither `posix_spawn` nor the standard library can put the child into a cgroup, a session, a
 //! user and limits before its first instruction without a copy of the address space, which costs
@@ -31,7 +31,7 @@ use rustix::{
 
 use crate::{plan::Plan, reaper, sys};
 
-/// Enough for a few system calls, unoptimised; only what is touched exists.
+/// Enough for a few system calls in unoptimised code; only touched pages are allocated.
 const STACK_BYTES: usize = 64 * 1024;
 
 /// The descriptor of a program's third output.
@@ -40,22 +40,22 @@ const RESULTS: RawFd = 3;
 /// A program to be started.
 pub(crate) struct Image<'a> {
     pub(crate) plan: Plan,
-    /// Whether to start a session, and so a process group.
+    /// Whether to start a session, and thereby a process group.
     pub(crate) session: bool,
-    /// Whether stdin is a terminal that the session is to control.
+    /// Whether stdin is a terminal, which becomes the session's controlling terminal.
     pub(crate) terminal: bool,
-    /// What becomes stdin, stdout and stderr, in this order.
+    /// The descriptors that become stdin, stdout and stderr, in this order.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
-    /// What becomes descriptor 3.
+    /// The descriptor that becomes descriptor 3.
     pub(crate) results: Option<BorrowedFd<'a>>,
-    /// The directory of the cgroup to be born in.
+    /// The directory of the cgroup that the program is born in.
     pub(crate) cgroup: Option<BorrowedFd<'a>>,
 }
 
-/// What the child was at when it failed.
+/// The step at which the child failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// It does not exist.
+    /// The child could not be created.
     Clone,
     Session,
     Terminal,
@@ -66,46 +66,45 @@ pub(crate) enum Step {
     Exec,
 }
 
-/// Why there is no program.
+/// The step and the error for which a program was not started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Refusal {
     pub(crate) step: Step,
     pub(crate) errno: Errno,
 }
 
-/// A program that was not started, and why.
+/// A program that was not started, and the reason.
 pub(crate) type NotStarted = Box<(Plan, Refusal)>;
 
-/// What the child works with, made before it exists. Nobody else touches it until the child is
-/// gone.
+/// The data of the child, prepared before it exists. The agent does not touch them until the child
+/// is gone.
 struct Child {
     plan: Plan,
     session: bool,
     terminal: bool,
-    /// Numbers of the child's own table of descriptors, a copy of ours.
+    /// Descriptors of the child's own table, a copy of the agent's.
     stdio: [RawFd; 3],
     results: Option<RawFd>,
     argv: Vec<*const c_char>,
     env: Vec<*const c_char>,
-    /// Not filled: what the child does not touch costs no page.
+    /// Not initialised: untouched pages cost nothing.
     stack: Box<[MaybeUninit<u128>]>,
     refusal: Option<Refusal>,
 }
 
-/// A child that is to become a program. What it works with is freed by [`end`](Self::end), and else
-/// never.
+/// A child that is to become a program. Its data are freed only by [`end`](Self::end).
 pub(crate) struct Start {
     pid: Pid,
-    /// Closed at its other end once the child is gone from our memory.
+    /// Hangs up once the child no longer uses the agent's memory.
     pipe: OwnedFd,
     child: NonNull<Child>,
-    /// The child is gone from our memory.
+    /// The child no longer uses the agent's memory.
     gone: bool,
 }
 
 impl Start {
-    /// Starts a program. The caller's signal mask is not inherited: the program has none, and
-    /// default dispositions as far as this process has them.
+    /// Starts a program. It has an empty signal mask, not the caller's, and default dispositions as
+    /// far as this process has them.
     pub(crate) fn begin(image: Image<'_>) -> Result<Self, NotStarted> {
         let Image { plan, cgroup, .. } = image;
         let failed = |plan, errno| {
@@ -131,7 +130,7 @@ impl Start {
         let child = NonNull::from(Box::leak(child));
         match clone(child, cgroup) {
             Ok(pid) => {
-                // From here on it is open in the child alone.
+                // From here on the child alone has it open.
                 drop(theirs);
                 let gone = false;
                 Ok(Self {
@@ -146,8 +145,7 @@ impl Start {
         }
     }
 
-    /// As [`begin`](Self::begin), for who has nothing else to do but to wait until the program
-    /// runs.
+    /// Starts a program as [`begin`](Self::begin) does, and blocks until it runs.
     pub(crate) fn run(image: Image<'_>) -> Result<Pid, Errno> {
         let mut start = Self::begin(image).map_err(|failed| failed.1.errno)?;
         while !start.gone {
@@ -167,18 +165,20 @@ impl Start {
         self.pid
     }
 
-    /// Hangs up once the child is gone from our memory.
+    /// Returns the descriptor that hangs up once the child no longer uses the agent's memory.
     pub(crate) fn waits_for(&self) -> BorrowedFd<'_> {
         self.pipe.as_fd()
     }
 
-    /// The child is gone from our memory: the pipe has hung up, or it was reaped.
+    /// To be called when the child no longer uses the agent's memory: the pipe has hung up, or it
+    /// was reaped.
     pub(crate) fn gone(&mut self) {
         self.gone = true;
     }
 
-    /// Why there is no program, if so; asked of a child that is [`gone`](Self::gone). One that was
-    /// killed before it became the program counts as the program.
+    /// Returns why the program was not started, if so, and frees the child's data. To be called
+    /// once the child is [`gone`](Self::gone); before, it returns `Ok` and frees nothing. A child
+    /// that was killed before it executed the program counts as started.
     pub(crate) fn end(self) -> Result<(), NotStarted> {
         if !self.gone {
             return Ok(());
@@ -200,7 +200,7 @@ impl fmt::Debug for Start {
     }
 }
 
-/// A pipe, whose end for the child is out of the way of what the program will have.
+/// Creates a pipe. The child's end has a number above those that the program gets.
 fn pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
     let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
     if theirs.as_raw_fd() > RESULTS {
@@ -217,7 +217,7 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
         .collect()
 }
 
-/// Makes a child that runs [`enter`].
+/// Creates a child that runs [`enter`].
 fn clone(child: NonNull<Child>, cgroup: Option<BorrowedFd<'_>>) -> Result<Pid, Errno> {
     // SAFETY: a live `Child`, which nobody else refers to.
     let stack = unsafe { &mut (*child.as_ptr()).stack };
@@ -284,17 +284,17 @@ fn clone(child: NonNull<Child>, cgroup: Option<BorrowedFd<'_>>) -> Result<Pid, E
 
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// Where the child begins.
+/// The entry point of the child.
 extern "C" fn enter(child: *mut c_void) -> ! {
     let child = child.cast::<Child>();
-    // SAFETY: the parent passed a live `Child`, which it leaves to us until we are gone.
+    // SAFETY: the parent passed a live `Child`, which it does not touch until this child is gone.
     let refusal = become_program(unsafe { &*child });
     // SAFETY: as above; the reference has ended.
     unsafe { (*child).refusal = Some(refusal) };
     sys::exit(127)
 }
 
-/// Turns the child into the program. Returns only if that fails. Allocates nothing.
+/// Turns the child into the program. Returns only if that fails. Does not allocate.
 fn become_program(child: &Child) -> Refusal {
     let plan = &child.plan;
     let refused = |step| move |errno| Refusal { step, errno };
@@ -325,15 +325,15 @@ fn become_program(child: &Child) -> Refusal {
             set_thread_groups(groups).map_err(refused(Step::User))?;
             set_thread_res_gid(*gid, *gid, *gid).map_err(refused(Step::User))?;
             // From here on other programs of that user may stop, kill and slow down this process,
-            // and, as our memory is not dumpable after this, not look into it.
+            // but not look into it: its memory is not dumpable after this.
             set_thread_res_uid(*uid, *uid, *uid).map_err(refused(Step::User))?;
         }
         if plan.no_new_privs {
-            // No program that it executes has more rights than it, whatever the file says. So there
-            // is nothing that the bounding set of capabilities could bound.
+            // No program that it executes gains rights, whatever the file's mode says. So the
+            // bounding set of capabilities has nothing to limit.
             set_no_new_privs(true).map_err(refused(Step::User))?;
         }
-        // As the user: who may not enter a directory is not helped into it.
+        // As the user: without permission to enter the directory, this must fail.
         chdir(&*plan.cwd).map_err(refused(Step::Cwd))
     };
     if let Err(refusal) = prepare() {
@@ -344,7 +344,7 @@ fn become_program(child: &Child) -> Refusal {
     for candidate in &plan.candidates {
         match execute(candidate, &child.argv, &child.env) {
             Errno::NOENT | Errno::NOTDIR => {}
-            // Found, but not allowed: another directory may have one that is.
+            // Found, but not executable: a later directory of PATH may have one that is.
             Errno::ACCESS => errno = Errno::ACCESS,
             other => {
                 errno = other;

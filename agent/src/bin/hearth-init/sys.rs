@@ -23,7 +23,7 @@ use rustix::{
 /// Size of the kernel's signal set.
 const SIGSET_BYTES: usize = 8;
 
-/// A system call.
+/// Makes a system call.
 ///
 /// # Safety
 /// The arguments must be what the kernel expects of this call, and pointers among them valid for
@@ -31,8 +31,8 @@ const SIGSET_BYTES: usize = 8;
 pub(crate) unsafe fn call(number: i64, args: [usize; 4]) -> Result<usize, Errno> {
     let result: isize;
     let [first, second, third, fourth] = args;
-    // SAFETY: the instruction itself changes nothing but the registers named here; what the kernel
-    // does is the caller's.
+    // SAFETY: the instruction itself changes nothing but the registers named here; the caller
+    // vouches for what the kernel does.
     unsafe {
         asm!("syscall", inlateout("rax") number => result, in("rdi") first, in("rsi") second, in("rdx") third,
             in("r10") fourth, lateout("rcx") _, lateout("r11") _, options(nostack));
@@ -64,7 +64,7 @@ fn standard(number: RawFd) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
-/// Ends this process.
+/// Ends this process with an exit code.
 pub(crate) fn exit(code: u8) -> ! {
     loop {
         // SAFETY: passes a number.
@@ -103,7 +103,7 @@ unsafe impl SocketAddrArg for VsockAddr {
 #[expect(clippy::cast_possible_truncation, reason = "16")]
 const VM_ADDR_LEN: u32 = size_of::<libc::sockaddr_vm>() as u32;
 
-/// The CID of a vsock peer; none for any other kind of address.
+/// Returns the CID of a vsock peer; `None` for another kind of address.
 pub(crate) fn peer_cid(address: &SocketAddrAny) -> Option<u32> {
     if address.address_family() != AddressFamily::VSOCK || address.addr_len() < VM_ADDR_LEN {
         return None;
@@ -113,8 +113,8 @@ pub(crate) fn peer_cid(address: &SocketAddrAny) -> Option<u32> {
     Some(unsafe { ptr::read_unaligned(address.as_ptr().cast::<libc::sockaddr_vm>()) }.svm_cid)
 }
 
-/// Makes descriptors 0 to 2 refer to something, so that none of ours lands there: the kernel starts
-/// PID 1 without them when there is no console.
+/// Makes descriptors 0 to 2 refer to something, so that no other file of the agent gets these
+/// numbers: the kernel starts PID 1 without them when there is no console.
 pub(crate) fn occupy_standard_fds() {
     let numbers = [stdin(), stdout(), stderr()];
     let mut fds = numbers
@@ -129,7 +129,7 @@ pub(crate) fn occupy_standard_fds() {
             .iter()
             .filter(|fd| fd.revents().contains(PollFlags::NVAL))
         {
-            // Takes the lowest free number, for good.
+            // Takes the lowest free number permanently.
             if let Ok(filler) = eventfd(0, EventfdFlags::CLOEXEC) {
                 mem::forget(filler);
             }
@@ -137,7 +137,7 @@ pub(crate) fn occupy_standard_fds() {
     }
 }
 
-/// Keeps what this process inherited from being inherited further.
+/// Keeps programs from inheriting the descriptors that this process inherited.
 pub(crate) fn close_inherited_on_exec() {
     const CLOSE_RANGE_CLOEXEC: usize = 4;
     // SAFETY: changes the close-on-exec flag only.
@@ -149,7 +149,7 @@ pub(crate) fn close_inherited_on_exec() {
     };
 }
 
-/// Blocks SIGCHLD and SIGPIPE and gives a descriptor that is readable when SIGCHLD is pending.
+/// Blocks SIGCHLD and SIGPIPE and returns a descriptor that is readable when SIGCHLD is pending.
 pub(crate) fn child_signals() -> Result<OwnedFd, Errno> {
     const fn bit(signal: i32) -> u64 {
         1 << (signal - 1)
@@ -186,7 +186,7 @@ pub(crate) fn set_signal_mask(blocked: u64) -> Result<(), Errno> {
     }
 }
 
-/// A dead child.
+/// A dead child's status and resource usage.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Dead {
     pub(crate) pid: i32,
@@ -196,7 +196,7 @@ pub(crate) struct Dead {
     pub(crate) max_rss_kib: u64,
 }
 
-/// Reaps one child, whichever, if one is dead. `ECHILD`: there is no child, dead or alive.
+/// Reaps any one child, if one is dead. `ECHILD`: there is no child, dead or alive.
 pub(crate) fn reap() -> Result<Option<Dead>, Errno> {
     let mut status = 0_i32;
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
@@ -240,14 +240,14 @@ pub(crate) fn kill(pid: Pid, signal: u8) -> bool {
     send(pid.as_raw_pid(), signal)
 }
 
-/// Makes `number` another name of `fd`, for the program that this process is about to become.
+/// Duplicates `fd` as `number`, for the program that this process is about to become.
 pub(crate) fn give(fd: RawFd, number: RawFd) -> Result<(), Errno> {
     let (call_number, args) = match fd == number {
         false => (libc::SYS_dup2, [fd as usize, number as usize, 0, 0]),
-        // It is that already, and would be closed by the program's start.
+        // It has that number already, and would be closed on exec.
         true => (libc::SYS_fcntl, [fd as usize, libc::F_SETFD as usize, 0, 0]),
     };
-    // SAFETY: passes numbers only; what `number` named before, this process does not use any more.
+    // SAFETY: passes numbers only; this process no longer uses the file that `number` referred to.
     unsafe { call(call_number, args) }.map(drop)
 }
 
@@ -267,7 +267,7 @@ fn send(whom: i32, signal: u8) -> bool {
     }
 }
 
-/// Makes this process deaf to SIGTERM.
+/// Makes this process ignore SIGTERM.
 pub(crate) fn ignore_term() {
     // The kernel's sigaction: handler, flags, restorer, mask.
     let ignore = [libc::SIG_IGN, 0, 0, 0];
@@ -283,27 +283,27 @@ pub(crate) fn ignore_term() {
     };
 }
 
-/// Changes the user whom file systems see; gives the one before.
+/// Changes the filesystem user id; returns the previous one.
 pub(crate) fn set_fs_uid(uid: u32) -> u32 {
     filesystem_id(libc::SYS_setfsuid, uid)
 }
 
-/// Changes the group that file systems see; gives the one before.
+/// Changes the filesystem group id; returns the previous one.
 pub(crate) fn set_fs_gid(gid: u32) -> u32 {
     filesystem_id(libc::SYS_setfsgid, gid)
 }
 
-/// The user whom file systems see.
+/// Returns the filesystem user id.
 pub(crate) fn fs_uid() -> u32 {
     set_fs_uid(u32::MAX)
 }
 
-/// The group that file systems see.
+/// Returns the filesystem group id.
 pub(crate) fn fs_gid() -> u32 {
     set_fs_gid(u32::MAX)
 }
 
-/// All ones is nobody, and changes nothing.
+/// Sets a filesystem id and returns the previous one. All ones is no valid id and changes nothing.
 fn filesystem_id(number: i64, id: u32) -> u32 {
     // SAFETY: passes a number.
     let before = unsafe { call(number, [id as usize, 0, 0, 0]) };
@@ -313,7 +313,7 @@ fn filesystem_id(number: i64, id: u32) -> u32 {
         .unwrap_or(u32::MAX)
 }
 
-/// Credits entropy to the kernel's generator and makes it reseed from that at once.
+/// Credits entropy to the kernel's random generator and makes it reseed from it at once.
 pub(crate) fn reseed(entropy: &[u8]) -> Result<(), Errno> {
     const RNDADDENTROPY: usize = 0x4008_5203;
     const RNDRESEEDCRNG: usize = 0x5207;

@@ -1,4 +1,5 @@
-//! The terminal of a program that was given one: a pseudo-terminal, whose other end is ours.
+//! The terminal of a program that requested one: a pseudo-terminal, the master of which is the
+//! agent's.
 
 use alloc::vec::Vec;
 
@@ -12,16 +13,16 @@ use rustix::{
     termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize},
 };
 
-/// More than the kernel holds of what was written to a terminal and not read.
+/// An upper bound of the unread bytes that the kernel holds for a terminal.
 pub(crate) const MOST_HELD: usize = 16 << 10;
 
-/// Makes a terminal: our end, which never blocks, and the program's, which belongs to the user whom
-/// it runs as.
+/// Makes a terminal: the agent's end, which never blocks, and the program's, which belongs to the
+/// program's user.
 pub(crate) fn open(size: WindowSize, owner: Option<Uid>) -> Result<(OwnedFd, OwnedFd), Errno> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let ours = openpt(flags)?;
     unlockpt(&ours)?;
-    // Not by its path: a root file system of the user's may have anything there.
+    // Not opened by path: a root file system of the user's may have any file there.
     let theirs = ioctl_tiocgptpeer(&ours, flags)?;
     fcntl_setfl(&ours, OFlags::NONBLOCK)?;
     if owner.is_some() {
@@ -31,7 +32,7 @@ pub(crate) fn open(size: WindowSize, owner: Option<Uid>) -> Result<(OwnedFd, Own
     Ok((ours, theirs))
 }
 
-/// Sets the size; what runs in the foreground gets SIGWINCH.
+/// Sets the size; the foreground process group gets SIGWINCH.
 pub(crate) fn resize(terminal: impl rustix::fd::AsFd, size: WindowSize) -> Result<(), Errno> {
     tcsetwinsize(
         terminal,
@@ -44,16 +45,16 @@ pub(crate) fn resize(terminal: impl rustix::fd::AsFd, size: WindowSize) -> Resul
     )
 }
 
-/// What is to be typed so that the program sees the end of its input. In a line that was begun, the
-/// first such character only hands over the line; a program that reads keys and not lines gets the
-/// character itself.
+/// Returns the characters to write so that the program sees the end of its input. After the
+/// beginning of a line, the first end-of-file character only submits that line, so a second
+/// follows; a program that reads keys, not lines, gets the character itself.
 pub(crate) fn end_of_input(terminal: BorrowedFd<'_>, line_begun: bool) -> Vec<u8> {
     let Ok(modes) = tcgetattr(terminal) else {
         return Vec::new();
     };
     let twice = line_begun && modes.local_modes.contains(LocalModes::ICANON);
     let character = modes.special_codes[SpecialCodeIndex::VEOF];
-    // Zero: it was switched off.
+    // Zero: the character is disabled.
     let count = if character == 0 {
         0
     } else {

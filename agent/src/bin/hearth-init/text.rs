@@ -1,4 +1,4 @@
-//! Words to the outside: standard output and error, without a buffer.
+//! Unbuffered standard output and error.
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -10,7 +10,7 @@ use rustix::{
 
 use crate::sys::{stderr, stdout};
 
-/// Writes all of it.
+/// Writes all bytes.
 pub(crate) fn put(to: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {
     while !bytes.is_empty() {
         match write(to, bytes) {
@@ -38,7 +38,7 @@ impl fmt::Write for Stderr {
     }
 }
 
-/// The words of a line, joined.
+/// Joins words with a separator byte.
 pub(crate) fn joined(words: &[Vec<u8>], with: u8) -> Vec<u8> {
     words.join(&with)
 }

@@ -1,7 +1,7 @@
-//! Where connections come from: vsock in a guest, a Unix socket in tests without one.
+//! The transport of connections: vsock in a guest, a Unix socket in tests without one.
 //!
-//! A guest without vsock, which a monitor other than ours may give it, has one connection: the
-//! serial line that init was started on. The kernel must be quiet there.
+//! A guest without vsock, as under another monitor, has one connection: the serial line that init
+//! was started on. The kernel must write nothing there.
 
 use alloc::{borrow::ToOwned, vec::Vec};
 
@@ -19,11 +19,11 @@ use rustix::{
 
 use crate::sys::{VsockAddr, peer_cid, stdin};
 
-/// Connections that wait to be accepted.
+/// Most connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
-/// A way to the host.
+/// The kind of socket that leads to the host.
 #[derive(Debug)]
 pub(crate) enum Transport {
     Vsock,
@@ -63,8 +63,8 @@ impl Transport {
         Ok(socket)
     }
 
-    /// Starts a connection to the host; it is writable when established. None if there is no host
-    /// to dial.
+    /// Starts a connection to the host; the socket is writable once it is established. Returns
+    /// `None` if there is no host to connect to.
     pub(crate) fn dial(&self) -> Result<Option<OwnedFd>, Errno> {
         let Self::Vsock = self else { return Ok(None) };
         let socket = socket_with(AddressFamily::VSOCK, SocketType::STREAM, FLAGS, None)?;
@@ -81,8 +81,8 @@ impl Transport {
         }
     }
 
-    /// Takes a connection that waits; none if its peer is not the host: programs in the guest have
-    /// no business here.
+    /// Accepts a waiting connection. Returns `None` if the peer is not the host: programs in the
+    /// guest may not connect.
     pub(crate) fn accept(&self, listener: impl AsFd) -> Result<Option<OwnedFd>, Errno> {
         let (socket, peer) = acceptfrom_with(listener, FLAGS)?;
         let from_host = match self {
@@ -93,7 +93,7 @@ impl Transport {
     }
 }
 
-/// The line that init was started on, with nothing added to or taken from what passes.
+/// Returns the serial line that init was started on, in raw mode.
 fn serial_line() -> Result<OwnedFd, Errno> {
     let mut modes = tcgetattr(stdin())?;
     modes.make_raw();

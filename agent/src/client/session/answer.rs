@@ -1,17 +1,17 @@
-//! What an interpreter's driver says about a call: a line of kind, length and number of bytes cut
+//! Answers of an interpreter's driver to a call: a line of kind, length and number of bytes cut
 //! off, then text.
 
-/// Bytes of text in an answer; the drivers know the same number.
+/// Most bytes of text in an answer; the drivers use the same number.
 pub(super) const MAX_TEXT: usize = 1 << 20;
-/// Bytes of the line before the text: a letter and two numbers.
+/// Limit on the line before the text (a letter and two numbers), in bytes.
 const MAX_LINE: usize = 48;
 
-/// An answer.
+/// An answer of the driver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Answer {
     pub(super) kind: Kind,
     pub(super) text: String,
-    /// Bytes that the text had beyond its limit.
+    /// The number of bytes of the text beyond its limit, which were cut off.
     pub(super) cut: u64,
 }
 
@@ -22,11 +22,11 @@ pub(super) enum Kind {
     Error,
 }
 
-/// No driver of ours writes this: code in the guest did.
+/// The bytes are not an answer of Hearth's drivers: code in the guest wrote them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Garbled;
 
-/// Puts answers together again.
+/// Reassembles answers from the bytes of the third output.
 #[derive(Debug, Default)]
 pub(super) struct Answers(Vec<u8>);
 
@@ -35,7 +35,7 @@ impl Answers {
         self.0.extend(bytes);
     }
 
-    /// The next answer, if all of it is there.
+    /// Returns the next answer, if it is complete.
     pub(super) fn next(&mut self) -> Result<Option<Answer>, Garbled> {
         let Some(end) = self.0.iter().take(MAX_LINE).position(|&byte| byte == b'\n') else {
             return if self.0.len() < MAX_LINE {

@@ -1,4 +1,4 @@
-//! A piece of code, and what became of it.
+//! A piece of code, and its outcome.
 
 use std::time::Duration;
 
@@ -16,7 +16,8 @@ pub struct Call {
 }
 
 impl Call {
-    /// A call of `code`: no timeout, 5 s of grace, 16 MiB of output kept of each stream.
+    /// Returns a call of `code` with no timeout, 5 s of grace, and at most 16 MiB of output kept
+    /// per stream.
     pub fn new(code: impl Into<String>) -> Self {
         Self {
             code: code.into(),
@@ -32,7 +33,7 @@ impl Call {
         self
     }
 
-    /// Sets how long code that was interrupted may take to end; then its interpreter is killed.
+    /// Sets how long interrupted code may take to end before its interpreter is killed.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
@@ -63,14 +64,14 @@ pub enum OutputStream {
 /// How a call ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CallEnd {
-    /// It has no value: a statement, `None`, `undefined`.
+    /// The code has no value: a statement, `None`, `undefined`.
     Nothing,
-    /// Its value, as the language shows it to people (`repr`, `util.inspect`); in a shell, its exit
+    /// The code's value, as the language displays it (`repr`, `util.inspect`); in a shell, its exit
     /// code.
     Value(String),
-    /// What it failed of: the traceback, or the stack.
+    /// The code failed: the traceback or the stack.
     Error(String),
-    /// The interpreter ended, and with it all state.
+    /// The interpreter ended, and all state is lost.
     Exited(ExitStatus),
 }
 
@@ -84,31 +85,31 @@ impl From<Answer> for CallEnd {
     }
 }
 
-/// What became of a call.
+/// The outcome of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Outcome {
     /// How it ended.
     pub end: CallEnd,
-    /// Bytes of its value or error beyond 1 MiB.
+    /// The number of bytes of its value or error beyond 1 MiB, which were cut off.
     pub end_cut: u64,
     /// Whether its timeout ended it.
     pub timed_out: bool,
     /// Whether it ran in a new interpreter, without the state of earlier calls, because the old
     /// one had ended.
     pub restarted: bool,
-    /// The first bytes that it printed, up to the limit. What threads of earlier calls print
-    /// meanwhile is among them.
+    /// The first bytes that it printed, up to the limit. They include what threads of earlier
+    /// calls print meanwhile.
     pub stdout: Vec<u8>,
-    /// Bytes of that beyond the limit.
+    /// The number of bytes of standard output beyond the limit.
     pub stdout_cut: u64,
     /// The first bytes of its error output, up to the limit.
     pub stderr: Vec<u8>,
-    /// Bytes of that beyond the limit.
+    /// The number of bytes of error output beyond the limit.
     pub stderr_cut: u64,
 }
 
-/// Output that is kept up to a limit, and counted beyond.
+/// Output that is kept up to a limit; bytes beyond it are counted.
 #[derive(Debug)]
 pub(super) struct Kept {
     pub(super) bytes: Vec<u8>,

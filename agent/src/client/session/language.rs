@@ -1,4 +1,4 @@
-//! The languages of sessions, and the programs that run their code.
+//! The languages of sessions, and the driver programs that run their code.
 
 use super::super::Command;
 use crate::proto::{Input, Leftover};
@@ -15,8 +15,8 @@ pub enum Language {
     Shell,
 }
 
-/// Gives the driver a file name of its own, by which it finds its frames in tracebacks, and hides
-/// it from the arguments.
+/// Compiles the driver under a file name of its own, by which it recognises its frames in
+/// tracebacks, and removes its source from the arguments.
 const PYTHON_LOADER: &str =
     r#"import sys; exec(compile(sys.argv.pop(), "<hearth>", "exec"), {"__name__": "hearth"})"#;
 
@@ -24,7 +24,7 @@ impl Language {
     /// All languages.
     pub const ALL: [Self; 3] = [Self::Python, Self::Javascript, Self::Shell];
 
-    /// The program in the guest that sessions of this language run.
+    /// Returns the driver: the program that sessions of this language run in the guest.
     #[must_use]
     pub fn driver(self) -> &'static str {
         match self {
@@ -34,9 +34,10 @@ impl Language {
         }
     }
 
-    /// Whether the interpreter that `command` starts can miss an interrupt. Bash does while it
-    /// starts a program: it waits for that first, which has not been told. The others are told
-    /// once, so that code may clean up in peace.
+    /// Returns whether the interpreter that `command` starts can miss an interrupt. Bash can while
+    /// it starts a program: it first waits for that program, which did not get the signal. The
+    /// other interpreters are interrupted once only, so that their code's clean-up is not
+    /// disturbed.
     pub(super) fn misses_interrupts(command: &Command) -> bool {
         command
             .exec
@@ -45,8 +46,8 @@ impl Language {
             .is_some_and(|name| *name == "bash")
     }
 
-    /// Starts an interpreter with that program, as the user whom the guest's image is made for. To
-    /// be refined: by an environment or limits, say.
+    /// Returns a command that starts the interpreter with the driver, as the default user of the
+    /// guest's image. The caller may refine it, for example by an environment or limits.
     pub fn command(self) -> Command {
         let command = match self {
             Self::Python => Command::new("python3").args(["-c", PYTHON_LOADER, self.driver()]),

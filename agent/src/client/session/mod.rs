@@ -1,10 +1,9 @@
-//! An interpreter in a guest that runs one piece of code after the other and keeps its state
+//! An interpreter in a guest that runs pieces of code one after the other and keeps its state
 //! between them.
 //!
-//! The interpreter is a program like any other; a driver in its own language, which it is started
-//! with, takes code on its stdin and answers on a third output, so that what the code prints cannot
-//! be taken for an answer. Code that is up to mischief can still write there: it deceives its own
-//! session, and nobody else.
+//! The interpreter is an ordinary program. It is started with a driver in its own language, which
+//! reads code from stdin and answers on a third output, so that what the code prints cannot be
+//! taken for an answer. Malicious code can still write there, but it deceives only its own session.
 
 mod answer;
 mod call;
@@ -33,18 +32,18 @@ use crate::proto::{ExitStatus, MAX_CHUNK, Request, STDIN_UNREPORTED, STDIN_WINDO
 
 /// SIGINT.
 const INTERRUPT: u8 = 2;
-/// After this time an interpreter that may have missed the interrupt is told again.
+/// Interval at which an interpreter that may have missed the interrupt is interrupted again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// SIGKILL.
 const KILL: u8 = 9;
 /// How long the guest may take to report that an interpreter was killed.
 const KILLED: Duration = Duration::from_secs(60);
-/// How long code that was given up may take to end; then its interpreter is killed.
+/// How long code of a dropped call may take to end before its interpreter is killed.
 const GIVEN_UP: Duration = Duration::from_secs(5);
-/// Bytes of random state in a clone.
+/// Length of the seed that [`Session::reseed`] takes, in bytes.
 pub const SEED_BYTES: usize = 64;
 
-/// Why a session cannot be had, or cannot go on.
+/// Why a session could not be started or cannot continue.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SessionError {
@@ -54,19 +53,19 @@ pub enum SessionError {
     /// The interpreter ended before it was ready.
     #[error("the interpreter ended before it was ready ({status}): {said}")]
     NotReady {
-        /// How.
+        /// How it ended.
         status: ExitStatus,
         /// What it wrote to its error output.
         said: String,
     },
-    /// Code with a NUL in it; no language has one.
+    /// The code contains a NUL; no language has one.
     #[error("the code has a NUL in it: pass binary data as a file")]
     Nul,
-    /// Something in the guest wrote where answers come from. The interpreter was ended; the next
+    /// Something in the guest wrote to the output for answers. The interpreter was ended; the next
     /// call starts another.
     #[error("the guest's answer makes no sense: the session starts anew")]
     Garbled,
-    /// A hook of the code's failed in a clone.
+    /// A hook of the code failed in a clone.
     #[error("a hook failed that was to run in each clone: {0}")]
     Hook(String),
     /// The guest did not report the end of an interpreter that was killed.
@@ -80,37 +79,38 @@ impl From<ConnectionError> for SessionError {
     }
 }
 
-/// An interpreter that keeps its state from call to call. Dropping it ends the interpreter and all
-/// that its code started.
+/// An interpreter that keeps its state from call to call. Dropping this ends the interpreter and
+/// all that its code started.
 #[derive(Debug)]
 pub struct Session<S> {
     command: Command,
-    /// None after a failure of the connection.
+    /// None after the connection failed or a new interpreter could not be started.
     exec: Option<Exec<S>>,
     answers: Answers,
-    /// The message that is being sent, and how much of it was.
+    /// The message that is being sent, and below the number of its bytes that were sent.
     message: Vec<u8>,
     sent: usize,
-    /// A call was given up; its answer is still to come.
+    /// A call is unfinished: it is running, its future was dropped, or it failed.
     owed: bool,
     /// The interpreter has ended.
     over: bool,
-    /// A new one was started and no outcome has said so.
+    /// A new interpreter was started, and no outcome has reported it yet.
     restarted: bool,
 }
 
-/// What comes of a message.
+/// The reply to a message.
 enum Reply {
     Answer(Answer),
     Exited(ExitStatus),
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
-    /// Starts an interpreter and waits until it has run a first, empty piece of code. `command` is
-    /// the language's [`command`](Language::command), refined.
+    /// Starts an interpreter and waits until it is ready. `command` is the language's
+    /// [`command`](Language::command), which the caller may have refined.
     ///
     /// # Errors
-    /// [`SessionError::Exec`] if the guest has none, or refuses; [`SessionError::NotReady`].
+    /// [`SessionError::Exec`] if the guest has no such interpreter or refuses to start it;
+    /// [`SessionError::NotReady`].
     ///
     /// # Cancel safety
     /// Dropping the future ends the interpreter.
@@ -129,13 +129,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         Ok(session)
     }
 
-    /// Goes on with a session on a connection that survived a fork: what a clone has of its
-    /// template's, in which no call was under way. [`reseed`](Self::reseed) it before code runs
-    /// in it.
+    /// Returns a session for a connection that survived a fork: a clone's copy of its template's
+    /// session, in which no call was running. Call [`reseed`](Self::reseed) before code runs in it.
     pub fn resume(stream: S, command: Command) -> Self {
         let client = AgentClient::resume(stream);
         let shared = Shared::new(client, true, true);
-        // What the agent has not reported as taken yet, nobody here knows; it is no more than that.
+        // It is unknown here how much input the agent has not reported as taken; it is less than
+        // `STDIN_UNREPORTED`.
         shared.change(|state| state.stdin.window = STDIN_WINDOW - STDIN_UNREPORTED);
         Self {
             exec: Some(Exec::new(shared, 0, None, KILLED)),
@@ -149,14 +149,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         }
     }
 
-    /// The stream that carries the session, unless its connection has failed.
+    /// Calls `look` with the stream that carries the session; none if the session has no connection
+    /// any more.
     pub fn with_stream<T>(&self, look: impl FnOnce(&S) -> T) -> Option<T> {
         let shared = self.exec.as_ref()?.shared().ok()?;
         shared.change(|state| state.client.as_ref().map(|client| look(client.stream())))
     }
 
-    /// Makes the interpreter's random generators strangers to those of other clones, and runs its
-    /// hooks for that.
+    /// Reseeds the interpreter's random generators, so that they differ from those of other clones,
+    /// and runs its hooks for clones.
     ///
     /// # Errors
     /// [`SessionError::Hook`]; others as for [`run`](Self::run).
@@ -181,21 +182,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         }
     }
 
-    /// Runs code and collects what it prints. An interpreter that ended in an earlier call is
-    /// started anew first.
+    /// Runs code and collects what it prints. If the interpreter ended in an earlier call, a new
+    /// one is started first.
     ///
     /// # Errors
-    /// [`SessionError`]. That the code fails, or ends its interpreter, is an [`Outcome`], not an
-    /// error.
+    /// [`SessionError`]. Code that fails or ends its interpreter is an [`Outcome`], not an error.
     ///
     /// # Cancel safety
     /// Dropping the future interrupts the code. The session stays usable: the next call waits until
-    /// it has ended, and starts a new interpreter if it does not.
+    /// the code has ended, and starts a new interpreter if it does not end.
     pub async fn run(&mut self, call: impl Into<Call>) -> Result<Outcome, SessionError> {
         self.run_with(call, |_, _| {}).await
     }
 
-    /// As [`run`](Self::run), and tells `heard` what the code prints while it runs.
+    /// As [`run`](Self::run), and passes what the code prints to `heard` while it runs.
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -226,7 +226,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         let (reply, timed_out) = {
             let under_way = UnderWay(self);
             let got = under_way.0.reply_in_time(&call, &mut print).await;
-            // Nothing is left to be interrupted.
+            // The call has ended, so dropping the guard must not interrupt anything.
             std::mem::forget(under_way);
             got?
         };
@@ -251,7 +251,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         })
     }
 
-    /// The reply to a call, and whether it had to be interrupted.
+    /// Returns the reply to a call, and whether the call had to be interrupted.
     async fn reply_in_time(
         &mut self,
         call: &Call,
@@ -270,7 +270,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         Ok((self.kill(print).await?, true))
     }
 
-    /// The reply to a call that was interrupted; `None` if there is none within `grace`.
+    /// Returns the reply to an interrupted call; none if it does not come within `grace`.
     async fn reply_of_interrupted(
         &mut self,
         grace: Duration,
@@ -293,11 +293,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         }
     }
 
-    /// Brings an earlier call to its end, and sees to it that there is an interpreter.
+    /// Ends an earlier call that was dropped, and makes sure that an interpreter runs.
     async fn settle(&mut self) -> Result<(), SessionError> {
         if self.owed {
-            // It was interrupted when it was given up. Code of which only a part was sent is not to
-            // run at all.
+            // The call was interrupted when its future was dropped. Code that was sent only in part
+            // must not run at all.
             let whole = self.sent == self.message.len();
             let ended = whole
                 && self
@@ -318,7 +318,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         Ok(())
     }
 
-    /// Starts an interpreter on a connection that is free.
+    /// Starts an interpreter on an idle connection.
     async fn boot(&mut self, client: AgentClient<S>) -> Result<(), SessionError> {
         self.answers.clear();
         self.message.clear();
@@ -347,8 +347,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         self.sent = 0;
     }
 
-    /// Sends the rest of the message, and waits for what comes of it. May be dropped and called
-    /// again.
+    /// Sends the rest of the message and waits for the reply. The future may be dropped and this
+    /// called again.
     async fn reply(
         &mut self,
         mut print: impl FnMut(OutputStream, &[u8]),
@@ -397,7 +397,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         }
     }
 
-    /// Ends the interpreter, and waits until it has ended.
+    /// Kills the interpreter and waits until it has ended.
     async fn kill(
         &mut self,
         mut print: impl FnMut(OutputStream, &[u8]),
@@ -407,7 +407,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         let ended = poll_fn(|cx| {
             shared.poll_until(Handle::Main, cx, |state, _| {
                 state.print(&mut print);
-                // What it answered last is of no use.
+                // Its last answers are of no use.
                 if let Some(results) = &mut state.results {
                     results.bytes.clear();
                 }
@@ -424,7 +424,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         Ok(Reply::Exited(exited.status))
     }
 
-    /// Sends a signal, as far as the connection takes it now.
+    /// Sends a signal, as far as the connection accepts it now.
     fn signal(&self, signal: u8) {
         if let Ok(shared) = self.shared() {
             let mut cx = Context::from_waker(Waker::noop());
@@ -437,7 +437,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
     }
 }
 
-/// A call that is under way; dropping this interrupts it.
+/// Guard of a running call: dropping it interrupts the call.
 struct UnderWay<'a, S: AsyncRead + AsyncWrite + Unpin + Send>(&'a mut Session<S>);
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Drop for UnderWay<'_, S> {
@@ -447,7 +447,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Drop for UnderWay<'_, S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
-    /// Hands on what was printed.
+    /// Passes the received output to `print`.
     fn print(&mut self, print: &mut impl FnMut(OutputStream, &[u8])) {
         for (stream, queue) in [
             (OutputStream::Stdout, &mut self.stdout),
@@ -463,7 +463,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> State<S> {
         }
     }
 
-    /// Sends as much of `bytes` to the program's stdin as there is room for now.
+    /// Sends as much of `bytes` to the program's stdin as there is room for now, and returns the
+    /// number of bytes.
     fn pass(&mut self, bytes: &[u8], cx: &mut Context<'_>) -> Result<usize, ConnectionError> {
         let mut passed = 0;
         while self.stdin.open && self.poll_flush(cx)?.is_ready() {

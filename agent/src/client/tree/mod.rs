@@ -1,9 +1,9 @@
-//! Trees of files: as a tar stream, or entry by entry.
+//! Trees of files, copied as a tar stream or entry by entry.
 //!
-//! The agent knows single files only, so that it stays small. Trees are put together here. What is
-//! put into the guest goes there without waiting for each answer, and no path leads out of the tree
-//! in the guest ([`Place::beneath`]). What comes out of the guest is what a stranger says: its
-//! names are checked, its links are not followed, and its size is bounded by [`TreeLimits`].
+//! The agent handles single files only, so that it stays small; trees are assembled here. Files are
+//! written into the guest without waiting for each answer, and no path leads out of the tree in the
+//! guest ([`Place::beneath`]). Data from the guest is not trusted: names are checked, links are not
+//! followed, and the size is bounded by [`TreeLimits`].
 
 mod reader;
 mod tar;
@@ -20,42 +20,42 @@ use crate::proto::{Account, Place};
 /// An entry of a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TreeEntry {
-    /// The way from the top of the tree: names with slashes between them, none of them `.` or
-    /// `..`.
+    /// The path relative to the top of the tree: names with slashes between them, none of them `.`
+    /// or `..`.
     pub path: PathBuf,
     /// Permissions (07777).
     pub mode: u32,
     /// When its content last changed, in whole seconds since 1970-01-01 00:00 UTC.
     pub modified_s: i64,
-    /// What it is.
+    /// The kind of entry.
     pub node: Node,
 }
 
-/// What an entry of a tree is.
+/// The kind of an entry of a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Node {
     /// A directory.
     Dir,
     /// A regular file.
     File {
-        /// Its bytes.
+        /// Its size in bytes.
         size: u64,
     },
     /// A symbolic link.
     Link {
-        /// What it points to, which may be anywhere.
+        /// The path that the link points to, which may be anywhere.
         target: PathBuf,
     },
 }
 
-/// How much of a tree in the guest is taken.
+/// Limits on a tree that is read from the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TreeLimits {
-    /// Bytes of all files.
+    /// Most bytes of all files.
     pub bytes: u64,
-    /// Entries.
+    /// Most entries.
     pub entries: usize,
-    /// Directories inside each other.
+    /// Most levels of nested directories.
     pub depth: usize,
 }
 
@@ -70,7 +70,7 @@ impl Default for TreeLimits {
     }
 }
 
-/// What was copied.
+/// The amount of what was copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TreeCount {
@@ -80,11 +80,11 @@ pub struct TreeCount {
     pub bytes: u64,
 }
 
-/// Why a tree was not copied, or not all of it. Drop the client.
+/// Why a tree was not copied, or only a part of it. Drop the client.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TreeError {
-    /// Something was not done with a file of the guest.
+    /// An operation on a file of the guest failed.
     #[error(transparent)]
     File(#[from] FileError),
     /// The tree has more bytes than were allowed.
@@ -96,22 +96,22 @@ pub enum TreeError {
     /// Directories are nested deeper than was allowed.
     #[error("{}: directories are nested more than {most} deep", path.display())]
     TooDeep {
-        /// Where.
+        /// The directory that is too deep.
         path: PathBuf,
-        /// What was allowed.
+        /// The limit that the caller gave.
         most: usize,
     },
-    /// Something that is neither a file nor a directory nor a symbolic link (in a tar archive: a
-    /// hard link, too).
+    /// An entry is neither a file nor a directory nor a symbolic link (in a tar archive, a hard
+    /// link counts as such).
     #[error("{}: neither a file nor a directory nor a symbolic link: leave it out", .0.display())]
     NotPlain(PathBuf),
     /// A file became shorter while it was copied.
     #[error("{}: became shorter while it was copied", .0.display())]
     Changed(PathBuf),
-    /// A path that leads out of the tree, or is none.
+    /// A path leads out of the tree, or is not valid.
     #[error("{}: not a path within the tree", .0.display())]
     BadPath(PathBuf),
-    /// The stream is no tar archive, or ends too early.
+    /// The stream is not a tar archive, or ends too early.
     #[error("not a tar archive, or a damaged one: {0}")]
     BadArchive(&'static str),
 }
@@ -131,18 +131,18 @@ impl TreeError {
     }
 }
 
-/// Trees. After an error drop the client: answers may still be on their way. The same goes for a
-/// future that is dropped.
+/// Trees. Drop the client after an error and after dropping a future: answers may still be in
+/// transit.
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
     /// Unpacks a tar archive (ustar, pax or GNU, not compressed) into a directory of the guest,
-    /// which is made if it is not there. Files and links that are there are replaced.
-    /// Everything is made with the rights of `account`, or else root's, and belongs to it. Of the
-    /// archive's metadata the permissions count. Nothing is written outside of the directory,
-    /// whatever names and links the archive or the directory has; archives with devices and
-    /// hard links are refused.
+    /// which is made if it does not exist. Existing files and links are replaced. Everything is
+    /// made with the rights of `account`, or root's if there is none, and belongs to it. Of the
+    /// archive's metadata only the permissions are used. Nothing is written outside of the
+    /// directory, whatever names and links the archive or the directory contains; archives with
+    /// devices or hard links are refused.
     ///
     /// # Errors
-    /// [`TreeError`]; a part may be there then.
+    /// [`TreeError`]; a part of the tree may be written then.
     pub async fn put_tree(
         &mut self,
         dir: impl Into<PathBuf>,
@@ -158,13 +158,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> AgentClient<S> {
         writer.finish().await
     }
 
-    /// Packs a directory of the guest into a tar archive (ustar, with pax headers where that does
-    /// not do): files, directories and symbolic links, all root's; with the rights that the
-    /// place names ([`Place::by`](crate::proto::Place::by)). Links are packed as links, and point
-    /// where they point: unpack it with care.
+    /// Packs a directory of the guest into a tar archive (ustar, with pax headers for values that
+    /// do not fit): files, directories and symbolic links, all owned by root. The directory is read
+    /// with the rights that the place names ([`Place::by`](crate::proto::Place::by)). Links are
+    /// packed as links with their targets unchanged: unpack the archive with care.
     ///
     /// # Errors
-    /// [`TreeError`]; what was written is then a part of an archive.
+    /// [`TreeError`]; the archive is then incomplete.
     pub async fn get_tree(
         &mut self,
         dir: impl Into<Place>,

@@ -1,4 +1,4 @@
-//! A tree on its way out of the guest.
+//! Reading a tree out of the guest.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -14,41 +14,41 @@ use crate::{
     proto::{FileKind, Place},
 };
 
-/// Longest path, as Linux has it.
+/// Longest path that Linux accepts, in bytes.
 const LONGEST: usize = 4095;
-/// Bytes of names that are still to come, of all directories that are open.
+/// Most bytes of pending names, over all open directories.
 const MOST_HELD: usize = 32 << 20;
 
-/// Reads a tree in the guest, entry by entry, directories before what is in them, each in the order
-/// of names. Links are not followed. The guest may change the tree meanwhile, and may say what it
-/// likes: names are checked to be names.
+/// Reads a tree in the guest, entry by entry: directories before their content, each in the order
+/// of names. Links are not followed. The guest may change the tree meanwhile and is not trusted:
+/// names are checked to be valid.
 #[derive(Debug)]
 pub struct TreeReader<'a, S> {
     client: &'a mut AgentClient<S>,
     dir: Place,
     limits: TreeLimits,
     count: TreeCount,
-    /// Directories from the top down.
+    /// Open directories from the top down.
     open: Vec<Level>,
-    /// Bytes of all names in there.
+    /// Bytes of all pending names in `open`.
     held: usize,
 }
 
 /// A directory that is being read.
 #[derive(Debug)]
 struct Level {
-    /// The way from the top.
+    /// The path relative to the top of the tree.
     path: PathBuf,
-    /// The names that are still to come, last first.
+    /// The pending names, last first.
     names: Vec<OsString>,
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
-    /// Begins with a directory of the guest, which is no entry itself. It is read with the rights
-    /// that the place names ([`Place::by`]).
+    /// Begins reading a directory of the guest, which is itself not an entry. It is read with the
+    /// rights that the place names ([`Place::by`]).
     ///
     /// # Errors
-    /// [`TreeError`], if there is no such directory, for example; [`TreeError::BadPath`] of a place
+    /// [`TreeError`], for example if there is no such directory; [`TreeError::BadPath`] for a place
     /// that is beneath another one.
     pub async fn begin(
         client: &'a mut AgentClient<S>,
@@ -72,7 +72,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
         Ok(reader)
     }
 
-    /// The next entry; none at the end.
+    /// Returns the next entry; none at the end.
     ///
     /// # Errors
     /// [`TreeError`].
@@ -112,8 +112,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
         }))
     }
 
-    /// Writes the content of a regular file that [`next`](Self::next) gave, as many bytes as it had
-    /// then.
+    /// Writes the content of a regular file that [`next`](Self::next) returned, as many bytes as it
+    /// had then.
     ///
     /// # Errors
     /// [`TreeError::TooLarge`] before anything is written; [`TreeError::Changed`] if it became
@@ -141,14 +141,14 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
         }
     }
 
-    /// What was read.
+    /// Returns the number of entries found and of bytes read so far.
     #[must_use]
     pub fn count(&self) -> TreeCount {
         self.count
     }
 
-    /// Always beneath the same directory, also the top itself: then it stays the one that was found
-    /// first.
+    /// Returns a place in the tree. All places, also that of the top itself, are beneath the same
+    /// directory, so that the agent keeps using the one that it found first.
     fn place(&self, path: &Path) -> Place {
         let path = match path.as_os_str() {
             top if top.is_empty() => Path::new("."),
@@ -185,8 +185,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
             return Err(TreeError::TooMany(self.limits.entries));
         }
         names.sort_unstable_by(|one, other| other.cmp(one));
-        // Who unpacks the tree takes the second for another file, and a link for the directory of
-        // that name.
+        // Duplicate names are refused: a program that unpacks the tree would take the second for
+        // another file, and a link for the directory of that name.
         if names
             .windows(2)
             .any(|pair| matches!(pair, [one, other] if one == other))
@@ -199,7 +199,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeReader<'a, S> {
     }
 }
 
-/// A name that a directory can have: what else the guest says is no file system's word.
+/// Checks that the guest sent a name that a directory can contain.
 fn name(bytes: &[u8]) -> Result<&OsStr, ConnectionError> {
     match bytes {
         b"" | b"." | b".." => Err(ConnectionError::Protocol("no name of a file")),

@@ -1,4 +1,5 @@
-//! The tar format, as far as trees need it: ustar; pax and GNU headers for what does not fit there.
+//! The tar format, as far as trees need it: ustar, with pax and GNU headers for values that do not
+//! fit.
 
 use std::{
     ffi::OsString,
@@ -14,12 +15,13 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use super::{Node, TreeEntry, TreeError};
 
 const BLOCK: usize = 512;
-/// A header for the next entry: a long name, or pax records. None that is right is longer.
+/// Most bytes of an extension of the next entry's header (a long name, or pax records). No valid
+/// one is longer.
 const LONGEST_EXTENSION: u64 = 64 << 10;
 /// The largest number that eleven octal digits hold.
 const LARGEST_OCTAL: u64 = 0o777_7777_7777;
 
-// Places in a header block.
+// Byte ranges of the fields in a header block.
 const NAME: std::ops::Range<usize> = 0..100;
 const MODE: std::ops::Range<usize> = 100..108;
 const UID: std::ops::Range<usize> = 108..116;
@@ -32,15 +34,16 @@ const TARGET: std::ops::Range<usize> = 157..257;
 const MAGIC: std::ops::Range<usize> = 257..265;
 const PREFIX: std::ops::Range<usize> = 345..500;
 
-/// Reads an archive, entry by entry. As a reader it gives the present entry's content.
+/// Reads an archive, entry by entry. Its `AsyncRead` returns the current entry's content.
 pub(super) struct Reader<'a, R> {
     stream: &'a mut R,
-    /// Of the present entry's content: what was not read, and how it is filled up.
+    /// The number of unread bytes of the current entry's content, and below that of the padding
+    /// after it.
     rest: u64,
     padding: u64,
 }
 
-/// What headers of other kinds say of the entry that follows them.
+/// Values for the next entry from the extension headers before it.
 #[derive(Default)]
 struct Extension {
     path: Option<Vec<u8>>,
@@ -57,7 +60,8 @@ impl<'a, R: AsyncRead + Unpin> Reader<'a, R> {
         }
     }
 
-    /// The next entry; none at the end. What was not read of the one before must be skipped.
+    /// Returns the next entry; none at the end. The unread rest of the previous entry must be
+    /// skipped first.
     pub(super) async fn next(&mut self) -> Result<Option<TreeEntry>, TreeError> {
         let mut extension = Extension::default();
         loop {
@@ -69,7 +73,7 @@ impl<'a, R: AsyncRead + Unpin> Reader<'a, R> {
                 Some(b'L') => extension.path = Some(text(&self.extension(size).await?)),
                 Some(b'K') => extension.target = Some(text(&self.extension(size).await?)),
                 Some(b'x') => extension.read_pax(&self.extension(size).await?)?,
-                // Of the whole archive: nothing that matters here.
+                // A global header applies to the whole archive; nothing in it matters here.
                 Some(b'g') => drop(self.extension(size).await?),
                 Some(&kind) => match self.entry(kind, &header, size, extension)? {
                     Some(entry) => return Ok(Some(entry)),
@@ -83,7 +87,7 @@ impl<'a, R: AsyncRead + Unpin> Reader<'a, R> {
         }
     }
 
-    /// Goes on to the next header.
+    /// Skips to the next header.
     pub(super) async fn skip_rest(&mut self) -> Result<(), TreeError> {
         let rest = std::mem::take(&mut self.rest).saturating_add(std::mem::take(&mut self.padding));
         let mut rest_of_it = (&mut *self.stream).take(rest);
@@ -103,7 +107,7 @@ impl<'a, R: AsyncRead + Unpin> Reader<'a, R> {
     ) -> Result<Option<TreeEntry>, TreeError> {
         let path = extension.path.unwrap_or_else(|| name(header));
         let path = PathBuf::from(OsString::from_vec(path));
-        // Links have no content, whatever they say.
+        // Links have no content, whatever size their header has.
         let size = match kind {
             b'0' | 0 | b'7' => extension.size.unwrap_or(size),
             b'1' | b'2' => 0,
@@ -112,7 +116,7 @@ impl<'a, R: AsyncRead + Unpin> Reader<'a, R> {
         self.rest = size;
         self.padding = padding(size);
         let node = match kind {
-            // Old archives have directories as files with a slash at the end.
+            // Old archives represent directories as files with a slash at the end.
             b'0' | 0 | b'7' if path.as_os_str().as_bytes().ends_with(b"/") => Node::Dir,
             b'0' | 0 | b'7' => Node::File { size },
             b'5' => Node::Dir,
@@ -138,7 +142,8 @@ impl<'a, R: AsyncRead + Unpin> Reader<'a, R> {
         }))
     }
 
-    /// The next header block. None at the end, which is marked by a block of zeros; some only stop.
+    /// Returns the next header block; none at the end, which is marked by a block of zeros or by
+    /// the end of the stream.
     async fn header(&mut self) -> Result<Option<[u8; BLOCK]>, TreeError> {
         let mut block = [0; BLOCK];
         let mut filled = 0;
@@ -192,7 +197,7 @@ impl<R: AsyncRead + Unpin> AsyncRead for Reader<'_, R> {
 }
 
 impl Extension {
-    /// Records `LENGTH KEY=VALUE\n`; the length is that of the whole record.
+    /// Reads records `LENGTH KEY=VALUE\n`; the length is that of the whole record.
     fn read_pax(&mut self, mut records: &[u8]) -> Result<(), TreeError> {
         let bad = || TreeError::BadArchive("a pax header is malformed");
         while !records.is_empty() {
@@ -220,7 +225,7 @@ impl Extension {
     }
 }
 
-/// The way from the top of the tree; none for the top itself.
+/// Returns the path relative to the top of the tree; none for the top itself.
 fn within(path: &Path) -> Result<Option<PathBuf>, TreeError> {
     let mut inside = PathBuf::new();
     for name in path.components() {
@@ -237,7 +242,7 @@ fn within(path: &Path) -> Result<Option<PathBuf>, TreeError> {
     Ok((!bytes.is_empty()).then_some(inside))
 }
 
-/// Writes the header of an entry, and a pax header before it for what does not fit in.
+/// Writes the header of an entry, preceded by a pax header for values that do not fit.
 pub(super) async fn write_header(
     entry: &TreeEntry,
     archive: &mut (impl AsyncWrite + Unpin),
@@ -270,7 +275,7 @@ pub(super) async fn write_header(
     archive.write_all(&header).await.map_err(TreeError::host)
 }
 
-/// Fills up the last block of content of this size.
+/// Pads content of this size to a whole number of blocks.
 pub(super) async fn pad(
     size: u64,
     archive: &mut (impl AsyncWrite + Unpin),
@@ -301,7 +306,8 @@ fn push_record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     }
 }
 
-/// A header block. What is too long for its field is cut: a pax header says it whole.
+/// Returns a header block. A value that is too long for its field is truncated or capped; a pax
+/// header has the whole value.
 fn block(path: &[u8], kind: u8, mode: u32, size: u64, modified: u64, target: &[u8]) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     let mut put = |place: std::ops::Range<usize>, bytes: &[u8]| {
@@ -336,7 +342,7 @@ fn block(path: &[u8], kind: u8, mode: u32, size: u64, modified: u64, target: &[u
     block
 }
 
-/// The sum of all bytes, with blanks in place of the sum itself.
+/// Returns the sum of all bytes of a header, with blanks in place of the checksum itself.
 fn checksum(block: &[u8; BLOCK]) -> u32 {
     let bytes = block.iter().enumerate();
     bytes
@@ -354,14 +360,14 @@ fn field(block: &[u8; BLOCK], place: std::ops::Range<usize>) -> &[u8] {
 fn name(header: &[u8; BLOCK]) -> Vec<u8> {
     let name = text(field(header, NAME));
     let prefix = text(field(header, PREFIX));
-    // GNU has other things at the prefix's place.
+    // GNU archives have other fields at the place of the prefix.
     match field(header, MAGIC) == b"ustar\x0000" && !prefix.is_empty() {
         true => [prefix.as_slice(), &name].join(&b'/'),
         false => name,
     }
 }
 
-/// Up to the first zero.
+/// Returns the bytes before the first zero.
 fn text(bytes: &[u8]) -> Vec<u8> {
     bytes
         .split(|&byte| byte == 0)
@@ -370,7 +376,8 @@ fn text(bytes: &[u8]) -> Vec<u8> {
         .to_vec()
 }
 
-/// Octal digits; or, marked by the highest bit, a number of as many bytes.
+/// Parses a number: octal digits, or, if the first byte is 0x80, the other bytes as a big-endian
+/// number.
 fn number(field: &[u8]) -> Result<u64, TreeError> {
     let bad = || TreeError::BadArchive("a number in a header is malformed");
     if let Some((0x80, rest)) = field.split_first() {

@@ -1,4 +1,4 @@
-//! A tree on its way into the guest.
+//! Writing a tree into the guest.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -20,29 +20,29 @@ use crate::{
     proto::{Account, FileRequest, MAX_CHUNK, Place, Put, Request},
 };
 
-/// Requests that may wait for their answers: enough to keep the guest busy, few enough for their
+/// Most unanswered requests between entries: enough to keep the guest busy, few enough for their
 /// answers to fit in its buffer.
 const WINDOW: usize = 32;
 
-/// Writes a tree into a directory of the guest, entry by entry. Does not wait for each answer: what
-/// went wrong is said by a later call, and by [`finish`](Self::finish) at the latest. Drop the
-/// client after an error, and if this is dropped before.
+/// Writes a tree into a directory of the guest, entry by entry. It does not wait for each answer: a
+/// failure is reported by a later call, at the latest by [`finish`](Self::finish). Drop the client
+/// after an error, and if this is dropped before [`finish`](Self::finish).
 #[derive(Debug)]
 pub struct TreeWriter<'a, S> {
     client: &'a mut AgentClient<S>,
     dir: PathBuf,
     by: Option<Account>,
     owner: Option<Account>,
-    /// Directories that are on their way.
+    /// Directories that were requested.
     made: HashSet<PathBuf>,
-    /// The paths of requests without an answer yet.
+    /// The paths of unanswered requests.
     unanswered: VecDeque<ByteBuf>,
     count: TreeCount,
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
-    /// Begins with the directory, which is made if it is not there. All is made with the rights of
-    /// that account, root's if there is none, and belongs to it.
+    /// Begins with the directory, which is made if it does not exist. Everything is made with the
+    /// rights of `account`, or root's if there is none, and belongs to it.
     ///
     /// # Errors
     /// [`FileError::PathTooLong`], as a [`TreeError`].
@@ -54,9 +54,9 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
         Self::begin_with(client, dir, account, None)
     }
 
-    /// As [`begin`](Self::begin), with root's rights wherever that is, and given to `owner` when it
-    /// is made. Not for places that programs which are not trusted can write to: see
-    /// [`Place::by`].
+    /// As [`begin`](Self::begin), but everything is made with root's rights, whatever the place,
+    /// and given to `owner` when it is made. Not for places that untrusted programs can write to:
+    /// see [`Place::by`].
     ///
     /// # Errors
     /// As [`begin`](Self::begin).
@@ -91,8 +91,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
         Ok(writer)
     }
 
-    /// Adds an entry; directories on the way are made. `content` is read for a regular file, and
-    /// must have its size.
+    /// Adds an entry; missing parent directories are made. `content` is read for a regular file,
+    /// and must have the entry's size.
     ///
     /// # Errors
     /// [`TreeError`], perhaps of an earlier entry.
@@ -164,7 +164,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
         self.ask(request, path)
     }
 
-    /// An archive need not name the directories that its files are in.
+    /// Makes the entry's parent directory once: an archive need not contain the directories of its
+    /// files.
     fn make_parent(&mut self, path: &Path) -> Result<(), TreeError> {
         let Some(parent) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) else {
             return Ok(());
@@ -181,7 +182,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
         Ok(())
     }
 
-    /// Sends a file's content, and sees meanwhile what came of what was sent before.
+    /// Sends a file's content, and takes the answers to earlier requests that arrive meanwhile.
     async fn copy(
         &mut self,
         path: &Path,
@@ -213,7 +214,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin + Send> TreeWriter<'a, S> {
         Ok(queued.map_err(FileError::from)?)
     }
 
-    /// Takes answers until no more than so many are missing.
+    /// Takes answers until at most `missing` requests are unanswered.
     async fn settle(&mut self, missing: usize) -> Result<(), TreeError> {
         while self.unanswered.len() > missing {
             self.answer().await?;

@@ -1,5 +1,5 @@
-//! Guests without a pool: to the first instruction beside the floor, a cold boot, and a clone that
-//! is talked to.
+//! Guests without a pool: up to the first instruction beside the baseline, a cold boot, and a clone
+//! that answers requests.
 
 use hearth_agent::proto::READY_PORT;
 use hearth_agent::{Command, client::OutputLimits};
@@ -18,14 +18,15 @@ use crate::scenario::{exchange::Exchange, vsock};
 
 const FIRST: &str = "fork to first instruction";
 const SHELL: &str = "shell to first instruction";
-/// Repetitions of one measurement of what takes little: beside it, a tick of the host's clock would
-/// be much.
+/// Repetitions in one measurement of a short operation: a tick of the host's clock would weigh
+/// heavily on a single one.
 const MANY: usize = 40;
 const MIB: u32 = 1 << 20;
-/// The least that can be asked or answered.
+/// The shortest question and answer.
 const LEAST: u32 = crate::scenario::exchange::HEAD as u32;
 
-/// To a flat guest's first instruction, from nothing and from a shell, in turns with bare ioctls.
+/// Counts up to a flat guest's first instruction, from nothing and from a prepared VM, in turns
+/// with bare ioctls.
 pub(super) async fn first_instruction(
     counts: &mut Counts,
     report: &mut Report,
@@ -48,7 +49,7 @@ pub(super) async fn first_instruction(
         first_exit(&vm).await?;
         counts.stop(run, SHELL, 1, counted)?;
         vm.destroy();
-        // It ends its VM itself, after it has read the clock.
+        // The baseline ends its VM itself, after it has read the clock.
         let times = floor.fork()?;
         if counted {
             whole.push(millions(times.whole));
@@ -112,7 +113,7 @@ const OF_FORK: Names = Names {
     large: "fork: mapped, of 2 MiB",
 };
 
-/// Clones of one template, up to their first pong.
+/// Counts clones of one template, up to their first answer to a ping.
 pub(super) async fn clones(
     counts: &mut Counts,
     files: Files<'_>,
@@ -167,7 +168,7 @@ pub(super) async fn clones(
     Ok(template)
 }
 
-/// A clone that is talked to, and runs programs.
+/// Counts a clone that answers requests and runs programs.
 pub(super) async fn at_work(counts: &mut Counts, template: &Template) -> Result<(), ScenarioError> {
     let vm = template.fork().map_err(ScenarioError::at("fork"))?;
     let mut agent = resume(&vm)?;
@@ -209,7 +210,7 @@ pub(super) async fn at_work(counts: &mut Counts, template: &Template) -> Result<
     Ok(())
 }
 
-/// Runs a program that does nothing, on a connection of its own, as each is.
+/// Runs a program that does nothing, on a connection of its own as every program has.
 async fn plain_program(vm: &Vm) -> Result<(), ScenarioError> {
     let agent = dial(vm.vsock()).await?;
     let exec = agent.exec(Command::new("true")).await;

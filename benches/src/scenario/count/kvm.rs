@@ -1,4 +1,4 @@
-//! What KVM counts, of all VMs that live, where the kernel's debugging files can be read.
+//! KVM's statistics of all living VMs, where the kernel's debugging files can be read.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::scenario::ScenarioError;
 /// VMs added up.
 const FILES: &str = "/sys/kernel/debug/kvm";
 
-/// Statistics of what lives now.
+/// Statistics of the VMs that live now.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Kvm {
     /// Exits to KVM.
@@ -26,7 +26,7 @@ pub(super) struct Kvm {
 }
 
 impl Kvm {
-    /// `None` where they cannot be read.
+    /// Reads the statistics; `None` where they cannot be read.
     pub(super) fn now() -> Option<Self> {
         Self::at(Path::new(FILES))
     }
@@ -45,13 +45,13 @@ impl Kvm {
     }
 }
 
-/// What is kept of one VM.
+/// Names of the metrics of one VM.
 pub(super) struct Names {
-    /// Its exits to the monitor.
+    /// The VM's exits to the monitor.
     pub(super) monitor: &'static str,
-    /// Pages that the host has for it alone.
+    /// Memory that the host has allocated for this VM alone.
     pub(super) memory: &'static str,
-    // What KVM did for it.
+    // KVM's statistics for the VM.
     pub(super) exits: &'static str,
     pub(super) faults: &'static str,
     pub(super) small: &'static str,
@@ -59,8 +59,8 @@ pub(super) struct Names {
 }
 
 impl Counts {
-    /// Keeps what `vm` needed of the monitor and of memory, and what KVM counted since `before`,
-    /// while nothing ended.
+    /// Records the VM's exits to the monitor and its memory, and the change of KVM's statistics
+    /// since `before`. No VM may end in between.
     pub(super) fn vm(
         &mut self,
         vm: &Vm,

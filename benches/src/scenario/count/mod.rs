@@ -1,6 +1,6 @@
-//! What each step costs in instructions, of host kernel, KVM and guest together, on a machine whose
-//! clock counts them ([`Meter`]): what ran, and beside it what was only waited for. It is what can
-//! be compared where no processor is fast or quiet enough for times.
+//! Counts the cost of each step in instructions, of host kernel, KVM and guest together, on a
+//! machine whose clock counts them ([`Meter`]): instructions that ran, and beside them idle time.
+//! These can be compared where no processor is fast or quiet enough for times.
 
 mod guests;
 mod kvm;
@@ -19,25 +19,26 @@ use crate::report::Report;
 
 /// The name of the scenario in results.
 pub const SCENARIO: &str = "count";
-/// Unit of what ran.
+/// Unit of instructions that ran.
 pub const BUSY: &str = "M busy";
-/// Unit of what was waited for.
+/// Unit of idle time.
 pub const IDLE: &str = "M idle";
-/// Rounds of each kind that are not counted: code and tables are touched for the first time.
+/// Rounds of each kind that are not counted: they touch code and tables for the first time.
 const WARM_UP: usize = 2;
-/// For how long nothing happens before a measurement. It costs nothing here: the clock jumps.
+/// Idle time before a measurement. It takes no real time here: the clock jumps.
 const REST: Duration = Duration::from_millis(200);
 
-/// What is counted.
+/// Optional subjects of a counting run.
 #[derive(Clone, Debug)]
 pub struct Subjects {
-    /// Code in Python's warm interpreter, too; its image is built when it is not there.
+    /// Whether code in Python's warm interpreter is counted, too; its image is built if it is
+    /// missing.
     pub python: bool,
     /// Other monitors.
     pub peers: Peers,
 }
 
-/// Counts each operation `n` times, and says what it is at.
+/// Counts each operation `n` times, and reports its progress.
 ///
 /// # Errors
 /// When nothing can be counted here, or a guest cannot be made or does not answer.
@@ -79,7 +80,7 @@ pub async fn run(
     peers::run(meter, report, files, &subjects.peers, n).await
 }
 
-/// What is counted with, and what was.
+/// A counting run: its meter, and the samples so far.
 struct Counts {
     meter: Meter,
     rounds: usize,
@@ -87,18 +88,18 @@ struct Counts {
 }
 
 impl Counts {
-    /// The numbers of the rounds, and whether each is counted.
+    /// Returns the numbers of the rounds, and whether each is counted.
     fn rounds(&self) -> impl Iterator<Item = (usize, bool)> + use<> {
         (0..WARM_UP + self.rounds).map(|round| (round, round >= WARM_UP))
     }
 
-    /// Begins a measurement when everything has come to rest.
+    /// Begins a measurement after everything has become idle.
     async fn start(&self) -> Result<Measurement, ScenarioError> {
         tokio::time::sleep(REST).await;
         self.meter.start().map_err(failed)
     }
 
-    /// Ends one, of `times` repetitions of `what`; keeps it if it is counted.
+    /// Ends a measurement of `times` repetitions of `what`, and records it if it is counted.
     fn stop(
         &mut self,
         measurement: Measurement,

@@ -1,5 +1,5 @@
-//! The hand-off of a parked guest, to its first answer and to the result of code, and the making of
-//! the next one.
+//! The hand-off of a parked guest, up to its first answer and to the result of code, and the making
+//! of the next one.
 
 use hearth_pool::kvm::KvmImage;
 use hearth_pool::{Language, Parking, Refill};
@@ -9,7 +9,7 @@ use crate::scenario::boot::Files;
 use crate::scenario::pool::{self, PROFILE};
 use crate::scenario::{ScenarioError, languages};
 
-/// A pool of one, which is filled by hand: nothing goes on but what is counted.
+/// Counts with a pool of one guest that is filled by hand, so that nothing else runs.
 pub(super) async fn hand_off(counts: &mut Counts, files: Files<'_>) -> Result<(), ScenarioError> {
     let backend = pool::backend(files).await?;
     let config = pool::config(files.shape, 1, Refill::Manual);
@@ -35,7 +35,7 @@ pub(super) async fn hand_off(counts: &mut Counts, files: Files<'_>) -> Result<()
     Ok(())
 }
 
-/// The same with code in the guest's warm interpreter.
+/// Counts the same with code in the guest's warm interpreter.
 pub(super) async fn python(counts: &mut Counts, files: Files<'_>) -> Result<(), ScenarioError> {
     let language = Language::Python;
     let root = languages::root(language).await?;

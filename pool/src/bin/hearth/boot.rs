@@ -1,4 +1,4 @@
-//! `hearth boot`: boots any guest, ours or not, and says how it ended.
+//! `hearth boot`: boots any guest, with or without the agent, and says how it ended.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -62,7 +62,7 @@ enum Entry {
     Pvh,
 }
 
-/// Why the guest was not booted, or not to its end.
+/// The guest was not booted, or not watched to its end.
 #[derive(Debug, thiserror::Error)]
 enum GuestError {
     #[error(transparent)]
@@ -79,7 +79,7 @@ enum GuestError {
     Stdout(#[source] std::io::Error),
 }
 
-/// What ended the guest.
+/// The event that ended the guest.
 enum End {
     Guest(Exit),
     TimedOut(Duration),
@@ -113,7 +113,7 @@ fn guest(args: &Args) -> Result<End, GuestError> {
             }
         };
         let end = tokio::select! {
-            // The console ends with the guest: first all that it said, then how it ended.
+            // The console ends with the guest: first show all its output, then how it ended.
             result = &mut shown => {
                 result.map_err(GuestError::Stdout)?;
                 return Ok(End::Guest(vm.exited().await));
@@ -133,7 +133,7 @@ fn config(args: &Args) -> Result<VmConfig, ConfigError> {
         .machine
         .apply(config, DEFAULT_MEMORY_MIB)
         .console(true)
-        // A guest that knows nothing of KVM has no other timer.
+        // A guest without KVM support has no other timer.
         .pit(true)
         .entry(match args.entry {
             Entry::Auto => EntryChoice::Auto,

@@ -3,8 +3,8 @@
 use hearth_vmm::Console;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
-/// Copies the console until its end. The console keeps a bounded window; what a slow reader lost is
-/// said in its place.
+/// Copies the console until its end. The console keeps a bounded window; where a slow reader missed
+/// bytes, a note says how many.
 pub(crate) async fn show(
     console: &Console,
     mut to: impl AsyncWrite + Unpin,

@@ -1,4 +1,4 @@
-//! How the command says that something failed.
+//! How the command reports failures.
 
 use std::error::Error;
 use std::io;
@@ -6,10 +6,11 @@ use std::process::ExitCode;
 
 use crate::FAILED;
 
-/// What to do about a file that the host does not let grow: any that is written.
+/// The advice where the host's file size limit stops a write.
 const FILE_LIMIT: &str = "ulimit -f";
 
-/// An error with all its causes on one line. Causes that the text above them repeats are left out.
+/// Formats an error with all its causes on one line. Causes that the text before already ends with
+/// are left out.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -29,7 +30,7 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     text
 }
 
-/// Prints the error and gives the exit code for it.
+/// Prints the error and returns the exit code for it.
 pub(crate) fn failed(error: &dyn Error) -> ExitCode {
     eprintln!("hearth: {}", chain(error));
     ExitCode::from(FAILED)

@@ -1,4 +1,4 @@
-//! `hearth image`: builds and finds what guests boot from.
+//! `hearth image`: builds and finds the files that guests boot from.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -70,7 +70,8 @@ fn name(text: &str) -> Result<Name, String> {
     Ok(match text {
         "kernel" => Name::Kernel,
         "base" => Name::Base,
-        // Wrong names are found before anything is done; files are read when they are needed.
+        // Wrong names are refused before any work is done; files are only read when they are
+        // needed.
         name if name.contains('/') || name.ends_with(".toml") || Recipe::built_in(name).is_ok() => {
             Name::Root(name.to_owned())
         }
@@ -137,7 +138,7 @@ impl Image {
         Ok(packages.fold(Recipe::find(name)?, Recipe::python_package))
     }
 
-    /// As it was given.
+    /// The image as it was given on the command line.
     fn words(&self) -> String {
         let name = match &self.name {
             Name::Kernel => "kernel",
@@ -197,7 +198,7 @@ fn list(images: &Images) {
         None => println!("{name:<12} not cached; build it with: hearth image build {name}"),
     };
     line("kernel", cached.kernel.clone());
-    // Both halves or nothing.
+    // Listed as cached only if both files are.
     line("base", cached.kernel.and(cached.initramfs));
     let own = Recipe::built_in_names().filter_map(|name| Recipe::built_in(name).ok());
     let own: Vec<_> = own
@@ -206,14 +207,14 @@ fn list(images: &Images) {
     for (name, path) in &own {
         line(name, path.clone());
     }
-    // Those with packages, of recipes in files, and of earlier recipes.
+    // Also the cached images with packages, of recipes in files, and of earlier recipes.
     let known = |path: &PathBuf| own.iter().any(|(_, own)| own.as_ref() == Some(path));
     for root in cached.roots.into_iter().filter(|root| !known(&root.path)) {
         line(&root.name, Some(root.path));
     }
 }
 
-/// In MiB, rounded up.
+/// The size of a file in MiB, rounded up.
 fn size(path: &std::path::Path) -> String {
     let bytes = path.metadata().map_or(0, |data| data.len());
     format!("{} MiB", bytes.div_ceil(1 << 20))

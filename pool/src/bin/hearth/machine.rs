@@ -1,4 +1,4 @@
-//! The machine that a guest gets: options that `run` and `boot` share.
+//! The memory and CPUs of a guest: options that `run` and `boot` share.
 
 use std::time::Duration;
 
@@ -16,7 +16,8 @@ pub(crate) struct Machine {
     cpus: u8,
 }
 
-/// The kernel would end this process where the guest used its memory.
+/// The guest's memory exceeds a cgroup limit: the kernel would end this process once the guest used
+/// it.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "a guest of {memory_mib} MiB does not fit in the cgroup of this process: {name} is {limit_mib} MiB; \
@@ -29,7 +30,7 @@ pub(crate) struct DoesNotFit {
 }
 
 impl Machine {
-    /// Whether this process may use so much memory at all.
+    /// Checks that the cgroups of this process allow so much memory.
     pub(crate) fn fits(&self, usual_mib: u64) -> Result<(), DoesNotFit> {
         let memory_mib = self.memory.unwrap_or(usual_mib);
         match memory_limit() {
@@ -42,14 +43,14 @@ impl Machine {
         }
     }
 
-    /// `usual_mib` is the memory of a guest that was given no amount.
+    /// Sets memory and CPUs; `usual_mib` is the default amount of memory.
     pub(crate) fn apply(&self, config: VmConfigBuilder, usual_mib: u64) -> VmConfigBuilder {
         let memory_mib = self.memory.unwrap_or(usual_mib);
         config.memory_mib(memory_mib).vcpus(self.cpus)
     }
 }
 
-/// Which amounts are possible is for the monitor to say, which knows the host.
+/// Only parses: the monitor, which knows the host, checks the range.
 fn memory(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| {
         format!(
@@ -63,7 +64,7 @@ fn cpus(text: &str) -> Result<u8, String> {
         .map_err(|_| format!("not a number of CPUs; choose 1 to {MAX_VCPUS}"))
 }
 
-/// A time in seconds, fractions allowed.
+/// Parses a time in seconds, fractions allowed.
 pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     text.parse()
         .ok()

@@ -1,7 +1,7 @@
 //! The `hearth` command: a thin layer over the libraries, one file for each subcommand.
 //!
-//! Exit codes: `run` and `shell` give those of the guest's program, `boot` and `doctor` have codes
-//! of their own, and whatever goes wrong in the command itself is [`FAILED`].
+//! Exit codes: `run` and `shell` return that of the guest's program, `boot` and `doctor` have codes
+//! of their own, and every error of the command itself is [`FAILED`].
 
 mod boot;
 mod console;
@@ -26,10 +26,10 @@ use tracing_subscriber::filter::FromEnvError;
 
 use crate::failure::failed;
 
-/// Exit code for errors of the command itself, wrong usage included; what `env` and container
-/// runtimes use for the same.
+/// Exit code for errors of the command itself, wrong usage included; `env` and container runtimes
+/// use the same.
 const FAILED: u8 = 125;
-/// Exit code when a time limit ended it; what `timeout` uses.
+/// Exit code when a time limit ended the program; `timeout` uses the same.
 const TIMED_OUT: u8 = 124;
 /// Environment variable with the log filter, such as `debug` or `hearth_vmm=trace`.
 const LOG_VARIABLE: &str = "HEARTH_LOG";
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Nothing to do about a closed terminal.
+            // If this fails, there is no terminal to report it on.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
         }
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
     if let Err(error) = log() {
         return failed(&error);
     }
-    // The doctor writes no files, and tells of every limit.
+    // The doctor writes no files, and reports every limit.
     let is_doctor = matches!(cli.command, Subcommands::Doctor(_));
     if let (false, Err(error)) = (is_doctor, runtime::outlive_the_file_limit()) {
         return failed(&error);
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Logs go to stderr; warnings unless `HEARTH_LOG` says otherwise.
+/// Sends logs to stderr; the level is `warn` unless `HEARTH_LOG` is set.
 fn log() -> Result<(), LogError> {
     let filter = match std::env::var_os(LOG_VARIABLE) {
         None => EnvFilter::new("warn"),
@@ -97,7 +97,7 @@ fn log() -> Result<(), LogError> {
     Ok(())
 }
 
-/// A log filter that is none.
+/// The log filter cannot be parsed.
 #[derive(Debug, thiserror::Error)]
 #[error("HEARTH_LOG is no log filter: give a level such as debug, or hearth_vmm=trace")]
 struct LogError(#[from] FromEnvError);

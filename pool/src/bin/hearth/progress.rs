@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use hearth_images::{Event, Progress, Stage};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// How often a spinner turns.
+/// Interval of a spinner's steps.
 const TICK: Duration = Duration::from_millis(200);
-/// Plain lines say every so many per cent.
+/// Plain lines report progress in steps of this many per cent.
 const STEP_PERCENT: u32 = 10;
 
-/// What suits stderr.
+/// Returns the kind of progress report that suits stderr.
 pub(crate) fn on_stderr() -> Box<dyn Progress> {
     if std::io::stderr().is_terminal() {
         Box::new(Bar::new())
@@ -72,7 +72,7 @@ impl Drop for Bar {
 #[derive(Default)]
 struct Lines {
     began: Cell<Option<Instant>>,
-    /// The last percentage said.
+    /// The last percentage that was printed.
     said: Cell<u32>,
 }
 

@@ -1,5 +1,5 @@
-//! The command's event loop. All its threads are started before anything else, or none is: tokio
-//! panics where it cannot start one later.
+//! The command's event loop. Either all its threads are started before anything else, or it is an
+//! error: tokio panics where it cannot start one later.
 
 use std::fs::File;
 use std::io;
@@ -14,30 +14,30 @@ use rustix::process::{Resource, Signal, getrlimit};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Threads for what blocks: stdin, stdout, stderr, and one for all else.
+/// Threads for blocking work: one each for stdin, stdout and stderr, and one for all else.
 const BLOCKING: usize = 4;
-/// What the event loop opens, signals included: tokio panics where it cannot.
+/// File descriptors that the event loop opens, signals included: tokio panics where it cannot.
 const DESCRIPTORS: usize = 8;
 /// Stack of each thread, in bytes of address space.
 const STACK: usize = 2 << 20;
-/// Address space in bytes that is left beside the stacks.
+/// Address space in bytes that must be left beside the stacks.
 const SPARE: usize = 8 << 20;
-/// How long all threads together may take to start: a moment, unless somebody else took the last
-/// places.
+/// How long all threads together may take to start: an instant, unless other processes took the
+/// last places under the limit.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Longer than any command runs.
+/// Keep-alive time of idle threads: longer than any command runs.
 const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// Why there is no event loop.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RuntimeError {
-    /// A limit on threads.
+    /// A limit on threads was reached.
     #[error(
         "this process needs {needed} more threads and cannot start them: {}",
         advice(*needed)
     )]
     Threads { needed: usize, source: io::Error },
-    /// Something else, such as file descriptors.
+    /// Something else was missing, such as file descriptors.
     #[error("cannot start the event loop: check ulimit -n")]
     Start(#[source] io::Error),
 }
@@ -49,12 +49,12 @@ fn advice(needed: usize) -> String {
     }
 }
 
-/// An event loop on the calling thread.
+/// Starts an event loop on the calling thread.
 pub(crate) fn on_this_thread() -> Result<Runtime, RuntimeError> {
     start(Builder::new_current_thread(), 0)
 }
 
-/// An event loop with a thread for each processor.
+/// Starts an event loop with a thread for each processor.
 pub(crate) fn on_all_processors() -> Result<Runtime, RuntimeError> {
     let workers = thread::available_parallelism().map_or(1, usize::from);
     let mut builder = Builder::new_multi_thread();
@@ -62,8 +62,8 @@ pub(crate) fn on_all_processors() -> Result<Runtime, RuntimeError> {
     start(builder, workers)
 }
 
-/// Lets a write beyond `ulimit -f` be an error. The default is a signal that ends the process;
-/// programs that this one starts have it again.
+/// Makes a write beyond `ulimit -f` an error. By default SIGXFSZ ends the process; programs that
+/// this one starts get that default back.
 pub(crate) fn outlive_the_file_limit() -> Result<(), RuntimeError> {
     if getrlimit(Resource::Fsize).current.is_none() {
         return Ok(());
@@ -72,7 +72,7 @@ pub(crate) fn outlive_the_file_limit() -> Result<(), RuntimeError> {
     let mut builder = Builder::new_current_thread();
     let runtime = builder.enable_io().build().map_err(RuntimeError::Start)?;
     let _inside = runtime.enter();
-    // The handler stays.
+    // The handler stays installed when the `Signal` is dropped.
     let caught = signal(SignalKind::from_raw(Signal::XFSZ.as_raw()));
     caught.map(drop).map_err(RuntimeError::Start)
 }
@@ -80,7 +80,7 @@ pub(crate) fn outlive_the_file_limit() -> Result<(), RuntimeError> {
 fn start(builder: Builder, workers: usize) -> Result<Runtime, RuntimeError> {
     can_open(DESCRIPTORS).map_err(RuntimeError::Start)?;
     let needed = workers + BLOCKING;
-    // A thread that finds no memory to begin with panics, too: the error says once what is wrong.
+    // A thread that has no memory to start with panics too: one error says what is wrong.
     let hook = panic::take_hook();
     panic::set_hook(Box::new(|_| {}));
     let started = start_all(builder, needed);
@@ -95,16 +95,16 @@ fn start_all(mut builder: Builder, needed: usize) -> io::Result<Result<Runtime, 
         .max_blocking_threads(BLOCKING)
         .thread_stack_size(STACK)
         .thread_keep_alive(FOR_EVER);
-    // Somebody else may have taken the places since: then tokio panics, or waits for a thread that
-    // does not come.
+    // Other processes may have taken the places since. Then tokio panics, or waits for a thread
+    // that never starts.
     let built = apart(DEADLINE, move || build(&mut builder))?;
     Ok(built.map_err(RuntimeError::Start))
 }
 
-/// With all its threads.
+/// Builds the runtime and starts all its threads.
 fn build(builder: &mut Builder) -> io::Result<Runtime> {
     let runtime = builder.build()?;
-    // Those for what blocks are started by work for each at the same time.
+    // Blocking threads start on demand: one job for each at the same time starts them all.
     let all = Arc::new(Barrier::new(BLOCKING + 1));
     for _ in 0..BLOCKING {
         let all = all.clone();
@@ -114,8 +114,8 @@ fn build(builder: &mut Builder) -> io::Result<Runtime> {
     Ok(runtime)
 }
 
-/// Does `work` on a thread of its own. A panic of that thread is an error, and so is more time than
-/// `limit`: the thread is left behind then.
+/// Runs `work` on a separate thread. A panic of that thread is an error, and so is taking longer
+/// than `limit`: then the thread is left running.
 fn apart<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
@@ -131,7 +131,7 @@ fn apart<T: Send + 'static>(
     })
 }
 
-/// Opens so many descriptors at once and closes them.
+/// Opens this many descriptors at once and closes them.
 fn can_open(descriptors: usize) -> io::Result<()> {
     (0..descriptors)
         .map(|_| File::open("/"))
@@ -139,12 +139,12 @@ fn can_open(descriptors: usize) -> io::Result<()> {
         .map(drop)
 }
 
-/// Starts so many threads at once and ends them. Addresses for their stacks are looked for before:
-/// a thread that has none left for the first thing that it does ends the process.
+/// Starts this many threads at once and ends them. First checks for the address space of their
+/// stacks: a thread that has none left for its first allocation ends the process.
 fn can_start(threads: usize) -> io::Result<()> {
     let mut addresses = Vec::<u8>::new();
     addresses.try_reserve_exact(threads * STACK + SPARE)?;
-    // Else memory that nobody uses may be left out of the program.
+    // Otherwise the compiler may remove the unused allocation.
     std::hint::black_box(&mut addresses);
     drop(addresses);
     let mut waiting = Vec::with_capacity(threads);
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn what_blocks_finds_its_threads_started() {
-        // By their ids: other tests start and end threads of this process meanwhile.
+        // Compares ids: other tests start and end threads of this process meanwhile.
         let entries = || std::fs::read_dir("/proc/self/task").unwrap();
         let runtime = on_this_thread().unwrap();
         let before: BTreeSet<_> = entries()

@@ -2,7 +2,7 @@
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Catches SIGINT, SIGTERM, SIGHUP and SIGQUIT while it lives, and after.
+/// Catches SIGINT, SIGTERM, SIGHUP and SIGQUIT. The handlers stay installed after it is dropped.
 #[derive(Debug)]
 pub(crate) struct Signals {
     interrupt: Signal,
@@ -22,7 +22,7 @@ impl Signals {
         })
     }
 
-    /// The number of the next signal. Cancel-safe.
+    /// Returns the number of the next signal. Cancel-safe.
     pub(crate) async fn next(&mut self) -> u8 {
         tokio::select! {
             _ = self.interrupt.recv() => 2,
@@ -33,7 +33,7 @@ impl Signals {
     }
 }
 
-/// The exit code that a shell reports for a program which this signal ended.
+/// The exit code that a shell reports for a program that was ended by this signal.
 pub(crate) fn exit_code(signal: u8) -> u8 {
     signal.saturating_add(128)
 }

@@ -1,4 +1,4 @@
-//! What holds of the world at every moment, and where it comes to when nothing more goes wrong.
+//! The invariants of the world at every moment, and the state it reaches when nothing more fails.
 
 use super::super::{Event, Phase, ProfileId};
 use super::{Place, Step, World};
@@ -54,8 +54,8 @@ impl World {
         assert!(leased <= self.lease_limit);
     }
 
-    /// From here on everything goes well: every deficit heals, every ticket is settled, every
-    /// caller served, and a pool that stops comes to its end.
+    /// Checks that, if nothing fails from here on, every deficit heals, every request is settled,
+    /// every caller is served, and a stopping pool stops.
     pub(in super::super) fn heals(mut self) {
         self.step(Step::Tell(Event::CapacityFreed));
         self.step(Step::Tell(Event::Pressure(false)));
@@ -75,7 +75,7 @@ impl World {
             let done = done.or(self.kills.first().map(|id| Event::Killed(*id)));
             match done {
                 Some(event) => self.step(Step::Tell(event)),
-                // Passes never end.
+                // Periodic rounds never end.
                 None if self.passes && self.is_well() => break,
                 None if self.ledger.wake_at(self.now).is_some() => self.step(Step::Sleep),
                 None => break,
@@ -101,7 +101,7 @@ impl World {
     }
 
     fn is_well(&self) -> bool {
-        // Callers of a profile that is to hold nothing wait until they go away.
+        // Callers of a profile that should hold no VMs wait until they go away.
         let mut lines = self.waiters.values().flat_map(|(_, lines)| lines);
         let served = lines.all(|profile| self.ledger.counts(*profile).wanted() == 0);
         let settled = served && self.tickets.is_empty();

@@ -1,5 +1,5 @@
-//! The world around a ledger, as a model: what is under way outside, and what may happen next.
-//! Every step checks the invariants that the module states.
+//! A model of the world around a ledger: operations under way outside of it, and the steps that may
+//! happen next. Every step checks the invariants that the ledger's module states.
 
 mod invariants;
 mod options;
@@ -26,10 +26,10 @@ enum Place {
     Joining {
         cancelled: bool,
     },
-    /// The boot was answered, and there is none.
+    /// The boot was answered without a VM.
     Unmade,
     Slot,
-    /// With a caller, or served to a waiter that has not picked it up.
+    /// With a caller, or assigned to a waiter that has not picked it up.
     Lease {
         waiter: Option<(WaiterId, Among)>,
     },
@@ -46,22 +46,22 @@ impl Among {
     }
 }
 
-/// One thing that may happen.
+/// One step that may happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Step {
     Take(ProfileId),
-    /// So many at once, or none.
+    /// This many at once, or none.
     TakeMany(ProfileId, usize),
-    /// A caller waits; again, if what it was served proved dead.
+    /// A caller waits; also again, if it was served a dead VM.
     Wait(WaiterId, Among),
     Tell(Event),
-    /// The actor, which was nudged, makes its step.
+    /// The actor, which was woken, makes its step.
     Act,
-    /// Time goes by until the ledger wants to be woken.
+    /// Time passes until the ledger is to be woken.
     Sleep,
 }
 
-/// What kind of pool the world is about.
+/// The kind of pool in the world.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Case {
     pub(super) sizes: Vec<usize>,
@@ -69,9 +69,9 @@ pub(super) struct Case {
     pub(super) refill: bool,
     /// Whether demand moves the sizes.
     pub(super) scales: bool,
-    /// Whether callers come for several VMs at once.
+    /// Whether callers ask for several VMs at once.
     pub(super) bursts: bool,
-    /// Whether health passes happen by themselves.
+    /// Whether there are periodic health-check rounds.
     pub(super) passes: bool,
 }
 
@@ -80,19 +80,19 @@ pub(super) struct World {
     pub(super) ledger: Ledger,
     pub(super) now: Instant,
     vms: BTreeMap<VmId, (ProfileId, Place)>,
-    /// Those that the ledger waits for.
+    /// Checks that the ledger waits for.
     checks: BTreeMap<VmId, u64>,
-    /// Verdicts that may yet come, those included that nobody waits for any more.
+    /// Verdicts that may still come, including outdated ones.
     verdicts: BTreeSet<(VmId, u64)>,
     kills: BTreeSet<VmId>,
     /// Leases that the ledger wants to know about.
     asked: BTreeSet<VmId>,
-    /// What each asked for, and the queues that it is in.
+    /// The profiles that each waiter asked for, and the queues that it is in.
     waiters: BTreeMap<WaiterId, (Among, BTreeSet<ProfileId>)>,
     tickets: BTreeSet<TicketId>,
-    /// Handed to a caller for good, or ended: never to be handed out again.
+    /// VMs that were used, have ended or failed a check: never to be handed out again.
     spent: BTreeSet<VmId>,
-    /// Whether the actor has a step to make: others may come first.
+    /// Whether the actor was woken and has a step to make; other events may come first.
     nudged: bool,
     next: u64,
     made: usize,
@@ -102,13 +102,13 @@ pub(super) struct World {
     passes: bool,
 }
 
-/// Whether it is told in the middle of a call, by whoever calls; all else comes to the actor's
-/// inbox.
+/// Whether a caller applies the event itself, during a call; all others come through the actor's
+/// mailbox.
 fn is_told_by_callers(event: Event) -> bool {
     is_noted(event) || matches!(event, Event::Leave(_) | Event::Stop(_))
 }
 
-/// Whether what is missing then is made up for by the actor's next step.
+/// Whether the event is applied with [`Ledger::note`], so that the actor refills on its next step.
 fn is_noted(event: Event) -> bool {
     matches!(
         event,
@@ -176,7 +176,7 @@ impl World {
         }
     }
 
-    /// Full, with as many leases of the first profile out as there may be.
+    /// A full pool with as many leases of the first profile out as the limit allows.
     pub(super) fn busy(case: &Case) -> Self {
         let mut world = Self::running(case);
         world.boot_all();
@@ -204,7 +204,7 @@ impl World {
         self.made
     }
 
-    /// Whether the loop's own pass holds a VM.
+    /// Whether the periodic health-check round holds a VM.
     pub(super) fn is_in_periodic_pass(&self) -> bool {
         let mut stages = self.ledger.entries.values().map(|entry| entry.stage);
         stages.any(|stage| {
@@ -218,7 +218,7 @@ impl World {
         })
     }
 
-    /// Lets it happen, does what the ledger asks for and checks that all is well.
+    /// Makes a step, carries out the ledger's actions and checks the invariants.
     pub(super) fn step(&mut self, step: Step) {
         match step {
             Step::Take(profile) => {
@@ -265,7 +265,7 @@ impl World {
 
     fn tell(&mut self, event: Event) {
         if self.nudged && !is_told_by_callers(event) {
-            // The actor brings it, after what it was nudged for.
+            // The event comes through the actor, which first makes the step that it was woken for.
             self.act_on_nudge();
         }
         self.prepare(event);
@@ -285,7 +285,7 @@ impl World {
         self.next += u64::from(waiter.0 == self.next);
         for (_, place) in self.vms.values_mut() {
             if matches!(place, Place::Lease { waiter: Some((other, _)) } if *other == waiter) {
-                // It waits again: the dead VM is on its way home.
+                // The caller waits again; its dead VM is being returned.
                 *place = Place::Lease { waiter: None };
             }
         }
@@ -300,7 +300,7 @@ impl World {
         }
     }
 
-    /// How many wait for `profile`.
+    /// The number of callers that wait for `profile`.
     fn waiting(&self, profile: ProfileId) -> usize {
         let all = self.waiters.values();
         all.filter(|(_, lines)| lines.contains(&profile)).count()
@@ -313,7 +313,7 @@ impl World {
         }
     }
 
-    /// Leases that are free, and not owed to callers who wait and whose VMs are ready.
+    /// Free leases, less those due to waiting callers whose VMs are ready.
     fn spare_leases(&self) -> usize {
         let owed = (0..self.profiles).map(ProfileId).map(|profile| {
             let parked = self.ledger.counts(profile).parked();
@@ -323,7 +323,7 @@ impl World {
         free.saturating_sub(owed.sum())
     }
 
-    /// What the outside has done when it tells `event`.
+    /// Updates the model with the outside change that `event` reports.
     fn prepare(&mut self, event: Event) {
         match event {
             Event::Drain(profile) | Event::Resize(profile, 0) => {
@@ -358,7 +358,7 @@ impl World {
             }
             Event::Checked(id, check, healthy) => {
                 self.verdicts.remove(&(id, check));
-                // If not, it was handed out meanwhile: the verdict is about the past.
+                // If not, the VM was handed out meanwhile: the verdict is outdated.
                 if self.checks.get(&id) == Some(&check) {
                     self.checks.remove(&id);
                     if !healthy {
@@ -455,7 +455,7 @@ impl World {
                 assert_eq!(left, Some(BTreeSet::new()), "another may serve {waiter:?}");
             }
             Action::Settle(ticket, outcome) => {
-                // Its owner may have gone; it is settled once at most.
+                // The caller may have gone; the request is settled at most once.
                 self.tickets.remove(&ticket);
                 if let Outcome::Booted(id) = outcome {
                     assert!(matches!(
@@ -472,7 +472,7 @@ impl World {
             }
             Action::Drop(id) => match self.vms.remove(&id).map(|(_, place)| place) {
                 None | Some(Place::Unmade | Place::Retiring) => {}
-                // A pool that stops leaves a killed VM with its caller.
+                // A stopping pool leaves a killed VM with its caller.
                 Some(Place::Lease { .. }) => {
                     assert!(self.spent.contains(&id), "{id} is left alive");
                     assert!(matches!(

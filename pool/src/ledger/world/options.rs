@@ -1,11 +1,11 @@
-//! What may happen next.
+//! The steps that may happen next.
 
 use std::time::Duration;
 
 use super::{Among, Event, PassId, Phase, Place, ProfileId, Step, TicketId, WaiterId, World};
 
 impl World {
-    /// Everything that may happen now, what only callers decide included.
+    /// All steps that may happen now, including those that callers decide on.
     pub(in super::super) fn options(&self) -> Vec<Step> {
         let mut events = Vec::new();
         let mut steps = vec![Step::Sleep];

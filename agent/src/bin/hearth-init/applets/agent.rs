@@ -1,5 +1,5 @@
-//! Programs that make the agent itself fail, as a fault of its own would, or try to. Only root can:
-//! they use ptrace and real-time priorities.
+//! Programs that make the agent fail, as a bug of its own would, or try to. They need root, as they
+//! use ptrace and real-time priorities.
 
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -14,14 +14,15 @@ const PTRACE_POKEUSER: usize = 6;
 const PTRACE_DETACH: usize = 17;
 const PTRACE_SEIZE: usize = 0x4206;
 const PTRACE_INTERRUPT: usize = 0x4207;
-/// Where the instruction pointer lies in `struct user` (arch/x86/include/asm/user_64.h).
+/// Offset of the instruction pointer in `struct user` (arch/x86/include/asm/user_64.h).
 const RIP: usize = 16 * 8;
-/// In the first page, where nothing is ever mapped.
+/// An address in the first page, where nothing is ever mapped.
 const NOWHERE: usize = 0x800;
 const AGENT: usize = 1;
 const LONG: Duration = Duration::from_secs(3600);
 
-/// Stops the agent for as long as this runs: it answers nothing, and the guest lives.
+/// Stops the agent for as long as this program runs: the agent answers nothing, and the guest
+/// lives.
 pub(super) fn wedge(_: &[Vec<u8>]) -> Result<u8, Failure> {
     stop()?;
     loop {
@@ -29,19 +30,19 @@ pub(super) fn wedge(_: &[Vec<u8>]) -> Result<u8, Failure> {
     }
 }
 
-/// Makes the agent crash, and with it, as it is PID 1, the guest.
+/// Crashes the agent and, as it is PID 1, the guest.
 pub(super) fn crash(_: &[Vec<u8>]) -> Result<u8, Failure> {
     stop()?;
     trace(PTRACE_POKEUSER, RIP, NOWHERE)?;
-    // Its signal must not come here first.
+    // The agent's fatal signal must not be reported to this tracer first.
     trace(PTRACE_DETACH, 0, 0)?;
     loop {
         clock::sleep(LONG);
     }
 }
 
-/// Never gives up the processor to whoever has no real-time priority, the agent say; says
-/// `starving` before.
+/// Prints `starving`, then never gives up the processor to a process without real-time priority,
+/// such as the agent.
 pub(super) fn starve(_: &[Vec<u8>]) -> Result<u8, Failure> {
     say("starving")?;
     let parameters = libc::sched_param { sched_priority: 1 };
@@ -57,7 +58,7 @@ pub(super) fn starve(_: &[Vec<u8>]) -> Result<u8, Failure> {
 fn stop() -> Result<(), Errno> {
     trace(PTRACE_SEIZE, 0, 0)?;
     trace(PTRACE_INTERRUPT, 0, 0)?;
-    // The stop is reported to the tracer, whoever its parent is.
+    // The stop is reported to the tracer, even if it is not the parent.
     sys::wait_for(AGENT)
 }
 

@@ -1,4 +1,4 @@
-//! A program that works on one processor, to see that there is one.
+//! A program that computes on a given processor, to test that the processor works.
 
 use alloc::{format, vec::Vec};
 
@@ -10,9 +10,9 @@ use rustix::{
 use super::{Failure, number};
 use crate::{sys::stdin, text::say};
 
-/// `work-on CPU ROUNDS`: binds itself to a processor, says on which it is, waits for a byte on
-/// stdin, computes without a system call, and says on which processor it ended and what came out:
-/// FNV-1a of so many bytes, each the processor's number.
+/// `work-on CPU ROUNDS`: binds itself to a processor, prints the number of the one that it runs on,
+/// waits for a byte on stdin, computes without a system call, and prints the number of the
+/// processor it ended on and the result: FNV-1a of ROUNDS bytes, each the processor's number.
 pub(super) fn work_on(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let cpu: u8 = number(args, 0)?;
     let rounds: u64 = number(args, 1)?;

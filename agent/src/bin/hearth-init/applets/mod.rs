@@ -1,6 +1,6 @@
-//! The base image's only programs until a root file system comes: small stand-ins for the usual
-//! ones, and a few that behave badly on purpose, for tests. A name that PATH does not have falls
-//! back to the applet of that name, so `echo hi` runs in a guest that holds nothing but the agent.
+//! The only programs of a guest without a root file system of its own: small versions of common
+//! ones, and a few that misbehave on purpose, for tests. A name that is not found in PATH falls
+//! back to the applet of that name, so `echo hi` runs in a guest that holds only the agent.
 
 mod agent;
 mod cpu;
@@ -36,13 +36,13 @@ use crate::{
     text::{Stderr, joined, put, say},
 };
 
-/// What an applet reads or writes at once.
+/// Bytes that an applet reads or writes at once.
 const CHUNK: usize = 64 * 1024;
 
-/// An applet gets its arguments and gives its exit code.
+/// An applet: takes its arguments and returns its exit code.
 type Applet = fn(&[Vec<u8>]) -> Result<u8, Failure>;
 
-/// Why an applet failed, in words.
+/// The message of an applet that failed.
 #[derive(Debug)]
 pub(crate) struct Failure(String);
 
@@ -103,7 +103,7 @@ fn find(name: &[u8]) -> Option<Applet> {
         .map(|(_, applet)| *applet)
 }
 
-/// Runs the applet that the name of this process or its first argument says.
+/// Runs the applet named by this process's name or else by its first argument.
 pub(crate) fn run(args: &[Vec<u8>]) -> u8 {
     let name = args
         .first()
@@ -142,7 +142,7 @@ fn echo(args: &[Vec<u8>]) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `cat [FILE...]`; stdin without one.
+/// `cat [FILE...]`: prints files; stdin if there is none.
 fn cat(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let mut chunk = vec![0; CHUNK];
     let mut copy = |from: BorrowedFd<'_>| -> Result<(), Errno> {
@@ -162,8 +162,8 @@ fn cat(args: &[Vec<u8>]) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `checksum BYTES FILE...`: FNV-1a, 64 bits, of the first bytes of each file. To read a file
-/// through this costs the kernel one copy.
+/// `checksum BYTES FILE...`: FNV-1a, 64 bits, of the first bytes of each file. Reading a file this
+/// way costs the kernel one copy.
 fn checksum(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let limit: usize = number(args, 0)?;
     for path in args.get(1..).unwrap_or_default() {
@@ -215,7 +215,7 @@ fn print_uname(_: &[Vec<u8>]) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `id`: user, group, supplementary groups, whether it leads its session.
+/// `id`: prints user, group, supplementary groups, and whether it leads its session.
 fn id(_: &[Vec<u8>]) -> Result<u8, Failure> {
     use rustix::process::{getgid, getgroups, getsid, getuid};
     let groups: Vec<_> = getgroups()?
@@ -230,7 +230,7 @@ fn id(_: &[Vec<u8>]) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `ls [PATH...]`; names in order, those of several directories each under its own.
+/// `ls [PATH...]`: prints sorted names; of several paths, each directory under its own name.
 fn ls(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let here = [b".".to_vec()];
     let paths = if args.is_empty() { &here } else { args };
@@ -261,7 +261,7 @@ fn list(path: &[u8], titled: bool) -> Result<(), Errno> {
     names.iter().try_for_each(say)
 }
 
-/// `sleep SECONDS`, decimal fractions allowed.
+/// `sleep SECONDS`; decimal fractions are allowed.
 fn sleep(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let (seconds, fraction) = word(args, 0)?
         .split_once('.')
@@ -280,21 +280,22 @@ fn kill_self(args: &[Vec<u8>]) -> Result<u8, Failure> {
     Err("survived".into())
 }
 
-/// `ignore-term SECONDS`: sleeps, deaf to SIGTERM.
+/// `ignore-term SECONDS`: sleeps and ignores SIGTERM.
 fn ignore_term(args: &[Vec<u8>]) -> Result<u8, Failure> {
     sys::ignore_term();
     sleep(args)
 }
 
-/// `background COMMAND...`: starts an applet in a session of its own, says its process id and does
-/// not wait.
+/// `background COMMAND...`: starts an applet in a session of its own, prints its process id and
+/// does not wait for it.
 fn background(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let pid = start(args, true, stdout())?;
     say(pid.as_raw_pid().to_string())?;
     Ok(0)
 }
 
-/// `both COMMAND...`: runs an applet with its stdout on stderr, then says how it ended on stdout.
+/// `both COMMAND...`: runs an applet with its stdout on stderr, then prints its exit code or signal
+/// on stdout.
 fn both(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let pid = start(args, false, stderr())?;
     let Some((_, status)) = waitpid(Some(pid), WaitOptions::empty())? else {
@@ -343,12 +344,12 @@ fn start(
     Ok(Start::run(image)?)
 }
 
-/// `fill BYTES`: writes so many bytes, each the low byte of its offset.
+/// `fill BYTES`: writes that many bytes, each the low byte of its offset.
 fn fill(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let mut left: usize = number(args, 0)?;
     let pattern: Vec<u8> = (0..=u8::MAX).cycle().take(CHUNK).collect();
     while left > 0 {
-        // Whole patterns but for the last write, so that offsets stay in step.
+        // Whole patterns except for the last write, so that bytes and offsets stay in step.
         let chunk = pattern.get(..left.min(CHUNK)).unwrap_or_default();
         put(stdout(), chunk)?;
         left -= chunk.len();
@@ -356,7 +357,7 @@ fn fill(args: &[Vec<u8>]) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `alloc MIB [SECONDS]`: takes so much memory, touches all of it, and holds it for a time.
+/// `alloc MIB [SECONDS]`: allocates that much memory, touches all of it, and holds it for a time.
 fn alloc(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let mib: usize = number(args, 0)?;
     let bytes = mib.checked_mul(1 << 20).ok_or("too much")?;
@@ -380,13 +381,14 @@ fn alloc(args: &[Vec<u8>]) -> Result<u8, Failure> {
 global_asm!("hearth_jump_back:", "jmp rcx");
 
 unsafe extern "C" {
-    /// What a kernel that is deceived would do with the jump of `jump-to`: go on where RCX says.
+    /// Does what a kernel that takes the jump of `jump-to` for a system call does: continues at
+    /// RCX.
     fn hearth_jump_back();
 }
 
-/// `jump-to ADDRESS`: jumps there as if it were a system call, with flags that no program may set,
-/// and says what came of it if it came back. `jump-to self` jumps to an address of its own that
-/// comes back, to see that it would.
+/// `jump-to ADDRESS`: jumps there with registers set up as for a system call, with flags that no
+/// program may set, and prints the result and the flags if it returns. `jump-to self` jumps to an
+/// address of its own that returns, to check that the test itself works.
 fn jump_to(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let address = match word(args, 0)? {
         "self" => hearth_jump_back as *const () as u64,
@@ -398,9 +400,9 @@ fn jump_to(args: &[Vec<u8>]) -> Result<u8, Failure> {
     // Reserved bit, IOPL 3, nested task; interrupts off.
     const WANTED: u64 = 0x7002;
     let (result, flags): (u64, u64);
-    // SAFETY: not safe at all, that is the point: this process may die of it. If the kernel treats
-    // it as the system call that it imitates, execution continues at the label with only the
-    // registers named here changed.
+    // SAFETY: unsound on purpose: this process may die of it. If the kernel treats the jump as the
+    // system call that it imitates, execution continues at the label with only the registers named
+    // here changed.
     unsafe {
         asm!(
             "lea rcx, [rip + 2f]",

@@ -1,4 +1,4 @@
-//! Peers for tests and benchmarks of the sockets between guest and host, in both directions.
+//! Peers for tests and benchmarks of vsock connections between guest and host, in both directions.
 
 use alloc::{vec, vec::Vec};
 
@@ -20,10 +20,10 @@ use crate::{
 
 const BACKLOG: i32 = 256;
 const CHUNK: usize = 64 * 1024;
-/// The head of a question.
+/// Bytes of a request's header.
 const HEAD: usize = 8;
 
-/// `vsock-echo PORT`: listens and sends back what each connection brings, until it ends its
+/// `vsock-echo PORT`: listens and sends back the bytes of each connection, until the peer ends its
 /// direction.
 pub(super) fn echo(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let listener = listening(number(args, 0)?)?;
@@ -37,7 +37,7 @@ pub(super) fn echo(args: &[Vec<u8>]) -> Result<u8, Failure> {
         );
         let mut ready = wait(&wanted)?.into_iter();
         let arrived = ready.next() == Some(true);
-        // A connection that fails ends alone.
+        // A connection that fails does not affect others.
         conns.retain_mut(|(conn, flow)| {
             ready.next() != Some(true)
                 || flow
@@ -51,7 +51,7 @@ pub(super) fn echo(args: &[Vec<u8>]) -> Result<u8, Failure> {
     }
 }
 
-/// `vsock-dial PORT`: connects to the host; stdin goes there, what comes back goes to stdout.
+/// `vsock-dial PORT`: connects to the host, sends stdin to it and prints received bytes on stdout.
 pub(super) fn dial(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let conn = socket()?;
     connect(
@@ -89,20 +89,20 @@ pub(super) fn dial(args: &[Vec<u8>]) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// `vsock-exchange PORT`: listens, and answers what is asked on one connection after the other. A
-/// question has as many bytes as its first number says, its answer as many as its second: 32 bits
-/// each, little-endian.
+/// `vsock-exchange PORT`: listens and answers requests, on one connection after the other. A
+/// request begins with its own length (header included) and the length of its answer, 32 bits each,
+/// little-endian.
 pub(super) fn exchange(args: &[Vec<u8>]) -> Result<u8, Failure> {
     let listener = listening(number(args, 0)?)?;
     let mut chunk = vec![0; CHUNK];
     loop {
         let conn = accept_with(&listener, SocketFlags::CLOEXEC)?;
-        // A connection that fails ends alone.
+        // A connection that fails does not affect others.
         while let Ok(true) = answer(conn.as_fd(), &mut chunk) {}
     }
 }
 
-/// Takes a question and answers it; false if there is none.
+/// Reads a request and answers it; returns false at the end of the connection.
 fn answer(conn: BorrowedFd<'_>, chunk: &mut [u8]) -> Result<bool, Errno> {
     let mut taken = 0;
     while taken < HEAD {
@@ -131,7 +131,7 @@ fn answer(conn: BorrowedFd<'_>, chunk: &mut [u8]) -> Result<bool, Errno> {
     Ok(true)
 }
 
-/// Listens for connections from the host, and says so.
+/// Listens for connections from the host, and prints `listening`.
 fn listening(port: u32) -> Result<OwnedFd, Failure> {
     let listener = socket()?;
     let address = VsockAddr {
@@ -153,9 +153,9 @@ fn socket() -> Result<OwnedFd, Errno> {
     )
 }
 
-/// Waits until something happens where something is wanted; says where.
+/// Waits until an event occurs on a wanted descriptor. Returns for each whether it did.
 fn wait(wanted: &[(BorrowedFd<'_>, PollFlags)]) -> Result<Vec<bool>, Errno> {
-    // A hang-up is reported whether it is asked for or not: what is not wanted is not looked at.
+    // A hang-up is reported even if it is not asked for, so descriptors without flags are left out.
     let asked = wanted.iter().filter(|(_, flags)| !flags.is_empty());
     let mut fds: Vec<_> = asked
         .map(|&(fd, flags)| PollFd::from_borrowed_fd(fd, flags))
@@ -168,11 +168,12 @@ fn wait(wanted: &[(BorrowedFd<'_>, PollFlags)]) -> Result<Vec<bool>, Errno> {
         .collect())
 }
 
-/// One direction: a chunk that was read and not written, and whether the source has ended.
+/// One direction of a connection: a chunk that was read and not written, and whether the source has
+/// ended.
 struct Flow {
     chunk: Vec<u8>,
     ended: bool,
-    /// The end is passed on.
+    /// Whether the destination is a socket, which is shut down for writing at the end.
     to_socket: bool,
 }
 
@@ -187,7 +188,7 @@ impl Default for Flow {
 }
 
 impl Flow {
-    /// What to wait for at the source.
+    /// Returns the events to wait for at the source.
     fn input(&self) -> PollFlags {
         if self.chunk.is_empty() && !self.ended {
             PollFlags::IN
@@ -196,7 +197,7 @@ impl Flow {
         }
     }
 
-    /// What to wait for at the destination.
+    /// Returns the events to wait for at the destination.
     fn output(&self) -> PollFlags {
         if self.chunk.is_empty() {
             PollFlags::empty()
@@ -209,7 +210,7 @@ impl Flow {
         self.ended && self.chunk.is_empty()
     }
 
-    /// Reads once if nothing waits, then writes what it can.
+    /// Reads once if no chunk is buffered, then writes as much as it can.
     fn pump(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), Errno> {
         if self.chunk.is_empty() && !self.ended {
             self.chunk.resize(CHUNK, 0);

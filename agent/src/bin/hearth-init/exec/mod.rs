@@ -1,15 +1,16 @@
-//! A program that runs: its pipes, its time, its end.
+//! A running program: its pipes, its time limit and its end.
 //!
 //! ```text
 //! starting --- child executed it ---> running --- main process reaped ---> draining ---> ended
 //! ```
 //!
-//! - **running.** When its time is over: TERM, a grace period, KILL.
-//! - **draining.** Ends when both outputs are closed, or the linger time is over: then what is in
-//!   the pipes is read, and they are closed.
+//! - **running.** When its time limit is over: SIGTERM, a grace period, SIGKILL.
+//! - **draining.** Ends when all outputs are closed. When the linger time is over, what the pipes
+//!   hold is read, and they are closed.
 //!
-//! The time limit runs from the beginning, and ends the request whatever the program does: what is
-//! killed and cannot be reaped, as another program traces it, counts as dead after [`REAPING`].
+//! The time limit runs from the start of the child and ends the request whatever the program does:
+//! a program that was killed but cannot be reaped, as another program traces it, counts as dead
+//! after [`REAPING`].
 
 mod stdin;
 mod stream;
@@ -38,9 +39,9 @@ use crate::{
     sys, terminal,
 };
 
-/// Reads from one pipe before other events have their turn.
+/// Reads from one pipe before other events are handled.
 const READS: usize = 4;
-/// Time from SIGKILL until a program counts as dead that was not reaped.
+/// Time from SIGKILL until a program that was not reaped counts as dead.
 const REAPING: Duration = Duration::from_secs(1);
 
 /// The agent's ends of a program's pipes; none of them blocks.
@@ -48,11 +49,11 @@ const REAPING: Duration = Duration::from_secs(1);
 pub(crate) struct Pipes {
     pub(crate) stdin: Option<OwnedFd>,
     pub(crate) stdout: OwnedFd,
-    /// None if stderr goes where stdout goes.
+    /// `None` if stderr goes to stdout.
     pub(crate) stderr: Option<OwnedFd>,
-    /// Of a program that has a third output.
+    /// The third output, of a program that has one.
     pub(crate) results: Option<OwnedFd>,
-    /// Whether they are a terminal.
+    /// Whether stdin and stdout are a terminal.
     pub(crate) terminal: bool,
 }
 
@@ -60,7 +61,7 @@ pub(crate) struct Pipes {
 #[derive(Debug)]
 pub(crate) struct Program {
     pid: Pid,
-    /// Until it runs.
+    /// The start of the program, until it runs.
     start: Option<Start>,
     began: Instant,
     stdin: Stdin,
@@ -75,7 +76,7 @@ pub(crate) struct Program {
     exit: Option<Exit>,
 }
 
-/// The outputs.
+/// The outputs of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
     Stdout,
@@ -105,7 +106,8 @@ enum Timeout {
     Terminated {
         kill_at: Instant,
     },
-    /// Not to be waited for any longer than that.
+    /// After SIGKILL. From `lost_at` on, the program counts as dead even if it was not reaped;
+    /// `None`: never, as a time overflowed.
     Killed {
         lost_at: Option<Instant>,
     },
@@ -154,20 +156,21 @@ impl Program {
         self.pid.as_raw_pid().unsigned_abs()
     }
 
-    /// The descriptor to wait for until it runs, which hangs up then.
+    /// Returns the descriptor to wait for until the program runs. It hangs up then.
     pub(crate) fn waits_to_run(&self) -> Option<BorrowedFd<'_>> {
         self.start.as_ref().map(Start::waits_for)
     }
 
-    /// Takes note that what was [waited for](Self::waits_to_run) has come; says how it went.
+    /// Handles the hang-up of the descriptor of [`waits_to_run`](Self::waits_to_run); returns
+    /// whether the program was started.
     pub(crate) fn runs(&mut self) -> Option<Result<(), NotStarted>> {
         let mut start = self.start.take()?;
         start.gone();
         Some(start.end())
     }
 
-    /// The descriptors to wait for once it runs: input only while some waits, output only while the
-    /// connection has room.
+    /// Returns the descriptors to wait for once the program runs: stdin only while input is
+    /// buffered, outputs only while the connection has room.
     pub(crate) fn waits_for(
         &self,
         room: bool,
@@ -187,17 +190,17 @@ impl Program {
         }
     }
 
-    /// Takes input; what the program has no room for waits.
+    /// Takes input, and buffers it where the program has no room for it.
     pub(crate) fn input(&mut self, bytes: &[u8], out: &mut Output) -> Result<(), Rejection> {
         self.stdin.take(bytes, out)
     }
 
-    /// Ends the input, once all of it is written.
+    /// Ends the input once all of it is written.
     pub(crate) fn end_input(&mut self) {
         self.stdin.end();
     }
 
-    /// Writes waiting input and reports what was taken.
+    /// Writes buffered input and reports the bytes that the program took.
     pub(crate) fn pump_input(&mut self, out: &mut Output) -> Result<(), FrameError> {
         self.stdin.pump(out)
     }
@@ -209,9 +212,9 @@ impl Program {
         }
     }
 
-    /// Reads output that is there; `scratch` grows with what programs write. When all writers have
-    /// hung up, or may have, the end is worth a read more. Results wait until what was printed
-    /// before them was read.
+    /// Reads available output; `scratch` grows with the output. With `hung_up` (all writers have,
+    /// or may have, hung up), one more read is made to see the end. Results are read only after
+    /// what was printed before them.
     pub(crate) fn pump_output(
         &mut self,
         which: Which,
@@ -221,7 +224,7 @@ impl Program {
     ) -> Result<(), FrameError> {
         if which == Which::Results {
             for which in [Which::Stdout, Which::Stderr] {
-                // What is more was written since.
+                // Anything beyond this was written later.
                 let mut before = self.stream(which).waiting();
                 while before > 0 {
                     if !out.has_room() {
@@ -237,7 +240,7 @@ impl Program {
         self.read_output(which, hung_up, scratch, out).map(drop)
     }
 
-    /// Says how much there was.
+    /// Reads one output and returns the number of bytes read.
     fn read_output(
         &mut self,
         which: Which,
@@ -285,7 +288,7 @@ impl Program {
                     stream.emptied();
                     break;
                 }
-                // A terminal's way to say that nobody has it open any more.
+                // A terminal reports by an error that no process has it open.
                 Err(_) if self.terminal && self.exit.is_none() => stream.leave(),
                 Err(_) => {
                     *stream = Stream::Closed {
@@ -294,14 +297,14 @@ impl Program {
                 }
             }
         }
-        // Nobody will read what is typed.
+        // Input that is typed now is read by no program.
         if self.terminal && self.stdout.pipe().is_none() && self.stdin.close() {
             out.push(&Response::StdinClosed)?;
         }
         Ok(total)
     }
 
-    /// Reads what the terminal holds, which no number tells beforehand, and settles for that.
+    /// Reads all that the terminal holds, the size of which is not known beforehand, and closes it.
     fn empty_terminal(&mut self, out: &mut Output) -> Result<(), FrameError> {
         if let Stream::Open(terminal) = &self.stdout {
             let mut rest = vec![0; terminal::MOST_HELD];
@@ -316,19 +319,19 @@ impl Program {
         Ok(())
     }
 
-    /// Sends a signal to the program's process group, as long as the program is there.
+    /// Sends a signal to the program's process group, until the main process is reaped.
     pub(crate) fn signal(&self, signal: u8) {
         if self.exit.is_none() {
             sys::kill_group(self.pid, signal);
         }
     }
 
-    /// Whether this is the program's main process, which has not been reaped.
+    /// Whether `pid` is the program's main process, not yet reaped.
     pub(crate) fn is_main(&self, pid: i32) -> bool {
         pid == self.pid.as_raw_pid() && self.exit.is_none()
     }
 
-    /// Takes note that the main process is dead.
+    /// Handles the death of the main process.
     pub(crate) fn reaped(&mut self, dead: &Reaped, now: Instant) {
         let wall = now.saturating_duration_since(self.began);
         self.exit = Some(Exit {
@@ -355,7 +358,7 @@ impl Program {
         )
     }
 
-    /// Does what is due at `now`.
+    /// Does what is due at `now`: signals of the time limit, and the end of the linger time.
     pub(crate) fn tick(&mut self, now: Instant, out: &mut Output) -> Result<(), FrameError> {
         match (&self.exit, &self.timeout) {
             (Some(exit), _) if now >= exit.give_up_at && self.terminal => {
@@ -388,7 +391,7 @@ impl Program {
         Ok(())
     }
 
-    /// When [`tick`](Self::tick) has something to do next.
+    /// Returns when [`tick`](Self::tick) has something to do next.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
         match (&self.exit, &self.timeout) {
             (Some(exit), _) => Which::ALL
@@ -403,7 +406,7 @@ impl Program {
         }
     }
 
-    /// The end, once it has come and all output was read.
+    /// Returns the result once the main process is dead and all output is read.
     pub(crate) fn ended(&self) -> Option<Exited> {
         let exit = self.exit.as_ref()?;
         let (Stream::Closed { end: stdout }, Stream::Closed { end: stderr }, Stream::Closed { .. }) =
@@ -423,23 +426,23 @@ impl Program {
         })
     }
 
-    /// Kills the program and all that it started.
+    /// Kills the program and all processes that it started.
     pub(crate) fn kill_all(&mut self) {
         if self.cgroup.as_mut().is_some_and(Cgroup::kill) {
             return;
         }
         match self.exit {
             None => kill_tree(self.pid),
-            // The number may belong to another process by now; the group's is not given out while
-            // the group lives.
+            // The pid may belong to another process by now. The id of the group is not reused while
+            // the group exists.
             Some(_) => {
                 sys::kill_group(self.pid, KILL);
             }
         }
     }
 
-    /// What must live longer than the interest in the program: the child until it is dead, if it
-    /// never ran, and the cgroup.
+    /// Returns the parts that outlive the program: the child, if it never ran, until it is dead,
+    /// and the cgroup.
     pub(crate) fn into_parts(self) -> (Option<Start>, Option<Cgroup>) {
         (self.start, self.cgroup)
     }

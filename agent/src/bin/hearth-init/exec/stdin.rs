@@ -1,4 +1,4 @@
-//! A program's stdin: a pipe, or a terminal that is typed on.
+//! A program's stdin: a pipe or a terminal.
 
 use alloc::vec::Vec;
 
@@ -13,12 +13,12 @@ use crate::{channel::Output, terminal};
 #[derive(Debug)]
 pub(super) struct Stdin {
     pipe: Option<OwnedFd>,
-    /// What the pipe had no room for.
+    /// Input that the pipe had no room for.
     waiting: Vec<u8>,
-    /// What the program took and the host does not know.
+    /// Bytes that the program took and that are not yet reported to the host.
     unreported: usize,
     eof: bool,
-    /// On a terminal whose end of input is still to be typed: whether a line was begun.
+    /// Whether a line was begun, on a terminal whose end of input is not yet written; else `None`.
     line_begun: Option<bool>,
 }
 
@@ -33,13 +33,13 @@ impl Stdin {
         }
     }
 
-    /// The descriptor to wait for, while some input waits.
+    /// Returns the descriptor to wait for while input is buffered.
     pub(super) fn waits_for(&self) -> Option<BorrowedFd<'_>> {
         let pipe = self.pipe.as_ref().filter(|_| !self.waiting.is_empty());
         pipe.map(AsFd::as_fd)
     }
 
-    /// Takes input; what the program has no room for waits.
+    /// Takes input, and buffers it where the program has no room for it.
     pub(super) fn take(&mut self, bytes: &[u8], out: &mut Output) -> Result<(), Rejection> {
         let Stdin {
             pipe,
@@ -58,19 +58,19 @@ impl Stdin {
         self.pump(out).map_err(|_| Rejection::Malformed)
     }
 
-    /// No more comes.
+    /// Ends the input: the host sends no more.
     pub(super) fn end(&mut self) {
         self.eof = true;
         self.finish();
     }
 
-    /// Lets go of it, and of what waits; false if that was done before.
+    /// Closes stdin and drops buffered input; returns false if it was closed before.
     pub(super) fn close(&mut self) -> bool {
         self.waiting = Vec::new();
         self.pipe.take().is_some()
     }
 
-    /// Writes waiting input and reports what was taken.
+    /// Writes buffered input and reports the bytes that the program took.
     pub(super) fn pump(&mut self, out: &mut Output) -> Result<(), FrameError> {
         let Stdin {
             pipe,
@@ -87,7 +87,8 @@ impl Stdin {
                     if let (Some(begun), Some(last)) = (line_begun, written.next_back()) {
                         *begun = last != b'\n';
                     }
-                    // After the end nobody waits for room, and the end itself was not sent.
+                    // After the end the host needs no more window, and the end-of-input character
+                    // was not sent by it.
                     if !*eof {
                         *unreported += count;
                     }
@@ -110,7 +111,7 @@ impl Stdin {
         Ok(())
     }
 
-    /// Once all input is written and no more comes: the end.
+    /// Ends the program's input, once all of it is written and no more comes.
     fn finish(&mut self) {
         if !self.eof || !self.waiting.is_empty() {
             return;

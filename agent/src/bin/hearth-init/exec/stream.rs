@@ -1,4 +1,4 @@
-//! An output of a program, as far as it was read.
+//! An output of a program and how far it was read.
 
 use hearth_agent::proto::OutputEnd;
 use rustix::{
@@ -9,12 +9,13 @@ use rustix::{
 #[derive(Debug)]
 pub(super) enum Stream {
     Open(OwnedFd),
-    /// The linger time is over; so many bytes are still to be read.
+    /// The linger time is over; `rest` bytes are still to be read.
     Last {
         pipe: OwnedFd,
         rest: usize,
     },
-    /// A terminal that nobody has open. To close this end, too, would hang up on the program.
+    /// A terminal that no process has open. Closing the agent's end, too, would hang up the
+    /// program.
     Unattended(OwnedFd),
     Closed {
         end: OutputEnd,
@@ -22,7 +23,7 @@ pub(super) enum Stream {
 }
 
 impl Stream {
-    /// Nothing comes of what is not there.
+    /// Creates the stream of a pipe; without a pipe it is complete.
     pub(super) fn of(pipe: Option<OwnedFd>) -> Self {
         let closed = Self::Closed {
             end: OutputEnd::Complete,
@@ -30,7 +31,7 @@ impl Stream {
         pipe.map_or(closed, Self::Open)
     }
 
-    /// Bytes that can be read now.
+    /// Returns the number of bytes that can be read now.
     pub(super) fn waiting(&self) -> usize {
         let count = self.pipe().and_then(|pipe| ioctl_fionread(pipe).ok());
         count
@@ -77,7 +78,7 @@ impl Stream {
         }
     }
 
-    /// Somebody else read from the pipe: what was promised is not there.
+    /// Handles an empty pipe. Another process has read from it: the bytes counted are not there.
     pub(super) fn emptied(&mut self) {
         if let Self::Last { .. } = self {
             *self = Self::Closed {
@@ -86,7 +87,8 @@ impl Stream {
         }
     }
 
-    /// Settles for what is in the pipe now, which includes all that the main process wrote.
+    /// Limits what is read to the bytes in the pipe now, which include all that the main process
+    /// wrote.
     pub(super) fn give_up(&mut self) {
         if let Self::Open(_) = self {
             let rest = self.waiting();

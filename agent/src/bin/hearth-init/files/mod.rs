@@ -1,8 +1,8 @@
-//! Files of the guest for the host: read, written, listed, made and removed.
+//! The host's access to files of the guest: they are read, written, listed, made and removed.
 //!
-//! What may take long is a [`Task`] that does a bounded step at each turn of the loop, so that
-//! pings are answered meanwhile. What looks for a path is done with the [`Rights`] that the request
-//! names; what is open already needs none.
+//! A request that may take long is a [`Task`] that does a bounded step in each turn of the loop, so
+//! that pings are answered meanwhile. Paths are looked up with the [`Rights`] that the request
+//! names; open files need none.
 
 mod place;
 mod put;
@@ -34,12 +34,12 @@ use crate::{
     rights::Rights,
 };
 
-/// Bytes of directory entries that are looked at in one step.
+/// Bytes of directory entries that are read in one step.
 const ENTRIES: usize = 4096;
-/// Directories that one request makes at most.
+/// Most components of a path of which one request makes the missing directories.
 const MAX_PARENTS: usize = 256;
 
-/// A request that is under way.
+/// A request in progress.
 #[derive(Debug)]
 pub(crate) struct Task {
     kind: Kind,
@@ -53,15 +53,15 @@ enum Kind {
         rest: u64,
     },
     Listing(OwnedFd),
-    /// What a link points to.
+    /// The target of a link, which is still to be sent.
     Told(CString),
     Removing(Removing),
     Putting(Putting),
-    /// What was to be put could not be: its content is thrown away.
+    /// A file that could not be written: the rest of its content is discarded.
     Discarding,
 }
 
-/// Begins what is asked for; a task if it is not done with that.
+/// Begins a request. Returns a task if the request is not finished with that.
 pub(crate) fn begin(
     request: FileRequest,
     guest: &mut Guest,
@@ -69,7 +69,7 @@ pub(crate) fn begin(
     output: &mut Output,
 ) -> Result<Option<Task>, FrameError> {
     guest.prepare();
-    // Its content comes, whatever becomes of it.
+    // The host sends the content even if the request fails.
     let is_put = matches!(request, FileRequest::Put(_));
     let started = guest.rights(request.at().by.as_ref()).and_then(|rights| {
         let started = rights.with(|| {
@@ -115,8 +115,8 @@ fn start(request: FileRequest, base: Option<&Rc<OwnedFd>>) -> Result<Started, Fi
             Kind::Listing(Spot::find(&at, base)?.open(OFlags::RDONLY | OFlags::DIRECTORY)?)
         }
         FileRequest::Get { at, offset, most } => {
-            // Without NONBLOCK a pipe would keep the agent waiting for a writer, and a file for who
-            // has a lease on it.
+            // Without NONBLOCK, opening would wait for a writer of a pipe, or for the holder of a
+            // lease on a file.
             let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
             let file = Spot::find(&at, base)?.open(flags)?;
             is_regular(&file)?;
@@ -175,7 +175,7 @@ fn start(request: FileRequest, base: Option<&Rc<OwnedFd>>) -> Result<Started, Fi
     }))
 }
 
-/// The permissions are those asked for, whatever the mask is.
+/// Makes a directory. Its permissions are those asked for, regardless of the umask.
 fn make_dir(spot: &Spot, mode: Mode, owner: Option<(Uid, Gid)>) -> Result<(), Errno> {
     mkdirat(&spot.dir, spot.name(), mode)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -213,7 +213,7 @@ fn make_parents(
             Err(failure) => return Err(failure),
             Ok(spot) => match make_dir(&spot, mode, owner) {
                 Err(Errno::EXIST) => {
-                    // A link to a directory is one.
+                    // A link to a directory counts as one.
                     spot.open(OFlags::PATH | OFlags::DIRECTORY).map(drop)
                 }
                 other => other,
@@ -224,12 +224,12 @@ fn make_parents(
 }
 
 impl Task {
-    /// Whether it goes on without being told.
+    /// Whether the task makes progress without further requests.
     pub(crate) fn is_active(&self) -> bool {
         !matches!(self.kind, Kind::Putting(_) | Kind::Discarding)
     }
 
-    /// Does a bounded part of what is left; true once it is done.
+    /// Does a bounded part of the remaining work; returns true once it is done.
     pub(crate) fn step(
         &mut self,
         scratch: &mut Vec<u8>,
@@ -258,7 +258,7 @@ impl Task {
         Ok(true)
     }
 
-    /// Takes content. None if there is no file to put it in.
+    /// Takes content. Returns `None` if there is no file to put it in.
     pub(crate) fn data(
         &mut self,
         bytes: &[u8],
@@ -277,7 +277,7 @@ impl Task {
         }
     }
 
-    /// The content is complete. None if there is no file that it could be of.
+    /// Finishes the file: its content is complete. Returns `None` if the task is not a put.
     pub(crate) fn end(self, output: &mut Output) -> Option<Result<(), FrameError>> {
         match self.kind {
             Kind::Putting(putting) => {
@@ -300,7 +300,7 @@ impl From<Unknown> for FileFailure {
     }
 }
 
-/// Why a step did not succeed.
+/// The error of a step.
 enum Stop {
     Failed(FileFailure),
     Frame(FrameError),
@@ -355,7 +355,7 @@ fn list(dir: &OwnedFd, output: &mut Output) -> Result<bool, Stop> {
     Ok(false)
 }
 
-/// The next few entries of a directory; none at its end.
+/// Returns the next few entries of a directory; none at its end.
 fn entries(dir: &OwnedFd) -> Result<Vec<DirEntry>, FileFailure> {
     let mut buffer = vec![MaybeUninit::uninit(); ENTRIES];
     let mut raw = RawDir::new(dir, &mut buffer);

@@ -1,4 +1,4 @@
-//! Where a path leads.
+//! Looks up paths.
 
 use alloc::{rc::Rc, vec::Vec};
 
@@ -10,22 +10,22 @@ use rustix::{
 };
 
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
-/// Links that belong to a process lead anywhere.
+/// Links of `/proc/<pid>` (magic links) lead anywhere, so they are not followed.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
 
-/// The directory that requests on a connection name one after the other as the one not to be led
-/// out of. Found once: by the next request, a program of the guest may have laid something else at
-/// its path.
+/// The directory that a connection's requests must stay beneath, kept while consecutive requests
+/// name the same one. It is looked up only once: by the next request, a program of the guest may
+/// have put something else at its path.
 #[derive(Debug, Default)]
 pub(crate) struct Base(Option<(Vec<u8>, Option<Account>, Rc<OwnedFd>)>);
 
 impl Base {
-    /// The next request is none of these.
+    /// Forgets the directory, as the next request is not about files.
     pub(crate) fn forget(&mut self) {
         self.0 = None;
     }
 
-    /// The directory that a place is beneath, if it is beneath any.
+    /// Returns the directory that a place is to stay beneath, if any.
     pub(super) fn of(&mut self, place: &Place) -> Result<Option<Rc<OwnedFd>>, FileFailure> {
         let known = self.0.take();
         let Some(path) = &place.beneath else {
@@ -50,8 +50,8 @@ impl Base {
     }
 }
 
-/// What paths may not lead through. What is done for a user does not lead through links that belong
-/// to a process: these would be the agent's.
+/// Returns the restrictions of a lookup. A request for a user does not follow magic links: they
+/// would be resolved as the agent's.
 fn links(place: &Place, flags: ResolveFlags) -> ResolveFlags {
     match place.by {
         Some(_) => flags | ResolveFlags::NO_MAGICLINKS,
@@ -59,20 +59,20 @@ fn links(place: &Place, flags: ResolveFlags) -> ResolveFlags {
     }
 }
 
-/// A name in a directory that was found.
+/// A name in an open directory.
 #[derive(Debug)]
 pub(super) struct Spot {
     pub(super) dir: OwnedFd,
     name: Vec<u8>,
-    /// The directory that links may not lead out of, and the way from there.
+    /// The directory that links may not lead out of, and the path from there.
     beneath: Option<(Rc<OwnedFd>, Vec<u8>)>,
-    /// What links lead to.
+    /// The restrictions of the lookup.
     links: ResolveFlags,
 }
 
 impl Spot {
-    /// Where a path leads, from `base` if it is to stay beneath that; `/`, `.` and `..` are places,
-    /// too.
+    /// Looks up the parent of a path, from `base` if the path must stay beneath it. `/`, `.` and
+    /// `..` are allowed.
     pub(super) fn find(place: &Place, base: Option<&Rc<OwnedFd>>) -> Result<Self, FileFailure> {
         let path = place.path.as_slice();
         if path.is_empty() || path.contains(&0) {
@@ -87,7 +87,7 @@ impl Spot {
         let Some(base) = base else {
             let links = links(place, ResolveFlags::empty());
             let parent: &[u8] = if parent.is_empty() { b"/" } else { parent };
-            // Relative ones begin at the root, whatever the agent's directory is.
+            // Relative paths begin at the root, regardless of the agent's working directory.
             let root = open("/", DIRECTORY, Mode::empty())?;
             return Ok(Self {
                 dir: openat2(&root, parent, DIRECTORY, Mode::empty(), links)?,
@@ -105,7 +105,8 @@ impl Spot {
         })
     }
 
-    /// As [`find`](Self::find), for what changes the directory: the path must name an entry of it.
+    /// As [`find`](Self::find), for requests that change the directory: the path must name an entry
+    /// of it.
     pub(super) fn of_entry(place: &Place, base: Option<&Rc<OwnedFd>>) -> Result<Self, FileFailure> {
         match split(&place.path).1 {
             b"" | b"." | b".." => Err(FileFailure::BadPath),
@@ -117,7 +118,7 @@ impl Spot {
         &self.name
     }
 
-    /// Opens what is there, through links.
+    /// Opens the file, and follows links.
     pub(super) fn open(&self, flags: OFlags) -> Result<OwnedFd, Errno> {
         self.open_with(flags, Mode::empty())
     }
@@ -131,7 +132,7 @@ impl Spot {
     }
 }
 
-/// A path's last name, and what is before it. Slashes at the end count for nothing.
+/// Splits a path before its last name. Slashes at the end are ignored.
 fn split(path: &[u8]) -> (&[u8], &[u8]) {
     let end = path
         .iter()

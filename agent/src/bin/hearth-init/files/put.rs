@@ -1,4 +1,4 @@
-//! Writing a file.
+//! Writes files.
 
 use alloc::{format, rc::Rc, string::String};
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -18,24 +18,24 @@ use crate::account::owner;
 
 /// Permissions of a new file.
 const USUAL: u32 = 0o644;
-/// Names that are tried for a file that is not complete.
+/// Most retries with another name for an incomplete file.
 const ATTEMPTS: u32 = 64;
 
 /// A file that is being written.
 #[derive(Debug)]
 pub(crate) struct Putting {
     file: OwnedFd,
-    /// What becomes of it at its end; nothing with what is appended.
+    /// The temporary file to rename at the end; `None` when appending.
     unfinished: Option<Unfinished>,
 }
 
-/// A file that has no name of its own yet. Dropped, it is gone.
+/// A file under a temporary name. It is removed on drop, unless it was renamed.
 #[derive(Debug)]
 struct Unfinished {
     spot: Spot,
     name: String,
     replace: bool,
-    /// It has its name.
+    /// Whether it was renamed.
     done: bool,
 }
 
@@ -104,14 +104,14 @@ impl Putting {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if !self.done {
-            // With the agent's rights: the directory is at hand, and nothing else is found by that
-            // name.
+            // The agent's rights suffice and are safe: the directory is open, and the name is
+            // looked up only there.
             let _ = unlinkat(&self.spot.dir, self.name.as_str(), AtFlags::empty());
         }
     }
 }
 
-/// Makes a symbolic link, which replaces at once what is there.
+/// Makes a symbolic link, which atomically replaces what is there.
 pub(super) fn link(
     spot: &Spot,
     target: &[u8],
@@ -133,8 +133,8 @@ pub(super) fn link(
     Ok(named?)
 }
 
-/// A file to be written to its end. One that is there stays whose it is, and keeps its permissions:
-/// it may be another one than was meant.
+/// Opens a file for appending. An existing one keeps its owner and permissions: it may not be the
+/// file that was meant.
 fn extend(
     spot: &Spot,
     mode: Option<u32>,
@@ -149,7 +149,7 @@ fn extend(
                     settle(&file, mode, owner)?;
                     return Ok(file);
                 }
-                // Somebody was quicker; or it is a link to nothing.
+                // Another process made it first, or it is a dangling link.
                 Err(Errno::EXIST) => spot.open(flags),
                 Err(errno) => Err(errno),
             }
@@ -157,7 +157,7 @@ fn extend(
         opened => opened,
     };
     let file = opened.map_err(|errno| match errno {
-        // A pipe that nobody reads.
+        // A pipe without a reader.
         Errno::NXIO => FileFailure::NotAFile,
         other => other.into(),
     })?;
@@ -165,13 +165,13 @@ fn extend(
     Ok(file)
 }
 
-/// A new file beside the one that it will become.
+/// Makes a new file in the directory of the one that it will become.
 fn create(spot: &Spot) -> Result<(OwnedFd, String), Errno> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     beside(|name| openat(&spot.dir, name, flags, Mode::from_raw_mode(0o600)))
 }
 
-/// Makes something under a name that nothing has yet.
+/// Calls `make` with names in turn until one is not taken.
 fn beside<T>(make: impl Fn(&str) -> Result<T, Errno>) -> Result<(T, String), Errno> {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let mut attempts = 0;
@@ -185,7 +185,7 @@ fn beside<T>(make: impl Fn(&str) -> Result<T, Errno>) -> Result<(T, String), Err
     }
 }
 
-/// The owner first: a change of it takes set-user-id away.
+/// Sets owner and permissions. The owner comes first: changing it clears set-user-id.
 fn settle(file: &OwnedFd, mode: Option<u32>, owner: Option<(Uid, Gid)>) -> Result<(), Errno> {
     if let Some((uid, gid)) = owner {
         fchown(file, Some(uid), Some(gid))?;

@@ -1,4 +1,4 @@
-//! Removing a directory with all that is in it.
+//! Removes a directory with all that is in it.
 
 use alloc::vec::Vec;
 
@@ -11,25 +11,27 @@ use rustix::{
 
 use super::{entries, place::Spot};
 
-/// Entries that one step removes, about.
+/// Approximate number of entries that one step removes.
 const STEP: usize = 64;
-/// How deep directories are followed: each costs a descriptor.
+/// Deepest nesting of directories that is followed: each level costs a descriptor.
 const DEEPEST: usize = 200;
 
 /// A directory that is being removed.
 #[derive(Debug)]
 pub(crate) struct Removing {
     spot: Spot,
-    /// From the directory itself down to where the work is, each with its name in the one before.
+    /// The open directories, from the one to remove down to the current one, each with its name in
+    /// its parent.
     open: Vec<(OwnedFd, Vec<u8>)>,
 }
 
 impl Removing {
-    /// Removes a file, a link or an empty directory; anything else is work to be done in steps.
+    /// Removes a file, a link or an empty directory; a directory with entries is returned, to be
+    /// removed in steps.
     pub(super) fn begin(spot: Spot, recursive: bool) -> Result<Option<Self>, FileFailure> {
         match unlinkat(&spot.dir, spot.name(), AtFlags::empty()) {
             Ok(()) => return Ok(None),
-            // EPERM is what POSIX has for a directory.
+            // EPERM is the error of POSIX for a directory.
             Err(Errno::ISDIR | Errno::PERM) => {}
             Err(errno) => return Err(errno.into()),
         }
@@ -44,14 +46,15 @@ impl Removing {
         }
     }
 
-    /// Removes some of it; true once it is gone. What is put in meanwhile goes, too.
+    /// Removes some entries; returns true once the directory is gone. Entries that are added
+    /// meanwhile are removed, too.
     pub(super) fn step(&mut self) -> Result<bool, FileFailure> {
         let mut removed = 0;
         while removed < STEP {
             let Some((dir, _)) = self.open.last() else {
                 return Ok(true);
             };
-            // From the beginning: positions mean nothing once entries are gone.
+            // From the beginning: positions are not valid once entries are removed.
             seek(dir, SeekFrom::Start(0))?;
             let found = entries(dir)?;
             if found.is_empty() {
@@ -90,7 +93,7 @@ impl Removing {
         let parent = self.open.last().map_or(&self.spot.dir, |(dir, _)| dir);
         match unlinkat(parent, name.as_slice(), AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
-            // Somebody was quicker with a new entry.
+            // A new entry was added meanwhile.
             Err(Errno::NOTEMPTY | Errno::EXIST) => {
                 let dir = enter(parent, &name)?;
                 self.open.push((dir, name));

@@ -30,7 +30,7 @@ fn kvm() -> Check {
     let host = match Host::get() {
         Ok(host) => host,
         Err(error) => {
-            // The error says both what is wrong and what to do.
+            // The error's text says what is wrong and then what to do.
             let text = chain(&error);
             let (found, advice) = text.split_once(": ").unwrap_or((&text, "see dmesg"));
             return Check::fail("kvm", found, advice);
@@ -56,17 +56,17 @@ fn kvm() -> Check {
     )
 }
 
-/// Times that a VM is made to see how long that takes. The shortest counts: other programs take
-/// their time, too.
+/// How many VMs are made to measure the time. The shortest time counts: other programs take
+/// processor time as well.
 const VMS: usize = 3;
-/// Pause before each: of two in a row the second does not wait.
+/// Pause before each VM: of two in a row the second does not wait.
 const APART: Duration = Duration::from_millis(100);
-/// What a host takes that does not wait is well below it.
+/// Limit for a host that does not wait: it takes far less.
 const WAIT: Duration = Duration::from_millis(2);
 
-/// Whether the host's kernel makes the maker of a VM wait. Before Linux 6.13 it attaches a thread
-/// of the VM's to the maker's control groups, which takes a grace period of RCU unless they are
-/// mounted with `favordynmods` (Documentation/admin-guide/cgroup-v2.rst).
+/// Checks whether the host's kernel makes the creator of a VM wait. Before Linux 6.13 it attaches a
+/// thread of the VM's to the creator's control groups, which takes a grace period of RCU unless
+/// they are mounted with `favordynmods` (Documentation/admin-guide/cgroup-v2.rst).
 fn new_vms() -> Check {
     let name = "new VMs";
     let Ok(host) = Host::get() else {
@@ -77,7 +77,7 @@ fn new_vms() -> Check {
         std::thread::sleep(APART);
         let start = Instant::now();
         let vm = host.kvm().create_vm();
-        // Its end takes longer, and nobody waits for that.
+        // Measured before the VM is dropped: that takes longer, and nothing waits for it.
         shortest = shortest.min(start.elapsed());
         if let Err(error) = vm {
             return Check::warn(
@@ -99,8 +99,8 @@ fn new_vms() -> Check {
 }
 
 /// With `split_lock_detect=fatal` (Documentation/admin-guide/kernel-parameters.txt) the host's
-/// kernel sends SIGBUS to a program that locks memory across two cache lines, to a vCPU's thread
-/// for its guest, too.
+/// kernel sends SIGBUS to a program that locks memory across two cache lines. A vCPU thread gets it
+/// for its guest as well.
 fn split_locks() -> Check {
     let words = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
     if words

@@ -10,30 +10,30 @@ use rustix::process::{Resource, getrlimit};
 
 use super::Check;
 
-/// Fewer guests than this draw a warning.
+/// Room for fewer guests than this draws a warning.
 const MODEST_GUESTS: u64 = 100;
 /// `hearth run` works with 20 descriptors and not with 19.
 const DESCRIPTORS: Need = Need {
     first: 20,
     further: 16,
 };
-/// `hearth run` works with twelve threads beside its first; a further guest has one for each vCPU
-/// and a helper of KVM's.
+/// `hearth run` works with twelve threads beside its first. Each further guest has one thread for
+/// each vCPU and a helper thread of KVM's.
 const THREADS: Need = Need {
     first: 14,
     further: 2,
 };
-/// Address space in MiB: a guest's memory, and 64 MiB that glibc sets aside for each thread that
+/// Address space in MiB: a guest's memory, and the 64 MiB that glibc reserves for each thread that
 /// allocates.
 const ADDRESS_SPACE: Need = Need {
     first: MIN_MEMORY_MIB + 14 * 64,
     further: DEFAULT_MEMORY_MIB + 8,
 };
-/// Guests in a file smaller than this many MiB are small ones, and images need more.
+/// A file size limit below this many MiB draws a warning: it only allows small guests, and images
+/// need more.
 const MODEST_FILE_MIB: u64 = 4096;
 
-/// What a process needs of something that is limited, with its first guest and with each further
-/// one.
+/// What a process needs of a limited resource: for its first guest, and for each further one.
 #[derive(Debug, Clone, Copy)]
 struct Need {
     first: u64,
@@ -41,7 +41,7 @@ struct Need {
 }
 
 impl Need {
-    /// How many guests `left` is enough for.
+    /// Returns how many guests `left` is enough for.
     fn guests(self, left: u64) -> u64 {
         match left.checked_sub(self.first) {
             None => 0,
@@ -49,7 +49,7 @@ impl Need {
         }
     }
 
-    /// The verdict on `left`, of which `found` tells.
+    /// Judges `left`; `found` describes it.
     fn check(self, name: &'static str, found: String, left: u64, advice: &str) -> Check {
         match self.guests(left) {
             0 => Check::fail(
@@ -83,7 +83,7 @@ pub(super) fn checks() -> Vec<Check> {
     ]
 }
 
-/// Most of what follows is read there.
+/// Most of the checks below read /proc.
 fn proc() -> Check {
     match fs::metadata("/proc/self/status") {
         Ok(_) => Check::ok("proc", "/proc is mounted"),
@@ -114,8 +114,8 @@ fn descriptors() -> Check {
     DESCRIPTORS.check("files", found, soft.saturating_sub(inherited), &advice)
 }
 
-/// Descriptors below `limit`, beside the three usual ones, that whoever started this process left
-/// open in it: those that the next program would have, too.
+/// Counts descriptors below `limit` that the parent process left open in this one, beside the three
+/// standard ones: the next program would inherit them as well.
 fn inherited(limit: u64) -> u64 {
     let is_inherited = |number: &u64| {
         let flags = field(&format!("/proc/self/fdinfo/{number}"), "flags:");
@@ -137,7 +137,7 @@ fn threads() -> Check {
     THREADS.check("threads", found, limit.left, &advice)
 }
 
-/// A vCPU is kicked by a signal that needs no place in this queue: it is told for the record.
+/// For information only: vCPUs are kicked by a signal that needs no place in this queue.
 fn signals() -> Check {
     let limit = getrlimit(Resource::Sigpending).current;
     let used = field("/proc/self/status", "SigQ:").and_then(|field| {
@@ -154,7 +154,7 @@ fn signals() -> Check {
     )
 }
 
-/// Guest memory is a file to the kernel, though none on a disk.
+/// To the kernel, guest memory is a file, though not on a disk.
 fn file_size() -> Check {
     let Some(bytes) = getrlimit(Resource::Fsize).current else {
         return Check::ok("file size", "unlimited");
@@ -229,7 +229,7 @@ fn overcommit() -> Check {
     }
 }
 
-/// The number that is all of a file.
+/// The number that a file consists of.
 fn number(path: &str) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }

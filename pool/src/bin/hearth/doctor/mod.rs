@@ -1,4 +1,4 @@
-//! `hearth doctor`: can this machine run guests, and what to do if not.
+//! `hearth doctor`: checks whether this machine can run guests, and says what to do if not.
 
 mod images;
 mod kvm;
@@ -23,11 +23,11 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// How bad it is.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Verdict {
-    /// As it should be.
+    /// Nothing is wrong.
     Ok,
     /// Guests run, but not as many or not as well as they could.
     Warn,
@@ -35,7 +35,7 @@ enum Verdict {
     Fail,
 }
 
-/// One thing that was looked at.
+/// One check and its result.
 #[derive(Debug, Serialize)]
 struct Check {
     name: &'static str,
@@ -106,7 +106,7 @@ pub(crate) fn doctor(args: &Args) -> ExitCode {
     } else {
         table(&report)
     };
-    // Whoever stops reading has read enough.
+    // A closed stdout (the reader has stopped reading) is no failure.
     let _ = std::io::stdout().write_all(text.as_bytes());
     ExitCode::from(u8::from(!report.can_run_guests))
 }

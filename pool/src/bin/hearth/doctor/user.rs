@@ -1,4 +1,4 @@
-//! As whom guests would run.
+//! The user whose rights guests have.
 
 use rustix::process::geteuid;
 
@@ -8,7 +8,7 @@ pub(super) fn checks() -> Vec<Check> {
     vec![rights()]
 }
 
-/// A guest that breaks out of its VM has the rights of the process that it ran in.
+/// A guest that breaks out of its VM has the rights of the process that it runs in.
 fn rights() -> Check {
     let user = geteuid();
     if user.is_root() {

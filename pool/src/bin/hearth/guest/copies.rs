@@ -1,4 +1,4 @@
-//! Files that go into the guest before its program runs, and come out of it after.
+//! Files copied into the guest before its program runs, and out of it afterwards.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -12,10 +12,10 @@ use tokio::fs;
 
 use super::trees;
 
-/// Bytes that one file or directory may bring out: a guest must not fill the host's disk.
+/// Most bytes that one file or directory may bring out: a guest must not fill the host's disk.
 pub(super) const MOST: u64 = 4 << 30;
 
-/// One regular file or directory and its two places.
+/// One regular file or directory to copy: its source and its destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Copy {
     pub(super) from: PathBuf,
@@ -59,7 +59,7 @@ impl CopyError {
     }
 }
 
-/// `FROM:TO`. A host's path may have colons, a guest's may not.
+/// Parses `FROM:TO`. A path on the host may contain colons, one in the guest may not.
 fn split(text: &OsStr, last: bool) -> Result<Copy, String> {
     let bytes = text.as_bytes();
     let is_colon = |byte: &u8| *byte == b':';
@@ -77,17 +77,17 @@ fn split(text: &OsStr, last: bool) -> Result<Copy, String> {
     }
 }
 
-/// `HOST:GUEST`
+/// Parses `HOST:GUEST`.
 pub(super) fn inward(text: &str) -> Result<Copy, String> {
     split(OsStr::new(text), true)
 }
 
-/// `GUEST:HOST`
+/// Parses `GUEST:HOST`.
 pub(super) fn outward(text: &str) -> Result<Copy, String> {
     split(OsStr::new(text), false)
 }
 
-/// Puts the host's files and directories into the guest, with their permissions, and makes the
+/// Copies the host's files and directories into the guest, with their permissions, and creates the
 /// directories that they need.
 pub(super) async fn put(
     agent: &mut AgentClient<VsockStream>,
@@ -108,7 +108,8 @@ pub(super) async fn put(
         if let Some(dir) = to.parent().filter(|dir| dir.file_name().is_some()) {
             agent.make_dir(dir, 0o755, true).await?;
         }
-        // Nothing has run in the guest yet that could lay something in root's way.
+        // Safe with root's rights: nothing has run in the guest yet that could have placed a link
+        // there.
         let put = Put::new(to)
             .mode(metadata.permissions().mode() & 0o777)
             .given_to(owner.clone());
@@ -117,8 +118,8 @@ pub(super) async fn put(
     Ok(())
 }
 
-/// Takes files and directories of the guest, with their permissions. Each is there when it is
-/// complete: a file replaces the host's, a directory does not.
+/// Copies files and directories out of the guest, with their permissions. Each appears on the host
+/// when it is complete: a file replaces an existing one, a directory does not.
 pub(super) async fn get(
     agent: &mut AgentClient<VsockStream>,
     copies: &[Copy],
@@ -126,7 +127,7 @@ pub(super) async fn get(
 ) -> Result<(), CopyError> {
     for Copy { from, to } in copies {
         let part = Part::of(to);
-        // As the program's user, whose programs may have laid links there.
+        // With the rights of the program's user, whose programs may have placed links there.
         let place = Place::new(from).by(owner.clone());
         let found = agent.stat(place.clone(), true).await?;
         if found.kind == FileKind::Dir {
@@ -159,7 +160,7 @@ async fn get_one(
     file.set_permissions(permissions).await.map_err(failed)
 }
 
-/// Where something is until it is complete. Dropped before, it is gone.
+/// A temporary path on the host until a copy is complete. Removed when dropped before that.
 struct Part(PathBuf);
 
 impl Part {
@@ -173,7 +174,7 @@ impl Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        // Neither is there any more if it has its name. Links are not followed.
+        // After the rename neither exists. Links are not followed.
         let _ = std::fs::remove_file(&self.0).or_else(|_| std::fs::remove_dir_all(&self.0));
     }
 }

@@ -1,4 +1,4 @@
-//! Why the end of a program is not known.
+//! Reasons why the end of a program is not known.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::FAILED;
 use crate::machine::DoesNotFit;
 use crate::runtime::RuntimeError;
 
-/// The guest has the program, but cannot execute it; as `env` has it.
+/// The guest has the program, but cannot execute it; `env` uses the same code.
 const NOT_EXECUTABLE: u8 = 126;
 /// The guest has no such program.
 pub(super) const NOT_FOUND: u8 = 127;
@@ -105,7 +105,7 @@ fn hint(console: bool) -> &'static str {
     }
 }
 
-/// The exit code for a program that could not be started, or whose end did not come.
+/// The exit code for a program that could not be started, or whose end was not reported.
 pub(super) fn exec_code(error: &ExecError) -> u8 {
     match error {
         ExecError::Failed(SpawnFailure::NotFound { .. }) => NOT_FOUND,

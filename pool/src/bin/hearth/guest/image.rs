@@ -1,4 +1,4 @@
-//! Which root file system a guest gets, and how much memory that takes.
+//! The root file system of a guest, and how much memory that needs.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use crate::progress;
 
 /// The image without a root file system.
 const BASE: &str = "base";
-/// What guests with these images need, in MiB, where the usual amount is too little.
+/// Memory in MiB of guests with these images, where the default is too little.
 const MEMORY: [(&str, u64); 2] = [("python", 256), ("javascript", 512)];
 
 /// An image by name.
@@ -21,7 +21,8 @@ pub(crate) enum Image {
     Root(String),
 }
 
-/// Wrong names are found before anything is done; files are read when they are needed.
+/// Finds an image by name. Wrong names are refused before any work is done; files are only read
+/// when they are needed.
 pub(crate) fn image(name: &str) -> Result<Image, RecipeError> {
     if name == BASE {
         return Ok(Image::Base);
@@ -33,7 +34,7 @@ pub(crate) fn image(name: &str) -> Result<Image, RecipeError> {
 }
 
 impl Image {
-    /// The root file system, if it has one; built if it is not cached.
+    /// Returns the root file system, if the image has one; it is built if it is not cached.
     pub(crate) fn root(&self, packages: &[String]) -> Result<Option<PathBuf>, RunError> {
         let Self::Root(name) = self else {
             return Ok(None);

@@ -1,5 +1,5 @@
-//! One program in one guest, for the commands that run some: what the guest is made of, and how its
-//! end becomes an exit code.
+//! Runs one program in one guest, for several subcommands: the guest's configuration, and the exit
+//! code for its end.
 
 mod copies;
 mod error;
@@ -74,28 +74,28 @@ pub(crate) struct Options {
     copy_out: Vec<copies::Copy>,
 }
 
-/// What runs in it, and how.
+/// The program to run in the guest, and how.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) command: Command,
-    /// What the command is to find in the guest.
+    /// Code that the command expects in the guest.
     pub(crate) code: Option<Code>,
-    /// The image that it needs, by name; any does if there is none.
+    /// The name of the image that it needs; `None` if any will do.
     pub(crate) image: Option<&'static str>,
     pub(crate) timeout: Option<Duration>,
-    /// On this process's terminal, instead of between its streams.
+    /// Runs on this process's terminal, instead of on its streams.
     pub(crate) on_terminal: bool,
     /// Counts the guest's instructions where the host can, which costs a little.
     pub(crate) count_instructions: bool,
 }
 
-/// Code, and what is to run it.
+/// Code, and the interpreter that runs it.
 #[derive(Debug)]
 pub(crate) struct Code {
     pub(crate) place: PathBuf,
     pub(crate) content: Vec<u8>,
     pub(crate) interpreter: &'static str,
-    /// An image that has it.
+    /// An image that has the interpreter.
     pub(crate) image: &'static str,
 }
 
@@ -106,7 +106,7 @@ impl Options {
         !root && self.initramfs.is_none()
     }
 
-    /// Whom the program runs as, and what is copied in belongs to.
+    /// The user that the program runs as, and that owns the files that are copied in.
     fn account(&self) -> Account {
         match &self.user {
             Some(name) => Account::Name(name.clone().into_bytes().into()),
@@ -121,7 +121,7 @@ impl Options {
             (None, _) => Image::Base,
         };
         let memory_mib = image.memory_mib();
-        // Impossible values are refused before minutes go into an image.
+        // Impossible values are refused before an image is built, which takes minutes.
         let machine = |config| self.machine.apply(config, memory_mib);
         machine(VmConfig::builder("")).build()?;
         self.machine.fits(memory_mib)?;
@@ -149,7 +149,7 @@ impl Options {
         Ok(config.count_instructions(job.count_instructions).build()?)
     }
 
-    /// Kernel and initramfs; only what the user does not bring is found or built.
+    /// Returns kernel and initramfs; only those that the user does not give are found or built.
     fn boot_files(&self) -> Result<(PathBuf, PathBuf), RunError> {
         let build = || {
             let images = Images::open(None)?;
@@ -204,12 +204,12 @@ pub(crate) fn run(
     };
     let runtime = runtime::on_this_thread()?;
     let result = runtime.block_on(session::session(plan, report));
-    // A read of stdin that nobody waits for any more must not hold the exit up.
+    // A pending read of stdin must not delay the exit.
     runtime.shutdown_background();
     result
 }
 
-/// The exit code for a program's end, or for why that is not known.
+/// Returns the exit code for a program's end, or for the reason why it is not known.
 pub(crate) fn exit_code(result: &Result<Exited, RunError>) -> u8 {
     match result {
         Ok(exited) if exited.timed_out => TIMED_OUT,

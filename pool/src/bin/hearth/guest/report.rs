@@ -6,39 +6,39 @@ use hearth_agent::proto::Exited;
 use hearth_vmm::{CpuProfile, CreateTimes};
 use serde::Serialize;
 
-/// Where the time went, as far as it came.
+/// The times of the phases that were reached, and the result.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Report {
     pub(crate) exit_code: u8,
     pub(super) timed_out: bool,
-    /// Why the program's end is not known.
+    /// The reason why the program's end is not known.
     pub(crate) error: Option<String>,
     pub(super) profile: Option<CpuProfile>,
     pub(super) phases_us: Phases,
-    /// What `create` consists of.
+    /// The parts of the `create` phase.
     pub(super) create_us: Option<Create>,
     /// Guest instructions that KVM's emulator ran until the agent greeted; null where the host
-    /// does not count. Where ring 0 is emulated it is what a boot costs, and repeats where
+    /// does not count them. On an emulated host they are the cost of a boot, and repeat where
     /// times do not.
     pub(super) boot_instructions: Option<u64>,
-    /// The program's times, by the guest's clock.
+    /// The program's times, measured by the guest's clock.
     pub(super) program_us: Option<Program>,
 }
 
-/// Phases in microseconds, in order. None overlaps another.
+/// Phases in microseconds, in order. They do not overlap.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Phases {
-    /// Access to KVM checked, the host's kind probed; once per process.
+    /// KVM checked for access, and the kind of host probed; once per process.
     pub(super) host_probe: Option<u64>,
     /// Image found or built, kernel and initramfs read.
     pub(super) image: Option<u64>,
-    /// All work of the host from there to the first KVM_RUN.
+    /// All work of the host after that, up to the first KVM_RUN.
     pub(super) create: Option<u64>,
     /// From the first KVM_RUN to the start of the agent.
     pub(super) boot: Option<u64>,
-    /// From there to the agent's greeting on the host.
+    /// From the start of the agent to its greeting on the host.
     pub(super) agent_ready: Option<u64>,
-    /// Files copied into the guest; none if there were none to copy.
+    /// Files copied into the guest; `None` if there were none.
     pub(super) copy_in: Option<u64>,
     /// From the request to the program's exit status.
     pub(super) exec: Option<u64>,
@@ -62,7 +62,7 @@ pub(super) struct Program {
 
 impl Report {
     pub(crate) fn line(&self) -> String {
-        // Numbers and strings: cannot fail.
+        // Cannot fail: there are only numbers and strings.
         serde_json::to_string(self).unwrap_or_default()
     }
 

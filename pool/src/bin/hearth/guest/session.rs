@@ -1,8 +1,8 @@
 //! One guest from its creation to the end of its program.
 //!
 //! ```text
-//! create -> listen -> run -> agent dials -> greeting -> exec -> streams end -> exit status
-//!                      \_______ a guest that ends, a time limit, a signal _______/
+//! create -> listen -> run -> agent connects -> greeting -> exec -> streams end -> exit status
+//!                      \_______ a guest that ends, a time limit, a signal __________/
 //! ```
 
 use std::future::Future;
@@ -25,11 +25,11 @@ use super::{Code, Job};
 use crate::console;
 use crate::signals::Signals;
 
-/// How long a guest may take to its agent's greeting on a fast host.
+/// Time limit for a guest to boot up to its agent's greeting, on a fast host.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How late the guest may be there with the end of a program whose time is over.
+/// How long to wait for the guest to report the end of a program whose time limit is over.
 const MARGIN: Duration = Duration::from_secs(10);
-/// How long to wait for the reason after a connection broke.
+/// How long to wait for the guest's exit after a connection broke.
 const REASON: Duration = Duration::from_secs(1);
 /// Bytes copied at a time.
 const CHUNK: usize = 64 << 10;
@@ -38,12 +38,12 @@ const SIGPIPE: u8 = 13;
 pub(super) struct Plan {
     pub(super) config: VmConfig,
     pub(super) job: Job,
-    /// What times chosen for a fast host are multiplied by.
+    /// Factor for times that are chosen for a fast host.
     pub(super) slowness: u32,
-    /// [`BOOT_TIMEOUT`] if not said.
+    /// The default is [`BOOT_TIMEOUT`].
     pub(super) boot_timeout: Option<Duration>,
     pub(super) show_console: bool,
-    /// Whom what is copied in belongs to.
+    /// The user that owns the files that are copied in.
     pub(super) owner: Account,
     pub(super) copy_in: Vec<Copy>,
     pub(super) copy_out: Vec<Copy>,
@@ -52,7 +52,7 @@ pub(super) struct Plan {
 struct Session {
     vm: Vm,
     signals: Signals,
-    /// The terminal's size changed; none if the program does not run on it.
+    /// Changes of the terminal's size; `None` if the program does not run on it.
     resized: Option<Signal>,
     console: bool,
 }
@@ -80,7 +80,7 @@ pub(super) async fn session(plan: Plan, report: &mut Report) -> Result<Exited, R
         resized,
         console: plan.show_console,
     };
-    // A VM that ended between these lines is noticed by whoever waits for it next.
+    // If the VM has ended by now, the next wait for it reports that.
     let _ = session.vm.resume();
     report.phases_us.create = Some(micros(start.elapsed()));
     report.create_us = Some(session.vm.times().into());
@@ -88,7 +88,7 @@ pub(super) async fn session(plan: Plan, report: &mut Report) -> Result<Exited, R
     let result = session.work(plan, listener, report).await;
     session.vm.kill();
     if let Some(console) = console {
-        // Ends with the guest; what it still has to say comes before our own last words.
+        // The console task ends with the guest; its last output comes before our own messages.
         let _ = console.await;
     }
     result
@@ -159,7 +159,7 @@ impl Session {
         Ok(exited)
     }
 
-    /// Waits until the agent has dialled and greeted.
+    /// Waits until the agent has connected and greeted.
     async fn agent(
         &mut self,
         mut listener: VsockListener,
@@ -184,7 +184,7 @@ impl Session {
                 });
             }
         };
-        // The guest's clock tells the last stretch, the host's the whole.
+        // The guest's clock measures the last part, the host's clock the whole.
         let whole = micros(start.elapsed());
         let hello = agent.hello().unwrap_or_default();
         let ready = hello.greeted_us.saturating_sub(hello.started_us).min(whole);
@@ -194,7 +194,7 @@ impl Session {
         Ok(agent)
     }
 
-    /// Runs the program to its end between this process's streams.
+    /// Runs the program to its end on this process's streams.
     async fn program(
         &mut self,
         mut exec: Exec<VsockStream>,
@@ -210,14 +210,14 @@ impl Session {
             feed(tokio::io::stdin(), stdin).await;
             std::future::pending::<()>().await;
         });
-        // Both streams end when the program has, and not before.
+        // Both streams end with the program, and not before.
         let mut output = pin!(async {
             tokio::join!(
                 copy(stdout, tokio::io::stdout(), &broken),
                 copy(stderr, tokio::io::stderr(), &broken),
             );
         });
-        // On a terminal Ctrl-C is a key like others; a signal is meant for this process.
+        // On a terminal Ctrl-C reaches the program as a key; a signal is meant for this process.
         let mut told = self.resized.is_some();
         loop {
             let signal = tokio::select! {
@@ -236,7 +236,7 @@ impl Session {
                     signal
                 }
             };
-            // If it cannot be told, its connection is gone; `output` ends with it.
+            // If this fails, the connection is gone, and `output` ends with it.
             let _ = exec.signal(signal).await;
         }
         match exec.finish().await {
@@ -245,7 +245,7 @@ impl Session {
         }
     }
 
-    /// Does `work` unless the guest ends or a signal comes first.
+    /// Runs `work` unless the guest ends or a signal comes first.
     async fn unless_ended<T>(
         &mut self,
         when: &'static str,
@@ -260,7 +260,7 @@ impl Session {
         }
     }
 
-    /// Why the program does not run.
+    /// Returns the reason why the program does not run.
     async fn not_started(&self, error: ExecError, code: Option<Code>) -> RunError {
         match (error, code) {
             (ExecError::Failed(SpawnFailure::NotFound { .. }), Some(code)) => {
@@ -273,8 +273,8 @@ impl Session {
         }
     }
 
-    /// What a failed exec means: a connection that broke because the guest ended is the guest's
-    /// end.
+    /// Explains a failed exec: if the connection broke because the guest ended, the error is the
+    /// guest's end.
     async fn why(&self, error: ExecError) -> RunError {
         match error {
             ExecError::Connection(ConnectionError::Closed | ConnectionError::Io(_)) => {
@@ -284,7 +284,7 @@ impl Session {
         }
     }
 
-    /// The guest's end, which is known or will be in a moment.
+    /// Returns the guest's end, which is known or will be within [`REASON`].
     async fn ended(&self, when: &'static str) -> RunError {
         match tokio::time::timeout(REASON, self.vm.exited()).await {
             Ok(exit) => self.ended_by(exit, when),
@@ -301,7 +301,7 @@ impl Session {
     }
 }
 
-/// The next signal of these; none ever comes of none. Cancel-safe.
+/// Waits for the next signal; for ever if `signals` is `None`. Cancel-safe.
 async fn next(signals: &mut Option<Signal>) {
     let came = match signals {
         Some(signals) => signals.recv().await,
@@ -312,17 +312,17 @@ async fn next(signals: &mut Option<Signal>) {
     }
 }
 
-/// Copies input until either side ends. What the program does not want is not read.
+/// Copies input until either side ends. Without `to`, nothing is read.
 async fn feed(mut from: impl AsyncRead + Unpin, to: Option<impl AsyncWrite + Unpin>) {
     if let Some(mut to) = to {
-        // However it ends, the program sees the end of its input.
+        // However the copy ends, the program sees the end of its input.
         let _ = tokio::io::copy(&mut from, &mut to).await;
         let _ = to.shutdown().await;
     }
 }
 
-/// Copies output until its end. When nobody takes it any more the program is told, and the rest is
-/// read and dropped.
+/// Copies output until its end. When a write fails, `broken` is notified, and the rest is read and
+/// dropped.
 async fn copy(
     from: Option<impl AsyncRead + Unpin>,
     mut to: impl AsyncWrite + Unpin,

@@ -1,4 +1,4 @@
-//! This process's terminal, while a program in a guest has it.
+//! This process's terminal, while a program in a guest uses it.
 
 use std::io::{self, IsTerminal};
 
@@ -6,12 +6,12 @@ use hearth_agent::proto::WindowSize;
 use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
-/// Whether there is one to type on.
+/// Whether stdin is a terminal.
 pub(crate) fn is_there() -> bool {
     io::stdin().is_terminal()
 }
 
-/// Its size, as far as it knows.
+/// The terminal's size; the default where it is not known.
 pub(crate) fn size() -> WindowSize {
     tcgetwinsize(stdin()).map_or(WindowSize::default(), |size| WindowSize {
         rows: size.ws_row,
@@ -19,7 +19,7 @@ pub(crate) fn size() -> WindowSize {
     })
 }
 
-/// Hands every key on as it is, the control characters included, until it is dropped.
+/// Passes on every key unchanged, control characters included, until it is dropped.
 pub(super) struct Raw {
     before: Termios,
 }

@@ -1,5 +1,5 @@
-//! Directories that go into the guest and come out of it. Nothing that a guest says makes this
-//! write outside of the directory that it was told.
+//! Directories copied into the guest and out of it. Nothing that a guest sends can make this write
+//! outside of the target directory.
 
 use std::fs::Permissions;
 use std::io;
@@ -16,8 +16,8 @@ use super::copies::{CopyError, MOST};
 
 type Agent = AgentClient<VsockStream>;
 
-/// Copies a directory of the host with all that is in it; links stay links. With root's rights,
-/// before anything has run in the guest that could lay something in their way.
+/// Copies a directory of the host with everything in it; links stay links. Uses root's rights:
+/// nothing has run in the guest yet that could have placed links in the way.
 pub(super) async fn put(
     agent: &mut Agent,
     from: &Path,
@@ -60,7 +60,7 @@ pub(super) async fn put(
     Ok(())
 }
 
-/// The paths of what is in a directory, last first.
+/// The paths of a directory's entries, last first.
 async fn names(top: &Path, dir: &Path) -> Result<Vec<PathBuf>, CopyError> {
     let place = top.join(dir);
     let failed = |source| CopyError::read(&place, source);
@@ -73,7 +73,7 @@ async fn names(top: &Path, dir: &Path) -> Result<Vec<PathBuf>, CopyError> {
     Ok(paths)
 }
 
-/// Copies a directory of the guest into `part`, which is made. Links that lead out of it are
+/// Copies a directory of the guest into `part`, which is created. Links that lead out of it are
 /// refused.
 pub(super) async fn get(
     agent: &mut Agent,
@@ -94,8 +94,8 @@ pub(super) async fn get(
     let mut reader = TreeReader::begin(agent, top, limits).await?;
     make_dir(part, mode).await.map_err(failed(part))?;
     while let Some(entry) = reader.next().await? {
-        // Every directory on the way is one that was made here, by an earlier entry: what is there
-        // already, a link say, is an error, not a way.
+        // Every directory in the path was created here by an earlier entry. A path that exists
+        // already, such as a link, is an error and is never followed.
         let place = part.join(&entry.path);
         match &entry.node {
             Node::Dir => make_dir(&place, entry.mode).await.map_err(failed(&place))?,
@@ -122,14 +122,14 @@ pub(super) async fn get(
     Ok(())
 }
 
-/// With permissions that let its owner fill it.
+/// Creates a directory with permissions that let its owner fill it.
 async fn make_dir(place: &Path, mode: u32) -> io::Result<()> {
     fs::create_dir(place).await?;
     fs::set_permissions(place, Permissions::from_mode(mode & 0o777 | 0o700)).await
 }
 
-/// Whether a link may lead out of the tree that it is in. Upwards it may go only at first: after a
-/// name, which may be another link's, nobody knows where that is.
+/// Whether a link may lead out of its tree. It may go upwards only at its beginning: after a name,
+/// which may be a link, the position is not known.
 fn leads_out(link: &Path, target: &Path) -> bool {
     let mut depth = link.components().count().saturating_sub(1);
     let mut named = false;

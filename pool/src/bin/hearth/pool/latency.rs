@@ -1,13 +1,13 @@
-//! Times, kept by their size: any number of them in little memory, each to within three per cent.
+//! A histogram of times: any number of them in little memory, each to within three per cent.
 
 use std::time::Duration;
 
-/// Steps between a number and its double.
+/// Buckets between a number and its double.
 const STEPS: u64 = 32;
-/// Enough for any number of nanoseconds.
+/// Enough for any number of nanoseconds that fits in 64 bits.
 const BUCKETS: usize = (64 - STEPS.trailing_zeros() as usize + 1) * STEPS as usize;
 
-/// How often each time was seen.
+/// How many times fell into each bucket.
 #[derive(Clone, Debug)]
 pub(super) struct Latencies {
     buckets: Box<[u64; BUCKETS]>,
@@ -32,7 +32,8 @@ impl Latencies {
         }
     }
 
-    /// The time that so many per cent of all were not longer than; none if there are none.
+    /// The smallest recorded time that `percent` per cent of all times do not exceed; `None` if
+    /// there are none.
     pub(super) fn percentile(&self, percent: u64) -> Option<Duration> {
         let rank = (self.count * percent).div_ceil(100).max(1);
         let mut seen = 0;
@@ -44,14 +45,15 @@ impl Latencies {
     }
 }
 
-/// Small numbers have a bucket each, others share one with those that have the same first bits.
+/// The bucket of a number. Small numbers have a bucket each; larger ones share one with the numbers
+/// that have the same first bits.
 fn bucket(nanos: u64) -> usize {
     let shift = (nanos / STEPS).checked_ilog2().unwrap_or(0);
     let index = u64::from(shift) * STEPS + (nanos >> shift);
     usize::try_from(index).unwrap_or(usize::MAX)
 }
 
-/// The largest number of a bucket.
+/// The largest number in a bucket.
 fn largest(index: usize) -> u64 {
     let index = index as u64;
     let shift = (index / STEPS).saturating_sub(1);

@@ -1,4 +1,4 @@
-//! Tasks that want guests, and what became of that.
+//! Tasks that acquire guests and run a program in each, and counts of the results.
 
 use std::ffi::OsString;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,38 +12,38 @@ use tokio::task::JoinSet;
 use super::latency::Latencies;
 use crate::failure::chain;
 
-/// How long a task stands in line for a guest.
+/// How long a task waits for a guest.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// After something went wrong, so that it does not go wrong a thousand times in a second.
+/// Pause after a failure, so that a task does not fail a thousand times in a second.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Output that is kept of a program: none is looked at.
+/// Limits for a program's output, which is discarded.
 const OUTPUT: OutputLimits = OutputLimits {
     stdout_bytes: 0,
     stderr_bytes: 0,
 };
 
-/// What each task does, over and over.
+/// The work that each task repeats.
 pub(super) struct Load {
     profile: String,
     argv: Vec<OsString>,
     tally: Mutex<Tally>,
 }
 
-/// What became of it.
+/// The results of all tasks so far.
 #[derive(Clone, Default)]
 pub(super) struct Tally {
-    /// A guest was ready.
+    /// Guests that were ready when a task asked.
     pub(super) hits: u64,
-    /// None was; the task stood in line.
+    /// Times that no guest was ready and the task waited.
     pub(super) misses: u64,
     /// Programs that ran to exit code 0.
     pub(super) runs: u64,
     pub(super) failures: u64,
-    /// Why the last failure was one.
+    /// The error of the last failure.
     pub(super) last_failure: Option<String>,
-    /// From the wish for a guest to the guest.
+    /// Times from asking for a guest to having it.
     pub(super) acquire: Latencies,
-    /// From the request to the program's end.
+    /// Times from the request to the program's end.
     pub(super) run: Latencies,
 }
 
@@ -70,7 +70,7 @@ impl Load {
         }
     }
 
-    /// Starts so many tasks, which end when they are dropped.
+    /// Starts this many tasks, which end when the set is dropped.
     pub(super) fn start(self: &Arc<Self>, pool: &Pool<KvmBackend>, tasks: usize) -> JoinSet<()> {
         let mut set = JoinSet::new();
         for _ in 0..tasks {

@@ -1,4 +1,4 @@
-//! `hearth pool`: a pool of this process's own, with a load on it, shown while it runs.
+//! `hearth pool`: a pool in this process, with a load on it, shown while it runs.
 
 mod latency;
 mod load;
@@ -28,9 +28,9 @@ use crate::runtime::{self, RuntimeError};
 use crate::signals::Signals;
 use crate::{FAILED, signals};
 
-/// VMs kept warm, unless told otherwise.
+/// Default number of VMs kept warm.
 const WARM: usize = 4;
-/// How often the picture is drawn on a terminal, and written elsewhere.
+/// Interval of the display on a terminal (`FRAME`), and of the lines elsewhere (`LINE`).
 const FRAME: Duration = Duration::from_millis(100);
 const LINE: Duration = Duration::from_secs(1);
 
@@ -198,7 +198,7 @@ fn images(config: &PoolConfig) -> Result<Vec<(String, KvmImage)>, PoolError> {
     Ok(found)
 }
 
-/// Starts the pool, and the load once it is ready; gives the sums at the load's end.
+/// Starts the pool, and the load once the pool is ready; returns the summary when the load ends.
 async fn under_load(args: &Args, pool: &Pool<KvmBackend>) -> Result<Summary, PoolError> {
     let mut signals = Signals::catch().map_err(PoolError::Signals)?;
     let screen = Screen::on_stderr();
@@ -237,7 +237,7 @@ async fn under_load(args: &Args, pool: &Pool<KvmBackend>) -> Result<Summary, Poo
     }
     let took = began.elapsed();
     let status = pool.status();
-    // What is under way counts for nothing.
+    // Unfinished runs do not count.
     drop(tasks);
     screen.clear();
     let counts = status.profile(&args.profile).map(|profile| profile.counts);

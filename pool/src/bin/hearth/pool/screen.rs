@@ -1,4 +1,4 @@
-//! The pool and its load while they run: redrawn in place on a terminal, a line each second
+//! Shows the pool and its load while they run: redrawn in place on a terminal, a line each second
 //! elsewhere.
 
 use std::io::IsTerminal;
@@ -12,7 +12,7 @@ use super::load::Tally;
 use super::summary::time;
 use super::{FRAME, LINE};
 
-/// Cells of the picture of the pool.
+/// Width of the bar that shows the pool's VMs, in characters.
 const WIDTH: usize = 40;
 
 pub(super) enum Screen {
@@ -32,7 +32,7 @@ impl Screen {
         Self::Terminal(bar)
     }
 
-    /// Time from one picture to the next.
+    /// Time between two updates.
     pub(super) fn pause(&self) -> Duration {
         match self {
             Self::Terminal(_) => FRAME,
@@ -104,7 +104,7 @@ fn sizes(status: Option<&ProfileStatus>) -> String {
     )
 }
 
-/// One cell for each VM: leased, ready, booting.
+/// Draws a cell for each VM (leased, ready or booting), scaled to at most `WIDTH` cells.
 fn picture(status: Option<&ProfileStatus>) -> String {
     let Some(ProfileStatus { counts, .. }) = status else {
         return String::new();

@@ -1,4 +1,4 @@
-//! What a pool did under its load.
+//! The results of a pool under load.
 
 use std::fmt;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use super::load::Tally;
 #[derive(Debug, Serialize)]
 pub(super) struct Summary {
     profile: String,
-    /// Tasks at a time.
+    /// Number of concurrent tasks.
     load: usize,
-    /// Guests to keep warm.
+    /// Number of guests to keep warm.
     size: usize,
-    /// Until the pool was full.
+    /// Time until the pool was full.
     start_us: u64,
-    /// How long the load lasted.
+    /// Duration of the load.
     load_us: u64,
     hits: u64,
     misses: u64,
@@ -28,9 +28,9 @@ pub(super) struct Summary {
     runs_per_second: f64,
     boots: u64,
     boot_failures: u64,
-    /// From the wish for a guest to the guest.
+    /// Times from asking for a guest to having it.
     acquire_us: Percentiles,
-    /// From the request to the program's end.
+    /// Times from the request to the program's end.
     run_us: Percentiles,
 }
 
@@ -69,13 +69,13 @@ impl Summary {
         }
     }
 
-    /// Whether all went as it should.
+    /// Whether no run failed.
     pub(super) fn is_good(&self) -> bool {
         self.failures == 0
     }
 
     pub(super) fn line(&self) -> String {
-        // Numbers and strings: cannot fail.
+        // Cannot fail: there are only numbers and strings.
         serde_json::to_string(self).unwrap_or_default()
     }
 }
@@ -138,7 +138,7 @@ impl fmt::Display for Summary {
     }
 }
 
-/// A time with a unit that suits it.
+/// Formats a time with a suitable unit.
 pub(super) fn time(time: Option<Duration>) -> String {
     match time {
         None => "-".to_owned(),

@@ -1,4 +1,4 @@
-//! Code to run: its language, and where it comes from.
+//! The code to run: its language, and where it comes from.
 
 use std::ffi::OsString;
 use std::io::Read;
@@ -8,9 +8,9 @@ use hearth_agent::Command;
 
 use crate::guest::{Code, RunError};
 
-/// Code larger than this is a mistake.
+/// Larger code is refused: it is probably a mistake.
 const MOST_BYTES: u64 = 16 << 20;
-/// Where the code lies in the guest, which it need not outlive.
+/// Directory of the code in the guest.
 const PLACE: &str = "/tmp";
 
 /// A language with an interpreter.
@@ -37,7 +37,7 @@ impl Language {
         }
     }
 
-    /// Interpreter, image that has it, name of a file with code.
+    /// Returns the interpreter, the image that has it, and the default name of a file with code.
     fn parts(self) -> (&'static str, &'static str, &'static str) {
         match self {
             Self::Python => ("python3", "python", "main.py"),
@@ -47,7 +47,7 @@ impl Language {
     }
 }
 
-/// What is to be run, and whether our stdin is the code's, or was the code itself.
+/// The code to run, and whether this process's stdin is left for it or was the code itself.
 #[derive(Debug)]
 pub(super) struct Found {
     pub(super) command: Command,
@@ -55,7 +55,8 @@ pub(super) struct Found {
     pub(super) stdin_is_free: bool,
 }
 
-/// Finds the code: the text itself if the language is given, else a file; without either, stdin.
+/// Finds the code: the text itself if a language is given (stdin if there is no text, or it is
+/// `-`), else a file.
 pub(super) fn find(
     language: Option<Language>,
     text: Option<&OsString>,
@@ -134,7 +135,7 @@ mod tests {
         }
         let missing = place(None, "/no/such/file.py");
         assert!(matches!(missing, Err(RunError::Code { .. })));
-        // With a language, the text is code whatever it looks like.
+        // With a language, the text is always code, even if it looks like a path.
         let found = place(Some(Language::Shell), "/no/such/file.py").unwrap();
         assert_eq!(found, Path::new("/tmp/main.sh"));
         let nothing = find(None, None, &[]);

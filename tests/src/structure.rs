@@ -46,7 +46,8 @@ fn built_with(manifest: &str) -> BTreeSet<String> {
             section = line;
         }
         let name = line.split(['.', ' ', '=']).next().unwrap_or("");
-        let counts = matches!(section, "[dependencies]" | "[build-dependencies]");
+        // Those of one kind of machine, too.
+        let counts = section.ends_with("dependencies]") && !section.ends_with("dev-dependencies]");
         if counts && name.starts_with("hearth-") {
             found.insert(name.to_owned());
         }

@@ -27,13 +27,13 @@ impl WorkingSet {
     pub(crate) fn of(ram: &GuestRam) -> io::Result<Self> {
         let mut set = Self::default();
         each_page(ram, |addr, page| {
-            let stretches = match page {
+            let ranges = match page {
                 Page::Own => &mut set.written,
                 Page::OfFile => &mut set.read,
             };
-            match stretches.last_mut() {
+            match ranges.last_mut() {
                 Some(last) if last.addr + last.len == addr => last.len += PAGE_SIZE,
-                _ => stretches.push(PageRange {
+                _ => ranges.push(PageRange {
                     addr,
                     len: PAGE_SIZE,
                 }),
@@ -64,8 +64,8 @@ impl WorkingSet {
             (&self.written, libc::MADV_POPULATE_WRITE),
             (&self.read, libc::MADV_POPULATE_READ),
         ];
-        for (stretches, advice) in kinds {
-            for PageRange { addr, len } in stretches {
+        for (ranges, advice) in kinds {
+            for PageRange { addr, len } in ranges {
                 let _ = ram.advise(*addr, *len, advice);
             }
         }

@@ -38,6 +38,7 @@ pub(crate) fn vm(kvm: &'static Kvm, may_wait: bool) -> Result<VmFd, KvmError> {
     Ok(vm)
 }
 
+/// A stock of at most one `T`, filled by a thread of its own once [`Spare::keep`] has started it.
 #[derive(Debug)]
 struct Spare<T> {
     state: Mutex<State<T>>,

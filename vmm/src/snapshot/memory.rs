@@ -36,12 +36,12 @@ pub(super) fn copy_out(ram: &GuestRam, goes_on: impl Fn() -> bool) -> std::io::R
     check_file_size(ram.bytes())?;
     let target = memfd()?;
     target.set_len(ram.bytes())?;
-    let mut stretches = data_stretches(ram.file(), ram.bytes())?;
-    stretches.extend(ram.overlays().iter().map(|(addr, len)| *addr..addr + len));
+    let mut ranges = data_ranges(ram.file(), ram.bytes())?;
+    ranges.extend(ram.overlays().iter().map(|(addr, len)| *addr..addr + len));
     if ram.sharing() == Sharing::Private {
-        stretches.extend(written_stretches(ram)?);
+        ranges.extend(written_ranges(ram)?);
     }
-    for range in stretches {
+    for range in ranges {
         copy(ram, &range, &target, &goes_on)?;
     }
     Ok(target)
@@ -124,9 +124,9 @@ pub(super) fn copy_pages(from: &File, to: &File, bytes: u64) -> std::io::Result<
 }
 
 /// Widens ranges to whole pages, and merges those that then meet or overlap.
-fn whole_pages(stretches: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    let mut wide: Vec<Range<u64>> = Vec::with_capacity(stretches.len());
-    for range in stretches {
+fn whole_pages(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let mut wide: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
         let start = range.start & !(PAGE_SIZE - 1);
         let end = range.end.next_multiple_of(PAGE_SIZE);
         match wide.last_mut() {
@@ -140,7 +140,7 @@ fn whole_pages(stretches: Vec<Range<u64>>) -> Vec<Range<u64>> {
 /// Returns the ranges of `file` that hold data, as offsets below `bytes`.
 fn data_offsets(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
     use rustix::fs::SeekFrom as At;
-    let mut stretches = Vec::new();
+    let mut ranges = Vec::new();
     let mut offset = 0;
     while offset < bytes {
         let data = match rustix::fs::seek(file, At::Data(offset)) {
@@ -151,35 +151,35 @@ fn data_offsets(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
         };
         let hole = rustix::fs::seek(file, At::Hole(data))?.min(bytes);
         if data < hole {
-            stretches.push(data..hole);
+            ranges.push(data..hole);
         }
         offset = hole.max(offset + 1);
     }
-    Ok(stretches)
+    Ok(ranges)
 }
 
 /// Returns the ranges of `file` that hold data, as guest addresses; none crosses the gap.
-fn data_stretches(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
-    let mut stretches = Vec::new();
+fn data_ranges(file: &File, bytes: u64) -> std::io::Result<Vec<Range<u64>>> {
+    let mut ranges = Vec::new();
     for Range { start, end } in data_offsets(file, bytes)? {
         if start < GAP_START && end > GAP_START {
-            stretches.push(start..GAP_START);
-            stretches.push(GAP_END..guest_address(end));
+            ranges.push(start..GAP_START);
+            ranges.push(GAP_END..guest_address(end));
         } else {
-            stretches.push(guest_address(start)..guest_address(start) + (end - start));
+            ranges.push(guest_address(start)..guest_address(start) + (end - start));
         }
     }
-    Ok(stretches)
+    Ok(ranges)
 }
 
 /// Returns the ranges of pages that a clone wrote.
-fn written_stretches(ram: &GuestRam) -> std::io::Result<Vec<Range<u64>>> {
-    let mut stretches: Vec<Range<u64>> = Vec::new();
-    each_own_page(ram, |addr| match stretches.last_mut() {
+fn written_ranges(ram: &GuestRam) -> std::io::Result<Vec<Range<u64>>> {
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    each_own_page(ram, |addr| match ranges.last_mut() {
         Some(last) if last.end == addr => last.end += PAGE_SIZE,
-        _ => stretches.push(addr..addr + PAGE_SIZE),
+        _ => ranges.push(addr..addr + PAGE_SIZE),
     })?;
-    Ok(stretches)
+    Ok(ranges)
 }
 
 #[cfg(test)]
@@ -191,8 +191,8 @@ mod tests {
 
     /// Bytes of a file that are data, not holes.
     fn held(file: &File) -> u64 {
-        let stretches = data_stretches(file, 4 * MIB).unwrap();
-        stretches.iter().map(|s| s.end - s.start).sum()
+        let ranges = data_ranges(file, 4 * MIB).unwrap();
+        ranges.iter().map(|s| s.end - s.start).sum()
     }
 
     fn byte(ram: &GuestRam, addr: u64) -> u8 {

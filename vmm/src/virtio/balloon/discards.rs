@@ -21,13 +21,13 @@ pub(super) const MAX_PFNS: usize = 1024;
 /// Page ranges of guest memory (address, bytes) that a chain gives up, read once when the chain was
 /// taken: whole pages inside memory. At most [`MAX_PFNS`].
 #[derive(Debug, Default)]
-pub(super) struct Stretches(VecDeque<(u64, u64)>);
+pub(super) struct PageRanges(VecDeque<(u64, u64)>);
 
-impl Stretches {
+impl PageRanges {
     /// Reads a chain of the inflate queue: arrays of 32-bit page numbers. Neighbouring pages are
     /// merged into one range; page numbers outside guest memory are ignored.
     pub(super) fn of_pages(ram: &GuestRam, chain: Chain<'_>) -> Result<Self, Fault> {
-        let mut stretches = VecDeque::new();
+        let mut ranges = VecDeque::new();
         let mut left = MAX_PFNS;
         for descriptor in descriptors(chain).filter(|d| !d.is_write_only()) {
             let count = (descriptor.len() / 4) as usize;
@@ -41,17 +41,17 @@ impl Stretches {
                 if !ram.contains(page, PAGE_SIZE) {
                     continue;
                 }
-                match stretches.back_mut() {
+                match ranges.back_mut() {
                     Some((start, len)) if page == *start + *len => *len += PAGE_SIZE,
                     // Linux hands out pages from high to low addresses.
                     Some((start, len)) if page + PAGE_SIZE == *start => {
                         (*start, *len) = (page, *len + PAGE_SIZE);
                     }
-                    _ => stretches.push_back((page, PAGE_SIZE)),
+                    _ => ranges.push_back((page, PAGE_SIZE)),
                 }
             }
         }
-        Ok(Self(stretches))
+        Ok(Self(ranges))
     }
 
     /// Reads a chain of the reporting queue: each descriptor is a free range, cut to whole pages.
@@ -95,7 +95,7 @@ pub(super) struct Discards {
     /// The rest of the queue's next chain, if a turn ended within it. Not part of a snapshot: the
     /// chain is still the queue's next, and a clone does it again from its start. The guest uses
     /// none of its pages until it gets the chain back.
-    in_hand: Option<Stretches>,
+    in_hand: Option<PageRanges>,
 }
 
 impl Discards {
@@ -115,19 +115,19 @@ impl Discards {
         ram: &GuestRam,
         interrupt: &Interrupt,
         budget: &mut Budget,
-        read: impl Fn(&GuestRam, Chain<'_>) -> Result<Stretches, Fault>,
+        read: impl Fn(&GuestRam, Chain<'_>) -> Result<PageRanges, Fault>,
     ) -> Result<u64, Fault> {
         let mut released = 0;
         serve(&mut self.queue, ram, interrupt, budget, |chain, budget| {
-            let mut stretches = match self.in_hand.take() {
+            let mut ranges = match self.in_hand.take() {
                 Some(rest) => rest,
                 None => read(ram, chain)?,
             };
-            released += stretches.release(ram, budget);
-            if stretches.0.is_empty() {
+            released += ranges.release(ram, budget);
+            if ranges.0.is_empty() {
                 return Ok(Some(0));
             }
-            self.in_hand = Some(stretches);
+            self.in_hand = Some(ranges);
             Ok(None)
         })?;
         Ok(released)

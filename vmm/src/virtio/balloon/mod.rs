@@ -13,7 +13,7 @@ use std::time::Duration;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
-use self::discards::{Discards, Stretches, TURN_BYTES};
+use self::discards::{Discards, PageRanges, TURN_BYTES};
 use super::serve::{Budget, Chain, descriptors, serve, take};
 use super::{
     Activation, DeviceState, Doorbell, F_EVENT_IDX, F_VERSION_1, Fault, Interrupt, Progress,
@@ -362,11 +362,11 @@ impl VirtioDevice for BalloonDevice {
             interrupt,
             ..
         } = active;
-        inflate.serve(ram, interrupt, &mut budget, Stretches::of_pages)?;
+        inflate.serve(ram, interrupt, &mut budget, PageRanges::of_pages)?;
         // Deflated pages come back when the guest touches them.
         serve(deflate, ram, interrupt, &mut budget, |_, _| Ok(Some(0)))?;
         if let Some(reporting) = reporting {
-            let bytes = reporting.serve(ram, interrupt, &mut budget, Stretches::of_ranges)?;
+            let bytes = reporting.serve(ram, interrupt, &mut budget, PageRanges::of_ranges)?;
             self.shared.reported.fetch_add(bytes, Ordering::Relaxed);
         }
         Ok(budget.progress())

@@ -112,7 +112,7 @@ fn page_numbers_that_are_not_the_guests_are_ignored() {
 /// bytes they are, and no more than 16 MiB.
 #[test]
 fn scattered_pages_cost_their_driver_its_turn() {
-    for (stride, each, stretches) in [(1, 512, 1), (2, 384, 384)] {
+    for (stride, each, ranges) in [(1, 512, 1), (2, 384, 384)] {
         let (mut attacker, _) = Attacker::balloon();
         attacker.up(F_VERSION_1, 2);
         let pages = (0..each).map(|n| 0x100 + n * stride);
@@ -127,7 +127,7 @@ fn scattered_pages_cost_their_driver_its_turn() {
         }
         attacker.write(parts(0)[1] + 2, &SIZE.to_le_bytes());
         // 16 MiB in 8 ranges are one turn, 3072 ranges are 12; the last turn finds nothing.
-        let turns = usize::from(SIZE) * stretches / 256 + usize::from(stretches == 1) + 1;
+        let turns = usize::from(SIZE) * ranges / 256 + usize::from(ranges == 1) + 1;
         assert_eq!(attacker.run(), turns, "stride {stride}");
         assert_eq!(attacker.used(0), SIZE, "stride {stride}");
         attacker.assert_unaffected("scattered pages");

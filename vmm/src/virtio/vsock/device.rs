@@ -267,11 +267,11 @@ impl Active {
                 budget.spend_chain();
                 let head = chain.head_index();
                 let mut packet = Chain::readable(ram, chain)?;
-                let mut events = [0; HEADER_BYTES];
+                let mut wire = [0; HEADER_BYTES];
                 packet
-                    .read_exact(&mut events)
+                    .read_exact(&mut wire)
                     .map_err(|_| Fault::Request("TX packet shorter than its header"))?;
-                let header = Header::decode(&events);
+                let header = Header::decode(&wire);
                 let available = packet.left();
                 muxer
                     .receive(&header, available, &mut packet)

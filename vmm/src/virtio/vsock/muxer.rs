@@ -94,8 +94,8 @@ impl Muxer {
         let known = self.conns.iter().filter_map(|(key, conn)| {
             conn.look(|connection| (!connection.is_unsent()).then(|| (*key, connection.outcome())))
         });
-        let fates: BTreeMap<_, _> = refused.chain(known).collect();
-        let conns = fates.into_iter().map(|(key, outcome)| ConnState {
+        let outcomes: BTreeMap<_, _> = refused.chain(known).collect();
+        let conns = outcomes.into_iter().map(|(key, outcome)| ConnState {
             host_port: key.host,
             guest_port: key.guest,
             outcome,

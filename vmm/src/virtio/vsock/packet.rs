@@ -123,8 +123,8 @@ pub struct Header {
 impl Header {
     /// Decodes the wire format.
     #[must_use]
-    pub fn decode(events: &[u8; HEADER_BYTES]) -> Self {
-        let mut rest = events.as_slice();
+    pub fn decode(wire: &[u8; HEADER_BYTES]) -> Self {
+        let mut rest = wire.as_slice();
         Self {
             src_cid: u64::from_le_bytes(take(&mut rest)),
             dst_cid: u64::from_le_bytes(take(&mut rest)),
@@ -142,7 +142,7 @@ impl Header {
     /// Encodes the wire format.
     #[must_use]
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
-        let mut events = [0; HEADER_BYTES];
+        let mut wire = [0; HEADER_BYTES];
         let fields = self
             .src_cid
             .to_le_bytes()
@@ -156,10 +156,10 @@ impl Header {
             .chain(self.flags.to_le_bytes())
             .chain(self.buf_alloc.to_le_bytes())
             .chain(self.fwd_cnt.to_le_bytes());
-        for (slot, byte) in events.iter_mut().zip(fields) {
+        for (slot, byte) in wire.iter_mut().zip(fields) {
             *slot = byte;
         }
-        events
+        wire
     }
 
     /// The reset that answers this packet (section 5.10.6.4), or `None` where the packet is itself
@@ -208,8 +208,8 @@ mod tests {
             buf_alloc: 0x2827_2625,
             fwd_cnt: 0x2C2B_2A29,
         };
-        let events: Vec<u8> = (1..=44).collect();
-        assert_eq!(header.encode().as_slice(), events);
+        let wire: Vec<u8> = (1..=44).collect();
+        assert_eq!(header.encode().as_slice(), wire);
     }
 
     #[test]
@@ -241,10 +241,10 @@ mod tests {
     proptest! {
         #[test]
         fn decode_and_encode_are_inverse(halves in any::<([u8; 32], [u8; 12])>()) {
-            let mut events = [0; HEADER_BYTES];
-            events[..32].copy_from_slice(&halves.0);
-            events[32..].copy_from_slice(&halves.1);
-            prop_assert_eq!(Header::decode(&events).encode(), events);
+            let mut wire = [0; HEADER_BYTES];
+            wire[..32].copy_from_slice(&halves.0);
+            wire[32..].copy_from_slice(&halves.1);
+            prop_assert_eq!(Header::decode(&wire).encode(), wire);
         }
 
         #[test]
